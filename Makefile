@@ -1,0 +1,48 @@
+# make help lists what there is. Everything runs in .venv, which `make setup` makes and which is remade by deleting it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INSTALL := pip install --constraint constraints.txt --editable '.[dev]'
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv (PYTHON=python3.12 chooses the Python) and install the tested versions
+	@echo "ready: $$($(BIN)/python --version) in $(VENV)"
+
+# The stamp comes last: an interrupted installation is taken up again by the next call.
+# uv is ten times faster than pip and is used if pip can get it; it reads no pip.conf, so pip stays the fallback.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	{ echo "$(PYTHON) is no Python 3.11 or 3.12: name one, for instance make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv || echo "no uv: going on with pip, which is slower"
+	@if [ -x $(BIN)/uv ] && $(BIN)/uv $(subst pip install,pip install --python $(BIN)/python,$(INSTALL)); then :; \
+	else echo "installing with pip"; $(BIN)/python -m $(INSTALL); fi
+	@touch $@
+
+demo: setup  ## the whole toolkit on generated images in 10 minutes: output/demo/report.html
+	$(BIN)/python -m mae_dat.demo
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint and every test that is not slow
+	$(BIN)/python -m pytest
+
+# Exit code 5 is pytest's "no test selected".
+test-slow: setup  ## the tests marked slow
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+
+bench: setup  ## speed and memory, as ratios within one run
+	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
+
+clean:  ## remove caches and build products; .venv and output stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,22 @@
+"""Masked autoencoders and Discrete Adversarial Training: visual representations that stay right when the world is not clean."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["AttackConfig", "MaskedAutoencoder", "VisualTokenizer", "discrete_adversary"]
+
+_HOMES = {
+    "AttackConfig": "mae_dat.config",
+    "MaskedAutoencoder": "mae_dat.mae",
+    "VisualTokenizer": "mae_dat.tokenizer",
+    "discrete_adversary": "mae_dat.attack",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that `--help` and configuration errors need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mae_dat' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,441 @@
+"""Configuration: typed, strict, and the same names in YAML, on the command line and in MAE's scripts.
+
+A run's configuration is a frozen dataclass of groups whose fields are all flags: `OptimConfig.blr` is `--blr` and the YAML key `blr`.
+Order of precedence: command line, `--config FILE.yaml`, defaults. Importing this module does not import torch.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from mae_dat.errors import ConfigError, MissingInputError, UserError
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config")
+DATA_VARIABLE = "MAE_DAT_DATA"
+ATTACKS = ("released", "paper", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig:
+    """A discrete adversary (Mao et al. 2022): which one, and how strong."""
+
+    kind: Literal["released", "paper", "random"] = "released"
+    eps: float = 0.1
+    """`released`: radius of the L2 ball per image, pixels in [0, 1], and size of the step. `paper`: alpha, the factor of the gradient."""
+    share: float | None = None
+    """Target share of changed words in (0, 1), held by adjusting eps. `random`: the share of words replaced (0.05 if None)."""
+    random_start: float = 0.8
+    """`released`: probability, drawn once per batch and rank, of starting from a random point of the ball."""
+    steps: int = 1
+    """`released`: gradient steps."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ATTACKS:
+            raise ConfigError(f"unknown attack {self.kind!r}: {nearest(self.kind, ATTACKS)}")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ConfigError(
+                f"the share of changed words must lie between 0 and 1, got {self.share} (3.8 % is 0.038)."
+            )
+        if self.eps <= 0 or self.steps < 1 or not 0 <= self.random_start <= 1:
+            raise ConfigError(f"an attack needs eps > 0, steps >= 1 and random_start in [0, 1], got {self}.")
+
+    @property
+    def clean_weight(self) -> float:
+        """Weight of the clean loss beside the adversarial one: 1 in the released code, 0 in the paper's Algorithm 1."""
+        return 0.0 if self.kind == "paper" else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Run: where to, on what, from where. None of these changes the result, but for `seed` and `precision`."""
+
+    output_dir: str = "./output_dir"
+    """Checkpoints, log.txt, weights and reports. A rerun into the same folder resumes."""
+    log_dir: str | None = None
+    """TensorBoard files (default: output_dir)."""
+    device: str = "auto"
+    """cuda, cpu, or auto: CUDA if there is any."""
+    seed: int = 0
+    resume: str | None = None
+    """A checkpoint of ours, or a folder with some (default: the newest in output_dir)."""
+    start_epoch: int = 0
+    """First epoch, when there is no checkpoint to resume."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bfloat16 autocast where the hardware has it."""
+    save_minutes: float = 10.0
+    """A checkpoint at least this often, besides the one at every epoch's end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    pictures_every: int = 1
+    """Epochs between pictures in TensorBoard and output_dir/pictures; 0 for none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Data: DIR/{train,val}/CLASS/*.jpg; for pretraining any folder of images."""
+
+    data_path: str | None = None
+    """Folder of images, or `demo` for the generated ones (default: the environment variable MAE_DAT_DATA)."""
+    input_size: tuple[int, ...] = (224,)
+    """Side, or height and width, in pixels."""
+    in_chans: int = 3
+    on_bad: Literal["fail", "skip"] = "fail"
+    """A file that cannot be decoded: stop and name it, or put the next image in its place and count it."""
+    num_workers: int = 10
+    pin_mem: bool = True
+    """Pin host memory for faster transfer to a GPU (--no_pin_mem to turn off)."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return image_size(self.input_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimization: AdamW, warm-up and half a cosine per iteration."""
+
+    batch_size: int = 64
+    """Per rank; the effective batch is batch_size x accum_iter x ranks."""
+    epochs: int = 400
+    accum_iter: int = 1
+    """Micro-batches per update."""
+    lr: float | None = None
+    """Absolute peak rate (default: blr x effective batch / 256)."""
+    blr: float = 1e-3
+    """Peak rate for an effective batch of 256."""
+    min_lr: float = 0.0
+    warmup_epochs: float = 40
+    weight_decay: float = 0.05
+    clip_grad: float | None = None
+    """Largest norm of the gradient (default: no clipping; the norm is logged all the same)."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "accum_iter"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatConfig:
+    """Discrete adversarial training: bare `--dat` is `--dat released`."""
+
+    dat: Literal["none", "released", "paper", "random"] = "none"
+    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1), random (random words, no attack)."""
+    dat_eps: float = 0.1
+    """released: L2 radius and step; paper: factor of the gradient; pixels in [0, 1]."""
+    dat_share: float | None = None
+    """Target share of changed words, held by adjusting eps (the strength that carries over between sizes and tokenizers)."""
+    dat_random_start: float = 0.8
+    """released: probability per batch of a random start."""
+    dat_steps: int = 1
+    """released: gradient steps."""
+    tokenizer: str = "embedded"
+    """`embedded` (light, for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or easyrobust."""
+
+    @property
+    def attack(self) -> AttackConfig | None:
+        """The attack that these flags mean."""
+        if self.dat == "none":
+            return None
+        return AttackConfig(self.dat, self.dat_eps, self.dat_share, self.dat_random_start, self.dat_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Distributed: read from torchrun's or srun's environment; MAE's flags are accepted and need not be set."""
+
+    world_size: int = 1
+    local_rank: int = -1
+    dist_on_itp: bool = False
+    dist_url: str = "env://"
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskConfig:
+    """Model: a masked autoencoder."""
+
+    model: str = "mae_vit_large_patch16"
+    """mae_vit_{base,large}_patch16, mae_vit_huge_patch14, or mae_vit_demo_patch8 for 64 px."""
+    mask_ratio: float = 0.75
+    """Share of patches removed."""
+    norm_pix_loss: bool = False
+    """Predict pixels normalized by each patch's mean and deviation."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ConfigError(f"--mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """Model: any timm model; vit_{base,large}_patch16 and vit_huge_patch14 mean MAE's form of them."""
+
+    model: str = "vit_large_patch16"
+    """MAE's names, vit_demo_patch8, or any timm name."""
+    nb_classes: int | None = None
+    """Classes (default: the number of class folders)."""
+    drop_path: float = 0.1
+    global_pool: bool = True
+    """Classify the mean of the patch tokens ..."""
+    cls_token: bool = False
+    """... or, with --cls_token, the class token."""
+    finetune: str | None = None
+    """Weights to start from: a pretraining folder of ours or a file of MAE weights."""
+    layer_decay: float = 0.75
+    """Factor of the learning rate from each layer to the one below."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, evaluated and exported in their place (default: none)."""
+
+    @property
+    def mean_pool(self) -> bool:
+        """Whether the patch tokens' mean is classified, not the class token."""
+        return self.global_pool and not self.cls_token
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation, with timm's names."""
+
+    color_jitter: float | None = None
+    """Only without --aa."""
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    """AutoAugment policy; None for crops and flips only."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the cropped area's share."""
+    smoothing: float = 0.1
+    reprob: float = 0.25
+    """Probability of random erasing."""
+    remode: str = "pixel"
+    """const, rand or pixel, filled inside [0, 1]; pixel_raw writes N(0, 1) into the pixels as DAT's released code did."""
+    recount: int = 1
+    resplit: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation: exact counts, no padding."""
+
+    eval: bool = False
+    """Evaluate only, the weights of --resume."""
+    dist_eval: bool = False
+    """Accepted for MAE's sake; evaluation is always shared by the ranks and exact."""
+    suite: Literal["clean", "corruptions"] = "clean"
+    """With --eval: clean accuracy, or also 15 corruptions x 5 severities and a report."""
+    limit: int | None = None
+    """Images per corruption (default: all of the validation split)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Masked-autoencoder pretraining, with `--dat` on adversarially changed visual words."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    mae: MaskConfig = MaskConfig()
+    optim: OptimConfig = OptimConfig()
+    dat: DatConfig = DatConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning of a classifier, with `--dat` by Discrete Adversarial Training; `--eval` measures one."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig(epochs=50, min_lr=1e-6, warmup_epochs=5)
+    dat: DatConfig = DatConfig()
+    evaluation: EvalConfig = EvalConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Training of a light tokenizer. The defaults made the embedded one."""
+
+    data_path: tuple[str, ...] = ("demo",)
+    """Folders of images, or `demo` for the generated ones; DIR/train is taken where it exists."""
+    val_path: tuple[str, ...] = ()
+    """Held-out folders, measured at the end as they are; `demo` for the generated ones."""
+    output_dir: str = "./output_tokenizer"
+    input_size: tuple[int, ...] = (64,)
+    on_bad: Literal["fail", "skip"] = "fail"
+    factor: int = 4
+    """Pixels per word along a side."""
+    width: int = 64
+    encoder_blocks: int = 2
+    decoder_blocks: int = 4
+    num_words: int = 512
+    word_dim: int = 8
+    in_chans: int = 3
+    steps: int = 15000
+    batch_size: int = 32
+    lr: float = 2e-3
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    gan_weight: float = 0.1
+    """Gradient of the PatchGAN term relative to the reconstruction's at the last layer."""
+    gan_start: float = 0.6
+    """Share of the steps after which the PatchGAN joins."""
+    restart_every: int = 100
+    """Steps without use after which a code is restarted."""
+    save_every: int = 500
+    num_workers: int = 2
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: int = 0
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return image_size(self.input_size)
+
+
+def image_size(sides: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of `--input_size`. Raises ConfigError."""
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ConfigError(
+            f"--input_size takes a side or height and width in pixels, got {' '.join(map(str, sides)) or 'nothing'}."
+        )
+    return sides[0], sides[-1]
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`did you mean ...?`, or the list of what is known."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}."
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+    """All settings of a configuration as one dictionary of flag names, in the order of their groups."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        values.update(flat_values(value) if dataclasses.is_dataclass(value) else {field.name: value})
+    return values
+
+
+def load_config(kind: type[Config], arguments: Sequence[str], description: str = "") -> Config:
+    """Builds a configuration from command-line arguments and the YAML file that `--config` names.
+
+    Raises ConfigError for an unknown key or wrong value in the file; exits with code 2 and a suggestion on a mistyped flag.
+    """
+    import tyro
+
+    arguments = bare_dat(list(arguments))
+    file, arguments = _take_config(arguments)
+    from_file = _as_arguments(kind, file) if file else []
+    return tyro.cli(
+        kind,
+        args=[*from_file, *arguments],
+        description=f"{description or kind.__doc__}\n\nEvery flag may stand in a YAML file given with --config FILE.",
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+    )
+
+
+def bare_dat(arguments: list[str]) -> list[str]:
+    """Completes a `--dat` without a value to `--dat released`."""
+    completed: list[str] = []
+    for position, argument in enumerate(arguments):
+        completed.append(argument)
+        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+        if argument == "--dat" and following.startswith("--"):
+            completed.append("released")
+    return completed
+
+
+def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    for position, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name != "--config":
+            continue
+        if value:
+            return Path(value), arguments[:position] + arguments[position + 1 :]
+        if position + 1 == len(arguments):
+            raise ConfigError("--config needs the path of a YAML file, such as configs/demo_pretrain.yaml.")
+        return Path(arguments[position + 1]), arguments[:position] + arguments[position + 2 :]
+    return None, arguments
+
+
+def _as_arguments(kind: type[Any], path: Path) -> list[str]:
+    """A YAML file's settings as command-line arguments, so that both are checked by the same parser."""
+    if not path.is_file():
+        siblings = sorted(str(file) for file in path.parent.glob("*.yaml"))
+        raise MissingInputError(f"--config {path}: no such file; {nearest(str(path), siblings) if siblings else ''}")
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines.")
+    known = list(flat_values(kind()))
+    arguments: list[str] = []
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}: {nearest(str(key), known)}")
+        if isinstance(value, bool):
+            # YAML reads `dat: none` as text but `dat: no` as false; flags are spelled --name and --no_name.
+            arguments.append(f"--{key}" if value else f"--no_{key}")
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments += [f"--{key}", str(value)]
+    return arguments
+
+
+def write_config(config: Any, path: Path) -> None:
+    """Writes the resolved settings beside a run, in the form that `--config` reads."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in flat_values(config).items()}
+    path.write_text(f"# {command_line()}\n" + yaml.safe_dump(values, sort_keys=False))
+
+
+def data_root(data_path: str | None) -> str:
+    """The folder of images: the flag, else MAE_DAT_DATA. Raises ConfigError when neither is given."""
+    root = data_path or os.environ.get(DATA_VARIABLE)
+    if not root:
+        raise ConfigError(
+            f"no images: give --data_path DIR (with train/CLASS/*.jpg and val/CLASS/*.jpg), set {DATA_VARIABLE}, "
+            "or try --data_path demo for generated ones."
+        )
+    return root
+
+
+def command_line(module: str = "") -> str:
+    """The command that runs, for logs, cards and reports."""
+    start = ["python", "-m", module] if module else ["python", os.path.basename(sys.argv[0])]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command: errors that the user can mend become one message and their exit code; Ctrl-C becomes 130."""
+    try:
+        main()
+    except UserError as error:
+        logging.getLogger("mae_dat").debug("", exc_info=True)
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write("interrupted.\n")
+        sys.exit(130)

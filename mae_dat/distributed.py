@@ -1,0 +1,132 @@
+"""Where this process runs: device and precision, rank and world, reductions, and the random state of a step."""
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mae_dat.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class World(NamedTuple):
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        """True on the one rank that writes and shows."""
+        return self.rank == 0
+
+
+def world_from_environment() -> World:
+    """Reads torchrun's variables, or SLURM's when started by a bare `srun`; a single process otherwise."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    # An interactive allocation sets SLURM_NTASKS too; only srun sets the step's variables.
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+    return World()
+
+
+def pick_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 - immutable
+    """The device to run on: `auto` takes CUDA if there is any. Raises ConfigError when CUDA is asked for and absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name} is no device: use cuda, cpu or auto.") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "--device cuda: this machine has no usable CUDA device. Use --device cpu (slow, but it works)."
+            )
+        device = torch.device("cuda", world.local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type: bfloat16 for `bf16`, and for `auto` where the hardware computes in it; None for float32."""
+    if precision == "fp32":
+        return None
+    if precision == "bf16" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
+        return torch.bfloat16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
+
+
+def _cpu_has_bf16() -> bool:
+    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
+    if not capability.startswith("AVX512"):
+        return False
+    # torch names the check differently from release to release; /proc is the same everywhere it matters.
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        return "avx512_bf16" in file.read()
+    return False
+
+
+@contextlib.contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """Joins the peers (env:// rendezvous) for the duration of the block; nothing for a single process."""
+    if world.size == 1:
+        yield
+        return
+    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    ids = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, init_method="env://", rank=world.rank, world_size=world.size, **ids)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _first_host(nodelist: str) -> str:
+    """First name of a SLURM node list: `n[03-05,9]` -> `n03`, `a1,b2` -> `a1`."""
+    prefix, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in prefix:
+        return nodelist.split(",")[0]
+    return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """Sum over ranks, of the value's own type; the value itself in a single process."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def all_mean(value: Tensor) -> Tensor:
+    """Mean over ranks."""
+    return all_sum(value) / dist.get_world_size() if dist.is_initialized() else value
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A 63-bit seed that is a pure function of its arguments: no random state needs saving for a run to resume exactly."""
+    digest = hashlib.sha256(f"mae_dat step {seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """Generator for everything drawn explicitly in one step: mask noise, random words, the attack's start."""
+    return torch.Generator(device).manual_seed(step_seed(seed, step, rank))

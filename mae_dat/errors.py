@@ -1,0 +1,52 @@
+"""Errors that a user can mend: each names the file or value at fault and the next step, and carries a process exit code.
+
+Anything else that escapes is a fault of ours and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Base of all errors caused by input. `exit_code` is what the entry points return to the shell or the scheduler."""
+
+    exit_code = 64
+
+
+class ConfigError(UserError):
+    """A flag, a config key or a combination of them that cannot work."""
+
+    exit_code = 64
+
+
+class DataError(UserError):
+    """Images or labels that are there but not usable."""
+
+    exit_code = 65
+
+
+class MissingInputError(UserError):
+    """A path that does not exist."""
+
+    exit_code = 66
+
+
+class OutputError(UserError):
+    """An output folder that cannot be written."""
+
+    exit_code = 73
+
+
+class StorageError(UserError):
+    """Reading or writing failed midway: disk full, quota, I/O error."""
+
+    exit_code = 74
+
+
+class NumericsError(UserError):
+    """A loss that is not finite; the weights were left as they were."""
+
+    exit_code = 76
+
+
+class CheckpointError(UserError):
+    """A checkpoint or weights file that is damaged, or of another model."""
+
+    exit_code = 65

@@ -1,0 +1,87 @@
+"""Files that are whole or absent: atomic writing, checksums, and a probe of the output folder before hours are spent."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from mae_dat.errors import MissingInputError, OutputError, StorageError, UserError
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path`; on success it is synced and takes the place of `path`, on failure it is removed.
+
+    Readers see the old content or the new, never a part; a previous file survives a full disk and a kill at any instant.
+    Raises StorageError, naming path and free bytes, when the disk is full, and on any other write fault.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
+            raise _storage_error(path, error) from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(path: Path, error: Exception) -> StorageError:
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    full = isinstance(error, OSError) and error.errno in _DISK_FULL
+    cause = "no space left" if full else str(error)
+    return StorageError(
+        f"could not write {path}: {cause} ({free:,} bytes free there). What was saved before is intact."
+    )
+
+
+def prepare_output_folder(folder: Path) -> Path:
+    """Creates `folder` and proves that it can be written. Raises OutputError with the cause otherwise."""
+    probe = folder / ".write-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"mae_dat")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the output folder {folder}: {error.strerror}. Choose another with --output_dir."
+        ) from error
+    return folder
+
+
+def require_file(path: Path, what: str, error: type[UserError] = MissingInputError) -> Path:
+    """Returns `path` if it is a file; otherwise raises `error`, saying what was looked for."""
+    if path.is_dir():
+        raise error(f"{what}: {path} is a folder, a file is needed.")
+    if not path.is_file():
+        raise error(f"{what}: no such file: {path}")
+    return path

@@ -1,0 +1,39 @@
+"""Fixtures for every test: no network, two threads, fixed seeds, recorded reference outputs."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports huggingface_hub: a forgotten `pretrained=True` must fail at once, not after a network timeout.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Start every test from the same global random state, so that its outcome depends on no other test."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Return a loader: `golden("mae_tiny")["images"]` is an array of tests/golden/mae_tiny.npz."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        path = GOLDEN / f"{name}.npz"
+        assert path.exists(), f"{path} is missing: reference outputs belong to the repository"
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    return load
