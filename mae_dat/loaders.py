@@ -1,0 +1,132 @@
+"""The order of samples, and loaders: which samples make up a step is a pure function of (seed, step), whatever the number of workers."""
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from mae_dat.data import Batch, ImageFolder, Sample
+from mae_dat.errors import DataError, UserError
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of `length` samples in this epoch, int64 (length,), a pure function of its arguments."""
+    value = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(value, "big") % 2**63)
+    return torch.randperm(length, generator=generator)
+
+
+def steps_per_epoch(length: int, batch_size: int, world_size: int) -> int:
+    """Full global batches in an epoch; the rest is dropped. DataError if there is none."""
+    steps = length // (batch_size * world_size)
+    if steps == 0:
+        raise DataError(
+            f"{length} images do not fill one batch of {batch_size} on {world_size} processes; lower --batch_size"
+        )
+    return steps
+
+
+class TrainSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of a whole run for one rank: lists of (epoch, index), one for each step from `start_step` on.
+
+    Steps are micro-batches, counted from the run's start. Batch g of an epoch is order[g * B * W : (g + 1) * B * W], of
+    which each rank takes a contiguous slice. One loader serves the whole run, and resuming is a `start_step`.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, rank: int, world_size: int, seed: int, start_step: int, total_steps: int
+    ) -> None:
+        self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
+        self.seed, self.start_step, self.total_steps = seed, start_step, total_steps
+        self.steps_per_epoch = steps_per_epoch(length, batch_size, world_size)
+
+    def __len__(self) -> int:
+        return max(0, self.total_steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, ordered = torch.empty(0), -1
+        for step in range(self.start_step, self.total_steps):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != ordered:
+                order, ordered = epoch_order(self.length, self.seed, epoch), epoch
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
+
+
+class EvalSampler(Sampler[int]):
+    """Indices rank, rank + W, ...: over all ranks every sample exactly once, without padding."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        self.indices = range(rank, length, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+
+class _ErrorsAsValues(Dataset[Any]):
+    """A dataset whose user errors travel from the workers as values: torch would wrap them into a traceback's text."""
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample | UserError:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def _collate(samples: list[Sample | UserError]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C and a scheduler's signals reach the whole process group; only the main process is to act on them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader of `Batch` that raises a worker's UserError as it is."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def _loader(dataset: Dataset[Sample], num_workers: int, pin_memory: bool, **sampling: Any) -> ImageLoader:
+    return ImageLoader(
+        _ErrorsAsValues(dataset),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(0),  # otherwise each iterator draws from the global generator
+        **sampling,
+    )
+
+
+def train_loader(
+    dataset: Dataset[Sample], sampler: TrainSampler, num_workers: int, pin_memory: bool = False
+) -> ImageLoader:
+    """All batches of `sampler`, in its order; iterate over it once."""
+    return _loader(dataset, num_workers, pin_memory, batch_sampler=sampler)
+
+
+def eval_loader(
+    dataset: ImageFolder, batch_size: int, rank: int, world_size: int, num_workers: int, pin_memory: bool = False
+) -> ImageLoader:
+    """This rank's share of `dataset` in order, the last batch as short as it is: sum counts over ranks, divide once."""
+    sampler = EvalSampler(len(dataset), rank, world_size)
+    return _loader(dataset, num_workers, pin_memory, sampler=sampler, batch_size=batch_size)

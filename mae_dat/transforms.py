@@ -1,0 +1,110 @@
+"""Transforms: PIL RGB to float32 (3, H, W) in [0, 1], never normalised."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from mae_dat.data import Size, Transform
+
+
+def _crop_ratio(size_HW: Size) -> tuple[float, float]:
+    """Aspect ratios (width / height) from 3/4 to 4/3, relative to the target's own."""
+    aspect = size_HW[1] / size_HW[0]
+    return (3 / 4 * aspect, 4 / 3 * aspect)
+
+
+def pretrain_transform(size_HW: Size) -> Transform:
+    """MAE's pretraining augmentation: a random crop of 20 to 100 % of the area, bicubic, and a flip."""
+    crop = transforms.RandomResizedCrop(
+        size_HW, scale=(0.2, 1.0), ratio=_crop_ratio(size_HW), interpolation=transforms.InterpolationMode.BICUBIC
+    )
+    flow: Transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    return flow
+
+
+class EraseInRange:
+    """Random erasing of (3, H, W) pixels in [0, 1].
+
+    The fill is N(0, 1) per pixel ("pixel"), per block ("rand") or 0 ("const") on the normalised scale, where the method
+    was defined, clipped to [0, 1]. "pixel_raw" writes N(0, 1) into the pixels as the DAT authors' released code does,
+    two thirds of it out of range: for comparisons only.
+    """
+
+    def __init__(self, probability: float, mode: str, count: int) -> None:
+        if mode not in ("pixel", "rand", "const", "pixel_raw"):
+            raise ValueError(f"remode {mode!r} is not one of pixel, rand, const, pixel_raw")
+        self.raw = mode == "pixel_raw"
+        self.erase = RandomErasing(probability, mode=mode.removesuffix("_raw"), max_count=count, device="cpu")
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        canvas = self.erase(torch.full_like(image, torch.nan))  # what is no longer nan is erased
+        fill = canvas if self.raw else (canvas * self.std + self.mean).clamp(0, 1)
+        return torch.where(canvas.isnan(), image, fill)
+
+
+def finetune_transform(
+    size_HW: Size,
+    aa: str | None = "rand-m9-mstd0.5-inc1",
+    color_jitter: float | None = None,
+    reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    hflip: float = 0.5,
+) -> Transform:
+    """Crop, flip, `aa` (a policy in timm's notation) or else `color_jitter`, then erasing with probability `reprob`."""
+    jitter: Any = color_jitter  # timm's annotation forgets None
+    flow = create_transform(
+        (3, *size_HW),
+        is_training=True,
+        scale=crop_scale,
+        ratio=_crop_ratio(size_HW),
+        hflip=hflip,
+        color_jitter=jitter,
+        auto_augment=aa or None,
+        interpolation="bicubic",
+    )
+    # created with timm's default mean, which is the policy's fill colour; the normalisation itself is the network's
+    steps = [step for step in flow.transforms if not isinstance(step, transforms.Normalize)]
+    if reprob > 0:
+        steps.append(EraseInRange(reprob, remode, recount))
+    composed: Transform = transforms.Compose(steps)
+    return composed
+
+
+class EvalTransform:
+    """See `eval_transform`."""
+
+    def __init__(self, size_HW: Size) -> None:
+        self.size_HW = size_HW
+        share = 224 / 256 if max(size_HW) <= 224 else 1.0
+        self.cover_HW = (int(size_HW[0] / share), int(size_HW[1] / share))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        width, height = image.size
+        if (height, width) != self.size_HW:
+            cover_H, cover_W = self.cover_HW
+            if cover_W * height >= cover_H * width:  # the width decides
+                resized = (max(cover_H, int(cover_W * height / width)), cover_W)
+            else:
+                resized = (cover_H, max(cover_W, int(cover_H * width / height)))
+            image = functional.resize(image, list(resized), transforms.InterpolationMode.BICUBIC)
+            image = functional.center_crop(image, list(self.size_HW))
+        tensor: Tensor = functional.to_tensor(image)
+        return tensor
+
+
+def eval_transform(size_HW: Size) -> Transform:
+    """Resize (bicubic) and centre crop: up to 224 the crop is 7/8 of the resized image (256 for 224), above all of it.
+
+    An image that already has the target size passes unchanged.
+    """
+    return EvalTransform(size_HW)
