@@ -1,0 +1,206 @@
+"""Discrete adversaries (Mao et al. 2022, "Enhance the Visual Representation via Discrete Adversarial Training").
+
+A tokenizer Q and *a function from pixels to a scalar loss* are all that an attack needs, so the same code serves classification, masked
+autoencoding and detection. No gradient passes through Q: dQ(x)/dx is taken for the identity (section 3.3), and every reconstruction
+runs without autograd. An attack leaves no trace: no parameter gradient, no training flag changed. Shapes: image (B, C, H, W) in [0, 1];
+words (B, h, w).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mae_dat.config import AttackConfig
+from mae_dat.tokenizer.base import VisualTokenizer, share_changed
+
+__all__ = ["AttackConfig", "DiscreteAdversary", "ShareController", "discrete_adversary", "random_words"]
+
+LossOf = Callable[[Tensor], Tensor]
+
+
+class DiscreteAdversary(NamedTuple):
+    """What an attack found."""
+
+    reconstruction: Tensor
+    """Q(x), an image in [0, 1]."""
+    adversarial: Tensor
+    """The adversarial image in [0, 1], decoded from `adversarial_words`."""
+    words: Tensor
+    """Visual words of the picture that was attacked: of x (`paper`, `random`) or of Q(x) (`released`)."""
+    adversarial_words: Tensor
+
+    @property
+    def changed(self) -> Tensor:
+        """Share of words that the attack changed, a scalar in [0, 1]."""
+        return share_changed(self.words, self.adversarial_words)
+
+
+def discrete_adversary(
+    image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
+) -> DiscreteAdversary:
+    """Changes visual words of `image` to raise `loss_of` (or at random).
+
+    `loss_of` maps an image to the mean loss of the batch, a scalar, and closes over targets, mask or boxes. `generator` lives on the
+    image's device. Raises ValueError when pixels leave [0, 1] by more than 1e-6, ConfigError when the size does not fit the tokenizer.
+    """
+    low, high = image.detach().aminmax()
+    if low < -1e-6 or high > 1 + 1e-6:
+        raise ValueError(
+            f"the attack takes pixels in [0, 1], got [{low:.4g}, {high:.4g}]: leave the normalization to the model."
+        )
+    with torch.autocast(
+        image.device.type, enabled=False
+    ):  # a step is a fraction of a grey level: bfloat16 would lose it
+        words, reconstruction = _discretize(tokenizer, image)
+    if config.kind == "random":
+        return _random(tokenizer, words, reconstruction, config, generator)
+    if config.kind == "paper":
+        return _paper(image, words, reconstruction, loss_of, tokenizer, config)
+    return _released(reconstruction, loss_of, tokenizer, config, generator)
+
+
+def _released(
+    reconstruction: Tensor,
+    loss_of: LossOf,
+    tokenizer: VisualTokenizer,
+    config: AttackConfig,
+    generator: torch.Generator,
+) -> DiscreteAdversary:
+    """The released code's attack: unit-norm steps in an L2 ball around Q(x), then Q once more."""
+    point = random_start(reconstruction, config, generator)
+    for _ in range(config.steps):
+        gradient = input_gradient(point, loss_of)
+        delta = project(point + config.eps * unit(gradient) - reconstruction, config.eps)
+        point = (reconstruction + delta).clamp(0, 1)
+    with torch.no_grad(), torch.autocast(point.device.type, enabled=False):
+        # Q(x) has words of its own, not always those of x: only against them is a change the attack's doing.
+        words = tokenizer.encode(reconstruction)
+        adversarial_words, adversarial = _discretize(tokenizer, point)
+    return DiscreteAdversary(reconstruction, adversarial, words, adversarial_words)
+
+
+def _paper(
+    image: Tensor,
+    words: Tensor,
+    reconstruction: Tensor,
+    loss_of: LossOf,
+    tokenizer: VisualTokenizer,
+    config: AttackConfig,
+) -> DiscreteAdversary:
+    """Algorithm 1: Q(x + alpha * gradient), the gradient of each sample's own loss taken at Q(x)."""
+    gradient = input_gradient(reconstruction, loss_of) * len(image)  # of the sample's loss, not of the batch's mean
+    adversarial_words, adversarial = _discretize(tokenizer, (image + config.eps * gradient).clamp(0, 1))
+    return DiscreteAdversary(reconstruction, adversarial, words, adversarial_words)
+
+
+def _random(
+    tokenizer: VisualTokenizer, words: Tensor, reconstruction: Tensor, config: AttackConfig, generator: torch.Generator
+) -> DiscreteAdversary:
+    """The baseline without an adversary: a share of the words replaced by others at random."""
+    changed = random_words(words, tokenizer.num_words, 0.05 if config.share is None else config.share, generator)
+    with torch.no_grad(), torch.autocast(words.device.type, enabled=False):
+        return DiscreteAdversary(reconstruction, tokenizer.decode(changed), words, changed)
+
+
+@torch.no_grad()
+def _discretize(tokenizer: VisualTokenizer, image: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast(image.device.type, enabled=False):
+        words = tokenizer.encode(image.float())
+        return words, tokenizer.decode(words)
+
+
+def input_gradient(image: Tensor, loss_of: LossOf) -> Tensor:
+    """dL/dimage in float32. Only the input's gradient is asked for: parameters keep theirs, and DDP sees nothing."""
+    with torch.enable_grad():
+        image = image.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(image), image)
+    return gradient.float()
+
+
+def random_start(center: Tensor, config: AttackConfig, generator: torch.Generator) -> Tensor:
+    """With probability `random_start`, for the whole batch, a random point at distance eps from `center`, clamped to [0, 1]."""
+    if config.random_start == 0 or torch.rand((), generator=generator, device=generator.device) >= config.random_start:
+        return center
+    noise = torch.randn(center.shape, generator=generator, device=center.device)
+    return (center + config.eps * unit(noise)).clamp(0, 1)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x|_2 per sample."""
+    return x / (_norm(x) + 1e-10)
+
+
+def project(delta: Tensor, radius: float) -> Tensor:
+    """Projects each sample's delta into the L2 ball: delta * min(1, radius / |delta|_2)."""
+    return delta * (radius / (_norm(delta) + 1e-10)).clamp(max=1)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def random_words(words: Tensor, num_words: int, share: float, generator: torch.Generator) -> Tensor:
+    """Replaces exactly round(share * h * w) words of every image, at random places, each by another word, uniformly."""
+    flat = words.flatten(1)
+    count = round(share * flat.shape[1])
+    places = torch.rand(flat.shape, generator=generator, device=words.device).argsort(1)[:, :count]
+    shift = torch.randint(1, num_words, places.shape, generator=generator, device=words.device)
+    return flat.scatter(1, places, (flat.gather(1, places) + shift) % num_words).view_as(words)
+
+
+class ShareController:
+    """Holds the share of changed words at a target by adjusting eps, which does not carry over between sizes and tokenizers.
+
+    The strength is found on the first batch, then followed: log eps moves by a small part of the log ratio of target and running share.
+    """
+
+    GAIN = 0.05
+    SMOOTHING = 0.9
+
+    def __init__(self, config: AttackConfig) -> None:
+        assert config.share is not None
+        self.target = config.share
+        self.eps = config.eps
+        self.average: float | None = None
+
+    def apply(self, config: AttackConfig) -> AttackConfig:
+        """The attack with the strength of now."""
+        return replace(config, eps=self.eps)
+
+    def find(self, share_at: Callable[[float], float], tries: int = 12) -> None:
+        """Searches eps on a first batch: doubles or halves until the target is bracketed, then bisects in log eps."""
+        low = high = self.eps
+        share = share_at(self.eps)
+        for _ in range(tries):
+            if share < self.target:
+                low, high = high, high * 2
+                share = share_at(high)
+                if share >= self.target:
+                    break
+            else:
+                low, high = low / 2, low
+                share = share_at(low)
+                if share < self.target:
+                    break
+        for _ in range(tries // 2):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if share_at(middle) < self.target else (low, middle)
+        self.eps = (low * high) ** 0.5
+
+    def observe(self, share: float) -> None:
+        """Follows the share measured in a step."""
+        self.average = share if self.average is None else self.SMOOTHING * self.average + (1 - self.SMOOTHING) * share
+        ratio = self.target / max(self.average, self.target / 4)
+        self.eps *= min(max(ratio, 0.25), 4.0) ** self.GAIN
+
+    def state_dict(self) -> dict[str, float | None]:
+        """For a checkpoint."""
+        return {"eps": self.eps, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """From a checkpoint."""
+        assert state["eps"] is not None
+        self.eps, self.average = state["eps"], state["average"]

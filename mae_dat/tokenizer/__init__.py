@@ -1,0 +1,56 @@
+"""Visual words: images to indices of a codebook and back. `load_tokenizer` is the door."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+from mae_dat.errors import CheckpointError
+from mae_dat.files import require_file, sha256_of
+from mae_dat.tokenizer.base import VisualTokenizer, share_changed
+from mae_dat.tokenizer.light import LightConfig, LightTokenizer
+from mae_dat.tokenizer.vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
+from mae_dat.weights import read_weights
+
+__all__ = [
+    "VQGAN",
+    "VQGAN_PRESETS",
+    "LightConfig",
+    "LightTokenizer",
+    "VQGANConfig",
+    "VisualTokenizer",
+    "load_tokenizer",
+    "share_changed",
+]
+
+EMBEDDED = "embedded"
+
+
+def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
+    """A frozen tokenizer: `embedded` (shipped, for 64 px), a light one's `.safetensors`, or a VQGAN checkpoint.
+
+    A card `NAME.json` beside the file with a `sha256` is checked on every load. Raises MissingInputError, CheckpointError.
+    """
+    path = embedded_path() if str(name_or_path) == EMBEDDED else Path(name_or_path)
+    require_file(path, f"tokenizer (use --tokenizer {EMBEDDED} for the shipped one, or the path of a checkpoint)")
+    check_card(path)
+    file = read_weights(path, "tokenizer")
+    if file.metadata.get("tokenizer") == "light":
+        return LightTokenizer.from_file(path, file).freeze()
+    return VQGAN.from_state_dict(path, file.tensors).freeze()
+
+
+def embedded_path() -> Path:
+    """Where the shipped weights lie."""
+    return Path(str(resources.files("mae_dat.tokenizer") / "weights" / "light_f4_512.safetensors"))
+
+
+def check_card(path: Path) -> None:
+    """Compares a file with the `sha256` in the card beside it, if there is one. Raises CheckpointError on a mismatch."""
+    card = path.with_suffix(".json")
+    if not card.is_file():
+        return
+    expected = json.loads(card.read_text()).get("sha256")
+    if expected and sha256_of(path) != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its sha256 is not the one in {card.name}. Install the package or copy the file again."
+        )

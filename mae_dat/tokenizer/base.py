@@ -1,0 +1,81 @@
+"""The one interface behind which all tokenizers stand: images in, visual words out, and back."""
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from mae_dat.errors import ConfigError
+from mae_dat.tokenizer.quantize import look_up, nearest_words
+
+
+class VisualTokenizer(nn.Module, ABC):
+    """Discretizes images into visual words. Shapes: image (B, C, H, W) in [0, 1]; words (B, H / factor, W / factor), int64.
+
+    A subclass sets `factor`, `in_chans` and `codebook` (K, D), and maps pixels to latents and quantized latents to pixels.
+    """
+
+    factor: int
+    in_chans: int = 3
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The codes, (K, D)."""
+
+    @abstractmethod
+    def latent(self, image: Tensor) -> Tensor:
+        """Pre-quantization map (B, D, h, w) of an image in [0, 1]."""
+
+    @abstractmethod
+    def pixels(self, quantized: Tensor) -> Tensor:
+        """Image, *not yet clamped* to [0, 1], from a map of codes (B, D, h, w)."""
+
+    @property
+    def num_words(self) -> int:
+        """K, the size of the vocabulary."""
+        return self.codebook.shape[0]
+
+    def words_of(self, latent: Tensor) -> Tensor:
+        """The nearest word at each place of a latent map: (B, D, h, w) -> (B, h, w)."""
+        batch, dim, height, width = latent.shape
+        flat = latent.permute(0, 2, 3, 1).reshape(-1, dim)
+        return nearest_words(flat, self.codebook).view(batch, height, width)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Visual words (B, h, w) of an image (B, C, H, W) in [0, 1]. Raises ConfigError if a side is not divisible by `factor`."""
+        self.check(image)
+        return self.words_of(self.latent(image))
+
+    def decode(self, words: Tensor) -> Tensor:
+        """Image (B, C, H, W) in [0, 1] of visual words (B, h, w)."""
+        return self.pixels(look_up(words, self.codebook)).clamp(0, 1)
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Q(x) = decode(nearest_code(encode(x))), an image in [0, 1]."""
+        return self.decode(self.encode(image))
+
+    def check(self, image: Tensor) -> None:
+        """Raises ConfigError unless `image` is (B, in_chans, H, W) with sides divisible by `factor`."""
+        if image.ndim != 4 or image.shape[1] != self.in_chans:
+            raise ConfigError(
+                f"the tokenizer takes images (B, {self.in_chans}, H, W) and was given {tuple(image.shape)}; "
+                "train one for other channels with python -m mae_dat.train_tokenizer."
+            )
+        height, width = image.shape[-2:]
+        if height % self.factor or width % self.factor:
+            down = [side // self.factor * self.factor for side in (height, width)]
+            raise ConfigError(
+                f"image size {height} x {width} is not divisible by the tokenizer's factor {self.factor}: "
+                f"use --input_size {max(down[0], self.factor)} {max(down[1], self.factor)} or another multiple of {self.factor}."
+            )
+
+    def freeze(self) -> Self:
+        """Evaluation mode and no parameter gradients, as every use but training a tokenizer wants it."""
+        return self.eval().requires_grad_(False)
+
+
+def share_changed(words: Tensor, other: Tensor) -> Tensor:
+    """Share of words that differ, a float32 scalar in [0, 1]."""
+    return (words != other).to(torch.float32).mean()
