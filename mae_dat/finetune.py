@@ -1,0 +1,184 @@
+"""Fine-tuning and evaluation of a classifier, plainly or with DAT (`main_finetune.py`)."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from mae_dat import run
+from mae_dat.classifier import Classifier, build_classifier, load_pretrained, load_weights
+from mae_dat.config import ConfigError, FinetuneConfig, load_config
+from mae_dat.data import ImageFolder, find_split
+from mae_dat.distributed import step_generator
+from mae_dat.engine import Training, accuracy, seed_everything
+from mae_dat.errors import DataError
+from mae_dat.loaders import ImageLoader, eval_loader
+from mae_dat.metrics import Console
+from mae_dat.objectives import Classification, Objective, WithDAT
+from mae_dat.optim import build_optimizer
+from mae_dat.pictures import adversary_gallery, save_png
+from mae_dat.sources import image_root
+from mae_dat.transforms import eval_transform, finetune_transform
+
+logger = logging.getLogger(__name__)
+
+SCALAR_TAGS = {
+    "train_loss": "loss",
+    "train_lr": "lr",
+    "test_acc1": "perf/test_acc1",
+    "test_acc5": "perf/test_acc5",
+    "test_loss": "perf/test_loss",
+}
+PICTURES = 6
+
+
+def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune") -> dict[str, float]:
+    """Fine-tunes, or goes on where the output folder stands, exports the classifier and returns its accuracy."""
+    check(config)
+    with run.place(config.run, config.launch, console) as where:
+        images, held_out = labelled_images(config)
+        classes = class_count(config, images)
+        seed_everything(config.run.seed)
+        model = build(config, classes).to(where.device)
+        if config.classifier.finetune:
+            weights, _ = run.read_export(Path(config.classifier.finetune))
+            load_pretrained(model, weights.tensors)
+        objective = run.with_dat(Classification(config.augment, classes), config.dat, config.data, where.device)
+        # The rate is set in every step.
+        optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, config.classifier.layer_decay)
+        decay = config.classifier.ema_decay
+        training = Training(model, optimizer, objective, ModelEmaV3(model, decay=decay) if decay else None)
+        loader = held_out_loader(config, held_out, where)
+        shown = [held_out[index * len(held_out) // PICTURES] for index in range(PICTURES)]
+
+        def at_epoch_end(training: Training, epoch: int) -> dict[str, float]:
+            if where.world.main and config.run.pictures_every and (epoch + 1) % config.run.pictures_every == 0:
+                draw(training, objective, shown, config, where)
+            return accuracy(training.averaged, loader, where.device, where.precision)
+
+        run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
+        averaged = training.averaged
+        assert isinstance(averaged, Classifier)
+        run.export(averaged.net, where, facts_of(config, images, training))
+        return accuracy(averaged, loader, where.device, where.precision)
+
+
+def check(config: FinetuneConfig) -> None:
+    """Combinations that cannot work. Raises ConfigError before anything is read."""
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0 or config.augment.cutmix_minmax is not None
+    if mixes and config.optim.batch_size % 2:
+        raise ConfigError(
+            f"mixup and cutmix pair the images of a batch: --batch_size must be even, got {config.optim.batch_size}."
+        )
+
+
+def labelled_images(config: FinetuneConfig) -> tuple[ImageFolder, ImageFolder]:
+    """Training and validation images, with the same classes."""
+    size, augment = config.data.image_size, config.augment
+    transform = finetune_transform(
+        size,
+        aa=augment.aa,
+        color_jitter=augment.color_jitter,
+        crop_scale=augment.crop_scale,
+        reprob=augment.reprob,
+        remode=augment.remode,
+        recount=augment.recount,
+    )
+    images = run.training_images(config.data, transform, config.run.seed, labelled=True)
+    return images, held_out_images(config, images.classes)
+
+
+def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) -> ImageFolder:
+    """The validation split, unaugmented."""
+    root = find_split(image_root(config.data.data_path), "val")
+    return ImageFolder(root, eval_transform(config.data.image_size), classes=classes, on_bad=config.data.on_bad)
+
+
+def held_out_loader(config: FinetuneConfig, images: ImageFolder, where: run.Place) -> ImageLoader:
+    """This rank's share of the validation images."""
+    return eval_loader(images, 2 * config.optim.batch_size, where.world.rank, where.world.size, config.data.num_workers)
+
+
+def class_count(config: FinetuneConfig, images: ImageFolder) -> int:
+    """Classes of the head. Raises DataError when `--nb_classes` is below the number of class folders."""
+    wanted = config.classifier.nb_classes
+    if wanted is not None and wanted < len(images.classes):
+        raise DataError(
+            f"{images.root} has {len(images.classes)} class folders, --nb_classes is {wanted}: leave it out, or remove folders."
+        )
+    return wanted or len(images.classes)
+
+
+def build(config: FinetuneConfig, classes: int) -> Classifier:
+    """The classifier that the flags describe."""
+    settings, data = config.classifier, config.data
+    return build_classifier(
+        settings.model, classes, data.image_size, settings.drop_path, settings.mean_pool, data.in_chans
+    )
+
+
+def facts_of(config: FinetuneConfig, images: ImageFolder, training: Training) -> dict[str, Any]:
+    """What it takes to rebuild the classifier, stored with its weights."""
+    settings = config.classifier
+    facts = {
+        "kind": "classifier",
+        "model": settings.model,
+        "global_pool": settings.mean_pool,
+        "classes": images.classes,
+    }
+    size = {"input_size": list(config.data.image_size), "in_chans": config.data.in_chans}
+    return {**facts, **size, "nb_classes": class_count(config, images), "steps": training.step}
+
+
+def draw(
+    training: Training, objective: Objective, samples: list[Any], config: FinetuneConfig, where: run.Place
+) -> None:
+    """The adversary against the network as it is, on the same held-out pictures after every epoch."""
+    if not (isinstance(objective, WithDAT) and objective.ready):
+        return
+    folder = where.output / "pictures"
+    folder.mkdir(exist_ok=True)
+    image: Tensor = torch.stack([sample["image"] for sample in samples]).to(where.device)
+    label = torch.tensor([sample["label"] for sample in samples], device=where.device)
+    target = torch.nn.functional.one_hot(label, objective.objective.num_classes).float()  # type: ignore[attr-defined]
+    generator = step_generator(config.run.seed, 0, 0, where.device)
+    training.model.eval()
+    save_png(
+        adversary_gallery(image, objective.adversary(training.model, image, target, generator)),
+        folder / "adversary.png",
+    )
+
+
+def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> Classifier:
+    """A fine-tuned classifier from an output folder or file; what a file of ours says about itself replaces the flags.
+
+    Raises CheckpointError when its head has another number of classes than the data.
+    """
+    weights, facts = run.read_export(path)
+    settings = config.classifier
+    model = build_classifier(
+        facts.get("model", settings.model),
+        config.classifier.nb_classes or len(classes),
+        config.data.image_size,
+        0.0,
+        facts.get("global_pool", settings.mean_pool),
+        facts.get("in_chans", config.data.in_chans),
+    )
+    load_weights(model, weights.tensors)
+    return model
+
+
+def main() -> None:
+    """Command line: fine-tunes, or evaluates with `--eval`."""
+    console = run.console_for_command()
+    config = load_config(FinetuneConfig, run.arguments())
+    if config.evaluation.eval:
+        from mae_dat.evaluate import evaluate_checkpoint
+
+        evaluate_checkpoint(config, console)
+        return
+    final = finetune(config, console)
+    logger.info("accuracy %.2f %% top-1, %.2f %% top-5", final["test_acc1"], final["test_acc5"])

@@ -1,0 +1,205 @@
+"""Objectives: a batch in, a dictionary with `loss` and its named parts out. The engine knows none of them.
+
+An objective draws its randomness once per step (`prepare`: mask noise, mixed labels), so that every view of the batch, the clean
+and the adversarial one, is judged by the same mask or the same targets (`loss`). `WithDAT` wraps any of them.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from mae_dat.attack import DiscreteAdversary, ShareController, discrete_adversary
+from mae_dat.config import AttackConfig, AugmentConfig
+from mae_dat.data import Batch
+from mae_dat.distributed import all_mean
+from mae_dat.mae import MaskedAutoencoder, mask_noise, masked_mse
+from mae_dat.tokenizer.base import VisualTokenizer
+
+logger = logging.getLogger(__name__)
+
+Parts = dict[str, Tensor]
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The module inside DistributedDataParallel, or the model itself."""
+    return getattr(model, "module", model)
+
+
+class Objective(ABC):
+    """Maps (model, batch, generator) to a dictionary of scalars with `loss`."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
+        """The image to learn from, (B, C, H, W) in [0, 1], and all that judges it: targets, mask noise."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
+        """Mean loss of a view of the image, a float32 scalar."""
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
+        """The loss of one batch."""
+        return {"loss": self.loss(model, *self.prepare(model, batch, generator))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to save in a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have none
+        """State from a checkpoint."""
+
+
+class MaskedReconstruction(Objective):
+    """He et al. 2021: predict the removed patches of the *clean* picture; mean squared error over them."""
+
+    def __init__(self, mask_ratio: float, norm_pix: bool) -> None:
+        self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
+
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
+        """The image, with (target patches (B, N, P) of the clean picture, mask noise (B, N))."""
+        image, inner = batch["image"], unwrapped(model)
+        assert isinstance(inner, MaskedAutoencoder)
+        noise = mask_noise(len(image), inner.num_patches, generator, image.device)
+        return image, (inner.target(image, self.norm_pix), noise)
+
+    def loss(self, model: nn.Module, image: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """Error of the prediction from a view of the picture, at its removed patches."""
+        target, noise = context
+        prediction, mask = model(image, self.mask_ratio, noise)
+        return masked_mse(prediction.float(), target, mask)
+
+
+class Classification(Objective):
+    """Cross-entropy with soft targets: mixup and cutmix where asked for, label smoothing always."""
+
+    def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
+        self.num_classes, self.smoothing = num_classes, augment.smoothing
+        self.mixup: Any = None
+        if augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None:
+            self.mixup = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                cutmix_minmax=augment.cutmix_minmax,
+                prob=augment.mixup_prob,
+                switch_prob=augment.mixup_switch_prob,
+                mode=augment.mixup_mode,
+                label_smoothing=augment.smoothing,
+                num_classes=num_classes,
+            )
+
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The (mixed) image and soft targets (B, classes). timm's mixup draws from numpy's state, which the engine seeds per step."""
+        image, label = batch["image"], batch["label"]
+        if self.mixup is not None:
+            return self.mixup(image.clone(), label)
+        off = self.smoothing / self.num_classes
+        return image, F.one_hot(label, self.num_classes).float() * (1 - self.smoothing) + off
+
+    def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
+        """Mean cross-entropy against the soft targets."""
+        return F.cross_entropy(model(image).float(), context)
+
+
+class WithDAT(Objective):
+    """Discrete Adversarial Training around any objective.
+
+    loss = w L(clean) + L(adversarial), with w = 1 in the released code and 0 in the paper's Algorithm 1. The share of changed words is
+    part of the result, and a warning is given while it is 0: the quantizer then snaps every step back and DAT does nothing.
+    """
+
+    WARN_AFTER, WARN_EVERY = 3, 200
+
+    def __init__(self, objective: Objective, tokenizer: VisualTokenizer, attack: AttackConfig) -> None:
+        self.objective, self.tokenizer, self.attack = objective, tokenizer, attack
+        self.controller = ShareController(attack) if attack.share is not None and attack.kind != "random" else None
+        self.found = False
+        self.idle_steps = 0
+
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
+        """As the wrapped objective."""
+        return self.objective.prepare(model, batch, generator)
+
+    def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
+        """As the wrapped objective."""
+        return self.objective.loss(model, image, context)
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
+        """One DAT step; parts: loss, loss_clean, loss_adversarial, changed_words (share), eps."""
+        image, context = self.prepare(model, batch, generator)
+        parts: Parts = {}
+        if self.attack.clean_weight:
+            parts["loss_clean"] = self.loss(model, image, context)
+        found = self.adversary(model, image, context, generator)
+        parts["loss_adversarial"] = self.loss(model, found.adversarial, context)
+        loss = parts["loss_adversarial"] + self.attack.clean_weight * parts.get("loss_clean", torch.zeros(()))
+        changed = self._follow(all_mean(found.changed))
+        return {"loss": loss, **parts, "changed_words": changed, "eps": torch.tensor(self.strength().eps)}
+
+    def adversary(self, model: nn.Module, image: Tensor, context: Any, generator: torch.Generator) -> DiscreteAdversary:
+        """The attack on this batch. It runs on the bare module: DDP's hooks see nothing of it."""
+        inner = unwrapped(model)
+
+        def attack_with(config: AttackConfig, source: torch.Generator) -> DiscreteAdversary:
+            return discrete_adversary(image, lambda x: self.loss(inner, x, context), self.tokenizer, config, source)
+
+        if self.controller and not self.found:
+            # Every try starts from the same random state, so that the search compares strengths and nothing else.
+            state = generator.get_state()
+
+            def share_at(eps: float) -> float:
+                config = AttackConfig(self.attack.kind, eps, None, self.attack.random_start, self.attack.steps)
+                return float(all_mean(attack_with(config, _restarted(generator, state)).changed))
+
+            self.controller.find(share_at)
+            logger.info(
+                "eps %.4g changes %.1f %% of the words at the start", self.controller.eps, 100 * self.controller.target
+            )
+            self.found = True
+        return attack_with(self.strength(), generator)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the strength is known: always, but for a target share before the first step."""
+        return self.found or self.controller is None
+
+    def strength(self) -> AttackConfig:
+        """The attack as it stands now, with the controller's eps."""
+        return self.controller.apply(self.attack) if self.controller else self.attack
+
+    def _follow(self, changed: Tensor) -> Tensor:
+        share = float(changed)
+        if self.controller:
+            self.controller.observe(share)
+        self.idle_steps = 0 if share > 0 else self.idle_steps + 1
+        if self.idle_steps % self.WARN_EVERY == self.WARN_AFTER:
+            logger.warning(
+                "the adversary changed no visual word for %d steps: eps %.3g is too small at this size and tokenizer. "
+                "Give the strength as a share of words instead, such as --dat_share 0.04.",
+                self.idle_steps,
+                self.strength().eps,
+            )
+        return changed
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's state and the wrapped objective's."""
+        own = {"controller": self.controller.state_dict()} if self.controller and self.found else {}
+        return {**own, "objective": self.objective.state_dict(), "idle_steps": self.idle_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+        self.objective.load_state_dict(state["objective"])
+        self.idle_steps = state["idle_steps"]
+        if self.controller and "controller" in state:
+            self.controller.load_state_dict(state["controller"])
+            self.found = True
+
+
+def _restarted(generator: torch.Generator, state: Tensor) -> torch.Generator:
+    copy = torch.Generator(generator.device)
+    copy.set_state(state)
+    return copy

@@ -1,0 +1,178 @@
+"""What pretraining and fine-tuning share: joining the world, resuming, the loop, exported weights."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mae_dat import engine
+from mae_dat.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, sweep
+from mae_dat.config import DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig, flat_values, write_config
+from mae_dat.data import ImageFolder, Transform, find_split
+from mae_dat.distributed import World, amp_dtype, barrier, pick_device, process_group, world_from_environment
+from mae_dat.engine import Job, Training
+from mae_dat.errors import CheckpointError, MissingInputError
+from mae_dat.files import prepare_output_folder, sha256_of
+from mae_dat.loaders import TrainSampler, steps_per_epoch, train_loader
+from mae_dat.metrics import Console, RunLog
+from mae_dat.objectives import Objective, WithDAT
+from mae_dat.sources import image_root
+from mae_dat.tokenizer import check_card, load_tokenizer
+from mae_dat.weights import WeightsFile, read_weights, write_weights
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run happens."""
+
+    world: World
+    device: torch.device
+    precision: torch.dtype | None
+    output: Path
+
+
+@contextlib.contextmanager
+def place(run: RunConfig, launch: LaunchConfig, console: Console) -> Iterator[Place]:
+    """Joins the peers, picks the device and prepares the output folder; the block runs inside the process group."""
+    world = world_from_environment()
+    if world.size == 1 and launch.world_size > 1:
+        logger.warning(
+            "--world_size %d alone starts nothing: use torchrun --nproc_per_node %d.",
+            launch.world_size,
+            launch.world_size,
+        )
+    if not world.main:
+        console.quiet, console.live = True, False
+    device = pick_device(run.device, world)
+    with process_group(world, device):
+        output = prepare_output_folder(Path(run.output_dir))
+        if world.main:
+            sweep(output)
+        barrier()
+        yield Place(world, device, amp_dtype(run.precision, device), output)
+
+
+def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageFolder:
+    """The training split of the images that the flags or the environment name."""
+    root = find_split(image_root(data.data_path), "train", labelled=labelled)
+    return ImageFolder(root, transform, labelled=labelled, on_bad=data.on_bad, seed=seed)
+
+
+def with_dat(objective: Objective, dat: DatConfig, data: DataConfig, device: torch.device) -> Objective:
+    """The objective itself, or wrapped in DAT with its tokenizer, after a check that the sizes fit."""
+    if dat.attack is None:
+        return objective
+    tokenizer = load_tokenizer(dat.tokenizer).to(device)
+    tokenizer.check(torch.zeros(1, data.in_chans, *data.image_size))
+    logger.info(
+        "DAT %s: tokenizer %s, factor %d, %d words", dat.dat, dat.tokenizer, tokenizer.factor, tokenizer.num_words
+    )
+    return WithDAT(objective, tokenizer, dat.attack)
+
+
+def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
+    """The newest valid checkpoint of the output folder; else the one that `--resume` names; else None."""
+    return newest_checkpoint(output) or (find_checkpoint(Path(run.resume)) if run.resume else None)
+
+
+def train(
+    training: Training,
+    images: ImageFolder,
+    where: Place,
+    config: Any,
+    console: Console,
+    title: str,
+    at_epoch_end: Callable[[Training, int], dict[str, float]],
+    scalar_tags: dict[str, str],
+) -> None:
+    """Resumes or starts, and trains to the end. `config` has the groups run, data and optim."""
+    run: RunConfig = config.run
+    optim: OptimConfig = config.optim
+    epoch_steps = steps_per_epoch(len(images), optim.batch_size, where.world.size)
+    training.step = run.start_epoch * epoch_steps
+    settings = flat_values(config)
+    engine.resume(training, checkpoint_to_resume(run, where.output), settings)
+    total = optim.epochs * epoch_steps
+    if training.step >= total:
+        logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, training.step)
+        return
+    if where.world.main:
+        write_config(config, where.output / "config.yaml")
+    sampler = TrainSampler(
+        len(images), optim.batch_size, where.world.rank, where.world.size, run.seed, training.step, total
+    )
+    loader = train_loader(images, sampler, config.data.num_workers, config.data.pin_mem and where.device.type == "cuda")
+    log_dir = Path(run.log_dir) if run.log_dir else None
+    log = RunLog(where.output, log_dir, resumed_step=training.step, enabled=where.world.main)
+    job = Job(
+        run=run,
+        optim=optim,
+        loader=loader,
+        steps_per_epoch=epoch_steps,
+        world=where.world,
+        device=where.device,
+        precision=where.precision,
+        console=console,
+        log=log,
+        title=title,
+        settings=settings,
+        at_epoch_end=at_epoch_end,
+        scalar_tags=scalar_tags,
+    )
+    try:
+        engine.fit(training, job)
+    finally:
+        log.close()
+
+
+def export(model: nn.Module, where: Place, facts: dict[str, Any]) -> None:
+    """Writes `model.safetensors` (bare keys, what it takes to rebuild the model inside) and its card with the sha256."""
+    if not where.world.main:
+        return
+    path = where.output / WEIGHTS
+    write_weights(path, dict(model.state_dict()), {"mae_dat": json.dumps(facts)})
+    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256_of(path), **facts}, indent=1) + "\n")
+    logger.info("wrote %s", path)
+
+
+def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
+    """Weights from a file or an output folder of ours, and the facts stored with them (empty for a foreign file).
+
+    A folder gives its `model.safetensors`, or the model in its newest checkpoint. Raises MissingInputError, CheckpointError.
+    """
+    if path.is_dir() and not (path / WEIGHTS).is_file():
+        found = newest_checkpoint(path)
+        if found is None:
+            raise MissingInputError(f"{path} holds neither {WEIGHTS} nor a valid checkpoint-*.pth.")
+        return WeightsFile(found.load()["model"], {}), dict(found.manifest.get("settings", {}))
+    file = path / WEIGHTS if path.is_dir() else path
+    check_card(file)
+    weights = read_weights(file)
+    try:
+        return weights, json.loads(weights.metadata.get("mae_dat", "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: its description is damaged ({error}).") from error
+
+
+def console_for_command() -> Console:
+    """A console that logs; only warnings on ranks above 0."""
+    console = Console(quiet=not world_from_environment().main)
+    console.start_logging()
+    logging.captureWarnings(True)
+    return console
+
+
+def arguments() -> list[str]:
+    """The command line after the script's name."""
+    return sys.argv[1:]
