@@ -1,4 +1,5 @@
-"""Fine-tuning and evaluation of classifiers: `python main_finetune.py --help`. Runs as it is under python, torchrun and srun."""
+"""Fine-tuning and evaluation of classifiers: `python main_finetune.py --help`. Runs as it is under python, torchrun and
+srun."""
 
 from mae_dat.config import run_command
 

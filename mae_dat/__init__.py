@@ -1,4 +1,5 @@
-"""Masked autoencoders and Discrete Adversarial Training: visual representations that stay right when the world is not clean."""
+"""Masked autoencoders and Discrete Adversarial Training: visual representations that stay right when the world is not
+clean."""
 
 from typing import Any
 

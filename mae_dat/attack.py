@@ -1,9 +1,9 @@
 """Discrete adversaries (Mao et al. 2022, "Enhance the Visual Representation via Discrete Adversarial Training").
 
-A tokenizer Q and *a function from pixels to a scalar loss* are all that an attack needs, so the same code serves classification, masked
-autoencoding and detection. No gradient passes through Q: dQ(x)/dx is taken for the identity (section 3.3), and every reconstruction
-runs without autograd. An attack leaves no trace: no parameter gradient, no training flag changed. Shapes: image (B, C, H, W) in [0, 1];
-words (B, h, w).
+A tokenizer Q and *a function from pixels to a scalar loss* are all that an attack needs, so the same code serves
+classification, masked autoencoding and detection. No gradient passes through Q: dQ(x)/dx is taken for the identity
+(section 3.3), and every reconstruction runs without autograd. An attack leaves no trace: no parameter gradient, no
+training flag changed. Shapes: image (B, C, H, W) in [0, 1]; words (B, h, w).
 """
 
 from collections.abc import Callable
@@ -43,8 +43,9 @@ def discrete_adversary(
 ) -> DiscreteAdversary:
     """Changes visual words of `image` to raise `loss_of` (or at random).
 
-    `loss_of` maps an image to the mean loss of the batch, a scalar, and closes over targets, mask or boxes. `generator` lives on the
-    image's device. Raises ValueError when pixels leave [0, 1] by more than 1e-6, ConfigError when the size does not fit the tokenizer.
+    `loss_of` maps an image to the mean loss of the batch, a scalar, and closes over targets, mask or boxes. `generator`
+    lives on the image's device. Raises ValueError when pixels leave [0, 1] by more than 1e-6, ConfigError when the size
+    does not fit the tokenizer.
     """
     low, high = image.detach().aminmax()
     if low < -1e-6 or high > 1 + 1e-6:
@@ -121,7 +122,8 @@ def input_gradient(image: Tensor, loss_of: LossOf) -> Tensor:
 
 
 def random_start(center: Tensor, config: AttackConfig, generator: torch.Generator) -> Tensor:
-    """With probability `random_start`, for the whole batch, a random point at distance eps from `center`, clamped to [0, 1]."""
+    """With probability `random_start`, for the whole batch, a random point at distance eps from `center`, clamped to
+    [0, 1]."""
     if config.random_start == 0 or torch.rand((), generator=generator, device=generator.device) >= config.random_start:
         return center
     noise = torch.randn(center.shape, generator=generator, device=center.device)
@@ -152,9 +154,11 @@ def random_words(words: Tensor, num_words: int, share: float, generator: torch.G
 
 
 class ShareController:
-    """Holds the share of changed words at a target by adjusting eps, which does not carry over between sizes and tokenizers.
+    """Holds the share of changed words at a target by adjusting eps, which does not carry over between sizes and
+    tokenizers.
 
-    The strength is found on the first batch, then followed: log eps moves by a small part of the log ratio of target and running share.
+    The strength is found on the first batch, then followed: log eps moves by a small part of the log ratio of target
+    and running share.
     """
 
     GAIN = 0.05

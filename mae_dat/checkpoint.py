@@ -1,7 +1,8 @@
 """Checkpoints: atomic, verified by SHA-256 on every load, the newest valid one found by itself.
 
-A checkpoint is `checkpoint-STEP.pth` plus the manifest `checkpoint-STEP.json`, written last: without it, or when the file's hash
-differs from the one it records, the checkpoint does not count. Only tensors, numbers and strings go in; loading uses `weights_only`.
+A checkpoint is `checkpoint-STEP.pth` plus the manifest `checkpoint-STEP.json`, written last: without it, or when the
+file's hash differs from the one it records, the checkpoint does not count. Only tensors, numbers and strings go in;
+loading uses `weights_only`.
 """
 
 import datetime
@@ -70,7 +71,8 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that `--resume PATH` means: a `.pth` file of ours or a folder. Raises MissingInputError, CheckpointError."""
+    """The checkpoint that `--resume PATH` means: a `.pth` file of ours or a folder. Raises MissingInputError,
+    CheckpointError."""
     if path.is_dir():
         found = newest_checkpoint(path)
         if found is None:

@@ -1,7 +1,8 @@
 """Configuration: typed, strict, and the same names in YAML, on the command line and in MAE's scripts.
 
-A run's configuration is a frozen dataclass of groups whose fields are all flags: `OptimConfig.blr` is `--blr` and the YAML key `blr`.
-Order of precedence: command line, `--config FILE.yaml`, defaults. Importing this module does not import torch.
+A run's configuration is a frozen dataclass of groups whose fields are all flags: `OptimConfig.blr` is `--blr` and the
+YAML key `blr`. Order of precedence: command line, `--config FILE.yaml`, defaults. Importing this module does not import
+torch.
 """
 
 import contextlib
@@ -32,9 +33,11 @@ class AttackConfig:
 
     kind: Literal["released", "paper", "random"] = "released"
     eps: float = 0.1
-    """`released`: radius of the L2 ball per image, pixels in [0, 1], and size of the step. `paper`: alpha, the factor of the gradient."""
+    """`released`: radius of the L2 ball per image, pixels in [0, 1], and size of the step. `paper`: alpha, the factor
+    of the gradient."""
     share: float | None = None
-    """Target share of changed words in (0, 1), held by adjusting eps. `random`: the share of words replaced (0.05 if None)."""
+    """Target share of changed words in (0, 1), held by adjusting eps. `random`: the share of words replaced (0.05 if
+    None)."""
     random_start: float = 0.8
     """`released`: probability, drawn once per batch and rank, of starting from a random point of the ball."""
     steps: int = 1
@@ -132,17 +135,20 @@ class DatConfig:
     """Discrete adversarial training: bare `--dat` is `--dat released`."""
 
     dat: Literal["none", "released", "paper", "random"] = "none"
-    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1), random (random words, no attack)."""
+    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1), random (random words, no
+    attack)."""
     dat_eps: float = 0.1
     """released: L2 radius and step; paper: factor of the gradient; pixels in [0, 1]."""
     dat_share: float | None = None
-    """Target share of changed words, held by adjusting eps (the strength that carries over between sizes and tokenizers)."""
+    """Target share of changed words, held by adjusting eps (the strength that carries over between sizes and
+    tokenizers)."""
     dat_random_start: float = 0.8
     """released: probability per batch of a random start."""
     dat_steps: int = 1
     """released: gradient steps."""
     tokenizer: str = "embedded"
-    """`embedded` (light, for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or easyrobust."""
+    """`embedded` (light, for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or
+    easyrobust."""
 
     @property
     def attack(self) -> AttackConfig | None:
@@ -218,7 +224,8 @@ class AugmentConfig:
     reprob: float = 0.25
     """Probability of random erasing."""
     remode: str = "pixel"
-    """const, rand or pixel, filled inside [0, 1]; pixel_raw writes N(0, 1) into the pixels as DAT's released code did."""
+    """const, rand or pixel, filled inside [0, 1]; pixel_raw writes N(0, 1) into the pixels as DAT's released code
+    did."""
     recount: int = 1
     resplit: bool = False
     mixup: float = 0.0
@@ -269,48 +276,6 @@ class FinetuneConfig:
     launch: LaunchConfig = LaunchConfig()
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """Training of a light tokenizer. The defaults made the embedded one."""
-
-    data_path: tuple[str, ...] = ("demo",)
-    """Folders of images, or `demo` for the generated ones; DIR/train is taken where it exists."""
-    val_path: tuple[str, ...] = ()
-    """Held-out folders, measured at the end as they are; `demo` for the generated ones."""
-    output_dir: str = "./output_tokenizer"
-    input_size: tuple[int, ...] = (64,)
-    on_bad: Literal["fail", "skip"] = "fail"
-    factor: int = 4
-    """Pixels per word along a side."""
-    width: int = 64
-    encoder_blocks: int = 2
-    decoder_blocks: int = 4
-    num_words: int = 512
-    word_dim: int = 8
-    in_chans: int = 3
-    steps: int = 15000
-    batch_size: int = 32
-    lr: float = 2e-3
-    beta: float = 0.25
-    """Weight of the commitment loss."""
-    gan_weight: float = 0.1
-    """Gradient of the PatchGAN term relative to the reconstruction's at the last layer."""
-    gan_start: float = 0.6
-    """Share of the steps after which the PatchGAN joins."""
-    restart_every: int = 100
-    """Steps without use after which a code is restarted."""
-    save_every: int = 500
-    num_workers: int = 2
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    seed: int = 0
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return image_size(self.input_size)
-
-
 def image_size(sides: tuple[int, ...]) -> tuple[int, int]:
     """(height, width) of `--input_size`. Raises ConfigError."""
     if len(sides) not in (1, 2) or min(sides) < 1:
@@ -338,7 +303,8 @@ def flat_values(config: Any) -> dict[str, Any]:
 def load_config(kind: type[Config], arguments: Sequence[str], description: str = "") -> Config:
     """Builds a configuration from command-line arguments and the YAML file that `--config` names.
 
-    Raises ConfigError for an unknown key or wrong value in the file; exits with code 2 and a suggestion on a mistyped flag.
+    Raises ConfigError for an unknown key or wrong value in the file; exits with code 2 and a suggestion on a mistyped
+    flag.
     """
     import tyro
 

@@ -86,8 +86,8 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    ids = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, init_method="env://", rank=world.rank, world_size=world.size, **ids)
+    own = device if device.type == "cuda" else None
+    dist.init_process_group(backend, init_method="env://", rank=world.rank, world_size=world.size, device_id=own)
     try:
         yield
     finally:
@@ -122,7 +122,8 @@ def barrier() -> None:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A 63-bit seed that is a pure function of its arguments: no random state needs saving for a run to resume exactly."""
+    """A 63-bit seed that is a pure function of its arguments: no random state needs saving for a run to resume
+    exactly."""
     digest = hashlib.sha256(f"mae_dat step {seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -1,7 +1,7 @@
 """The training loop: any model, any objective; resumable at any step.
 
-All randomness of a step is a function of (seed, step, rank), and the order of samples of (seed, epoch), so the state of a run is its
-tensors and one integer.
+All randomness of a step is a function of (seed, step, rank), and the order of samples of (seed, epoch), so the state of
+a run is its tensors and one integer.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Training:
     step: int = 0
     """Micro-batches done, since the start of the run."""
     totals: dict[str, float] = field(default_factory=dict)
-    """Sums of the logged parts over the current epoch's steps of this rank, and `steps`."""
+    """Sums of the logged parts over the current epoch's steps of this rank, with `steps` and `seconds`."""
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -118,7 +118,8 @@ class Job:
 
 
 def fit(training: Training, job: Job) -> None:
-    """Trains to the end. Raises Interrupted after a signal and NumericsError on a loss that is not finite; both keep what was learned."""
+    """Trains to the end. Raises Interrupted after a signal and NumericsError on a loss that is not finite; both keep
+    what was learned."""
     logger.info(
         "effective batch %d (%d x %d x %d ranks), peak learning rate %.3g",
         job.effective_batch,
@@ -132,11 +133,14 @@ def fit(training: Training, job: Job) -> None:
         ids = [job.device.index] if job.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     model.train()
-    start, first, saved = time.monotonic(), training.step, time.monotonic()
+    first = training.step
+    start = saved = last = time.monotonic()
     with job.console.task(job.title, job.total_steps, done=first) as task, stop_requests() as stop:
         for batch in job.loader:
             loss = train_step(training, model, _to_device(batch, job.device), job, stop)
-            rate = job.effective_batch / job.optim.accum_iter * (training.step - first) / (time.monotonic() - start)
+            now = time.monotonic()
+            training.totals["seconds"] = training.totals.get("seconds", 0.0) + now - last
+            rate = job.optim.batch_size * job.world.size * (training.step - first) / (now - start)
             lr = training.optimizer.param_groups[-1]["lr"]
             task.advance(f"{rate:.0f} images/s  loss {loss:.4f}  lr {lr:.2e}")
             if training.step % job.steps_per_epoch == 0:
@@ -145,9 +149,11 @@ def fit(training: Training, job: Job) -> None:
             if due or stop.requested or training.step % job.steps_per_epoch == 0:
                 save(training, job)
                 saved = time.monotonic()
+            last = time.monotonic()  # waiting for data counts as training, evaluating and saving does not
             if stop.requested:
                 raise Interrupted(
-                    f"stopped at step {training.step} of {job.total_steps}; saved in {job.run.output_dir}. The same command goes on."
+                    f"stopped at step {training.step} of {job.total_steps}; saved in {job.run.output_dir}. "
+                    "The same command goes on."
                 )
 
 
@@ -178,7 +184,8 @@ def train_step(training: Training, model: nn.Module, batch: Batch, job: Job, sto
     if updating:
         facts["grad_norm"] = update(training, job, batch, parts)
     training.step += 1
-    for name, value in {**facts, "steps": 1.0, "skipped": float(batch["skipped"].sum())}.items():
+    counts = {"steps": 1.0, "skipped": float(batch["skipped"].sum())}
+    for name, value in {**facts, **counts}.items():
         training.totals[name] = training.totals.get(name, 0.0) + value
     return facts["loss"]
 
@@ -200,7 +207,8 @@ def update(training: Training, job: Job, batch: Batch, parts: dict[str, Tensor])
 def _not_finite(training: Training, job: Job, batch: Batch, parts: dict[str, Tensor]) -> NumericsError:
     told = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in parts.items())
     return NumericsError(
-        f"not finite at step {training.step} (on rank {job.world.rank}: {told}; images number {batch['index'].tolist()[:8]}...). "
+        f"not finite at step {training.step} (on rank {job.world.rank}: {told}; "
+        f"images number {batch['index'].tolist()[:8]}...). "
         "The weights are as before the step. Lower --blr, set --clip_grad 1, or use --precision fp32; "
         f"the last checkpoint in {job.run.output_dir} is intact."
     )
@@ -212,14 +220,21 @@ def end_epoch(training: Training, job: Job) -> None:
     names = sorted(training.totals)
     sums = all_sum(torch.tensor([training.totals[name] for name in names], dtype=torch.float64))
     totals = dict(zip(names, sums.tolist(), strict=True))
-    steps, skipped = totals.pop("steps"), totals.pop("skipped")
+    steps, skipped, seconds = totals.pop("steps"), totals.pop("skipped"), totals.pop("seconds") / job.world.size
     updates = {"grad_norm": steps / job.optim.accum_iter}
     means = {f"train_{name}": value / updates.get(name, steps) for name, value in totals.items()}
     if skipped:
         logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
     record = {**means, "train_lr": training.optimizer.param_groups[-1]["lr"], **job.at_epoch_end(training, epoch)}
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-    job.log.record({**record, "skipped": skipped, "epoch": epoch, "step": training.step, "n_parameters": n_parameters})
+    facts = {
+        "epoch": epoch,
+        "step": training.step,
+        "n_parameters": n_parameters,
+        "seconds": round(seconds, 2),
+        "skipped": int(skipped),
+    }
+    job.log.record({**record, **facts})
     job.log.scalars({job.scalar_tags.get(name, name): value for name, value in record.items()}, 1000 * (epoch + 1))
     training.totals = {}
     training.model.train()
@@ -288,7 +303,8 @@ def stop_requests() -> Iterator[StopRequest]:
 def accuracy(
     model: nn.Module, loader: ImageLoader, device: torch.device, precision: torch.dtype | None
 ) -> dict[str, float]:
-    """Top-1 and top-5 in percent and cross-entropy, from counts summed over ranks and divided once (test_acc1, test_acc5, test_loss)."""
+    """Top-1 and top-5 in percent and cross-entropy, from counts summed over ranks and divided once (test_acc1,
+    test_acc5, test_loss)."""
     training = model.training
     model.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=device)

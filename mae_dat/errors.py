@@ -1,4 +1,5 @@
-"""Errors that a user can mend: each names the file or value at fault and the next step, and carries a process exit code.
+"""Errors that a user can mend: each names the file or value at fault and the next step, and carries a process exit
+code.
 
 Anything else that escapes is a fault of ours and keeps its traceback.
 """

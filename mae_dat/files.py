@@ -1,4 +1,5 @@
-"""Files that are whole or absent: atomic writing, checksums, and a probe of the output folder before hours are spent."""
+"""Files that are whole or absent: atomic writing, checksums, and a probe of the output folder before hours are
+spent."""
 
 import contextlib
 import errno
@@ -23,10 +24,11 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path`; on success it is synced and takes the place of `path`, on failure it is removed.
+    """Opens a temporary file beside `path`; on success it is synced and takes the place of `path`, on failure it is
+    removed.
 
-    Readers see the old content or the new, never a part; a previous file survives a full disk and a kill at any instant.
-    Raises StorageError, naming path and free bytes, when the disk is full, and on any other write fault.
+    Readers see the old content or the new, never a part; a previous file survives a full disk and a kill at any
+    instant. Raises StorageError, naming path and free bytes, when the disk is full, and on any other write fault.
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)

@@ -107,7 +107,8 @@ def class_count(config: FinetuneConfig, images: ImageFolder) -> int:
     wanted = config.classifier.nb_classes
     if wanted is not None and wanted < len(images.classes):
         raise DataError(
-            f"{images.root} has {len(images.classes)} class folders, --nb_classes is {wanted}: leave it out, or remove folders."
+            f"{images.root} has {len(images.classes)} class folders, --nb_classes is {wanted}: leave it out, or remove "
+            "folders."
         )
     return wanted or len(images.classes)
 

@@ -1,4 +1,5 @@
-"""The order of samples, and loaders: which samples make up a step is a pure function of (seed, step), whatever the number of workers."""
+"""The order of samples, and loaders: which samples make up a step is a pure function of (seed, step), whatever the
+number of workers."""
 
 import hashlib
 import signal

@@ -27,8 +27,8 @@ def duration(seconds: float) -> str:
 class Console:
     """Progress of one or several stages: a live bar on a terminal, one plain line every `interval` seconds in a file.
 
-    `plan` gives the expected seconds of every stage of a longer job by title; the time left then covers the stages to come,
-    corrected by how much the finished ones deviated. With `quiet` (ranks above 0) nothing is shown.
+    `plan` gives the expected seconds of every stage of a longer job by title; the time left then covers the stages to
+    come, corrected by how much the finished ones deviated. With `quiet` (ranks above 0) nothing is shown.
     """
 
     def __init__(self, plan: Mapping[str, float] | None = None, interval: float = 10.0, quiet: bool = False) -> None:
@@ -39,7 +39,8 @@ class Console:
         self.live = self.rich.is_terminal and not quiet
 
     def start_logging(self, level: int = logging.INFO) -> None:
-        """Sends the log to the terminal above the bar, or as plain lines to standard error. Warnings only where `quiet`."""
+        """Sends the log to the terminal above the bar, or as plain lines to standard error. Warnings only where
+        `quiet`."""
         if self.live:
             handler: logging.Handler = RichHandler(
                 console=self.rich, show_path=False, show_time=False, show_level=False, markup=False
@@ -117,7 +118,8 @@ class Task:
 class RunLog:
     """`log.txt` and TensorBoard of one run, on rank 0; a no-op elsewhere.
 
-    Every record carries its `step`; on resuming, records past the restored step are dropped, so that none appears twice.
+    Every record carries its `step`; on resuming, records past the restored step are dropped, so that none appears
+    twice.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Objectives: a batch in, a dictionary with `loss` and its named parts out. The engine knows none of them.
 
-An objective draws its randomness once per step (`prepare`: mask noise, mixed labels), so that every view of the batch, the clean
-and the adversarial one, is judged by the same mask or the same targets (`loss`). `WithDAT` wraps any of them.
+An objective draws its randomness once per step (`prepare`: mask noise, mixed labels), so that every view of the batch,
+the clean and the adversarial one, is judged by the same mask or the same targets (`loss`). `WithDAT` wraps any of them.
 """
 
 import logging
@@ -93,7 +93,8 @@ class Classification(Objective):
             )
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The (mixed) image and soft targets (B, classes). timm's mixup draws from numpy's state, which the engine seeds per step."""
+        """The (mixed) image and soft targets (B, classes). timm's mixup draws from numpy's state, which the engine
+        seeds per step."""
         image, label = batch["image"], batch["label"]
         if self.mixup is not None:
             return self.mixup(image.clone(), label)
@@ -108,8 +109,9 @@ class Classification(Objective):
 class WithDAT(Objective):
     """Discrete Adversarial Training around any objective.
 
-    loss = w L(clean) + L(adversarial), with w = 1 in the released code and 0 in the paper's Algorithm 1. The share of changed words is
-    part of the result, and a warning is given while it is 0: the quantizer then snaps every step back and DAT does nothing.
+    loss = w L(clean) + L(adversarial), with w = 1 in the released code and 0 in the paper's Algorithm 1. The share of
+    changed words is part of the result, and a warning is given while it is 0: the quantizer then snaps every step back
+    and DAT does nothing.
     """
 
     WARN_AFTER, WARN_EVERY = 3, 200

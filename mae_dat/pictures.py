@@ -21,7 +21,8 @@ Column = tuple[str, Tensor]
 
 
 def gallery(columns: Sequence[Column], cell_inches: float = 1.3) -> Tensor:
-    """Draws columns of pictures (B, C, H, W) in [0, 1] under their titles, one row a picture; returns (3, height, width) in [0, 1]."""
+    """Draws columns of pictures (B, C, H, W) in [0, 1] under their titles, one row a picture; returns (3, height,
+    width) in [0, 1]."""
     rows, width = len(columns[0][1]), len(columns)
     figure = Figure(figsize=(width * cell_inches, rows * cell_inches + 0.35), dpi=160, facecolor="white")
     canvas = FigureCanvasAgg(figure)

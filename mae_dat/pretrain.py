@@ -53,7 +53,8 @@ def fixed_images(images: ImageFolder, size: tuple[int, int]) -> Tensor:
 def draw(
     model: MaskedAutoencoder, objective: Objective, image: Tensor, config: PretrainConfig, where: run.Place
 ) -> None:
-    """Galleries of the same pictures under the same mask after every epoch: reconstructions, and what the adversary did."""
+    """Galleries of the same pictures under the same mask after every epoch: reconstructions, and what the adversary
+    did."""
     folder = where.output / "pictures"
     folder.mkdir(exist_ok=True)
     generator = step_generator(config.run.seed, 0, 0, where.device)

@@ -137,7 +137,8 @@ def train(
 
 
 def export(model: nn.Module, where: Place, facts: dict[str, Any]) -> None:
-    """Writes `model.safetensors` (bare keys, what it takes to rebuild the model inside) and its card with the sha256."""
+    """Writes `model.safetensors` (bare keys, what it takes to rebuild the model inside) and its card with the
+    sha256."""
     if not where.world.main:
         return
     path = where.output / WEIGHTS
@@ -149,7 +150,8 @@ def export(model: nn.Module, where: Place, facts: dict[str, Any]) -> None:
 def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
     """Weights from a file or an output folder of ours, and the facts stored with them (empty for a foreign file).
 
-    A folder gives its `model.safetensors`, or the model in its newest checkpoint. Raises MissingInputError, CheckpointError.
+    A folder gives its `model.safetensors`, or the model in its newest checkpoint. Raises MissingInputError,
+    CheckpointError.
     """
     if path.is_dir() and not (path / WEIGHTS).is_file():
         found = newest_checkpoint(path)

@@ -1,4 +1,5 @@
-"""From what a user names to folders on disk: a path, the environment's default, or `demo` for the generated pictures."""
+"""From what a user names to folders on disk: a path, the environment's default, or `demo` for the generated
+pictures."""
 
 from pathlib import Path
 
@@ -9,6 +10,7 @@ DEMO = "demo"
 
 
 def image_root(data_path: str | None) -> Path:
-    """The root folder of images; `demo` draws the generated ones first, once. Raises ConfigError when nothing is named."""
+    """The root folder of images; `demo` draws the generated ones first, once. Raises ConfigError when nothing is
+    named."""
     root = data_root(data_path)
     return write_image_folder(default_root()) if root == DEMO else Path(root)

@@ -1,8 +1,10 @@
-"""Trains a light tokenizer on any folders of images: `python -m mae_dat.train_tokenizer --data_path DIR ... --output_dir OUT`.
+"""Trains a light tokenizer on any folders of images: `python -m mae_dat.train_tokenizer --data_path DIR ...
+--output_dir OUT`.
 
-Reconstruction + vector quantization + a PatchGAN (Esser et al. 2021, eqs. 4-7, without the perceptual term, whose network would have to be
-downloaded), with codes that fell out of use restarted on current latents. A rerun of the same command resumes. The result,
-`OUT/tokenizer.safetensors` with its card `OUT/tokenizer.json`, is used as `--tokenizer OUT/tokenizer.safetensors`.
+Reconstruction + vector quantization + a PatchGAN (Esser et al. 2021, eqs. 4-7, without the perceptual term, whose
+network would have to be downloaded), with codes that fell out of use restarted on current latents. A rerun of the same
+command resumes. The result, `OUT/tokenizer.safetensors` with its card `OUT/tokenizer.json`, is used as `--tokenizer
+OUT/tokenizer.safetensors`.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from mae_dat.checkpoint import newest_checkpoint, save_checkpoint, sweep
-from mae_dat.config import TokenizerConfig, command_line, load_config, run_command
+from mae_dat.config import command_line, image_size, load_config, run_command
 from mae_dat.data import ImageFolder, Sample, find_split
 from mae_dat.distributed import amp_dtype, pick_device, step_generator
 from mae_dat.errors import NumericsError
@@ -34,6 +36,48 @@ from mae_dat.tokenizer.quantize import look_up, straight_through, vq_loss
 from mae_dat.transforms import eval_transform
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Training of a light tokenizer. The defaults made the embedded one."""
+
+    data_path: tuple[str, ...] = ("demo",)
+    """Folders of images, or `demo` for the generated ones; DIR/train is taken where it exists."""
+    val_path: tuple[str, ...] = ()
+    """Held-out folders, measured at the end as they are; `demo` for the generated ones."""
+    output_dir: str = "./output_tokenizer"
+    input_size: tuple[int, ...] = (64,)
+    on_bad: Literal["fail", "skip"] = "fail"
+    factor: int = 4
+    """Pixels per word along a side."""
+    width: int = 64
+    encoder_blocks: int = 2
+    decoder_blocks: int = 4
+    num_words: int = 512
+    word_dim: int = 8
+    in_chans: int = 3
+    steps: int = 15000
+    batch_size: int = 32
+    lr: float = 2e-3
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    gan_weight: float = 0.1
+    """Gradient of the PatchGAN term relative to the reconstruction's at the last layer."""
+    gan_start: float = 0.6
+    """Share of the steps after which the PatchGAN joins."""
+    restart_every: int = 100
+    """Steps without use after which a code is restarted."""
+    save_every: int = 500
+    num_workers: int = 2
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: int = 0
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return image_size(self.input_size)
 
 
 class TokenizerTrainer:
@@ -69,7 +113,8 @@ class TokenizerTrainer:
         self.uses_K = state["uses"].to(self.device)
 
     def step(self, step: int, image: Tensor) -> dict[str, float]:
-        """One update on images (B, C, H, W) in [0, 1]. Raises NumericsError on a loss that is not finite, before the weights change."""
+        """One update on images (B, C, H, W) in [0, 1]. Raises NumericsError on a loss that is not finite, before the
+        weights change."""
         config, tokenizer = self.config, self.tokenizer.train()
         for group in self.optimizer.param_groups:
             group["lr"] = cosine(step, config.steps, config.lr)
@@ -87,7 +132,8 @@ class TokenizerTrainer:
                 loss = loss + self.adversarial(reconstruction, output)
         if not math.isfinite(loss.item()):
             raise NumericsError(
-                f"the tokenizer's loss is {loss.item()} at step {step}: lower --lr (now {config.lr}). The last checkpoint is intact."
+                f"the tokenizer's loss is {loss.item()} at step {step}: lower --lr (now {config.lr}). "
+                "The last checkpoint is intact."
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -98,10 +144,12 @@ class TokenizerTrainer:
         return {"loss": loss.item(), "psnr": -10 * math.log10(max(squared.item(), 1e-10))}
 
     def adversarial(self, reconstruction: Tensor, output: Tensor) -> Tensor:
-        """The generator's loss, weighted so that at the last layer its gradient is `gan_weight` times the reconstruction's (eq. 7)."""
+        """The generator's loss, weighted so that at the last layer its gradient is `gan_weight` times the
+        reconstruction's (eq. 7)."""
         self.discriminator.eval()
         fooling = -self.discriminator(2 * output - 1).float().mean()
         last = self.tokenizer.decoder[-2].weight
+        assert isinstance(last, Tensor)
         (by_reconstruction,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
         (by_fooling,) = torch.autograd.grad(fooling, last, retain_graph=True)
         balance = (by_reconstruction.norm() / (by_fooling.norm() + 1e-6)).clamp(max=1e4).detach()
@@ -117,7 +165,8 @@ class TokenizerTrainer:
         self.judge.step()
 
     def restart_codes(self, step: int, latent: Tensor) -> None:
-        """Places unused codes on random latents of this batch: all of them at step 0, later those unused for `restart_every` steps."""
+        """Places unused codes on random latents of this batch: all of them at step 0, later those unused for
+        `restart_every` steps."""
         if step % self.config.restart_every or step > 0.8 * self.config.steps:
             return
         unused = self.uses_K == 0 if step else torch.ones_like(self.uses_K, dtype=torch.bool)
@@ -138,7 +187,8 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 200) -> float:
 
 @torch.no_grad()
 def measure(tokenizer: LightTokenizer, loader: ImageLoader, device: torch.device) -> dict[str, float]:
-    """PSNR in dB (mean over pictures, pixels in [0, 1]), L1, and the share of the codebook in use on held-out pictures."""
+    """PSNR in dB (mean over pictures, pixels in [0, 1]), L1, and the share of the codebook in use on held-out
+    pictures."""
     tokenizer.eval()
     psnr, absolute, used, count = 0.0, 0.0, torch.zeros(tokenizer.num_words, device=device), 0
     for batch in loader:
@@ -217,9 +267,8 @@ def train(config: TokenizerConfig, console: Console) -> Path:
     with console.task("train the tokenizer", config.steps, done=first) as task:
         for step, batch in enumerate(loader, first):
             facts = trainer.step(step, batch["image"].to(device))
-            task.advance(
-                f"{config.batch_size * (step + 1 - first) / (time.monotonic() - start):.0f} images/s  loss {facts['loss']:.3f}  PSNR {facts['psnr']:.1f} dB"
-            )
+            rate = config.batch_size * (step + 1 - first) / (time.monotonic() - start)
+            task.advance(f"{rate:.0f} images/s  loss {facts['loss']:.3f}  PSNR {facts['psnr']:.1f} dB")
             if (step + 1) % 100 == 0:
                 log.record({"step": step + 1, **facts})
                 log.scalars({f"tokenizer/{key}": value for key, value in facts.items()}, step + 1)

@@ -1,7 +1,8 @@
 """Reading and writing weight files. Nothing that a file says is ever executed, and what is damaged is never loaded.
 
-`.safetensors` is what we write. Foreign `.pth`, `.pt` and `.ckpt` files are read with torch's `weights_only` and exactly two
-further names allowed: the `argparse.Namespace` of MAE's checkpoints, and a stub for the callback of Lightning's.
+`.safetensors` is what we write. Foreign `.pth`, `.pt` and `.ckpt` files are read with torch's `weights_only` and
+exactly two further names allowed: the `argparse.Namespace` of MAE's checkpoints, and a stub for the callback of
+Lightning's.
 """
 
 import argparse
@@ -33,7 +34,8 @@ class WeightsFile(NamedTuple):
 
 
 def read_weights(path: Path, what: str = "weights") -> WeightsFile:
-    """Reads a state dict on the CPU from `.safetensors` or a torch file, unwrapping `model`, `state_dict` and `module.`.
+    """Reads a state dict on the CPU from `.safetensors` or a torch file, unwrapping `model`, `state_dict` and
+    `module.`.
 
     Raises MissingInputError for no such file and CheckpointError for anything that is not a whole weights file.
     """
@@ -48,7 +50,8 @@ def read_weights(path: Path, what: str = "weights") -> WeightsFile:
 
 def read_pickle(path: Path) -> Any:
     """The object in a torch file, under `weights_only`. Raises CheckpointError."""
-    # torch types the list as callables; (class, full name) pairs are documented and needed to allow a name that is not installed.
+    # torch types the list as callables; (class, full name) pairs are documented and needed to allow a name that is not
+    # installed.
     allowed: list[Any] = [argparse.Namespace, (LightningCallbackStub, _LIGHTNING_CALLBACK)]
     try:
         with torch.serialization.safe_globals(allowed):

@@ -28,7 +28,8 @@ EMBEDDED = "embedded"
 def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
     """A frozen tokenizer: `embedded` (shipped, for 64 px), a light one's `.safetensors`, or a VQGAN checkpoint.
 
-    A card `NAME.json` beside the file with a `sha256` is checked on every load. Raises MissingInputError, CheckpointError.
+    A card `NAME.json` beside the file with a `sha256` is checked on every load. Raises MissingInputError,
+    CheckpointError.
     """
     path = embedded_path() if str(name_or_path) == EMBEDDED else Path(name_or_path)
     require_file(path, f"tokenizer (use --tokenizer {EMBEDDED} for the shipped one, or the path of a checkpoint)")
@@ -45,7 +46,8 @@ def embedded_path() -> Path:
 
 
 def check_card(path: Path) -> None:
-    """Compares a file with the `sha256` in the card beside it, if there is one. Raises CheckpointError on a mismatch."""
+    """Compares a file with the `sha256` in the card beside it, if there is one. Raises CheckpointError on a
+    mismatch."""
     card = path.with_suffix(".json")
     if not card.is_file():
         return

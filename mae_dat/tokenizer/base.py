@@ -11,9 +11,11 @@ from mae_dat.tokenizer.quantize import look_up, nearest_words
 
 
 class VisualTokenizer(nn.Module, ABC):
-    """Discretizes images into visual words. Shapes: image (B, C, H, W) in [0, 1]; words (B, H / factor, W / factor), int64.
+    """Discretizes images into visual words. Shapes: image (B, C, H, W) in [0, 1]; words (B, H / factor, W / factor),
+    int64.
 
-    A subclass sets `factor`, `in_chans` and `codebook` (K, D), and maps pixels to latents and quantized latents to pixels.
+    A subclass sets `factor`, `in_chans` and `codebook` (K, D), and maps pixels to latents and quantized latents to
+    pixels.
     """
 
     factor: int
@@ -44,7 +46,8 @@ class VisualTokenizer(nn.Module, ABC):
         return nearest_words(flat, self.codebook).view(batch, height, width)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Visual words (B, h, w) of an image (B, C, H, W) in [0, 1]. Raises ConfigError if a side is not divisible by `factor`."""
+        """Visual words (B, h, w) of an image (B, C, H, W) in [0, 1]. Raises ConfigError if a side is not divisible by
+        `factor`."""
         self.check(image)
         return self.words_of(self.latent(image))
 
@@ -65,10 +68,10 @@ class VisualTokenizer(nn.Module, ABC):
             )
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:
-            down = [side // self.factor * self.factor for side in (height, width)]
+            fitting = [max(side // self.factor, 1) * self.factor for side in (height, width)]
             raise ConfigError(
                 f"image size {height} x {width} is not divisible by the tokenizer's factor {self.factor}: "
-                f"use --input_size {max(down[0], self.factor)} {max(down[1], self.factor)} or another multiple of {self.factor}."
+                f"use --input_size {fitting[0]} {fitting[1]} or other multiples of {self.factor}."
             )
 
     def freeze(self) -> Self:

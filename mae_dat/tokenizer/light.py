@@ -1,6 +1,7 @@
 """The light tokenizer: residual blocks behind a space-to-depth stem, for small images and small machines.
 
-All convolutions run at 1 / factor of the resolution, so a 64 px reconstruction costs 0.3 GFLOP, a thousandth of VQ-f8's at 224 px.
+All convolutions run at 1 / factor of the resolution, so a 64 px reconstruction costs 0.3 GFLOP, a thousandth of VQ-f8's
+at 224 px.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""Nearest-code search and the vector-quantization losses (van den Oord et al. 2017, eq. 3; Esser et al. 2021, eq. 4)."""
+"""Nearest-code search and the vector-quantization losses (van den Oord et al. 2017, eq. 3; Esser et al. 2021, eq.
+4)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ _SCORES_AT_ONCE = 2**25
 def nearest_words(latent_MD: Tensor, codebook_KD: Tensor) -> Tensor:
     """Index of the nearest code in L2 for each of M vectors, int64 (M,).
 
-    argmin |z - e|^2 = argmax z.e - |e|^2 / 2, computed in float32 over chunks of rows: the (M, K) matrix never exists as a whole.
+    argmin |z - e|^2 = argmax z.e - |e|^2 / 2, computed in float32 over chunks of rows: the (M, K) matrix never exists
+    as a whole.
     """
     latent_MD, codebook_KD = latent_MD.float(), codebook_KD.float()
     half_norm_K = codebook_KD.square().sum(1) / 2
@@ -33,7 +35,8 @@ def straight_through(latent: Tensor, quantized: Tensor) -> Tensor:
 def vq_loss(latent: Tensor, quantized: Tensor, beta: float = 0.25, legacy: bool = False) -> Tensor:
     """Codebook loss + commitment loss, means over all elements.
 
-    The paper weights the commitment term (it moves the encoder) by `beta`; taming's `legacy` form weights the codebook term instead.
+    The paper weights the commitment term (it moves the encoder) by `beta`; taming's `legacy` form weights the codebook
+    term instead.
     """
     commitment = (quantized.detach() - latent).square().mean()
     codebook = (quantized - latent.detach()).square().mean()

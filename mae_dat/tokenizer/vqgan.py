@@ -1,7 +1,7 @@
 """VQGANs with the published weights' key names: taming-transformers, latent-diffusion, and DAT's own (easyrobust).
 
-Encoder and Decoder are taming's; the quantizer is ours. The configuration is read off the shapes in the checkpoint, so a file
-is enough; `VQGAN_PRESETS` lists the published ones.
+Encoder and Decoder are taming's; the quantizer is ours. The configuration is read off the shapes in the checkpoint, so
+a file is enough; `VQGAN_PRESETS` lists the published ones.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ _REFERENCE_RESOLUTION = 256
 
 @dataclasses.dataclass(frozen=True)
 class VQGANConfig:
-    """Architecture of a VQGAN. The default is the tokenizer of DAT's experiments, latent-diffusion's vq-f8 (67.7 M parameters)."""
+    """Architecture of a VQGAN. The default is the tokenizer of DAT's experiments, latent-diffusion's vq-f8 (67.7 M
+    parameters)."""
 
     num_words: int = 16384
     word_dim: int = 4
@@ -72,7 +73,8 @@ class GumbelQuantizer(nn.Module):
 
 
 class VQGAN(VisualTokenizer):
-    """The paper's tokenizer. Pixels go in as 2x - 1 and come out as (x + 1) / 2; no position embedding, so any size fits."""
+    """The paper's tokenizer. Pixels go in as 2x - 1 and come out as (x + 1) / 2; no position embedding, so any size
+    fits."""
 
     def __init__(self, config: VQGANConfig = VQGANConfig()) -> None:
         # Importing taming takes a while, and only VQGANs need it.
@@ -126,7 +128,8 @@ class VQGAN(VisualTokenizer):
     def from_state_dict(cls, path: Path | str, tensors: Mapping[str, Tensor]) -> Self:
         """Builds the model that the tensors describe and loads them strictly.
 
-        `loss.*` (the training losses) and `model_ema.*` are left out. Raises CheckpointError with the missing and unexpected keys.
+        `loss.*` (the training losses) and `model_ema.*` are left out. Raises CheckpointError with the missing and
+        unexpected keys.
         """
         kept = {key: value for key, value in tensors.items() if not key.startswith(("loss.", "model_ema."))}
         config = read_config(path, kept)

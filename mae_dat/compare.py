@@ -1,0 +1,175 @@
+"""A comparison, from images to a report: pretrain once, fine-tune every arm with every seed, measure all on the same
+pictures.
+
+`python -m mae_dat.compare --data_path DIR --output_dir OUT`. Every run has a folder of its own below OUT and resumes
+there, so an interrupted comparison goes on where it stood, and several processes can share the seeds before a last one
+measures.
+"""
+
+import dataclasses
+import logging
+import shlex
+import time
+from pathlib import Path
+
+import torch
+
+from mae_dat import run
+from mae_dat.config import ConfigError, FinetuneConfig, PretrainConfig, flat_values, load_config, nearest, run_command
+from mae_dat.corruptions import SEVERITIES
+from mae_dat.data import ImageFolder
+from mae_dat.distributed import pick_device
+from mae_dat.evaluate import as_run, assemble, conflict_pictures, measure, training_curves
+from mae_dat.files import prepare_output_folder
+from mae_dat.finetune import finetune, held_out_images, load_classifier
+from mae_dat.metrics import Console
+from mae_dat.pretrain import pretrain
+from mae_dat.report import Gallery, Results, Run, write_report
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ARMS = {"plain": "plain", "random": "random words", "released": "DAT", "paper": "DAT, Algorithm 1"}
+# Passes through the network and the tokenizer beside a plain step's, measured on two cores; only the time left depends
+# on them.
+COST = {"plain": 1.0, "random": 2.4, "released": 3.6, "paper": 2.6}
+PRETRAIN_COST = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """A comparison of fine-tunings."""
+
+    data_path: str = "demo"
+    """Folder with train/CLASS/* and val/CLASS/*, or `demo`."""
+    output_dir: str = "output/compare"
+    arms: tuple[str, ...] = tuple(ARMS)
+    """plain, random, released, paper."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the fine-tunings; the pretraining is shared and has its config's seed."""
+    pretrain: str = str(CONFIGS / "small_pretrain.yaml")
+    """Recipe of the pretraining."""
+    finetune: str = str(CONFIGS / "small_finetune.yaml")
+    """Recipe of all fine-tunings; an arm changes --dat alone."""
+    pretrain_flags: str = ""
+    """Flags over the recipe, as one quoted text: "--epochs 10"."""
+    finetune_flags: str = ""
+    limit: int | None = 400
+    """Images for each corruption and severity (None: all of the validation split)."""
+    severities: tuple[int, ...] = SEVERITIES
+    measure: bool = True
+    """Measure and report in the end; --no_measure trains only."""
+    title: str = "MAE pretraining, then fine-tuning with and without DAT"
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise ConfigError(f"unknown arm {arm!r}: {nearest(arm, list(ARMS))}")
+
+
+def pretrain_config(config: CompareConfig) -> PretrainConfig:
+    """The shared pretraining."""
+    own = ["--data_path", config.data_path, "--output_dir", str(Path(config.output_dir) / "pretrain")]
+    return load_config(PretrainConfig, ["--config", config.pretrain, *shlex.split(config.pretrain_flags), *own])
+
+
+def finetune_config(config: CompareConfig, arm: str, seed: int) -> FinetuneConfig:
+    """One fine-tuning."""
+    output = Path(config.output_dir)
+    own = ["--data_path", config.data_path, "--output_dir", str(output / f"{arm}-seed{seed}"), "--seed", str(seed)]
+    start = ["--finetune", str(output / "pretrain"), "--dat", "none" if arm == "plain" else arm]
+    return load_config(FinetuneConfig, ["--config", config.finetune, *shlex.split(config.finetune_flags), *own, *start])
+
+
+def compare(config: CompareConfig, console: Console) -> Results | None:
+    """Trains what is not trained yet, measures, and writes report.html, results.json and figures into the output
+    folder."""
+    began, output = time.monotonic(), prepare_output_folder(Path(config.output_dir))
+    first = pretrain_config(config)
+    runs = {(arm, seed): finetune_config(config, arm, seed) for seed in config.seeds for arm in config.arms}
+    images = run.training_images(first.data, lambda image: torch.zeros(0), 0, labelled=False)
+    console.plan = plan(first, runs, len(images))
+    pretrain(first, console, "pretrain")
+    for (arm, seed), one in runs.items():
+        finetune(one, console, stage(arm, seed))
+    if not config.measure:
+        return None
+    results = report(config, first, runs, console)
+    results["seconds"] = time.monotonic() - began
+    logger.info("wrote %s", write_report(results, output))
+    return results
+
+
+def stage(arm: str, seed: int) -> str:
+    """Title of a run on the progress bar."""
+    return f"{ARMS[arm]}, seed {seed}"
+
+
+def plan(first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig], count: int) -> dict[str, float]:
+    """Relative times of the stages, for the time left; the measured pace turns them into seconds."""
+    seconds = {"pretrain": PRETRAIN_COST * first.optim.epochs * count / 200}
+    for (arm, seed), one in runs.items():
+        seconds[stage(arm, seed)] = COST[arm] * one.optim.epochs * count / 200
+    return {**seconds, "measure": 0.1 * sum(seconds.values())}
+
+
+def report(
+    config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig], console: Console
+) -> Results:
+    """Measures all classifiers on the same pictures and gathers settings, curves and galleries."""
+    any_run = next(iter(runs.values()))
+    images = held_out_images(any_run)
+    device = pick_device(any_run.run.device)
+    models = {
+        stage(arm, seed): load_classifier(Path(one.run.output_dir), one, images.classes).to(device)
+        for (arm, seed), one in runs.items()
+    }
+    found = measure(
+        models, images, any_run, device, console, conflict_pictures(images), config.limit, config.severities
+    )
+    entries: list[Run] = [
+        as_run(found, stage(arm, seed), arm, ARMS[arm], Path(one.run.output_dir), seed)
+        for (arm, seed), one in runs.items()
+    ]
+    settings = {"comparison": dataclasses.asdict(config), "pretraining": flat_values(first)}
+    for (arm, seed), one in runs.items():
+        if seed == config.seeds[0]:
+            settings[f"fine-tuning, {ARMS[arm]}"] = flat_values(one)
+    results = assemble(entries, settings, config.title, found)
+    curves, seconds = training_curves(Path(first.run.output_dir))
+    results["pretraining"] = {"curves": curves, "seconds": seconds}
+    results["galleries"] = galleries(config, images)
+    return results
+
+
+def galleries(config: CompareConfig, images: ImageFolder) -> list[Gallery]:
+    """The pictures that the runs drew after their last epoch."""
+    output, seed = Path(config.output_dir), config.seeds[0]
+    wanted: list[Gallery] = [
+        {
+            "title": "What the masked autoencoder fills in",
+            "caption": "Masked picture, the prediction pasted into the visible patches, and the original, after "
+            "the last epoch.",
+            "file": "pretrain/pictures/reconstruction.png",
+        }
+    ]
+    for arm in config.arms:
+        wanted.append(
+            {
+                "title": f"Visual words: {ARMS[arm]}",
+                "caption": "A held-out picture, the same decoded from its words, after the attack on the trained "
+                "network, and the words that changed (dark).",
+                "file": f"{arm}-seed{seed}/pictures/adversary.png",
+            }
+        )
+    return [gallery for gallery in wanted if (output / gallery["file"]).is_file()]
+
+
+def main() -> None:
+    """Command line."""
+    console = run.console_for_command()
+    compare(load_config(CompareConfig, run.arguments(), __doc__ or ""), console)
+
+
+if __name__ == "__main__":
+    run_command(main)

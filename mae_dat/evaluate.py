@@ -1,0 +1,171 @@
+"""From trained classifiers to results and a report: `main_finetune.py --eval --resume OUT [--suite corruptions]`."""
+
+import datetime
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae_dat import run
+from mae_dat.classifier import Classifier
+from mae_dat.config import FinetuneConfig, command_line, flat_values
+from mae_dat.corruptions import SEVERITIES
+from mae_dat.data import ImageFolder
+from mae_dat.distributed import World, all_sum
+from mae_dat.engine import accuracy
+from mae_dat.errors import ConfigError
+from mae_dat.finetune import held_out_images, held_out_loader, load_classifier
+from mae_dat.generated import SHAPES, TEXTURES
+from mae_dat.metrics import Console, read_log
+from mae_dat.report import Results, Run, write_report
+from mae_dat.robustness import Conflict, Evaluation, evaluate, read_conflicts
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "pillow", "imagecorruptions-imaug")
+
+
+def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
+    """Measures one classifier on the validation images; with the suite `corruptions` it writes a report beside it.
+
+    Raises ConfigError without --resume, CheckpointError when the checkpoint's head does not fit the data.
+    """
+    if not config.run.resume:
+        raise ConfigError("--eval needs --resume: the output folder of a fine-tuning, or a weights file.")
+    source = Path(config.run.resume)
+    with run.place(config.run, config.launch, console) as where:
+        images = held_out_images(config)
+        model = load_classifier(source, config, images.classes).to(where.device)
+        final = accuracy(model, held_out_loader(config, images, where), where.device, where.precision)
+        logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
+        if config.evaluation.suite == "clean":
+            return
+        conflicts = conflict_pictures(images)
+        name = source.name if source.is_dir() else source.stem
+        found = measure(
+            {name: model}, images, config, where.device, console, conflicts, config.evaluation.limit, world=where.world
+        )
+        if where.world.main:
+            output = where.output
+            folder = source if source.is_dir() else source.parent
+            entry = as_run(found, name, name, name, folder, seed=config.run.seed)
+            results = assemble([entry], {"evaluation": flat_values(config)}, f"Robustness of {name}", found)
+            logger.info("wrote %s", write_report(results, output))
+
+
+def conflict_pictures(images: ImageFolder) -> list[Conflict]:
+    """The generated cue-conflict pictures beside a generated validation split; none for other images."""
+    folder = Path(images.root).parent / "conflict"
+    if set(images.classes) != set(SHAPES) or not folder.is_dir():
+        return []
+    return read_conflicts(folder, images.classes, dict(zip(TEXTURES, SHAPES, strict=True)))
+
+
+def measure(
+    models: Mapping[str, Classifier],
+    images: ImageFolder,
+    config: FinetuneConfig,
+    device: torch.device,
+    console: Console,
+    conflicts: Sequence[Conflict] = (),
+    limit: int | None = None,
+    severities: Sequence[int] = SEVERITIES,
+    title: str = "measure",
+    world: World = World(),  # noqa: B008 - immutable
+) -> Evaluation:
+    """Clean, corrupted and conflicting pictures for all models, with a progress bar."""
+    tasks: list[Any] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not tasks:
+            tasks.append(console.task(title, total, "picture").__enter__())
+        tasks[0].advance(what, done - tasks[0].done)
+
+    try:
+        return evaluate(
+            models,
+            images,
+            limit=limit,
+            severities=severities,
+            conflicts=conflicts,
+            batch_size=64,
+            num_workers=config.data.num_workers,
+            device=device,
+            rank=world.rank,
+            world=world.size,
+            reduce=lambda counts: all_sum(counts.to(device)).cpu(),
+            progress=progress,
+        )
+    finally:
+        for task in tasks:
+            task.__exit__(None, None, None)
+
+
+def as_run(found: Evaluation, key: str, name: str, label: str, folder: Path, seed: int) -> Run:
+    """One model's scores with the curves and the time of its training, from the folder's log."""
+    curves, seconds = training_curves(folder)
+    return {**found["models"][key], "name": name, "label": label, "seed": seed, "curves": curves, "seconds": seconds}
+
+
+def training_curves(folder: Path) -> tuple[dict[str, list[list[float | None]]], float]:
+    """Curves by epoch from `log.txt`, and the seconds of training; empty where there is no log."""
+    records = read_log(folder / "log.txt")
+    wanted = {"train_loss": "train_loss", "test_acc1": "test_acc1", "train_changed_words": "changed_words"}
+    curves: dict[str, list[list[float | None]]] = {}
+    for key, name in wanted.items():
+        points = [[float(record["epoch"] + 1), float(record[key])] for record in records if key in record]
+        if points:
+            curves[name] = [list(point) for point in points]
+    return curves, sum(record.get("seconds", 0.0) for record in records)
+
+
+def assemble(runs: list[Run], settings: dict[str, dict[str, Any]], title: str, found: Evaluation) -> Results:
+    """The results of an experiment, without galleries and pretraining."""
+    protocol = found["protocol"]
+    notes = [
+        f"Corruptions: {protocol['source']}.",
+        f"Each corruption and severity was measured on {protocol['images']} of {protocol['images_available']} "
+        f"validation images (seed {protocol['seed']}), the same for all models.",
+    ]
+    return {
+        "title": title,
+        "command": command_line(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "settings": settings,
+        "notes": notes,
+        "models": runs,
+        "galleries": [],
+    }
+
+
+def version(package: str) -> str:
+    """An installed package's version."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> dict[str, str]:
+    """The hardware, as far as it shapes times and numerics."""
+    facts = {"system": f"{platform.system()} {platform.machine()}", "cores": str(os.cpu_count())}
+    cpu = Path("/proc/cpuinfo")
+    models = (
+        [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if cpu.is_file()
+        else []
+    )
+    facts["processor"] = models[0] if models else platform.processor()
+    facts["instructions"] = torch.backends.cpu.get_cpu_capability()
+    facts["threads"] = str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
