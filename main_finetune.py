@@ -4,6 +4,6 @@ srun."""
 from mae_dat.config import run_command
 
 if __name__ == "__main__":
-    from mae_dat.finetune import main
+    from mae_dat.evaluate import main
 
     run_command(main)

@@ -37,7 +37,11 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2, **facts: Any) -> Path:
-    """Writes a checkpoint and deletes all but the newest `keep`. `facts` go into the manifest. Raises StorageError."""
+    """Writes a checkpoint and deletes all but the newest `keep` up to this step. `facts` go into the manifest.
+
+    Those of later steps stay: a run that goes on before them found them damaged, and they must not take the place of
+    valid ones. Raises StorageError.
+    """
     path = folder / f"checkpoint-{step:08d}.pth"
     with atomic_write(path) as file:
         torch.save(state, file)
@@ -54,7 +58,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     }
     with atomic_write(path.with_suffix(".json")) as file:
         file.write(json.dumps(manifest, indent=1).encode())
-    for old in _manifests(folder)[keep:]:
+    reached = [manifest for manifest in _manifests(folder) if _step_of(manifest) <= step]
+    for old in reached[max(keep, 1) :]:
         old.unlink(missing_ok=True)
         old.with_suffix(".pth").unlink(missing_ok=True)
     return path
@@ -93,13 +98,15 @@ def verify(manifest_path: Path) -> Checkpoint:
     path = manifest_path.with_suffix(".pth")
     try:
         manifest = json.loads(manifest_path.read_text())
-        version, step, digest = manifest["version"], int(manifest["step"]), manifest["sha256"]
+        version, step, digest = int(manifest["version"]), int(manifest["step"]), manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the manifest {manifest_path} is damaged ({error}).") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {version}, newer than this program's {FORMAT_VERSION}: update mae_dat."
         )
+    if step != _step_of(manifest_path):
+        raise CheckpointError(f"{manifest_path} is of step {step}: it belongs to another checkpoint.")
     if not path.is_file() or sha256_of(path) != digest:
         raise CheckpointError(f"{path} is damaged or missing: its sha256 is not the manifest's.")
     return Checkpoint(path, step, manifest)
@@ -114,7 +121,10 @@ def sweep(folder: Path) -> None:
 
 def _manifests(folder: Path) -> list[Path]:
     """Manifests in `folder`, newest step first."""
-    found = [
-        (int(match[1]), path) for path in folder.glob("checkpoint-*.json") if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in folder.glob("checkpoint-*.json") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(manifest_path: Path) -> int | None:
+    match = _NAME.fullmatch(manifest_path.name)
+    return int(match[1]) if match else None

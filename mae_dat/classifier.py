@@ -4,7 +4,6 @@ A checkpoint is read without running code from it, and loaded only if every key 
 left over is what MAE's own fine-tuning allows (a new head; `norm` replaced by a new `fc_norm` under average pooling).
 """
 
-import argparse
 import logging
 import math
 import re
@@ -16,23 +15,19 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_dat.errors import CheckpointError, ConfigError, MissingInputError
 from mae_dat.mae import VIT_SIZES, ViTSize, check_image_size, layer_norm, pixel_statistics, unknown_name
+from mae_dat.weights import bare_tensors, check_keys, listing, read_weights
 
 logger = logging.getLogger(__name__)
 
 Grid = tuple[int, int]
 HEAD_STD = 2e-5  # MAE's fine-tuning starts from a head that is almost zero
-_STATE_KEYS = ("model", "state_dict")  # where MAE, timm and Lightning keep the weights in a checkpoint
-_PREFIXES = ("module.", "net.", "model.", "1.")  # DDP; Classifier; a wrapper; easyrobust's (normalisation, model)
-_NORMALIZATION_KEYS = {"0.mean", "0.std"}
 _PRETRAINING_KEYS = ("decoder_", "mask_token")
-_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 
 
 class Classifier(nn.Module):
@@ -74,9 +69,9 @@ class LoadReport:
                 "position embedding resized from {} x {} to {} x {}".format(*self.resized[0], *self.resized[1])
             )
         if self.missing:
-            parts.append(f"new: {_listing(self.missing)}")
+            parts.append(f"new: {listing(self.missing)}")
         if self.ignored:
-            parts.append(f"not used: {_listing(self.ignored)}")
+            parts.append(f"not used: {listing(self.ignored)}")
         return "; ".join(parts)
 
 
@@ -185,60 +180,6 @@ def _create_with_accepted(name: str, options: dict[str, Any], **always: Any) -> 
                 logger.warning("%s has no drop path: drop_path %s is not used", name, value)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a .pth, .pt or .safetensors file: plain key -> tensor on the CPU, wrappers' prefixes removed.
-
-    Code in the file is never run (weights_only; the one class allowed is argparse.Namespace, which MAE saves).
-    MissingInputError where there is no such file; CheckpointError for a damaged or other file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p.name for p in path.iterdir() if p.suffix in {".pth", ".pt", ".safetensors"})
-        raise MissingInputError(f"{path} is a folder; name a weights file in it ({_listing(files) or 'there is none'})")
-    if not path.exists():
-        raise MissingInputError(f"no weights file {path}; check the path")
-    _refuse_other_files(path)
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
-    except Exception as error:  # a damaged file can fail in any of the reader's layers
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as weights: {cause}. Fetch or write the file again") from error
-    return _flatten(content, str(path))
-
-
-def _torch_load(path: Path) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _refuse_other_files(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        raise CheckpointError(f"{path} is empty; fetch or write the file again")
-    if _WEB_PAGE.match(start):
-        raise CheckpointError(f"{path} is a web page, not weights; the download failed: fetch the file again")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull`")
-
-
-def _flatten(content: Any, source: str) -> dict[str, Tensor]:
-    """The weights in a checkpoint without the prefixes that all keys share; CheckpointError where there are none."""
-    while isinstance(content, Mapping) and (
-        inner := next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), None)
-    ):
-        content = inner
-    found = list(content) if isinstance(content, Mapping) else type(content).__name__
-    weights = {key: v for key, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    # torch.compile wraps modules at any depth.
-    weights = {key.replace("_orig_mod.", ""): v for key, v in weights.items() if key not in _NORMALIZATION_KEYS}
-    if not weights:
-        raise CheckpointError(f"{source} holds no weights (it holds {str(found)[:200]}); give a model's checkpoint")
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in weights)), None):
-        weights = {key.removeprefix(prefix): v for key, v in weights.items()}
-    return weights
-
-
 def resize_position_embedding(pos_embed: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
     """(1, prefix + h*w, D) from the grid `old` to the grid `new` = (h, w); the `prefix` class tokens stay the same."""
     tokens, patches = pos_embed[:, :prefix], pos_embed[:, prefix:]
@@ -273,9 +214,9 @@ def _load(
     classifier: Classifier, source: str | Path | Mapping[str, Any], source_grid: Grid | None, head: bool
 ) -> LoadReport:
     if isinstance(source, Mapping):
-        label, state = "the given weights", _flatten(source, "the given weights")
+        label, state = "the given weights", bare_tensors(source, "the given weights")
     else:
-        label, state = str(source), read_weights(source)
+        label, state = str(source), read_weights(source).tensors
     net = classifier.net
     own = net.state_dict()
     ignored = [key for key in state if key not in own and key.startswith(_PRETRAINING_KEYS)]
@@ -288,7 +229,8 @@ def _load(
     state = {key: value for key, value in state.items() if key not in set(ignored)}
     new, left = ([], []) if head else _expected_differences(state, own, own_head)
     state = {key: value for key, value in state.items() if key not in left}
-    _check_keys(state, own, new, label)
+    advice = "choose the model (and the pooling, --global_pool or --cls_token) that the file was written for"
+    check_keys(label, {key: value for key, value in own.items() if key not in new}, state, advice)
     net.load_state_dict(state, strict=False)
     report = LoadReport(label, len(state), tuple(new), tuple(ignored + left), resized)
     logger.info("%s", report)
@@ -325,20 +267,6 @@ def _expected_differences(
     return new, [key for key in state if replaced and key.startswith("norm.") and key not in own]
 
 
-def _check_keys(state: Mapping[str, Tensor], own: Mapping[str, Tensor], new: list[str], label: str) -> None:
-    missing = [key for key in own if key not in state and key not in new]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if problems := [f"{kind}: {_listing(keys)}" for kind, keys in found.items() if keys]:
-        hint = "choose the model (and the pooling, --global_pool or --cls_token) that the file was written for"
-        raise CheckpointError(f"{label} does not fit the model; {'; '.join(problems)}. Fix: {hint}")
-
-
 def _fit_position_embedding(
     state: dict[str, Tensor], net: nn.Module, source_grid: Grid | None, label: str
 ) -> tuple[Grid, Grid] | None:
@@ -362,8 +290,3 @@ def _fit_position_embedding(
         return None
     state["pos_embed"] = resize_position_embedding(theirs, old, new, prefix)
     return old, new
-
-
-def _listing(names: Sequence[str], most: int = 12) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -300,7 +300,9 @@ def flat_values(config: Any) -> dict[str, Any]:
     return values
 
 
-def load_config(kind: type[Config], arguments: Sequence[str], description: str = "") -> Config:
+def load_config(
+    kind: type[Config], arguments: Sequence[str], description: str = "", default: Config | None = None
+) -> Config:
     """Builds a configuration from command-line arguments and the YAML file that `--config` names.
 
     Raises ConfigError for an unknown key or wrong value in the file; exits with code 2 and a suggestion on a mistyped
@@ -314,6 +316,7 @@ def load_config(kind: type[Config], arguments: Sequence[str], description: str =
     return tyro.cli(
         kind,
         args=[*from_file, *arguments],
+        default=kind() if default is None else default,
         description=f"{description or kind.__doc__}\n\nEvery flag may stand in a YAML file given with --config FILE.",
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,

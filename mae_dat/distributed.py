@@ -95,11 +95,12 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
 
 
 def _first_host(nodelist: str) -> str:
-    """First name of a SLURM node list: `n[03-05,9]` -> `n03`, `a1,b2` -> `a1`."""
+    """First name of a SLURM node list: `n[03-05,9]-ib` -> `n03-ib`, `a1,b2` -> `a1`."""
     prefix, bracket, rest = nodelist.partition("[")
     if not bracket or "," in prefix:
         return nodelist.split(",")[0]
-    return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
+    numbers, _, suffix = rest.partition("]")
+    return prefix + numbers.split(",")[0].split("-")[0] + suffix.split(",")[0]
 
 
 def all_sum(value: Tensor) -> Tensor:

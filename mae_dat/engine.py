@@ -25,7 +25,7 @@ from mae_dat.checkpoint import Checkpoint, save_checkpoint
 from mae_dat.config import OptimConfig, RunConfig
 from mae_dat.data import Batch
 from mae_dat.distributed import World, all_sum, step_generator, step_seed
-from mae_dat.errors import NumericsError, UserError
+from mae_dat.errors import DataError, NumericsError, UserError
 from mae_dat.loaders import ImageLoader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective
@@ -96,8 +96,8 @@ class Job:
     title: str
     settings: dict[str, Any]
     """Flat configuration, kept in every checkpoint's manifest."""
-    at_epoch_end: Callable[[Training, int], dict[str, float]]
-    """Evaluates and draws after an epoch; what it returns joins the epoch's record."""
+    at_epoch_end: Callable[[Training, int, RunLog], dict[str, float]]
+    """Evaluates and draws after an epoch (given its number); what it returns joins the epoch's record."""
     scalar_tags: dict[str, str]
     """TensorBoard tag of each key of an epoch's record, on the axis of thousandths of an epoch."""
 
@@ -134,6 +134,7 @@ def fit(training: Training, job: Job) -> None:
         model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     model.train()
     first = training.step
+    due = False
     start = saved = last = time.monotonic()
     with job.console.task(job.title, job.total_steps, done=first) as task, stop_requests() as stop:
         for batch in job.loader:
@@ -145,12 +146,15 @@ def fit(training: Training, job: Job) -> None:
             task.advance(f"{rate:.0f} images/s  loss {loss:.4f}  lr {lr:.2e}")
             if training.step % job.steps_per_epoch == 0:
                 end_epoch(training, job)
-            due = time.monotonic() - saved > 60 * job.run.save_minutes
-            if due or stop.requested or training.step % job.steps_per_epoch == 0:
+                due = True
+            due = due or stop.requested or time.monotonic() - saved > 60 * job.run.save_minutes
+            # Between the micro-batches of one update there is a gradient, which no checkpoint holds.
+            whole = training.step % job.optim.accum_iter == 0 or training.step == job.total_steps
+            if due and whole:
                 save(training, job)
-                saved = time.monotonic()
+                saved, due = time.monotonic(), False
             last = time.monotonic()  # waiting for data counts as training, evaluating and saving does not
-            if stop.requested:
+            if stop.requested and whole:
                 raise Interrupted(
                     f"stopped at step {training.step} of {job.total_steps}; saved in {job.run.output_dir}. "
                     "The same command goes on."
@@ -175,7 +179,8 @@ def train_step(training: Training, model: nn.Module, batch: Batch, job: Job, sto
     with synchronize:
         with torch.autocast(job.device.type, job.precision or torch.bfloat16, enabled=job.precision is not None):
             parts = training.objective(model, batch, generator)
-        flags = all_sum(torch.tensor([float(not torch.isfinite(parts["loss"])), float(stop.asked)]))
+        told = [float(not torch.isfinite(parts["loss"])), float(stop.asked)]
+        flags = all_sum(torch.tensor(told, device=job.device))
         if flags[0]:
             raise _not_finite(training, job, batch, parts)
         stop.requested = bool(flags[1])
@@ -218,14 +223,14 @@ def end_epoch(training: Training, job: Job) -> None:
     """Averages the epoch over steps and ranks, evaluates, and writes the record."""
     epoch = training.step // job.steps_per_epoch - 1
     names = sorted(training.totals)
-    sums = all_sum(torch.tensor([training.totals[name] for name in names], dtype=torch.float64))
+    sums = all_sum(torch.tensor([training.totals[name] for name in names], dtype=torch.float64, device=job.device))
     totals = dict(zip(names, sums.tolist(), strict=True))
     steps, skipped, seconds = totals.pop("steps"), totals.pop("skipped"), totals.pop("seconds") / job.world.size
     updates = {"grad_norm": steps / job.optim.accum_iter}
     means = {f"train_{name}": value / updates.get(name, steps) for name, value in totals.items()}
     if skipped:
         logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
-    record = {**means, "train_lr": training.optimizer.param_groups[-1]["lr"], **job.at_epoch_end(training, epoch)}
+    record = {**means, "train_lr": training.optimizer.param_groups[-1]["lr"], **job.at_epoch_end(training, epoch, job.log)}
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
     facts = {
         "epoch": epoch,
@@ -304,7 +309,10 @@ def accuracy(
     model: nn.Module, loader: ImageLoader, device: torch.device, precision: torch.dtype | None
 ) -> dict[str, float]:
     """Top-1 and top-5 in percent and cross-entropy, from counts summed over ranks and divided once (test_acc1,
-    test_acc5, test_loss)."""
+    test_acc5, test_loss).
+
+    Images that stand in for unreadable ones (`skipped`) are not counted. Raises DataError when none is left.
+    """
     training = model.training
     model.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=device)
@@ -312,9 +320,12 @@ def accuracy(
         image, label = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
         with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
             logits = model(image).float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
-        loss = nn.functional.cross_entropy(logits, label, reduction="sum")
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(label), device=device)]).double()
+        own = batch["skipped"].to(device) == 0
+        hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None])[own]
+        loss = nn.functional.cross_entropy(logits, label, reduction="none").double()[own]
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum(), own.sum()])
     model.train(training)
     correct, correct5, loss, total = all_sum(counts).tolist()
+    if not total:
+        raise DataError("no image to evaluate could be read: check the validation folder.")
     return {"test_acc1": 100 * correct / total, "test_acc5": 100 * correct5 / total, "test_loss": loss / total}

@@ -13,13 +13,13 @@ import torch
 
 from mae_dat import run
 from mae_dat.classifier import Classifier
-from mae_dat.config import FinetuneConfig, command_line, flat_values
+from mae_dat.config import FinetuneConfig, command_line, flat_values, load_config
 from mae_dat.corruptions import SEVERITIES
 from mae_dat.data import ImageFolder
 from mae_dat.distributed import World, all_sum
 from mae_dat.engine import accuracy
 from mae_dat.errors import ConfigError
-from mae_dat.finetune import held_out_images, held_out_loader, load_classifier
+from mae_dat.finetune import evaluated_config, finetune, held_out_images, held_out_loader, load_classifier
 from mae_dat.generated import SHAPES, TEXTURES
 from mae_dat.metrics import Console, read_log
 from mae_dat.report import Results, Run, write_report
@@ -38,8 +38,11 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
     if not config.run.resume:
         raise ConfigError("--eval needs --resume: the output folder of a fine-tuning, or a weights file.")
     source = Path(config.run.resume)
+    config, classes = evaluated_config(source, config)
+    if config.evaluation.suite == "corruptions" and config.data.in_chans != 3:
+        raise ConfigError(f"--suite corruptions needs a classifier of colour pictures; {source} takes grey ones.")
     with run.place(config.run, config.launch, console) as where:
-        images = held_out_images(config)
+        images = held_out_images(config, classes)
         model = load_classifier(source, config, images.classes).to(where.device)
         final = accuracy(model, held_out_loader(config, images, where), where.device, where.precision)
         logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
@@ -169,3 +172,14 @@ def machine() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+def main() -> None:
+    """The command line of `main_finetune.py`: fine-tunes, or evaluates with `--eval`."""
+    console = run.console_for_command()
+    config = load_config(FinetuneConfig, run.arguments())
+    if config.evaluation.eval:
+        evaluate_checkpoint(config, console)
+        return
+    final = finetune(config, console)
+    logger.info("accuracy %.2f %% top-1, %.2f %% top-5", final["test_acc1"], final["test_acc5"])

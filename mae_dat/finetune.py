@@ -1,6 +1,6 @@
-"""Fine-tuning and evaluation of a classifier, plainly or with DAT (`main_finetune.py`)."""
+"""Fine-tuning of a classifier, plainly or with DAT (`main_finetune.py`)."""
 
-import logging
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,18 @@ from torch import Tensor
 
 from mae_dat import run
 from mae_dat.classifier import Classifier, build_classifier, load_pretrained, load_weights
-from mae_dat.config import ConfigError, FinetuneConfig, load_config
+from mae_dat.config import ConfigError, DataConfig, FinetuneConfig, image_size
 from mae_dat.data import ImageFolder, find_split
 from mae_dat.distributed import step_generator
 from mae_dat.engine import Training, accuracy, seed_everything
-from mae_dat.errors import DataError
+from mae_dat.errors import CheckpointError, DataError
 from mae_dat.loaders import ImageLoader, eval_loader
-from mae_dat.metrics import Console
+from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Classification, Objective, WithDAT
 from mae_dat.optim import build_optimizer
-from mae_dat.pictures import adversary_gallery, save_png
+from mae_dat.pictures import adversary_gallery
 from mae_dat.sources import image_root
 from mae_dat.transforms import eval_transform, finetune_transform
-
-logger = logging.getLogger(__name__)
 
 SCALAR_TAGS = {
     "train_loss": "loss",
@@ -44,8 +42,7 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         seed_everything(config.run.seed)
         model = build(config, classes).to(where.device)
         if config.classifier.finetune:
-            weights, _ = run.read_export(Path(config.classifier.finetune))
-            load_pretrained(model, weights.tensors)
+            start_from(model, Path(config.classifier.finetune))
         objective = run.with_dat(Classification(config.augment, classes), config.dat, config.data, where.device)
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, config.classifier.layer_decay)
@@ -54,9 +51,9 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         loader = held_out_loader(config, held_out, where)
         shown = [held_out[index * len(held_out) // PICTURES] for index in range(PICTURES)]
 
-        def at_epoch_end(training: Training, epoch: int) -> dict[str, float]:
+        def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
             if where.world.main and config.run.pictures_every and (epoch + 1) % config.run.pictures_every == 0:
-                draw(training, objective, shown, config, where)
+                run.show(draw(training, objective, shown, config, where), where, log, epoch)
             return accuracy(training.averaged, loader, where.device, where.precision)
 
         run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
@@ -94,7 +91,8 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageFolder, ImageFolder]:
 def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) -> ImageFolder:
     """The validation split, unaugmented."""
     root = find_split(image_root(config.data.data_path), "val")
-    return ImageFolder(root, eval_transform(config.data.image_size), classes=classes, on_bad=config.data.on_bad)
+    transform = run.in_channels(eval_transform(config.data.image_size), config.data)
+    return ImageFolder(root, transform, classes=classes, on_bad=config.data.on_bad)
 
 
 def held_out_loader(config: FinetuneConfig, images: ImageFolder, where: run.Place) -> ImageLoader:
@@ -136,50 +134,71 @@ def facts_of(config: FinetuneConfig, images: ImageFolder, training: Training) ->
 
 def draw(
     training: Training, objective: Objective, samples: list[Any], config: FinetuneConfig, where: run.Place
-) -> None:
-    """The adversary against the network as it is, on the same held-out pictures after every epoch."""
+) -> dict[str, Tensor]:
+    """The adversary against the network as it is, on the same held-out pictures after every epoch; without DAT
+    nothing."""
     if not (isinstance(objective, WithDAT) and objective.ready):
-        return
-    folder = where.output / "pictures"
-    folder.mkdir(exist_ok=True)
+        return {}
     image: Tensor = torch.stack([sample["image"] for sample in samples]).to(where.device)
     label = torch.tensor([sample["label"] for sample in samples], device=where.device)
     target = torch.nn.functional.one_hot(label, objective.objective.num_classes).float()  # type: ignore[attr-defined]
     generator = step_generator(config.run.seed, 0, 0, where.device)
     training.model.eval()
-    save_png(
-        adversary_gallery(image, objective.adversary(training.model, image, target, generator)),
-        folder / "adversary.png",
+    found = objective.adversary(training.model, image, target, generator)
+    return {"adversary": adversary_gallery(image, found)}
+
+
+def start_from(model: Classifier, path: Path) -> None:
+    """Pretrained weights from a folder or file. Raises MissingInputError, CheckpointError."""
+    weights, facts = run.read_export(path)
+    with run.naming(f"--finetune {path}"):
+        load_pretrained(model, weights.tensors, source_grid(model, facts))
+
+
+def source_grid(model: Classifier, facts: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches in weights of ours: their number alone does not tell 4 x 16 from 8 x 8."""
+    patch = getattr(getattr(model.net, "patch_embed", None), "patch_size", None)
+    if patch is None or "input_size" not in facts:
+        return None
+    height, width = image_size(tuple(facts["input_size"]))
+    return height // patch[0], width // patch[1]
+
+
+def evaluated_config(path: Path, config: FinetuneConfig) -> tuple[FinetuneConfig, list[str] | None]:
+    """The settings to evaluate an output folder or file with, and its classes in the order of its head, if known.
+
+    What a file of ours says about itself replaces the flags; the pictures' size only where none was asked for. Raises
+    MissingInputError, CheckpointError.
+    """
+    _, facts = run.read_export(path)
+    if facts.get("kind") == "mae" or "mask_ratio" in facts:
+        raise CheckpointError(
+            f"--resume {path} is a pretraining, which has no classes yet: fine-tune it first, with --finetune {path}."
+        )
+    data, own = config.data, config.classifier
+    asked = data.input_size != DataConfig().input_size
+    size = data.input_size if asked else tuple(facts.get("input_size", data.input_size))
+    pooled = facts.get("global_pool", own.mean_pool) and not facts.get("cls_token", False)
+    classifier = dataclasses.replace(
+        own,
+        model=facts.get("model", own.model),
+        nb_classes=own.nb_classes or facts.get("nb_classes"),
+        global_pool=pooled,
+        cls_token=not pooled,
     )
+    data = dataclasses.replace(data, input_size=size, in_chans=facts.get("in_chans", data.in_chans))
+    return dataclasses.replace(config, classifier=classifier, data=data), facts.get("classes")
 
 
 def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> Classifier:
-    """A fine-tuned classifier from an output folder or file; what a file of ours says about itself replaces the flags.
+    """A fine-tuned classifier from an output folder or file, built by settings such as `evaluated_config` gives.
 
     Raises CheckpointError when its head has another number of classes than the data.
     """
     weights, facts = run.read_export(path)
-    settings = config.classifier
-    model = build_classifier(
-        facts.get("model", settings.model),
-        config.classifier.nb_classes or len(classes),
-        config.data.image_size,
-        0.0,
-        facts.get("global_pool", settings.mean_pool),
-        facts.get("in_chans", config.data.in_chans),
-    )
-    load_weights(model, weights.tensors)
+    settings, data = config.classifier, config.data
+    count = settings.nb_classes or len(classes)
+    model = build_classifier(settings.model, count, data.image_size, 0.0, settings.mean_pool, data.in_chans)
+    with run.naming(str(path)):
+        load_weights(model, weights.tensors, source_grid(model, facts))
     return model
-
-
-def main() -> None:
-    """Command line: fine-tunes, or evaluates with `--eval`."""
-    console = run.console_for_command()
-    config = load_config(FinetuneConfig, run.arguments())
-    if config.evaluation.eval:
-        from mae_dat.evaluate import evaluate_checkpoint
-
-        evaluate_checkpoint(config, console)
-        return
-    final = finetune(config, console)
-    logger.info("accuracy %.2f %% top-1, %.2f %% top-5", final["test_acc1"], final["test_acc5"])

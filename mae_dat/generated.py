@@ -66,6 +66,7 @@ class FolderSettings:
     size: int = 64
 
     def as_json(self) -> dict[str, int | float]:
+        """What settings.json holds: these settings and the version of the drawing."""
         return {**dataclasses.asdict(self), "rho": float(self.rho), "drawing_version": DRAWING_VERSION}
 
     def counts(self) -> dict[str, int]:

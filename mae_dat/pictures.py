@@ -63,11 +63,18 @@ def save_png(picture: Tensor, path: Path) -> None:
         file.write(buffer.getvalue())
 
 
-@torch.no_grad()
 def reconstruction_gallery(
     model: MaskedAutoencoder, image: Tensor, mask_ratio: float, noise: Tensor, norm_pix: bool
 ) -> Tensor:
-    """Masked / prediction pasted into the visible patches / original.
+    """The drawn `reconstruction_columns`, (3, height, width) in [0, 1]."""
+    return gallery(reconstruction_columns(model, image, mask_ratio, noise, norm_pix), 1.6)
+
+
+@torch.no_grad()
+def reconstruction_columns(
+    model: MaskedAutoencoder, image: Tensor, mask_ratio: float, noise: Tensor, norm_pix: bool
+) -> list[Column]:
+    """Masked / prediction pasted into the visible patches / original, each (B, C, H, W); grey where removed.
 
     With `norm_pix` the prediction is de-normalized by the true patches' mean and deviation, and the title says so.
     """
@@ -78,19 +85,25 @@ def reconstruction_gallery(
     removed = model.unpatchify(mask.unsqueeze(-1).expand(-1, -1, prediction.shape[-1]))
     title = "reconstruction (true patch statistics)" if norm_pix else "reconstruction"
     masked = image * (1 - removed) + 0.5 * removed
-    return gallery(
-        [(f"masked {mask_ratio:.0%}", masked), (title, image * (1 - removed) + drawn * removed), ("original", image)],
-        1.6,
-    )
+    pasted = image * (1 - removed) + drawn * removed
+    return [(f"masked {mask_ratio:.0%}", masked), (title, pasted), ("original", image)]
 
 
 def adversary_gallery(image: Tensor, found: DiscreteAdversary) -> Tensor:
-    """Clean / reconstruction from its words / adversarial / map of changed words (dark: changed)."""
+    """The drawn `adversary_columns`, (3, height, width) in [0, 1]."""
+    return gallery(adversary_columns(image, found))
+
+
+def adversary_columns(image: Tensor, found: DiscreteAdversary) -> list[Column]:
+    """Clean / reconstruction from its words / adversarial / map of changed words (dark: changed), (B, C, H, W)."""
     changed = (found.words != found.adversarial_words).float().unsqueeze(1)
     shown = F.interpolate(changed, size=image.shape[-2:], mode="nearest")
     colors = matplotlib.colormaps["cividis_r"](shown.squeeze(1).cpu().numpy())[..., :3]
     words = torch.from_numpy(colors).permute(0, 3, 1, 2).float()
     share = f"changed words ({float(found.changed):.1%})"
-    return gallery(
-        [("clean", image), ("words, decoded", found.reconstruction), ("adversarial", found.adversarial), (share, words)]
-    )
+    return [
+        ("clean", image),
+        ("words, decoded", found.reconstruction),
+        ("adversarial", found.adversarial),
+        (share, words),
+    ]

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from mae_dat import run
 from mae_dat.config import PretrainConfig, load_config
-from mae_dat.data import ImageFolder
+from mae_dat.data import ImageFolder, Transform
 from mae_dat.distributed import step_generator
 from mae_dat.engine import Training, seed_everything
 from mae_dat.mae import MaskedAutoencoder, build_mae, mask_noise
-from mae_dat.metrics import Console
+from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import MaskedReconstruction, Objective, WithDAT
 from mae_dat.optim import build_optimizer
-from mae_dat.pictures import adversary_gallery, reconstruction_gallery, save_png
+from mae_dat.pictures import adversary_gallery, reconstruction_gallery
 from mae_dat.transforms import eval_transform, pretrain_transform
 
 SCALAR_TAGS = {"train_lr": "lr"}
@@ -31,11 +31,11 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
         training = Training(model, optimizer, objective)
-        shown = fixed_images(images, size).to(where.device)
+        shown = fixed_images(images, run.in_channels(eval_transform(size), config.data)).to(where.device)
 
-        def at_epoch_end(training: Training, epoch: int) -> dict[str, float]:
+        def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
             if where.world.main and config.run.pictures_every and (epoch + 1) % config.run.pictures_every == 0:
-                draw(model, objective, shown, config, where)
+                run.show(draw(model, objective, shown, config, where), where, log, epoch)
             return {}
 
         run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
@@ -43,31 +43,26 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         run.export(model, where, {**facts, "norm_pix_loss": config.mae.norm_pix_loss, "steps": training.step})
 
 
-def fixed_images(images: ImageFolder, size: tuple[int, int]) -> Tensor:
+def fixed_images(images: ImageFolder, transform: Transform) -> Tensor:
     """Some pictures of the folder, evenly spread and not augmented, for galleries."""
-    still = ImageFolder(images.root, eval_transform(size), labelled=False, on_bad=images.on_bad)
+    still = ImageFolder(images.root, transform, labelled=False, on_bad=images.on_bad)
     count = min(PICTURES, len(still))
     return torch.stack([still[index * len(still) // count]["image"] for index in range(count)])
 
 
 def draw(
     model: MaskedAutoencoder, objective: Objective, image: Tensor, config: PretrainConfig, where: run.Place
-) -> None:
+) -> dict[str, Tensor]:
     """Galleries of the same pictures under the same mask after every epoch: reconstructions, and what the adversary
     did."""
-    folder = where.output / "pictures"
-    folder.mkdir(exist_ok=True)
     generator = step_generator(config.run.seed, 0, 0, where.device)
     noise = mask_noise(len(image), model.num_patches, generator, where.device)
-    save_png(
-        reconstruction_gallery(model, image, config.mae.mask_ratio, noise, config.mae.norm_pix_loss),
-        folder / "reconstruction.png",
-    )
+    norm_pix = config.mae.norm_pix_loss
+    drawn = {"reconstruction": reconstruction_gallery(model, image, config.mae.mask_ratio, noise, norm_pix)}
     if isinstance(objective, WithDAT) and objective.ready:
-        context = (model.target(image, config.mae.norm_pix_loss), noise)
-        save_png(
-            adversary_gallery(image, objective.adversary(model, image, context, generator)), folder / "adversary.png"
-        )
+        found = objective.adversary(model, image, (model.target(image, norm_pix), noise), generator)
+        drawn["adversary"] = adversary_gallery(image, found)
+    return drawn
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchvision import transforms
 
 from mae_dat import engine
 from mae_dat.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, sweep
@@ -18,11 +19,12 @@ from mae_dat.config import DataConfig, DatConfig, LaunchConfig, OptimConfig, Run
 from mae_dat.data import ImageFolder, Transform, find_split
 from mae_dat.distributed import World, amp_dtype, barrier, pick_device, process_group, world_from_environment
 from mae_dat.engine import Job, Training
-from mae_dat.errors import CheckpointError, MissingInputError
+from mae_dat.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from mae_dat.files import prepare_output_folder, sha256_of
 from mae_dat.loaders import TrainSampler, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
+from mae_dat.pictures import save_png
 from mae_dat.sources import image_root
 from mae_dat.tokenizer import check_card, load_tokenizer
 from mae_dat.weights import WeightsFile, read_weights, write_weights
@@ -64,9 +66,23 @@ def place(run: RunConfig, launch: LaunchConfig, console: Console) -> Iterator[Pl
 
 
 def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageFolder:
-    """The training split of the images that the flags or the environment name."""
+    """The training split of the images that the flags or the environment name. Raises ConfigError, DataError."""
     root = find_split(image_root(data.data_path), "train", labelled=labelled)
-    return ImageFolder(root, transform, labelled=labelled, on_bad=data.on_bad, seed=seed)
+    return ImageFolder(root, in_channels(transform, data), labelled=labelled, on_bad=data.on_bad, seed=seed)
+
+
+def in_channels(transform: Transform, data: DataConfig) -> Transform:
+    """The transform with `in_chans` channels: 3 for RGB, or 1 for the luminance (ITU-R 601) of what it makes.
+
+    Raises ConfigError for other numbers: a folder of pictures holds no further channels.
+    """
+    if data.in_chans not in (1, 3):
+        raise ConfigError(
+            f"--in_chans {data.in_chans}: image folders give 3 channels, or 1 (luminance); use one of these, or build "
+            "MaskedAutoencoder and your own data set in Python for other channels."
+        )
+    flow: Transform = transform if data.in_chans == 3 else transforms.Compose([transform, transforms.Grayscale()])
+    return flow
 
 
 def with_dat(objective: Objective, dat: DatConfig, data: DataConfig, device: torch.device) -> Objective:
@@ -86,6 +102,19 @@ def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
     return newest_checkpoint(output) or (find_checkpoint(Path(run.resume)) if run.resume else None)
 
 
+def restore(training: Training, found: Checkpoint | None, settings: dict[str, Any]) -> None:
+    """Resumes from a checkpoint, if there is one. Raises CheckpointError when it is of another model or kind of run."""
+    try:
+        engine.resume(training, found, settings)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        assert found is not None
+        cause = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{found.path} does not fit this run: {cause}. Use the settings it was made with (config.yaml beside it), "
+            "or another --output_dir."
+        ) from error
+
+
 def train(
     training: Training,
     images: ImageFolder,
@@ -93,7 +122,7 @@ def train(
     config: Any,
     console: Console,
     title: str,
-    at_epoch_end: Callable[[Training, int], dict[str, float]],
+    at_epoch_end: Callable[[Training, int, RunLog], dict[str, float]],
     scalar_tags: dict[str, str],
 ) -> None:
     """Resumes or starts, and trains to the end. `config` has the groups run, data and optim."""
@@ -102,7 +131,7 @@ def train(
     epoch_steps = steps_per_epoch(len(images), optim.batch_size, where.world.size)
     training.step = run.start_epoch * epoch_steps
     settings = flat_values(config)
-    engine.resume(training, checkpoint_to_resume(run, where.output), settings)
+    restore(training, checkpoint_to_resume(run, where.output), settings)
     total = optim.epochs * epoch_steps
     if training.step >= total:
         logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, training.step)
@@ -113,7 +142,7 @@ def train(
         len(images), optim.batch_size, where.world.rank, where.world.size, run.seed, training.step, total
     )
     loader = train_loader(images, sampler, config.data.num_workers, config.data.pin_mem and where.device.type == "cuda")
-    log_dir = Path(run.log_dir) if run.log_dir else None
+    log_dir = log_folder(run)
     log = RunLog(where.output, log_dir, resumed_step=training.step, enabled=where.world.main)
     job = Job(
         run=run,
@@ -134,6 +163,34 @@ def train(
         engine.fit(training, job)
     finally:
         log.close()
+
+
+def log_folder(run: RunConfig) -> Path | None:
+    """The folder that `--log_dir` names, made and tried; None for the output folder. Raises OutputError."""
+    if not run.log_dir:
+        return None
+    try:
+        return prepare_output_folder(Path(run.log_dir))
+    except OutputError as error:
+        raise OutputError(f"--log_dir: {error}") from error
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Adds what was loaded, such as `--finetune PATH`, to the error of a load."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def show(pictures: Mapping[str, Tensor], where: Place, log: RunLog, epoch: int) -> None:
+    """Galleries by name, (3, H, W) in [0, 1]: the newest of each as pictures/NAME.png, all of them in TensorBoard."""
+    folder = where.output / "pictures"
+    folder.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        save_png(picture, folder / f"{name}.png")
+        log.picture(name, picture, 1000 * (epoch + 1))
 
 
 def export(model: nn.Module, where: Place, facts: dict[str, Any]) -> None:
@@ -157,7 +214,8 @@ def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
         found = newest_checkpoint(path)
         if found is None:
             raise MissingInputError(f"{path} holds neither {WEIGHTS} nor a valid checkpoint-*.pth.")
-        return WeightsFile(found.load()["model"], {}), dict(found.manifest.get("settings", {}))
+        state = found.load()
+        return WeightsFile(state.get("ema") or state["model"], {}), dict(found.manifest.get("settings", {}))
     file = path / WEIGHTS if path.is_dir() else path
     check_card(file)
     weights = read_weights(file)

@@ -6,7 +6,8 @@ Lightning's.
 """
 
 import argparse
-import pickle
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,19 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mae_dat.errors import CheckpointError
+from mae_dat.errors import CheckpointError, MissingInputError
 from mae_dat.files import atomic_write, require_file
+
+_STATE_KEYS = ("model", "state_dict")  # where MAE, timm and Lightning keep the weights in a checkpoint
+_PREFIXES = ("module.", "net.", "model.", "1.")  # DDP; Classifier; a wrapper; easyrobust's (normalisation, model)
+_NORMALIZATION_KEYS = {"0.mean", "0.std"}
+_SUFFIXES = {".pth", ".pt", ".ckpt", ".safetensors"}
+_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
+_LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
 class LightningCallbackStub:
     """Stands for `ModelCheckpoint` as a dictionary key in Lightning's files; carries no behaviour."""
-
-
-_LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
 class WeightsFile(NamedTuple):
@@ -33,78 +38,114 @@ class WeightsFile(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_weights(path: Path, what: str = "weights") -> WeightsFile:
-    """Reads a state dict on the CPU from `.safetensors` or a torch file, unwrapping `model`, `state_dict` and
-    `module.`.
+def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
+    """The weights in a `.safetensors` or torch file, on the CPU, under bare keys (see `bare_tensors`).
 
-    Raises MissingInputError for no such file and CheckpointError for anything that is not a whole weights file.
+    `what` names the purpose in messages. Raises MissingInputError for no such file and CheckpointError for anything
+    that is not a whole weights file.
     """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
+        raise MissingInputError(
+            f"{what}: {path} is a folder; name a weights file in it ({listing(files) or 'there is none'})."
+        )
     require_file(path, what)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    tensors = _state_dict_of(read_pickle(path))
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors: is it a checkpoint?")
-    return WeightsFile({key.removeprefix("module."): value for key, value in tensors.items()}, {})
+    content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
+    return WeightsFile(bare_tensors(content, str(path)), metadata)
 
 
 def read_pickle(path: Path) -> Any:
     """The object in a torch file, under `weights_only`. Raises CheckpointError."""
+    _refuse_other_files(path)
     # torch types the list as callables; (class, full name) pairs are documented and needed to allow a name that is not
     # installed.
     allowed: list[Any] = [argparse.Namespace, (LightningCallbackStub, _LIGHTNING_CALLBACK)]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        head = path.open("rb").read(64).lstrip().lower()
-        if head.startswith((b"<!doctype", b"<html")):
-            cause = "it is an HTML page: the download was answered with an error or a login page"
-        elif not head:
-            cause = "the file is empty"
-        else:
-            cause = str(error).splitlines()[0]
-        raise CheckpointError(f"cannot read {path}: {cause}. Fetch or save the file again.") from error
+    except Exception as error:  # a damaged file can fail in any of the reader's layers
+        raise _unreadable(path, error) from error
 
 
-def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file atomically. Raises StorageError."""
     payload = serialize({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
     with atomic_write(path) as file:
         file.write(payload)
 
 
-def _read_safetensors(path: Path) -> WeightsFile:
+def bare_tensors(content: Any, source: str) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of a checkpoint that holds one under `model` or `state_dict`.
+
+    What wrappers add is taken off: prefixes that all keys share, `_orig_mod.` anywhere, statistics of a normalisation.
+    Raises CheckpointError, naming `source` and what it holds, where there are no tensors.
+    """
+    while isinstance(content, Mapping) and (
+        inner := next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+    ):
+        content = inner
+    found = [str(key) for key in content] if isinstance(content, Mapping) else [type(content).__name__]
+    items = content.items() if isinstance(content, Mapping) else ()
+    # torch.compile wraps modules at any depth.
+    tensors = {str(key).replace("_orig_mod.", ""): value for key, value in items if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in tensors.items() if key not in _NORMALIZATION_KEYS}
+    if not tensors:
+        raise CheckpointError(f"{source} holds no weights (it holds {listing(found)}); give a model's checkpoint.")
+    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def check_keys(source: Path | str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], advice: str) -> None:
+    """Raises CheckpointError with the missing, unexpected and mis-shaped keys, unless both sides agree exactly.
+
+    `source` names the found tensors, `advice` says what to give instead.
+    """
+    shapes = [
+        f"{key} {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected
+        if key in found and found[key].shape != expected[key].shape
+    ]
+    differences = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": shapes,
+    }
+    if problems := [f"{kind}: {listing(keys)}" for kind, keys in differences.items() if keys]:
+        raise CheckpointError(f"{source} does not fit the model; {'; '.join(problems)}. Fix: {advice}.")
+
+
+def listing(names: Sequence[str], most: int = 12) -> str:
+    """The first `most` names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _refuse_other_files(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return WeightsFile({key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {})  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. Fetch or save the file again.") from error
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
 
 
-def _state_dict_of(content: Any) -> dict[str, Tensor]:
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        return {}
-    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+def _refuse_other_files(path: Path) -> None:
+    """What a failed download leaves behind gets its own message."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not start:
+        raise CheckpointError(f"{path} is empty; fetch or write the file again.")
+    if _WEB_PAGE.match(start):
+        raise CheckpointError(f"{path} is a web page, not weights; the download failed: fetch the file again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull`.")
 
 
-def check_keys(path: Path | str, expected: dict[str, Tensor], found: dict[str, Tensor], advice: str) -> None:
-    """Raises CheckpointError with the missing, unexpected and mis-shaped keys, unless both sides agree exactly."""
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{key}: file {tuple(found[key].shape)}, model {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & found.keys())
-        if expected[key].shape != found[key].shape
-    ]
-    if not (missing or unexpected or shapes):
-        return
-    parts = [
-        f"  {name} ({len(keys)}): {', '.join(keys[:12])}{', ...' if len(keys) > 12 else ''}"
-        for name, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
-    raise CheckpointError("\n".join([f"the keys of {path} do not fit the model.", *parts, f"  {advice}"]))
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    cause = str(error).strip().split("\n")[0] or type(error).__name__
+    return CheckpointError(f"{path} cannot be read as weights: {cause}. Fetch or write the file again.")

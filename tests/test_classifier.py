@@ -19,11 +19,11 @@ from mae_dat.classifier import (
     build_vit,
     load_pretrained,
     load_weights,
-    read_weights,
     resize_position_embedding,
 )
 from mae_dat.errors import CheckpointError, ConfigError, MissingInputError
 from mae_dat.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder, ViTSize
+from mae_dat.weights import read_weights
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 TINY = ViTSize(64, 8, 48, 4, 4)
@@ -248,7 +248,7 @@ def test_files_are_read_as_the_reference_writes_them(tmp_path: Path, name: str) 
         save_file(state, path)
     else:
         torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, path)
-    assert equal_states(read_weights(path), dict(state))
+    assert equal_states(read_weights(path).tensors, dict(state))
     assert load_pretrained(tiny(), path).source == str(path)
 
 

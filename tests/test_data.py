@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from mae_dat import data
+from mae_dat import data, transforms
 from mae_dat.data import ImageFolder, decode, find_split
 from mae_dat.errors import DataError, MissingInputError
 from mae_dat.loaders import EvalSampler, TrainSampler, epoch_order, eval_loader, steps_per_epoch, train_loader
@@ -285,7 +285,7 @@ def test_erasing(mode: str) -> None:
     out_of_range = ((erased < 0) | (erased > 1))[:, changed].float().mean()
     assert (out_of_range > 0.5) if mode == "pixel_raw" else (out_of_range == 0)
     if mode == "const":
-        assert erased[:, changed][:, 0].tolist() == pytest.approx(data.IMAGENET_DEFAULT_MEAN)
+        assert erased[:, changed][:, 0].tolist() == pytest.approx(transforms.IMAGENET_DEFAULT_MEAN)
     assert torch.equal(EraseInRange(0.0, mode, 1)(image), image)
     assert torch.equal(image, torch.full((3, 64, 64), 0.123)), "the input is left alone"
 

@@ -25,6 +25,8 @@ FLOORS = {
     "data": 1,
     "corruptions": 1,
     "sources": 1,
+    "transforms": 1,
+    "loaders": 1,
     "tokenizer": 2,
     "attack": 3,
     "mae": 4,
@@ -46,11 +48,12 @@ FLOORS = {
     "evaluate": 8,
     "train_tokenizer": 8,
     "launch": 8,
+    "compare": 9,
     "demo": 9,
     "__init__": 10,  # the public names; no file of the package may import them from here
 }
 # Files past 400 lines, each with its reason.
-LONG_FILES: dict[str, str] = {}
+LONG_FILES = {"config.py": "every flag of the toolkit in one place"}
 DRAWERS = {"util", "utils", "misc", "helper", "helpers", "common"}
 # Methods that others' base classes define and call; what they do is said by the class.
 OVERRIDES = {"forward", "affinity", "emit"}

@@ -98,6 +98,11 @@ class LightTokenizer(VisualTokenizer):
                 f"{path} is no light tokenizer: {error}. Make one with mae_dat.train_tokenizer."
             ) from error
         tokenizer = cls(config)
-        check_keys(path, tokenizer.state_dict(), file.tensors, "the file's configuration and weights disagree.")
+        check_keys(
+            path,
+            tokenizer.state_dict(),
+            file.tensors,
+            "its configuration and weights disagree: make it again with mae_dat.train_tokenizer",
+        )
         tokenizer.load_state_dict(file.tensors)
         return tokenizer

@@ -135,7 +135,7 @@ class VQGAN(VisualTokenizer):
         config = read_config(path, kept)
         with torch.device("meta"):
             expected = cls(config).state_dict()
-        check_keys(path, expected, kept, "a VQGAN of taming-transformers, latent-diffusion or easyrobust is needed.")
+        check_keys(path, expected, kept, "give a VQGAN of taming-transformers, latent-diffusion or easyrobust")
         model = cls(config)
         model.load_state_dict(kept)
         return model
