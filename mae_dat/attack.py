@@ -158,10 +158,11 @@ class ShareController:
     tokenizers.
 
     The strength is found on the first batch, then followed: log eps moves by a small part of the log ratio of target
-    and running share.
+    and running share, and by half of it while the share is off by more than a factor of 2 (`paper` in the first steps,
+    where a gradient that is not normalized grows a thousandfold with the classification head).
     """
 
-    GAIN = 0.05
+    GAIN, FAST_GAIN = 0.05, 0.5
     SMOOTHING = 0.9
 
     def __init__(self, config: AttackConfig) -> None:
@@ -196,9 +197,12 @@ class ShareController:
 
     def observe(self, share: float) -> None:
         """Follows the share measured in a step."""
-        self.average = share if self.average is None else self.SMOOTHING * self.average + (1 - self.SMOOTHING) * share
-        ratio = self.target / max(self.average, self.target / 4)
-        self.eps *= min(max(ratio, 0.25), 4.0) ** self.GAIN
+        near = self.target / 2 <= share <= 2 * self.target
+        if self.average is None or not near:
+            self.average = share
+        self.average = self.SMOOTHING * self.average + (1 - self.SMOOTHING) * share
+        ratio = min(max(self.target / max(self.average, self.target / 4), 0.25), 4.0)
+        self.eps *= ratio ** (self.GAIN if near else self.FAST_GAIN)
 
     def state_dict(self) -> dict[str, float | None]:
         """For a checkpoint."""

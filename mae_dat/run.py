@@ -20,7 +20,7 @@ from mae_dat.data import ImageFolder, Transform, find_split
 from mae_dat.distributed import World, amp_dtype, barrier, pick_device, process_group, world_from_environment
 from mae_dat.engine import Job, Training
 from mae_dat.errors import CheckpointError, ConfigError, MissingInputError, OutputError
-from mae_dat.files import prepare_output_folder, sha256_of
+from mae_dat.files import atomic_write, prepare_output_folder, sha256_of
 from mae_dat.loaders import TrainSampler, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
@@ -194,13 +194,17 @@ def show(pictures: Mapping[str, Tensor], where: Place, log: RunLog, epoch: int) 
 
 
 def export(model: nn.Module, where: Place, facts: dict[str, Any]) -> None:
-    """Writes `model.safetensors` (bare keys, what it takes to rebuild the model inside) and its card with the
-    sha256."""
-    if not where.world.main:
-        return
+    """Writes `model.safetensors` (bare keys, what it takes to rebuild the model inside) and its card with the sha256.
+
+    Nothing is written when the file there is of the same facts and steps: a rerun of a complete run changes nothing.
+    """
     path = where.output / WEIGHTS
+    card = path.with_suffix(".json")
+    if not where.world.main or (card.is_file() and facts.items() <= json.loads(card.read_text()).items()):
+        return
     write_weights(path, dict(model.state_dict()), {"mae_dat": json.dumps(facts)})
-    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256_of(path), **facts}, indent=1) + "\n")
+    with atomic_write(card) as file:
+        file.write(json.dumps({"sha256": sha256_of(path), **facts}, indent=1).encode() + b"\n")
     logger.info("wrote %s", path)
 
 

@@ -51,7 +51,11 @@ def check_card(path: Path) -> None:
     card = path.with_suffix(".json")
     if not card.is_file():
         return
-    expected = json.loads(card.read_text()).get("sha256")
+    try:
+        facts = json.loads(card.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the card {card} of {path.name} is damaged ({error}): restore or remove it.") from error
+    expected = facts.get("sha256") if isinstance(facts, dict) else None
     if expected and sha256_of(path) != expected:
         raise CheckpointError(
             f"{path} is damaged: its sha256 is not the one in {card.name}. Install the package or copy the file again."
