@@ -99,13 +99,13 @@ def verify(manifest_path: Path) -> Checkpoint:
     try:
         manifest = json.loads(manifest_path.read_text())
         version, step, digest = int(manifest["version"]), int(manifest["step"]), manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"the manifest {manifest_path} is damaged ({error}).") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {version}, newer than this program's {FORMAT_VERSION}: update mae_dat."
         )
-    if step != _step_of(manifest_path):
+    if _NAME.fullmatch(manifest_path.name) and step != _step_of(manifest_path):
         raise CheckpointError(f"{manifest_path} is of step {step}: it belongs to another checkpoint.")
     if not path.is_file() or sha256_of(path) != digest:
         raise CheckpointError(f"{path} is damaged or missing: its sha256 is not the manifest's.")
@@ -125,6 +125,5 @@ def _manifests(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
-def _step_of(manifest_path: Path) -> int | None:
-    match = _NAME.fullmatch(manifest_path.name)
-    return int(match[1]) if match else None
+def _step_of(manifest_path: Path) -> int:
+    return int(manifest_path.stem.rpartition("-")[2])

@@ -8,6 +8,9 @@ torch.
 import contextlib
 import dataclasses
 import difflib
+import functools
+import io
+import itertools
 import logging
 import os
 import shlex
@@ -312,15 +315,29 @@ def load_config(
 
     arguments = bare_dat(list(arguments))
     file, arguments = _take_config(arguments)
-    from_file = _as_arguments(kind, file) if file else []
-    return tyro.cli(
+    parse = functools.partial(
+        tyro.cli,
         kind,
-        args=[*from_file, *arguments],
         default=kind() if default is None else default,
         description=f"{description or kind.__doc__}\n\nEvery flag may stand in a YAML file given with --config FILE.",
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
     )
+    from_file = _as_arguments(kind, file) if file else {}
+    words = [*itertools.chain(*from_file.values())]
+    if file and not _accepted(parse, words):
+        wrong = next((one for one in from_file.values() if not _accepted(parse, one)), words)
+        raise ConfigError(f"{file}: `{' '.join(wrong).removeprefix('--')}` has no value that it can take; see --help.")
+    return parse(args=[*words, *arguments])
+
+
+def _accepted(parse: Callable[..., Any], words: list[str]) -> bool:
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            parse(args=words)
+    except SystemExit:
+        return False
+    return True
 
 
 def bare_dat(arguments: list[str]) -> list[str]:
@@ -328,8 +345,8 @@ def bare_dat(arguments: list[str]) -> list[str]:
     completed: list[str] = []
     for position, argument in enumerate(arguments):
         completed.append(argument)
-        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-        if argument == "--dat" and following.startswith("--"):
+        following = arguments[position + 1] if position + 1 < len(arguments) else "-"
+        if argument == "--dat" and following.startswith("-"):
             completed.append("released")
     return completed
 
@@ -347,8 +364,8 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return None, arguments
 
 
-def _as_arguments(kind: type[Any], path: Path) -> list[str]:
-    """A YAML file's settings as command-line arguments, so that both are checked by the same parser."""
+def _as_arguments(kind: type[Any], path: Path) -> dict[str, list[str]]:
+    """A YAML file's settings, each as command-line arguments, so that both are checked by the same parser."""
     if not path.is_file():
         siblings = sorted(str(file) for file in path.parent.glob("*.yaml"))
         raise MissingInputError(f"--config {path}: no such file; {nearest(str(path), siblings) if siblings else ''}")
@@ -359,17 +376,17 @@ def _as_arguments(kind: type[Any], path: Path) -> list[str]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold `key: value` lines.")
     known = list(flat_values(kind()))
-    arguments: list[str] = []
+    arguments: dict[str, list[str]] = {}
     for key, value in settings.items():
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}: {nearest(str(key), known)}")
         if isinstance(value, bool):
             # YAML reads `dat: none` as text but `dat: no` as false; flags are spelled --name and --no_name.
-            arguments.append(f"--{key}" if value else f"--no_{key}")
+            arguments[key] = [f"--{key}" if value else f"--no_{key}"]
         elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
+            arguments[key] = [f"--{key}", *map(str, value)]
         else:
-            arguments += [f"--{key}", str(value)]
+            arguments[key] = [f"--{key}", str(value)]
     return arguments
 
 

@@ -10,6 +10,7 @@ import math
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +132,10 @@ def fit(training: Training, job: Job) -> None:
     model = training.model
     if job.world.size > 1:
         ids = [job.device.index] if job.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # The new name of `broadcast_buffers` is unknown to the older releases that we support.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     model.train()
     first = training.step
     due = False
@@ -230,7 +234,11 @@ def end_epoch(training: Training, job: Job) -> None:
     means = {f"train_{name}": value / updates.get(name, steps) for name, value in totals.items()}
     if skipped:
         logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
-    record = {**means, "train_lr": training.optimizer.param_groups[-1]["lr"], **job.at_epoch_end(training, epoch, job.log)}
+    record = {
+        **means,
+        "train_lr": training.optimizer.param_groups[-1]["lr"],
+        **job.at_epoch_end(training, epoch, job.log),
+    }
     n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
     facts = {
         "epoch": epoch,

@@ -30,7 +30,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Readers see the old content or the new, never a part; a previous file survives a full disk and a kill at any
     instant. Raises StorageError, naming path and free bytes, when the disk is full, and on any other write fault.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise _storage_error(path, error) from error
     os.close(handle)
     try:
         with open(temporary, "wb") as file:
@@ -43,9 +46,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
-            raise _storage_error(path, error) from error
-        raise
+        fault = _write_fault(error)
+        if fault is None:
+            raise
+        raise _storage_error(path, fault) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -57,8 +61,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _write_fault(error: BaseException) -> Exception | None:
+    """The fault of writing behind an error, if there is one: `torch.save` covers a full disk by a RuntimeError of its
+    own."""
+    if isinstance(error, OSError):
+        return error
+    if not isinstance(error, RuntimeError):
+        return None
+    if isinstance(error.__context__, OSError):
+        return error.__context__
+    return error if any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")) else None
+
+
 def _storage_error(path: Path, error: Exception) -> StorageError:
-    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    if not path.parent.is_dir():
+        return StorageError(f"could not write {path}: there is no folder {path.parent}. Create it first.")
+    free = shutil.disk_usage(path.parent).free
     full = isinstance(error, OSError) and error.errno in _DISK_FULL
     cause = "no space left" if full else str(error)
     return StorageError(
@@ -68,11 +86,11 @@ def _storage_error(path: Path, error: Exception) -> StorageError:
 
 def prepare_output_folder(folder: Path) -> Path:
     """Creates `folder` and proves that it can be written. Raises OutputError with the cause otherwise."""
-    probe = folder / ".write-probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"mae_dat")
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(prefix=".probe.", dir=folder) as probe:
+            probe.write(b"mae_dat")
+            probe.flush()
     except OSError as error:
         raise OutputError(
             f"cannot write to the output folder {folder}: {error.strerror}. Choose another with --output_dir."

@@ -73,17 +73,20 @@ def check(config: FinetuneConfig) -> None:
 
 
 def labelled_images(config: FinetuneConfig) -> tuple[ImageFolder, ImageFolder]:
-    """Training and validation images, with the same classes."""
-    size, augment = config.data.image_size, config.augment
-    transform = finetune_transform(
-        size,
-        aa=augment.aa,
-        color_jitter=augment.color_jitter,
-        crop_scale=augment.crop_scale,
-        reprob=augment.reprob,
-        remode=augment.remode,
-        recount=augment.recount,
-    )
+    """Training and validation images, with the same classes. Raises ConfigError for an unknown --aa or --remode."""
+    augment = config.augment
+    try:
+        transform = finetune_transform(
+            config.data.image_size,
+            aa=augment.aa,
+            color_jitter=augment.color_jitter,
+            crop_scale=augment.crop_scale,
+            reprob=augment.reprob,
+            remode=augment.remode,
+            recount=augment.recount,
+        )
+    except (AssertionError, ValueError) as error:  # timm asserts what its users write
+        raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error
     images = run.training_images(config.data, transform, config.run.seed, labelled=True)
     return images, held_out_images(config, images.classes)
 
@@ -112,11 +115,15 @@ def class_count(config: FinetuneConfig, images: ImageFolder) -> int:
 
 
 def build(config: FinetuneConfig, classes: int) -> Classifier:
-    """The classifier that the flags describe."""
+    """The classifier that the flags describe. Raises ConfigError, also where timm cannot build it."""
     settings, data = config.classifier, config.data
-    return build_classifier(
-        settings.model, classes, data.image_size, settings.drop_path, settings.mean_pool, data.in_chans
-    )
+    try:
+        return build_classifier(
+            settings.model, classes, data.image_size, settings.drop_path, settings.mean_pool, data.in_chans
+        )
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, data.image_size))
+        raise ConfigError(f"--model {settings.model} cannot be built for {size} px: {error}") from error
 
 
 def facts_of(config: FinetuneConfig, images: ImageFolder, training: Training) -> dict[str, Any]:
@@ -185,6 +192,7 @@ def evaluated_config(path: Path, config: FinetuneConfig) -> tuple[FinetuneConfig
         nb_classes=own.nb_classes or facts.get("nb_classes"),
         global_pool=pooled,
         cls_token=not pooled,
+        drop_path=0.0,
     )
     data = dataclasses.replace(data, input_size=size, in_chans=facts.get("in_chans", data.in_chans))
     return dataclasses.replace(config, classifier=classifier, data=data), facts.get("classes")
@@ -196,9 +204,7 @@ def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> C
     Raises CheckpointError when its head has another number of classes than the data.
     """
     weights, facts = run.read_export(path)
-    settings, data = config.classifier, config.data
-    count = settings.nb_classes or len(classes)
-    model = build_classifier(settings.model, count, data.image_size, 0.0, settings.mean_pool, data.in_chans)
+    model = build(config, config.classifier.nb_classes or len(classes))
     with run.naming(str(path)):
         load_weights(model, weights.tensors, source_grid(model, facts))
     return model

@@ -1,0 +1,149 @@
+"""Galleries, by the pixels of their columns before and after drawing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mae_dat.attack import DiscreteAdversary
+from mae_dat.mae import MaskedAutoencoder, mask_noise
+from mae_dat.pictures import (
+    adversary_columns,
+    adversary_gallery,
+    gallery,
+    reconstruction_columns,
+    reconstruction_gallery,
+    save_png,
+)
+
+SIDE, PATCH, COUNT = 16, 4, 2
+
+
+class Oracle(MaskedAutoencoder):
+    """Predicts the target itself, so that a de-normalised prediction has to be the picture."""
+
+    norm_pix = True
+
+    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        return self.target(self.shown, self.norm_pix)
+
+    shown: Tensor
+
+
+def autoencoder(channels: int, kind: type[MaskedAutoencoder] = MaskedAutoencoder) -> MaskedAutoencoder:
+    return kind(SIDE, PATCH, channels, 16, 1, 2, 16, 1, 2)
+
+
+def masked_places(model: MaskedAutoencoder, image: Tensor, noise: Tensor) -> Tensor:
+    """(B, C, H, W), 1 at the pixels of removed patches, found from the mask of a forward."""
+    mask = model(image, 0.75, noise)[1].view(len(image), SIDE // PATCH, SIDE // PATCH)
+    return mask.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2).unsqueeze(1).expand_as(image)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_masked_reconstruction_original(channels: int, norm_pix: bool) -> None:
+    model, image = autoencoder(channels), torch.rand(COUNT, channels, SIDE, SIDE)
+    noise = mask_noise(COUNT, model.num_patches, None, "cpu")
+    (first, masked), (second, pasted), (third, original) = reconstruction_columns(model, image, 0.75, noise, norm_pix)
+    assert (first, third) == ("masked 75%", "original")
+    assert second == ("reconstruction (true patch statistics)" if norm_pix else "reconstruction")
+    removed = masked_places(model, image, noise).bool()
+    assert removed.float().mean() == 0.75
+    assert (masked[removed] == 0.5).all(), "grey exactly where patches are removed"
+    assert torch.equal(masked[~removed], image[~removed])
+    assert torch.equal(pasted[~removed], image[~removed]), "visible patches are the picture's own"
+    assert not torch.isclose(pasted[removed], image[removed], atol=1e-4).all()
+    assert torch.equal(original, image)
+    drawn = reconstruction_gallery(model, image, 0.75, noise, norm_pix)
+    assert drawn.shape[0] == 3
+    assert 0 <= drawn.min() <= drawn.max() <= 1
+    assert model.training, "the flag of before is back"
+    assert not pasted.requires_grad
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_predictions_are_denormalized(norm_pix: bool) -> None:
+    model, image = autoencoder(3, Oracle), torch.rand(COUNT, 3, SIDE, SIDE)
+    assert isinstance(model, Oracle)
+    model.shown, model.norm_pix = image, norm_pix
+    noise = mask_noise(COUNT, model.num_patches, None, "cpu")
+    columns = reconstruction_columns(model, image, 0.75, noise, norm_pix)
+    torch.testing.assert_close(columns[1][1], image, atol=1e-5, rtol=0)
+
+
+def adversary(image: Tensor, factor: int = 4) -> DiscreteAdversary:
+    words = torch.randint(0, 50, (len(image), SIDE // factor, SIDE // factor))
+    changed = words.clone()
+    changed[0, 0, 1] += 1
+    changed[1, 3, 2] += 5
+    changed[1, 2, 0] += 5
+    return DiscreteAdversary(image * 0.9, image * 0.8, words, changed)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_the_map_marks_exactly_the_changed_words(channels: int) -> None:
+    image = torch.rand(COUNT, channels, SIDE, SIDE)
+    found = adversary(image)
+    columns = adversary_columns(image, found)
+    titles, pictures = [title for title, _ in columns], [picture for _, picture in columns]
+    assert titles == ["clean", "words, decoded", "adversarial", "changed words (9.4%)"]
+    assert torch.equal(pictures[0], image)
+    assert torch.equal(pictures[1], found.reconstruction)
+    assert torch.equal(pictures[2], found.adversarial)
+    dark = pictures[3].mean(1) < 0.5
+    expected = torch.zeros(COUNT, SIDE, SIDE, dtype=torch.bool)
+    expected[0, 0:4, 4:8] = expected[1, 12:16, 8:12] = expected[1, 8:12, 0:4] = True
+    assert torch.equal(dark, expected)
+    assert adversary_gallery(image, found).shape[0] == 3
+
+
+def cell_centres(drawn: Tensor, rows: int, width: int) -> Tensor:
+    """Colours in the middle of each cell, (rows, width, 3), found from the white gaps between the cells."""
+
+    def middles(inked: Tensor, count: int) -> list[int]:
+        edges = torch.diff(inked.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1).int())
+        starts, ends = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
+        spans = [(start, end) for start, end in zip(starts, ends, strict=True) if end - start > 50]
+        assert len(spans) == count
+        return [(start + end) // 2 for start, end in spans]
+
+    colored = (drawn.amax(0) - drawn.amin(0)) > 0.3  # the titles are grey
+    ys, xs = middles(colored.any(1), rows), middles(colored.any(0), width)
+    return torch.stack([torch.stack([drawn[:, y, x] for x in xs]) for y in ys])
+
+
+def test_drawing_keeps_the_layout_and_the_colours() -> None:
+    colors = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 1, 0], [0, 1, 1], [1, 0, 1]]])
+    columns = [(f"column {x}", colors[:, x, :, None, None].expand(2, 3, 8, 8)) for x in range(3)]
+    drawn = gallery(columns)
+    torch.testing.assert_close(cell_centres(drawn, 2, 3), colors, atol=0.02, rtol=0)
+
+
+def test_values_beyond_the_range_are_clipped() -> None:
+    picture = torch.tensor([2.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    drawn = gallery([("one", picture)])
+    assert cell_centres(drawn, 1, 1)[0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("channels", "shown"), [(1, (0.6, 0.6, 0.6)), (2, (0.6, 0.2, 0.0)), (3, (0.6, 0.2, 0.9)), (4, (0.6, 0.2, 0.9))]
+)
+def test_any_number_of_channels_can_be_shown(channels: int, shown: tuple[float, ...]) -> None:
+    values = torch.tensor([0.6, 0.2, 0.9, 0.4])[:channels].view(1, channels, 1, 1)
+    drawn = gallery([("one", values.expand(1, channels, 8, 8))])
+    middle = drawn[:, drawn.shape[1] * 2 // 3, drawn.shape[2] // 2]
+    assert middle.tolist() == pytest.approx(shown, abs=0.01)
+
+
+def test_a_picture_is_written_as_it_is(tmp_path: Path) -> None:
+    picture = torch.randint(0, 256, (3, 5, 7)).float() / 255
+    save_png(picture, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as image:
+        read = np.asarray(image)
+    assert read.shape == (5, 7, 3)
+    assert torch.equal(torch.from_numpy(read.copy()).permute(2, 0, 1).float() / 255, picture)
+    save_png(picture * 3 - 1, tmp_path / "clipped.png")
