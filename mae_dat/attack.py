@@ -164,6 +164,7 @@ class ShareController:
 
     GAIN, FAST_GAIN = 0.05, 0.5
     SMOOTHING = 0.9
+    LARGEST = 1e12  # without any gradient no strength is enough: infinity times zero would end as NaN pixels
 
     def __init__(self, config: AttackConfig) -> None:
         assert config.share is not None
@@ -202,7 +203,7 @@ class ShareController:
             self.average = share
         self.average = self.SMOOTHING * self.average + (1 - self.SMOOTHING) * share
         ratio = min(max(self.target / max(self.average, self.target / 4), 0.25), 4.0)
-        self.eps *= ratio ** (self.GAIN if near else self.FAST_GAIN)
+        self.eps = min(self.eps * ratio ** (self.GAIN if near else self.FAST_GAIN), self.LARGEST)
 
     def state_dict(self) -> dict[str, float | None]:
         """For a checkpoint."""

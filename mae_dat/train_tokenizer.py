@@ -169,6 +169,8 @@ class TokenizerTrainer:
         `restart_every` steps."""
         if step % self.config.restart_every or step > 0.8 * self.config.steps:
             return
+        if not latent.isfinite().all():  # the loss will tell; until then the codes stay as they were
+            return
         unused = self.uses_K == 0 if step else torch.ones_like(self.uses_K, dtype=torch.bool)
         flat = latent.permute(0, 2, 3, 1).flatten(0, 2)
         generator = step_generator(self.config.seed, step, 0, self.device)

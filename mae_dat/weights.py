@@ -6,6 +6,7 @@ Lightning's.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,10 +70,17 @@ def read_pickle(path: Path) -> Any:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically. Raises StorageError."""
+    """Writes a safetensors file atomically: equal weights and metadata make equal files. Raises StorageError."""
     payload = serialize({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
+    start = 8 + int.from_bytes(payload[:8], "little")
+    header = json.loads(payload[8:start])
+    # safetensors writes the metadata in an order that changes from call to call, and with it the file's hash.
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:
-        file.write(payload)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(payload)[start:])
 
 
 def bare_tensors(content: Any, source: str) -> dict[str, Tensor]:
