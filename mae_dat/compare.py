@@ -16,12 +16,12 @@ import torch
 
 from mae_dat import run
 from mae_dat.config import ConfigError, FinetuneConfig, PretrainConfig, flat_values, load_config, nearest, run_command
-from mae_dat.corruptions import SEVERITIES
+from mae_dat.corruptions import CORRUPTIONS, SEVERITIES
 from mae_dat.data import ImageFolder
 from mae_dat.distributed import pick_device
-from mae_dat.evaluate import as_run, assemble, conflict_pictures, measure, training_curves
+from mae_dat.evaluate import as_run, assemble, check_suite, conflict_pictures, measure, require_color, training_curves
 from mae_dat.files import prepare_output_folder
-from mae_dat.finetune import finetune, held_out_images, load_classifier
+from mae_dat.finetune import evaluated_config, finetune, held_out_images, load_classifier
 from mae_dat.metrics import Console
 from mae_dat.pretrain import pretrain
 from mae_dat.report import Gallery, Results, Run, write_report
@@ -34,6 +34,7 @@ ARMS = {"plain": "plain", "random": "random words", "released": "DAT", "paper": 
 # on them.
 COST = {"plain": 1.0, "random": 2.4, "released": 3.6, "paper": 2.6}
 PRETRAIN_COST = 0.5
+MEASURE_COST, CORRUPT_COST = 0.2, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,9 @@ class CompareConfig:
     finetune: str = str(CONFIGS / "small_finetune.yaml")
     """Recipe of all fine-tunings; an arm changes --dat alone."""
     pretrain_flags: str = ""
-    """Flags over the recipe, as one quoted text: "--epochs 10"."""
+    """Flags over the recipe, as one quoted text: --pretrain_flags="--epochs 10 --blr 1e-3"."""
     finetune_flags: str = ""
+    """The same for all fine-tunings."""
     limit: int | None = 400
     """Images for each corruption and severity (None: all of the validation split)."""
     severities: tuple[int, ...] = SEVERITIES
@@ -62,6 +64,9 @@ class CompareConfig:
     title: str = "MAE pretraining, then fine-tuning with and without DAT"
 
     def __post_init__(self) -> None:
+        if not self.arms or not self.seeds:
+            raise ConfigError("a comparison needs at least one of --arms and one of --seeds.")
+        check_suite(self.limit, self.severities)
         for arm in self.arms:
             if arm not in ARMS:
                 raise ConfigError(f"unknown arm {arm!r}: {nearest(arm, list(ARMS))}")
@@ -87,11 +92,15 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
     began, output = time.monotonic(), prepare_output_folder(Path(config.output_dir))
     first = pretrain_config(config)
     runs = {(arm, seed): finetune_config(config, arm, seed) for seed in config.seeds for arm in config.arms}
+    if config.measure:
+        require_color(runs[config.arms[0], config.seeds[0]])
     images = run.training_images(first.data, lambda image: torch.zeros(0), 0, labelled=False)
-    console.plan = plan(first, runs, len(images))
+    console.plan = plan(config, first, runs, len(images))
     pretrain(first, console, "pretrain")
+    console.passed("pretrain")
     for (arm, seed), one in runs.items():
         finetune(one, console, stage(arm, seed))
+        console.passed(stage(arm, seed))
     if not config.measure:
         return None
     results = report(config, first, runs, console)
@@ -105,12 +114,17 @@ def stage(arm: str, seed: int) -> str:
     return f"{ARMS[arm]}, seed {seed}"
 
 
-def plan(first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig], count: int) -> dict[str, float]:
+def plan(
+    config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig], count: int
+) -> dict[str, float]:
     """Relative times of the stages, for the time left; the measured pace turns them into seconds."""
     seconds = {"pretrain": PRETRAIN_COST * first.optim.epochs * count / 200}
     for (arm, seed), one in runs.items():
         seconds[stage(arm, seed)] = COST[arm] * one.optim.epochs * count / 200
-    return {**seconds, "measure": 0.1 * sum(seconds.values())}
+    if config.measure:
+        cells = len(CORRUPTIONS) * len(config.severities)
+        seconds["measure"] = (config.limit or count // 4) * cells * (MEASURE_COST * len(runs) + CORRUPT_COST) / 200
+    return seconds
 
 
 def report(
@@ -118,7 +132,8 @@ def report(
 ) -> Results:
     """Measures all classifiers on the same pictures and gathers settings, curves and galleries."""
     any_run = next(iter(runs.values()))
-    images = held_out_images(any_run)
+    _, classes = evaluated_config(Path(any_run.run.output_dir), any_run)
+    images = held_out_images(any_run, classes)
     device = pick_device(any_run.run.device)
     models = {
         stage(arm, seed): load_classifier(Path(one.run.output_dir), one, images.classes).to(device)

@@ -22,7 +22,7 @@ DEFAULTS = CompareConfig(
     seeds=(0,),
     pretrain=str(CONFIGS / "demo_pretrain.yaml"),
     finetune=str(CONFIGS / "demo_finetune.yaml"),
-    limit=150,
+    limit=100,
     title="mae_dat demo: generated shapes and textures",
 )
 

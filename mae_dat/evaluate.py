@@ -1,5 +1,6 @@
 """From trained classifiers to results and a report: `main_finetune.py --eval --resume OUT [--suite corruptions]`."""
 
+import dataclasses
 import datetime
 import logging
 import os
@@ -13,7 +14,7 @@ import torch
 
 from mae_dat import run
 from mae_dat.classifier import Classifier
-from mae_dat.config import FinetuneConfig, command_line, flat_values, load_config
+from mae_dat.config import FinetuneConfig, RunConfig, command_line, flat_values, load_config
 from mae_dat.corruptions import SEVERITIES
 from mae_dat.data import ImageFolder
 from mae_dat.distributed import World, all_sum
@@ -31,16 +32,23 @@ PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "pil
 
 
 def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
-    """Measures one classifier on the validation images; with the suite `corruptions` it writes a report beside it.
+    """Measures one classifier on the validation images; with the suite `corruptions` it writes a report.
+
+    The report goes into --output_dir, or a folder `evaluation` beside the weights where none was named.
 
     Raises ConfigError without --resume, CheckpointError when the checkpoint's head does not fit the data.
     """
     if not config.run.resume:
         raise ConfigError("--eval needs --resume: the output folder of a fine-tuning, or a weights file.")
     source = Path(config.run.resume)
+    folder = source if source.is_dir() else source.parent
     config, classes = evaluated_config(source, config)
-    if config.evaluation.suite == "corruptions" and config.data.in_chans != 3:
-        raise ConfigError(f"--suite corruptions needs a classifier of colour pictures; {source} takes grey ones.")
+    if config.evaluation.suite == "corruptions":
+        require_color(config)
+        check_suite(config.evaluation.limit)
+        if config.run.output_dir == RunConfig().output_dir:
+            own = dataclasses.replace(config.run, output_dir=str(folder / "evaluation"))
+            config = dataclasses.replace(config, run=own)
     with run.place(config.run, config.launch, console) as where:
         images = held_out_images(config, classes)
         model = load_classifier(source, config, images.classes).to(where.device)
@@ -55,10 +63,23 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
         )
         if where.world.main:
             output = where.output
-            folder = source if source.is_dir() else source.parent
             entry = as_run(found, name, name, name, folder, seed=config.run.seed)
             results = assemble([entry], {"evaluation": flat_values(config)}, f"Robustness of {name}", found)
             logger.info("wrote %s", write_report(results, output))
+
+
+def check_suite(limit: int | None, severities: Sequence[int] = SEVERITIES) -> None:
+    """Raises ConfigError for a measurement that cannot be made, before anything is trained for it."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit}: give at least 1 image a corruption, or None for all.")
+    if not severities or not set(severities) <= set(SEVERITIES):
+        raise ConfigError(f"--severities {' '.join(map(str, severities))}: give some of 1 to 5.")
+
+
+def require_color(config: FinetuneConfig) -> None:
+    """Raises ConfigError for a classifier of grey pictures: the corruptions are defined for colour."""
+    if config.data.in_chans != 3:
+        raise ConfigError(f"corruptions are defined for colour pictures, not for --in_chans {config.data.in_chans}.")
 
 
 def conflict_pictures(images: ImageFolder) -> list[Conflict]:

@@ -183,6 +183,15 @@ def _cells(column: Column, groups: Sequence[Group], ranked: bool) -> list[Cell]:
     ]
 
 
+def markdown(groups: Sequence[Group]) -> str:
+    """The headline table for a Markdown document; the best of a column is bold."""
+    columns, rows = headline(groups)
+    lines = [["model", *(f"{column.title} ({column.unit})" for column in columns)], ["---"] * (len(columns) + 1)]
+    for group, cells in zip(groups, rows, strict=True):
+        lines.append([group.label, *(f"**{cell.text}**" if cell.best else cell.text for cell in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _seeds(groups: Sequence[Group]) -> int:
     """The smallest number of seeds of any model."""
     return min(len(group.runs) for group in groups)

@@ -55,6 +55,11 @@ class Console:
         """A stage of `total` units, `done` of them before now (a resumed run)."""
         return Task(self, title, total, unit, done)
 
+    def passed(self, title: str) -> None:
+        """A stage is over; one that had nothing left to do says nothing about the pace."""
+        if title not in self.spent:
+            self.plan.pop(title, None)
+
     def left_after(self, title: str, stage_seconds: float) -> float:
         """Expected seconds of the stages still to come once `title`, estimated at `stage_seconds`, is over."""
         measured = {**self.spent, title: stage_seconds}

@@ -158,8 +158,12 @@ class WithDAT(Objective):
                 return float(all_mean(attack_with(config, _restarted(generator, state)).changed))
 
             self.controller.find(share_at)
+            eps, wanted = self.controller.eps, self.controller.target
             logger.info(
-                "eps %.4g changes %.1f %% of the words at the start", self.controller.eps, 100 * self.controller.target
+                "eps %.4g changes %.1f %% of the words at the start (wanted: %.1f %%)",
+                eps,
+                100 * share_at(eps),
+                100 * wanted,
             )
             self.found = True
         return attack_with(self.strength(), generator)

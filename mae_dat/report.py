@@ -334,9 +334,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make the page again from a folder's results.json; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mae_dat.report", description="Make report.html from results.json.")
     parser.add_argument("output_dir", type=Path, help="folder that holds results.json; the page is written there")
-    folder = parser.parse_args(arguments).output_dir
+    parser.add_argument("--markdown", action="store_true", help="print the headline table as Markdown instead")
+    options = parser.parse_args(arguments)
     try:
-        print(write_report(read_results(folder / "results.json"), folder))
+        results = read_results(options.output_dir / "results.json")
+        if options.markdown:
+            print(findings.markdown(findings.group_runs(results["models"])))
+        else:
+            print(write_report(results, options.output_dir))
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code

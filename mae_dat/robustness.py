@@ -219,9 +219,11 @@ def _measure(models: Mapping[str, nn.Module], batch: Batch, device: torch.device
     return counts
 
 
-def _tasks(names: Sequence[str], indices: Sequence[int], conflicts: Sequence[int], batch_size: int) -> list[list[Task]]:
+def _tasks(
+    clean: Sequence[int], names: Sequence[str], indices: Sequence[int], conflicts: Sequence[int], batch_size: int
+) -> list[list[Task]]:
     """Batches of tasks, each of one kind: clean, every corruption, conflicts."""
-    sets = [(CLEAN, indices), *((name, indices) for name in names), (CONFLICT, conflicts)]
+    sets = [(CLEAN, clean), *((name, indices) for name in names), (CONFLICT, conflicts)]
     return [
         [(what, i) for i in chosen[start : start + batch_size]]
         for what, chosen in sets
@@ -325,7 +327,8 @@ def evaluate(
     """Count right answers of all `models` on clean, corrupted and, if given, conflict pictures.
 
     Models map float (B, C, H, W) in [0, 1] to logits (B, K); they must be on `device`. They run in eval mode and get
-    their flags back. `limit` takes the first images of a permutation drawn from `seed`. Rank r of `world` takes every
+    their flags back. `limit` corrupts only the first images of a permutation drawn from `seed`; clean
+    accuracy is always of all images. Rank r of `world` takes every
     world-th image from r on, and `reduce` sums an int64 tensor over the ranks, so that all return the same counts.
     `progress` is told (what, done, total) in images of this rank; a corrupted image counts once for all its
     severities.
@@ -340,7 +343,9 @@ def evaluate(
     chosen = _choose(dataset, limit, seed)
     if corruptions:  # here, for the sake of a plain message: an error in a worker arrives wrapped in its traceback
         corrupting.check_image(_to_uint8(dataset[chosen[0]]["image"]))
-    batches = _tasks(rows.names, chosen[rank::world], range(len(conflicts))[rank::world], batch_size)
+    mine = slice(rank, None, world)
+    every, conflicting = range(len(dataset))[mine], range(len(conflicts))[mine]
+    batches = _tasks(every, rows.names, chosen[mine], conflicting, batch_size)
     loader = _loader(_Pictures(dataset, conflicts, rows.severities, seed), batches, num_workers)
     logger.info("evaluating %d model(s) on %d of %d images", len(models), len(chosen), len(dataset))
     with _eval_mode(models):

@@ -125,6 +125,22 @@ def test_best_values_are_marked_with_a_sign_and_ties_are_not() -> None:
     assert dat[-1] == "1.5"  # both took 1.5 minutes
 
 
+def test_markdown_has_the_headline_table_with_the_best_in_bold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = findings.group_runs([run("plain", error=40), run("dat", error=30)])
+    head, rule, plain, dat = findings.markdown(groups).splitlines()
+    columns, rows = findings.headline(groups)
+    assert head.count("|") == rule.count("|") == len(columns) + 2
+    assert [cell.strip(" *") for cell in dat.split("|")[2:-1]] == [cell.text for cell in rows[1]]
+    best = [title for title, cell in zip(head.split("|")[2:], dat.split("|")[2:], strict=True) if "**" in cell]
+    assert " mean corruption error (%) " in best
+    assert "**" not in plain.split("|")[3]
+    write_report(results(run("plain", error=40), run("dat", error=30)), tmp_path)
+    assert main([str(tmp_path), "--markdown"]) == 0
+    assert capsys.readouterr().out == findings.markdown(groups) + "\n"
+
+
 def test_summary_says_what_the_numbers_say() -> None:
     better = " ".join(findings.summary(findings.group_runs([run(), run("dat", error=30)])))
     assert "Compared with plain, DAT has a lower mean corruption error by 5.0 points (30.5 against 35.5 %)" in better

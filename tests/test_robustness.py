@@ -198,13 +198,16 @@ def test_a_perfect_model_has_no_error_and_a_constant_one_the_share_of_its_class(
     assert mean_error(result["wrong"]) == 100.0
 
 
-def test_limit_takes_the_first_of_a_seeded_permutation() -> None:
+def test_limit_corrupts_the_first_of_a_seeded_permutation_and_leaves_clean_whole() -> None:
     result = measure(limit=5, seed=3)
-    assert numbers(result)["red"]["clean"]["total"] == 5
+    assert numbers(result)["red"]["clean"] == numbers(measure())["red"]["clean"]
+    assert numbers(result)["red"]["clean"]["total"] == 11
     assert (result["protocol"]["images"], result["protocol"]["images_available"]) == (5, 11)
     chosen = torch.randperm(11, generator=torch.Generator().manual_seed(3))[:5].tolist()
     share = sum(Pictures().labels[i] == 1 for i in chosen)
-    assert numbers(result)["one"]["clean"]["correct"] == share
+    cells = [cell for row in numbers(result)["one"]["corruptions"].values() for cell in row.values()]
+    assert cells
+    assert all(cell == {"correct": share, "total": 5} for cell in cells)
     assert measure(limit=11) == measure(limit=None)
     with pytest.raises(ValueError, match="limit 0"):
         measure(limit=0)
