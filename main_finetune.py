@@ -1,9 +1,17 @@
-"""Fine-tuning and evaluation of classifiers: `python main_finetune.py --help`. Runs as it is under python, torchrun and
-srun."""
+"""Fine-tuning and evaluation of classifiers: `python main_finetune.py --help`.
+
+Runs as it is under python, torchrun and srun.
+"""
 
 from mae_dat.config import run_command
 
-if __name__ == "__main__":
-    from mae_dat.evaluate import main
 
+def main() -> None:
+    """Imports late, so that Ctrl-C in the first seconds is answered as shortly as later."""
+    from mae_dat.evaluate import main as command
+
+    command()
+
+
+if __name__ == "__main__":
     run_command(main)

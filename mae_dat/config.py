@@ -102,6 +102,10 @@ class DataConfig:
     pin_mem: bool = True
     """Pin host memory for faster transfer to a GPU (--no_pin_mem to turn off)."""
 
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ConfigError(f"--num_workers must be 0 (decode in the main process) or more, got {self.num_workers}.")
+
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
@@ -207,6 +211,12 @@ class ClassifierConfig:
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, evaluated and exported in their place (default: none)."""
 
+    def __post_init__(self) -> None:
+        for name in ("drop_path", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"--{name} must lie in [0, 1), got {value}.")
+
     @property
     def mean_pool(self) -> bool:
         """Whether the patch tokens' mean is classified, not the class token."""
@@ -237,6 +247,11 @@ class AugmentConfig:
     mixup_prob: float = 1.0
     mixup_switch_prob: float = 0.5
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+
+    def __post_init__(self) -> None:
+        for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name} must lie in [0, 1], got {getattr(self, name)}.")
 
 
 @dataclasses.dataclass(frozen=True)

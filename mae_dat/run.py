@@ -99,7 +99,11 @@ def with_dat(objective: Objective, dat: DatConfig, data: DataConfig, device: tor
 
 def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
     """The newest valid checkpoint of the output folder; else the one that `--resume` names; else None."""
-    return newest_checkpoint(output) or (find_checkpoint(Path(run.resume)) if run.resume else None)
+    own = newest_checkpoint(output)
+    if own and run.resume:
+        # A requeued job repeats its command line: what it has learned since counts, not where it began.
+        logger.info("%s has a checkpoint of its own, which goes before --resume %s.", output, run.resume)
+    return own or (find_checkpoint(Path(run.resume)) if run.resume else None)
 
 
 def restore(training: Training, found: Checkpoint | None, settings: dict[str, Any]) -> None:

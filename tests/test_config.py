@@ -326,3 +326,11 @@ def test_every_recipe_loads_and_its_parts_can_be_built(path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert {"small_pretrain", "small_finetune"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("num_workers", "-1"), ("drop_path", "1.5"), ("ema_decay", "2"), ("smoothing", "-0.1")]
+)
+def test_a_value_out_of_its_range_is_refused_by_name(flag: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag} must"):
+        load_config(FinetuneConfig, [f"--{flag}={value}"])
