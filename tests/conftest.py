@@ -1,8 +1,9 @@
-"""Fixtures for every test: no network, two threads, fixed seeds, recorded reference outputs."""
+"""Fixtures for every test: no network, one thread, fixed seeds, recorded reference outputs."""
 
+import logging
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports huggingface_hub: a forgotten `pretrained=True` must fail at once, not after a network timeout.
@@ -37,3 +38,13 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return {key: archive[key] for key in archive.files}
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands run in this process point the log at the standard error of their test, which is closed afterwards."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:], root.level = handlers, level
