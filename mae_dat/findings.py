@@ -192,6 +192,32 @@ def markdown(groups: Sequence[Group]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def paired_markdown(groups: Sequence[Group]) -> str:
+    """Differences at the same seed, mean ± standard deviation, for every pair of groups with the same seeds.
+
+    Runs of one seed share initialization, order of images and pictures measured, so their difference scatters less
+    than either.
+    """
+    columns = [column for column in COLUMNS if column.sign and column.key != "time"]
+    columns = [column for column in columns if all(group.stat(column.value) for group in groups)]
+    lines = [["difference at the same seed", *(column.title for column in columns)], ["---"] * (len(columns) + 1)]
+    for i, group in enumerate(groups):
+        for other in groups[:i]:
+            pairs = [(a, b) for a in group.runs for b in other.runs if a["seed"] == b["seed"]]
+            cells = [Stat.of(_difference(column, a, b) for a, b in pairs) for column in columns]
+            texts = [
+                "–" if cell is None else cell.text(max(column.digits, 2))
+                for column, cell in zip(columns, cells, strict=True)
+            ]
+            lines.append([f"{group.label} − {other.label}", *texts])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _difference(column: Column, a: Run, b: Run) -> float | None:
+    first, second = column.value(a), column.value(b)
+    return None if first is None or second is None else first - second
+
+
 def _seeds(groups: Sequence[Group]) -> int:
     """The smallest number of seeds of any model."""
     return min(len(group.runs) for group in groups)

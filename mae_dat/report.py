@@ -334,12 +334,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make the page again from a folder's results.json; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mae_dat.report", description="Make report.html from results.json.")
     parser.add_argument("output_dir", type=Path, help="folder that holds results.json; the page is written there")
-    parser.add_argument("--markdown", action="store_true", help="print the headline table as Markdown instead")
+    parser.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print the headline table and the differences at the same seed as Markdown instead",
+    )
     options = parser.parse_args(arguments)
     try:
         results = read_results(options.output_dir / "results.json")
         if options.markdown:
-            print(findings.markdown(findings.group_runs(results["models"])))
+            groups = findings.group_runs(results["models"])
+            print(findings.markdown(groups) + "\n\n" + findings.paired_markdown(groups))
         else:
             print(write_report(results, options.output_dir))
     except UserError as fault:

@@ -138,7 +138,18 @@ def test_markdown_has_the_headline_table_with_the_best_in_bold(
     assert "**" not in plain.split("|")[3]
     write_report(results(run("plain", error=40), run("dat", error=30)), tmp_path)
     assert main([str(tmp_path), "--markdown"]) == 0
-    assert capsys.readouterr().out == findings.markdown(groups) + "\n"
+    assert capsys.readouterr().out == findings.markdown(groups) + "\n\n" + findings.paired_markdown(groups) + "\n"
+
+
+def test_paired_differences_are_taken_within_a_seed() -> None:
+    runs = [run("plain", 0, 40), run("plain", 1, 50), run("dat", 1, 44), run("dat", 0, 36)]
+    head, _, row = findings.paired_markdown(findings.group_runs(runs)).splitlines()
+    cell = dict(zip(head.split("|"), row.split("|"), strict=True))[" mean corruption error "]
+    mean, spread = map(float, cell.replace(" ", "").split("±"))
+    by = {(one["name"], one["seed"]): findings.mean_error(one) for one in runs}
+    first, second = (by["dat", seed] - by["plain", seed] for seed in (0, 1))
+    assert mean == pytest.approx((first + second) / 2, abs=0.006)
+    assert spread == pytest.approx(abs(first - second) / 2**0.5, abs=0.006)
 
 
 def test_summary_says_what_the_numbers_say() -> None:
