@@ -22,7 +22,7 @@ DEFAULTS = CompareConfig(
     seeds=(0,),
     pretrain=str(CONFIGS / "demo_pretrain.yaml"),
     finetune=str(CONFIGS / "demo_finetune.yaml"),
-    limit=100,
+    limit=80,
     title="mae_dat demo: generated shapes and textures",
 )
 
