@@ -139,12 +139,18 @@ def as_run(found: Evaluation, key: str, name: str, label: str, folder: Path, see
 def training_curves(folder: Path) -> tuple[dict[str, list[list[float | None]]], float]:
     """Curves by epoch from `log.txt`, and the seconds of training; empty where there is no log."""
     records = read_log(folder / "log.txt")
-    wanted = {"train_loss": "train_loss", "test_acc1": "test_acc1", "train_changed_words": "changed_words"}
+    # DAT's training loss is a sum over views: only its clean part can be laid beside a plain run's.
+    wanted = {
+        "train_loss": ("train_loss_clean", "train_loss"),
+        "test_acc1": ("test_acc1",),
+        "changed_words": ("train_changed_words",),
+    }
     curves: dict[str, list[list[float | None]]] = {}
-    for key, name in wanted.items():
-        points = [[float(record["epoch"] + 1), float(record[key])] for record in records if key in record]
-        if points:
-            curves[name] = [list(point) for point in points]
+    for name, keys in wanted.items():
+        for record in records:
+            key = next((key for key in keys if key in record), None)
+            if key is not None:
+                curves.setdefault(name, []).append([float(record["epoch"] + 1), float(record[key])])
     return curves, sum(record.get("seconds", 0.0) for record in records)
 
 
