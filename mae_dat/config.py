@@ -423,8 +423,11 @@ def data_root(data_path: str | None) -> str:
 
 
 def command_line(module: str = "") -> str:
-    """The command that runs, for logs, cards and reports."""
-    start = ["python", "-m", module] if module else ["python", os.path.basename(sys.argv[0])]
+    """The command that runs, for logs, cards and reports; a file of this package is named as its module."""
+    script = Path(sys.argv[0])
+    if not module and script.parent.name == "mae_dat":
+        module = f"mae_dat.{script.stem}"
+    start = ["python", "-m", module] if module else ["python", script.name]
     return shlex.join([*start, *sys.argv[1:]])
 
 

@@ -334,3 +334,15 @@ def test_there_are_recipes() -> None:
 def test_a_value_out_of_its_range_is_refused_by_name(flag: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"--{flag} must"):
         load_config(FinetuneConfig, [f"--{flag}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("/a/mae_dat/demo.py", "python -m mae_dat.demo --seeds 1"),
+        ("/a/main_pretrain.py", "python main_pretrain.py --seeds 1"),
+    ],
+)
+def test_the_command_is_told_as_it_can_be_given(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--seeds", "1"])
+    assert config_module.command_line() == said
