@@ -1,9 +1,14 @@
 """The order of samples, and loaders: which samples make up a step is a pure function of (seed, step), whatever the
 number of workers."""
 
+import atexit
+import functools
 import hashlib
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -88,11 +93,20 @@ def _collate(samples: list[Sample | UserError]) -> Any:
     return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
 
 
-def _start_worker(worker: int) -> None:
+@functools.cache
+def _exiting() -> Event:
+    """Set when this process is at its end, where multiprocessing sends its workers a SIGTERM and waits for them."""
+    event = multiprocessing.Event()
+    atexit.register(event.set)
+    return event
+
+
+def _start_worker(exiting: Event, worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C and a scheduler's signals reach the whole process group; only the main process is to act on them.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if exiting.is_set() else None)
 
 
 class ImageLoader(DataLoader[Any]):
@@ -111,7 +125,7 @@ def _loader(dataset: Dataset[Sample], num_workers: int, pin_memory: bool, **samp
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_collate,
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(_start_worker, _exiting()) if num_workers else None,
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(0),  # otherwise each iterator draws from the global generator
         **sampling,

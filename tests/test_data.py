@@ -3,6 +3,8 @@
 import random
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -404,6 +406,28 @@ def test_a_bad_image_reaches_the_main_process_as_a_plain_message(num_workers: in
     with pytest.raises(DataError, match=r"2\.png: it is a web page") as caught:
         list(eval_loader(folder, 3, 0, 1, num_workers))
     assert "Traceback" not in str(caught.value)
+
+
+LEAVES_A_LOADER = """
+import multiprocessing, os, signal, sys
+from mae_dat.data import ImageFolder
+from mae_dat.loaders import eval_loader
+from mae_dat.transforms import eval_transform
+loader = eval_loader(ImageFolder(sys.argv[1], eval_transform((16, 16))), 1, 0, 1, num_workers=1)
+batches = iter(loader)
+next(batches)
+(worker,) = multiprocessing.active_children()
+os.kill(worker.pid, signal.SIGTERM)
+next(batches)
+print("read on")
+"""
+
+
+def test_a_workers_sigterm_is_ignored_while_the_run_lasts_and_ends_it_at_exit(make: Make) -> None:
+    # The loader is still alive when Python exits, which ends its workers by SIGTERM and waits for them without limit.
+    command = [sys.executable, "-c", LEAVES_A_LOADER, str(make("a/1.png a/2.png a/3.png"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "read on\n"), done.stderr
 
 
 def test_an_error_of_ours_is_not_swallowed(make: Make) -> None:
