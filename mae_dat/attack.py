@@ -29,7 +29,7 @@ class DiscreteAdversary(NamedTuple):
     adversarial: Tensor
     """The adversarial image in [0, 1], decoded from `adversarial_words`."""
     words: Tensor
-    """Visual words of the picture that was attacked: of x (`paper`, `random`) or of Q(x) (`released`)."""
+    """Visual words of the picture that was attacked: of Q(x) (`released`) or of x (all others)."""
     adversarial_words: Tensor
 
     @property
@@ -41,7 +41,7 @@ class DiscreteAdversary(NamedTuple):
 def discrete_adversary(
     image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
 ) -> DiscreteAdversary:
-    """Changes visual words of `image` to raise `loss_of` (or at random).
+    """Changes visual words of `image` to raise `loss_of`; or, as baselines, at random or not at all (`reconstruction`).
 
     `loss_of` maps an image to the mean loss of the batch, a scalar, and closes over targets, mask or boxes. `generator`
     lives on the image's device. Raises ValueError when pixels leave [0, 1] by more than 1e-6, ConfigError when the size
@@ -56,6 +56,8 @@ def discrete_adversary(
         image.device.type, enabled=False
     ):  # a step is a fraction of a grey level: bfloat16 would lose it
         words, reconstruction = _discretize(tokenizer, image)
+    if config.kind == "reconstruction":
+        return DiscreteAdversary(reconstruction, reconstruction, words, words)
     if config.kind == "random":
         return _random(tokenizer, words, reconstruction, config, generator)
     if config.kind == "paper":

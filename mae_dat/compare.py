@@ -29,10 +29,16 @@ from mae_dat.report import Gallery, Results, Run, write_report
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ARMS = {"plain": "plain", "random": "random words", "released": "DAT", "paper": "DAT, Algorithm 1"}
+ARMS = {
+    "plain": "plain",
+    "reconstruction": "reconstructions",
+    "random": "random words",
+    "released": "DAT",
+    "paper": "DAT, Algorithm 1",
+}
 # Passes through the network and the tokenizer beside a plain step's, measured on two cores; only the time left depends
 # on them.
-COST = {"plain": 1.0, "random": 2.4, "released": 3.6, "paper": 2.6}
+COST = {"plain": 1.0, "reconstruction": 2.4, "random": 2.4, "released": 3.6, "paper": 2.6}
 PRETRAIN_COST = 0.5
 MEASURE_COST, CORRUPT_COST = 0.2, 1.0
 
@@ -44,8 +50,8 @@ class CompareConfig:
     data_path: str = "demo"
     """Folder with train/CLASS/* and val/CLASS/*, or `demo`."""
     output_dir: str = "output/compare"
-    arms: tuple[str, ...] = tuple(ARMS)
-    """plain, random, released, paper."""
+    arms: tuple[str, ...] = ("plain", "random", "released", "paper")
+    """plain, reconstruction (the clean view and its reconstruction), random, released, paper."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the fine-tunings; the pretraining is shared and has its config's seed."""
     pretrain: str = str(CONFIGS / "small_pretrain.yaml")

@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 DATA_VARIABLE = "MAE_DAT_DATA"
-ATTACKS = ("released", "paper", "random")
+ATTACKS = ("released", "paper", "random", "reconstruction")
 
 
 @dataclasses.dataclass(frozen=True)
 class AttackConfig:
     """A discrete adversary (Mao et al. 2022): which one, and how strong."""
 
-    kind: Literal["released", "paper", "random"] = "released"
+    kind: Literal["released", "paper", "random", "reconstruction"] = "released"
     eps: float = 0.1
     """`released`: radius of the L2 ball per image, pixels in [0, 1], and size of the step. `paper`: alpha, the factor
     of the gradient."""
@@ -60,6 +60,11 @@ class AttackConfig:
     def clean_weight(self) -> float:
         """Weight of the clean loss beside the adversarial one: 1 in the released code, 0 in the paper's Algorithm 1."""
         return 0.0 if self.kind == "paper" else 1.0
+
+    @property
+    def follows_gradient(self) -> bool:
+        """Whether there is an adversary at all: `random` and `reconstruction` are the baselines without one."""
+        return self.kind in ("released", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +146,9 @@ class OptimConfig:
 class DatConfig:
     """Discrete adversarial training: bare `--dat` is `--dat released`."""
 
-    dat: Literal["none", "released", "paper", "random"] = "none"
-    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1), random (random words, no
-    attack)."""
+    dat: Literal["none", "released", "paper", "random", "reconstruction"] = "none"
+    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1); or what stands beside the
+    clean view without one: random (random words), reconstruction (no word changed)."""
     dat_eps: float = 0.1
     """released: L2 radius and step; paper: factor of the gradient; pixels in [0, 1]."""
     dat_share: float | None = None

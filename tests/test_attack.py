@@ -24,6 +24,7 @@ from mae_dat.attack import (
     random_words,
     unit,
 )
+from mae_dat.config import ATTACKS
 from mae_dat.errors import ConfigError
 from mae_dat.generated import draw
 from mae_dat.tokenizer import VisualTokenizer, load_tokenizer
@@ -190,7 +191,7 @@ class Mixed(nn.Module):
         return self.rest(self.frozen(image))
 
 
-@pytest.mark.parametrize("kind", ["released", "paper", "random"])
+@pytest.mark.parametrize("kind", ATTACKS)
 def test_an_attack_leaves_no_trace(kind: str) -> None:
     net, tokenizer = Mixed(), Mosaic()
     net.rest[0].weight.grad = torch.full_like(net.rest[0].weight, 3.0)
@@ -223,6 +224,18 @@ def test_the_generator_is_the_only_source_of_chance(kind: str) -> None:
 
     assert torch.equal(attacked(1), attacked(1))
     assert not torch.equal(attacked(1), attacked(2))
+
+
+def test_a_reconstruction_changes_no_word_and_asks_for_no_loss() -> None:
+    image, tokenizer = torch.rand(2, 3, 16, 16), Mosaic()
+
+    def never(image: Tensor) -> Tensor:
+        raise AssertionError("there is no adversary")
+
+    found = discrete_adversary(image, never, tokenizer, AttackConfig("reconstruction", share=0.5), generator())
+    assert torch.equal(found.adversarial, tokenizer.reconstruct(image))
+    assert torch.equal(found.adversarial_words, tokenizer.encode(image))
+    assert found.changed == 0
 
 
 def test_an_attack_works_where_gradients_are_off() -> None:

@@ -249,7 +249,7 @@ def test_an_attack_that_cannot_work_is_refused(settings: dict[str, Any], message
 def test_the_flags_of_dat_reach_the_attack() -> None:
     attack = DatConfig("released", 0.3, 0.04, 0.5, 2).attack
     assert attack == AttackConfig("released", 0.3, 0.04, 0.5, 2)
-    assert [AttackConfig(kind).clean_weight for kind in config_module.ATTACKS] == [1.0, 0.0, 1.0]
+    assert [AttackConfig(kind).clean_weight for kind in config_module.ATTACKS] == [1.0, 0.0, 1.0, 1.0]
     assert DatConfig().attack is None
 
 

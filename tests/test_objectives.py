@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_dat.config import AttackConfig, AugmentConfig
+from mae_dat.config import ATTACKS, AttackConfig, AugmentConfig
 from mae_dat.data import Batch
 from mae_dat.engine import seed_everything
 from mae_dat.mae import MaskedAutoencoder, masked_mse
@@ -96,7 +96,7 @@ def test_the_mask_is_a_function_of_the_generator(batch: Batch) -> None:
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", ["released", "paper", "random"])
+@pytest.mark.parametrize("kind", ATTACKS)
 def test_both_views_of_a_picture_share_mask_and_target(kind: str, batch: Batch, tokenizer: LightTokenizer) -> None:
     model = RecordingMae()
     objective = WithDAT(MaskedReconstruction(0.5, True), tokenizer, AttackConfig(kind, eps=3.0))  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ def test_the_papers_loss_is_adversarial_only(batch: Batch, tokenizer: LightToken
     assert not any(torch.equal(seen, batch["image"]) for seen in model.seen), "no clean view, no wasted forward"
 
 
-@pytest.mark.parametrize("kind", ["released", "paper", "random"])
+@pytest.mark.parametrize("kind", ATTACKS)
 def test_the_attack_leaves_no_gradient_and_no_flag(kind: str, batch: Batch, tokenizer: LightTokenizer) -> None:
     model = SmallNet()
     model.norm.eval()
@@ -185,6 +185,18 @@ def test_the_attack_leaves_no_gradient_and_no_flag(kind: str, batch: Batch, toke
     parts["loss"].backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad is None for p in tokenizer.parameters())
+
+
+def test_reconstructions_are_meant_to_change_nothing(
+    batch: Batch, tokenizer: LightTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    objective = WithDAT(plain_labels(), tokenizer, AttackConfig("reconstruction", share=0.05))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            parts = run(objective, SmallNet(), batch)
+            assert parts["changed_words"] == 0
+            assert parts["loss"] == parts["loss_clean"] + parts["loss_adversarial"]
+    assert not caplog.records
 
 
 def test_an_attack_that_changes_nothing_is_warned_about(
