@@ -9,13 +9,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mae_dat import run
-from mae_dat.classifier import Classifier, build_classifier, load_pretrained, load_weights
+from mae_dat.classifier import Classifier, build_classifier
 from mae_dat.config import ConfigError, DataConfig, FinetuneConfig, image_size
 from mae_dat.data import ImageFolder, find_split
 from mae_dat.distributed import step_generator
 from mae_dat.engine import Training, accuracy, seed_everything
 from mae_dat.errors import CheckpointError, DataError
 from mae_dat.loaders import ImageLoader, eval_loader
+from mae_dat.loading import load_pretrained, load_weights
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Classification, Objective, WithDAT
 from mae_dat.optim import build_optimizer

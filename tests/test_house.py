@@ -31,6 +31,7 @@ FLOORS = {
     "attack": 3,
     "mae": 4,
     "classifier": 4,
+    "loading": 5,
     "objectives": 5,
     "optim": 6,
     "metrics": 6,
