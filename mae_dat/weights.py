@@ -8,7 +8,7 @@ Lightning's.
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,12 @@ from torch import Tensor
 from mae_dat.errors import CheckpointError, MissingInputError
 from mae_dat.files import atomic_write, require_file
 
-_STATE_KEYS = ("model", "state_dict")  # where MAE, timm and Lightning keep the weights in a checkpoint
-_PREFIXES = ("module.", "net.", "model.", "1.")  # DDP; Classifier; a wrapper; easyrobust's (normalisation, model)
-_NORMALIZATION_KEYS = {"0.mean", "0.std"}
+# Where MAE, timm and Lightning keep the weights in a checkpoint; an average goes before what it averages, as in timm.
+_AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema")
+_STATE_KEYS = (*_AVERAGE_KEYS, "model", "state_dict")
+_PREFIXES = {"module.": "DDP", "net.": "", "model.": "", "1.": "easyrobust"}  # what wraps, where it has a name
+_STATISTICS = ("0.mean", "0.std")  # of easyrobust's pair of normalisation and model
+_ROWS = 6  # of each kind in a table of keys
 _SUFFIXES = {".pth", ".pt", ".ckpt", ".safetensors"}
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
@@ -32,15 +35,33 @@ class LightningCallbackStub:
     """Stands for `ModelCheckpoint` as a dictionary key in Lightning's files; carries no behaviour."""
 
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
 class WeightsFile(NamedTuple):
-    """Tensors by key and, for safetensors, the file's string metadata."""
+    """Tensors by bare key, a safetensors file's string metadata, where they are from, and what was taken off.
+
+    `statistics` are the mean and deviation of pixels in [0, 1], one value a channel, where the file holds them.
+    """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    source: str = "the given weights"
+    wrappers: tuple[str, ...] = ()
+    statistics: Statistics | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a file of ours says about its model; empty for a foreign one. Raises CheckpointError."""
+        try:
+            facts = json.loads(self.metadata.get("mae_dat", "{}"))
+        except ValueError as error:
+            raise CheckpointError(f"{self.source}: its description is damaged ({error}).") from error
+        return facts if isinstance(facts, dict) else {}
 
 
 def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
-    """The weights in a `.safetensors` or torch file, on the CPU, under bare keys (see `bare_tensors`).
+    """The weights in a `.safetensors` or torch file, on the CPU, under bare keys (see `unwrap`).
 
     `what` names the purpose in messages. Raises MissingInputError for no such file and CheckpointError for anything
     that is not a whole weights file.
@@ -53,7 +74,7 @@ def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
         )
     require_file(path, what)
     content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
-    return WeightsFile(bare_tensors(content, str(path)), metadata)
+    return unwrap(content, str(path), metadata)
 
 
 def read_pickle(path: Path) -> Any:
@@ -83,45 +104,79 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         file.write(memoryview(payload)[start:])
 
 
-def bare_tensors(content: Any, source: str) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of a checkpoint that holds one under `model` or `state_dict`.
+def unwrap(content: Any, source: str, metadata: dict[str, str] | None = None) -> WeightsFile:
+    """The tensors of a state dict, or of a checkpoint that holds one under `model`, `state_dict` or as an average.
 
     What wrappers add is taken off: prefixes that all keys share, `_orig_mod.` anywhere, statistics of a normalisation.
     Raises CheckpointError, naming `source` and what it holds, where there are no tensors.
     """
-    while isinstance(content, Mapping) and (
-        inner := next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)), None)
-    ):
-        content = inner
+    wrappers: list[str] = []
+    while isinstance(content, Mapping) and (inner := next((key for key in _STATE_KEYS if _holds(content, key)), None)):
+        wrappers += [f"the average ({inner})"] if inner in _AVERAGE_KEYS else []
+        content = content[inner]
     found = [str(key) for key in content] if isinstance(content, Mapping) else [type(content).__name__]
     items = content.items() if isinstance(content, Mapping) else ()
-    # torch.compile wraps modules at any depth.
-    tensors = {str(key).replace("_orig_mod.", ""): value for key, value in items if isinstance(value, Tensor)}
-    tensors = {key: value for key, value in tensors.items() if key not in _NORMALIZATION_KEYS}
+    tensors = {str(key): value for key, value in items if isinstance(value, Tensor)}
+    if any("_orig_mod." in key for key in tensors):  # torch.compile wraps modules at any depth
+        tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
+        wrappers.append("torch.compile (_orig_mod.)")
+    statistics: dict[str, Tensor] = {}
+    while tensors:
+        statistics |= {key: tensors.pop(key) for key in _STATISTICS if key in tensors}
+        prefix = next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in tensors)), None)
+        if prefix is None or not tensors:
+            break
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+        wrappers += [f"{_PREFIXES[prefix]} ({prefix})"] if _PREFIXES[prefix] else []
     if not tensors:
         raise CheckpointError(f"{source} holds no weights (it holds {listing(found)}); give a model's checkpoint.")
-    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in tensors)), None):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+    file = WeightsFile(tensors, metadata or {}, source, tuple(wrappers))
+    return file._replace(statistics=_statistics(statistics, file.facts))
+
+
+def _holds(content: Mapping[Any, Any], key: str) -> bool:
+    """Whether `content[key]` is a state dict or holds one: an `ema` may as well be a rate."""
+    inner = content.get(key)
+    return isinstance(inner, Mapping) and (
+        any(isinstance(value, Tensor) for value in inner.values()) or any(_holds(inner, below) for below in _STATE_KEYS)
+    )
+
+
+def _statistics(found: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Statistics | None:
+    values = [found[key].flatten().tolist() for key in _STATISTICS if key in found]
+    values = values or [facts[key] for key in ("mean", "std") if key in facts]
+    return (tuple(values[0]), tuple(values[1])) if len(values) == 2 else None
 
 
 def check_keys(source: Path | str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], advice: str) -> None:
-    """Raises CheckpointError with the missing, unexpected and mis-shaped keys, unless both sides agree exactly.
+    """Raises CheckpointError with a table of missing, unexpected and mis-shaped keys, unless both sides agree exactly.
 
     `source` names the found tensors, `advice` says what to give instead.
     """
-    shapes = [
-        f"{key} {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected
-        if key in found and found[key].shape != expected[key].shape
-    ]
     differences = {
         "missing": [key for key in expected if key not in found],
         "unexpected": [key for key in found if key not in expected],
-        "of another shape": shapes,
+        "of another shape": [key for key in expected if key in found and found[key].shape != expected[key].shape],
     }
-    if problems := [f"{kind}: {listing(keys)}" for kind, keys in differences.items() if keys]:
-        raise CheckpointError(f"{source} does not fit the model; {'; '.join(problems)}. Fix: {advice}.")
+    if not any(differences.values()):
+        return
+    rows = [("key", "in the file", "expected", "")]
+    for what, keys in differences.items():
+        rows += [(key, _shape(found.get(key)), _shape(expected.get(key)), what) for key in keys[:_ROWS]]
+        rows += [(f"and {len(keys) - _ROWS} more", "", "", what)] if len(keys) > _ROWS else []
+    counts = ", ".join(f"{len(keys)} {what}" for what, keys in differences.items() if keys)
+    raise CheckpointError(f"{source} does not fit the model ({counts}):\n{_table(rows)}\nFix: {advice}.")
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "-" if tensor is None else " x ".join(map(str, tensor.shape)) or "scalar"
+
+
+def _table(rows: Sequence[Iterable[str]]) -> str:
+    """Lines of left-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:

@@ -175,11 +175,11 @@ def test_a_lightning_checkpoint_loads_without_its_losses_and_averages(
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state.pop("decoder.mid.attn_1.q.weight"), r"missing: decoder\.mid\.attn_1\.q\.weight"),
-        (lambda state: state.update({"encoder.extra.bias": torch.ones(2)}), r"unexpected: encoder\.extra\.bias"),
+        (lambda state: state.pop("decoder.mid.attn_1.q.weight"), r"decoder\.mid\.attn_1\.q\.weight .* missing"),
+        (lambda state: state.update({"encoder.extra.bias": torch.ones(2)}), r"encoder\.extra\.bias .* unexpected"),
         (
             lambda state: state.update({"quant_conv.weight": torch.ones(5, 4, 1, 1)}),
-            r"another shape: quant_conv\.weight \(5, 4, 1, 1\), expected \(4, 4, 1, 1\)",
+            r"quant_conv\.weight +5 x 4 x 1 x 1 +4 x 4 x 1 x 1 +of another shape",
         ),
         (lambda state: state.pop("quantize.embedding.weight"), r"no VQGAN.*quantize\.embedding\.weight"),
         (lambda state: state.pop("encoder.down.2.block.0.conv1.weight"), "levels are incomplete"),
@@ -304,7 +304,7 @@ def test_a_light_file_whose_settings_and_weights_disagree(tmp_path: Path) -> Non
     tokenizer, path = LightTokenizer(SMALL_LIGHT), tmp_path / "light.safetensors"
     tokenizer.config = dataclasses.replace(SMALL_LIGHT, num_words=32)
     tokenizer.save(path)
-    with pytest.raises(CheckpointError, match=r"light\.safetensors.*codes \(16, 3\), expected \(32, 3\)"):
+    with pytest.raises(CheckpointError, match=r"light\.safetensors(.|\n)*codes +16 x 3 +32 x 3"):
         load_tokenizer(path)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_dat.errors import CheckpointError, MissingInputError, OutputError, StorageError
 from mae_dat.files import atomic_write, prepare_output_folder, require_file, sha256_of
-from mae_dat.weights import bare_tensors, check_keys, listing, read_pickle, read_weights, write_weights
+from mae_dat.weights import check_keys, listing, read_pickle, read_weights, unwrap, write_weights
 
 
 def tensors() -> dict[str, Tensor]:
@@ -71,19 +71,47 @@ def test_old_torch_format(tmp_path: Path) -> None:
 def test_wrappers_that_all_keys_share_are_taken_off(prefix: str) -> None:
     state = tensors()
     wrapped = {prefix + key: value for key, value in state.items()}
-    assert_same(bare_tensors({"state_dict": wrapped, "epoch": 1}, "here"), state)
+    assert_same(unwrap({"state_dict": wrapped, "epoch": 1}, "here").tensors, state)
 
 
 def test_a_prefix_that_not_all_keys_share_stays() -> None:
     state = {"module.weight": torch.ones(2), "head.weight": torch.ones(3)}
-    assert_same(bare_tensors(state, "here"), state)
+    assert_same(unwrap(state, "here").tensors, state)
+
+
+@pytest.mark.parametrize("average", ["state_dict_ema", "model_ema", "ema"])
+def test_an_average_goes_before_the_weights_it_averages_and_is_told(average: str) -> None:
+    state, averaged = tensors(), tensors()
+    file = unwrap({"model": state, average: {f"module.{key}": value for key, value in averaged.items()}}, "here")
+    assert_same(file.tensors, averaged)
+    assert file.wrappers == (f"the average ({average})", "DDP (module.)")
+    assert_same(unwrap({"model": state, average: None}, "here").tensors, state)
+    assert_same(unwrap({"model": state, average: {"decay": 0.999, "updates": 3}}, "here").tensors, state)
+
+
+@pytest.mark.parametrize("outer", ["", "module.", "module._orig_mod."])
+def test_statistics_of_a_normalisation_are_kept_apart(outer: str) -> None:
+    """easyrobust's files: a normalisation and the model in one sequence."""
+    state = tensors()
+    wrapped = {f"{outer}1.{key}": value for key, value in state.items()}
+    wrapped |= {f"{outer}0.mean": torch.tensor([0.5, 0.25]).view(1, 2, 1, 1), f"{outer}0.std": torch.ones(2)}
+    file = unwrap({"state_dict": wrapped}, "here")
+    assert_same(file.tensors, state)
+    assert file.statistics == ((0.5, 0.25), (1.0, 1.0))
+    assert file.wrappers[-1] == "easyrobust (1.)"
+    assert unwrap(state, "here").statistics is None
+
+
+def test_statistics_alone_are_no_weights() -> None:
+    with pytest.raises(CheckpointError, match=r"no weights \(it holds 0\.mean, 0\.std\)"):
+        unwrap({"0.mean": torch.ones(3), "0.std": torch.ones(3)}, "here")
 
 
 def test_content_without_tensors_is_described() -> None:
     with pytest.raises(CheckpointError, match=r"here holds no weights \(it holds epoch, lr\)"):
-        bare_tensors({"epoch": 3, "lr": 0.1}, "here")
+        unwrap({"epoch": 3, "lr": 0.1}, "here")
     with pytest.raises(CheckpointError, match=r"it holds list"):
-        bare_tensors([torch.ones(2)], "here")
+        unwrap([torch.ones(2)], "here")
 
 
 # ---- hostile and damaged files ----
@@ -168,13 +196,18 @@ def test_equal_keys_and_shapes_pass() -> None:
     check_keys("file", tensors(), tensors(), "nothing")
 
 
-def test_all_differences_of_keys_stand_in_one_message() -> None:
-    expected = {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(4)}
-    found = {"b": torch.ones(5), "c": torch.ones(4), "d": torch.ones(6)}
+def test_all_differences_of_keys_stand_in_one_table() -> None:
+    expected = {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(4), "s": torch.tensor(1)}
+    found = {"b": torch.ones(5, 1), "c": torch.ones(4), "d": torch.ones(6)}
     with pytest.raises(CheckpointError) as error:
         check_keys("file.pth", expected, found, "take another")
     assert str(error.value) == (
-        "file.pth does not fit the model; missing: a; unexpected: d; of another shape: b (5,), expected (3,). "
+        "file.pth does not fit the model (2 missing, 1 unexpected, 1 of another shape):\n"
+        "  key  in the file  expected\n"
+        "  a    -            2         missing\n"
+        "  s    -            scalar    missing\n"
+        "  d    6            -         unexpected\n"
+        "  b    5 x 1        3         of another shape\n"
         "Fix: take another."
     )
 
@@ -182,6 +215,9 @@ def test_all_differences_of_keys_stand_in_one_message() -> None:
 def test_long_lists_are_cut() -> None:
     assert listing([str(number) for number in range(5)], most=3) == "0, 1, 2 and 2 more"
     assert listing(["a", "b"]) == "a, b"
+    with pytest.raises(CheckpointError, match=r"\(40 missing\)(.|\n)*and 34 more +missing") as error:
+        check_keys("file.pth", {str(number): torch.ones(2) for number in range(40)}, {}, "take another")
+    assert len(str(error.value).splitlines()) == 10
 
 
 # ---- files that are whole or absent ----
