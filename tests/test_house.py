@@ -27,6 +27,7 @@ FLOORS = {
     "sources": 1,
     "transforms": 1,
     "loaders": 1,
+    "formats": 2,
     "tokenizer": 2,
     "attack": 3,
     "mae": 4,
