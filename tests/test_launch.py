@@ -65,6 +65,14 @@ def wait_for(path: Path, seconds: float = 30) -> Path:
     return path
 
 
+def wait_for_line(path: Path, text: str, seconds: float = 30) -> None:
+    """Wait for what submitit writes after a task's result: the traceback in its log."""
+    end = time.monotonic() + seconds
+    while text not in path.read_text():
+        assert time.monotonic() < end, f"no {text!r} in {path.name}:\n{path.read_text()}"
+        time.sleep(0.05)
+
+
 def outcome(path: Path) -> str:
     """ "success" or "error", from a task's result file."""
     import cloudpickle
@@ -177,6 +185,23 @@ def test_mistyped_flags_of_our_scripts_are_found_before_the_queue(
         launch.parse(["--dry_run", str(script), "--config", str(tmp_path / "missing.yaml")])
 
 
+def test_a_job_without_images_is_refused_before_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = tmp_path / "main_finetune.py"
+    script.touch()
+    monkeypatch.delenv("MAE_DAT_DATA", raising=False)
+    with pytest.raises(ConfigError, match="MAE_DAT_DATA"):
+        launch.parse(["--nodes", "4", str(script), "--dat"])
+    launch.parse(["--dry_run", str(script), "--dat"])
+    assert "would stop at once: no images" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("MAE_DAT_DATA", "images")
+    config, task = launch.parse(["--nodes", "4", str(script), "--dat"])
+    assert (config.nodes, task.args) == (4, ("--dat",))
+    assert not caplog.messages
+
+
 def test_a_refusal_of_sbatch_is_passed_on(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, body in {
         "srun": "exit 0",
@@ -215,7 +240,7 @@ def test_a_failing_script_fails_its_job(script: Path) -> None:
     done = submit_py("--cluster", "local", "--job_dir", jobs / "%j", script, 3)
     job = job_id(done.stdout)
     assert outcome(jobs / job / f"{job}_0_result.pkl") == "error"
-    assert "ended with exit code 3" in (jobs / job / f"{job}_0_log.err").read_text()
+    wait_for_line(jobs / job / f"{job}_0_log.err", "ended with exit code 3")
 
 
 @pytest.mark.parametrize(("code", "returned"), [(0, 0), (3, 1)])
