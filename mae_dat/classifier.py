@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import timm
 import torch
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 Grid = tuple[int, int]
 HEAD_STD = 2e-5  # MAE's fine-tuning starts from a head that is almost zero
+PROBE_STD, PROBE_EPSILON = 0.01, 1e-6  # and its linear probe from these: head, BatchNorm
+POOLS = ("cls", "mean", "tokens")
 
 
 class Classifier(nn.Module):
@@ -28,6 +30,8 @@ class Classifier(nn.Module):
 
     mean: Tensor
     std: Tensor
+    probing = False
+    """Whether only a linear probe's head is trained (`make_linear_probe`)."""
 
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -40,6 +44,80 @@ class Classifier(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, classes) of pictures (B, C, H, W) with pixels in [0, 1]."""
         return self.net((image - self.mean) / self.std)
+
+    def features(self, image: Tensor, pool: str = "mean") -> Tensor:
+        """What the network sees in pictures (B, C, H, W) with pixels in [0, 1], before its head; D is its width.
+
+        `cls`: the class token (B, D). `mean`: the mean over all places (B, D). `tokens`: every place in row-major order
+        (B, N, D), without class token. ConfigError for another pool, and for `cls` without a class token.
+        """
+        net: Any = self.net
+        found = net.forward_features((image - self.mean) / self.std)
+        if found.ndim == 3:
+            pooled = pool_tokens(found, getattr(net, "num_prefix_tokens", 0), pool)
+            return net.fc_norm(pooled) if hasattr(net, "fc_norm") else pooled
+        if pool == "mean":
+            return net.forward_head(found, pre_logits=True).flatten(1)
+        if getattr(net, "output_fmt", "NCHW") != "NHWC":
+            found = found.permute(0, 2, 3, 1)
+        return pool_tokens(found.flatten(1, 2), 0, pool)
+
+    def make_linear_probe(self) -> None:
+        """Freezes the network and gives it a new head: BatchNorm without affine, then a linear layer (MAE, appendix A).
+
+        Only the head is trained and in training mode from now on. ConfigError for a head that is no linear layer.
+        """
+        net: Any = self.net
+        head = net.get_classifier()
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(f"a linear probe replaces a linear head; {type(net).__name__} has {head}")
+        name = next(name for name, module in net.named_modules() if module is head)
+        net.requires_grad_(False)
+        linear = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
+        nn.init.trunc_normal_(linear.weight, std=PROBE_STD)
+        nn.init.zeros_(linear.bias)
+        norm = nn.BatchNorm1d(head.in_features, eps=PROBE_EPSILON, affine=False, device=head.weight.device)
+        net.set_submodule(name, nn.Sequential(norm, linear))
+        self.probing = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; of a linear probe for the head alone."""
+        super().train(mode)
+        if self.probing:
+            self.net.eval()
+            self.net.get_classifier().train(mode)  # type: ignore[operator]
+        return self
+
+
+def pool_tokens(tokens: Tensor, prefix: int, pool: str) -> Tensor:
+    """(B, prefix + N, D) to the class token or the mean of the N others, (B, D), or to these themselves, (B, N, D).
+
+    ConfigError for `cls` where there is no prefix, and for a pool that is none of POOLS.
+    """
+    if pool not in POOLS:
+        raise ConfigError(f"unknown pool {pool!r}: known are {', '.join(POOLS)}")
+    if pool != "cls":
+        return tokens[:, prefix:].mean(1) if pool == "mean" else tokens[:, prefix:]
+    if not prefix:
+        raise ConfigError("this network has no class token: use the pool mean")
+    return tokens[:, 0]
+
+
+def fused_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A linear probe's weights with its head, BatchNorm NAME.0 and linear NAME.1, as the one linear layer NAME that
+    they are in evaluation; other weights as they are."""
+    fused = dict(state)
+    names = [key.removesuffix(".0.running_mean") for key in state if key.endswith(".0.running_mean")]
+    for name in names:
+        weight = state.get(f"{name}.1.weight")
+        if weight is None or weight.ndim != 2 or f"{name}.0.weight" in state:
+            continue
+        mean, variance = fused.pop(f"{name}.0.running_mean"), fused.pop(f"{name}.0.running_var")
+        fused.pop(f"{name}.0.num_batches_tracked", None)
+        weight = fused.pop(f"{name}.1.weight") / (variance + PROBE_EPSILON).sqrt()
+        fused[f"{name}.weight"], fused[f"{name}.bias"] = weight, fused.pop(f"{name}.1.bias") - weight @ mean
+    return fused
 
 
 def build_vit(

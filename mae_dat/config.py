@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 DATA_VARIABLE = "MAE_DAT_DATA"
+PUBLISHED_EPS, PUBLISHED_SHARE = 0.1, 0.038  # Mao et al. 2022, Table 8: what VQGAN f8 makes of an L2 step of 0.1
 ATTACKS = ("released", "paper", "random", "reconstruction")
 
 
@@ -132,6 +133,10 @@ class OptimConfig:
     """Peak rate for an effective batch of 256."""
     min_lr: float = 0.0
     warmup_epochs: float = 40
+    warmup_lr: float = 0.0
+    """Rate that the warm-up starts from."""
+    cooldown_epochs: int = 0
+    """Further epochs at min_lr, after --epochs."""
     weight_decay: float = 0.05
     clip_grad: float | None = None
     """Largest norm of the gradient (default: no clipping; the norm is logged all the same)."""
@@ -140,6 +145,13 @@ class OptimConfig:
         for name in ("batch_size", "epochs", "accum_iter"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.cooldown_epochs < 0:
+            raise ConfigError(f"--cooldown_epochs must be 0 or more, got {self.cooldown_epochs}.")
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, the cool-down included."""
+        return self.epochs + self.cooldown_epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +161,12 @@ class DatConfig:
     dat: Literal["none", "released", "paper", "random", "reconstruction"] = "none"
     """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1); or what stands beside the
     clean view without one: random (random words), reconstruction (no word changed)."""
-    dat_eps: float = 0.1
-    """released: L2 radius and step; paper: factor of the gradient; pixels in [0, 1]."""
+    dat_eps: float | None = None
+    """released: L2 radius and step; paper: factor of the gradient; pixels in [0, 1] (default: 0.1, which was chosen for
+    vqgan_f8_16384 at 224 px)."""
     dat_share: float | None = None
     """Target share of changed words, held by adjusting eps (the strength that carries over between sizes and
-    tokenizers)."""
+    tokenizers; default for the embedded tokenizer without --dat_eps: 0.038, what eps 0.1 changed in the paper)."""
     dat_random_start: float = 0.8
     """released: probability per batch of a random start."""
     dat_steps: int = 1
@@ -167,7 +180,11 @@ class DatConfig:
         """The attack that these flags mean."""
         if self.dat == "none":
             return None
-        return AttackConfig(self.dat, self.dat_eps, self.dat_share, self.dat_random_start, self.dat_steps)
+        share = self.dat_share
+        if share is None and self.dat_eps is None and self.tokenizer == "embedded" and self.dat != "random":
+            share = PUBLISHED_SHARE
+        eps = PUBLISHED_EPS if self.dat_eps is None else self.dat_eps
+        return AttackConfig(self.dat, eps, share, self.dat_random_start, self.dat_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +228,13 @@ class ClassifierConfig:
     """... or, with --cls_token, the class token."""
     finetune: str | None = None
     """Weights to start from: a pretraining folder of ours or a file of MAE weights."""
+    pretrained: bool = False
+    """Start from timm's weights for a timm model."""
+    linear_probe: bool = False
+    """Train a new head alone, behind a BatchNorm, on the frozen network. The defaults become MAE's linear probe: class
+    token, LARS, blr 0.1, batch_size 512, 90 epochs, 10 of warm-up, no weight decay, crops and flips only."""
+    opt: Literal["adamw", "lars", "sgd"] = "adamw"
+    """Optimizer; lars and sgd with momentum 0.9."""
     layer_decay: float = 0.75
     """Factor of the learning rate from each layer to the one below."""
     ema_decay: float | None = None
@@ -221,6 +245,8 @@ class ClassifierConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"--{name} must lie in [0, 1), got {value}.")
+        if self.pretrained and self.finetune:
+            raise ConfigError(f"--pretrained and --finetune {self.finetune}: give one of them to start from.")
 
     @property
     def mean_pool(self) -> bool:
@@ -297,6 +323,19 @@ class FinetuneConfig:
     dat: DatConfig = DatConfig()
     evaluation: EvalConfig = EvalConfig()
     launch: LaunchConfig = LaunchConfig()
+
+
+LINEAR_PROBE = FinetuneConfig(
+    classifier=ClassifierConfig(linear_probe=True, cls_token=True, drop_path=0.0, layer_decay=1.0, opt="lars"),
+    augment=AugmentConfig(aa=None, reprob=0.0, smoothing=0.0),
+    optim=OptimConfig(batch_size=512, epochs=90, blr=0.1, warmup_epochs=10, weight_decay=0.0),
+)
+
+
+def load_finetune_config(arguments: Sequence[str]) -> FinetuneConfig:
+    """As `load_config`, where `--linear_probe` brings defaults of its own."""
+    config = load_config(FinetuneConfig, arguments)
+    return load_config(FinetuneConfig, arguments, default=LINEAR_PROBE) if config.classifier.linear_probe else config
 
 
 def image_size(sides: tuple[int, ...]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,7 +106,7 @@ class Job:
     @property
     def total_steps(self) -> int:
         """Micro-batches of the whole run."""
-        return self.optim.epochs * self.steps_per_epoch
+        return self.optim.total_epochs * self.steps_per_epoch
 
     @property
     def effective_batch(self) -> int:
@@ -174,10 +175,8 @@ def train_step(training: Training, model: nn.Module, batch: Batch, job: Job, sto
     generator = step_generator(job.run.seed, training.step, job.world.rank, job.device)
     optim = job.optim
     if training.step % optim.accum_iter == 0:
-        set_lr(
-            training.optimizer,
-            learning_rate(training.step / job.steps_per_epoch, job.lr, optim.min_lr, optim.warmup_epochs, optim.epochs),
-        )
+        plan = (job.lr, optim.min_lr, optim.warmup_epochs, optim.epochs, optim.warmup_lr)
+        set_lr(training.optimizer, learning_rate(training.step / job.steps_per_epoch, *plan))
     updating = (training.step + 1) % optim.accum_iter == 0
     synchronize = contextlib.nullcontext() if updating or job.world.size == 1 else model.no_sync()  # type: ignore[operator]
     with synchronize:
@@ -226,6 +225,10 @@ def _not_finite(training: Training, job: Job, batch: Batch, parts: dict[str, Ten
 def end_epoch(training: Training, job: Job) -> None:
     """Averages the epoch over steps and ranks, evaluates, and writes the record."""
     epoch = training.step // job.steps_per_epoch - 1
+    if job.world.size > 1:
+        # Every rank has its own running statistics of BatchNorm; what is evaluated and kept is their mean.
+        for network in dict.fromkeys((training.model, training.averaged)):
+            distribute_bn(network, job.world.size, reduce=True)
     names = sorted(training.totals)
     sums = all_sum(torch.tensor([training.totals[name] for name in names], dtype=torch.float64, device=job.device))
     totals = dict(zip(names, sums.tolist(), strict=True))

@@ -14,7 +14,7 @@ import torch
 
 from mae_dat import run
 from mae_dat.classifier import Classifier
-from mae_dat.config import FinetuneConfig, RunConfig, command_line, flat_values, load_config
+from mae_dat.config import FinetuneConfig, RunConfig, command_line, flat_values, load_finetune_config
 from mae_dat.corruptions import SEVERITIES
 from mae_dat.data import ImageFolder
 from mae_dat.distributed import World, all_sum
@@ -204,7 +204,7 @@ def machine() -> dict[str, str]:
 def main() -> None:
     """The command line of `main_finetune.py`: fine-tunes, or evaluates with `--eval`."""
     console = run.console_for_command()
-    config = load_config(FinetuneConfig, run.arguments())
+    config = load_finetune_config(run.arguments())
     if config.evaluation.eval:
         evaluate_checkpoint(config, console)
         return

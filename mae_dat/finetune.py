@@ -1,6 +1,7 @@
-"""Fine-tuning of a classifier, plainly or with DAT (`main_finetune.py`)."""
+"""Fine-tuning of a classifier, plainly or with DAT, and linear probes (`main_finetune.py`)."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mae_dat import run
-from mae_dat.classifier import Classifier, build_classifier
+from mae_dat.classifier import Classifier, build_classifier, fused_head
 from mae_dat.config import ConfigError, DataConfig, FinetuneConfig, image_size
 from mae_dat.data import ImageFolder, find_split
 from mae_dat.distributed import step_generator
@@ -23,6 +24,8 @@ from mae_dat.optim import build_optimizer
 from mae_dat.pictures import adversary_gallery
 from mae_dat.sources import image_root
 from mae_dat.transforms import eval_transform, finetune_transform
+
+logger = logging.getLogger(__name__)
 
 SCALAR_TAGS = {
     "train_loss": "loss",
@@ -41,13 +44,14 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         images, held_out = labelled_images(config)
         classes = class_count(config, images)
         seed_everything(config.run.seed)
-        model = build(config, classes).to(where.device)
-        if config.classifier.finetune:
-            start_from(model, Path(config.classifier.finetune))
+        model = build(config, classes, config.classifier.pretrained)
+        start(model, config)
+        model.to(where.device)
         objective = run.with_dat(Classification(config.augment, classes), config.dat, config.data, where.device)
         # The rate is set in every step.
-        optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, config.classifier.layer_decay)
-        decay = config.classifier.ema_decay
+        settings = config.classifier
+        optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
+        decay = settings.ema_decay
         training = Training(model, optimizer, objective, ModelEmaV3(model, decay=decay) if decay else None)
         loader = held_out_loader(config, held_out, where)
         shown = [held_out[index * len(held_out) // PICTURES] for index in range(PICTURES)]
@@ -60,7 +64,7 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
         averaged = training.averaged
         assert isinstance(averaged, Classifier)
-        run.export(averaged.net, where, facts_of(config, images, training))
+        run.export(fused_head(averaged.net.state_dict()), where, facts_of(config, images, training))
         return accuracy(averaged, loader, where.device, where.precision)
 
 
@@ -115,12 +119,21 @@ def class_count(config: FinetuneConfig, images: ImageFolder) -> int:
     return wanted or len(images.classes)
 
 
-def build(config: FinetuneConfig, classes: int) -> Classifier:
-    """The classifier that the flags describe. Raises ConfigError, also where timm cannot build it."""
+def build(config: FinetuneConfig, classes: int, pretrained: bool = False) -> Classifier:
+    """The classifier that the flags describe, with timm's weights if `pretrained`.
+
+    Raises ConfigError, also where timm cannot build it.
+    """
     settings, data = config.classifier, config.data
     try:
         return build_classifier(
-            settings.model, classes, data.image_size, settings.drop_path, settings.mean_pool, data.in_chans
+            settings.model,
+            classes,
+            data.image_size,
+            settings.drop_path,
+            settings.mean_pool,
+            data.in_chans,
+            pretrained,
         )
     except (AssertionError, RuntimeError, ValueError) as error:
         size = " x ".join(map(str, data.image_size))
@@ -156,11 +169,25 @@ def draw(
     return {"adversary": adversary_gallery(image, found)}
 
 
+def start(model: Classifier, config: FinetuneConfig) -> None:
+    """What the flags start from: weights, and for a linear probe a frozen network with a new head.
+
+    Raises MissingInputError, CheckpointError, ConfigError.
+    """
+    settings = config.classifier
+    if settings.finetune:
+        start_from(model, Path(settings.finetune))
+    elif not settings.pretrained:
+        logger.info("%s starts from random weights: no --finetune, no --pretrained.", settings.model)
+    if settings.linear_probe:
+        model.make_linear_probe()
+
+
 def start_from(model: Classifier, path: Path) -> None:
     """Pretrained weights from a folder or file. Raises MissingInputError, CheckpointError."""
     weights, facts = run.read_export(path)
     with run.naming(f"--finetune {path}"):
-        load_pretrained(model, weights.tensors, source_grid(model, facts))
+        load_pretrained(model, weights, source_grid(model, facts))
 
 
 def source_grid(model: Classifier, facts: dict[str, Any]) -> tuple[int, int] | None:
@@ -207,5 +234,5 @@ def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> C
     weights, facts = run.read_export(path)
     model = build(config, config.classifier.nb_classes or len(classes))
     with run.naming(str(path)):
-        load_weights(model, weights.tensors, source_grid(model, facts))
+        load_weights(model, weights._replace(tensors=fused_head(weights.tensors)), source_grid(model, facts))
     return model

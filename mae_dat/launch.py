@@ -25,7 +25,7 @@ from submitit.core.core import PicklingExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 from submitit.local.debug import DebugExecutor
 
-from mae_dat.config import FinetuneConfig, PretrainConfig, load_config, nearest
+from mae_dat.config import FinetuneConfig, PretrainConfig, data_root, load_config, nearest
 from mae_dat.errors import ConfigError, MissingInputError, UserError
 from mae_dat.files import prepare_output_folder
 
@@ -326,8 +326,18 @@ def parse(argv: Sequence[str]) -> tuple[JobConfig, ScriptTask]:
         if flag in names:
             logger.warning("%s stands after %s and so goes to the script, not to the launcher", flag, script.name)
     if kind := _KNOWN_SCRIPTS.get(script.name):
-        load_config(kind, rest[1:])  # a mistake shows now, not after a night in the queue
+        _check_script(load_config(kind, rest[1:]), config.dry_run)  # now, not after a night in the queue
     return config, ScriptTask(str(script), tuple(rest[1:]))
+
+
+def _check_script(settings: FinetuneConfig | PretrainConfig, dry_run: bool) -> None:
+    """ConfigError for a script that would stop for want of images; the environment goes to the job with it."""
+    try:
+        data_root(settings.data.data_path)
+    except ConfigError as error:
+        if not dry_run:
+            raise
+        logger.warning("as it stands the job would stop at once: %s", error)
 
 
 def _existing_script(path: Path) -> Path:

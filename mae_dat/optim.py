@@ -1,4 +1,4 @@
-"""Learning rates and AdamW with parameter groups: layer-wise decay and weight decay as in MAE's recipes."""
+"""Learning rates and optimizers with parameter groups: layer-wise decay and weight decay as in MAE's recipes."""
 
 import logging
 import math
@@ -17,6 +17,7 @@ from mae_dat.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FUSED_DEVICES = {"cpu", "cuda"}
+MOMENTUM = 0.9
 _STEM = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "norm_pre.")
 
 
@@ -25,13 +26,15 @@ def effective_lr(lr: float | None, blr: float, effective_batch: int) -> float:
     return blr * effective_batch / 256 if lr is None else lr
 
 
-def learning_rate(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """The rate at a fractional epoch: linear from 0 to `lr` over the warm-up, then half a cosine down to `min_lr`.
+def learning_rate(
+    epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float, warmup_lr: float = 0.0
+) -> float:
+    """The rate at a fractional epoch: linear from `warmup_lr` to `lr` over the warm-up, then half a cosine to `min_lr`.
 
     It stays at `min_lr` past the end, and is `lr` at the end of a run that is all warm-up.
     """
     if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
     if epochs <= warmup_epochs:
         return lr
     progress = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
@@ -44,14 +47,42 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled for each tensor (You et al. 2017, arXiv 1708.03888), as MAE probes.
+
+    For tensors of two dimensions and more: update = (g + wd * p) * `trust` * |p| / |g + wd * p|, unscaled where either
+    norm is 0; vectors are neither decayed nor scaled. Then m = momentum * m + update and p = p - lr * m.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, trust: float = 0.001) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update; a closure is not called."""
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = update + group["weight_decay"] * parameter
+                    size, length = parameter.norm(), update.norm()
+                    update = update * torch.where((size > 0) & (length > 0), group["trust"] * size / length, 1.0)
+                state = self.state[parameter]
+                momentum = state.get("momentum_buffer")
+                momentum = update.clone() if momentum is None else momentum.mul_(group["momentum"]).add_(update)
+                state["momentum_buffer"] = momentum
+                parameter.sub_(momentum, alpha=group["lr"])
+
+
 def build_optimizer(
     model: nn.Module,
     lr: float,
     weight_decay: float,
     layer_decay: float | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, fused where the device allows; each group carries `lr_scale`.
+    opt: str = "adamw",
+) -> torch.optim.Optimizer:
+    """AdamW (or `lars`, `sgd`) over the trainable parameters, fused where it can be; each group carries `lr_scale`.
 
     `layer_decay` in (0, 1] scales the rate of a transformer's layers by decay^(depth + 1 - layer); None is 1. Call
     `set_lr` in every step. ConfigError for a decay outside, or a model without trainable parameters.
@@ -60,8 +91,14 @@ def build_optimizer(
     if not groups:
         raise ConfigError("the model has no trainable parameter: nothing to optimise")
     tensors = [tensor for group in groups for _, tensor in group["params"]]
-    fused = all(t.device.type in FUSED_DEVICES and t.is_floating_point() for t in tensors)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused or None)
+    fused = all(t.device.type in FUSED_DEVICES and t.is_floating_point() for t in tensors) or None
+    optimizer: torch.optim.Optimizer
+    if opt == "lars":
+        optimizer = Lars(groups, lr, weight_decay)
+    elif opt == "sgd":
+        optimizer = torch.optim.SGD(groups, lr, momentum=MOMENTUM, weight_decay=weight_decay, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     set_lr(optimizer, lr)
     return optimizer
 

@@ -40,7 +40,9 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
 
         run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
         facts = {"kind": "mae", "model": config.mae.model, "input_size": list(size), "in_chans": config.data.in_chans}
-        run.export(model, where, {**facts, "norm_pix_loss": config.mae.norm_pix_loss, "steps": training.step})
+        run.export(
+            model.state_dict(), where, {**facts, "norm_pix_loss": config.mae.norm_pix_loss, "steps": training.step}
+        )
 
 
 def fixed_images(images: ImageFolder, transform: Transform) -> Tensor:

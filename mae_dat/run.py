@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import transforms
 
 from mae_dat import engine
@@ -27,7 +27,7 @@ from mae_dat.objectives import Objective, WithDAT
 from mae_dat.pictures import save_png
 from mae_dat.sources import image_root
 from mae_dat.tokenizer import check_card, load_tokenizer
-from mae_dat.weights import WeightsFile, read_weights, write_weights
+from mae_dat.weights import WeightsFile, read_weights, unwrap, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def train(
     training.step = run.start_epoch * epoch_steps
     settings = flat_values(config)
     restore(training, checkpoint_to_resume(run, where.output), settings)
-    total = optim.epochs * epoch_steps
+    total = optim.total_epochs * epoch_steps
     if training.step >= total:
         logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, training.step)
         return
@@ -197,16 +197,18 @@ def show(pictures: Mapping[str, Tensor], where: Place, log: RunLog, epoch: int) 
         log.picture(name, picture, 1000 * (epoch + 1))
 
 
-def export(model: nn.Module, where: Place, facts: dict[str, Any]) -> None:
+def export(tensors: Mapping[str, Tensor], where: Place, facts: dict[str, Any]) -> None:
     """Writes `model.safetensors` (bare keys, what it takes to rebuild the model inside) and its card with the sha256.
 
     Nothing is written when the file there is of the same facts and steps: a rerun of a complete run changes nothing.
     """
     path = where.output / WEIGHTS
     card = path.with_suffix(".json")
-    if not where.world.main or (card.is_file() and facts.items() <= json.loads(card.read_text()).items()):
+    if not where.world.main:
         return
-    write_weights(path, dict(model.state_dict()), {"mae_dat": json.dumps(facts)})
+    if path.is_file() and card.is_file() and facts.items() <= json.loads(card.read_text()).items():
+        return
+    write_weights(path, tensors, {"mae_dat": json.dumps(facts)})
     with atomic_write(card) as file:
         file.write(json.dumps({"sha256": sha256_of(path), **facts}, indent=1).encode() + b"\n")
     logger.info("wrote %s", path)
@@ -223,7 +225,8 @@ def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
         if found is None:
             raise MissingInputError(f"{path} holds neither {WEIGHTS} nor a valid checkpoint-*.pth.")
         state = found.load()
-        return WeightsFile(state.get("ema") or state["model"], {}), dict(found.manifest.get("settings", {}))
+        weights = unwrap(state.get("ema") or state["model"], str(found.path))
+        return weights, dict(found.manifest.get("settings", {}))
     file = path / WEIGHTS if path.is_dir() else path
     check_card(file)
     weights = read_weights(file)

@@ -346,3 +346,32 @@ def test_a_value_out_of_its_range_is_refused_by_name(flag: str, value: str) -> N
 def test_the_command_is_told_as_it_can_be_given(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [script, "--seeds", "1"])
     assert config_module.command_line() == said
+
+
+@pytest.mark.parametrize(
+    "arguments, eps, share",
+    [
+        (["--dat"], 0.1, 0.038),
+        (["--dat", "--dat_eps", "0.2"], 0.2, None),
+        (["--dat", "--dat_share", "0.2"], 0.1, 0.2),
+        (["--dat", "--tokenizer", "vq-f8.ckpt"], 0.1, None),
+        (["--dat", "random"], 0.1, None),
+    ],
+)
+def test_the_published_strength_is_a_share_where_eps_does_not_carry_over(
+    arguments: list[str], eps: float, share: float | None
+) -> None:
+    attack = load_config(FinetuneConfig, arguments).dat.attack
+    assert attack is not None
+    assert (attack.eps, attack.share) == (eps, share)
+
+
+def test_two_starts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--pretrained and --finetune"):
+        load_config(FinetuneConfig, ["--pretrained", "--finetune", "pre"])
+
+
+def test_the_cool_down_comes_on_top() -> None:
+    assert load_config(FinetuneConfig, ["--epochs", "300", "--cooldown_epochs", "10"]).optim.total_epochs == 310
+    with pytest.raises(ConfigError, match="cooldown_epochs"):
+        load_config(FinetuneConfig, ["--cooldown_epochs", "-1"])

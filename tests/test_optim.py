@@ -154,3 +154,18 @@ def test_impossible_settings_are_refused() -> None:
             build_optimizer(tiny(), 1e-3, 0.05, decay)
     with pytest.raises(ConfigError, match="no trainable"):
         build_optimizer(tiny().requires_grad_(False), 1e-3, 0.05)
+
+
+def test_the_warm_up_may_start_above_zero() -> None:
+    settings = {"lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 5, "epochs": 300, "warmup_lr": 1e-6}
+    assert learning_rate(0, **settings) == 1e-6
+    assert learning_rate(2.5, **settings) == pytest.approx((1e-6 + 1e-3) / 2)
+    assert learning_rate(5, **settings) == pytest.approx(1e-3)
+    assert learning_rate(305, **settings) == pytest.approx(1e-6)
+
+
+def test_sgd_is_the_plain_one_with_momentum() -> None:
+    model = nn.Linear(5, 3)
+    optimizer = build_optimizer(model, 0.1, 1e-4, opt="sgd")
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [(group["momentum"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.9, 1e-4), (0.9, 0.0)]
