@@ -29,6 +29,12 @@ class MissingInputError(UserError):
     exit_code = 66
 
 
+class DownloadError(UserError):
+    """Released weights that could not be had: no network, no such file, or nothing that may be trusted."""
+
+    exit_code = 69
+
+
 class OutputError(UserError):
     """An output folder that cannot be written."""
 

@@ -33,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise _storage_error(path, error) from error
+        raise storage_error(path, error) from error
     os.close(handle)
     try:
         with open(temporary, "wb") as file:
@@ -49,7 +49,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         fault = _write_fault(error)
         if fault is None:
             raise
-        raise _storage_error(path, fault) from error
+        raise storage_error(path, fault) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -73,7 +73,8 @@ def _write_fault(error: BaseException) -> Exception | None:
     return error if any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")) else None
 
 
-def _storage_error(path: Path, error: Exception) -> StorageError:
+def storage_error(path: Path, error: Exception) -> StorageError:
+    """The error for a write that failed: full disks by name, anything else by its own words."""
     if not path.parent.is_dir():
         return StorageError(f"could not write {path}: there is no folder {path.parent}. Create it first.")
     free = shutil.disk_usage(path.parent).free
