@@ -98,8 +98,10 @@ def _open(request: urllib.request.Request, note: Path) -> HTTPResponse:
         raise kind(f"HTTP {error.code} {error.reason}") from error
     except (OSError, HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        unreachable = isinstance(reason, socket.gaierror | ConnectionRefusedError)
-        raise (UrlFailedError if unreachable else _BrokenOffError)(str(reason) or type(reason).__name__) from error
+        if isinstance(reason, socket.gaierror):
+            raise UrlFailedError("there is no such host, or no network") from error
+        kind = UrlFailedError if isinstance(reason, ConnectionRefusedError) else _BrokenOffError
+        raise kind(str(reason) or type(reason).__name__) from error
 
 
 class _NoDowngrade(urllib.request.HTTPRedirectHandler):

@@ -25,7 +25,9 @@ from mae_dat.loaders import TrainSampler, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
 from mae_dat.pictures import save_png
+from mae_dat.registry import released
 from mae_dat.sources import image_root
+from mae_dat.store import local_path
 from mae_dat.tokenizer import check_card, load_tokenizer
 from mae_dat.weights import WeightsFile, read_weights, unwrap, write_weights
 
@@ -215,11 +217,14 @@ def export(tensors: Mapping[str, Tensor], where: Place, facts: dict[str, Any]) -
 
 
 def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
-    """Weights from a file or an output folder of ours, and the facts stored with them (empty for a foreign file).
+    """Weights from a file, an output folder of ours or by the name of released ones, and the facts stored with them or
+    in the registry (empty for another foreign file).
 
     A folder gives its `model.safetensors`, or the model in its newest checkpoint. Raises MissingInputError,
-    CheckpointError.
+    CheckpointError, DownloadError.
     """
+    entry = None if path.exists() else released().get(str(path))
+    path = local_path(path)
     if path.is_dir() and not (path / WEIGHTS).is_file():
         found = newest_checkpoint(path)
         if found is None:
@@ -231,7 +236,7 @@ def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
     check_card(file)
     weights = read_weights(file)
     try:
-        return weights, json.loads(weights.metadata.get("mae_dat", "{}"))
+        return weights, json.loads(weights.metadata.get("mae_dat", "{}")) or (entry.facts if entry else {})
     except ValueError as error:
         raise CheckpointError(f"{file}: its description is damaged ({error}).") from error
 

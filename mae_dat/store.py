@@ -209,11 +209,12 @@ def _download_from_any(entry: Released, path: Path, trust: bool) -> None:
             partial = _unpack(partial, path)
             sha256 = _check(entry, partial, path, known)
         except UrlFailedError as error:
-            logger.warning("%s: %s", url, error)
             reasons.append(f"\n  {url}: {error}")
             continue
         _write_card(card, entry, sha256, partial.stat().st_size, url)
         partial.replace(path)
+        if reasons:
+            logger.warning("%s: other addresses failed.%s", entry.name, "".join(reasons))
         if known is None:
             _say_first_use(entry, sha256, card)
         return

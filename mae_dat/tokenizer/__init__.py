@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mae_dat.errors import CheckpointError
 from mae_dat.files import require_file, sha256_of
+from mae_dat.store import local_path
 from mae_dat.tokenizer.base import VisualTokenizer, share_changed
 from mae_dat.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.tokenizer.vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
@@ -26,12 +27,13 @@ EMBEDDED = "embedded"
 
 
 def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
-    """A frozen tokenizer: `embedded` (shipped, for 64 px), a light one's `.safetensors`, or a VQGAN checkpoint.
+    """A frozen tokenizer: `embedded` (shipped, for 64 px), a released one's name, a light one's `.safetensors`, or a
+    VQGAN checkpoint.
 
     A card `NAME.json` beside the file with a `sha256` is checked on every load. Raises MissingInputError,
-    CheckpointError.
+    CheckpointError, DownloadError.
     """
-    path = embedded_path() if str(name_or_path) == EMBEDDED else Path(name_or_path)
+    path = embedded_path() if str(name_or_path) == EMBEDDED else local_path(name_or_path)
     require_file(path, f"tokenizer (use --tokenizer {EMBEDDED} for the shipped one, or the path of a checkpoint)")
     check_card(path)
     file = read_weights(path, "tokenizer")
