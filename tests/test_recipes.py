@@ -9,17 +9,21 @@ import pytest
 import timm
 import torch
 from tiny_runs import (
+    FINETUNE,
     ROOT,
     draw_folder,
     finetune_in,
     one_thread,  # noqa: F401 - used by itself
     pretrain_in,
+    run_script,
     save_tokenizer,
 )
 
 from mae_dat.classifier import Classifier
 from mae_dat.config import FinetuneConfig, PretrainConfig, load_config
-from mae_dat.finetune import build, check, start
+from mae_dat.engine import accuracy
+from mae_dat.finetune import build, check, held_out_images, load_classifier, start
+from mae_dat.loaders import eval_loader
 from mae_dat.mae import VIT_SIZES, build_mae
 from mae_dat.metrics import read_log
 from mae_dat.objectives import Classification, MaskedReconstruction, Objective, WithDAT
@@ -220,3 +224,18 @@ def test_timm_weights_are_the_start_when_asked_for(
         assert not caplog.messages
         start(build(config, 7), load_config(FinetuneConfig, ["--model", "test_resnet"]))
     assert "test_resnet starts from random weights" in caplog.text
+
+
+@pytest.mark.slow
+def test_ranks_evaluate_and_export_the_same_batchnorm(images: Path, tmp_path: Path) -> None:
+    """Each rank has statistics of its own images: what is measured in the run is what the exported file gives."""
+    flags = [*FINETUNE, "--model", "test_resnet", "--data_path", str(images), "--output_dir", str(tmp_path / "out")]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = run_script(*torchrun, "main_finetune.py", *flags, "--batch_size", "4", "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    config = load_config(FinetuneConfig, [*flags, "--num_workers", "0"])
+    held_out = held_out_images(config)
+    model = load_classifier(tmp_path / "out", config, held_out.classes)
+    alone = accuracy(model, eval_loader(held_out, 8, 0, 1, 0), torch.device("cpu"), None)
+    record = read_log(tmp_path / "out" / "log.txt")[-1]
+    assert record["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-5)
