@@ -80,7 +80,8 @@ class RunConfig:
     """cuda, cpu, or auto: CUDA if there is any."""
     seed: int = 0
     resume: str | None = None
-    """A checkpoint of ours, or a folder with some (default: the newest in output_dir)."""
+    """A checkpoint of ours, or a folder with some (default: the newest in output_dir); with --eval also a weights
+    file or a released name."""
     start_epoch: int = 0
     """First epoch, when there is no checkpoint to resume."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -172,8 +173,8 @@ class DatConfig:
     dat_steps: int = 1
     """released: gradient steps."""
     tokenizer: str = "embedded"
-    """`embedded` (light, for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or
-    easyrobust."""
+    """`embedded` (light, for 64 px), a light tokenizer's .safetensors, a VQGAN of taming, latent-diffusion or
+    easyrobust, or a released name such as vqgan_f8_16384."""
 
     @property
     def attack(self) -> AttackConfig | None:
@@ -227,7 +228,7 @@ class ClassifierConfig:
     cls_token: bool = False
     """... or, with --cls_token, the class token."""
     finetune: str | None = None
-    """Weights to start from: a pretraining folder of ours or a file of MAE weights."""
+    """Weights to start from: a pretraining folder of ours, a weights file, or a released name (mae_dat.fetch)."""
     pretrained: bool = False
     """Start from timm's weights for a timm model."""
     linear_probe: bool = False
