@@ -98,5 +98,5 @@ def _kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[K
     if "head.weight" not in tensors:
         return "encoder", "MAE encoder"
     if "fc_norm.weight" in tensors:
-        return "classifier", "MAE fine-tuned (mean of the tokens)"
-    return "classifier", "vision transformer by timm's keys (class token)"
+        return "classifier", "MAE fine-tuned, mean pooling"
+    return "classifier", "vision transformer with class token, timm's keys"

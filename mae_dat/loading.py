@@ -26,7 +26,7 @@ from mae_dat.weights import WeightsFile, check_keys, listing, read_weights, unwr
 logger = logging.getLogger(__name__)
 
 Source = str | Path | WeightsFile | Mapping[str, Any]
-_DECODER = ("decoder_", "mask_token")
+DECODER_KEYS = ("decoder_", "mask_token")
 _DISTILLED = {192: "tiny", 384: "small", 768: "base"}  # timm's names by width
 
 
@@ -97,14 +97,14 @@ def load_mae(
     Position embeddings are resized where the grid differs. CheckpointError for a file without decoder or of another
     kind, and with the keys that differ.
     """
-    file, found = _read(source)
+    file, found = read_source(source)
     if found.kind == "classifier":
         raise CheckpointError(f"{file.source} is a classifier ({found.format}), no pretraining: give MAE's weights.")
     state, own = dict(found.tensors), model.state_dict()
     ignored: list[str] = []
     if not decoder:
-        ignored = [key for key in state if key.startswith(_DECODER)]
-        own = {key: value for key, value in own.items() if not key.startswith(_DECODER)}
+        ignored = [key for key in state if key.startswith(DECODER_KEYS)]
+        own = {key: value for key, value in own.items() if not key.startswith(DECODER_KEYS)}
     elif found.kind == "encoder":
         raise CheckpointError(
             f"{file.source} has no decoder: MAE's mae_pretrain_* files hold the encoder alone. Give one with decoder, "
@@ -129,8 +129,8 @@ def size_of(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, s in VIT_SIZES.items() if (s.patch_size, s.embed_dim, s.depth) == shape), None)
 
 
-def _read(source: Source) -> tuple[WeightsFile, Recognized]:
-    """The file behind a source and what it holds. Raises CheckpointError for a tokenizer."""
+def read_source(source: Source) -> tuple[WeightsFile, Recognized]:
+    """The file behind a source, and what it holds. Raises MissingInputError, CheckpointError, also for a tokenizer."""
     if isinstance(source, WeightsFile):
         file = source
     else:
@@ -157,12 +157,12 @@ def _told(report: LoadReport) -> LoadReport:
 
 
 def _load(classifier: Classifier, source: Source, source_grid: Grid | None, head: bool) -> LoadReport:
-    file, found = _read(source)
+    file, found = read_source(source)
     net, state, label = classifier.net, dict(found.tensors), file.source
     own = net.state_dict()
     _check_statistics(classifier, file)
     _check_distillation(state, own, label)
-    ignored = [key for key in state if key not in own and key.startswith(_DECODER)]
+    ignored = [key for key in state if key not in own and key.startswith(DECODER_KEYS)]
     resized = _fit_position_embedding(state, net, source_grid, label)
     own_head = [key for key in own if key.startswith(_head_prefixes(net))]
     if head:

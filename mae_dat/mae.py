@@ -281,12 +281,13 @@ class MaskedAutoencoder(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """Latent (B, 1 + N, D) of the class token and of all patches in row-major order, nothing masked."""
-        every = torch.arange(self.num_patches, device=image.device).expand(len(image), -1)
+        every = torch.arange(self.num_patches, device=image.device).expand(image.shape[0], -1)
         return self._encode_kept(image, every)
 
     def _encode_kept(self, image: Tensor, kept: Tensor) -> Tensor:
         tokens = self.embed_patches(image, kept) + self.pos_embed[0, 1:][kept]
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(image), -1, -1)
+        # Not len(image): an exported graph would keep the batch size of its example.
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(image.shape[0], -1, -1)
         return self.norm(self.blocks(torch.cat([cls_token, tokens], dim=1)))
 
     def embed_patches(self, image: Tensor, kept: Tensor) -> Tensor:
@@ -320,16 +321,20 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"mask noise of shape {tuple(noise.shape)}; expected {(len(image), self.num_patches)}")
 
 
+def mae_arguments(name: str) -> dict[str, Any]:
+    """Constructor arguments of the registered model `name`. ConfigError with the nearest names for an unknown one."""
+    if name not in MAE_MODELS:
+        raise unknown_name("MAE model", name, MAE_MODELS)
+    size = MAE_MODELS[name]
+    return {**vars(size.encoder), **{key: value for key, value in vars(size).items() if key != "encoder"}}
+
+
 def build_mae(name: str, **overrides: Any) -> MaskedAutoencoder:
     """The registered model `name`, with constructor arguments replaced by `overrides` (img_size, in_chans, depth, ...).
 
     ConfigError with the nearest names for an unknown model.
     """
-    if name not in MAE_MODELS:
-        raise unknown_name("MAE model", name, MAE_MODELS)
-    size = MAE_MODELS[name]
-    arguments = {**vars(size.encoder), **{key: value for key, value in vars(size).items() if key != "encoder"}}
-    return MaskedAutoencoder(**{**arguments, **overrides})
+    return MaskedAutoencoder(**{**mae_arguments(name), **overrides})
 
 
 def mask_noise(batch: int, num_patches: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:

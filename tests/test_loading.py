@@ -9,30 +9,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import equal_states, tiny, tiny_mae
 from torch import Tensor
 
-from mae_dat.classifier import Classifier, build_classifier, build_vit
+from mae_dat.classifier import build_classifier
 from mae_dat.errors import CheckpointError, MissingInputError
 from mae_dat.loading import load_pretrained, load_weights, resize_position_embedding
-from mae_dat.mae import MaskedAutoencoder, ViTSize
 from mae_dat.weights import read_weights
 
 Golden = Callable[[str], dict[str, np.ndarray]]
-TINY = ViTSize(64, 8, 48, 4, 4)
-
-
-def tiny(classes: int = 10, img_size: Any = 64, pool: bool = True, channels: int = 3) -> Classifier:
-    net = build_vit(TINY, classes, img_size, global_pool=pool, in_chans=channels)
-    return Classifier(net, (0.5,) * channels, (0.5,) * channels)
-
-
-def tiny_mae(img_size: Any = 64, **overrides: Any) -> MaskedAutoencoder:
-    arguments = {"embed_dim": 48, "depth": 4, "num_heads": 4, "decoder_embed_dim": 32, "decoder_depth": 1}
-    return MaskedAutoencoder(img_size, 8, **{**arguments, "decoder_num_heads": 4, **overrides})
-
-
-def equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_position_embedding_resize_reproduces_the_reference(golden: Golden) -> None:

@@ -10,6 +10,7 @@ from conftest import GOLDEN
 from torch import Tensor
 
 from golden_rule import fill_by_rule
+from mae_dat.classifier import build_classifier
 from mae_dat.errors import ConfigError
 from mae_dat.mae import (
     IMAGENET_MEAN,
@@ -214,12 +215,21 @@ def test_registered_sizes_have_the_published_dimensions(name: str) -> None:
     )
 
 
-def test_base_encoder_has_the_well_known_number_of_parameters() -> None:
+@pytest.mark.parametrize(
+    "name, encoder, whole, fine_tuned",
+    [
+        ("vit_base_patch16", 85_798_656, 111_907_840, 86_567_656),
+        ("vit_large_patch16", 303_301_632, 329_541_888, 304_326_632),
+        ("vit_huge_patch14", 630_764_800, 657_074_508, 632_045_800),
+    ],
+)
+def test_the_published_numbers_of_parameters(name: str, encoder: int, whole: int, fine_tuned: int) -> None:
     with torch.device("meta"):
-        model = build_mae("mae_vit_base_patch16")
-    encoder = sum(p.numel() for key, p in model.named_parameters() if "decoder" not in key and key != "mask_token")
-    assert encoder == 85_798_656  # timm's vit_base_patch16_224 without its head
-    assert sum(p.numel() for p in model.parameters()) == 111_907_840
+        model, classifier = build_mae(f"mae_{name}"), build_classifier(name, 1000)
+    own = [p.numel() for key, p in model.named_parameters() if "decoder" not in key and key != "mask_token"]
+    assert sum(own) == encoder  # timm's without its head
+    assert sum(p.numel() for p in model.parameters()) == whole
+    assert sum(p.numel() for p in classifier.parameters()) == fine_tuned
 
 
 def test_build_mae_takes_overrides_and_suggests_names() -> None:
