@@ -364,12 +364,16 @@ def flat_values(config: Any) -> dict[str, Any]:
 
 
 def load_config(
-    kind: type[Config], arguments: Sequence[str], description: str = "", default: Config | None = None
+    kind: type[Config],
+    arguments: Sequence[str],
+    description: str = "",
+    default: Config | None = None,
+    program: str | None = None,
 ) -> Config:
     """Builds a configuration from command-line arguments and the YAML file that `--config` names.
 
-    Raises ConfigError for an unknown key or wrong value in the file; exits with code 2 and a suggestion on a mistyped
-    flag.
+    `program` is what the usage line calls the command, where its file's name would not do. Raises ConfigError
+    for an unknown key or wrong value in the file; exits with code 2 and a suggestion on a mistyped flag.
     """
     import tyro
 
@@ -378,6 +382,7 @@ def load_config(
     parse = functools.partial(
         tyro.cli,
         kind,
+        prog=program,
         default=kind() if default is None else default,
         description=f"{description or kind.__doc__}\n\nEvery flag may stand in a YAML file given with --config FILE.",
         config=(tyro.conf.OmitArgPrefixes,),

@@ -46,6 +46,7 @@ from mae_dat.transforms import eval_transform
 logger = logging.getLogger(__name__)
 
 MOST = 24  # words on a sheet of the most used or most changed ones
+RELEASED = DatConfig("released")
 LARGEST_CODEBOOK = 1024  # words drawn; of a larger one only those in use
 
 
@@ -80,7 +81,7 @@ class CheckpointConfig:
     """Checkpoint: ours, or MAE's, timm's, easyrobust's, ..."""
 
     checkpoint: str = ""
-    """Output folder or weights file."""
+    """Output folder, weights file, or the name of released weights."""
     model: str | None = None
     """Its architecture, where the file does not say: mae_vit_base_patch16, vit_base_patch16, or any timm name."""
 
@@ -99,7 +100,7 @@ class MaskingConfig:
 class ReconstructionConfig:
     """What a masked autoencoder fills in: masked / prediction pasted into the visible patches / original.
 
-    python -m mae_dat.visualize reconstruction --checkpoint PRETRAINING --images PHOTO_OR_FOLDER
+    Such as: --checkpoint PRETRAINING --images PHOTO_OR_FOLDER
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -111,7 +112,7 @@ class ReconstructionConfig:
 class AttentionConfig:
     """Where a vision transformer looks: attention of one block, per head and averaged, over the picture.
 
-    python -m mae_dat.visualize attention --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
+    Such as: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -128,7 +129,7 @@ class AttentionConfig:
 class WordsConfig:
     """Visual words: pictures decoded from their words, each word alone, index maps, the most used words, the codebook.
 
-    python -m mae_dat.visualize words --images PHOTO_OR_FOLDER [--tokenizer FILE]
+    Such as: --images PHOTO_OR_FOLDER [--tokenizer FILE]
     """
 
     pictures: PicturesConfig = PicturesConfig()
@@ -144,12 +145,12 @@ class AdversaryConfig:
     A classifier is attacked at the picture's class, where its folder names one, else at what it answers; a masked
     autoencoder at its reconstruction loss.
 
-    python -m mae_dat.visualize adversary --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
+    Such as: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     pictures: PicturesConfig = PicturesConfig()
-    dat: DatConfig = DatConfig("released")  # noqa: RUF009 - immutable
+    dat: DatConfig = RELEASED
     masking: MaskingConfig = MaskingConfig()
     amplify: float = 4.0
     """Factor of the difference that is shown."""
@@ -386,7 +387,7 @@ def main() -> None:
     if what not in KINDS:
         raise ConfigError(f"no picture {what!r}: {nearest(what, list(KINDS))} WHAT comes before the flags.")
     kind, draw = KINDS[what]
-    draw(load_config(kind, arguments))
+    draw(load_config(kind, arguments, program=f"python -m mae_dat.visualize {what}"))
 
 
 if __name__ == "__main__":
