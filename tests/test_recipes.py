@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tiny_runs import (
     save_tokenizer,
 )
 
+from mae_dat import launch
 from mae_dat.classifier import Classifier
 from mae_dat.config import FinetuneConfig, PretrainConfig, load_config
 from mae_dat.engine import accuracy
@@ -146,6 +148,28 @@ def classifier_parts(config: FinetuneConfig) -> tuple[Classifier, torch.optim.Op
 
 def named_tokenizer(config: Any) -> VQGAN:
     return VQGAN(VQGAN_PRESETS[find_released(config.dat.tokenizer).model])
+
+
+def commands(text: str) -> list[list[str]]:
+    """The script and flags of every command of ours in a text, without what stands in brackets or after `#`."""
+    lines = re.findall(r"(?:python|torchrun --nproc_per_node 8) ((?:main_\w+|submit)\.py [^#`\n]+)", text)
+    return [shlex.split(re.sub(r"\[.*?\]", "", line)) for line in lines]
+
+
+def test_the_commands_in_headers_and_guide_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MAE_DAT_DATA", "DIR")
+    guide = (ROOT / "docs" / "reproduce.md").read_text()
+    found = commands(guide) + [words for path in CONFIGS for words in commands(header(path)["Command"])]
+    assert len(found) > len(PUBLISHED) + 8
+    for script, *flags in found:
+        if script == "submit.py":
+            task = launch.parse(flags)[1]
+            script, flags = Path(task.script).name, list(task.args)
+        load_config(PretrainConfig if script == "main_pretrain.py" else FinetuneConfig, flags)
+    names = re.search(r"mae_dat\.fetch (\w[\w ]+)\n", guide)
+    assert names
+    assert [find_released(name).name for name in names[1].split()] == names[1].split()
 
 
 def test_a_dat_recipe_is_its_plain_one_but_for_the_adversary() -> None:
