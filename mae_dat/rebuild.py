@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import timm
@@ -15,7 +15,7 @@ from mae_dat.classifier import Classifier, Grid, build_classifier
 from mae_dat.errors import CheckpointError
 from mae_dat.formats import Recognized
 from mae_dat.loading import Source, load_mae, load_weights, read_source, size_of
-from mae_dat.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder, build_mae
+from mae_dat.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder, build_mae, unknown_name
 from mae_dat.weights import WeightsFile
 
 
@@ -74,11 +74,13 @@ def open_model(source: Source, model: str | None = None) -> Classifier | MaskedA
     return open_source(source, model).network
 
 
-def open_source(source: Source, model: str | None = None) -> Opened:
-    """`open_model`, with all that was found out on the way."""
+def open_source(source: Source, model: str | None = None, img_size: Grid | None = None) -> Opened:
+    """`open_model`, with all that was found out on the way; for pictures of another size where `img_size` says so."""
     file, found = read_source(source)
     plan = describe(file, found, model)
-    network, grid = plan.build(), _grid(plan, found.tensors)
+    grid = _grid(plan, found.tensors)
+    plan = replace(plan, img_size=img_size or plan.img_size)
+    network = plan.build()
     if isinstance(network, MaskedAutoencoder):
         load_mae(network, file, plan.decoder, grid)
     else:
@@ -87,10 +89,12 @@ def open_source(source: Source, model: str | None = None) -> Opened:
 
 
 def describe(file: WeightsFile, found: Recognized, model: str | None = None) -> Blueprint:
-    """What the file's own facts, its shapes and the name `model` say. Raises CheckpointError where that is too
-    little."""
+    """What the file's own facts, its shapes and the name `model` say. Raises CheckpointError where that is too little,
+    ConfigError for a name that is not known."""
     facts, tensors = file.facts, found.tensors
     name = model or facts.get("model") or _name_by_shapes(file, found)
+    if name not in MAE_MODELS and name not in VIT_SIZES and not timm.is_model(name):
+        raise unknown_name("model", name, [*MAE_MODELS, *VIT_SIZES, *timm.list_models()])
     pretraining = found.kind in ("autoencoder", "encoder")
     if pretraining and f"mae_{name}" in MAE_MODELS:
         name = f"mae_{name}"

@@ -1,5 +1,6 @@
 """The network that pictures are made of: built and loaded from any checkpoint, and asked what it makes of an image."""
 
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,20 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from mae_dat import run
-from mae_dat.classifier import Classifier
-from mae_dat.config import AugmentConfig, ClassifierConfig, DataConfig, FinetuneConfig, image_size
+from mae_dat.classifier import Classifier, fused_head
+from mae_dat.config import AugmentConfig, image_size
 from mae_dat.errors import CheckpointError, ConfigError
-from mae_dat.finetune import load_classifier
-from mae_dat.formats import Recognized, recognize
-from mae_dat.loading import load_mae, size_of
-from mae_dat.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder, build_mae, mask_noise, unknown_name
+from mae_dat.mae import MaskedAutoencoder, mask_noise
 from mae_dat.objectives import Classification, MaskedReconstruction, Objective
+from mae_dat.rebuild import open_source
 
 logger = logging.getLogger(__name__)
 
@@ -37,70 +36,41 @@ class Subject:
     facts: dict[str, Any]
     size: Size
     in_chans: int
+    decoder: bool
+
+    def autoencoder(self) -> MaskedAutoencoder:
+        """The network, if it can reconstruct. Raises CheckpointError otherwise."""
+        if not isinstance(self.model, MaskedAutoencoder):
+            raise CheckpointError(f"{self.name} is a classifier and reconstructs nothing: give a pretraining.")
+        if not self.decoder:
+            raise CheckpointError(
+                f"{self.name} has no decoder, without which nothing is reconstructed: MAE's mae_pretrain_* files hold "
+                "the encoder alone. Give one with decoder, such as mae_visualize_vit_large.pth or a pretraining of "
+                "yours; the encoder's attention can be drawn."
+            )
+        return self.model
 
 
 def load_subject(
-    checkpoint: str, name: str | None, input_size: tuple[int, ...] | None, device: torch.device, decoder: bool = True
+    checkpoint: str, name: str | None, input_size: tuple[int, ...] | None, device: torch.device
 ) -> Subject:
-    """The network of an output folder or a weights file. Without `decoder` an autoencoder's encoder is enough.
+    """The network of an output folder, of a weights file or of released weights.
 
     `name` is the architecture and `input_size` the pictures' where the file does not say, or others are wanted. Raises
-    ConfigError where the architecture is not known, MissingInputError, CheckpointError.
+    ConfigError, MissingInputError, CheckpointError, DownloadError.
     """
     if not checkpoint:
-        raise ConfigError("--checkpoint is missing: give an output folder or a weights file.")
+        raise ConfigError("--checkpoint is missing: give an output folder, a weights file or a released name.")
     weights, facts = run.read_export(Path(checkpoint))
-    found = recognize(weights)
-    name = name or facts.get("model") or _architecture(found)
-    if name is None:
-        raise ConfigError(
-            f"{checkpoint} ({found.format}) does not say which model it is: give --model, such as "
-            "mae_vit_base_patch16 (an autoencoder), vit_base_patch16 (a classifier) or any timm name."
-        )
-    if name not in MAE_MODELS and name not in VIT_SIZES and not timm.is_model(name):
-        raise unknown_name("--model", name, [*MAE_MODELS, *VIT_SIZES, *timm.list_models()])
-    asked, in_chans = input_size or facts.get("input_size") or _default_size(name), facts.get("in_chans", 3)
-    size = image_size(tuple(asked))
-    model: MaskedAutoencoder | Classifier
-    if name in MAE_MODELS:
-        model = build_mae(name, img_size=size, in_chans=in_chans)
-        with run.naming("--checkpoint"):
-            load_mae(model, weights, decoder=decoder)
-    else:
-        pooled = facts.get("global_pool", "fc_norm.weight" in found.tensors) and not facts.get("cls_token", False)
-        classes = facts.get("nb_classes") or _classes_of(name, found)
-        classifier = ClassifierConfig(model=name, nb_classes=classes, global_pool=pooled, drop_path=0.0)
-        data = DataConfig(input_size=size, in_chans=in_chans)
-        model = load_classifier(Path(checkpoint), FinetuneConfig(classifier=classifier, data=data), [])
-    return Subject(model.eval().to(device), f"{Path(checkpoint).name} ({name})", facts, size, in_chans)
-
-
-def _architecture(found: Recognized) -> str | None:
-    """The model's name where the shapes tell it."""
-    size = size_of(found.tensors)
-    return f"mae_{size}" if size and found.kind in ("autoencoder", "encoder") else size
-
-
-def _classes_of(name: str, found: Recognized) -> int:
-    """Rows of a file's head, which the model of this name has under this key."""
-    settings = None if name in VIT_SIZES else timm.get_pretrained_cfg(name, allow_unregistered=True)
-    head = (settings and settings.classifier) or "head"
-    key = f"{head if isinstance(head, str) else head[0]}.weight"
-    if key not in found.tensors:
-        raise CheckpointError(
-            f"{name} has its head at {key}, and the file ({found.format}) has none there. For an autoencoder or its "
-            f"encoder give --model with one of {', '.join(MAE_MODELS)}."
-        )
-    return len(found.tensors[key])
-
-
-def _default_size(name: str) -> tuple[int, ...]:
-    """Height and width that an architecture is meant for, in pixels."""
-    if name in VIT_SIZES or name in MAE_MODELS:
-        size = VIT_SIZES[name] if name in VIT_SIZES else MAE_MODELS[name].encoder
-        return size.img_size if isinstance(size.img_size, tuple) else (size.img_size,)
-    settings = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return settings.input_size[-2:] if settings else (224,)
+    told = weights._replace(
+        tensors=fused_head(weights.tensors), metadata={"mae_dat": json.dumps(facts)} if facts else weights.metadata
+    )
+    with run.naming("--checkpoint"):
+        opened = open_source(told, name, image_size(input_size) if input_size else None)
+    plan, model = opened.plan, opened.network
+    height, width = plan.img_size or resolve_model_data_config(model.net)["input_size"][-2:]
+    title = f"{Path(checkpoint).name} ({plan.name})"
+    return Subject(model.to(device), title, facts, (height, width), plan.in_chans, plan.decoder)
 
 
 def predicts_normalized(subject: Subject, asked: bool | None) -> bool:

@@ -20,7 +20,6 @@ from mae_dat.attention import attention_layers, attention_maps, default_query
 from mae_dat.config import ConfigError, DataConfig, DatConfig, image_size, load_config, nearest, run_command
 from mae_dat.data import ImageFolder, decode
 from mae_dat.distributed import pick_device, step_generator
-from mae_dat.errors import CheckpointError
 from mae_dat.files import prepare_output_folder
 from mae_dat.mae import MaskedAutoencoder, mask_noise
 from mae_dat.objectives import WithDAT
@@ -225,18 +224,16 @@ def read_pages(config: PicturesConfig, size: Size, in_chans: int, device: torch.
     ]
 
 
-def subject_of(
-    config: CheckpointConfig, pictures: PicturesConfig, device: torch.device, decoder: bool = True
-) -> Subject:
+def subject_of(config: CheckpointConfig, pictures: PicturesConfig, device: torch.device) -> Subject:
     """The network that the flags name."""
-    return load_subject(config.checkpoint, config.model, pictures.input_size, device, decoder)
+    return load_subject(config.checkpoint, config.model, pictures.input_size, device)
 
 
 def judge_of(subject: Subject, masking: MaskingConfig) -> Judge:
     """Who judges the views of a picture in an attack on this network."""
     if isinstance(subject.model, MaskedAutoencoder):
         normalized = predicts_normalized(subject, masking.norm_pix_loss)
-        return ReconstructionJudge(subject.model, masking.mask_ratio, normalized)
+        return ReconstructionJudge(subject.autoencoder(), masking.mask_ratio, normalized)
     return ClassJudge(subject.model, subject.facts.get("classes"))
 
 
@@ -247,11 +244,7 @@ def draw_reconstruction(config: ReconstructionConfig) -> None:
     """Writes reconstruction.png."""
     device = pick_device(config.pictures.device)
     subject = subject_of(config.checkpoint, config.pictures, device)
-    model = subject.model
-    if not isinstance(model, MaskedAutoencoder):
-        raise CheckpointError(
-            f"{subject.name} is a classifier and reconstructs nothing: give a pretraining, or draw its attention."
-        )
+    model = subject.autoencoder()
     norm_pix = predicts_normalized(subject, config.masking.norm_pix_loss)
     generator = step_generator(config.pictures.seed, 0, 0, device)
     heading = f"{subject.name}, masks of seed {config.pictures.seed}"
@@ -267,7 +260,7 @@ def draw_reconstruction(config: ReconstructionConfig) -> None:
 def draw_attention(config: AttentionConfig) -> None:
     """Writes attention.png."""
     device = pick_device(config.pictures.device)
-    subject = subject_of(config.checkpoint, config.pictures, device, decoder=False)
+    subject = subject_of(config.checkpoint, config.pictures, device)
     depth = len(attention_layers(subject.model))
     block = depth if config.block is None else config.block
     if not 1 <= block <= depth:
