@@ -235,7 +235,7 @@ class ClassifierConfig:
     """Train a new head alone, behind a BatchNorm, on the frozen network. The defaults become MAE's linear probe: class
     token, LARS, blr 0.1, batch_size 512, 90 epochs, 10 of warm-up, no weight decay, crops and flips only."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
-    """Optimizer; lars and sgd with momentum 0.9."""
+    """Optimizer; lars and sgd with momentum 0.9. lars is for batches of some thousand images."""
     layer_decay: float = 0.75
     """Factor of the learning rate from each layer to the one below."""
     ema_decay: float | None = None

@@ -41,7 +41,7 @@ class FeaturesConfig:
     """Features of images, to a file or to their nearest neighbours."""
 
     checkpoint: str = ""
-    """An output folder or a weights file: a pretraining or a classifier."""
+    """An output folder, a weights file or a released name: a pretraining or a classifier."""
     model: str | None = None
     """The network, where the file does not say."""
     data_path: str | None = None
@@ -151,9 +151,7 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
     for nothing."""
     if not config.output and config.knn is None:
         raise ConfigError("nothing to do: give --output features.npz, --knn 20, or both.")
-    subject = load_subject(
-        config.checkpoint, config.model, config.input_size, pick_device(config.device), decoder=False
-    )
+    subject = load_subject(config.checkpoint, config.model, config.input_size, pick_device(config.device))
 
     @functools.cache
     def features(split: str) -> Features:

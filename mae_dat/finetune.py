@@ -20,7 +20,7 @@ from mae_dat.loaders import ImageLoader, eval_loader
 from mae_dat.loading import load_pretrained, load_weights
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Classification, Objective, WithDAT
-from mae_dat.optim import build_optimizer
+from mae_dat.optim import build_optimizer, effective_lr
 from mae_dat.pictures import adversary_gallery
 from mae_dat.sources import image_root
 from mae_dat.transforms import eval_transform, finetune_transform
@@ -35,6 +35,7 @@ SCALAR_TAGS = {
     "test_loss": "perf/test_loss",
 }
 PICTURES = 6
+SLOW_LARS = 0.5  # MAE's linear probe has 6.4
 
 
 def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune") -> dict[str, float]:
@@ -44,6 +45,7 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         images, held_out = labelled_images(config)
         classes = class_count(config, images)
         seed_everything(config.run.seed)
+        warn_of_slow_lars(config, where.world.size)
         model = build(config, classes, config.classifier.pretrained)
         start(model, config)
         model.to(where.device)
@@ -74,6 +76,20 @@ def check(config: FinetuneConfig) -> None:
     if mixes and config.optim.batch_size % 2:
         raise ConfigError(
             f"mixup and cutmix pair the images of a batch: --batch_size must be even, got {config.optim.batch_size}."
+        )
+
+
+def warn_of_slow_lars(config: FinetuneConfig, ranks: int) -> None:
+    """LARS moves a tensor by lr / 1000 of its norm, so a rate scaled down for a small batch leaves it where it is."""
+    optim = config.optim
+    batch = optim.batch_size * optim.accum_iter * ranks
+    lr = effective_lr(optim.lr, optim.blr, batch)
+    if config.classifier.opt == "lars" and lr < SLOW_LARS:
+        logger.warning(
+            "--opt lars at a peak rate of %.3g hardly moves: blr 0.1 is meant for batches of some thousand images, and "
+            "this one has %d. Give --opt sgd, or a larger --blr.",
+            lr,
+            batch,
         )
 
 

@@ -19,6 +19,7 @@ from mae_dat.classifier import Classifier, build_classifier, build_vit, fused_he
 from mae_dat.config import load_finetune_config
 from mae_dat.errors import ConfigError
 from mae_dat.evaluate import main as finetune_main
+from mae_dat.finetune import warn_of_slow_lars
 from mae_dat.mae import ViTSize
 from mae_dat.optim import Lars, build_optimizer
 from mae_dat.weights import read_weights
@@ -139,8 +140,9 @@ def test_a_probe_is_trained_exported_and_evaluated(
 ) -> None:
     output = tmp_path / "out"
     given = ["--data_path", str(images), "--finetune", str(pretrained), "--output_dir", str(output)]
-    trained = outcome_of(finetune_main, [*PROBE, *given, "--blr", "10"], monkeypatch, capsys)
+    trained = outcome_of(finetune_main, [*PROBE, *given, "--opt", "sgd"], monkeypatch, capsys)
     assert trained.code == 0, trained.stderr
+    assert "hardly moves" not in trained.stderr
     accuracy = trained.stderr.rpartition("accuracy ")[2].split()[0]
     exported, start = read_weights(output / "model.safetensors").tensors, read_weights(pretrained / "model.safetensors")
     assert "head.weight" in exported
@@ -150,6 +152,15 @@ def test_a_probe_is_trained_exported_and_evaluated(
         found = outcome_of(finetune_main, [*evaluate, "--output_dir", str(tmp_path / case)], monkeypatch, capsys)
         assert f"accuracy {accuracy} % top-1" in found.stderr, case
         (output / "model.safetensors").unlink(missing_ok=True)
+
+
+def test_a_rate_at_which_lars_stands_still_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--linear_probe", "--accum_iter", "4"]
+    warn_of_slow_lars(load_finetune_config(flags), ranks=8)
+    warn_of_slow_lars(load_finetune_config([*flags, "--opt", "sgd", "--batch_size", "8"]), ranks=1)
+    assert not caplog.messages
+    warn_of_slow_lars(load_finetune_config([*flags, "--batch_size", "8"]), ranks=1)
+    assert "0.0125 hardly moves" in caplog.text
 
 
 def test_a_probe_resumes_where_it_was(images: Path, pretrained: Path, tmp_path: Path) -> None:
