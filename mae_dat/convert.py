@@ -94,7 +94,9 @@ def convert(config: ConvertConfig) -> str:
     dest = Path(config.dest)
     check_destination(config)
     weights, facts = run.read_export(Path(config.source))
-    opened = open_source(weights._replace(metadata={"mae_dat": json.dumps(facts)} if facts else {}), config.model)
+    if facts:  # of a folder they need not stand in the file
+        weights = weights._replace(metadata={**weights.metadata, "mae_dat": json.dumps(facts)})
+    opened = open_source(weights, config.model)
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".convert.") as folder, silence():
         part = Path(folder) / dest.name
         written = WRITERS[config.to](opened, part, config)

@@ -128,7 +128,7 @@ def _name_by_shapes(file: WeightsFile, found: Recognized) -> str:
         # The same keys and shapes, and nothing in the file tells by what the pixels were normalised.
         raise CheckpointError(
             f"{file.source} ({found.format}) may be MAE's or timm's, which normalise pixels differently: give --model "
-            f"{name} (ImageNet's statistics: MAE, DeiT) or timm's name for it, such as {name}_224."
+            f"{name} (ImageNet's statistics: MAE, DeiT) or timm's name, such as vit_base_patch16_224 (its own)."
         )
     return name
 

@@ -26,7 +26,7 @@ _STATE_KEYS = (*_AVERAGE_KEYS, "model", "state_dict")
 _PREFIXES = {"module.": "DDP", "net.": "", "model.": "", "1.": "easyrobust"}  # what wraps, where it has a name
 _STATISTICS = ("0.mean", "0.std")  # of easyrobust's pair of normalisation and model
 _ROWS = 6  # of each kind in a table of keys
-_SUFFIXES = {".pth", ".pt", ".ckpt", ".safetensors"}
+_SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors"}
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
