@@ -179,7 +179,7 @@ def galleries(config: CompareConfig, images: ImageFolder) -> list[Gallery]:
             {
                 "title": f"Visual words: {ARMS[arm]}",
                 "caption": "A held-out picture, the same decoded from its words, after the attack on the trained "
-                "network, and the words that changed (dark).",
+                "network, the difference it made (amplified), and the words that changed (dark).",
                 "file": f"{arm}-seed{seed}/pictures/adversary.png",
             }
         )

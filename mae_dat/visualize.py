@@ -266,7 +266,7 @@ def draw_attention(config: AttentionConfig) -> None:
     if not 1 <= block <= depth:
         raise ConfigError(f"--block {block}: {subject.name} has blocks 1 to {depth}.")
     query = default_query(subject.model) if config.query == "auto" else config.query
-    whose = "attention of the class token" if query == "class" else "attention of the patches, their mean"
+    whose = "attention of the class token" if query == "class" else "mean attention of all patches"
     where = f"rollout of blocks 1 to {block}" if config.rollout else f"block {block} of {depth}"
     pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
     with album(config.pictures) as drawn:
@@ -275,9 +275,7 @@ def draw_attention(config: AttentionConfig) -> None:
             columns, captions = attention_columns(page.image, maps)
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
             heading = f"{subject.name}: {whose}, {where}"
-            drawn.add(
-                "attention", gallery(columns, captions, heading, cell=144 if len(columns) > 3 else 224), page.number
-            )
+            drawn.add("attention", gallery(columns, captions, heading, cell=192), page.number)
 
 
 def draw_words(config: WordsConfig) -> None:
