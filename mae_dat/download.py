@@ -70,7 +70,7 @@ def _continue(url: str, partial: Path, name: str) -> None:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", version)
     with _open(request, note) as response:
-        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0
         rest = response.headers.get("Content-Length")
         total = have + int(rest) if rest else None
@@ -151,7 +151,7 @@ def _copy(response: HTTPResponse, file: IO[bytes], name: str, have: int, total: 
         task = bar.add_task(name, total=total, completed=have)
         while True:
             try:
-                chunk = response.read(_CHUNK)
+                chunk = response.read1(_CHUNK)  # what has come by now
             except (OSError, HTTPException) as error:
                 file.flush()
                 raise _BrokenOffError(f"the connection broke after {have:,} bytes ({error})") from error

@@ -243,6 +243,19 @@ def test_the_released_resnet_normalizes_by_itself_and_takes_a_new_head(home: Pat
         hub.vit_base_patch16(home / "resnet50_dat.pth", img_size=32)
 
 
+def test_nothing_that_released_weights_say_is_executed(home: Path, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    torch.save({"model": {"fc.weight": torch.ones(1)}, "args": Hostile()}, home / "resnet50_dat.pth")
+    with pytest.raises(CheckpointError, match="cannot be read as weights"):
+        hub.resnet50_dat(pretrained=True)
+    assert not (tmp_path / "canary").exists()
+    torch.load(home / "resnet50_dat.pth", weights_only=False)  # the file is as hostile as it was meant to be
+    assert (tmp_path / "canary").exists()
+
+
 def test_what_is_not_there_is_said(home: Path) -> None:
     with pytest.raises(MissingInputError, match=r"no such file: .*absent\.pth"):
         hub.resnet50_dat(pretrained=home / "absent.pth")
