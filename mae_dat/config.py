@@ -382,7 +382,7 @@ def load_config(
     parse = functools.partial(
         tyro.cli,
         kind,
-        prog=program,
+        prog=program or _command_name(),
         default=kind() if default is None else default,
         description=f"{description or kind.__doc__}\n\nEvery flag may stand in a YAML file given with --config FILE.",
         config=(tyro.conf.OmitArgPrefixes,),
@@ -394,6 +394,12 @@ def load_config(
         wrong = next((one for one in from_file.values() if not _accepted(parse, one)), words)
         raise ConfigError(f"{file}: `{' '.join(wrong).removeprefix('--')}` has no value that it can take; see --help.")
     return parse(args=[*words, *arguments])
+
+
+def _command_name() -> str:
+    """The running command as it is typed: `main_pretrain.py`, or `python -m mae_dat.compare` for one of our modules."""
+    script = Path(sys.argv[0])
+    return f"python -m mae_dat.{script.stem}" if script.parent == Path(__file__).parent else script.name
 
 
 def _accepted(parse: Callable[..., Any], words: list[str]) -> bool:
