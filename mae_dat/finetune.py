@@ -202,7 +202,7 @@ def start(model: Classifier, config: FinetuneConfig) -> None:
 def start_from(model: Classifier, path: Path) -> None:
     """Pretrained weights from a folder or file. Raises MissingInputError, CheckpointError."""
     weights, facts = run.read_export(path)
-    with run.naming(f"--finetune {path}"):
+    with run.naming("--finetune"):
         load_pretrained(model, weights, source_grid(model, facts))
 
 
@@ -249,6 +249,5 @@ def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> C
     """
     weights, facts = run.read_export(path)
     model = build(config, config.classifier.nb_classes or len(classes))
-    with run.naming(str(path)):
-        load_weights(model, weights._replace(tensors=fused_head(weights.tensors)), source_grid(model, facts))
+    load_weights(model, weights, source_grid(model, facts))
     return model

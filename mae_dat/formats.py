@@ -52,11 +52,13 @@ class Recognized(NamedTuple):
 
 def recognize(file: WeightsFile) -> Recognized:
     """The format of a file, and its tensors translated from it."""
-    tensors, prefix = file.tensors, "easyrobust, " if "easyrobust (1.)" in file.wrappers else ""
+    tensors, prefix = file.tensors, ""
     if _HUGGING_FACE in tensors or f"vit.{_HUGGING_FACE}" in tensors:
         tensors, prefix = from_hugging_face(tensors), "Hugging Face, "
     elif "mae_dat" in file.metadata:
         prefix = "mae_dat, "
+    elif file.statistics:
+        prefix = "easyrobust, "
     kind, words = _kind(tensors, file.metadata)
     return Recognized(prefix + words, kind, tensors)
 

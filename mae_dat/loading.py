@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_dat.classifier import Classifier, Grid
+from mae_dat.classifier import Classifier, Grid, fused_head
 from mae_dat.errors import CheckpointError
 from mae_dat.formats import Recognized, recognize
 from mae_dat.mae import VIT_SIZES, MaskedAutoencoder
@@ -56,7 +56,7 @@ class LoadReport:
         if self.missing:
             parts.append(f"new: {listing(self.missing)}")
         if self.ignored:
-            parts.append(f"not used: {listing(self.ignored)}")
+            parts.append(f"not used: {listing(list(dict.fromkeys(key.split('.')[0] for key in self.ignored)))}")
         return "; ".join(parts)
 
 
@@ -130,11 +130,15 @@ def size_of(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def read_source(source: Source) -> tuple[WeightsFile, Recognized]:
-    """The file behind a source, and what it holds. Raises MissingInputError, CheckpointError, also for a tokenizer."""
+    """The file behind a source, and what it holds, a linear probe's BatchNorm fused into its head.
+
+    Raises MissingInputError, CheckpointError, also for a tokenizer.
+    """
     if isinstance(source, WeightsFile):
         file = source
     else:
         file = unwrap(source, "the given weights") if isinstance(source, Mapping) else read_weights(source)
+    file = file._replace(tensors=fused_head(file.tensors))
     found = recognize(file)
     if found.kind == "tokenizer":
         raise CheckpointError(f"{file.source} is a tokenizer ({found.format}): give it as --tokenizer.")

@@ -183,7 +183,7 @@ def log_folder(run: RunConfig) -> Path | None:
 
 @contextlib.contextmanager
 def naming(source: str) -> Iterator[None]:
-    """Adds what was loaded, such as `--finetune PATH`, to the error of a load."""
+    """Adds the flag that named a file, such as `--finetune`, to the error of its load."""
     try:
         yield
     except CheckpointError as error:

@@ -23,7 +23,7 @@ from mae_dat.files import atomic_write, require_file
 # Where MAE, timm and Lightning keep the weights in a checkpoint; an average goes before what it averages, as in timm.
 _AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema")
 _STATE_KEYS = (*_AVERAGE_KEYS, "model", "state_dict")
-_PREFIXES = {"module.": "DDP", "net.": "", "model.": "", "1.": "easyrobust"}  # what wraps, where it has a name
+_PREFIXES = ("module.", "net.", "model.", "1.")  # DDP; Classifier; a wrapper; easyrobust's (normalisation, model)
 _STATISTICS = ("0.mean", "0.std")  # of easyrobust's pair of normalisation and model
 _ROWS = 6  # of each kind in a table of keys
 _SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors"}
@@ -127,7 +127,7 @@ def unwrap(content: Any, source: str, metadata: dict[str, str] | None = None) ->
         if prefix is None or not tensors:
             break
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-        wrappers += [f"{_PREFIXES[prefix]} ({prefix})"] if _PREFIXES[prefix] else []
+        wrappers += ["DDP (module.)"] if prefix == "module." else []
     if not tensors:
         raise CheckpointError(f"{source} holds no weights (it holds {listing(found)}); give a model's checkpoint.")
     file = WeightsFile(tensors, metadata or {}, source, tuple(wrappers))

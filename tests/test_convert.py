@@ -108,6 +108,14 @@ def test_names_open_what_shapes_leave_open(image: Tensor) -> None:
     assert torch.equal(resnet(image), network((image - resnet.mean) / resnet.std))
 
 
+def test_a_linear_probes_normalisation_becomes_part_of_its_head(image: Tensor) -> None:
+    model = demo_classifier(pool=False)
+    model.make_linear_probe()
+    model.net.load_state_dict(fill_by_rule(model.net))
+    opened = open_model({"model": model.eval().state_dict()}, "vit_demo_patch8")
+    torch.testing.assert_close(opened(image), model(image), rtol=1e-5, atol=1e-5)
+
+
 def test_a_pretraining_is_no_classifier_and_the_reverse() -> None:
     with pytest.raises(CheckpointError, match="a pretraining without classes"):
         open_model(demo_mae().state_dict(), "test_vit")

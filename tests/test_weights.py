@@ -98,7 +98,7 @@ def test_statistics_of_a_normalisation_are_kept_apart(outer: str) -> None:
     file = unwrap({"state_dict": wrapped}, "here")
     assert_same(file.tensors, state)
     assert file.statistics == ((0.5, 0.25), (1.0, 1.0))
-    assert file.wrappers[-1] == "easyrobust (1.)"
+    assert ("DDP (module.)" in file.wrappers) == bool(outer)
     assert unwrap(state, "here").statistics is None
 
 
