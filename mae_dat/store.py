@@ -111,6 +111,8 @@ def _verified(entry: Released, path: Path, ours: bool = True) -> Path:
         card = store() / card.name  # a mirror may be read-only
     found, (expected, source) = sha256_of(path), _expected(entry, card)
     if expected is None:
+        if fault := _fault(entry, path):
+            raise CheckpointError(f"{path} is {fault}; remove it.")
         _make(card.parent)
         _write_card(card, entry, found, path.stat().st_size, url=None)
         _say_first_use(entry, found, card)
@@ -127,6 +129,8 @@ def _expected(entry: Released, card: Path) -> tuple[str | None, str]:
     """The sha256 that a file must have, if one is known, and who says so."""
     if entry.sha256:
         return entry.sha256, "the registry"
+    if not card.is_file() and entry.embedded:
+        raise CheckpointError(f"{card} belongs to the package and is missing: install the package again.")
     if not card.is_file():
         return None, ""
     try:
@@ -192,7 +196,7 @@ def _one_process(path: Path, name: str) -> Iterator[None]:
 def _download_from_any(entry: Released, path: Path, trust: bool) -> None:
     """Tries the URLs in order and puts the first file that passes in place, its card first."""
     card = path.with_suffix(".json")
-    known, _ = _expected(entry, card)
+    known, source = _expected(entry, card)
     size = f" ({entry.size / 1e6:,.0f} MB)" if entry.size else ""
     logger.warning("%s: downloading %s%s. Licence: %s.", entry.name, path.name, size, entry.licence)
     reasons = []
@@ -207,9 +211,14 @@ def _download_from_any(entry: Released, path: Path, trust: bool) -> None:
             logger.info("%s: from %s", entry.name, urllib.parse.urlsplit(url).netloc)
             download(url, partial, entry.name)
             partial = _unpack(partial, path)
-            sha256 = _check(entry, partial, path, known)
         except UrlFailedError as error:
             reasons.append(f"\n  {url}: {error}")
+            continue
+        sha256, fault = sha256_of(partial), _fault(entry, partial)
+        if known not in (None, sha256) and "web page" not in fault:
+            fault = f"a file with the sha256 {sha256}; {source} says {known}"
+        if fault:
+            reasons.append(f"\n  {url}: gave {fault}. It was put aside as {_put_aside(partial, path)}")
             continue
         _write_card(card, entry, sha256, partial.stat().st_size, url)
         partial.replace(path)
@@ -248,24 +257,20 @@ def _unpack(partial: Path, path: Path) -> Path:
     return unpacked
 
 
-def _check(entry: Released, partial: Path, path: Path, known: str | None) -> str:
-    """The sha256 of a complete download. UrlFailedError for what it should not be, and the file is put aside."""
-    with partial.open("rb") as file:
+def _fault(entry: Released, path: Path) -> str:
+    """What a file that should be these weights is instead; empty if it looks like them."""
+    with path.open("rb") as file:
         start = file.read(64)
-    sha256, size, fault = sha256_of(partial), partial.stat().st_size, ""
-    if known is not None and sha256 != known:
-        fault = f"a file with the sha256 {sha256}, not {known}"
-    elif known is None and entry.size is not None and size != entry.size:
-        fault = f"{size:,} bytes, not {entry.size:,}"
-    elif known is None and entry.md5 and not (md5 := _md5_of(partial)).startswith(entry.md5):
-        fault = f"a file with the md5 {md5}; its publisher's begins with {entry.md5}"
-    elif not (start.startswith((b"PK", b"\x80")) or start[8:9] == b"{"):  # torch, old and new; safetensors
-        fault = "a file that is neither torch's nor safetensors'"
+    size = path.stat().st_size
     if _WEB_PAGE.match(start):
-        fault = "a web page instead of weights"
-    if fault:
-        raise UrlFailedError(f"gave {fault}; it was put aside as {_put_aside(partial, path)}")
-    return sha256
+        return "a web page instead of weights"
+    if not (start.startswith((b"PK", b"\x80")) or start[8:9] == b"{"):  # torch, old and new; safetensors
+        return "a file that is neither torch's nor safetensors'"
+    if entry.size is not None and size != entry.size:
+        return f"{size:,} bytes, not {entry.size:,}"
+    if entry.md5 and not (md5 := _md5_of(path)).startswith(entry.md5):
+        return f"a file with the md5 {md5}; its publisher's begins with {entry.md5}"
+    return ""
 
 
 def _md5_of(path: Path) -> str:

@@ -195,6 +195,9 @@ def test_a_damaged_demo_is_not_loaded(demo: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(CheckpointError, match="damaged"):
         hub.mae_dat_demo(pretrained=copy)
     assert copy.is_file()  # the package's own files are not moved
+    copy.with_suffix(".json").unlink()
+    with pytest.raises(CheckpointError, match="belongs to the package and is missing"):
+        hub.mae_dat_demo(pretrained=True)
 
 
 def test_the_embedded_tokenizer_under_both_its_names() -> None:

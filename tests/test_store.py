@@ -283,7 +283,9 @@ def test_a_corrupted_download_is_put_aside_and_the_next_mirror_is_used(server: S
     bad = bytearray(CONTENT)
     bad[-1] ^= 1
     url = server.page("/bad", bytes(bad))
-    with pytest.raises(DownloadError, match=f"sha256 {hashlib.sha256(bad).hexdigest()}, not {SHA256}.*put aside"):
+    with pytest.raises(
+        DownloadError, match=f"sha256 {hashlib.sha256(bad).hexdigest()}; the registry says {SHA256}.*put aside"
+    ):
         fetch(entry(url))
     assert names(home) == ["tiny.safetensors.bad"]
     assert fetch(entry(url, server.page("/w", CONTENT))).read_bytes() == CONTENT
@@ -339,7 +341,7 @@ def test_the_first_hash_is_recorded_said_and_checked_ever_after(
         fetch(one)
     # A server that gives something else the second time is not believed either.
     server.page("/w", save({"weight": torch.ones(2)}))
-    with pytest.raises(DownloadError, match=f"not {SHA256}"):
+    with pytest.raises(DownloadError, match=rf"tiny\.json says {SHA256}"):
         fetch(one)
 
 
@@ -348,6 +350,11 @@ def test_a_file_put_there_by_hand_is_taken_and_recorded(home: Path) -> None:
     (home / "tiny.safetensors").write_bytes(CONTENT)
     assert fetch(entry(sha256=None)) == home / "tiny.safetensors"
     assert json.loads((home / "tiny.json").read_text())["sha256"] == SHA256
+    (home / "tiny.json").unlink()
+    for content, fault in {b"<html>": "a web page instead of weights", b"text": "neither torch's nor"}.items():
+        (home / "tiny.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{fault}.*remove it"):
+            fetch(entry(sha256=None))
     (home / "tiny.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"card .*tiny\.json is damaged"):
         fetch(entry(sha256=None))
