@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from mae_dat import config as config_module
-from mae_dat.classifier import build_classifier
-from mae_dat.compare import CompareConfig
 from mae_dat.config import (
     AttackConfig,
     DatConfig,
@@ -27,7 +25,6 @@ from mae_dat.config import (
     write_config,
 )
 from mae_dat.errors import ConfigError, MissingInputError
-from mae_dat.mae import MAE_MODELS, VIT_SIZES, build_mae
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -293,39 +290,6 @@ def test_a_users_error_is_one_line_and_its_code(capsys: pytest.CaptureFixture[st
         assert capsys.readouterr().err == told
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
-
-
-# ---- the recipes ----
-
-
-def kind_of(path: Path) -> type[Any]:
-    kinds = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
-    matching = [kind for word, kind in kinds.items() if word in path.stem.split("_")]
-    assert len(matching) == 1, f"{path.name}: name it *_pretrain, *_finetune or *_compare"
-    return matching[0]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_loads_and_its_parts_can_be_built(path: Path) -> None:
-    config = load_config(kind_of(path), ["--config", str(path)])
-    if isinstance(config, CompareConfig):
-        for recipe in (config.pretrain, config.finetune):
-            assert Path(recipe).is_file() or (ROOT / recipe).is_file()
-        return
-    assert config.dat.attack is None or config.dat.attack.eps > 0
-    if isinstance(config, PretrainConfig):
-        assert config.mae.model in MAE_MODELS
-        size = MAE_MODELS[config.mae.model].encoder
-        tiny = {"embed_dim": 8, "depth": 1, "num_heads": 2, "decoder_embed_dim": 8, "decoder_depth": 1}
-        model = build_mae(config.mae.model, img_size=config.data.image_size, decoder_num_heads=2, **tiny)
-        assert model.num_patches == config.data.image_size[0] * config.data.image_size[1] // size.patch_size**2
-    elif VIT_SIZES[config.classifier.model].embed_dim < 200:  # the others are built in their own tests
-        net = build_classifier(config.classifier.model, 3, config.data.image_size, config.classifier.drop_path)
-        assert sum(parameter.numel() for parameter in net.parameters()) > 0
-
-
-def test_there_are_recipes() -> None:
-    assert {"small_pretrain", "small_finetune"} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize(
