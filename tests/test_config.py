@@ -27,7 +27,6 @@ from mae_dat.config import (
 from mae_dat.errors import ConfigError, MissingInputError
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # MAE's scripts: flags and defaults that users' fingers know. What differs here is in DEVIATIONS, with the reason.
 SHARED = {
     "accum_iter": 1, "batch_size": 64, "input_size": 224, "weight_decay": 0.05, "lr": None, "blr": 1e-3,
