@@ -91,6 +91,7 @@ def _open(request: urllib.request.Request, note: Path) -> HTTPResponse:
         response: HTTPResponse = urllib.request.build_opener(_NoDowngrade).open(request, timeout=TIMEOUT_SECONDS)
         return response
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416:  # the server's file has changed, or has no more bytes than are here
             note.unlink(missing_ok=True)
             raise _BrokenOffError("the server has no more bytes; starting anew") from error
