@@ -93,7 +93,8 @@ def describe(file: WeightsFile, found: Recognized, model: str | None = None) -> 
     ConfigError for a name that is not known."""
     facts, tensors = file.facts, found.tensors
     name = model or facts.get("model") or _name_by_shapes(file, found)
-    if name not in MAE_MODELS and name not in VIT_SIZES and not timm.is_model(name):
+    maes = name in MAE_MODELS or name in VIT_SIZES
+    if not maes and not timm.is_model(name):
         raise unknown_name("model", name, [*MAE_MODELS, *VIT_SIZES, *timm.list_models()])
     pretraining = found.kind in ("autoencoder", "encoder")
     if pretraining and f"mae_{name}" in MAE_MODELS:
@@ -101,7 +102,7 @@ def describe(file: WeightsFile, found: Recognized, model: str | None = None) -> 
     if pretraining != (name in MAE_MODELS):
         held = "a pretraining without classes" if pretraining else "a classifier"
         raise CheckpointError(f"{file.source} is {held} ({found.format}), which {name} is not: give another --model.")
-    size = tuple(facts["input_size"]) if "input_size" in facts else _image_size(file, tensors)
+    size = tuple(facts["input_size"]) if "input_size" in facts else _image_size(file, tensors, maes)
     patch = tensors.get("patch_embed.proj.weight")
     mean, std = file.statistics or (None, None)
     return Blueprint(
@@ -133,14 +134,20 @@ def _name_by_shapes(file: WeightsFile, found: Recognized) -> str:
     return name
 
 
-def _image_size(file: WeightsFile, tensors: Mapping[str, Tensor]) -> Grid | None:
-    """Height and width that a vision transformer's position embedding is for, if they are equal."""
+def _image_size(file: WeightsFile, tensors: Mapping[str, Tensor], needed: bool) -> Grid | None:
+    """Height and width that a vision transformer's position embedding is for, if they are equal.
+
+    Where they are not, None, or CheckpointError if `needed`: timm's models have a size of their own, and some of them
+    no class token or several.
+    """
     patch, position = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     if patch is None or position is None:
         return None
     patches = position.shape[1] - 1 - ("dist_token" in tensors)
     side = math.isqrt(patches)
     if side * side != patches:
+        if not needed:
+            return None
         raise CheckpointError(
             f"{file.source} was written for pictures that are not square ({patches} patches), and does not say for "
             "which: build the model with its img_size, and load with source_grid."

@@ -108,6 +108,15 @@ def test_names_open_what_shapes_leave_open(image: Tensor) -> None:
     assert torch.equal(resnet(image), network((image - resnet.mean) / resnet.std))
 
 
+@pytest.mark.parametrize("name", ["test_vit", "vit_wee_patch16_reg1_gap_256", "test_resnet", "test_convnext"])
+def test_timm_networks_of_every_shape_open_by_their_name(name: str) -> None:
+    """A vision transformer with a class token, one with a register in its place, and others."""
+    network = timm.create_model(name, num_classes=5).eval()
+    opened = open_model(network.state_dict(), name)
+    image = torch.rand(1, *network.pretrained_cfg["input_size"])
+    assert torch.equal(opened(image), network((image - opened.mean) / opened.std))
+
+
 def test_a_linear_probes_normalisation_becomes_part_of_its_head(image: Tensor) -> None:
     model = demo_classifier(pool=False)
     model.make_linear_probe()
