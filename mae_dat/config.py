@@ -495,6 +495,9 @@ def run_command(main: Callable[[], None]) -> None:
         logging.getLogger("mae_dat").debug("", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         with contextlib.suppress(BrokenPipeError):
             sys.stderr.write("interrupted.\n")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mae_dat.config import load_config, run_command
 from mae_dat.registry import Released, find_released, released
@@ -35,15 +35,16 @@ class FetchConfig:
 
 
 def table(entries: dict[str, Released]) -> Table:
-    """One row for each of the weights."""
-    shown = Table("name", "what it is", "MB", "licence", "sha256", "here", box=None, pad_edge=False)
-    for name, entry in entries.items():
+    """One row for each of the weights; names stay whole, so that they can be copied."""
+    name = Column("name", no_wrap=True, min_width=max(map(len, entries)))
+    shown = Table(name, "what it is", "MB", "licence", "sha256", "here", box=None, pad_edge=False)
+    for entry in entries.values():
         path = find_local(entry)
         size = path.stat().st_size if path else entry.size
         licence = NON_COMMERCIAL if NON_COMMERCIAL in entry.licence else entry.licence.partition(" (")[0]
         sha256 = "shipped" if entry.embedded else "known" if entry.sha256 else "first use"
         shown.add_row(
-            name, entry.what, f"{size / 1e6:,.0f}" if size else "", licence, sha256, "" if path is None else "yes"
+            entry.name, entry.what, f"{size / 1e6:,.0f}" if size else "", licence, sha256, "" if path is None else "yes"
         )
     return shown
 

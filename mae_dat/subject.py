@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from mae_dat import run
-from mae_dat.classifier import Classifier, fused_head
+from mae_dat.classifier import Classifier
 from mae_dat.config import AugmentConfig, image_size
 from mae_dat.errors import CheckpointError, ConfigError
 from mae_dat.mae import MaskedAutoencoder, mask_noise
@@ -62,9 +62,7 @@ def load_subject(
     if not checkpoint:
         raise ConfigError("--checkpoint is missing: give an output folder, a weights file or a released name.")
     weights, facts = run.read_export(Path(checkpoint))
-    told = weights._replace(
-        tensors=fused_head(weights.tensors), metadata={"mae_dat": json.dumps(facts)} if facts else weights.metadata
-    )
+    told = weights._replace(metadata={"mae_dat": json.dumps(facts)}) if facts else weights
     with run.naming("--checkpoint"):
         opened = open_source(told, name, image_size(input_size) if input_size else None)
     plan, model = opened.plan, opened.network

@@ -291,6 +291,17 @@ def test_a_users_error_is_one_line_and_its_code(capsys: pytest.CaptureFixture[st
         run_command(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    code = "from mae_dat.config import run_command\nrun_command(lambda: print('x' * 10**6, flush=True))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("flag", "value"), [("num_workers", "-1"), ("drop_path", "1.5"), ("ema_decay", "2"), ("smoothing", "-0.1")]
 )

@@ -21,12 +21,10 @@ from mae_dat.classifier import Classifier, build_classifier
 from mae_dat.config import FinetuneConfig
 from mae_dat.errors import CheckpointError, MissingInputError
 from mae_dat.fetch import main as fetch_main
-from mae_dat.files import sha256_of
 from mae_dat.finetune import evaluated_config, start_from
 from mae_dat.mae import IMAGENET_MEAN, MaskedAutoencoder, build_mae, mask_noise
 from mae_dat.registry import released
 from mae_dat.tokenizer import VQGAN, LightTokenizer, load_tokenizer
-from mae_dat.weights import write_weights
 
 NAMES = list(hub.__all__)
 TINY: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -44,18 +42,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The embedded classifier; before there is one, a stand-in of the same form."""
-    if DEMO.is_file():
-        return DEMO
-    monkeypatch.setattr(store, "PACKAGE", tmp_path)
-    path = tmp_path / "embedded" / DEMO.name
-    path.parent.mkdir()
-    facts = {"kind": "classifier", "model": "vit_demo_patch8", "global_pool": True, "input_size": [64, 64]}
-    net = build_classifier("vit_demo_patch8", 10).net
-    write_weights(path, net.state_dict(), {"mae_dat": json.dumps({**facts, "in_chans": 3, "nb_classes": 10})})
-    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256_of(path)}))
-    return path
+def demo() -> Path:
+    """The embedded classifier."""
+    return DEMO
 
 
 def picture(side: int = 64) -> torch.Tensor:
