@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,26 @@ def test_the_demo_loads_from_the_folder(demo: Path) -> None:
     again = hub.mae_dat_demo(pretrained=str(demo))
     assert torch.equal(again(image), model(image))
     assert not torch.equal(hub.mae_dat_demo()(image), model(image))
+
+
+def test_the_demo_loads_from_a_cached_copy_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What torch.hub leaves of OWNER/mae_dat:TAG after its first download; it is imported from there, not from here.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    copy = tmp_path / "hub" / "OWNER_mae_dat_TAG"
+    copy.mkdir(parents=True)
+    shutil.copy(ROOT / "hubconf.py", copy)
+    shutil.copytree(ROOT / "mae_dat", copy / "mae_dat", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import sys, torch\n"
+        "model = torch.hub.load('OWNER/mae_dat:TAG', 'mae_dat_demo', pretrained=True, trust_repo=True)\n"
+        "print(sys.modules['mae_dat'].__file__, *model(torch.rand(1, 3, 64, 64)).shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Using cache found in" in done.stderr
+    assert done.stdout == f"{copy}/mae_dat/__init__.py 1 10\n"
 
 
 def test_a_damaged_demo_is_not_loaded(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
