@@ -7,13 +7,17 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from taming.modules.discriminator.model import NLayerDiscriminator
 from test_tokenizer import pictures
 from torch import Tensor
 
+from golden_rule import fill_by_rule
 from mae_dat.checkpoint import newest_checkpoint
 from mae_dat.errors import MissingInputError, NumericsError
 from mae_dat.files import sha256_of
@@ -26,6 +30,14 @@ TINY = TokenizerConfig(
     input_size=(32,), width=16, encoder_blocks=1, decoder_blocks=1, num_words=64, steps=12, batch_size=8
 )
 TINY = dataclasses.replace(TINY, num_workers=0, save_every=6, device="cpu", precision="fp32", restart_every=4)
+
+
+def test_the_discriminator_is_that_of_the_reference(golden: Callable[[str], dict[str, np.ndarray]]) -> None:
+    discriminator = NLayerDiscriminator(3, ndf=16, n_layers=2).eval()
+    discriminator.load_state_dict(fill_by_rule(discriminator))
+    image = torch.from_numpy(golden("mae_tiny")["images_u8"]).permute(0, 3, 1, 2).float() / 255
+    expected = torch.from_numpy(golden("discriminator")["out"])
+    torch.testing.assert_close(discriminator(2 * image - 1), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
