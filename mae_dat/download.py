@@ -121,11 +121,10 @@ def _resumable(partial: Path, note: Path, url: str) -> tuple[int, str]:
     """Bytes that are here already and the version they are of; (0, "") to start anew."""
     try:
         facts: dict[str, Any] = json.loads(note.read_text())
-        if facts["url"] == url and facts["version"]:
-            return partial.stat().st_size, facts["version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return 0, ""
+        same = facts["url"] == url and facts["version"]
+        return (partial.stat().st_size, facts["version"]) if same else (0, "")
+    except (OSError, ValueError, KeyError, TypeError):  # no note, or a torn one: what it was of is not known
+        return 0, ""
 
 
 def _version(response: HTTPResponse) -> str:

@@ -252,7 +252,7 @@ def test_the_path_check_sees_faults() -> None:
     home = "/" + "home"  # in two parts, so that this file does not find itself
     assert machine_paths(f'folder = "{home}/me/x"') == [f'{home}/me/x"']
     assert machine_paths(f"see({home}/me) or ..{'/shared'}/data") == [f"{home}/me)", "../" + "shared/data"]
-    assert machine_paths(f"https://example.org{home}/x output{home}/y ..{home}/z $HOME/work/x") == []
+    assert machine_paths(f"https://example.org{home}/x output{home}/y ..{home}/z $HOME{'/work'}/x") == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
