@@ -70,7 +70,7 @@ class AttackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Run: where to, on what, from where. None of these changes the result, but for `seed` and `precision`."""
+    """Run: where to, on what, from where. Of these only `seed`, `precision` and `device` change the result."""
 
     output_dir: str = "./output_dir"
     """Checkpoints, log.txt, weights and reports. A rerun into the same folder resumes."""
@@ -86,10 +86,18 @@ class RunConfig:
     """First epoch, when there is no checkpoint to resume."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bfloat16 autocast where the hardware has it."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time, also on a GPU (slower; the CPU's always do)."""
     save_minutes: float = 10.0
     """A checkpoint at least this often, besides the one at every epoch's end."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, besides the best one by the epoch's score ..."""
+    keep_every: int | None = None
+    """... and those of every n-th epoch (default: none)."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from those of the checkpoint although they change the result, such as `epochs blr`."""
+    hang_minutes: float = 15.0
+    """Without a step for so long, the stacks of all ranks are logged and the run stops with code 75; 0 for never."""
     pictures_every: int = 1
     """Epochs between pictures in TensorBoard and output_dir/pictures; 0 for none."""
 
@@ -192,6 +200,8 @@ class DatConfig:
 class LaunchConfig:
     """Distributed: read from torchrun's or srun's environment; MAE's flags are accepted and need not be set."""
 
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer over the ranks (FSDP2), for models too large for one GPU."""
     world_size: int = 1
     local_rank: int = -1
     dist_on_itp: bool = False

@@ -35,8 +35,14 @@ class DownloadError(UserError):
     exit_code = 69
 
 
+class NoProgressError(UserError):
+    """A job that was started again and again without a single new step."""
+
+    exit_code = 70
+
+
 class OutputError(UserError):
-    """An output folder that cannot be written."""
+    """An output folder that cannot be written, or that another run holds."""
 
     exit_code = 73
 
@@ -45,6 +51,12 @@ class StorageError(UserError):
     """Reading or writing failed midway: disk full, quota, I/O error."""
 
     exit_code = 74
+
+
+class RetryError(UserError):
+    """The run stopped through no fault of its own, and what it learned is on disk: start the same command again."""
+
+    exit_code = 75
 
 
 class NumericsError(UserError):
