@@ -20,7 +20,7 @@ from mae_dat.weights import read_pickle
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"checkpoint-(\d{8,})\.json")
 
 

@@ -95,7 +95,7 @@ class RunConfig:
     keep_every: int | None = None
     """... and those of every n-th epoch (default: none)."""
     allow_change: tuple[str, ...] = ()
-    """Settings that may differ from those of the checkpoint although they change the result, such as `epochs blr`."""
+    """Settings that may differ from the checkpoint's although they change the result, such as `epochs blr`."""
     hang_minutes: float = 15.0
     """Without a step for so long, the stacks of all ranks are logged and the run stops with code 75; 0 for never."""
     pictures_every: int = 1

@@ -4,16 +4,17 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mae_dat.errors import ConfigError
+from mae_dat.errors import ConfigError, PeerError, UserError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -120,6 +121,44 @@ def barrier() -> None:
     """Waits for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value (anything that can be pickled), in the order of ranks. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def raise_together(failure: UserError | None) -> None:
+    """Raises on every rank if one of them failed: there its own error, elsewhere a PeerError with what the first one
+    said. Collective."""
+    told = gather((str(failure), failure.exit_code) if failure else None)
+    if failure:
+        raise failure
+    for rank, one in enumerate(told):
+        if one:
+            raise PeerError(f"rank {rank} stopped: {one[0]}", one[1])
+
+
+def together(act: Callable[[], T]) -> T:
+    """Acts on every rank; a UserError of one of them is raised on all. Collective."""
+    result: T | None = None
+    failure: UserError | None = None
+    try:
+        result = act()
+    except UserError as error:
+        failure = error
+    raise_together(failure)
+    return result  # type: ignore[return-value]
+
+
+def from_main(decide: Callable[[], T]) -> T:
+    """What `decide` gives on rank 0, on every rank; its UserError too. Collective."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    return gather(together(lambda: decide() if main else None))[0]  # type: ignore[return-value]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -5,16 +5,15 @@ a run is its tensors and one integer.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import random
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,23 +22,20 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae_dat.checkpoint import Checkpoint, save_checkpoint
+from mae_dat.checkpoint import save_checkpoint
 from mae_dat.config import OptimConfig, RunConfig
 from mae_dat.data import Batch
-from mae_dat.distributed import World, all_sum, step_generator, step_seed
-from mae_dat.errors import DataError, NumericsError, UserError
+from mae_dat.distributed import World, all_sum, gather, raise_together, step_generator, step_seed, together
+from mae_dat.errors import DataError, Interrupted, NumericsError, UserError
 from mae_dat.loaders import ImageLoader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective
 from mae_dat.optim import effective_lr, learning_rate, set_lr
+from mae_dat.stopping import StopRequest, stop_requests
 
 logger = logging.getLogger(__name__)
 
-
-class Interrupted(UserError):
-    """A signal asked the run to stop; its state is saved."""
-
-    exit_code = 130
+BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
@@ -52,29 +48,45 @@ class Training:
     ema: Any = None
     """timm's ModelEmaV3, or None."""
     step: int = 0
-    """Micro-batches done, since the start of the run."""
+    """Updates done, since the start of the run."""
     totals: dict[str, float] = field(default_factory=dict)
-    """Sums of the logged parts over the current epoch's steps of this rank, with `steps` and `seconds`."""
+    """Sums of the logged parts over the current epoch's micro-batches of this rank, with `batches` and `seconds`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """For a checkpoint. Collective: what differs between ranks is gathered from all of them."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "step": self.step,
-            "totals": self.totals,
+            "ranks": gather({"totals": self.totals, "statistics": on_cpu(self._statistics())}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+    def load_state_dict(self, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
+        """From a checkpoint. What differed between the ranks goes back to each of them; with another number of ranks
+        now, rank 0 gets the sums, and all the mean of BatchNorm's statistics."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"] or state["model"])
-        self.step, self.totals = state["step"], state["totals"]
+        self.step = state["step"]
+        told = state["ranks"]
+        if len(told) == ranks:
+            self.totals, statistics = told[rank]["totals"], told[rank]["statistics"]
+        else:
+            names = told[0]["totals"] if rank == 0 else ()
+            self.totals = {name: sum(one["totals"][name] for one in told) for name in names}
+            statistics = {name: _mean([one["statistics"][name] for one in told]) for name in told[0]["statistics"]}
+        for name, value in self._statistics().items():
+            value.copy_(statistics[name])
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """Running statistics of BatchNorm, which each rank gathers from its own images."""
+        networks = {"model": self.model, **({"ema": self.ema.module} if self.ema else {})}
+        buffers = {f"{name}.{key}": value for name, one in networks.items() for key, value in one.named_buffers()}
+        return {name: value for name, value in buffers.items() if name.rpartition(".")[2] in BATCH_NORM}
 
     @property
     def averaged(self) -> nn.Module:
@@ -90,22 +102,25 @@ class Job:
     optim: OptimConfig
     loader: ImageLoader
     steps_per_epoch: int
+    """Whole updates."""
     world: World
     device: torch.device
     precision: torch.dtype | None
     console: Console
     log: RunLog
     title: str
-    settings: dict[str, Any]
-    """Flat configuration, kept in every checkpoint's manifest."""
+    facts: dict[str, Any]
+    """Configuration and origin of the run, kept in every checkpoint's manifest."""
     at_epoch_end: Callable[[Training, int, RunLog], dict[str, float]]
     """Evaluates and draws after an epoch (given its number); what it returns joins the epoch's record."""
     scalar_tags: dict[str, str]
     """TensorBoard tag of each key of an epoch's record, on the axis of thousandths of an epoch."""
+    name_of: Callable[[int], str] = str
+    """The file of a sample, given its number, for messages."""
 
     @property
     def total_steps(self) -> int:
-        """Micro-batches of the whole run."""
+        """Updates of the whole run."""
         return self.optim.total_epochs * self.steps_per_epoch
 
     @property
@@ -120,8 +135,8 @@ class Job:
 
 
 def fit(training: Training, job: Job) -> None:
-    """Trains to the end. Raises Interrupted after a signal and NumericsError on a loss that is not finite; both keep
-    what was learned."""
+    """Trains to the end. Raises Interrupted after a signal, NumericsError on a loss that is not finite, and the
+    UserError of a loader or a save, on every rank alike; all of them keep what was learned."""
     logger.info(
         "effective batch %d (%d x %d x %d ranks), peak learning rate %.3g",
         job.effective_batch,
@@ -139,91 +154,129 @@ def fit(training: Training, job: Job) -> None:
             model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     model.train()
     first = training.step
-    due = False
     start = saved = last = time.monotonic()
+    updates = Ahead(job)
+    raise_together(updates.failure)
     with job.console.task(job.title, job.total_steps, done=first) as task, stop_requests() as stop:
-        for batch in job.loader:
-            loss = train_step(training, model, _to_device(batch, job.device), job, stop)
+        while training.step < job.total_steps:
+            loss = train_step(training, model, updates, job, stop)
             now = time.monotonic()
             training.totals["seconds"] = training.totals.get("seconds", 0.0) + now - last
-            rate = job.optim.batch_size * job.world.size * (training.step - first) / (now - start)
+            rate = job.effective_batch * (training.step - first) / (now - start)
             lr = training.optimizer.param_groups[-1]["lr"]
             task.advance(f"{rate:.0f} images/s  loss {loss:.4f}  lr {lr:.2e}")
+            facts: dict[str, Any] = {}
             if training.step % job.steps_per_epoch == 0:
-                end_epoch(training, job)
-                due = True
-            due = due or stop.requested or time.monotonic() - saved > 60 * job.run.save_minutes
-            # Between the micro-batches of one update there is a gradient, which no checkpoint holds.
-            whole = training.step % job.optim.accum_iter == 0 or training.step == job.total_steps
-            if due and whole:
-                save(training, job)
-                saved, due = time.monotonic(), False
+                facts = end_epoch(training, job)
+            stopping = stop.agreed or updates.failed
+            if facts or stopping or time.monotonic() - saved > 60 * job.run.save_minutes:
+                save(training, job, facts)
+                saved = time.monotonic()
             last = time.monotonic()  # waiting for data counts as training, evaluating and saving does not
-            if stop.requested and whole:
+            if updates.failed:
+                raise_together(updates.failure)
+            if stop.agreed:
                 raise Interrupted(
                     f"stopped at step {training.step} of {job.total_steps}; saved in {job.run.output_dir}. "
-                    "The same command goes on."
+                    "The same command goes on.",
+                    stop.exit_code,
                 )
 
 
-def train_step(training: Training, model: nn.Module, batch: Batch, job: Job, stop: "StopRequest") -> float:
-    """One micro-batch, and an update after every `accum_iter` of them; returns this rank's loss.
+class Ahead:
+    """The micro-batches of the next update, fetched while this one is computed.
+
+    A loader's error is kept, so that all ranks hear of it, finish this update and save before any of them stops.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.batches: Iterator[Batch] = iter(job.loader)
+        self.count, self.device = job.optim.accum_iter, job.device
+        self.next: list[Batch] = []
+        self.failure: UserError | None = None
+        self.failed = False
+        """Whether any rank has a failure; set in the step."""
+        self.fetch()
+
+    def fetch(self) -> None:
+        """Reads the next update's batches; none at the run's end."""
+        try:
+            self.next = list(itertools.islice(self.batches, self.count))
+        except UserError as error:
+            self.failure = error
+
+    def take(self) -> Iterator[Batch]:
+        """The batches at hand, each moved to the device when its turn comes."""
+        batches, self.next = self.next, []
+        return (_to_device(batch, self.device) for batch in batches)
+
+
+def train_step(training: Training, model: nn.Module, updates: Ahead, job: Job, stop: StopRequest) -> float:
+    """One update, from `accum_iter` micro-batches; returns this rank's mean loss.
 
     A loss or gradient that is not finite on any rank stops all of them before the weights change.
     """
-    seed_everything(step_seed(job.run.seed, training.step, job.world.rank))
-    generator = step_generator(job.run.seed, training.step, job.world.rank, job.device)
-    optim = job.optim
-    if training.step % optim.accum_iter == 0:
-        plan = (job.lr, optim.min_lr, optim.warmup_epochs, optim.epochs, optim.warmup_lr)
-        set_lr(training.optimizer, learning_rate(training.step / job.steps_per_epoch, *plan))
-    updating = (training.step + 1) % optim.accum_iter == 0
-    synchronize = contextlib.nullcontext() if updating or job.world.size == 1 else model.no_sync()  # type: ignore[operator]
-    with synchronize:
-        with torch.autocast(job.device.type, job.precision or torch.bfloat16, enabled=job.precision is not None):
-            parts = training.objective(model, batch, generator)
-        told = [float(not torch.isfinite(parts["loss"])), float(stop.asked)]
-        flags = all_sum(torch.tensor(told, device=job.device))
-        if flags[0]:
-            raise _not_finite(training, job, batch, parts)
-        stop.requested = bool(flags[1])
-        (parts["loss"] / optim.accum_iter).backward()
-    facts = {name: float(value.detach()) for name, value in parts.items()}
-    if updating:
-        facts["grad_norm"] = update(training, job, batch, parts)
+    accum = job.optim.accum_iter
+    plan = (job.lr, job.optim.min_lr, job.optim.warmup_epochs, job.optim.epochs, job.optim.warmup_lr)
+    set_lr(training.optimizer, learning_rate(training.step / job.steps_per_epoch, *plan))
+    sums: dict[str, float] = {}
+    failure: NumericsError | None = None
+    for number, batch in enumerate(updates.take()):
+        micro = training.step * accum + number
+        seed_everything(step_seed(job.run.seed, micro, job.world.rank))
+        generator = step_generator(job.run.seed, micro, job.world.rank, job.device)
+        alone = job.world.size == 1 or number == accum - 1
+        with contextlib.nullcontext() if alone else model.no_sync():  # type: ignore[operator]
+            with torch.autocast(job.device.type, job.precision or torch.bfloat16, enabled=job.precision is not None):
+                parts = training.objective(model, batch, generator)
+            (parts["loss"] / accum).backward()
+        facts = {name: float(value.detach()) for name, value in parts.items()}
+        if failure is None and not math.isfinite(facts["loss"]):
+            failure = _not_finite(training, job, batch, facts)
+        for name, value in {**facts, "batches": 1.0, "skipped": float(batch["skipped"].sum())}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    updates.fetch()
+    told = [failure is not None, stop.asked is not None, updates.failure is not None]
+    failed, stop.agreed, updates.failed = (
+        all_sum(torch.tensor(told, dtype=torch.float32, device=job.device)) > 0
+    ).tolist()
+    if failed:
+        raise_together(failure)
+    sums["grad_norm"] = update(training, job, batch, facts)
     training.step += 1
-    counts = {"steps": 1.0, "skipped": float(batch["skipped"].sum())}
-    for name, value in {**facts, **counts}.items():
+    for name, value in sums.items():
         training.totals[name] = training.totals.get(name, 0.0) + value
-    return facts["loss"]
+    return sums["loss"] / accum
 
 
-def update(training: Training, job: Job, batch: Batch, parts: dict[str, Tensor]) -> float:
+def update(training: Training, job: Job, batch: Batch, facts: dict[str, float]) -> float:
     """Clips, checks and applies the gathered gradient; returns its norm before clipping."""
     limit = math.inf if job.optim.clip_grad is None else job.optim.clip_grad
-    norm = nn.utils.clip_grad_norm_(training.model.parameters(), limit)
+    norm = float(nn.utils.clip_grad_norm_(training.model.parameters(), limit))
     # The gradient is the same on all ranks here, so they agree without another reduction.
-    if not torch.isfinite(norm):
-        raise _not_finite(training, job, batch, {**parts, "grad_norm": norm})
+    if not math.isfinite(norm):
+        raise _not_finite(training, job, batch, {**facts, "grad_norm": norm})
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     if training.ema:
         training.ema.update(training.model, step=training.step)
-    return float(norm)
+    return norm
 
 
-def _not_finite(training: Training, job: Job, batch: Batch, parts: dict[str, Tensor]) -> NumericsError:
-    told = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in parts.items())
+def _not_finite(training: Training, job: Job, batch: Batch, facts: dict[str, float]) -> NumericsError:
+    told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
+    files = [job.name_of(index) for index in batch["index"].tolist()]
+    more = f" and {len(files) - 8} more" if len(files) > 8 else ""
     return NumericsError(
-        f"not finite at step {training.step} (on rank {job.world.rank}: {told}; "
-        f"images number {batch['index'].tolist()[:8]}...). "
+        f"not finite at step {training.step} on rank {job.world.rank} ({told}), with {', '.join(files[:8])}{more}. "
         "The weights are as before the step. Lower --blr, set --clip_grad 1, or use --precision fp32; "
         f"the last checkpoint in {job.run.output_dir} is intact."
     )
 
 
-def end_epoch(training: Training, job: Job) -> None:
-    """Averages the epoch over steps and ranks, evaluates, and writes the record."""
+def end_epoch(training: Training, job: Job) -> dict[str, Any]:
+    """Averages the epoch over batches and ranks, evaluates, and writes the record; returns what its checkpoint is kept
+    by."""
     epoch = training.step // job.steps_per_epoch - 1
     if job.world.size > 1:
         # Every rank has its own running statistics of BatchNorm; what is evaluated and kept is their mean.
@@ -232,9 +285,9 @@ def end_epoch(training: Training, job: Job) -> None:
     names = sorted(training.totals)
     sums = all_sum(torch.tensor([training.totals[name] for name in names], dtype=torch.float64, device=job.device))
     totals = dict(zip(names, sums.tolist(), strict=True))
-    steps, skipped, seconds = totals.pop("steps"), totals.pop("skipped"), totals.pop("seconds") / job.world.size
-    updates = {"grad_norm": steps / job.optim.accum_iter}
-    means = {f"train_{name}": value / updates.get(name, steps) for name, value in totals.items()}
+    batches, skipped, seconds = totals.pop("batches"), totals.pop("skipped"), totals.pop("seconds") / job.world.size
+    updates = {"grad_norm": batches / job.optim.accum_iter}
+    means = {f"train_{name}": value / updates.get(name, batches) for name, value in totals.items()}
     if skipped:
         logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
     record = {
@@ -254,26 +307,25 @@ def end_epoch(training: Training, job: Job) -> None:
     job.log.scalars({job.scalar_tags.get(name, name): value for name, value in record.items()}, 1000 * (epoch + 1))
     training.totals = {}
     training.model.train()
+    kept = job.run.keep_every is not None and (epoch + 1) % job.run.keep_every == 0
+    return {"score": record.get("test_acc1", -means["train_loss"]), "kept": kept}
 
 
-def save(training: Training, job: Job) -> None:
-    """Writes a checkpoint, on rank 0."""
+def save(training: Training, job: Job, facts: dict[str, Any]) -> None:
+    """Writes a checkpoint, on rank 0. Collective."""
+    state = training.state_dict()
     if job.world.main:
-        facts = {"epoch": training.step / job.steps_per_epoch, "settings": job.settings}
-        save_checkpoint(Path(job.run.output_dir), training.step, training.state_dict(), job.run.keep, **facts)
+        facts = {**facts, **job.facts, "epoch": training.step / job.steps_per_epoch}
+        save_checkpoint(Path(job.run.output_dir), training.step, state, job.run.keep, **facts)
 
 
-def resume(training: Training, found: Checkpoint | None, settings: dict[str, Any]) -> None:
-    """Restores a checkpoint, and shows which settings differ from those that it was made with."""
-    if found is None:
-        return
-    before = found.manifest.get("settings", {})
-    for name, value in settings.items():
-        known = list(value) if isinstance(value, tuple) else value
-        if name in before and before[name] != known:
-            logger.warning("resuming with --%s %s; the checkpoint was made with %s", name, value, before[name])
-    training.load_state_dict(found.load())
-    logger.info("resuming from %s (epoch %.2f)", found.path, found.manifest.get("epoch", 0))
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that another process can take."""
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.double() for value in values]).mean(0)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -288,33 +340,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class StopRequest:
-    """`asked`: this process got a signal. `requested`: all ranks know."""
-
-    asked = False
-    requested = False
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turns Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 into a request to save and stop; a second Ctrl-C stops at once."""
-    stop = StopRequest()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.asked = True
-        logger.warning("%s: saving after this step, then stopping.", signal.Signals(number).name)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @torch.inference_mode()
 def accuracy(
     model: nn.Module, loader: ImageLoader, device: torch.device, precision: torch.dtype | None
@@ -327,16 +352,25 @@ def accuracy(
     training = model.training
     model.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=device)
-    for batch in loader:
-        image, label = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
-        with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
-            logits = model(image).float()
-        own = batch["skipped"].to(device) == 0
-        hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None])[own]
-        loss = nn.functional.cross_entropy(logits, label, reduction="none").double()[own]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum(), own.sum()])
+
+    def count() -> Tensor:
+        for batch in loader:
+            counts.add_(_counts(model, batch, device, precision))
+        return counts
+
+    correct, correct5, loss, total = all_sum(together(count)).tolist()
     model.train(training)
-    correct, correct5, loss, total = all_sum(counts).tolist()
     if not total:
         raise DataError("no image to evaluate could be read: check the validation folder.")
     return {"test_acc1": 100 * correct / total, "test_acc5": 100 * correct5 / total, "test_loss": loss / total}
+
+
+def _counts(model: nn.Module, batch: Batch, device: torch.device, precision: torch.dtype | None) -> Tensor:
+    """Hits, hits among five, summed loss and images of a batch, float64 (4,)."""
+    image, label = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
+    with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+        logits = model(image).float()
+    own = batch["skipped"].to(device) == 0
+    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None])[own]
+    loss = nn.functional.cross_entropy(logits, label, reduction="none").double()[own]
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum(), own.sum()])

@@ -59,6 +59,24 @@ class RetryError(UserError):
     exit_code = 75
 
 
+class Interrupted(UserError):
+    """A signal asked the run to stop: 130 after Ctrl-C, and 75, as for RetryError, after a scheduler's."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class PeerError(UserError):
+    """Other ranks failed; theirs is the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class NumericsError(UserError):
     """A loss that is not finite; the weights were left as they were."""
 

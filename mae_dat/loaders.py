@@ -26,41 +26,53 @@ def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def steps_per_epoch(length: int, batch_size: int, world_size: int) -> int:
-    """Full global batches in an epoch; the rest is dropped. DataError if there is none."""
-    steps = length // (batch_size * world_size)
+def steps_per_epoch(length: int, batch_size: int, world_size: int, accum_iter: int = 1) -> int:
+    """Whole updates in an epoch, each of batch_size x accum_iter x world_size images; the rest is dropped. DataError if
+    there is none."""
+    steps = length // (batch_size * accum_iter * world_size)
     if steps == 0:
-        raise DataError(
-            f"{length} images do not fill one batch of {batch_size} on {world_size} processes; lower --batch_size"
-        )
+        parts = f"batch_size {batch_size} x accum_iter {accum_iter} x {world_size} processes"
+        raise DataError(f"{length} images do not fill one update of {parts}; lower --batch_size or --accum_iter")
     return steps
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """The batches of a whole run for one rank: lists of (epoch, index), one for each step from `start_step` on.
+    """The micro-batches of a whole run for one rank: lists of (epoch, index), `accum_iter` of them for each step from
+    `start_step` on.
 
-    Steps are micro-batches, counted from the run's start. Batch g of an epoch is order[g * B * W : (g + 1) * B * W], of
-    which each rank takes a contiguous slice. One loader serves the whole run, and resuming is a `start_step`.
+    Steps are updates, counted from the run's start. Update u of an epoch takes order[u * G : (u + 1) * G], where G is
+    the global batch, B * A * W; micro-batch a of rank r its slice [(a * W + r) * B : (a * W + r + 1) * B]. So the order
+    of samples is the same for any shares B, A, W of the same G. One loader serves the whole run, and resuming is a
+    `start_step`.
     """
 
     def __init__(
-        self, length: int, batch_size: int, rank: int, world_size: int, seed: int, start_step: int, total_steps: int
+        self,
+        length: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int,
+        total_steps: int,
+        accum_iter: int = 1,
     ) -> None:
         self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
-        self.seed, self.start_step, self.total_steps = seed, start_step, total_steps
-        self.steps_per_epoch = steps_per_epoch(length, batch_size, world_size)
+        self.seed, self.start_step, self.total_steps, self.accum_iter = seed, start_step, total_steps, accum_iter
+        self.steps_per_epoch = steps_per_epoch(length, batch_size, world_size, accum_iter)
 
     def __len__(self) -> int:
-        return max(0, self.total_steps - self.start_step)
+        return max(0, self.total_steps - self.start_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, ordered = torch.empty(0), -1
         for step in range(self.start_step, self.total_steps):
-            epoch, batch = divmod(step, self.steps_per_epoch)
+            epoch, update = divmod(step, self.steps_per_epoch)
             if epoch != ordered:
                 order, ordered = epoch_order(self.length, self.seed, epoch), epoch
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
+            for micro in range(update * self.accum_iter, (update + 1) * self.accum_iter):
+                start = (micro * self.world_size + self.rank) * self.batch_size
+                yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
 class EvalSampler(Sampler[int]):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +15,19 @@ from torch import Tensor
 from torchvision import transforms
 
 from mae_dat import engine
-from mae_dat.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, sweep
-from mae_dat.config import DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig, flat_values, write_config
+from mae_dat.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, sweep, verify
+from mae_dat.config import DataConfig, DatConfig, LaunchConfig, RunConfig, flat_values, write_config
 from mae_dat.data import ImageFolder, Transform, find_split
-from mae_dat.distributed import World, amp_dtype, barrier, pick_device, process_group, world_from_environment
+from mae_dat.distributed import (
+    World,
+    amp_dtype,
+    barrier,
+    from_main,
+    pick_device,
+    process_group,
+    together,
+    world_from_environment,
+)
 from mae_dat.engine import Job, Training
 from mae_dat.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from mae_dat.files import atomic_write, prepare_output_folder, sha256_of
@@ -26,6 +36,7 @@ from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
 from mae_dat.pictures import save_png
 from mae_dat.registry import released
+from mae_dat.resuming import check_changes, keep_global_batch
 from mae_dat.sources import image_root
 from mae_dat.store import local_path
 from mae_dat.tokenizer import check_card, load_tokenizer
@@ -108,17 +119,36 @@ def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
     return own or (find_checkpoint(Path(run.resume)) if run.resume else None)
 
 
-def restore(training: Training, found: Checkpoint | None, settings: dict[str, Any]) -> None:
-    """Resumes from a checkpoint, if there is one. Raises CheckpointError when it is of another model or kind of run."""
+def restore(training: Training, found: Checkpoint, world: World) -> None:
+    """Resumes from a checkpoint. Raises CheckpointError when it is of another model or kind of run."""
+    if found.manifest["version"] < 2:
+        raise CheckpointError(
+            f"{found.path} was written by a version of mae_dat that counted steps otherwise: finish the run with "
+            f"that, or start a new one from its weights with --finetune {found.path}."
+        )
     try:
-        engine.resume(training, found, settings)
+        # Every rank checks the file as it sees it: what rank 0 read whole may be old or torn on another machine.
+        training.load_state_dict(verify(found.path.with_suffix(".json")).load(), world.rank, world.size)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        assert found is not None
         cause = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{found.path} does not fit this run: {cause}. Use the settings it was made with (config.yaml beside it), "
             "or another --output_dir."
         ) from error
+    logger.info("resuming from %s (epoch %.2f)", found.path, found.manifest.get("epoch", 0))
+
+
+def go_on(training: Training, found: Checkpoint | None, config: Any, images: int, batch: int, where: Place) -> None:
+    """Brings the training to where the checkpoint, if there is one, left it; `batch` is the global one. Raises
+    ConfigError, CheckpointError."""
+    epoch_steps = images // batch
+    training.step = config.run.start_epoch * epoch_steps
+    if found is None:
+        return
+    check_changes(found, flat_values(config), images, batch, config.run.allow_change)
+    together(lambda: restore(training, found, where.world))
+    if (found.manifest.get("global_batch", batch), found.manifest.get("images", images)) != (batch, images):
+        training.step = round(found.manifest["epoch"] * epoch_steps)
 
 
 def train(
@@ -133,37 +163,43 @@ def train(
 ) -> None:
     """Resumes or starts, and trains to the end. `config` has the groups run, data and optim."""
     run: RunConfig = config.run
-    optim: OptimConfig = config.optim
-    epoch_steps = steps_per_epoch(len(images), optim.batch_size, where.world.size)
-    training.step = run.start_epoch * epoch_steps
-    settings = flat_values(config)
-    restore(training, checkpoint_to_resume(run, where.output), settings)
+    world = where.world
+    found = from_main(lambda: checkpoint_to_resume(run, where.output))
+    optim = keep_global_batch(config.optim, found, world.size)
+    shares = (optim.batch_size, world.size, optim.accum_iter)
+    epoch_steps = steps_per_epoch(len(images), *shares)
+    go_on(training, found, config, len(images), math.prod(shares), where)
     total = optim.total_epochs * epoch_steps
     if training.step >= total:
         logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, training.step)
         return
-    if where.world.main:
+    if world.main:
         write_config(config, where.output / "config.yaml")
-    sampler = TrainSampler(
-        len(images), optim.batch_size, where.world.rank, where.world.size, run.seed, training.step, total
-    )
+    order = (world.rank, world.size, run.seed, training.step, total, optim.accum_iter)
+    sampler = TrainSampler(len(images), optim.batch_size, *order)
     loader = train_loader(images, sampler, config.data.num_workers, config.data.pin_mem and where.device.type == "cuda")
-    log_dir = log_folder(run)
-    log = RunLog(where.output, log_dir, resumed_step=training.step, enabled=where.world.main)
+    log = RunLog(where.output, log_folder(run), resumed_step=training.step, enabled=world.main)
+    facts = {
+        "settings": flat_values(config),
+        "images": len(images),
+        "ranks": world.size,
+        "global_batch": math.prod(shares),
+    }
     job = Job(
         run=run,
         optim=optim,
         loader=loader,
         steps_per_epoch=epoch_steps,
-        world=where.world,
+        world=world,
         device=where.device,
         precision=where.precision,
         console=console,
         log=log,
         title=title,
-        settings=settings,
+        facts=facts,
         at_epoch_end=at_epoch_end,
         scalar_tags=scalar_tags,
+        name_of=lambda index: images.samples[index][0],
     )
     try:
         engine.fit(training, job)

@@ -332,6 +332,17 @@ def test_ranks_share_each_global_batch_exactly(world_size: int) -> None:
         assert keys == [(epoch, index) for index in expected]
 
 
+@pytest.mark.parametrize(("batch", "accum", "world_size"), [(24, 1, 1), (8, 3, 1), (4, 3, 2), (4, 2, 3), (12, 1, 2)])
+def test_the_order_is_the_same_for_any_shares_of_the_global_batch(batch: int, accum: int, world_size: int) -> None:
+    """Ranks and micro-batches share out the same 24 images in every update."""
+    samplers = [TrainSampler(90, batch, rank, world_size, 0, 1, 7, accum) for rank in range(world_size)]
+    assert [len(one) for one in samplers] == [6 * accum] * world_size
+    micro = list(zip(*samplers, strict=True))
+    keys = [key for parts in micro for part in parts for key in part]
+    order = [(epoch, index) for epoch in range(3) for index in epoch_order(90, 0, epoch)[:72].tolist()]
+    assert keys == order[24 : 24 * 7]
+
+
 def test_resuming_gives_the_tail() -> None:
     whole = list(TrainSampler(50, 8, 1, 2, seed=3, start_step=0, total_steps=11))
     tail = TrainSampler(50, 8, 1, 2, seed=3, start_step=4, total_steps=11)
@@ -341,7 +352,7 @@ def test_resuming_gives_the_tail() -> None:
 
 
 def test_too_few_images_for_a_batch() -> None:
-    with pytest.raises(DataError, match=r"10 images .* batch of 8 on 2 processes"):
+    with pytest.raises(DataError, match=r"10 images .* batch_size 8 x accum_iter 1 x 2 processes"):
         TrainSampler(10, 8, 0, 2, 0, 0, 5)
 
 
