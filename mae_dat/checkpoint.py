@@ -5,17 +5,24 @@ file's hash differs from the one it records, the checkpoint does not count. Only
 loading uses `weights_only`.
 """
 
+import contextlib
 import datetime
+import hashlib
 import json
 import logging
+import math
 import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mae_dat.errors import CheckpointError, MissingInputError
 from mae_dat.files import atomic_write, sha256_of
+from mae_dat.snapshot import HostBuffers, Snapshot
 from mae_dat.weights import read_pickle
 
 logger = logging.getLogger(__name__)
@@ -25,7 +32,7 @@ _NAME = re.compile(r"checkpoint-(\d{8,})\.json")
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint on disk."""
+    """A verified checkpoint on disk. `step` counts updates, or micro-batches where the manifest's `version` is 1."""
 
     path: Path
     step: int
@@ -36,33 +43,139 @@ class Checkpoint(NamedTuple):
         return read_pickle(self.path)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2, **facts: Any) -> Path:
-    """Writes a checkpoint and deletes all but the newest `keep` up to this step. `facts` go into the manifest.
+class Saver:
+    """Writes the checkpoints of a run in the background, one at a time.
 
-    Those of later steps stay: a run that goes on before them found them damaged, and they must not take the place of
-    valid ones. Raises StorageError.
+    Of each it deletes the older ones, once the new one is complete: all but the newest `keep`, the best (the highest of
+    `facts["score"]`, None for no score) and those with a true `facts["kept"]`. `guard` is called before each file is
+    written; what it raises stops the save.
     """
-    path = folder / f"checkpoint-{step:08d}.pth"
-    with atomic_write(path) as file:
-        torch.save(state, file)
-        file.flush()
-        digest, size = sha256_of(Path(file.name)), file.tell()
+
+    def __init__(self, folder: Path, keep: int = 2, guard: Callable[[], object] | None = None) -> None:
+        self.folder, self.keep, self.guard = folder, keep, guard
+        self._buffers = HostBuffers()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._snapshot: Snapshot | None = None
+        self._written: Future[None] | None = None
+
+    def save(self, step: int, state: Mapping[str, Any], at_once: Iterable[Tensor] = (), **facts: Any) -> None:
+        """Begins to write a checkpoint of `state` as it is now; `facts` go into the manifest.
+
+        `at_once` are the tensors that a forward pass may change (`model.buffers()`); the others may not change before
+        `before_change` has returned. First waits for the save before, and raises what `check` would.
+        """
+        self._finish()
+        self._snapshot = Snapshot(state, self._buffers, at_once)
+        self._written = self._thread.submit(self._write, self._snapshot, step, facts)
+
+    def before_change(self) -> None:
+        """Waits until weights and optimizer may change; to be called before every update."""
+        if self._snapshot:
+            self._snapshot.wait()
+            self._snapshot = None
+
+    def check(self) -> None:
+        """Raises the StorageError of a save that failed; to be called at every step, does not wait."""
+        if self._written and self._written.done():
+            self._finish()
+
+    def close(self) -> None:
+        """Waits for the last save. Raises what `check` would."""
+        try:
+            self._finish()
+        finally:
+            self._thread.shutdown()
+
+    def _finish(self) -> None:
+        written, self._written = self._written, None
+        if written:
+            written.result()
+
+    def _write(self, snapshot: Snapshot, step: int, facts: dict[str, Any]) -> None:
+        try:
+            snapshot.copy_large()
+            _write_checkpoint(self.folder, step, snapshot.content, snapshot.size, self.guard, **facts)
+            _delete_old(self.folder, step, self.keep)
+        finally:
+            snapshot.release()
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2, **facts: Any) -> Path:
+    """Writes a checkpoint and returns when it is on disk; see Saver. Raises StorageError."""
+    with contextlib.closing(Saver(folder, keep)) as saver:
+        saver.save(step, state, **facts)
+    return _path_of(folder, step)
+
+
+def _write_checkpoint(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    size: int,
+    guard: Callable[[], object] | None = None,
+    **facts: Any,
+) -> None:
+    """Writes a checkpoint of about `size` bytes and its manifest. Raises StorageError; then nothing is left of it."""
+    path = _path_of(folder, step)
+    if guard:
+        guard()
+    with atomic_write(path, size) as file:
+        hashing = _HashingWriter(file)
+        torch.save(state, hashing)  # type: ignore[arg-type] # it asks for no more than write and flush
     manifest = {
         "version": FORMAT_VERSION,
         "step": step,
-        "sha256": digest,
-        "size": size,
+        "sha256": hashing.digest.hexdigest(),
+        "size": hashing.size,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": str(torch.__version__),
         **facts,
     }
+    if guard:
+        guard()
     with atomic_write(path.with_suffix(".json")) as file:
         file.write(json.dumps(manifest, indent=1).encode())
-    reached = [manifest for manifest in _manifests(folder) if _step_of(manifest) <= step]
+
+
+class _HashingWriter:
+    """A file for `torch.save` that knows the SHA-256 of what went into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        """Adds to the file."""
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """For `torch.save`, which asks for it."""
+        self.file.flush()
+
+
+def _delete_old(folder: Path, step: int, keep: int) -> None:
+    """Deletes what a Saver does not keep, of the checkpoints up to this step.
+
+    Those of later steps stay: a run that goes on before them found them damaged, and they must not take the place of
+    valid ones.
+    """
+    reached = [path for path in _manifests(folder) if _step_of(path) <= step]
+    facts = {path: _read_facts(path) for path in reached}
+    scores = {path: score for path in reached if isinstance(score := facts[path].get("score"), int | float)}
+    best = max((path for path in scores if not math.isnan(scores[path])), key=scores.__getitem__, default=None)
     for old in reached[max(keep, 1) :]:
-        old.unlink(missing_ok=True)
-        old.with_suffix(".pth").unlink(missing_ok=True)
-    return path
+        if old != best and not facts[old].get("kept"):
+            old.unlink(missing_ok=True)  # first: a file without a manifest does not count
+            old.with_suffix(".pth").unlink(missing_ok=True)
+
+
+def _read_facts(manifest_path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(manifest_path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -113,9 +226,16 @@ def verify(manifest_path: Path) -> Checkpoint:
 
 
 def sweep(folder: Path) -> None:
-    """Removes temporary files that a killed run left behind. Call only where no other run writes."""
-    for stale in folder.glob(".*.tmp"):
-        logger.info("removing a stale temporary file: %s", stale)
+    """Removes what a killed run left behind: temporary files, and checkpoints that did not get their manifest.
+
+    Call only where no other run writes."""
+    unfinished = [
+        path
+        for path in folder.glob("checkpoint-*.pth")
+        if _NAME.fullmatch(f"{path.stem}.json") and not path.with_suffix(".json").exists()
+    ]
+    for stale in [*folder.glob(".*.tmp"), *unfinished]:
+        logger.info("removing what a stopped run left unfinished: %s", stale)
         stale.unlink(missing_ok=True)
 
 
@@ -123,6 +243,10 @@ def _manifests(folder: Path) -> list[Path]:
     """Manifests in `folder`, newest step first."""
     found = [path for path in folder.glob("checkpoint-*.json") if _NAME.fullmatch(path.name)]
     return sorted(found, key=_step_of, reverse=True)
+
+
+def _path_of(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step:08d}.pth"
 
 
 def _step_of(manifest_path: Path) -> int:

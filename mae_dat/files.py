@@ -13,7 +13,11 @@ from typing import BinaryIO
 
 from mae_dat.errors import MissingInputError, OutputError, StorageError, UserError
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "no space left for a file of this size",
+}
 
 
 def sha256_of(path: Path) -> str:
@@ -23,17 +27,20 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, need: int = 0) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path`; on success it is synced and takes the place of `path`, on failure it is
     removed.
 
     Readers see the old content or the new, never a part; a previous file survives a full disk and a kill at any
-    instant. Raises StorageError, naming path and free bytes, when the disk is full, and on any other write fault.
+    instant. `need` are the bytes that will be written, if known: nothing is begun where they do not fit. Raises
+    StorageError, naming path, need and free bytes, when the disk is full, and on any other write fault.
     """
     try:
+        if need > shutil.disk_usage(path.parent).free:
+            raise OSError(errno.ENOSPC, "no space left")
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise storage_error(path, error) from error
+        raise storage_error(path, error, need) from error
     os.close(handle)
     try:
         with open(temporary, "wb") as file:
@@ -49,7 +56,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         fault = _write_fault(error)
         if fault is None:
             raise
-        raise storage_error(path, fault) from error
+        raise storage_error(path, fault, need) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -73,28 +80,35 @@ def _write_fault(error: BaseException) -> Exception | None:
     return error if any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")) else None
 
 
-def storage_error(path: Path, error: Exception) -> StorageError:
-    """The error for a write that failed: full disks by name, anything else by its own words."""
+def storage_error(path: Path, error: Exception, need: int = 0) -> StorageError:
+    """The error for a write of `need` bytes that failed: full disks by name, anything else by its own words."""
     if not path.parent.is_dir():
         return StorageError(f"could not write {path}: there is no folder {path.parent}. Create it first.")
     free = shutil.disk_usage(path.parent).free
-    full = isinstance(error, OSError) and error.errno in _DISK_FULL
-    cause = "no space left" if full else str(error)
+    code = error.errno if isinstance(error, OSError) else None
+    cause = _DISK_FULL.get(code, str(error)) if code else str(error)
+    needed = f"{need:,} bytes needed, " if need else ""
     return StorageError(
-        f"could not write {path}: {cause} ({free:,} bytes free there). What was saved before is intact."
+        f"could not write {path}: {cause} ({needed}{free:,} bytes free there). What was saved before is intact."
     )
 
 
 def prepare_output_folder(folder: Path) -> Path:
-    """Creates `folder` and proves that it can be written. Raises OutputError with the cause otherwise."""
+    """Creates `folder` and proves that files in it can be written, synced, renamed and deleted. Raises OutputError with
+    the cause otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".probe.", dir=folder) as probe:
+        # Both names are as long as those of checkpoints, which a name near the limit of a path may not leave room for.
+        with tempfile.NamedTemporaryFile(prefix=".probe.", suffix=".tmp", dir=folder, delete=False) as probe:
             probe.write(b"mae_dat")
             probe.flush()
-    except OSError as error:
+            os.fsync(probe.fileno())
+        written = Path(probe.name)
+        written.replace(written.with_suffix(".renamed.tmp")).unlink()
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else str(error)
         raise OutputError(
-            f"cannot write to the output folder {folder}: {error.strerror}. Choose another with --output_dir."
+            f"cannot write to the output folder {folder}: {cause}. Choose another with --output_dir."
         ) from error
     return folder
 

@@ -110,7 +110,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest's content": (lambda path: path.with_suffix(".json").write_text("[1]"), "00002.json is damaged"),
     "manifest without hash": (lambda path: path.with_suffix(".json").write_text('{"version": 1, "step": 2}'), "sha256"),
     "senseless version": (lambda path: change_manifest(path, version=None), "checkpoint-00000002.json is damaged"),
-    "future": (lambda path: change_manifest(path, version=2), "format 2, newer than this program's 1: update"),
+    "future": (lambda path: change_manifest(path, version=3), "format 3, newer than this program's 2: update"),
 }
 
 

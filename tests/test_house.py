@@ -23,6 +23,7 @@ FLOORS = {
     "files": 0,
     "provenance": 0,
     "snapshot": 0,
+    "attempts": 1,
     "lease": 1,
     "weights": 1,
     "registry": 1,
