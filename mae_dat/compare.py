@@ -17,7 +17,7 @@ import torch
 from mae_dat import run
 from mae_dat.config import ConfigError, FinetuneConfig, PretrainConfig, flat_values, load_config, nearest, run_command
 from mae_dat.corruptions import CORRUPTIONS, SEVERITIES
-from mae_dat.data import ImageFolder
+from mae_dat.data import ImageSet
 from mae_dat.distributed import pick_device
 from mae_dat.evaluate import as_run, assemble, check_suite, conflict_pictures, measure, require_color, training_curves
 from mae_dat.files import prepare_output_folder
@@ -163,7 +163,7 @@ def report(
     return results
 
 
-def galleries(config: CompareConfig, images: ImageFolder) -> list[Gallery]:
+def galleries(config: CompareConfig, images: ImageSet) -> list[Gallery]:
     """The pictures that the runs drew after their last epoch."""
     output, seed = Path(config.output_dir), config.seeds[0]
     wanted: list[Gallery] = [

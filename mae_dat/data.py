@@ -1,19 +1,18 @@
-"""Image folders and decoding.
+"""Image sets and image folders.
 
 What a sample looks like is a pure function of (seed, epoch, index), whatever the number of workers.
-EXIF orientation is ignored, in training as in evaluation: the convention of ImageNet.
 """
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import logging
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Self, TypedDict
 
 import numpy as np
 import torch
@@ -22,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from mae_dat.decoding import decode
 from mae_dat.errors import DataError, MissingInputError
 
 log = logging.getLogger(__name__)
 
-MAX_PIXELS = 100_000_000
 LAYOUT = "expected one folder per class: {root}/<class>/*.jpg"
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 
@@ -50,69 +49,6 @@ class Batch(TypedDict):
     label: Tensor
     index: Tensor
     skipped: Tensor
-
-
-# ---- decoding ----
-
-
-def decode(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in `path` as 8-bit RGB.
-
-    Grey, 1-bit, palette, CMYK and YCbCr are converted; transparency is laid onto white; 16-bit grey is divided by 257.
-    DataError naming the file for anything else: float, 32-bit or animated pictures, more than 100 megapixels (seen in
-    the header, nothing is decoded), damaged files and files that are no pictures.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on odd but harmless metadata, one for each image and epoch
-            with Image.open(path) as image:
-                return _to_rgb(image)
-    except Exception as error:  # PIL's decoders raise nearly every type of exception on damaged files
-        raise DataError(f"{path}: {_cause(path, error)}; delete or replace it, or pass --on_bad skip") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{width} x {height} pixels are more than the {MAX_PIXELS // 10**6} megapixels allowed")
-    # a phone's multi-picture JPEG is no animation: its first frame is the photo
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise DataError(f"it is animated or has several pages ({getattr(image, 'n_frames', 'many')} frames)")
-    if image.mode.startswith("I"):
-        return _from_16_bit(image)
-    if image.mode not in {"RGB", "L", "1", "P", "CMYK", "YCbCr", "RGBA", "RGBa", "LA", "La", "PA"}:
-        raise DataError(f'pixels of the mode "{image.mode}" are not supported, only 8-bit colour and 8- or 16-bit grey')
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to RGB through numpy, because PIL's own conversion saturates at 255."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise DataError("it is 32-bit grey, with values beyond 0 to 65535")
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
-
-
-def _cause(path: str | os.PathLike[str], error: Exception) -> str:
-    if isinstance(error, DataError):
-        return str(error)
-    if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than the {MAX_PIXELS // 10**6} megapixels allowed"
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256).lstrip()
-    except OSError as unreadable:
-        return f"cannot be read ({unreadable.strerror})"
-    if not head:
-        return "the file is empty"
-    if head.startswith(b"<"):
-        return "it is a web page or XML, not a picture"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "it is not a picture that can be read"
-    return f"the picture is damaged or truncated ({error})"
 
 
 # ---- folders ----
@@ -206,13 +142,91 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class ImageFolder(Dataset[Sample]):
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of `length` samples in this epoch, int64 (length,), a pure function of its arguments."""
+    value = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(value, "big") % 2**63)
+    return torch.randperm(length, generator=generator)
+
+
+class ImageSet(Dataset[Sample]):
+    """Images wherever they lie: `ImageFolder`, or `Shards` of mae_dat/shards.py.
+
+    `classes` are the names of the labels. `on_bad="skip"` puts the next readable image in the place of a bad one and
+    says so in `skipped`, so that an evaluation can leave it out; `max_skips` bad ones in a row (default: a tenth of the
+    set, at least 10) are an error. Keys are an index, or (epoch, index), which sets the augmentation.
+    """
+
+    classes: list[str]
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        transform: Transform,
+        on_bad: str = "fail",
+        seed: int = 0,
+        max_skips: int | None = None,
+    ) -> None:
+        if on_bad not in ("fail", "skip"):
+            raise ValueError(f"on_bad must be 'fail' or 'skip', not {on_bad!r}")
+        _require_folder(root)
+        self.root, self.transform, self.on_bad, self.seed, self.max_skips = (
+            str(root),
+            transform,
+            on_bad,
+            seed,
+            max_skips,
+        )
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def picture(self, index: int) -> Image.Image:
+        """The decoded picture, RGB. Raises DataError, StorageError."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> int:
+        """The number of its class; -1 if unlabelled."""
+        raise NotImplementedError
+
+    def name_of(self, index: int) -> str:
+        """Where the picture is, for messages."""
+        raise NotImplementedError
+
+    def order(self, seed: int, epoch: int, batch_size: int) -> Tensor:
+        """The indices of an epoch, int64, in which global batches of `batch_size` are taken one after the other; a pure
+        function of its arguments."""
+        return epoch_order(len(self), seed, epoch)
+
+    def seen_through(self, transform: Transform) -> Self:
+        """The same images with another transform."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, start = key if isinstance(key, tuple) else (0, key)
+        most = max(10, len(self) // 10) if self.max_skips is None else self.max_skips
+        for tries in range(min(most + 1, len(self))):
+            index = (start + tries) % len(self)
+            try:
+                picture = self.picture(index)
+            except DataError as error:
+                if self.on_bad == "fail":
+                    raise
+                log.warning("skipped: %s", error)
+                continue
+            with _seeded(self.seed, epoch, start):
+                image = self.transform(picture)
+            return Sample(image=image, label=self.label(index), index=index, skipped=int(tries > 0))
+        raise DataError(f"{self.root}: {tries + 1} bad images in a row, from {self.name_of(start)}; repair it")
+
+
+class ImageFolder(ImageSet):
     """Images below `root`: root/<class>/** if `labelled`, any folder at all otherwise.
 
     `classes` fixes names and order of the labels, for instance those of the training set: a class without a folder here
-    is fine, a folder beyond the list is not. `on_bad="skip"` puts the next readable image in the place of a bad one and
-    says so in `skipped`, so that an evaluation can leave it out; `max_skips` bad ones in a row (default: a tenth of the
-    folder, at least 10) are an error. Keys are an index, or (epoch, index), which sets the augmentation.
+    is fine, a folder beyond the list is not. The rest is said at `ImageSet`.
     """
 
     def __init__(
@@ -225,18 +239,14 @@ class ImageFolder(Dataset[Sample]):
         seed: int = 0,
         max_skips: int | None = None,
     ) -> None:
-        if on_bad not in ("fail", "skip"):
-            raise ValueError(f"on_bad must be 'fail' or 'skip', not {on_bad!r}")
-        _require_folder(root)
-        self.root, self.transform, self.on_bad, self.seed = str(root), transform, on_bad, seed
-        self.classes: list[str] = list(classes or [])
+        super().__init__(root, transform, on_bad, seed, max_skips)
+        self.classes = list(classes or [])
         if labelled:
             self.samples = self._labelled_samples()
         else:
             self.samples = [(path, -1) for path in _walk(self.root, {os.path.realpath(self.root)})]
         if not self.samples:
             raise DataError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)}); check the path")
-        self.max_skips = max(10, len(self.samples) // 10) if max_skips is None else max_skips
 
     def _labelled_samples(self) -> list[tuple[str, int]]:
         found, seen = _class_folders(self.root)
@@ -257,19 +267,14 @@ class ImageFolder(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        epoch, start = key if isinstance(key, tuple) else (0, key)
-        for tries in range(min(self.max_skips + 1, len(self))):
-            index = (start + tries) % len(self)
-            path, label = self.samples[index]
-            try:
-                picture = decode(path)
-            except DataError as error:
-                if self.on_bad == "fail":
-                    raise
-                log.warning("skipped: %s", error)
-                continue
-            with _seeded(self.seed, epoch, start):
-                image = self.transform(picture)
-            return Sample(image=image, label=label, index=index, skipped=int(tries > 0))
-        raise DataError(f"{self.root}: {tries + 1} bad images in a row, from {self.samples[start][0]}; repair it")
+    def picture(self, index: int) -> Image.Image:
+        """As the base class."""
+        return decode(self.samples[index][0])
+
+    def label(self, index: int) -> int:
+        """As the base class."""
+        return self.samples[index][1]
+
+    def name_of(self, index: int) -> str:
+        """The path."""
+        return self.samples[index][0]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from mae_dat import run
+from mae_dat.accuracy import accuracy
 from mae_dat.classifier import Classifier
 from mae_dat.config import FinetuneConfig, RunConfig, command_line, flat_values, load_finetune_config
 from mae_dat.corruptions import SEVERITIES
-from mae_dat.data import ImageFolder
+from mae_dat.data import ImageSet
 from mae_dat.distributed import World, all_sum
-from mae_dat.engine import accuracy
 from mae_dat.errors import ConfigError
 from mae_dat.finetune import evaluated_config, finetune, held_out_images, held_out_loader, load_classifier
 from mae_dat.generated import SHAPES, TEXTURES
@@ -49,7 +49,7 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
         if config.run.output_dir == RunConfig().output_dir:
             own = dataclasses.replace(config.run, output_dir=str(folder / "evaluation"))
             config = dataclasses.replace(config, run=own)
-    with run.place(config.run, config.launch, console) as where:
+    with run.place(config.run, config.launch, console, training=False) as where:
         images = held_out_images(config, classes)
         model = load_classifier(source, config, images.classes).to(where.device)
         final = accuracy(model, held_out_loader(config, images, where), where.device, where.precision)
@@ -82,7 +82,7 @@ def require_color(config: FinetuneConfig) -> None:
         raise ConfigError(f"corruptions are defined for colour pictures, not for --in_chans {config.data.in_chans}.")
 
 
-def conflict_pictures(images: ImageFolder) -> list[Conflict]:
+def conflict_pictures(images: ImageSet) -> list[Conflict]:
     """The generated cue-conflict pictures beside a generated validation split; none for other images."""
     folder = Path(images.root).parent / "conflict"
     if set(images.classes) != set(SHAPES) or not folder.is_dir():
@@ -92,7 +92,7 @@ def conflict_pictures(images: ImageFolder) -> list[Conflict]:
 
 def measure(
     models: Mapping[str, Classifier],
-    images: ImageFolder,
+    images: ImageSet,
     config: FinetuneConfig,
     device: torch.device,
     console: Console,

@@ -19,13 +19,13 @@ from torch import Tensor
 from mae_dat import run
 from mae_dat.classifier import pool_tokens
 from mae_dat.config import ConfigError, DataConfig, load_config, run_command
-from mae_dat.data import ImageFolder, find_split
+from mae_dat.data import ImageSet, find_split
 from mae_dat.distributed import amp_dtype, pick_device
 from mae_dat.files import atomic_write
 from mae_dat.loaders import eval_loader
 from mae_dat.mae import MaskedAutoencoder
 from mae_dat.metrics import Console
-from mae_dat.sources import image_root
+from mae_dat.sources import image_root, open_images
 from mae_dat.subject import Subject, load_subject
 from mae_dat.transforms import eval_transform
 from mae_dat.weights import write_weights
@@ -89,7 +89,7 @@ def features_of(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
 
 
 @torch.inference_mode()
-def extract(subject: Subject, images: ImageFolder, config: FeaturesConfig, console: Console) -> Features:
+def extract(subject: Subject, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
     """The features of all images, in their order, on the CPU."""
     device = next(subject.model.parameters()).device
     precision = amp_dtype(config.precision, device)
@@ -102,7 +102,7 @@ def extract(subject: Subject, images: ImageFolder, config: FeaturesConfig, conso
             values.append(found.float().cpu())
             labels.append(batch["label"])
             task.advance("")
-    return Features(torch.cat(values), torch.cat(labels), [path for path, _ in images.samples])
+    return Features(torch.cat(values), torch.cat(labels), [images.name_of(index) for index in range(len(images))])
 
 
 def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature: float) -> dict[str, float]:
@@ -136,14 +136,14 @@ def save_features(found: Features, path: Path) -> None:
         np.savez(file, features=found.values.numpy(), labels=found.labels.numpy(), paths=np.array(found.paths))
 
 
-def images_of(config: FeaturesConfig, split: str, subject: Subject) -> ImageFolder:
+def images_of(config: FeaturesConfig, split: str, subject: Subject) -> ImageSet:
     """A split's images, unaugmented, at the network's size; `all` takes every picture below the folder."""
     root = image_root(config.data_path)
     # The same labels in both splits, even where a class has no folder in one of them.
     classes = images_of(config, "train", subject).classes if split == "val" and config.knn else None
     transform = run.in_channels(eval_transform(subject.size), DataConfig(in_chans=subject.in_chans))
     folder = root if split == "all" else find_split(root, split)
-    return ImageFolder(folder, transform, classes, labelled=split != "all")
+    return open_images(folder, transform, classes, labelled=split != "all")
 
 
 def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:

@@ -10,11 +10,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mae_dat import run
+from mae_dat.accuracy import accuracy
 from mae_dat.classifier import Classifier, build_classifier, fused_head
 from mae_dat.config import ConfigError, DataConfig, FinetuneConfig, image_size
-from mae_dat.data import ImageFolder, find_split
+from mae_dat.data import ImageSet, find_split
 from mae_dat.distributed import step_generator
-from mae_dat.engine import Training, accuracy, seed_everything
+from mae_dat.engine import Training, seed_everything
 from mae_dat.errors import CheckpointError, DataError
 from mae_dat.loaders import ImageLoader, eval_loader
 from mae_dat.loading import load_pretrained, load_weights
@@ -22,7 +23,7 @@ from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Classification, Objective, WithDAT
 from mae_dat.optim import build_optimizer, effective_lr
 from mae_dat.pictures import adversary_gallery
-from mae_dat.sources import image_root
+from mae_dat.sources import image_root, open_images
 from mae_dat.transforms import eval_transform, finetune_transform
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def warn_of_slow_lars(config: FinetuneConfig, ranks: int) -> None:
         )
 
 
-def labelled_images(config: FinetuneConfig) -> tuple[ImageFolder, ImageFolder]:
+def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
     """Training and validation images, with the same classes. Raises ConfigError for an unknown --aa or --remode."""
     augment = config.augment
     try:
@@ -112,19 +113,19 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageFolder, ImageFolder]:
     return images, held_out_images(config, images.classes)
 
 
-def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) -> ImageFolder:
+def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) -> ImageSet:
     """The validation split, unaugmented."""
     root = find_split(image_root(config.data.data_path), "val")
     transform = run.in_channels(eval_transform(config.data.image_size), config.data)
-    return ImageFolder(root, transform, classes=classes, on_bad=config.data.on_bad)
+    return open_images(root, transform, classes=classes, on_bad=config.data.on_bad)
 
 
-def held_out_loader(config: FinetuneConfig, images: ImageFolder, where: run.Place) -> ImageLoader:
+def held_out_loader(config: FinetuneConfig, images: ImageSet, where: run.Place) -> ImageLoader:
     """This rank's share of the validation images."""
     return eval_loader(images, 2 * config.optim.batch_size, where.world.rank, where.world.size, config.data.num_workers)
 
 
-def class_count(config: FinetuneConfig, images: ImageFolder) -> int:
+def class_count(config: FinetuneConfig, images: ImageSet) -> int:
     """Classes of the head. Raises DataError when `--nb_classes` is below the number of class folders."""
     wanted = config.classifier.nb_classes
     if wanted is not None and wanted < len(images.classes):
@@ -156,7 +157,7 @@ def build(config: FinetuneConfig, classes: int, pretrained: bool = False) -> Cla
         raise ConfigError(f"--model {settings.model} cannot be built for {size} px: {error}") from error
 
 
-def facts_of(config: FinetuneConfig, images: ImageFolder, training: Training) -> dict[str, Any]:
+def facts_of(config: FinetuneConfig, images: ImageSet, training: Training) -> dict[str, Any]:
     """What it takes to rebuild the classifier, stored with its weights."""
     settings = config.classifier
     facts = {

@@ -3,11 +3,10 @@ number of workers."""
 
 import atexit
 import functools
-import hashlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -15,15 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from mae_dat.data import Batch, ImageFolder, Sample
+from mae_dat.data import Batch, ImageSet, Sample, epoch_order
 from mae_dat.errors import DataError, UserError
-
-
-def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of `length` samples in this epoch, int64 (length,), a pure function of its arguments."""
-    value = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(value, "big") % 2**63)
-    return torch.randperm(length, generator=generator)
 
 
 def steps_per_epoch(length: int, batch_size: int, world_size: int, accum_iter: int = 1) -> int:
@@ -41,9 +33,10 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     `start_step` on.
 
     Steps are updates, counted from the run's start. Update u of an epoch takes order[u * G : (u + 1) * G], where G is
-    the global batch, B * A * W; micro-batch a of rank r its slice [(a * W + r) * B : (a * W + r + 1) * B]. So the order
-    of samples is the same for any shares B, A, W of the same G. One loader serves the whole run, and resuming is a
-    `start_step`.
+    the global batch, B * A * W; micro-batch a of rank r its slice [(r * A + a) * B : (r * A + a + 1) * B]. So the order
+    of samples is the same for any shares B, A, W of the same G, and a rank's part of it is contiguous. `order` gives
+    the order from seed, epoch and G (`ImageSet.order`; default: `epoch_order`). One loader serves the whole run, and
+    resuming is a `start_step`.
     """
 
     def __init__(
@@ -56,7 +49,9 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         start_step: int,
         total_steps: int,
         accum_iter: int = 1,
+        order: Callable[[int, int, int], Tensor] | None = None,
     ) -> None:
+        self.order = order or (lambda seed, epoch, batch: epoch_order(length, seed, epoch))
         self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
         self.seed, self.start_step, self.total_steps, self.accum_iter = seed, start_step, total_steps, accum_iter
         self.steps_per_epoch = steps_per_epoch(length, batch_size, world_size, accum_iter)
@@ -65,13 +60,14 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         return max(0, self.total_steps - self.start_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        whole = self.batch_size * self.accum_iter * self.world_size
         order, ordered = torch.empty(0), -1
         for step in range(self.start_step, self.total_steps):
             epoch, update = divmod(step, self.steps_per_epoch)
             if epoch != ordered:
-                order, ordered = epoch_order(self.length, self.seed, epoch), epoch
-            for micro in range(update * self.accum_iter, (update + 1) * self.accum_iter):
-                start = (micro * self.world_size + self.rank) * self.batch_size
+                order, ordered = self.order(self.seed, epoch, whole), epoch
+            for micro in range(self.accum_iter):
+                start = update * whole + (self.rank * self.accum_iter + micro) * self.batch_size
                 yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
@@ -152,7 +148,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: ImageFolder, batch_size: int, rank: int, world_size: int, num_workers: int, pin_memory: bool = False
+    dataset: ImageSet, batch_size: int, rank: int, world_size: int, num_workers: int, pin_memory: bool = False
 ) -> ImageLoader:
     """This rank's share of `dataset` in order, the last batch as short as it is: sum counts over ranks, divide once."""
     sampler = EvalSampler(len(dataset), rank, world_size)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mae_dat import run
 from mae_dat.config import PretrainConfig, load_config
-from mae_dat.data import ImageFolder, Transform
+from mae_dat.data import ImageSet, Transform
 from mae_dat.distributed import step_generator
 from mae_dat.engine import Training, seed_everything
 from mae_dat.mae import MaskedAutoencoder, build_mae, mask_noise
@@ -45,9 +45,9 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         )
 
 
-def fixed_images(images: ImageFolder, transform: Transform) -> Tensor:
-    """Some pictures of the folder, evenly spread and not augmented, for galleries."""
-    still = ImageFolder(images.root, transform, labelled=False, on_bad=images.on_bad)
+def fixed_images(images: ImageSet, transform: Transform) -> Tensor:
+    """Some of the pictures, evenly spread and not augmented, for galleries."""
+    still = images.seen_through(transform)
     count = min(PICTURES, len(still))
     return torch.stack([still[index * len(still) // count]["image"] for index in range(count)])
 

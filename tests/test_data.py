@@ -337,8 +337,9 @@ def test_the_order_is_the_same_for_any_shares_of_the_global_batch(batch: int, ac
     """Ranks and micro-batches share out the same 24 images in every update."""
     samplers = [TrainSampler(90, batch, rank, world_size, 0, 1, 7, accum) for rank in range(world_size)]
     assert [len(one) for one in samplers] == [6 * accum] * world_size
-    micro = list(zip(*samplers, strict=True))
-    keys = [key for parts in micro for part in parts for key in part]
+    micro = [list(one) for one in samplers]
+    steps = [one[step * accum : (step + 1) * accum] for step in range(6) for one in micro]
+    keys = [key for parts in steps for part in parts for key in part]
     order = [(epoch, index) for epoch in range(3) for index in epoch_order(90, 0, epoch)[:72].tolist()]
     assert keys == order[24 : 24 * 7]
 
