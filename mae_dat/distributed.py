@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mae_dat.errors import ConfigError, PeerError, UserError
+from mae_dat.peers import leaving_together
+from mae_dat.rendezvous import join, ports_of, token_of_job
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,19 +82,33 @@ def _cpu_has_bf16() -> bool:
 
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """Joins the peers (env:// rendezvous) for the duration of the block; nothing for a single process."""
+    """Joins the peers for the duration of the block; nothing for a single process.
+
+    Ranks whose peers fail leave with the error of the one that failed (`mae_dat.peers`). Raises ConfigError when they
+    do not find each other.
+    """
     if world.size == 1:
         yield
         return
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 20000))
-    backend = "nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
-    dist.init_process_group(backend, init_method="env://", rank=world.rank, world_size=world.size, device_id=own)
-    try:
+    # gloo carries what lies in host memory: pickled words, and a sharded state on its way to rank 0.
+    backend = "cpu:gloo,cuda:nccl" if own else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend, init_method="env://", device_id=own)
+    else:
+        store = _store(world)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, device_id=own)
+    with leaving_together():
         yield
-    finally:
-        dist.destroy_process_group()
+
+
+def _store(world: World) -> dist.Store:
+    """The ranks' common store where no torchrun made one: at MASTER_ADDR and MASTER_PORT, or at what SLURM's step
+    tells."""
+    env = os.environ
+    host = env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    base = int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 12000)
+    return join(world.rank, world.size, host, ports_of(base), token_of_job(world.size))
 
 
 def _first_host(nodelist: str) -> str:
@@ -143,16 +159,20 @@ def raise_together(failure: UserError | None) -> None:
             raise PeerError(f"rank {rank} stopped: {one[0]}", one[1])
 
 
+def failure_of(act: Callable[[], object]) -> UserError | None:
+    """The UserError that an act raises, if it does."""
+    try:
+        act()
+    except UserError as error:
+        return error
+    return None
+
+
 def together(act: Callable[[], T]) -> T:
     """Acts on every rank; a UserError of one of them is raised on all. Collective."""
-    result: T | None = None
-    failure: UserError | None = None
-    try:
-        result = act()
-    except UserError as error:
-        failure = error
-    raise_together(failure)
-    return result  # type: ignore[return-value]
+    results: list[T] = []
+    raise_together(failure_of(lambda: results.append(act())))
+    return results[0]
 
 
 def from_main(decide: Callable[[], T]) -> T:

@@ -1,0 +1,58 @@
+"""Several ranks on this machine, each a process of its own, forked from one that has imported torch already."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "timm", "mae_dat.finetune", "mae_dat.pretrain"])
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def start_ranks(size: int, act: Callable[..., None], *arguments: Any, log: Path | None = None) -> list[BaseProcess]:
+    """Starts `act(rank, *arguments)` in `size` processes that know each other; stderr goes to `log`-RANK."""
+    port = free_port()
+    ranks = [
+        CONTEXT.Process(target=_rank, args=(rank, size, port, log, act, arguments), daemon=True) for rank in range(size)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def _rank(
+    rank: int, size: int, port: int, log: Path | None, act: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    if log is not None:
+        os.dup2(os.open(f"{log}-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+    act(rank, *arguments)
+
+
+def exit_codes(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
+    """Exit codes, None for those that still run after so long (they are then killed)."""
+    end = time.monotonic() + seconds
+    for rank in ranks:
+        rank.join(max(end - time.monotonic(), 0))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    return codes
