@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from mae_dat.errors import CheckpointError, MissingInputError
+from mae_dat.errors import CheckpointError, MissingInputError, StorageError
 from mae_dat.files import atomic_write, sha256_of
 from mae_dat.snapshot import HostBuffers, Snapshot
 from mae_dat.weights import read_pickle
@@ -57,6 +58,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot: Snapshot | None = None
         self._written: Future[None] | None = None
+        self._given_up = threading.Event()
 
     def save(self, step: int, state: Mapping[str, Any], at_once: Iterable[Tensor] = (), **facts: Any) -> None:
         """Begins to write a checkpoint of `state` as it is now; `facts` go into the manifest.
@@ -64,7 +66,7 @@ class Saver:
         `at_once` are the tensors that a forward pass may change (`model.buffers()`); the others may not change before
         `before_change` has returned. First waits for the save before, and raises what `check` would.
         """
-        self._finish()
+        self.wait()
         self._snapshot = Snapshot(state, self._buffers, at_once)
         self._written = self._thread.submit(self._write, self._snapshot, step, facts)
 
@@ -77,27 +79,58 @@ class Saver:
     def check(self) -> None:
         """Raises the StorageError of a save that failed; to be called at every step, does not wait."""
         if self._written and self._written.done():
-            self._finish()
+            self.wait()
 
-    def close(self) -> None:
-        """Waits for the last save. Raises what `check` would."""
+    def close(self, abandon: bool = False) -> None:
+        """Waits for the last save and raises what `check` would; or gives it up, leaving the checkpoints before it."""
+        if abandon:
+            self._given_up.set()
+            self._written = None
         try:
-            self._finish()
+            self.wait()
         finally:
             self._thread.shutdown()
 
-    def _finish(self) -> None:
+    def wait(self) -> None:
+        """Waits until the last save is on disk. Raises what `check` would."""
         written, self._written = self._written, None
         if written:
             written.result()
 
+    def _may_write(self) -> None:
+        if self._given_up.is_set():
+            raise StorageError(f"the checkpoint in {self.folder} was given up.")
+        if self.guard:
+            self.guard()
+
     def _write(self, snapshot: Snapshot, step: int, facts: dict[str, Any]) -> None:
         try:
             snapshot.copy_large()
-            _write_checkpoint(self.folder, step, snapshot.content, snapshot.size, self.guard, **facts)
+            self._write_files(step, snapshot.content, snapshot.size, facts)
             _delete_old(self.folder, step, self.keep)
         finally:
             snapshot.release()
+
+    def _write_files(self, step: int, state: Mapping[str, Any], size: int, facts: dict[str, Any]) -> None:
+        """Writes a checkpoint of about `size` bytes, then its manifest. Raises StorageError; then nothing is left of
+        it."""
+        path = _path_of(self.folder, step)
+        self._may_write()
+        with atomic_write(path, size) as file:
+            hashing = _HashingWriter(file, self._given_up)
+            torch.save(state, hashing)  # type: ignore[arg-type] # it asks for no more than write and flush
+        manifest = {
+            "version": FORMAT_VERSION,
+            "step": step,
+            "sha256": hashing.digest.hexdigest(),
+            "size": hashing.size,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "torch": str(torch.__version__),
+            **facts,
+        }
+        self._may_write()
+        with atomic_write(path.with_suffix(".json")) as file:
+            file.write(json.dumps(manifest, indent=1).encode())
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2, **facts: Any) -> Path:
@@ -107,44 +140,16 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     return _path_of(folder, step)
 
 
-def _write_checkpoint(
-    folder: Path,
-    step: int,
-    state: Mapping[str, Any],
-    size: int,
-    guard: Callable[[], object] | None = None,
-    **facts: Any,
-) -> None:
-    """Writes a checkpoint of about `size` bytes and its manifest. Raises StorageError; then nothing is left of it."""
-    path = _path_of(folder, step)
-    if guard:
-        guard()
-    with atomic_write(path, size) as file:
-        hashing = _HashingWriter(file)
-        torch.save(state, hashing)  # type: ignore[arg-type] # it asks for no more than write and flush
-    manifest = {
-        "version": FORMAT_VERSION,
-        "step": step,
-        "sha256": hashing.digest.hexdigest(),
-        "size": hashing.size,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "torch": str(torch.__version__),
-        **facts,
-    }
-    if guard:
-        guard()
-    with atomic_write(path.with_suffix(".json")) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
-
-
 class _HashingWriter:
     """A file for `torch.save` that knows the SHA-256 of what went into it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO, given_up: threading.Event) -> None:
+        self.file, self.given_up, self.digest, self.size = file, given_up, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
-        """Adds to the file."""
+        """Adds to the file. Raises StorageError once the checkpoint is given up."""
+        if self.given_up.is_set():
+            raise StorageError("the checkpoint was given up.")
         self.digest.update(data)
         self.size += len(data)
         return self.file.write(data)
