@@ -22,11 +22,11 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae_dat.checkpoint import save_checkpoint
+from mae_dat.checkpoint import Saver
 from mae_dat.config import OptimConfig, RunConfig
 from mae_dat.data import Batch
-from mae_dat.distributed import World, all_sum, gather, raise_together, step_generator, step_seed, together
-from mae_dat.errors import DataError, Interrupted, NumericsError, UserError
+from mae_dat.distributed import World, all_sum, failure_of, gather, raise_together, step_generator, step_seed, together
+from mae_dat.errors import Interrupted, NumericsError, UserError
 from mae_dat.loaders import ImageLoader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective
@@ -117,6 +117,8 @@ class Job:
     """TensorBoard tag of each key of an epoch's record, on the axis of thousandths of an epoch."""
     name_of: Callable[[int], str] = str
     """The file of a sample, given its number, for messages."""
+    guard: Callable[[], object] | None = None
+    """Raises when the output folder is no longer this run's."""
 
     @property
     def total_steps(self) -> int:
@@ -157,9 +159,13 @@ def fit(training: Training, job: Job) -> None:
     start = saved = last = time.monotonic()
     updates = Ahead(job)
     raise_together(updates.failure)
-    with job.console.task(job.title, job.total_steps, done=first) as task, stop_requests() as stop:
+    with (
+        job.console.task(job.title, job.total_steps, done=first) as task,
+        stop_requests() as stop,
+        saving(job, stop) as saver,
+    ):
         while training.step < job.total_steps:
-            loss = train_step(training, model, updates, job, stop)
+            loss = train_step(training, model, updates, job, stop, saver)
             now = time.monotonic()
             training.totals["seconds"] = training.totals.get("seconds", 0.0) + now - last
             rate = job.effective_batch * (training.step - first) / (now - start)
@@ -170,12 +176,12 @@ def fit(training: Training, job: Job) -> None:
                 facts = end_epoch(training, job)
             stopping = stop.agreed or updates.failed
             if facts or stopping or time.monotonic() - saved > 60 * job.run.save_minutes:
-                save(training, job, facts)
+                save(training, job, saver, facts)
                 saved = time.monotonic()
             last = time.monotonic()  # waiting for data counts as training, evaluating and saving does not
-            if updates.failed:
+            if stopping:
+                together(lambda: saver.wait() if saver else None)
                 raise_together(updates.failure)
-            if stop.agreed:
                 raise Interrupted(
                     f"stopped at step {training.step} of {job.total_steps}; saved in {job.run.output_dir}. "
                     "The same command goes on.",
@@ -211,7 +217,9 @@ class Ahead:
         return (_to_device(batch, self.device) for batch in batches)
 
 
-def train_step(training: Training, model: nn.Module, updates: Ahead, job: Job, stop: StopRequest) -> float:
+def train_step(
+    training: Training, model: nn.Module, updates: Ahead, job: Job, stop: StopRequest, saver: Saver | None
+) -> float:
     """One update, from `accum_iter` micro-batches; returns this rank's mean loss.
 
     A loss or gradient that is not finite on any rank stops all of them before the weights change.
@@ -220,7 +228,7 @@ def train_step(training: Training, model: nn.Module, updates: Ahead, job: Job, s
     plan = (job.lr, job.optim.min_lr, job.optim.warmup_epochs, job.optim.epochs, job.optim.warmup_lr)
     set_lr(training.optimizer, learning_rate(training.step / job.steps_per_epoch, *plan))
     sums: dict[str, float] = {}
-    failure: NumericsError | None = None
+    failure: UserError | None = None
     for number, batch in enumerate(updates.take()):
         micro = training.step * accum + number
         seed_everything(step_seed(job.run.seed, micro, job.world.rank))
@@ -236,26 +244,30 @@ def train_step(training: Training, model: nn.Module, updates: Ahead, job: Job, s
         for name, value in {**facts, "batches": 1.0, "skipped": float(batch["skipped"].sum())}.items():
             sums[name] = sums.get(name, 0.0) + value
     updates.fetch()
+    if saver:
+        failure = failure or failure_of(saver.check)
     told = [failure is not None, stop.asked is not None, updates.failure is not None]
     failed, stop.agreed, updates.failed = (
         all_sum(torch.tensor(told, dtype=torch.float32, device=job.device)) > 0
     ).tolist()
     if failed:
         raise_together(failure)
-    sums["grad_norm"] = update(training, job, batch, facts)
+    sums["grad_norm"] = update(training, job, batch, facts, saver)
     training.step += 1
     for name, value in sums.items():
         training.totals[name] = training.totals.get(name, 0.0) + value
     return sums["loss"] / accum
 
 
-def update(training: Training, job: Job, batch: Batch, facts: dict[str, float]) -> float:
+def update(training: Training, job: Job, batch: Batch, facts: dict[str, float], saver: Saver | None) -> float:
     """Clips, checks and applies the gathered gradient; returns its norm before clipping."""
     limit = math.inf if job.optim.clip_grad is None else job.optim.clip_grad
     norm = float(nn.utils.clip_grad_norm_(training.model.parameters(), limit))
     # The gradient is the same on all ranks here, so they agree without another reduction.
     if not math.isfinite(norm):
         raise _not_finite(training, job, batch, {**facts, "grad_norm": norm})
+    if saver:
+        saver.before_change()
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     if training.ema:
@@ -311,12 +323,24 @@ def end_epoch(training: Training, job: Job) -> dict[str, Any]:
     return {"score": record.get("test_acc1", -means["train_loss"]), "kept": kept}
 
 
-def save(training: Training, job: Job, facts: dict[str, Any]) -> None:
-    """Writes a checkpoint, on rank 0. Collective."""
+@contextlib.contextmanager
+def saving(job: Job, stop: StopRequest) -> Iterator[Saver | None]:
+    """Rank 0's writer of checkpoints; at the block's end the last one is on disk, or all ranks hear why not."""
+    saver = Saver(Path(job.run.output_dir), job.run.keep, job.guard) if job.world.main else None
+    try:
+        yield saver
+        together(lambda: saver.wait() if saver else None)
+    finally:
+        if saver:
+            saver.close(abandon=stop.at_once)
+
+
+def save(training: Training, job: Job, saver: Saver | None, facts: dict[str, Any]) -> None:
+    """Begins to write a checkpoint, on rank 0. Collective."""
     state = training.state_dict()
-    if job.world.main:
-        facts = {**facts, **job.facts, "epoch": training.step / job.steps_per_epoch}
-        save_checkpoint(Path(job.run.output_dir), training.step, state, job.run.keep, **facts)
+    facts = {**facts, **job.facts, "epoch": training.step / job.steps_per_epoch}
+    buffers = training.model.buffers()
+    together(lambda: saver.save(training.step, state, buffers, **facts) if saver else None)
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -338,39 +362,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-@torch.inference_mode()
-def accuracy(
-    model: nn.Module, loader: ImageLoader, device: torch.device, precision: torch.dtype | None
-) -> dict[str, float]:
-    """Top-1 and top-5 in percent and cross-entropy, from counts summed over ranks and divided once (test_acc1,
-    test_acc5, test_loss).
-
-    Images that stand in for unreadable ones (`skipped`) are not counted. Raises DataError when none is left.
-    """
-    training = model.training
-    model.eval()
-    counts = torch.zeros(4, dtype=torch.float64, device=device)
-
-    def count() -> Tensor:
-        for batch in loader:
-            counts.add_(_counts(model, batch, device, precision))
-        return counts
-
-    correct, correct5, loss, total = all_sum(together(count)).tolist()
-    model.train(training)
-    if not total:
-        raise DataError("no image to evaluate could be read: check the validation folder.")
-    return {"test_acc1": 100 * correct / total, "test_acc5": 100 * correct5 / total, "test_loss": loss / total}
-
-
-def _counts(model: nn.Module, batch: Batch, device: torch.device, precision: torch.dtype | None) -> Tensor:
-    """Hits, hits among five, summed loss and images of a batch, float64 (4,)."""
-    image, label = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
-    with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
-        logits = model(image).float()
-    own = batch["skipped"].to(device) == 0
-    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None])[own]
-    loss = nn.functional.cross_entropy(logits, label, reduction="none").double()[own]
-    return torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum(), own.sum()])

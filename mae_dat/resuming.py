@@ -7,7 +7,7 @@ from typing import Any
 
 from mae_dat.checkpoint import Checkpoint
 from mae_dat.config import OptimConfig
-from mae_dat.errors import ConfigError
+from mae_dat.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,18 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any,
 
 
 def check_changes(found: Checkpoint, now: dict[str, Any], images: int, batch: int, allowed: tuple[str, ...]) -> None:
-    """Shows what differs from the checkpoint. Raises ConfigError when it changes the result and is not `allowed`.
+    """Shows what differs from the checkpoint. Raises ConfigError when it changes the result and is not `allowed`, and
+    CheckpointError for a checkpoint of another kind of run.
 
     `now` are the settings, `images` is the number of training images and `batch` the global batch.
     """
     before = found.manifest.get("settings", {})
+    if ("mask_ratio" in before) != ("mask_ratio" in now):
+        kinds = ("a pretraining", "a fine-tuning")
+        was, is_now = kinds if "mask_ratio" in before else kinds[::-1]
+        raise CheckpointError(
+            f"{found.path} does not fit this run: it is {was}'s, not {is_now}'s. Use another --output_dir."
+        )
     if unknown := sorted(set(allowed) - set(now) - {"images"}):
         raise ConfigError(f"--allow_change {' '.join(unknown)}: no such setting; see --help.")
     changed = changes(before, now)

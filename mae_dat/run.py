@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,13 +16,13 @@ from torch import Tensor
 from torchvision import transforms
 
 from mae_dat import engine
+from mae_dat.attempts import record_start
 from mae_dat.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, sweep, verify
 from mae_dat.config import DataConfig, DatConfig, LaunchConfig, RunConfig, flat_values, write_config
-from mae_dat.data import ImageFolder, Transform, find_split
+from mae_dat.data import ImageSet, Transform, find_split
 from mae_dat.distributed import (
     World,
     amp_dtype,
-    barrier,
     from_main,
     pick_device,
     process_group,
@@ -31,13 +32,15 @@ from mae_dat.distributed import (
 from mae_dat.engine import Job, Training
 from mae_dat.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from mae_dat.files import atomic_write, prepare_output_folder, sha256_of
+from mae_dat.lease import Lease, hold
 from mae_dat.loaders import TrainSampler, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
 from mae_dat.pictures import save_png
+from mae_dat.provenance import code_facts
 from mae_dat.registry import released
 from mae_dat.resuming import check_changes, keep_global_batch
-from mae_dat.sources import image_root
+from mae_dat.sources import image_root, open_images
 from mae_dat.store import local_path
 from mae_dat.tokenizer import check_card, load_tokenizer
 from mae_dat.weights import WeightsFile, read_weights, unwrap, write_weights
@@ -55,11 +58,16 @@ class Place:
     device: torch.device
     precision: torch.dtype | None
     output: Path
+    lease: Lease | None = None
+    """Of the output folder, on rank 0 of a training."""
 
 
 @contextlib.contextmanager
-def place(run: RunConfig, launch: LaunchConfig, console: Console) -> Iterator[Place]:
-    """Joins the peers, picks the device and prepares the output folder; the block runs inside the process group."""
+def place(run: RunConfig, launch: LaunchConfig, console: Console, training: bool = True) -> Iterator[Place]:
+    """Joins the peers, picks the device and prepares the output folder; the block runs inside the process group.
+
+    A training has the folder to itself: OutputError, on all ranks, if another one holds it.
+    """
     world = world_from_environment()
     if world.size == 1 and launch.world_size > 1:
         logger.warning(
@@ -70,18 +78,27 @@ def place(run: RunConfig, launch: LaunchConfig, console: Console) -> Iterator[Pl
     if not world.main:
         console.quiet, console.live = True, False
     device = pick_device(run.device, world)
-    with process_group(world, device):
-        output = prepare_output_folder(Path(run.output_dir))
-        if world.main:
-            sweep(output)
-        barrier()
-        yield Place(world, device, amp_dtype(run.precision, device), output)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    with process_group(world, device), contextlib.ExitStack() as stack:
+        output, leases = Path(run.output_dir), []
+
+        def prepare() -> None:
+            prepare_output_folder(output)
+            if training:
+                leases.append(stack.enter_context(hold(output)))
+                sweep(output)
+
+        from_main(prepare)
+        yield Place(world, device, amp_dtype(run.precision, device), output, leases[0] if leases else None)
 
 
-def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageFolder:
+def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
     """The training split of the images that the flags or the environment name. Raises ConfigError, DataError."""
     root = find_split(image_root(data.data_path), "train", labelled=labelled)
-    return ImageFolder(root, in_channels(transform, data), labelled=labelled, on_bad=data.on_bad, seed=seed)
+    return open_images(root, in_channels(transform, data), labelled=labelled, on_bad=data.on_bad, seed=seed)
 
 
 def in_channels(transform: Transform, data: DataConfig) -> Transform:
@@ -146,14 +163,30 @@ def go_on(training: Training, found: Checkpoint | None, config: Any, images: int
     if found is None:
         return
     check_changes(found, flat_values(config), images, batch, config.run.allow_change)
+    tell_of_new_code(found)
     together(lambda: restore(training, found, where.world))
     if (found.manifest.get("global_batch", batch), found.manifest.get("images", images)) != (batch, images):
         training.step = round(found.manifest["epoch"] * epoch_steps)
 
 
+def tell_of_new_code(found: Checkpoint) -> None:
+    """A note where the package's sources are not those that the checkpoint was made with."""
+    before, now = found.manifest.get("code", {}), code_facts()
+    if before and before["sha256"] != now["sha256"]:
+        logger.warning(
+            "the code has changed since the checkpoint: commit %s%s before, %s%s now.",
+            *(
+                before["commit"],
+                " with changes" * bool(before["dirty"]),
+                now["commit"],
+                " with changes" * bool(now["dirty"]),
+            ),
+        )
+
+
 def train(
     training: Training,
-    images: ImageFolder,
+    images: ImageSet,
     where: Place,
     config: Any,
     console: Console,
@@ -173,9 +206,8 @@ def train(
     if training.step >= total:
         logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, training.step)
         return
-    if world.main:
-        write_config(config, where.output / "config.yaml")
-    order = (world.rank, world.size, run.seed, training.step, total, optim.accum_iter)
+    from_main(lambda: begin(config, where.output, training.step))
+    order = (world.rank, world.size, run.seed, training.step, total, optim.accum_iter, images.order)
     sampler = TrainSampler(len(images), optim.batch_size, *order)
     loader = train_loader(images, sampler, config.data.num_workers, config.data.pin_mem and where.device.type == "cuda")
     log = RunLog(where.output, log_folder(run), resumed_step=training.step, enabled=world.main)
@@ -184,6 +216,7 @@ def train(
         "images": len(images),
         "ranks": world.size,
         "global_batch": math.prod(shares),
+        "code": code_facts(),
     }
     job = Job(
         run=run,
@@ -199,12 +232,19 @@ def train(
         facts=facts,
         at_epoch_end=at_epoch_end,
         scalar_tags=scalar_tags,
-        name_of=lambda index: images.samples[index][0],
+        name_of=images.name_of,
+        guard=where.lease.check if where.lease else None,
     )
     try:
         engine.fit(training, job)
     finally:
         log.close()
+
+
+def begin(config: Any, output: Path, step: int) -> None:
+    """Notes that training starts at a step, and with which settings. Raises NoProgressError, StorageError."""
+    record_start(output, step)
+    write_config(config, output / "config.yaml")
 
 
 def log_folder(run: RunConfig) -> Path | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_dat import engine, mae
+from mae_dat.accuracy import accuracy
 from mae_dat.checkpoint import newest_checkpoint
 from mae_dat.classifier import build_classifier
 from mae_dat.config import (
@@ -493,7 +494,7 @@ def test_accuracy_is_exact_for_any_batch_size(batch_size: int, folder: Path) -> 
     images, model = still_images(folder), classifier()
     with torch.no_grad():
         expected = expected_accuracy(model.eval(), images, list(range(34)))
-    found = engine.accuracy(model.train(), eval_loader(images, batch_size, 0, 1, 0), CPU, None)
+    found = accuracy(model.train(), eval_loader(images, batch_size, 0, 1, 0), CPU, None)
     assert found == pytest.approx(expected, rel=1e-5)
     assert 0 < found["test_acc5"] < 100
     assert model.training, "the flag of before is back"
@@ -508,13 +509,13 @@ def test_accuracy_leaves_replaced_images_out(tmp_path: Path) -> None:
     model = classifier().eval()
     with torch.no_grad():
         expected = expected_accuracy(model, images, [index for index in range(20) if index not in bad])
-    assert engine.accuracy(model, eval_loader(images, 6, 0, 1, 0), CPU, None) == pytest.approx(expected, rel=1e-5)
+    assert accuracy(model, eval_loader(images, 6, 0, 1, 0), CPU, None) == pytest.approx(expected, rel=1e-5)
     for path, _ in images.samples[1:]:
         Path(path).write_bytes(b"no picture")
     one = ImageFolder(root / "val", eval_transform((SIDE, SIDE)), on_bad="skip", max_skips=30)
     loader = eval_loader(one, 4, rank=1, world_size=20, num_workers=0)  # only the image at 1, which is unreadable
     with pytest.raises(DataError, match="no image to evaluate"):
-        engine.accuracy(model, loader, CPU, None)
+        accuracy(model, loader, CPU, None)
 
 
 # ---- two processes ----

@@ -1,0 +1,45 @@
+"""Exact accuracy: integer counts over all ranks, divided once."""
+
+import torch
+from torch import Tensor, nn
+
+from mae_dat.data import Batch
+from mae_dat.distributed import all_sum, together
+from mae_dat.errors import DataError
+from mae_dat.loaders import ImageLoader
+
+
+@torch.inference_mode()
+def accuracy(
+    model: nn.Module, loader: ImageLoader, device: torch.device, precision: torch.dtype | None
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent and cross-entropy, from counts summed over ranks and divided once (test_acc1,
+    test_acc5, test_loss).
+
+    Images that stand in for unreadable ones (`skipped`) are not counted. Raises DataError when none is left.
+    """
+    training = model.training
+    model.eval()
+    counts = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def count() -> Tensor:
+        for batch in loader:
+            counts.add_(_counts(model, batch, device, precision))
+        return counts
+
+    correct, correct5, loss, total = all_sum(together(count)).tolist()
+    model.train(training)
+    if not total:
+        raise DataError("no image to evaluate could be read: check the validation folder.")
+    return {"test_acc1": 100 * correct / total, "test_acc5": 100 * correct5 / total, "test_loss": loss / total}
+
+
+def _counts(model: nn.Module, batch: Batch, device: torch.device, precision: torch.dtype | None) -> Tensor:
+    """Hits, hits among five, summed loss and images of a batch, float64 (4,)."""
+    image, label = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
+    with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+        logits = model(image).float()
+    own = batch["skipped"].to(device) == 0
+    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None])[own]
+    loss = nn.functional.cross_entropy(logits, label, reduction="none").double()[own]
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum(), own.sum()])
