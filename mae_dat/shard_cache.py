@@ -45,6 +45,8 @@ def remote_root(url: str) -> Path:
     An index is downloaded once and kept, so that a run which resumes finds the same order. Raises DownloadError.
     """
     url = url.rstrip("/")
+    if url.startswith("http://"):
+        logger.warning("%s is not encrypted: who is on the way can change the pictures. Better https.", url)
     root = cache() / hashlib.sha256(url.encode()).hexdigest()[:16]
     reasons = []
     for split in ("train", "val", ""):

@@ -6,6 +6,7 @@ nothing is ever unpacked to disk.
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -59,7 +60,14 @@ class Index:
         """Writes it beside the shards, atomically. Raises StorageError."""
         facts = {"kind": "shards", "classes": self.classes, "shards": [dataclasses.asdict(one) for one in self.shards]}
         tensors = {"offset": self.offset, "size": self.size, "label": self.label}
-        write_weights(folder / INDEX, tensors, {"mae_dat": json.dumps(facts)})
+        write_weights(folder / INDEX, tensors, {"mae_dat": json.dumps({**facts, "sha256": self.sha256()})})
+
+    def sha256(self) -> str:
+        """Of all that it says: a label that rots on disk would be learned in silence."""
+        told = hashlib.sha256(json.dumps([self.classes, [dataclasses.astuple(one) for one in self.shards]]).encode())
+        for part in (self.offset, self.size, self.label):
+            told.update(part.numpy())
+        return told.hexdigest()
 
 
 def read_index(folder: Path) -> Index:
@@ -73,6 +81,7 @@ def read_index(folder: Path) -> Index:
             all(_NAME.fullmatch(one.name) for one in index.shards)
             and all(part.dtype == torch.int64 for part in tensors.values())
             and {sum(one.images for one in index.shards)} == {len(part) for part in tensors.values()}
+            and facts["sha256"] == index.sha256()
         )
         if sound and len(index.offset):
             images = torch.tensor([one.images for one in index.shards])

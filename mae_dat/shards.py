@@ -137,7 +137,7 @@ class Shards(ImageSet):
         path = Path(self.root) / self.index.shards[number].name
         try:
             header = header or tarfile.TarInfo.frombuf(self._read(number, offset - BLOCK, BLOCK), "utf-8", "replace")
-            return f"{path}, member {header.name!r}"
+            return f"{path}, member {header.name!r} at byte {offset}"
         except (OSError, tarfile.HeaderError, UserError):
             return f"{path} at byte {offset}"
 
