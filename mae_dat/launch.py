@@ -1,272 +1,36 @@
-"""Training on a cluster through submitit: one task a GPU, each running the script with torch's rank variables set.
+"""The command line of submit.py: training on a cluster through submitit, one task a GPU, each running the script with
+torch's rank variables set.
 
-`submit.py [launcher flags] SCRIPT.py [script flags]`: everything after the script is passed on untouched. A preempted
-or timed-out job is put back into the queue with the same command; that it goes on where it stopped is a property of
-the script's output folder, so nothing about progress is kept here.
+`submit.py [launcher flags] SCRIPT.py [script flags]`: everything after the script is passed on untouched. A job that
+is preempted, runs out of time or loses a node is put back into the queue with the same command; that it goes on where
+it stopped is a property of the script's output folder, so nothing about progress is kept here.
 """
 
 import argparse
-import contextlib
+import itertools
 import logging
 import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
-import submitit
-from submitit.core.core import PicklingExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
-from submitit.local.debug import DebugExecutor
+from submitit.core.core import Job
 
-from mae_dat.config import FinetuneConfig, PretrainConfig, data_root, load_config, nearest
-from mae_dat.errors import ConfigError, MissingInputError, UserError
+from mae_dat.cluster import JobConfig, ResolvedJob, batch_file, outside_other_jobs, submit
+from mae_dat.code_snapshot import code_tree, write_snapshot
+from mae_dat.config import FinetuneConfig, PretrainConfig, data_root, load_config, load_finetune_config, nearest
+from mae_dat.errors import ConfigError, Interrupted, MissingInputError, UserError
 from mae_dat.files import prepare_output_folder
+from mae_dat.following import follow
+from mae_dat.provenance import PACKAGE
+from mae_dat.registry import released
+from mae_dat.script_task import ScriptTask
 
 logger = logging.getLogger(__name__)
 
-_KNOWN_SCRIPTS: dict[str, type] = {"main_pretrain.py": PretrainConfig, "main_finetune.py": FinetuneConfig}
-_SIGNAL_DELAY_S = 120  # how long before the end of its time a job is told: enough to write a checkpoint
-_STOP_GRACE_S = 60  # how long a script may take to end after SIGTERM; below the delay above
-
-
-def _flag(default: Any, text: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": text, **extra})
-
-
-@dataclass(frozen=True)
-class JobConfig:
-    """Where and how long a job runs. Names follow MAE's launcher; None leaves the choice to the cluster."""
-
-    nodes: int | None = _flag(None, "machines (default: 2 on SLURM, else 1)", type=int)
-    ngpus: int | None = _flag(None, "GPUs, and so tasks, on each machine (default: 8 on SLURM, else 1)", type=int)
-    timeout: int = _flag(4320, "minutes after which the job is stopped and put back into the queue", type=int)
-    partition: str | None = _flag(None, "SLURM partition")
-    account: str | None = _flag(None, "SLURM account")
-    qos: str | None = _flag(None, "SLURM quality of service")
-    constraint: str | None = _flag(None, "SLURM node features, for instance volta32gb")
-    mem_gb: float | None = _flag(None, "memory on each machine in GB", type=float)
-    cpus_per_task: int = _flag(10, "CPU cores for each task", type=int)
-    comment: str | None = _flag(None, "SLURM comment, for instance why the job needs priority")
-    job_dir: str = _flag(
-        "output/jobs/%j", "folder for logs and the job's files, seen by all machines; %%j is the job id"
-    )
-    cluster: str = _flag(
-        "auto", "auto: SLURM if it is here, else this machine", choices=("auto", "slurm", "local", "debug")
-    )
-    dry_run: bool = _flag(False, "print the batch file that SLURM would get and submit nothing", action="store_true")
-
-    def resolve(self) -> "ResolvedJob":
-        """Settle what depends on the cluster. ConfigError for counts below 1 and for several machines without SLURM."""
-        cluster = self._chosen_cluster()
-        scale = (2, 8) if cluster == "slurm" else (1, 1)
-        nodes = scale[0] if self.nodes is None else self.nodes
-        ngpus = scale[1] if self.ngpus is None else self.ngpus
-        counts = {"nodes": nodes, "ngpus": ngpus, "timeout": self.timeout, "cpus_per_task": self.cpus_per_task}
-        for name, value in counts.items():
-            if value < 1:
-                raise ConfigError(f"--{name} {value}: must be 1 or more")
-        if self.mem_gb is not None and self.mem_gb <= 0:
-            raise ConfigError(f"--mem_gb {self.mem_gb}: must be above 0")
-        if cluster != "slurm" and nodes > 1:
-            raise ConfigError(
-                f"--nodes {nodes}: without SLURM there is one machine; leave --nodes out, or run where sbatch is"
-            )
-        return ResolvedJob(self, cluster, nodes, ngpus)
-
-    def _chosen_cluster(self) -> str:
-        slurm_here = shutil.which("srun") is not None
-        if self.dry_run:
-            return "slurm"
-        if self.cluster == "slurm" and not slurm_here:
-            raise ConfigError(
-                "--cluster slurm: there is no srun on PATH; submit from a login node, or use --cluster local"
-            )
-        if self.cluster == "auto":
-            return "slurm" if slurm_here else "local"
-        return self.cluster
-
-
-@dataclass(frozen=True)
-class ResolvedJob:
-    """A launch whose cluster ("slurm", "local" or "debug") and counts are settled."""
-
-    config: JobConfig
-    cluster: str
-    nodes: int
-    ngpus: int
-
-
-@dataclass
-class ScriptTask:
-    """What one task of the job does: run the script as a process of its own and answer for its exit code."""
-
-    script: str
-    args: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self._child: subprocess.Popen[bytes] | None = None
-
-    @property
-    def command(self) -> list[str]:
-        """The script's command line, in the Python that runs this."""
-        return [sys.executable, self.script, *self.args]
-
-    def __call__(self) -> int:
-        """Run the script with torch's rank variables in its environment; RuntimeError unless it ends with 0."""
-        with self._running() as child:
-            _has_ended(child.pid)
-            code = child.wait()
-        if code != 0:
-            raise RuntimeError(f"{shlex.join(self.command)} ended with exit code {code}; its own messages stand above")
-        return code
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Let the script save and end, then name its successor; submitit calls this before it requeues the job."""
-        if self._child is not None:
-            _stop(self._child)
-        return submitit.helpers.DelayedSubmission(ScriptTask(self.script, self.args))
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[subprocess.Popen[bytes]]:
-        environment = os.environ | rank_variables() | {"PYTHONUNBUFFERED": "1"}
-        # SLURM may send the preemption signal to every process of the task; its default action would kill the script
-        # before it could save. The shell makes the script ignore it, unless that sets a handler of its own.
-        shield = ["/bin/sh", "-c", f"trap '' {submitit.JobEnvironment.USR_SIG}; exec \"$@\"", "sh"]
-        self._child = subprocess.Popen([*shield, *self.command], env=environment)
-        try:
-            yield self._child
-        finally:
-            _stop(self._child)
-            self._child.wait()
-            self._child = None
-
-
-def _stop(child: "subprocess.Popen[bytes]") -> None:
-    """End the script: SIGTERM, on which it saves; SIGKILL if it takes longer than the grace time."""
-    if child.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child.pid, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_GRACE_S
-        while not _has_ended(child.pid, os.WNOHANG):
-            if time.monotonic() > deadline:
-                os.kill(child.pid, signal.SIGKILL)
-                return
-            time.sleep(0.05)
-
-
-def _has_ended(pid: int, flags: int = 0) -> bool:
-    """Whether a child has ended; without WNOHANG it waits until then.
-
-    Not `Popen.wait`, which holds a lock: submitit calls `checkpoint` from a signal handler, while we are waiting.
-    """
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | flags) is not None
-    except ChildProcessError:
-        return True
-
-
-def rank_variables() -> dict[str, str]:
-    """Return torch's env:// variables for the task that calls; RuntimeError outside a submitit job."""
-    place = submitit.helpers.TorchDistributedEnvironment()
-    # One machine talks to itself: not every machine can resolve its own name.
-    address = "127.0.0.1" if submitit.JobEnvironment().num_nodes == 1 else place.master_addr
-    return {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(place.master_port),
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.world_size),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_world_size),
-    }
-
-
-class _AnywhereSlurmExecutor(submitit.SlurmExecutor):
-    """SLURM's executor without the check that SLURM is here, so that a dry run needs no cluster."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-
-def make_executor(launch: ResolvedJob, name: str) -> PicklingExecutor | DebugExecutor:
-    """Build submitit's executor for the launch; `name` is the job's name in the queue."""
-    folder = Path(launch.config.job_dir)
-    if launch.cluster == "debug":
-        return DebugExecutor(folder)
-    if launch.cluster == "local":
-        executor: PicklingExecutor = submitit.LocalExecutor(folder)
-        counts = {"nodes": launch.nodes, "tasks_per_node": launch.ngpus, "gpus_per_node": launch.ngpus}
-        executor.update_parameters(timeout_min=launch.config.timeout, signal_delay_s=_SIGNAL_DELAY_S, **counts)
-        return executor
-    executor = _AnywhereSlurmExecutor(folder)
-    executor.update_parameters(**_slurm_parameters(launch, name))
-    return executor
-
-
-def _slurm_parameters(launch: ResolvedJob, name: str) -> dict[str, Any]:
-    config = launch.config
-    parameters = {
-        "job_name": name,
-        "nodes": launch.nodes,
-        "ntasks_per_node": launch.ngpus,
-        "gpus_per_node": launch.ngpus,
-        "cpus_per_task": config.cpus_per_task,
-        "time": config.timeout,
-        "mem": None if config.mem_gb is None else f"{round(config.mem_gb * 1024)}MB",
-        "partition": config.partition,
-        "account": config.account,
-        "qos": config.qos,
-        "constraint": config.constraint,
-        "comment": config.comment,
-        "signal_delay_s": _SIGNAL_DELAY_S,
-        # Without it the other ranks wait for a dead one until the time limit.
-        "srun_args": ["--kill-on-bad-exit=1"],
-    }
-    return {key: value for key, value in parameters.items() if value is not None}
-
-
-def batch_file(launch: ResolvedJob, task: ScriptTask) -> str:
-    """Return the text that sbatch would get, with the script's command line as a comment below."""
-    executor = make_executor(launch, Path(task.script).stem)
-    assert isinstance(executor, submitit.SlurmExecutor)
-    text = executor._make_submission_file_text(executor._submitit_command_str, "")
-    return f"{text}\n# every task runs: {shlex.join(task.command)}\n"
-
-
-def submit(launch: ResolvedJob, task: ScriptTask) -> submitit.Job[int]:
-    """Submit the job. OutputError for an unwritable job folder, ConfigError with sbatch's own words if it refuses."""
-    prepare_output_folder(JobPaths.get_first_id_independent_folder(launch.config.job_dir))
-    try:
-        with _outliving_this_terminal():
-            return make_executor(launch, Path(task.script).stem).submit(task)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise ConfigError(f"sbatch refused the job: {error}. Look at the batch file with --dry_run.") from error
-
-
-@contextlib.contextmanager
-def _outliving_this_terminal() -> Iterator[None]:
-    """Start processes that no hang-up ends and that do not hold our output: `submit.py | tee` would wait for them."""
-    saved = {stream: os.dup(stream) for stream in (1, 2)}
-    hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for stream in saved:
-            os.dup2(nowhere, stream)
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, hang_up)
-        for stream, copy in saved.items():
-            os.dup2(copy, stream)
-            os.close(copy)
-        os.close(nowhere)
+Settings = FinetuneConfig | PretrainConfig
 
 
 def _flag_names() -> dict[str, bool]:
@@ -279,13 +43,14 @@ def _flag_names() -> dict[str, bool]:
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split into launcher flags and [script, script flags...]; the first word that is no flag or value is the script.
+    """Split into launcher flags and [script, script flags...]; the first word that is no flag or value is the script,
+    or `-m` with the module after it.
 
     ConfigError for a flag before the script that the launcher does not have.
     """
     names = _flag_names()
     position = 0
-    while position < len(argv) and argv[position].startswith("-"):
+    while position < len(argv) and argv[position].startswith("-") and argv[position] != "-m":
         name, equals, _ = argv[position].partition("=")
         if name not in names:
             hint = nearest(name, [f"--{item.name}" for item in fields(JobConfig)])
@@ -297,10 +62,10 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="submit.py",
-        usage="submit.py [launcher flags] SCRIPT.py [script flags]",
+        usage="submit.py [launcher flags] SCRIPT.py [script flags]   or, for SCRIPT.py, -m mae_dat.MODULE",
         description="Submit a training script to SLURM, or run it on this machine in the background.",
-        epilog="Everything after the script goes to the script. Jobs that are preempted or run out of time are put "
-        "back into the queue with the same command and go on from the newest checkpoint in the script's output folder.",
+        epilog="Everything after the script goes to the script. Jobs that are preempted, run out of time or lose a "
+        "node queue again and go on from the newest checkpoint in the script's output folder.",
         allow_abbrev=False,
     )
     for item in fields(JobConfig):
@@ -314,30 +79,21 @@ def _parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> tuple[JobConfig, ScriptTask]:
     """Read the command line. ConfigError for a mistyped flag or no script, MissingInputError if there is no such file.
 
-    A value of the wrong type, and a mistyped flag of our own scripts, end the program with exit code 2 and a message.
+    A value of the wrong type ends the program with exit code 2 and a message.
     """
     flags, rest = split_command(argv)
     config = JobConfig(**vars(_parser().parse_args(flags)))
-    if not rest:
+    if not rest or rest == ["-m"]:
         raise ConfigError("no script: submit.py [launcher flags] SCRIPT.py [script flags]")
-    script = _existing_script(Path(rest[0]))
+    if rest[0] == "-m":
+        script, rest = _existing_module(rest[1]), rest[1:]
+    else:
+        script = str(_existing_script(Path(rest[0])))
     names = _flag_names()
     for flag in (word.partition("=")[0] for word in rest[1:]):
         if flag in names:
-            logger.warning("%s stands after %s and so goes to the script, not to the launcher", flag, script.name)
-    if kind := _KNOWN_SCRIPTS.get(script.name):
-        _check_script(load_config(kind, rest[1:]), config.dry_run)  # now, not after a night in the queue
-    return config, ScriptTask(str(script), tuple(rest[1:]))
-
-
-def _check_script(settings: FinetuneConfig | PretrainConfig, dry_run: bool) -> None:
-    """ConfigError for a script that would stop for want of images; the environment goes to the job with it."""
-    try:
-        data_root(settings.data.data_path)
-    except ConfigError as error:
-        if not dry_run:
-            raise
-        logger.warning("as it stands the job would stop at once: %s", error)
+            logger.warning("%s stands after %s and so goes to the script, not to the launcher", flag, rest[0])
+    return config, ScriptTask(script, tuple(rest[1:]), module=not script.endswith(".py"))
 
 
 def _existing_script(path: Path) -> Path:
@@ -349,47 +105,165 @@ def _existing_script(path: Path) -> Path:
     raise MissingInputError(f"no such script: {path}: {nearest(str(path), scripts) if scripts else 'wrong folder?'}")
 
 
-def describe(job: submitit.Job[int], launch: ResolvedJob, task: ScriptTask) -> str:
-    """Say what was submitted, where its log is, and how to follow and cancel it."""
-    slurm = launch.cluster == "slurm"
+def _existing_module(name: str) -> str:
+    known = sorted(f"mae_dat.{path.stem}" for path in PACKAGE.glob("*.py") if "\ndef main(" in path.read_text())
+    if name not in known:
+        raise MissingInputError(f"no such module: -m {name}: {nearest(name, known)}")
+    return name
+
+
+def script_settings(task: ScriptTask) -> Settings | None:
+    """The settings that one of our two scripts would read from its flags; None for any other script.
+
+    Raises ConfigError; a mistyped flag ends the program with exit code 2 and a message, as in the script.
+    """
+    name = Path(task.script).name
+    if name == "main_finetune.py":
+        return load_finetune_config(task.args)
+    return load_config(PretrainConfig, task.args) if name == "main_pretrain.py" else None
+
+
+def check_script(settings: Settings, dry_run: bool) -> None:
+    """UserError for a script that would stop at its start: now, not after a night in the queue. On a dry run, which
+    needs no data, only a warning."""
+    try:
+        data_root(settings.data.data_path)
+        if isinstance(settings, FinetuneConfig):
+            _check_weights("--finetune", settings.classifier.finetune)
+        _check_weights("--resume", settings.run.resume)
+        if not dry_run:
+            prepare_output_folder(Path(settings.run.output_dir))
+    except UserError as error:
+        if not dry_run:
+            raise
+        logger.warning("as it stands the job would stop at once: %s", error)
+
+
+def _check_weights(flag: str, source: str | None) -> None:
+    if source and not Path(source).exists() and source not in released():
+        raise MissingInputError(
+            f"{flag} {source}: there is no such file or folder, and no released weights of that name"
+        )
+
+
+def tasks_of(launch: ResolvedJob, task: ScriptTask) -> list[ScriptTask]:
+    """The task, or one for each index of the array; its script's settings are checked.
+
+    Raises UserError, also for an array whose jobs would all write into one folder.
+    """
+    dry_run = launch.config.dry_run
+    if launch.indices is None:
+        settings = script_settings(task)
+        if settings:
+            check_script(settings, dry_run)
+        return [task]
+    tasks = [task.at_index(index) for index in launch.indices]
+    outputs = []
+    for one in tasks[:2]:  # the others differ from these by their number alone
+        if settings := script_settings(one):
+            check_script(settings, dry_run)
+            outputs.append(settings.run.output_dir)
+    if len(outputs) != len(set(outputs)):
+        raise ConfigError(
+            f"--array {launch.config.array}: all jobs would write into {outputs[0]}; put %a, which becomes each job's "
+            "index, into the flag: --output_dir OUT/%a"
+        )
+    return tasks
+
+
+def copied(launch: ResolvedJob, tasks: Sequence[ScriptTask], command: str) -> tuple[Path, list[ScriptTask]]:
+    """The folder that the jobs import code from, and the tasks as they run from it, with its script and its configs.
+
+    A dry run names the folder and copies nothing. Raises UserError.
+    """
+    task = tasks[0]
+    if launch.config.no_snapshot:
+        return PACKAGE.parent, list(tasks)
+    settings = script_settings(task)
+    results = [launch.folder, *([Path(settings.run.output_dir)] if settings else [])]
+    tree = code_tree(PACKAGE.parent if task.module else Path(task.script).resolve().parent, results)
+    for name in tree.too_large:
+        logger.warning("%s is too large for a file of code and is not copied", name)
+    script = task.script if task.module else tree.add(Path(task.script))
+    ours = task.module or settings
+    configs = {path: tree.add(path) for one in tasks for path in (_configs(one.args) if ours else ())}
+    code = launch.folder.absolute() / "code"
+    code = code / tree.name if launch.config.dry_run else write_snapshot(tree, code, command)
+
+    def there(word: str) -> str:
+        flag, equals, path = word.rpartition("=")
+        return f"{flag}{equals}{code / configs[Path(path)]}" if Path(path) in configs else word
+
+    script = script if task.module else str(code / script)
+    return code, [replace(one, script=script, args=tuple(map(there, one.args))) for one in tasks]
+
+
+def _configs(args: Sequence[str]) -> list[Path]:
+    """The files that `--config FILE` and `--config=FILE` name."""
+    pairs = itertools.pairwise(args)
+    words = [value for flag, value in pairs if flag == "--config"]
+    return [Path(word) for word in words + [word[9:] for word in args if word.startswith("--config=")]]
+
+
+def describe(jobs: Sequence[Job[int]], launch: ResolvedJob, task: ScriptTask, command: str) -> str:
+    """Say what was submitted, where its log is, how to follow and cancel it, and how to go on after its end."""
+    slurm, first = launch.cluster == "slurm", jobs[0]
+    log = str(first.paths.stdout)
+    whole, _, _ = first.job_id.partition("_")
+    array = f", array {launch.config.array}" if launch.indices else ""
     rows = {
-        "log": f"{job.paths.stdout} (errors: {job.paths.stderr})",
-        "follow": f"tail -F {shlex.quote(str(job.paths.stdout))} {shlex.quote(str(job.paths.stderr))}",
-        "state": f"squeue --job {job.job_id}" if slurm else f"ps {job.job_id}",
-        "cancel": f"scancel {job.job_id}" if slurm else f"kill -INT {job.job_id}",
+        "log": log if len(jobs) == 1 else log.replace(first.job_id, f"{whole}_*"),
+        "follow": f"tail -F {shlex.quote(log)}",
+        "state": f"squeue --job {whole}" if slurm else f"ps {whole}",
+        "cancel": f"scancel {whole}" if slurm else f"kill {whole}",
+        "go on": command,
     }
-    where = f"{launch.cluster}, {launch.nodes} x {launch.ngpus} tasks"
-    lines = [f"submitted job {job.job_id} ({where}): {Path(task.script).name}"]
+    where = f"{launch.cluster}, {launch.config.nodes} x {launch.tasks_per_node} tasks{array}"
+    lines = [f"submitted job {whole} ({where}): {task.name}"]
     return "\n".join(lines + [f"  {name:<7} {value}" for name, value in rows.items()])
 
 
-def _run_here(job: submitit.Job[int]) -> int:
-    """Run a debug job to its end in this process and return the exit code."""
-    # Not through job.result(): that opens a debugger on an error.
-    os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
+def run_here(job: Job[int], code: Path) -> int:
+    """Run a debug job to its end in this process and return the script's exit code."""
+    with outside_other_jobs(code):
+        os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
+        try:
+            # Not through job.result(): that opens a debugger on an error.
+            if error := job.exception():
+                raise error
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+def wait_for(jobs: Sequence[Job[int]], launch: ResolvedJob, tasks: Sequence[ScriptTask]) -> int:
+    """Show the log until the jobs have ended, and return the script's exit code; Ctrl-C stops the showing alone."""
     try:
-        error = job.exception()
-    finally:
-        del os.environ["SUBMITIT_DEBUG_JOB_ID"]
-    if error is not None:
-        logger.error("the job failed: %s", error)
-    return int(error is not None)
+        ends = [task.ends(job.paths.folder, job.job_id) for job, task in zip(jobs, tasks, strict=True)]
+        return follow(jobs, ends, launch.cluster == "slurm")
+    except KeyboardInterrupt:
+        logger.info("no longer waiting; the job goes on")
+        return Interrupted.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of submit.py; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config, task = parse(sys.argv[1:] if argv is None else argv)
+        config, task = parse(argv)
         launch = config.resolve()
+        tasks = tasks_of(launch, task)
+        command = shlex.join(["python", "submit.py", *argv])
+        code, tasks = copied(launch, tasks, command)
         if config.dry_run:
-            print(batch_file(launch, task), end="")
+            print(batch_file(launch, tasks[0], code, command), end="")
             return 0
-        job = submit(launch, task)
+        jobs = submit(launch, tasks, code, command)
         if launch.cluster == "debug":
-            return _run_here(job)
-        print(describe(job, launch, task))
-        return 0
+            return run_here(jobs[0], code)
+        print(describe(jobs, launch, task, command), flush=True)
+        return wait_for(jobs, launch, tasks) if config.wait else 0
     except UserError as error:
         print(f"submit.py: {error}", file=sys.stderr)
         return error.exit_code

@@ -44,8 +44,9 @@ def facts_of(package: Path) -> CodeFacts:
 def _recorded(path: Path) -> tuple[str | None, bool | None] | None:
     try:
         facts = json.loads(path.read_text())
+        facts = facts.get("package", facts)  # where the script is of another repository
         return facts["commit"], facts["dirty"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

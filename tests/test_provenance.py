@@ -49,6 +49,9 @@ def test_a_snapshot_says_where_it_came_from(package: Path) -> None:
     sha256 = facts_of(package)["sha256"]
     (package.parent / CODE_FILE).write_text(json.dumps({"commit": "abc", "dirty": True}))
     assert facts_of(package) == {"commit": "abc", "dirty": True, "sha256": sha256}
+    own = {"commit": "def", "dirty": False}
+    (package.parent / CODE_FILE).write_text(json.dumps({"commit": "abc", "dirty": True, "package": own}))
+    assert facts_of(package) == {**own, "sha256": sha256}
 
 
 @pytest.mark.parametrize("note", ["", "[]", "{}", '{"commit": 1', "\0"])
