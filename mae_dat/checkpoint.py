@@ -119,7 +119,7 @@ class Saver:
         with atomic_write(path, size) as file:
             hashing = _HashingWriter(file, self._given_up)
             torch.save(state, hashing)  # type: ignore[arg-type] # it asks for no more than write and flush
-        manifest = {
+        facts = {
             "version": FORMAT_VERSION,
             "step": step,
             "sha256": hashing.digest.hexdigest(),
@@ -128,9 +128,15 @@ class Saver:
             "torch": str(torch.__version__),
             **facts,
         }
-        self._may_write()
-        with atomic_write(path.with_suffix(".json")) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+        manifest = path.with_suffix(".json")
+        try:
+            self._may_write()
+            with atomic_write(manifest) as file:
+                file.write(_manifest_text(facts))
+        except BaseException:
+            for half in (manifest, path):
+                half.unlink(missing_ok=True)
+            raise
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2, **facts: Any) -> Path:
@@ -175,6 +181,12 @@ def _delete_old(folder: Path, step: int, keep: int) -> None:
             old.with_suffix(".pth").unlink(missing_ok=True)
 
 
+def _manifest_text(facts: Mapping[str, Any]) -> bytes:
+    """A manifest with its own checksum: nothing in it can change unnoticed."""
+    check = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return json.dumps({**facts, "check": check}, indent=1).encode()
+
+
 def _read_facts(manifest_path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(manifest_path.read_text())
@@ -215,9 +227,10 @@ def verify(manifest_path: Path) -> Checkpoint:
     """Checks a checkpoint against its manifest. Raises CheckpointError."""
     path = manifest_path.with_suffix(".pth")
     try:
-        manifest = json.loads(manifest_path.read_text())
+        text = manifest_path.read_bytes()
+        manifest = json.loads(text)
         version, step, digest = int(manifest["version"]), int(manifest["step"]), manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"the manifest {manifest_path} is damaged ({error}).") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -225,9 +238,20 @@ def verify(manifest_path: Path) -> Checkpoint:
         )
     if _NAME.fullmatch(manifest_path.name) and step != _step_of(manifest_path):
         raise CheckpointError(f"{manifest_path} is of step {step}: it belongs to another checkpoint.")
-    if not path.is_file() or sha256_of(path) != digest:
+    check = manifest.pop("check", None)
+    if (check or version == FORMAT_VERSION) and text != _manifest_text(manifest):
+        raise CheckpointError(f"the manifest {manifest_path} is damaged (its content is not what its checksum says).")
+    if not _has_digest(path, digest):
         raise CheckpointError(f"{path} is damaged or missing: its sha256 is not the manifest's.")
     return Checkpoint(path, step, manifest)
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    try:
+        return sha256_of(path) == digest
+    except OSError as error:
+        logger.warning("%s cannot be read: %s", path, error.strerror)
+        return False
 
 
 def sweep(folder: Path) -> None:

@@ -98,12 +98,13 @@ def prepare_output_folder(folder: Path) -> Path:
     the cause otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Both names are as long as those of checkpoints, which a name near the limit of a path may not leave room for.
-        with tempfile.NamedTemporaryFile(prefix=".probe.", suffix=".tmp", dir=folder, delete=False) as probe:
+        # As long a name as any of ours: a path near the limit may not leave room for it.
+        handle, name = tempfile.mkstemp(prefix=".checkpoint-00000000.pth.probe.", suffix=".tmp", dir=folder)
+        with open(handle, "wb") as probe:
             probe.write(b"mae_dat")
             probe.flush()
             os.fsync(probe.fileno())
-        written = Path(probe.name)
+        written = Path(name)
         written.replace(written.with_suffix(".renamed.tmp")).unlink()
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)

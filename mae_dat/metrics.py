@@ -14,6 +14,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
+from mae_dat.files import atomic_write
+
 logger = logging.getLogger(__name__)
 
 
@@ -124,11 +126,16 @@ class RunLog:
     """`log.txt` and TensorBoard of one run, on rank 0; a no-op elsewhere.
 
     Every record carries its `step`; on resuming, records past the restored step are dropped, so that none appears
-    twice.
+    twice. `purge_from` does the same for TensorBoard: the first position on its axis that will come again.
     """
 
     def __init__(
-        self, output_dir: Path, log_dir: Path | None = None, resumed_step: int = 0, enabled: bool = True
+        self,
+        output_dir: Path,
+        log_dir: Path | None = None,
+        resumed_step: int = 0,
+        enabled: bool = True,
+        purge_from: int | None = None,
     ) -> None:
         self.path = output_dir / "log.txt"
         self.writer: Any = None
@@ -136,14 +143,14 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self.path.touch()
         kept = [
             json.dumps(record)
             for record in read_log(self.path)
             if record.get("step", 0) <= resumed_step and resumed_step
         ]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self.writer = SummaryWriter(str(log_dir or output_dir))
+        with atomic_write(self.path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+        self.writer = SummaryWriter(str(log_dir or output_dir), purge_step=purge_from)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Appends one JSON line."""
@@ -171,9 +178,13 @@ class RunLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Records of a `log.txt`; a torn last line (a killed run) is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
             logger.warning("%s: a torn line was dropped", path)
     return records
