@@ -8,6 +8,7 @@ Lightning's.
 import argparse
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from mae_dat.files import atomic_write, require_file
 # Where MAE, timm and Lightning keep the weights in a checkpoint; an average goes before what it averages, as in timm.
 _AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema")
 _STATE_KEYS = (*_AVERAGE_KEYS, "model", "state_dict")
+_DEEPEST = 4  # levels of such keys that are looked into: a file can nest them without end
 _PREFIXES = ("module.", "net.", "model.", "1.")  # DDP; Classifier; a wrapper; easyrobust's (normalisation, model)
 _STATISTICS = ("0.mean", "0.std")  # of easyrobust's pair of normalisation and model
 _ROWS = 6  # of each kind in a table of keys
@@ -80,6 +82,7 @@ def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
 def read_pickle(path: Path) -> Any:
     """The object in a torch file, under `weights_only`. Raises CheckpointError."""
     _refuse_other_files(path)
+    _refuse_odd_archives(path)
     # torch types the list as callables; (class, full name) pairs are documented and needed to allow a name that is not
     # installed.
     allowed: list[Any] = [argparse.Namespace, (LightningCallbackStub, _LIGHTNING_CALLBACK)]
@@ -111,7 +114,10 @@ def unwrap(content: Any, source: str, metadata: dict[str, str] | None = None) ->
     Raises CheckpointError, naming `source` and what it holds, where there are no tensors.
     """
     wrappers: list[str] = []
-    while isinstance(content, Mapping) and (inner := next((key for key in _STATE_KEYS if _holds(content, key)), None)):
+    for _ in range(_DEEPEST):
+        inner = next((key for key in _STATE_KEYS if isinstance(content, Mapping) and _holds(content, key)), None)
+        if inner is None:
+            break
         wrappers += [f"the average ({inner})"] if inner in _AVERAGE_KEYS else []
         content = content[inner]
     found = [str(key) for key in content] if isinstance(content, Mapping) else [type(content).__name__]
@@ -134,11 +140,12 @@ def unwrap(content: Any, source: str, metadata: dict[str, str] | None = None) ->
     return file._replace(statistics=_statistics(statistics, file.facts))
 
 
-def _holds(content: Mapping[Any, Any], key: str) -> bool:
+def _holds(content: Mapping[Any, Any], key: str, deepest: int = _DEEPEST) -> bool:
     """Whether `content[key]` is a state dict or holds one: an `ema` may as well be a rate."""
     inner = content.get(key)
     return isinstance(inner, Mapping) and (
-        any(isinstance(value, Tensor) for value in inner.values()) or any(_holds(inner, below) for below in _STATE_KEYS)
+        any(isinstance(value, Tensor) for value in inner.values())
+        or (deepest > 1 and any(_holds(inner, below, deepest - 1) for below in _STATE_KEYS))
     )
 
 
@@ -209,6 +216,21 @@ def _refuse_other_files(path: Path) -> None:
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull`.")
 
 
+def _refuse_odd_archives(path: Path) -> None:
+    """torch compresses nothing and writes no name twice: what does would fill the memory, or be read in two ways."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # another format, or damaged: torch's reader says what is wrong
+    if len({record.filename for record in records}) < len(records):
+        raise _unreadable(path, ValueError("it holds two records of the same name"))
+    if sum(record.file_size for record in records) > path.stat().st_size:
+        raise _unreadable(path, ValueError("its records are compressed, as torch writes none"))
+
+
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     cause = str(error).strip().split("\n")[0] or type(error).__name__
+    if "Weights only load failed" in cause:  # torch goes on with advice to load it all the same
+        cause = "it holds more than tensors, numbers and text, or is damaged, and nothing else is loaded"
     return CheckpointError(f"{path} cannot be read as weights: {cause}. Fetch or write the file again.")
