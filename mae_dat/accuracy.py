@@ -7,9 +7,11 @@ from mae_dat.data import Batch
 from mae_dat.distributed import all_sum, together
 from mae_dat.errors import DataError
 from mae_dat.loaders import ImageLoader
+from mae_dat.parallel import in_step, is_sharded
+from mae_dat.watch import beat
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what sharded weights are gathered into in inference mode could not be trained with
 def accuracy(
     model: nn.Module, loader: ImageLoader, device: torch.device, precision: torch.dtype | None
 ) -> dict[str, float]:
@@ -23,11 +25,13 @@ def accuracy(
     counts = torch.zeros(4, dtype=torch.float64, device=device)
 
     def count() -> Tensor:
-        for batch in loader:
-            counts.add_(_counts(model, batch, device, precision))
+        for batch, counted in in_step(loader, model):
+            counts.add_(_counts(model, batch, device, precision) * counted)
+            beat()
         return counts
 
-    correct, correct5, loss, total = all_sum(together(count)).tolist()
+    # In shards a rank that fails cannot wait for the others, which wait for it: it leaves, and they hear why.
+    correct, correct5, loss, total = all_sum(count() if is_sharded(model) else together(count)).tolist()
     model.train(training)
     if not total:
         raise DataError("no image to evaluate could be read: check the validation folder.")

@@ -10,7 +10,6 @@ import logging
 import math
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mae_dat.checkpoint import Saver
 from mae_dat.config import OptimConfig, RunConfig
@@ -31,7 +29,10 @@ from mae_dat.loaders import ImageLoader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective
 from mae_dat.optim import effective_lr, learning_rate, set_lr
+from mae_dat.parallel import accumulating, clip_gradient, load_model, load_optimizer, update_average, whole, wrap
+from mae_dat.peers import lost_peers_tell
 from mae_dat.stopping import StopRequest, stop_requests
+from mae_dat.watch import beat
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,12 @@ class Training:
     """Sums of the logged parts over the current epoch's micro-batches of this rank, with `batches` and `seconds`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint. Collective: what differs between ranks is gathered from all of them."""
+        """For a checkpoint, whole on rank 0. Collective: what differs between ranks is gathered from all of them."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "objective": self.objective.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema": whole(self.ema.module.state_dict()) if self.ema else None,
             "step": self.step,
             "ranks": gather({"totals": self.totals, "statistics": on_cpu(self._statistics())}),
         }
@@ -66,11 +67,11 @@ class Training:
     def load_state_dict(self, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
         """From a checkpoint. What differed between the ranks goes back to each of them; with another number of ranks
         now, rank 0 gets the sums, and all the mean of BatchNorm's statistics."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_model(self.model, state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         if self.ema:
-            self.ema.module.load_state_dict(state["ema"] or state["model"])
+            load_model(self.ema.module, state["ema"] or state["model"])
         self.step = state["step"]
         told = state["ranks"]
         if len(told) == ranks:
@@ -147,13 +148,7 @@ def fit(training: Training, job: Job) -> None:
         job.world.size,
         job.lr,
     )
-    model = training.model
-    if job.world.size > 1:
-        ids = [job.device.index] if job.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # The new name of `broadcast_buffers` is unknown to the older releases that we support.
-            warnings.simplefilter("ignore", FutureWarning)
-            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    model = wrap(training.model, job.world, job.device)
     model.train()
     first = training.step
     start = saved = last = time.monotonic()
@@ -163,9 +158,11 @@ def fit(training: Training, job: Job) -> None:
         job.console.task(job.title, job.total_steps, done=first) as task,
         stop_requests() as stop,
         saving(job, stop) as saver,
+        lost_peers_tell(lambda: f"at step {training.step}"),
     ):
         while training.step < job.total_steps:
             loss = train_step(training, model, updates, job, stop, saver)
+            beat()
             now = time.monotonic()
             training.totals["seconds"] = training.totals.get("seconds", 0.0) + now - last
             rate = job.effective_batch * (training.step - first) / (now - start)
@@ -234,7 +231,7 @@ def train_step(
         seed_everything(step_seed(job.run.seed, micro, job.world.rank))
         generator = step_generator(job.run.seed, micro, job.world.rank, job.device)
         alone = job.world.size == 1 or number == accum - 1
-        with contextlib.nullcontext() if alone else model.no_sync():  # type: ignore[operator]
+        with contextlib.nullcontext() if alone else accumulating(model):
             with torch.autocast(job.device.type, job.precision or torch.bfloat16, enabled=job.precision is not None):
                 parts = training.objective(model, batch, generator)
             (parts["loss"] / accum).backward()
@@ -262,7 +259,7 @@ def train_step(
 def update(training: Training, job: Job, batch: Batch, facts: dict[str, float], saver: Saver | None) -> float:
     """Clips, checks and applies the gathered gradient; returns its norm before clipping."""
     limit = math.inf if job.optim.clip_grad is None else job.optim.clip_grad
-    norm = float(nn.utils.clip_grad_norm_(training.model.parameters(), limit))
+    norm = clip_gradient(training.model, limit)
     # The gradient is the same on all ranks here, so they agree without another reduction.
     if not math.isfinite(norm):
         raise _not_finite(training, job, batch, {**facts, "grad_norm": norm})
@@ -271,7 +268,7 @@ def update(training: Training, job: Job, batch: Batch, facts: dict[str, float], 
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     if training.ema:
-        training.ema.update(training.model, step=training.step)
+        update_average(training.ema, training.model, training.step)
     return norm
 
 

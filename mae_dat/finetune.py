@@ -22,6 +22,7 @@ from mae_dat.loading import load_pretrained, load_weights
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Classification, Objective, WithDAT
 from mae_dat.optim import build_optimizer, effective_lr
+from mae_dat.parallel import whole
 from mae_dat.pictures import adversary_gallery
 from mae_dat.sources import image_root, open_images
 from mae_dat.transforms import eval_transform, finetune_transform
@@ -51,23 +52,24 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         start(model, config)
         model.to(where.device)
         objective = run.with_dat(Classification(config.augment, classes), config.dat, config.data, where.device)
-        # The rate is set in every step.
         settings = config.classifier
+        ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
+        run.settle(model, where, ema.module if ema else None)
+        # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
-        decay = settings.ema_decay
-        training = Training(model, optimizer, objective, ModelEmaV3(model, decay=decay) if decay else None)
+        training = Training(model, optimizer, objective, ema)
         loader = held_out_loader(config, held_out, where)
         shown = [held_out[index * len(held_out) // PICTURES] for index in range(PICTURES)]
 
         def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
-            if where.world.main and config.run.pictures_every and (epoch + 1) % config.run.pictures_every == 0:
+            if run.pictures_due(config.run, epoch, where):
                 run.show(draw(training, objective, shown, config, where), where, log, epoch)
             return accuracy(training.averaged, loader, where.device, where.precision)
 
         run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
         averaged = training.averaged
         assert isinstance(averaged, Classifier)
-        run.export(fused_head(averaged.net.state_dict()), where, facts_of(config, images, training))
+        run.export(fused_head(whole(averaged.net.state_dict())), where, facts_of(config, images, training))
         return accuracy(averaged, loader, where.device, where.precision)
 
 

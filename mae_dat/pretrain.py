@@ -28,13 +28,14 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         model = build_mae(config.mae.model, img_size=size, in_chans=config.data.in_chans).to(where.device)
         objective: Objective = MaskedReconstruction(config.mae.mask_ratio, config.mae.norm_pix_loss)
         objective = run.with_dat(objective, config.dat, config.data, where.device)
+        run.settle(model, where)
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
         training = Training(model, optimizer, objective)
         shown = fixed_images(images, run.in_channels(eval_transform(size), config.data)).to(where.device)
 
         def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
-            if where.world.main and config.run.pictures_every and (epoch + 1) % config.run.pictures_every == 0:
+            if run.pictures_due(config.run, epoch, where):
                 run.show(draw(model, objective, shown, config, where), where, log, epoch)
             return {}
 

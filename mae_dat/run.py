@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import transforms
 
 from mae_dat import engine
@@ -36,6 +36,7 @@ from mae_dat.lease import Lease, hold
 from mae_dat.loaders import TrainSampler, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
+from mae_dat.parallel import shard, whole
 from mae_dat.pictures import save_png
 from mae_dat.provenance import code_facts
 from mae_dat.registry import released
@@ -43,6 +44,7 @@ from mae_dat.resuming import check_changes, keep_global_batch
 from mae_dat.sources import image_root, open_images
 from mae_dat.store import local_path
 from mae_dat.tokenizer import check_card, load_tokenizer
+from mae_dat.watch import watching
 from mae_dat.weights import WeightsFile, read_weights, unwrap, write_weights
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class Place:
     output: Path
     lease: Lease | None = None
     """Of the output folder, on rank 0 of a training."""
+    shards: bool = False
+    """Whether the ranks share one copy of a model (`--fsdp`)."""
 
 
 @contextlib.contextmanager
@@ -75,6 +79,9 @@ def place(run: RunConfig, launch: LaunchConfig, console: Console, training: bool
             launch.world_size,
             launch.world_size,
         )
+    fsdp = launch.fsdp and world.size > 1
+    if launch.fsdp and not fsdp:
+        logger.warning("--fsdp: a single rank has nobody to share the model with.")
     if not world.main:
         console.quiet, console.live = True, False
     device = pick_device(run.device, world)
@@ -92,7 +99,8 @@ def place(run: RunConfig, launch: LaunchConfig, console: Console, training: bool
                 sweep(output)
 
         from_main(prepare)
-        yield Place(world, device, amp_dtype(run.precision, device), output, leases[0] if leases else None)
+        stack.enter_context(watching(run.hang_minutes, world.rank))
+        yield Place(world, device, amp_dtype(run.precision, device), output, leases[0] if leases else None, fsdp)
 
 
 def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
@@ -266,8 +274,23 @@ def naming(source: str) -> Iterator[None]:
         raise CheckpointError(f"{source}: {error}") from error
 
 
+def settle(model: nn.Module, where: Place, copy: nn.Module | None = None) -> None:
+    """Shards a model and its copy (an average's) over the ranks if that is asked for. The optimizer comes after."""
+    for one in (model, copy):
+        if one is not None and where.shards:
+            shard(one, where.world, where.device)
+
+
+def pictures_due(run: RunConfig, epoch: int, where: Place) -> bool:
+    """Whether this rank draws after this epoch: rank 0, and with a sharded model all of them."""
+    turn = run.pictures_every and (epoch + 1) % run.pictures_every == 0
+    return bool(turn) and (where.world.main or where.shards)
+
+
 def show(pictures: Mapping[str, Tensor], where: Place, log: RunLog, epoch: int) -> None:
     """Galleries by name, (3, H, W) in [0, 1]: the newest of each as pictures/NAME.png, all of them in TensorBoard."""
+    if not where.world.main:
+        return
     folder = where.output / "pictures"
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
@@ -280,6 +303,7 @@ def export(tensors: Mapping[str, Tensor], where: Place, facts: dict[str, Any]) -
 
     Nothing is written when the file there is of the same facts and steps: a rerun of a complete run changes nothing.
     """
+    tensors = whole(tensors)
     path = where.output / WEIGHTS
     card = path.with_suffix(".json")
     if not where.world.main:

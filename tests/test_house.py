@@ -53,6 +53,7 @@ FLOORS = {
     "attention": 5,
     "objectives": 5,
     "optim": 6,
+    "parallel": 6,
     "metrics": 6,
     "checkpoint": 6,
     "pictures": 6,
