@@ -33,7 +33,7 @@ from mae_dat.engine import Job, Training
 from mae_dat.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from mae_dat.files import atomic_write, prepare_output_folder, sha256_of
 from mae_dat.lease import Lease, hold
-from mae_dat.loaders import TrainSampler, steps_per_epoch, train_loader
+from mae_dat.loaders import TrainSampler, naming_killed_workers, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
 from mae_dat.parallel import shard, whole
@@ -218,7 +218,8 @@ def train(
     order = (world.rank, world.size, run.seed, training.step, total, optim.accum_iter, images.order)
     sampler = TrainSampler(len(images), optim.batch_size, *order)
     loader = train_loader(images, sampler, config.data.num_workers, config.data.pin_mem and where.device.type == "cuda")
-    log = RunLog(where.output, log_folder(run), resumed_step=training.step, enabled=world.main)
+    again = 1000 * training.step // epoch_steps + 1
+    log = RunLog(where.output, log_folder(run), training.step, enabled=world.main, purge_from=again)
     facts = {
         "settings": flat_values(config),
         "images": len(images),
@@ -244,7 +245,8 @@ def train(
         guard=where.lease.check if where.lease else None,
     )
     try:
-        engine.fit(training, job)
+        with naming_killed_workers():
+            engine.fit(training, job)
     finally:
         log.close()
 

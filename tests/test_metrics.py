@@ -156,6 +156,58 @@ def test_a_fresh_run_starts_a_fresh_log(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.txt") == []
 
 
+def test_a_log_torn_at_any_byte_loses_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, records = tmp_path / "log.txt", [{"step": 10, "note": "ä\n"}, {"step": 20, "loss": 1.25e-7}, {"step": 30}]
+    lines = [json.dumps(record).encode() + b"\n" for record in records]
+    whole = b"".join(lines)
+    ends = [len(b"".join(lines[:count])) for count in range(4)]
+    for torn in range(len(whole) + 1):
+        path.write_bytes(whole[:torn])
+        complete = sum(end - 1 <= torn for end in ends[1:])  # a line without its newline is complete
+        assert read_log(path) == records[:complete]
+        path.write_bytes(whole[:torn] + bytes(9))  # as a lost page leaves it
+        assert read_log(path) == records[: sum(end <= torn for end in ends[1:])]
+    path.write_bytes(b"\xff\xfe\n7\n" + whole)
+    assert read_log(path) == records
+
+
+def test_resuming_from_a_torn_log_goes_on_with_whole_lines(tmp_path: Path) -> None:
+    line = json.dumps({"step": 10, "loss": 0.5})
+    for torn in range(len(line) + 1):
+        (tmp_path / "log.txt").write_text(f"{line}\n{line.replace('10', '20')[:torn]}")
+        log = RunLog(tmp_path, resumed_step=10)
+        log.record({"step": 20, "loss": 0.25})
+        log.close()
+        assert read_log(tmp_path / "log.txt") == [{"step": 10, "loss": 0.5}, {"step": 20, "loss": 0.25}]
+
+
+def test_a_torn_tensorboard_file_leaves_every_position_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run is killed while it writes; what it goes on with is written again, what came before is there."""
+    (tmp_path / "whole").mkdir()
+    first = RunLog(tmp_path / "whole")
+    for epoch in range(1, 5):
+        first.scalars({"loss": float(epoch)}, 1000 * epoch)
+    first.close()
+    (events,) = (tmp_path / "whole").glob("events*")
+    content = events.read_bytes()
+    for torn in range(0, len(content) + 1, 23):
+        folder = tmp_path / str(torn)
+        folder.mkdir()
+        (folder / events.name).write_bytes(content[:torn])
+        log = RunLog(folder, resumed_step=20, purge_from=2001)
+        for epoch in range(3, 7):
+            log.scalars({"loss": float(epoch)}, 1000 * epoch)
+        log.close()
+        board = EventAccumulator(str(folder))
+        with caplog.at_level(logging.CRITICAL):
+            board.Reload()
+        shown = [scalar.step for scalar in board.Scalars("loss")]
+        assert shown[-4:] == [3000, 4000, 5000, 6000]
+        assert shown == [1000, 2000, 3000, 4000, 5000, 6000][-len(shown) :] or shown == [1000, 3000, 4000, 5000, 6000]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path, enabled=False)
     log.record({"epoch": 0})
