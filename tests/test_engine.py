@@ -36,7 +36,7 @@ from mae_dat.config import (
 from mae_dat.data import Batch, ImageFolder
 from mae_dat.distributed import World, process_group
 from mae_dat.engine import Job, Training
-from mae_dat.errors import DataError, Interrupted, NumericsError
+from mae_dat.errors import DataError, Interrupted, NumericsError, PeerError
 from mae_dat.finetune import finetune
 from mae_dat.generated import write_image_folder
 from mae_dat.loaders import TrainSampler, eval_loader, steps_per_epoch, train_loader
@@ -562,7 +562,7 @@ def train_pieces(folder: Path, output: Path, tokenizer: Path, world: World, rank
         broken = training_of(classifier(), _NaNAt(2 if world.rank == 1 else 1000))
         try:
             engine.fit(broken, job_for(images, output / "broken", optim, world))
-        except NumericsError as error:
+        except (NumericsError, PeerError) as error:
             seen.update(stopped=broken.step, told=str(error))
     return seen
 
