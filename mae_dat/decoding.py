@@ -58,7 +58,9 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
     def read() -> bytes:
         with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise DataError(f"{path}: the file has more than the {MAX_BYTES >> 20} MiB allowed; {ADVICE}")
+            return file.read()
 
     try:
         return persistently(read, str(path))
@@ -79,8 +81,6 @@ def decode_bytes(content: bytes, name: str) -> Image.Image:
     the header, nothing is decoded), damaged files and files that are no pictures.
     """
     try:
-        if len(content) > MAX_BYTES:
-            raise DataError(f"the file has more than the {MAX_BYTES >> 20} MiB allowed")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd but harmless metadata, one for each image and epoch
             with Image.open(io.BytesIO(content)) as image:

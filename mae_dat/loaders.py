@@ -2,9 +2,11 @@
 number of workers."""
 
 import atexit
+import contextlib
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mae_dat.data import Batch, ImageSet, Sample, epoch_order
-from mae_dat.errors import DataError, UserError
+from mae_dat.errors import DataError, RetryError, UserError
 
 
 def steps_per_epoch(length: int, batch_size: int, world_size: int, accum_iter: int = 1) -> int:
@@ -118,13 +120,42 @@ def _start_worker(exiting: Event, worker: int) -> None:
 
 
 class ImageLoader(DataLoader[Any]):
-    """A DataLoader of `Batch` that raises a worker's UserError as it is."""
+    """A DataLoader of `Batch` that raises a worker's UserError as it is, and RetryError when a worker was killed."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        with naming_killed_workers():
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+
+
+@contextlib.contextmanager
+def naming_killed_workers() -> Iterator[None]:
+    """Makes torch's error for a killed worker a RetryError with the likely cause; torch may raise it anywhere in the
+    main thread, amid a backward pass too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise RetryError(
+            f"a loader's worker was killed ({str(error).split('. ')[0]}), most likely for want of memory: {memory()}. "
+            "Lower --num_workers, ask for more memory (submit.py --mem_gb), or enlarge /dev/shm (docker run "
+            "--shm-size=8g)."
+        ) from error
+
+
+def memory() -> str:
+    """What is free now, for messages."""
+    told = []
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as file:
+        kilobytes = int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+        told.append(f"{kilobytes / 1e6:.1f} GB of the machine's are free")
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage("/dev/shm")
+        told.append(f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB of /dev/shm")
+    return ", ".join(told) or "how much is free is not known"
 
 
 def _loader(dataset: Dataset[Sample], num_workers: int, pin_memory: bool, **sampling: Any) -> ImageLoader:

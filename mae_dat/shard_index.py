@@ -66,7 +66,7 @@ class Index:
         """Of all that it says: a label that rots on disk would be learned in silence."""
         told = hashlib.sha256(json.dumps([self.classes, [dataclasses.astuple(one) for one in self.shards]]).encode())
         for part in (self.offset, self.size, self.label):
-            told.update(part.numpy())
+            told.update(part.numpy().tobytes())
         return told.hexdigest()
 
 
