@@ -91,6 +91,11 @@ class Saver:
         finally:
             self._thread.shutdown()
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is on its way to the disk."""
+        return self._written is not None and not self._written.done()
+
     def wait(self) -> None:
         """Waits until the last save is on disk. Raises what `check` would."""
         written, self._written = self._written, None
