@@ -51,7 +51,7 @@ class Training:
     step: int = 0
     """Updates done, since the start of the run."""
     totals: dict[str, float] = field(default_factory=dict)
-    """Sums of the logged parts over the current epoch's micro-batches of this rank, with `batches` and `seconds`."""
+    """Sums of the logged parts over the current epoch's images of this rank, with `images`, `updates` and `seconds`."""
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, whole on rank 0. Collective: what differs between ranks is gathered from all of them."""
@@ -238,7 +238,9 @@ def train_step(
         facts = {name: float(value.detach()) for name, value in parts.items()}
         if failure is None and not math.isfinite(facts["loss"]):
             failure = _not_finite(training, job, batch, facts)
-        for name, value in {**facts, "batches": 1.0, "skipped": float(batch["skipped"].sum())}.items():
+        count = len(batch["index"])
+        of_images = {name: count * value for name, value in facts.items()}
+        for name, value in {**of_images, "images": count, "skipped": float(batch["skipped"].sum())}.items():
             sums[name] = sums.get(name, 0.0) + value
     updates.fetch()
     if saver:
@@ -249,11 +251,11 @@ def train_step(
     ).tolist()
     if failed:
         raise_together(failure)
-    sums["grad_norm"] = update(training, job, batch, facts, saver)
+    sums["updates"], sums["grad_norm"] = 1.0, update(training, job, batch, facts, saver)
     training.step += 1
     for name, value in sums.items():
         training.totals[name] = training.totals.get(name, 0.0) + value
-    return sums["loss"] / accum
+    return sums["loss"] / sums["images"]
 
 
 def update(training: Training, job: Job, batch: Batch, facts: dict[str, float], saver: Saver | None) -> float:
@@ -284,7 +286,7 @@ def _not_finite(training: Training, job: Job, batch: Batch, facts: dict[str, flo
 
 
 def end_epoch(training: Training, job: Job) -> dict[str, Any]:
-    """Averages the epoch over batches and ranks, evaluates, and writes the record; returns what its checkpoint is kept
+    """Averages the epoch over images and ranks, evaluates, and writes the record; returns what its checkpoint is kept
     by."""
     epoch = training.step // job.steps_per_epoch - 1
     if job.world.size > 1:
@@ -294,9 +296,9 @@ def end_epoch(training: Training, job: Job) -> dict[str, Any]:
     names = sorted(training.totals)
     sums = all_sum(torch.tensor([training.totals[name] for name in names], dtype=torch.float64, device=job.device))
     totals = dict(zip(names, sums.tolist(), strict=True))
-    batches, skipped, seconds = totals.pop("batches"), totals.pop("skipped"), totals.pop("seconds") / job.world.size
-    updates = {"grad_norm": batches / job.optim.accum_iter}
-    means = {f"train_{name}": value / updates.get(name, batches) for name, value in totals.items()}
+    images, skipped, seconds = totals.pop("images"), totals.pop("skipped"), totals.pop("seconds") / job.world.size
+    parts = {"grad_norm": totals.pop("updates")}
+    means = {f"train_{name}": value / parts.get(name, images) for name, value in totals.items()}
     if skipped:
         logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
     record = {
