@@ -37,7 +37,7 @@ def check_changes(found: Checkpoint, now: dict[str, Any], images: int, batch: in
     `now` are the settings, `images` is the number of training images and `batch` the global batch.
     """
     before = found.manifest.get("settings", {})
-    if ("mask_ratio" in before) != ("mask_ratio" in now):
+    if before and ("mask_ratio" in before) != ("mask_ratio" in now):
         kinds = ("a pretraining", "a fine-tuning")
         was, is_now = kinds if "mask_ratio" in before else kinds[::-1]
         raise CheckpointError(

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae_dat import engine, mae
+from mae_dat import engine, mae, stopping
 from mae_dat.accuracy import accuracy
 from mae_dat.checkpoint import newest_checkpoint
 from mae_dat.classifier import build_classifier
@@ -91,9 +92,12 @@ def data_config(folder: Path) -> DataConfig:
     return DataConfig(data_path=str(folder), input_size=(SIDE,), num_workers=0)
 
 
-def run_mae(folder: Path, output: Path, tokenizer: Path, accum_iter: int = 1, epochs: int = 2) -> None:
+def run_mae(
+    folder: Path, output: Path, tokenizer: Path, accum_iter: int = 1, epochs: int = 2, save_minutes: float = 10
+) -> None:
     optim = OptimConfig(batch_size=8, epochs=epochs, warmup_epochs=1, blr=0.05, accum_iter=accum_iter)
-    config = PretrainConfig(run_config(output), data_config(folder), MaskConfig("mae_tiny", 0.5, True), optim)
+    run = dataclasses.replace(run_config(output), save_minutes=save_minutes)
+    config = PretrainConfig(run, data_config(folder), MaskConfig("mae_tiny", 0.5, True), optim)
     pretrain(config, Console(quiet=True))
 
 
@@ -213,6 +217,69 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(
         assert any(not torch.equal(value, resumed["ema"][key]) for key, value in resumed["model"].items())
 
 
+def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Copies of one request that a scheduler and a launcher send within two seconds are one request; a second Ctrl-C is
+    a second one always."""
+    real: Callable[..., float] = engine.train_step
+    stopped: list[Interrupted] = []
+    cases = {
+        "copies": (signal.SIGTERM, signal.SIGTERM, 0.0, 3),
+        "Ctrl-C twice": (signal.SIGINT, signal.SIGINT, 0.0, 2),
+        "later": (signal.SIGTERM, signal.SIGUSR2, stopping.ECHO_S + 1, 2),
+    }
+    for name, (first, second, later, saved) in cases.items():
+
+        def interrupted(training: Training, *rest: Any, case: Any = (first, second, later)) -> float:
+            if training.step == 2:
+                os.kill(os.getpid(), case[0])
+                now = time.monotonic()
+                with pytest.MonkeyPatch.context() as clock:
+                    clock.setattr(stopping.time, "monotonic", lambda: now + case[2])
+                    os.kill(os.getpid(), case[1])
+                    time.sleep(0)  # the handler runs here, at the latest
+            return real(training, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "train_step", interrupted)
+            with pytest.raises(Interrupted) as caught:
+                run_mae(folder, tmp_path / name, tokenizer, save_minutes=0)
+        stopped.append(caught.value)
+        found = newest_checkpoint(tmp_path / name)
+        assert found is not None
+        assert found.step <= saved, name
+        assert not list((tmp_path / name).glob(".*.tmp")), "what was being written is given up and cleared away"
+    assert [one.exit_code for one in stopped] == [75, 130, 75]
+    assert ["at once" in str(one) for one in stopped] == [False, True, True]
+
+
+def test_a_bad_picture_stops_the_run_between_two_steps(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """What was learned up to it is saved, and the run goes on once the picture is mended."""
+    images = write_image_folder(tmp_path / "images", train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    run_mae(images, tmp_path / "whole", tokenizer)
+    bad = TrainSampler(34, 8, 0, 1, 0, 0, 8)
+    _, index = list(bad)[2][3]  # in the third step
+    path = Path(ImageFolder(images / "train", eval_transform((SIDE, SIDE)), labelled=False).samples[index][0])
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(DataError, match=rf"{path.name}.*truncated"):
+        run_mae(images, tmp_path / "stopped", tokenizer)
+    assert final_state(tmp_path / "stopped")["step"] == 2
+    path.write_bytes(good)
+    run_mae(images, tmp_path / "stopped", tokenizer)
+    assert_equal_states(final_state(tmp_path / "stopped"), final_state(tmp_path / "whole"))
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+
+
+def test_the_best_and_every_nth_checkpoint_are_kept(folder: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(batch_size=16, epochs=7, warmup_epochs=0, lr=1e-3)
+    scores = iter([3.0, 9.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+    job = job_for(still_images(folder), tmp_path, optim, at_epoch_end=lambda *_: {"test_acc1": next(scores)})
+    run = dataclasses.replace(job.run, keep=2, keep_every=3)
+    engine.fit(training_of(classifier(), Classification(AugmentConfig(), 10)), dataclasses.replace(job, run=run))
+    manifests = {path: json.loads(path.read_text()) for path in sorted(tmp_path.glob("checkpoint-*.json"))}
+    assert {round(one["epoch"]): one["score"] for one in manifests.values()} == {2: 9.0, 3: 1.0, 6: 5.0, 7: 6.0}
+
+
 def test_a_rerun_of_a_complete_run_trains_nothing(
     folder: Path, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -281,6 +348,7 @@ def job_for(
         facts={},
         at_epoch_end=at_epoch_end,
         scalar_tags={},
+        name_of=lambda index: images.samples[index][0],
     )
 
 
@@ -416,6 +484,8 @@ def test_a_loss_that_is_not_finite_has_its_exit_code(
     told = capsys.readouterr().err
     assert told.startswith("error: not finite at step 1")
     assert "--clip_grad" in told
+    batch = list(TrainSampler(34, 8, 0, 1, 0, 0, 2))[1]
+    assert all(still_images(folder).samples[index][0] in told for _, index in batch), "the files of the batch are named"
     assert "Traceback" not in told
 
 
