@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -184,3 +184,33 @@ def eval_loader(
     """This rank's share of `dataset` in order, the last batch as short as it is: sum counts over ranks, divide once."""
     sampler = EvalSampler(len(dataset), rank, world_size)
     return _loader(dataset, num_workers, pin_memory, sampler=sampler, batch_size=batch_size)
+
+
+class _Looks(Dataset[Any]):
+    """What `look` says of each item, or the UserError that it raises."""
+
+    def __init__(self, items: Sequence[Any], look: Callable[[Any], Any]) -> None:
+        self.items, self.look = items, look
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.look(self.items[index])
+        except UserError as error:
+            return error
+
+
+def look_at_each(items: Sequence[Any], look: Callable[[Any], Any], num_workers: int) -> Iterator[Any]:
+    """What `look` says of each item, in their order, by worker processes; its DataError comes as a value, other
+    UserErrors are raised."""
+    loader: DataLoader[Any] = DataLoader(
+        _Looks(items, look),
+        batch_size=None,
+        sampler=range(len(items)),
+        num_workers=num_workers,
+        worker_init_fn=functools.partial(_start_worker, _exiting()) if num_workers else None,
+    )
+    with naming_killed_workers():
+        for found in loader:
+            if isinstance(found, UserError) and not isinstance(found, DataError):
+                raise found
+            yield found

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from mae_dat import run
 from mae_dat.config import load_config, run_command
@@ -24,6 +23,7 @@ from mae_dat.data import SPLIT_NAMES, ImageFolder, epoch_order
 from mae_dat.decoding import decode_bytes, read_bytes
 from mae_dat.errors import ConfigError, DataError, OutputError
 from mae_dat.files import atomic_write, prepare_output_folder
+from mae_dat.loaders import look_at_each
 from mae_dat.metrics import Console
 from mae_dat.shard_index import Index, build_index
 
@@ -60,22 +60,14 @@ class PackConfig:
             raise ConfigError("--shard_mb and --size must be above 0, --quality from 1 to 100.")
 
 
-class _Checked(Dataset[Any]):
-    """The files of a folder, each decoded once: (content, suffix), or the DataError of one that cannot be."""
-
-    def __init__(self, images: ImageFolder, size: int | None, quality: int) -> None:
-        self.images, self.size, self.quality = images, size, quality
-
-    def __getitem__(self, index: int) -> tuple[bytes, str] | DataError:
-        path = self.images.name_of(index)
-        try:
-            content = read_bytes(path)
-            picture = decode_bytes(content, path)
-        except DataError as error:
-            return error
-        if self.size is None or min(picture.size) <= self.size:
-            return content, Path(path).suffix[1:].lower()
-        return shrunk(picture, self.size, self.quality), "jpg"
+def checked(path: str, size: int | None, quality: int) -> tuple[bytes, str]:
+    """A picture's file and suffix, after decoding it; if it is larger than `size`, a smaller JPEG. Raises DataError,
+    StorageError."""
+    content = read_bytes(path)
+    picture = decode_bytes(content, path)
+    if size is None or min(picture.size) <= size:
+        return content, Path(path).suffix[1:].lower()
+    return shrunk(picture, size, quality), "jpg"
 
 
 def shrunk(picture: Image.Image, size: int, quality: int) -> bytes:
@@ -111,11 +103,10 @@ def _write_shards(images: ImageFolder, folder: Path, name: str, config: PackConf
     except ImportError as error:
         raise ConfigError("packing needs the package webdataset: pip install 'mae_dat[shards]'.") from error
     order = epoch_order(len(images), seed=0, epoch=0).tolist()  # neighbours in a folder are of one class
-    loader = DataLoader(
-        _Checked(images, config.size, config.quality), batch_size=None, sampler=order, num_workers=config.num_workers
-    )
+    paths = [images.name_of(index) for index in order]
+    found = look_at_each(paths, lambda path: checked(path, config.size, config.quality), config.num_workers)
     with console.task(f"pack {name}", len(order)) as task:
-        samples = _samples(images, order, loader, config.on_bad)
+        samples = _samples(images, order, found, config.on_bad)
         sample = next(samples, None)
         shard = 0
         while sample:
@@ -128,9 +119,11 @@ def _write_shards(images: ImageFolder, folder: Path, name: str, config: PackConf
             shard += 1
 
 
-def _samples(images: ImageFolder, order: Sequence[int], loader: Any, on_bad: str) -> Iterator[dict[str, Any]]:
+def _samples(
+    images: ImageFolder, order: Sequence[int], results: Iterator[Any], on_bad: str
+) -> Iterator[dict[str, Any]]:
     """What WebDataset stores of each image: key, file and class number."""
-    for index, found in zip(order, loader, strict=True):
+    for index, found in zip(order, results, strict=True):
         if isinstance(found, DataError):
             if on_bad == "fail":
                 raise found

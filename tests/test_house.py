@@ -80,6 +80,7 @@ FLOORS = {
     "hub": 8,
     "fetch": 9,
     "pack": 9,
+    "scan": 9,
     "compare": 9,
     "convert": 9,
     "visualize": 9,
