@@ -107,7 +107,8 @@ class DataConfig:
     """Data: DIR/{train,val}/CLASS/*.jpg; for pretraining any folder of images."""
 
     data_path: str | None = None
-    """Folder of images, or `demo` for the generated ones (default: the environment variable MAE_DAT_DATA)."""
+    """Folder of images or of shards (mae_dat.pack), the https:// address of shards, or `demo` for the generated ones
+    (default: the environment variable MAE_DAT_DATA)."""
     input_size: tuple[int, ...] = (224,)
     """Side, or height and width, in pixels."""
     in_chans: int = 3

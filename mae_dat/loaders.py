@@ -200,8 +200,9 @@ class _Looks(Dataset[Any]):
 
 
 def look_at_each(items: Sequence[Any], look: Callable[[Any], Any], num_workers: int) -> Iterator[Any]:
-    """What `look` says of each item, in their order, by worker processes; its DataError comes as a value, other
-    UserErrors are raised."""
+    """What `look` says of each item, in their order, by worker processes, no more than there are cores; its DataError
+    comes as a value, other UserErrors are raised."""
+    num_workers = min(num_workers, len(os.sched_getaffinity(0)))
     loader: DataLoader[Any] = DataLoader(
         _Looks(items, look),
         batch_size=None,

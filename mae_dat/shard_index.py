@@ -93,7 +93,8 @@ def read_index(folder: Path) -> Index:
                 and -1 <= index.label.min() <= index.label.max() < len(index.classes or [])
             )
     except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); {advice}") from error
+        cause = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path} is damaged ({cause}); {advice}") from error
     if not sound:
         raise DataError(f"{path} contradicts itself; {advice}")
     return index
