@@ -26,11 +26,13 @@ from mae_dat.checkpoint import newest_checkpoint, save_checkpoint, sweep
 from mae_dat.config import command_line, image_size, load_config, run_command
 from mae_dat.data import ImageFolder, Sample, find_split
 from mae_dat.distributed import amp_dtype, pick_device, step_generator
-from mae_dat.errors import NumericsError
+from mae_dat.errors import Interrupted, NumericsError
 from mae_dat.files import prepare_output_folder, sha256_of
+from mae_dat.lease import hold
 from mae_dat.loaders import ImageLoader, TrainSampler, eval_loader, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.sources import DEMO, image_root
+from mae_dat.stopping import stop_requests
 from mae_dat.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.tokenizer.quantize import look_up, straight_through, vq_loss
 from mae_dat.transforms import eval_transform
@@ -253,20 +255,32 @@ def held_out_folder(config: TokenizerConfig, path: str) -> ImageFolder:
 
 
 def train(config: TokenizerConfig, console: Console) -> Path:
-    """Trains, or goes on where `output_dir` stands, and writes the tokenizer with its card."""
+    """Trains, or goes on where `output_dir` stands, and writes the tokenizer with its card. Raises Interrupted after a
+    signal, once what was learned is saved."""
     device, output = pick_device(config.device), prepare_output_folder(Path(config.output_dir))
     data = training_folders(config)
     trainer = TokenizerTrainer(config, device)
-    sweep(output)
-    found = newest_checkpoint(output)
-    first = found.step if found else 0
-    if found:
-        logger.info("resuming from %s", found.path)
-        trainer.load_state(found.load())
+    with hold(output):
+        sweep(output)
+        found = newest_checkpoint(output)
+        first = found.step if found else 0
+        if found:
+            logger.info("resuming from %s", found.path)
+            trainer.load_state(found.load())
+        start = time.monotonic()
+        train_steps(trainer, data, first, config, console)
+        return export(config, trainer.tokenizer, output, time.monotonic() - start)
+
+
+def train_steps(
+    trainer: TokenizerTrainer, data: JoinedFolders, first: int, config: TokenizerConfig, console: Console
+) -> None:
+    """The steps from `first` to the last."""
+    output, device = Path(config.output_dir), next(trainer.tokenizer.parameters()).device
     sampler = TrainSampler(len(data), config.batch_size, 0, 1, config.seed, first, config.steps)
     loader = train_loader(data, sampler, config.num_workers, pin_memory=device.type == "cuda")
     log, start = RunLog(output, resumed_step=first), time.monotonic()
-    with console.task("train the tokenizer", config.steps, done=first) as task:
+    with console.task("train the tokenizer", config.steps, done=first) as task, stop_requests() as stop:
         for step, batch in enumerate(loader, first):
             facts = trainer.step(step, batch["image"].to(device))
             rate = config.batch_size * (step + 1 - first) / (time.monotonic() - start)
@@ -274,10 +288,11 @@ def train(config: TokenizerConfig, console: Console) -> Path:
             if (step + 1) % 100 == 0:
                 log.record({"step": step + 1, **facts})
                 log.scalars({f"tokenizer/{key}": value for key, value in facts.items()}, step + 1)
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked:
                 save_checkpoint(output, step + 1, trainer.state())
+            if stop.asked:
+                raise Interrupted(f"stopped at step {step + 1}; saved in {output}.", stop.exit_code)
     log.close()
-    return export(config, trainer.tokenizer, output, time.monotonic() - start)
 
 
 def export(config: TokenizerConfig, tokenizer: LightTokenizer, output: Path, seconds: float) -> Path:

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from golden_rule import fill_by_rule
 from mae_dat.checkpoint import newest_checkpoint
-from mae_dat.errors import MissingInputError, NumericsError
+from mae_dat.errors import Interrupted, MissingInputError, NumericsError
 from mae_dat.files import sha256_of
 from mae_dat.generated import write_image_folder
 from mae_dat.metrics import Console
@@ -101,6 +103,30 @@ def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(
     assert found is not None
     assert found.step == 6
     train(dataclasses.replace(config, output_dir=str(tmp_path)), Console(quiet=True))
+    name = "tokenizer.safetensors"
+    assert sha256_of(tmp_path / name) == sha256_of(trained / name)
+
+
+def test_a_signalled_run_saves_and_ends_bitwise_the_same(
+    trained: Path, config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TokenizerTrainer.step
+
+    def interrupted(self: TokenizerTrainer, step: int, image: torch.Tensor) -> dict[str, float]:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(self, step, image)
+
+    short = dataclasses.replace(config, output_dir=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerTrainer, "step", interrupted)
+        with pytest.raises(Interrupted, match="stopped at step 5") as stopped:
+            train(short, Console(quiet=True))
+    assert stopped.value.exit_code == 75
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    train(short, Console(quiet=True))
     name = "tokenizer.safetensors"
     assert sha256_of(tmp_path / name) == sha256_of(trained / name)
 
