@@ -202,11 +202,15 @@ def _read_facts(manifest_path: Path) -> dict[str, Any]:
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest valid checkpoint in `folder`, or None. Damaged ones are named in the log and passed over."""
-    for manifest_path in _manifests(folder):
-        try:
-            return verify(manifest_path)
-        except CheckpointError as error:
-            logger.warning("%s Passed over.", error)
+    tried: set[Path] = set()
+    # Again while there are new ones: a run that is writing deletes what was the newest a moment ago.
+    while manifests := [path for path in _manifests(folder) if path not in tried]:
+        for manifest_path in manifests:
+            try:
+                return verify(manifest_path)
+            except CheckpointError as error:
+                logger.warning("%s Passed over.", error)
+        tried.update(manifests)
     return None
 
 

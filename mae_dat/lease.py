@@ -121,9 +121,10 @@ class Lease:
         except FileNotFoundError as error:
             raise _Taken from error
         if read_json(aside).get("token") != holder.get("token"):
-            aside.rename(self.file)
+            with contextlib.suppress(FileNotFoundError):
+                aside.rename(self.file)
             raise _Taken
-        aside.unlink()
+        aside.unlink(missing_ok=True)
 
     def _age(self) -> float:
         """Seconds since the last sign of life, by the clock of the file system."""

@@ -220,12 +220,12 @@ def _refuse_odd_archives(path: Path) -> None:
     """torch compresses nothing and writes no name twice: what does would fill the memory, or be read in two ways."""
     try:
         with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
+            records, size = archive.infolist(), path.stat().st_size
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return  # another format, or damaged: torch's reader says what is wrong
     if len({record.filename for record in records}) < len(records):
         raise _unreadable(path, ValueError("it holds two records of the same name"))
-    if sum(record.file_size for record in records) > path.stat().st_size:
+    if sum(record.file_size for record in records) > size:
         raise _unreadable(path, ValueError("its records are compressed, as torch writes none"))
 
 

@@ -273,6 +273,11 @@ def full_state(net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> d
     return {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "ema": None, **views}
 
 
+def tensors_of(state: dict[str, Any]) -> list[Tensor]:
+    of_optimizer = [value for each in state["optimizer"]["state"].values() for value in each.values()]
+    return [*state["model"].values(), *of_optimizer]
+
+
 def plainly_saved(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -300,18 +305,18 @@ def test_what_is_written_in_the_background_equals_a_plain_save_byte_for_byte(tmp
 def test_a_state_on_a_gpu_is_saved_as_it_was(tmp_path: Path) -> None:
     net = Net().cuda()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-    saver, plain = Saver(tmp_path, keep=9), {}
+    saver, expected = Saver(tmp_path, keep=9), {}
     for step in range(8):
         state = full_state(net, optimizer, step)
-        plain[step] = plainly_saved(Snapshot(state, HostBuffers(), net.state_dict().values()).content)
+        expected[step] = [value.cpu().clone() for value in tensors_of(state)]
         saver.save(step, state, at_once=net.buffers())
         train_step(net, optimizer, saver.before_change)
     saver.close()
-    torch.cuda.synchronize()
-    for step, expected in plain.items():
-        path = tmp_path / f"checkpoint-{step:08d}.pth"
-        assert path.read_bytes() == expected
-        assert all(not value.is_cuda for value in torch.load(path, weights_only=True)["model"].values())
+    for step, values in expected.items():
+        found = tensors_of(torch.load(tmp_path / f"checkpoint-{step:08d}.pth", weights_only=True))
+        assert not any(value.is_cuda for value in found)
+        assert len(found) == len(values) >= 10
+        assert all(torch.equal(one, other) for one, other in zip(found, values, strict=True))
 
 
 def test_a_change_before_it_is_allowed_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,17 +333,52 @@ def test_a_change_before_it_is_allowed_is_found_out(tmp_path: Path, monkeypatch:
     assert not names(tmp_path)
 
 
-def test_host_memory_is_used_again() -> None:
+def test_an_update_waits_for_the_copy_and_for_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied, written = threading.Event(), threading.Event()
+    copy_large, write_files = Snapshot.copy_large, Saver._write_files
+    monkeypatch.setattr(Snapshot, "copy_large", lambda snapshot: (copied.wait(60), copy_large(snapshot)))
+    monkeypatch.setattr(Saver, "_write_files", lambda *arguments: (written.wait(60), write_files(*arguments)))
+    weights, saver = torch.ones(LARGE), Saver(tmp_path)
+    saver.save(1, {"weights": weights})
+    threading.Timer(0.2, copied.set).start()
+    saver.before_change()
+    assert copied.is_set()
+    weights.zero_()
+    assert saver.writing
+    written.set()
+    saver.close()
+    assert not saver.writing
+    assert bool((torch.load(tmp_path / "checkpoint-00000001.pth")["weights"] == 1).all())
+
+
+def test_host_memory_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = []
+    take = HostBuffers.take
+
+    def noted(*arguments: Any) -> Tensor:
+        buffer = take(*arguments)
+        places.append(buffer.data_ptr())
+        return buffer
+
+    monkeypatch.setattr(HostBuffers, "take", noted)
+    saver = Saver(tmp_path)
+    for step in range(3):
+        saver.save(step, {"large": torch.zeros(LARGE), "small": torch.zeros(3)})
+    saver.close()
+    assert len(places) == 6
+    assert len({*places}) == 2
+
+
+def test_a_snapshot_holds_what_it_was_given() -> None:
     weights = {"large": torch.randn(LARGE), "small": torch.randn(3)}
-    buffers, places = HostBuffers(), []
-    for _ in range(3):
+    buffers = HostBuffers()
+    for step in range(3):
+        weights["large"][0] = step
         snapshot = Snapshot(weights, buffers)
         snapshot.copy_large()
         assert all(torch.equal(snapshot.content[name], weights[name]) for name in weights)
         assert snapshot.size == sum(value.nbytes for value in weights.values())
-        places.append([value.data_ptr() for value in snapshot.content.values()])
         snapshot.release()
-    assert places[0] == places[1] == places[2]
 
 
 def wait_for_failure(saver: Saver, deadline: float) -> None:

@@ -279,9 +279,9 @@ import torch
 from mae_dat.checkpoint import Saver, find_checkpoint, newest_checkpoint, sweep
 from mae_dat.errors import CheckpointError
 
-def write(folder, step, size, count):
+def write(folder, step, size, count, keep=2):
     "Saves in the background as a training does, changing the weights in between."
-    weights, saver = torch.full((size,), float(step)), Saver(folder, keep=2)
+    weights, saver = torch.full((size,), float(step)), Saver(folder, keep)
     for _ in range(count):
         step += 1
         saver.before_change()
@@ -321,11 +321,12 @@ for turn in range(25):
     assert len(list(kills.iterdir())) <= 6, list(kills.iterdir())
 print("kills", last, "unfinished", left)
 
-pid, read, last = forked(folder, 0, 1 << 18, 200), 0, 0
+pid, read, last = forked(folder, 0, 1 << 18, 200, 1), 0, 0
 while os.waitpid(pid, os.WNOHANG) == (0, 0):
     found = newest_checkpoint(folder)
     if found is None:
-        continue  # before the first
+        assert last == 0, "before the first"
+        continue
     try:
         step = checked(found)
     except CheckpointError:
