@@ -29,7 +29,9 @@ from mae_dat.scheduler import requeue
 
 SIGNAL_DELAY_S = 120  # how long before the end of its time a job is told: enough to write a checkpoint
 STOP_GRACE_S = 90  # how long a script may take to end after a signal; below the delay above
-PATIENCE_S = 300.0  # how long a rank waits for rank 0, which may be saving: the end of one task ends them all
+# How long a rank waits for rank 0, which may be saving, since the end of one task ends them all; less long after an
+# error, which rank 0 may not have noticed.
+PATIENCE_S, ERROR_PATIENCE_S = 300.0, 120.0
 AGREE_S = 3.0  # how long rank 0, ready to start again, waits for another rank to say that it is of no use
 CRASH_S, CRASHES = 60.0, 3  # a script that is killed so early, so often in a row, is not started again
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -213,7 +215,9 @@ class ScriptTask:
 
         if rank:
             # An end that is not 0 makes SLURM kill the other tasks: not before rank 0 has saved.
-            _wait(lambda: 0 in ends.of(attempt) or signalled(), PATIENCE_S)
+            _wait(
+                lambda: 0 in ends.of(attempt) or signalled(), PATIENCE_S if end.exit_code == retry else ERROR_PATIENCE_S
+            )
             first = ends.of(attempt).get(0)
             if first and first.exit_code == retry:
                 _wait(signalled, 30)  # it puts the job back itself, which ends us
