@@ -1,5 +1,6 @@
 """Several ranks on this machine, each a process of its own, forked from one that has imported torch already."""
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -24,11 +25,10 @@ def free_port() -> int:
 def start_ranks(size: int, act: Callable[..., None], *arguments: Any, log: Path | None = None) -> list[BaseProcess]:
     """Starts `act(rank, *arguments)` in `size` processes that know each other; stderr goes to `log`-RANK."""
     port = free_port()
-    ranks = [
-        CONTEXT.Process(target=_rank, args=(rank, size, port, log, act, arguments), daemon=True) for rank in range(size)
-    ]
+    ranks = [CONTEXT.Process(target=_rank, args=(rank, size, port, log, act, arguments)) for rank in range(size)]
     for rank in ranks:
         rank.start()
+        atexit.register(rank.kill)  # no daemons, which may have no loader workers
     return ranks
 
 
@@ -37,13 +37,17 @@ def _rank(
 ) -> None:
     import torch
 
+    multiprocessing.set_start_method("fork", force=True)  # for its loader's workers, as if it had been started by hand
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
     if log is not None:
         os.dup2(os.open(f"{log}-{rank}", os.O_WRONLY | os.O_CREAT), 2)
         sys.stderr = os.fdopen(2, "w", buffering=1)
-    act(rank, *arguments)
+    try:
+        act(rank, *arguments)
+    finally:
+        atexit._run_exitfuncs()  # which a process started by hand would do, and one of multiprocessing's does not
 
 
 def exit_codes(ranks: list[BaseProcess], seconds: float) -> list[int | None]:

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 from ranks import exit_codes, start_ranks
+from tiny_runs import draw_folder
 from torch import Tensor, nn
 
-from mae_dat import peers
-from mae_dat.config import run_command
+from mae_dat import mae, peers, watch
+from mae_dat.config import PretrainConfig, load_config, run_command
 from mae_dat.distributed import process_group, world_from_environment
 from mae_dat.errors import DataError, PeerError, RetryError, StorageError
+from mae_dat.mae import MaeSize, ViTSize
+from mae_dat.metrics import Console
 from mae_dat.peers import is_loss, lost_peers_tell
+from mae_dat.pretrain import pretrain
 
 GONE = 30.0  # seconds within which the issue wants the others gone
 CPU = torch.device("cpu")
@@ -129,3 +133,46 @@ def test_what_is_no_loss_of_a_peer_stays_what_it_is() -> None:
         raise RuntimeError("Connection closed by peer")  # not among peers: somebody else's connection
     assert math.isclose(PeerError("x", 65).exit_code, 65)
     assert RetryError.exit_code == 75
+
+
+# ---- a whole training, with loader workers, watchdogs and checkpoints ----
+
+
+def train_for_long(rank: int, folder: Path, output: Path) -> None:
+    mae.MAE_MODELS["mae_tiny"] = MaeSize(ViTSize(32, 8, 32, 2, 2), 16, 1, 2)
+    given = ["--model", "mae_tiny", "--input_size", "32", "--batch_size", "4", "--epochs", "9999", "--num_workers", "2"]
+    given += ["--device", "cpu", "--pictures_every", "0", "--data_path", str(folder), "--output_dir", str(output)]
+    config = load_config(PretrainConfig, given)
+    run_command(lambda: pretrain(config, Console(quiet=True)))
+
+
+def descendants(pid: int | None) -> list[int]:
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+    ]
+    return children + [one for child in children for one in descendants(child)]
+
+
+def alive(pid: int) -> bool:
+    return not watch.state_of(pid).startswith(("Z", "state unknown"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_training_whose_rank_is_killed_is_gone_entirely(victim: int, tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", train=34)
+    ranks = start_ranks(2, train_for_long, images, tmp_path / "output", log=tmp_path / "log")
+    while not list(tmp_path.glob("output/checkpoint-*.json")) and all(rank.is_alive() for rank in ranks):
+        time.sleep(0.1)
+    others = [pid for rank in ranks for pid in descendants(rank.pid)]
+    assert len(others) >= 6, "a watchdog and two workers each"
+    start = time.monotonic()
+    ranks[victim].kill()
+    codes = exit_codes(ranks, GONE)
+    assert codes[1 - victim] == 75, (tmp_path / f"log-{1 - victim}").read_text()
+    while any(map(alive, others)) and time.monotonic() - start < GONE:
+        time.sleep(0.1)
+    assert not [pid for pid in others if alive(pid)]
+    told = (tmp_path / f"log-{1 - victim}").read_text()
+    assert f"error: rank {victim} was lost at step" in told
+    assert "Traceback" not in told
