@@ -39,7 +39,7 @@ class PackConfig:
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = ""
     """New folder for the shards."""
     index: str | None = None
-    """Instead: folder of *.tar shards that are there already; write their index."""
+    """Instead: folder of *.tar shards that are there already, or of train and val with some; write their index."""
     classes: str | None = None
     """With --index: text file with the name of class 0 in its first line, of 1 in the second, and so on."""
     shard_mb: float = 256.0
@@ -136,8 +136,9 @@ def _samples(
         yield {"__key__": f"{index:08d}-{stem}", suffix: content, **number}
 
 
-def index_there(config: PackConfig) -> Index:
-    """Writes the index of the shards in `--index`. Raises DataError, StorageError."""
+def index_there(config: PackConfig) -> dict[str, Index]:
+    """Writes the index of the shards in `--index`, or in each of its splits; returns them as `pack` does. Raises
+    DataError, StorageError."""
     assert config.index
     folder, classes = Path(config.index), None
     if not folder.is_dir():
@@ -147,9 +148,11 @@ def index_there(config: PackConfig) -> Index:
             classes = Path(config.classes).read_text().splitlines()
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"--classes {config.classes}: cannot be read ({error}).") from error
-    index = build_index(folder, classes)
-    index.write(folder)
-    return index
+    names = [name for split in SPLIT_NAMES.values() for name in split if any((folder / name).glob("*.tar"))] or [""]
+    found = {name: build_index(folder / name, classes) for name in names}
+    for name, index in found.items():
+        index.write(folder / name)
+    return found
 
 
 def print_summary(found: dict[str, Index], out: str) -> None:
@@ -171,7 +174,7 @@ def main() -> None:
     if bool(config.index) == bool(config.source and config.out):
         raise ConfigError("give a folder of images and a folder for the shards, or --index DIR alone; see --help.")
     if config.index:
-        print_summary({"": index_there(config)}, config.index)
+        print_summary(index_there(config), config.index)
     else:
         print_summary(pack(config, console), config.out)
 

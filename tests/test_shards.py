@@ -187,20 +187,24 @@ def test_webdatasets_shards_are_read_with_names_from_a_list(
     import webdataset
 
     there = ImageFolder(folder / "val", to_tensor)
-    with webdataset.ShardWriter(str(tmp_path / "x-%03d.tar"), maxcount=8, verbose=0) as writer:
+    (tmp_path / "val").mkdir()
+    with webdataset.ShardWriter(str(tmp_path / "val" / "x-%03d.tar"), maxcount=8, verbose=0) as writer:
         for index, (path, label) in enumerate(there.samples):
             image = {"png" if index % 2 else "PNG": Path(path).read_bytes()}
             number = {"json": {"label": label, "text": "a picture"}} if index % 3 else {"cls": label}
             writer.write({"__key__": f"{'long/' * 20}a{index:04d}", "txt": "words", **image, **number})
     with pytest.raises(MissingInputError, match=r"without their index: python -m mae_dat.pack --index"):
-        open_images(tmp_path, to_tensor)
+        open_images(tmp_path / "val", to_tensor)
     (tmp_path / "names.txt").write_text("\n".join(there.classes))
-    given = ["--index", str(tmp_path), "--classes", str(tmp_path / "names.txt")]
-    assert outcome_of(packing.main, given, monkeypatch, capsys).code == 0
-    here = open_images(tmp_path, to_tensor)
+    given = ["pack", "--index", str(tmp_path), "--classes", str(tmp_path / "names.txt")]
+    monkeypatch.setattr("sys.argv", given)
+    packing.main()
+    assert "val: 20 images of 10 classes in 3 shards" in (told := capsys.readouterr().out)
+    assert told.endswith(f"--data_path {tmp_path}\n")
+    here = open_images(tmp_path / "val", to_tensor)
     assert content(here) == content(there)
     assert re.search(r"x-000\.tar, member 'long/.* at byte \d+", here.name_of(3))
-    assert build_index(tmp_path).classes == [str(number) for number in range(10)]
+    assert build_index(tmp_path / "val").classes == [str(number) for number in range(10)]
 
 
 # ---- packing ----
