@@ -293,3 +293,14 @@ def test_files_and_functions_stay_short(path: Path) -> None:
         if not isinstance(node, ast.ClassDef) and (length := (node.end_lineno or 0) - node.lineno + 1) > 60
     }
     assert not long
+
+
+def test_the_tests_that_documents_name_exist() -> None:
+    named = 0
+    for document in sorted((ROOT / "docs").glob("*.md")):
+        for file, test in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", document.read_text()):
+            named += 1
+            path = ROOT / "tests" / file
+            assert path.is_file(), f"{document.name} names {file}"
+            assert not test or f"def {test}(" in path.read_text(), f"{document.name} names {file}::{test}"
+    assert named > 40
