@@ -1,10 +1,11 @@
 """What a run tells: a live bar or plain lines, `log.txt` in JSON lines, TensorBoard scalars and pictures."""
 
+import contextlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
-from mae_dat.files import atomic_write
+from mae_dat.files import atomic_write, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -153,26 +154,36 @@ class RunLog:
         self.writer = SummaryWriter(str(log_dir or output_dir), purge_step=purge_from)
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Appends one JSON line."""
+        """Appends one JSON line. Like all that writes here it raises StorageError."""
         if self.writer is not None:
-            with self.path.open("a") as file:
+            with self._told(), self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
     def scalars(self, values: Mapping[str, float], position: int) -> None:
         """TensorBoard scalars at one position of their axis."""
         if self.writer is not None:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, position)
+            with self._told():
+                for tag, value in values.items():
+                    self.writer.add_scalar(tag, value, position)
 
     def picture(self, tag: str, image_CHW: Tensor, step: int) -> None:
         """A TensorBoard picture, pixels in [0, 1]."""
         if self.writer is not None:
-            self.writer.add_image(tag, image_CHW.clamp(0, 1), step)
+            with self._told():
+                self.writer.add_image(tag, image_CHW.clamp(0, 1), step)
 
     def close(self) -> None:
         """Flushes TensorBoard's file."""
         if self.writer is not None:
-            self.writer.close()
+            with self._told():
+                self.writer.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(self.path, error) from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,8 @@ class Snapshot:
         tensors = [tensor for tensor in _tensors(state) if _is_plain(tensor)]
         self._device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         memo: dict[int, Any] = {id(tensor): self._copy_of(tensor, soon) for tensor in tensors}
-        self._versions = [(tensor, tensor._version) for tensor in tensors if self._copies[_identity(tensor)].later]
+        counted = [tensor for tensor in tensors if self._copies[_identity(tensor)].later and not tensor.is_inference()]
+        self._versions = [(tensor, tensor._version) for tensor in counted]
         for host, source, later in self._copies.values():
             if not later:
                 host.copy_(source, non_blocking=source.is_cuda)

@@ -4,6 +4,7 @@ what was saved before a fault is still there."""
 import io
 import json
 import logging
+import os
 import pickle
 import random
 import re
@@ -26,13 +27,14 @@ from mae_dat.convert import ConvertConfig, convert
 from mae_dat.errors import CheckpointError, StorageError
 from mae_dat.files import sha256_of
 from mae_dat.loading import read_source
+from mae_dat.metrics import RunLog
 from mae_dat.run import read_export
 from mae_dat.snapshot import Snapshot
 from mae_dat.tokenizer import load_tokenizer
 from mae_dat.weights import read_weights
 
 ROOT = Path(__file__).parent.parent
-MUTATIONS = 2000
+MUTATIONS = int(os.environ.get("MAE_DAT_MUTATIONS", "2000"))  # 100000 take two minutes
 
 
 # ---- damage ----
@@ -268,6 +270,20 @@ def test_a_manifest_that_did_not_fit_takes_its_weights_with_it(
     with pytest.raises(StorageError, match=r"checkpoint-00000002.json: no space left \([\d,]+ bytes free there"):
         save_checkpoint(small_disk, 2, {"weights": torch.zeros(9)}, settings="long" * (1 << 20))
     assert names(small_disk) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writing thread
+def test_a_full_disk_is_told_by_the_log_too(small_disk: Path) -> None:
+    log = RunLog(small_disk)
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    with pytest.raises(StorageError, match=r"log.txt: no space left \(0 bytes free there\)"):
+        log.record({"step": 1})
+    with pytest.raises(StorageError, match=r"no space left"):
+        for position in range(10_000):
+            log.scalars({"loss": 1.0}, position)
+        log.close()
+    with pytest.raises(StorageError):
+        log.close()
 
 
 # ---- killed writers and readers that come at the wrong time ----
