@@ -193,6 +193,11 @@ class ImageSet(Dataset[Sample]):
         """Where the picture is, for messages."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """The same for the same images with the same labels in the same order, wherever they lie: a sha256 of names,
+        not of their pixels."""
+        raise NotImplementedError
+
     def order(self, seed: int, epoch: int, batch_size: int) -> Tensor:
         """The indices of an epoch, int64, in which global batches of `batch_size` are taken one after the other; a pure
         function of its arguments."""
@@ -274,6 +279,11 @@ class ImageFolder(ImageSet):
     def label(self, index: int) -> int:
         """As the base class."""
         return self.samples[index][1]
+
+    def fingerprint(self) -> str:
+        """Of the paths below the root."""
+        names = (f"{path.removeprefix(self.root)}\0{label}\0" for path, label in self.samples)
+        return hashlib.sha256("".join(names).encode(errors="surrogateescape")).hexdigest()
 
     def name_of(self, index: int) -> str:
         """The path."""

@@ -30,11 +30,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any,
     return {name: (before[name], listed[name]) for name in shared if before[name] != listed[name]}
 
 
-def check_changes(found: Checkpoint, now: dict[str, Any], images: int, batch: int, allowed: tuple[str, ...]) -> None:
+def check_changes(found: Checkpoint, now: dict[str, Any], images: str, batch: int, allowed: tuple[str, ...]) -> None:
     """Shows what differs from the checkpoint. Raises ConfigError when it changes the result and is not `allowed`, and
     CheckpointError for a checkpoint of another kind of run.
 
-    `now` are the settings, `images` is the number of training images and `batch` the global batch.
+    `now` are the settings, `images` tells which the training images are, `batch` is the global batch.
     """
     before = found.manifest.get("settings", {})
     if before and ("mask_ratio" in before) != ("mask_ratio" in now):

@@ -163,18 +163,25 @@ def restore(training: Training, found: Checkpoint, world: World) -> None:
     logger.info("resuming from %s (epoch %.2f)", found.path, found.manifest.get("epoch", 0))
 
 
-def go_on(training: Training, found: Checkpoint | None, config: Any, images: int, batch: int, where: Place) -> None:
+def go_on(
+    training: Training, found: Checkpoint | None, config: Any, images: ImageSet, batch: int, where: Place
+) -> None:
     """Brings the training to where the checkpoint, if there is one, left it; `batch` is the global one. Raises
     ConfigError, CheckpointError."""
-    epoch_steps = images // batch
+    epoch_steps, which = len(images) // batch, description(images)
     training.step = config.run.start_epoch * epoch_steps
     if found is None:
         return
-    check_changes(found, flat_values(config), images, batch, config.run.allow_change)
+    check_changes(found, flat_values(config), which, batch, config.run.allow_change)
     tell_of_new_code(found)
     together(lambda: restore(training, found, where.world))
-    if (found.manifest.get("global_batch", batch), found.manifest.get("images", images)) != (batch, images):
+    if (found.manifest.get("global_batch", batch), found.manifest.get("images", which)) != (batch, which):
         training.step = round(found.manifest["epoch"] * epoch_steps)
+
+
+def description(images: ImageSet) -> str:
+    """Number and fingerprint of the images, for a checkpoint's manifest."""
+    return f"{len(images)} ({images.fingerprint()[:12]})"
 
 
 def tell_of_new_code(found: Checkpoint) -> None:
@@ -209,7 +216,7 @@ def train(
     optim = keep_global_batch(config.optim, found, world.size)
     shares = (optim.batch_size, world.size, optim.accum_iter)
     epoch_steps = steps_per_epoch(len(images), *shares)
-    go_on(training, found, config, len(images), math.prod(shares), where)
+    go_on(training, found, config, images, math.prod(shares), where)
     total = optim.total_epochs * epoch_steps
     if training.step >= total:
         logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, training.step)
@@ -222,7 +229,7 @@ def train(
     log = RunLog(where.output, log_folder(run), training.step, enabled=world.main, purge_from=again)
     facts = {
         "settings": flat_values(config),
-        "images": len(images),
+        "images": description(images),
         "ranks": world.size,
         "global_batch": math.prod(shares),
         "code": code_facts(),

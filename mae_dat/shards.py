@@ -131,6 +131,10 @@ class Shards(ImageSet):
             raise DataError(f"{place}: the member has {header.size} bytes, the index says {size}; {self._advice()}")
         return decode_bytes(read[BLOCK:], self.name_of(index, header))
 
+    def fingerprint(self) -> str:
+        """Of the index: names, sizes and sha256 of the shards."""
+        return self.index.sha256()
+
     def name_of(self, index: int, header: tarfile.TarInfo | None = None) -> str:
         """The shard's path and the member's name in it."""
         number, offset = self.shard_of(index), int(self.index.offset[index])

@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -458,3 +459,19 @@ def test_exact_evaluation_over_ranks(make: Make) -> None:
     indices = [torch.cat([batch["index"] for batch in share]).tolist() for share in shares]
     assert indices == [[0, 2, 4], [1, 3]]
     assert [len(batch["label"]) for batch in shares[0]] == [2, 1]
+
+
+def test_a_fingerprint_is_of_names_and_labels_wherever_they_lie(make: Make, tmp_path: Path) -> None:
+    root = make("a/1.png a/2.png b/3.png")
+
+    def fingerprint(folder: Path, labelled: bool = True) -> str:
+        return ImageFolder(folder, eval_transform((16, 16)), labelled=labelled).fingerprint()
+
+    before = fingerprint(root)
+    assert before == fingerprint(shutil.copytree(root, tmp_path / "copy"))
+    assert before != fingerprint(root, labelled=False)
+    (root / "b" / "3.png").rename(root / "b" / "4.png")
+    renamed = fingerprint(root)
+    (root / "b" / "4.png").rename(root / "a" / "4.png")
+    (root / "a" / "2.png").rename(root / "b" / "2.png")
+    assert len({before, renamed, fingerprint(root)}) == 3

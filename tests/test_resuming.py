@@ -39,10 +39,10 @@ def test_every_setting_is_of_one_kind() -> None:
 
 def test_what_is_the_same_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
     for settings in (PRETRAINING, FINE_TUNING):
-        found = checkpoint(settings, images=100, global_batch=64)
+        found = checkpoint(settings, images="100 (ab)", global_batch=64)
         assert changes(found.manifest["settings"], settings) == {}
-        check_changes(found, settings, 100, 64, ())
-    check_changes(checkpoint({}), PRETRAINING, 100, 64, ())  # of an older version, which recorded nothing
+        check_changes(found, settings, "100 (ab)", 64, ())
+    check_changes(checkpoint({}), PRETRAINING, "100 (ab)", 64, ())  # of an older version, which recorded nothing
     assert not caplog.text
 
 
@@ -55,34 +55,34 @@ def other(value: Any) -> Any:
 def test_each_setting_changed_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
     settings = FINE_TUNING if name in FINE_TUNING else PRETRAINING
     now = {**settings, name: other(settings[name])}
-    found = checkpoint(settings, images=100, global_batch=64)
+    found = checkpoint(settings, images="100 (ab)", global_batch=64)
     if name in FREE | SHARES:
-        check_changes(found, now, 100, 64, ())
+        check_changes(found, now, "100 (ab)", 64, ())
     else:
         with pytest.raises(ConfigError, match=rf"(?s)--{name}: .* now  \(changes the result\).*--allow_change {name};"):
-            check_changes(found, now, 100, 64, ())
+            check_changes(found, now, "100 (ab)", 64, ())
         caplog.clear()
-        check_changes(found, now, 100, 64, ("blr", name))
+        check_changes(found, now, "100 (ab)", 64, ("blr", name))
     assert f"--{name}: " in caplog.text
     assert ("changes the result" in caplog.text) == (name in CHANGES_THE_RESULT)
 
 
 def test_another_global_batch_or_other_images_change_the_result() -> None:
-    found = checkpoint(FINE_TUNING, images=100, global_batch=64)
+    found = checkpoint(FINE_TUNING, images="100 (ab)", global_batch=64)
     for name in SHARES:
         now = {**FINE_TUNING, name: 7}
         with pytest.raises(ConfigError, match=f"--allow_change {name};"):
-            check_changes(found, now, 100, 56, ())
-        check_changes(found, now, 100, 56, (name,))
-    with pytest.raises(ConfigError, match=r"(?s)--images: 100 before, 99 now .*--allow_change images;"):
-        check_changes(found, FINE_TUNING, 99, 64, ())
-    check_changes(found, FINE_TUNING, 99, 64, ("images",))
+            check_changes(found, now, "100 (ab)", 56, ())
+        check_changes(found, now, "100 (ab)", 56, (name,))
+    with pytest.raises(ConfigError, match=r"(?s)--images: 100 \(ab\) before, 100 \(cd\) now .*--allow_change images;"):
+        check_changes(found, FINE_TUNING, "100 (cd)", 64, ())
+    check_changes(found, FINE_TUNING, "100 (cd)", 64, ("images",))
 
 
 def test_all_changes_are_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
     now = {**FINE_TUNING, "blr": 1.0, "epochs": 3, "num_workers": 1}
     with pytest.raises(ConfigError) as caught:
-        check_changes(checkpoint(FINE_TUNING), now, 1, 1, ("epochs",))
+        check_changes(checkpoint(FINE_TUNING), now, "", 1, ("epochs",))
     told = str(caught.value)
     assert told.splitlines()[0] == "out/checkpoint-00000010.pth was made with other settings:"
     assert {line.split(":")[0].strip() for line in told.splitlines()[1:4]} == {"--blr", "--epochs", "--num_workers"}
@@ -91,11 +91,11 @@ def test_all_changes_are_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="--allow_change epoch: no such setting"):
-        check_changes(checkpoint(FINE_TUNING), FINE_TUNING, 1, 1, ("epoch",))
+        check_changes(checkpoint(FINE_TUNING), FINE_TUNING, "", 1, ("epoch",))
     with pytest.raises(CheckpointError, match="it is a pretraining's, not a fine-tuning's. Use another --output_dir"):
-        check_changes(checkpoint(PRETRAINING), FINE_TUNING, 1, 1, ())
+        check_changes(checkpoint(PRETRAINING), FINE_TUNING, "", 1, ())
     with pytest.raises(CheckpointError, match="it is a fine-tuning's, not a pretraining's"):
-        check_changes(checkpoint(FINE_TUNING), PRETRAINING, 1, 1, ())
+        check_changes(checkpoint(FINE_TUNING), PRETRAINING, "", 1, ())
 
 
 @pytest.mark.parametrize(
