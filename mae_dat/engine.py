@@ -161,6 +161,7 @@ def fit(training: Training, job: Job) -> None:
         lost_peers_tell(lambda: f"at step {training.step}"),
     ):
         while training.step < job.total_steps:
+            updates.save_due = time.monotonic() - saved > 60 * job.run.save_minutes
             loss = train_step(training, model, updates, job, stop, saver)
             beat()
             now = time.monotonic()
@@ -172,7 +173,7 @@ def fit(training: Training, job: Job) -> None:
             if training.step % job.steps_per_epoch == 0:
                 facts = end_epoch(training, job)
             stopping = stop.agreed or updates.failed
-            if facts or stopping or time.monotonic() - saved > 60 * job.run.save_minutes:
+            if facts or stopping or updates.save_due:
                 save(training, job, saver, facts)
                 saved = time.monotonic()
             last = time.monotonic()  # waiting for data counts as training, evaluating and saving does not
@@ -199,6 +200,8 @@ class Ahead:
         self.failure: UserError | None = None
         self.failed = False
         """Whether any rank has a failure; set in the step."""
+        self.save_due = False
+        """Whether it is time to save by the clock of any rank, since saving is collective; agreed in the step."""
         self.fetch()
 
     def fetch(self) -> None:
@@ -245,8 +248,8 @@ def train_step(
     updates.fetch()
     if saver:
         failure = failure or failure_of(saver.check)
-    told = [failure is not None, stop.asked is not None, updates.failure is not None]
-    failed, stop.agreed, updates.failed = (
+    told = [failure is not None, stop.asked is not None, updates.failure is not None, updates.save_due]
+    failed, stop.agreed, updates.failed, updates.save_due = (
         all_sum(torch.tensor(told, dtype=torch.float32, device=job.device)) > 0
     ).tolist()
     if failed:
