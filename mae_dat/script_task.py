@@ -204,26 +204,13 @@ class ScriptTask:
 
     def _end_on_slurm(self, here: submitit.JobEnvironment, attempt: int, end: End, requests: Requests) -> int:
         """What this task may end with, after the job was put back into the queue where that is due."""
-        ends, rank, signals = self.ends(here.paths.folder, here.job_id), here.global_rank, requests.count
-        retry = RetryError.exit_code
+        ends, rank, retry = self.ends(here.paths.folder, here.job_id), here.global_rank, RetryError.exit_code
         ends.tell(attempt, rank, end)
         if end.exit_code == 0 or (rank == 0 and end.exit_code != retry):
             return end.exit_code
-
-        def signalled() -> bool:
-            return requests.count > signals
-
-        if rank:
-            # An end that is not 0 makes SLURM kill the other tasks: not before rank 0 has saved.
-            _wait(
-                lambda: 0 in ends.of(attempt) or signalled(), PATIENCE_S if end.exit_code == retry else ERROR_PATIENCE_S
-            )
-            first = ends.of(attempt).get(0)
-            if first and first.exit_code == retry:
-                _wait(signalled, 30)  # it puts the job back itself, which ends us
-            if (first and first.exit_code != 0) or end.exit_code != retry or signalled():
-                return end.exit_code
-        else:
+        if rank and not self._is_left_alone(ends, attempt, end, requests):
+            return end.exit_code
+        if rank == 0:
             _wait(lambda: len(ends.of(attempt)) == here.num_tasks, AGREE_S)
         code = verdict(list(ends.of(attempt).values()))
         if code == retry and ends.keep_crashing(attempt):
@@ -231,6 +218,26 @@ class ScriptTask:
         if code == retry:
             requeue(here.job_id, requests.asked)
         return code
+
+    def _is_left_alone(self, ends: Ends, attempt: int, end: End, requests: Requests) -> bool:
+        """Whether a rank other than 0 has to put the job back itself, because rank 0 does not.
+
+        Returns when rank 0 has ended, or no longer matters: an end that is not 0 makes SLURM kill the other tasks, and
+        rank 0 may still be saving.
+        """
+        again = end.exit_code == RetryError.exit_code
+        time.sleep(1.0)  # for the rest of the signals that a scheduler sends at once
+        signals = requests.count
+
+        def signalled() -> bool:
+            """By the end of the job."""
+            return requests.count > signals
+
+        _wait(lambda: 0 in ends.of(attempt) or signalled(), PATIENCE_S if again else ERROR_PATIENCE_S)
+        first = ends.of(attempt).get(0)
+        if first and first.exit_code == RetryError.exit_code:
+            _wait(signalled, 30)  # it puts the job back, which ends us
+        return again and not signalled() and (first is None or first.exit_code == 0)
 
     def _end_here(self, here: submitit.JobEnvironment, attempt: int, end: End, requests: Requests) -> tuple[int, bool]:
         """The exit code of all ranks on this machine, and whether they start again together."""

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from tiny_runs import FINETUNE, ROOT, draw_folder, environment, save_tokenizer
@@ -80,6 +81,9 @@ def lab() -> Iterator[str]:
         patch.setenv("SLURM_CONF", f"{folder}/etc/slurm.conf")
         patch.setenv("OMP_NUM_THREADS", "1")
         yield folder
+    for process in Submitted.waiting:  # where a test has failed
+        process.kill()
+        process.wait()
     subprocess.run([TOOLS / "slurm-down"], env=os.environ | settings, check=True, timeout=120)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -99,6 +103,8 @@ def until(ready: Callable[[], object], what: str, seconds: float = 120) -> None:
 class Submitted:
     """A job of two tasks on two nodes, with `submit.py --wait` following it."""
 
+    waiting: ClassVar[list[subprocess.Popen[bytes]]] = []
+
     def __init__(self, folder: Path, script: Path, *words: object, flags: tuple[str, ...] = ()) -> None:
         self.jobs = folder / "jobs"
         self.shown = folder / "shown.txt"
@@ -108,6 +114,7 @@ class Submitted:
             self.process = subprocess.Popen(
                 list(map(str, command)), cwd=folder, env=environment(), stdout=out, stderr=subprocess.STDOUT
             )
+        self.waiting.append(self.process)
         until(lambda: "submitted job" in self.text or self.process.poll(), "submission")
         assert "submitted job" in self.text, self.text
         self.id = self.text.split("submitted job ")[1].split()[0]
@@ -124,7 +131,10 @@ class Submitted:
 
     def result(self, seconds: float = 240) -> int:
         """The exit code of `--wait`."""
-        return self.process.wait(seconds)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"job {self.id} has not ended within {seconds} s:\n{self.text}")
 
     def ends(self, attempt: int) -> dict[int, End]:
         """How the ranks' scripts ended."""
