@@ -15,7 +15,7 @@ from mae_dat import cluster, launch
 from mae_dat.errors import ConfigError, MissingInputError, NoProgressError, OutputError, UserError
 
 ROOT = Path(__file__).parent.parent
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANKS = ("MAE_DAT_RESTARTS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # Writes what it was given to <folder>/<rank>.json and ends with the exit code in its first argument.
 SCRIPT = f"""
@@ -302,7 +302,10 @@ def run_local(script: Path, *words: object, flags: tuple[str, ...] = ()) -> subp
     return submit_py("--cluster", "local", "--wait", *flags, "--job_dir", jobs, script, *words)
 
 
-def test_two_ranks_run_on_this_machine(script: Path) -> None:
+def test_two_ranks_run_on_this_machine(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As from inside another job, of which nothing may reach this one.
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_PORT", "WORLD_SIZE", "SUBMITIT_LOCAL_NTASKS"):
+        monkeypatch.setenv(name, "7")
     done = run_local(script, 0, "--dat", "two words", flags=("--ngpus", "2"))
     assert done.returncode == 0, done.stderr
     job = job_id(done.stdout)
@@ -315,7 +318,8 @@ def test_two_ranks_run_on_this_machine(script: Path) -> None:
         ("0", "0", "2"),
         ("1", "1", "2"),
     ]
-    assert seen[0]["MASTER_PORT"] == seen[1]["MASTER_PORT"]
+    assert seen[0]["MASTER_PORT"] == seen[1]["MASTER_PORT"] != "7"
+    assert [item["MAE_DAT_RESTARTS"] for item in seen] == ["0", "0"]
     rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:6])
     assert rows["cancel"] == f"kill {job}"
     assert rows["log"] == str(log).replace("_1_", "_0_")
