@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.distributed import TCPStore
@@ -68,26 +68,28 @@ def test_ranks_pass_over_ports_that_are_taken(ports: list[int], monkeypatch: pyt
 
 
 def test_two_jobs_on_the_same_ports_do_not_mix(ports: list[int]) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        one, other = (pool.submit(join_all, 3, ports, token) for token in ("one", "other"))
-    assert_shared(one.result())
-    assert_shared(other.result())
-    one.result()[0].set("whose", "one")
-    assert not other.result()[1].check(["whose"])
+    """The second job's ranks come while the first one still waits for its own."""
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(join, 0, 2, HOST, ports, "one", 20)
+        other = join_all(3, ports, "other")
+        late = join(1, 2, HOST, ports, "one", 20)
+    assert_shared([first.result(), late])
+    assert_shared(other)
+    late.set("whose", "one")
+    assert not other[1].check(["whose"])
 
 
 def test_two_jobs_that_look_alike_do_not_mix(ports: list[int]) -> None:
-    """Started by hand with the same MASTER_PORT: the first has all its ranks before the second one's come."""
-    one: Future[TCPStore]
-    with ThreadPoolExecutor(2) as pool:
+    """Started by hand with the same MASTER_PORT: a rank that the first job has already belongs to the second."""
+    with ThreadPoolExecutor(1) as pool:
         one = pool.submit(join, 0, 3, HOST, ports, "same", 20)
         early = join(1, 3, HOST, ports, "same", 20)
-        other = pool.submit(join_all, 2, ports, "same")
+        other = join_all(2, ports, "same")
         late = join(2, 3, HOST, ports, "same", 20)
     assert_shared([one.result(), early, late])
-    assert_shared(other.result())
+    assert_shared(other)
     early.set("whose", "one")
-    assert not other.result()[1].check(["whose"])
+    assert not other[1].check(["whose"])
 
 
 def test_a_rank_that_never_comes_is_named(

@@ -135,7 +135,7 @@ def start(first: float, beats: int, rest: float) -> tuple["subprocess.Popen[str]
 
 def test_who_beats_is_left_alone_and_the_first_beat_may_take_longer() -> None:
     """And a job that is suspended as a whole, longer than the limit, is not shot when it wakes."""
-    started = [start(1, 3 * LIMIT * 5, 0), start(30, 0, 2 * LIMIT), start(0.5, 1, 60), start(30, 20, 0)]
+    started = [start(1, 3 * LIMIT * 5, 0), start(30, 0, 2 * LIMIT), start(600, 1, 600), start(30, 20, 0)]
     suspended = (started[-1][1], started[-1][0].pid)
     for pid in suspended:
         os.kill(pid, signal.SIGSTOP)
