@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from mae_dat import corruptions as corrupting
 from mae_dat.errors import DataError, MissingInputError, NumericsError
 from mae_dat.scores import Cells, CleanCount, ModelScores, category_errors, mean_error, shape_share
+from mae_dat.watch import beat
 
 __all__ = ["Evaluation", "category_errors", "evaluate", "mean_error", "read_conflicts", "shape_share"]
 
@@ -287,6 +288,7 @@ def _accumulate(
     for batch in loader:
         new = _measure(models, batch, device)
         counts[:, rows.of(batch[0])] += new
+        beat()
         done += len(batch[1])
         if progress is not None:
             progress(batch[0], done, total)
