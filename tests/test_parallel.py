@@ -43,6 +43,7 @@ from mae_dat.metrics import Console, read_log
 from mae_dat.objectives import Classification
 from mae_dat.parallel import blocks_of, in_step, is_sharded, load_model, shard, whole
 from mae_dat.pretrain import pretrain
+from mae_dat.run import place
 from mae_dat.tokenizer import LightConfig, LightTokenizer
 from mae_dat.transforms import eval_transform
 
@@ -95,7 +96,17 @@ def run_probe(folder: Path, output: Path, shards: bool) -> None:
     finetune(config, Console(quiet=True))
 
 
-RUNS = {"mae": run_mae, "dat": run_dat, "probe": run_probe}
+def run_resnet(folder: Path, output: Path, shards: bool) -> None:
+    """BatchNorm's buffers, which are no shards, and an average of them."""
+    config = FinetuneConfig(
+        classifier=ClassifierConfig("resnet18", ema_decay=0.8),
+        optim=OptimConfig(batch_size=4, epochs=1, warmup_epochs=0, lr=1e-4, clip_grad=1.0),
+        **run_of(folder, output, shards),
+    )
+    finetune(config, Console(quiet=True))
+
+
+RUNS = {"mae": run_mae, "dat": run_dat, "probe": run_probe, "resnet": run_resnet}
 
 
 @contextmanager
@@ -162,6 +173,10 @@ def spoiled(rank: int, folder: Path, output: Path) -> dict[str, Any]:
     def step(training: Training, *rest: Any) -> float:
         if training.step == 2:
             found["before"] = whole(training.model.state_dict())
+            own = [value.to_local() for value in training.model.state_dict().values()]  # type: ignore[operator]
+            found["share"] = sum(map(torch.numel, own)) / sum(map(torch.numel, training.model.parameters()))
+            states = [one["exp_avg"].to_local().shape for one in training.optimizer.state.values()]
+            found["states"] = sum(map(math.prod, states)) / sum(map(torch.numel, training.model.parameters()))
             training.objective.left = 1 if rank == 1 else math.inf  # type: ignore[attr-defined]
         try:
             return real(training, *rest)
@@ -287,6 +302,8 @@ def test_accuracy_of_shards_is_exact_with_uneven_shares(outputs: Path) -> None:
 def test_nan_on_one_rank_stops_all_shards_before_the_weights_change(outputs: Path) -> None:
     ranks = [torch.load(outputs / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [one["code"] for one in ranks] == [76, 76]
+    for name in ("share", "states"):
+        assert [one[name] for one in ranks] == pytest.approx([0.5, 0.5], abs=0.05), "each rank has half of everything"
     assert all("not finite at step 2 on rank 1" in one["told"] for one in ranks)
     before, after = ranks[0]["before"], ranks[0]["after"]
     assert before.keys() == after.keys()
@@ -309,6 +326,13 @@ def test_what_is_gathered_by_itself() -> None:
     )
     assert not any(isinstance(block, nn.Sequential | nn.ModuleList) for block in blocks)
     assert not is_sharded(vit)
+
+
+def test_a_single_rank_says_that_it_shards_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = run_of(tmp_path, tmp_path / "output", True)
+    with place(config["run"], config["launch"], Console(quiet=True)) as where:
+        assert not where.shards
+    assert "--fsdp: a single rank" in caplog.text
 
 
 def test_a_state_without_shards_is_given_as_it_is() -> None:
