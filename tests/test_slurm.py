@@ -32,7 +32,8 @@ DAT = [*FINETUNE, "--epochs", "14", "--save_minutes", "0.03", "--dat", "--device
 TRAINER = """
 import os, pathlib, signal, sys, time
 folder, event, place = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-rank, restarts = os.environ["RANK"], os.environ["MAE_DAT_RESTARTS"]
+rank = os.environ.get("RANK") or os.environ["SLURM_PROCID"]
+restarts = os.environ.get("MAE_DAT_RESTARTS") or os.environ.get("SLURM_RESTART_COUNT", "0")
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 def save():
@@ -218,6 +219,32 @@ def test_a_job_that_an_administrator_requeues_goes_on(trainer: Callable[..., tup
 
 
 @pytest.mark.usefixtures("out_of_time")
+def test_the_bare_batch_file_of_the_documentation(lab: str, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "slurm.md").read_text().split("```bash\n")[1].split("```")[0]
+    sizes = "--nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=10 --time=24:00:00"
+    command = "python main_finetune.py --dat --output_dir OUT"
+    assert sizes in text
+    assert command in text
+    (tmp_path / "train.py").write_text(TRAINER)
+    jobs = {}
+    for name in ("signalled", "cancelled"):
+        (tmp_path / name).mkdir()
+        batch = tmp_path / f"{name}.sh"
+        changed = text.replace(sizes, "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=10")
+        batch.write_text(changed.replace(command, f"{sys.executable} {tmp_path}/train.py {tmp_path}/{name} nothing 0"))
+        jobs[name] = slurm("sbatch", "--parsable", f"--chdir={tmp_path}", str(batch)).strip()
+    for name in jobs:
+        until(lambda name=name: (tmp_path / name / "state").exists(), name)  # type: ignore[misc]
+    slurm("scancel", "--signal=TERM", jobs["signalled"])
+    slurm("scancel", jobs["cancelled"])
+    until(lambda: job_states(jobs["signalled"]) == {jobs["signalled"]: State("COMPLETED", "None")}, "the end")
+    assert (tmp_path / "signalled" / "done-0").exists()
+    assert not (tmp_path / "signalled" / "from-2-0").exists()
+    assert (job_states(jobs["cancelled"]) or {})[jobs["cancelled"]].name == "CANCELLED"
+    assert not (tmp_path / "cancelled" / "from-1-0").exists()
+
+
+@pytest.mark.usefixtures("out_of_time")
 def test_an_array_has_its_own_folders_and_the_first_error(lab: str, tmp_path: Path) -> None:
     for index in (0, 3, 7):
         (tmp_path / str(index)).mkdir()
@@ -302,7 +329,7 @@ def test_the_same_script_without_the_launcher(way: str, undisturbed: str, flags:
 
 
 def test_preempted_and_bereft_of_a_node_a_job_ends_with_the_same_weights(
-    undisturbed: str, flags: list[str], tmp_path: Path
+    lab: str, undisturbed: str, flags: list[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     job = Submitted(tmp_path, ROOT / "main_finetune.py", *flags, "--output_dir", output, flags=("--partition", "low"))
@@ -312,11 +339,12 @@ def test_preempted_and_bereft_of_a_node_a_job_ends_with_the_same_weights(
     assert job.ends(0)[0].asked
     assert job.ends(0)[0].exit_code == 75
     until(lambda: newest_step(output) > before, "steps of the second attempt")
-    slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    laboratory = os.environ | {"SLURM_LAB": lab}
+    subprocess.run([TOOLS / "slurm-down", "--node", "n2"], env=laboratory, check=True)  # a power cut
+    slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")  # seen at once, not after SlurmdTimeout
     until(lambda: job.state == "PENDING", "the job back in the queue")
-    lost = newest_step(output)
-    assert before < lost < 140
-    slurm("scontrol", "update", "nodename=n2", "state=resume")
+    assert before < newest_step(output) < 140
+    subprocess.run([TOOLS / "slurm-up", "--node", "n2"], env=laboratory, check=True)
     assert job.result(400) == 0, job.text
     assert weights_hash(output) == undisturbed
     assert set(job.ends(2)) == {0, 1}
