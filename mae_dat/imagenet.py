@@ -1,0 +1,138 @@
+"""ImageNet's classes, the parts of them that other benchmarks use, and how 1000 logits answer a benchmark's question.
+
+Shapes: B batch, K = 1000 ImageNet classes in the order of their WordNet ids, C classes of the benchmark. The lists and
+where they come from: mae_dat/embedded/imagenet_classes.json.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mae_dat.errors import DataError
+
+_LISTS = Path(__file__).parent / "embedded" / "imagenet_classes.json"
+NO_CLASS = -1  # what a logit stands for that stands for none of a benchmark's classes
+
+
+def _digest(words: Sequence[object], separator: str) -> str:
+    """The first 16 digits of the sha256 of the joined words."""
+    return hashlib.sha256(separator.join(map(str, words)).encode()).hexdigest()[:16]
+
+
+def _read() -> dict[str, Any]:
+    """The lists. One that was changed would shift every number by a little: an assertion, not a result."""
+    found: dict[str, Any] = json.loads(_LISTS.read_text())
+    assert _digest(found["synsets"], "\n") == "385e0240499426c0"
+    assert _digest(found["imagenet_a"], ",") == "973e8c3e530bf5db"
+    assert _digest(found["imagenet_r"], ",") == "a1d9a9ace3098120"
+    return found
+
+
+_FOUND = _read()
+SYNSETS: tuple[str, ...] = tuple(_FOUND["synsets"])
+"""The 1000 WordNet ids, sorted: their place is the class's number."""
+IMAGENET_A: tuple[int, ...] = tuple(_FOUND["imagenet_a"])
+"""The 200 classes of ImageNet-A; 86 of them are ImageNet-R's too."""
+IMAGENET_R: tuple[int, ...] = tuple(_FOUND["imagenet_r"])
+"""The 200 classes of ImageNet-R."""
+SIXTEEN: dict[str, tuple[int, ...]] = {name: tuple(ids) for name, ids in _FOUND["sixteen"].items()}
+"""The 16 categories of the cue-conflict pictures (Geirhos et al. 2019), and the 207 ImageNet classes in them."""
+
+
+def synsets_of(classes: Sequence[int]) -> tuple[str, ...]:
+    """The WordNet ids of classes."""
+    return tuple(SYNSETS[i] for i in classes)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How the logits of a network with ImageNet's classes answer a benchmark's question.
+
+    The answer is what the highest of the logits that count stands for; `pooled`: the class whose members have the
+    highest mean probability, as in Geirhos et al. 2019.
+    """
+
+    name: str
+    """Part of a result's key: the same pictures read in two ways are two results."""
+    classes: tuple[str, ...]
+    """The benchmark's classes: what labels number."""
+    meaning: Tensor
+    """int64 (K,): the benchmark's class that each logit stands for, or NO_CLASS."""
+    counted: Tensor
+    """bool (K,): the logits that take part."""
+    pooled: bool = False
+
+    def answers(self, logits: Tensor, best: int = 1) -> Tensor:
+        """The `best` first answers, int64 (B, best), from logits (B, K); fewer where there are fewer.
+
+        NO_CLASS where a logit won that stands for none. Raises DataError unless K = 1000.
+        """
+        if self.pooled:
+            scores = self.probabilities(logits)
+            return scores.topk(min(best, scores.shape[1]), dim=1).indices
+        most = min(best, int(self.counted.sum()))
+        return self.meaning.to(logits.device)[self._masked(logits).topk(most, dim=1).indices]
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Float64 (B, C): softmax over the logits that count, summed over each class's members; `pooled`: their mean.
+
+        Raises DataError unless K = 1000.
+        """
+        softmax = self._masked(logits.double()).softmax(1)
+        member = torch.nn.functional.one_hot(self.meaning + 1, len(self.classes) + 1)[:, 1:].double()
+        return softmax @ (member / member.sum(0) if self.pooled else member).to(logits.device)
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        """The logits with minus infinity for those that do not count."""
+        if logits.shape[1] != len(SYNSETS):
+            raise DataError(
+                f"the network has {logits.shape[1]} outputs, this benchmark needs ImageNet's {len(SYNSETS)} classes; "
+                "evaluate a network that was trained on them"
+            )
+        return logits.masked_fill(~self.counted.to(logits.device), -torch.inf)
+
+
+def reading(name: str, classes: Mapping[str, Sequence[int]], only_these: bool, pooled: bool = False) -> Reading:
+    """`classes`: a benchmark's classes and the ImageNet classes of each; `only_these`: no other logit counts."""
+    meaning = torch.full((len(SYNSETS),), NO_CLASS)
+    for number, members in enumerate(classes.values()):
+        meaning[list(members)] = number
+    counted = meaning >= 0 if only_these else torch.ones(len(SYNSETS), dtype=torch.bool)
+    return Reading(name, tuple(classes), meaning, counted, pooled)
+
+
+def _part(name: str, classes: Sequence[int]) -> Reading:
+    """Labels are ImageNet's numbers, and only some classes' logits count."""
+    counted = torch.zeros(len(SYNSETS), dtype=torch.bool)
+    counted[list(classes)] = True
+    return Reading(name, SYNSETS, torch.arange(len(SYNSETS)), counted)
+
+
+ALL_CLASSES = _part("1000 classes", range(len(SYNSETS)))
+CLASSES_OF_A = _part("200 classes of ImageNet-A", IMAGENET_A)
+CLASSES_OF_R = _part("200 classes of ImageNet-R", IMAGENET_R)
+# Others' logits do not count in the answer, but they take their part of the probability: the softmax is over all 1000.
+SIXTEEN_CLASSES = reading("16 classes, mean probability", SIXTEEN, only_these=False, pooled=True)
+
+
+def check_classes(classes: Sequence[str] | None, outputs: int) -> None:
+    """Raises DataError for a network whose outputs are not ImageNet's classes in their order.
+
+    `classes` are the names that it was trained with, None where nothing says; names other than WordNet ids cannot be
+    compared and pass.
+    """
+    if outputs != len(SYNSETS):
+        raise DataError(f"the network has {outputs} outputs, not ImageNet's {len(SYNSETS)}: name another --suite")
+    names = list(classes or SYNSETS)
+    if set(names) <= set(SYNSETS) and names != list(SYNSETS):
+        at = next((i for i, (a, b) in enumerate(zip(names, SYNSETS, strict=False)) if a != b), len(names))
+        raise DataError(
+            f"class {at} of the network is {names[at] if at < len(names) else 'missing'}, ImageNet's is {SYNSETS[at]}: "
+            "its class list is not ImageNet's in sorted order"
+        )
