@@ -75,6 +75,7 @@ def lab() -> Iterator[str]:
     settings = {"SLURM_LAB": folder, "SLURM_LAB_CPUS": "16"}
     up = subprocess.run([TOOLS / "slurm-up"], env=os.environ | settings, capture_output=True, text=True, timeout=400)
     if up.returncode:
+        shutil.rmtree(folder, ignore_errors=True)
         pytest.skip(f"no scheduler could be started: {' '.join(up.stderr.split())[-600:]}")
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("SLURM_", "MAE_DAT_"))]:
