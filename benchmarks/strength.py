@@ -41,7 +41,7 @@ def exactness(tokenizer: VisualTokenizer, image: Tensor) -> str:
 def attacked(attack: AttackConfig, share: float, run: Callable[[AttackConfig], DiscreteAdversary]) -> DiscreteAdversary:
     """The adversary that changes this share of the words."""
     attack = dataclasses.replace(attack, share=share)
-    if not attack.follows_gradient:
+    if not attack.moves_pixels:
         return run(attack)
     controller = ShareController(attack)
     controller.find(lambda eps: float(run(dataclasses.replace(attack, eps=eps)).changed))

@@ -2,8 +2,9 @@
 
 A tokenizer Q and *a function from pixels to a scalar loss* are all that an attack needs, so the same code serves
 classification, masked autoencoding and detection. No gradient passes through Q: dQ(x)/dx is taken for the identity
-(section 3.3), and every reconstruction runs without autograd. An attack leaves no trace: no parameter gradient, no
-training flag changed. Shapes: image (B, C, H, W) in [0, 1]; words (B, h, w).
+(section 3.3), and every reconstruction runs without autograd; `symbolic`, which is not the paper's, differentiates Q's
+decoder. An attack leaves no trace: no parameter gradient, no training flag changed. Shapes: image (B, C, H, W) in
+[0, 1]; words (B, h, w).
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.config import AttackConfig
+from mae_dat.symbolic import nearest_codes, symbolic_words
 from mae_dat.tokenizer.base import VisualTokenizer, share_changed
 
 __all__ = ["AttackConfig", "DiscreteAdversary", "ShareController", "discrete_adversary", "random_words"]
@@ -47,19 +49,15 @@ def discrete_adversary(
     lives on the image's device. Raises ValueError when pixels leave [0, 1] by more than 1e-6, ConfigError when the size
     does not fit the tokenizer.
     """
-    low, high = image.detach().aminmax()
-    if low < -1e-6 or high > 1 + 1e-6:
-        raise ValueError(
-            f"the attack takes pixels in [0, 1], got [{low:.4g}, {high:.4g}]: leave the normalization to the model."
-        )
+    require_pixels(image)
     with torch.autocast(
         image.device.type, enabled=False
     ):  # a step is a fraction of a grey level: bfloat16 would lose it
         words, reconstruction = _discretize(tokenizer, image)
     if config.kind == "reconstruction":
         return DiscreteAdversary(reconstruction, reconstruction, words, words)
-    if config.kind == "random":
-        return _random(tokenizer, words, reconstruction, config, generator)
+    if config.kind in ("symbolic", "random"):
+        return _replaced(tokenizer, words, reconstruction, loss_of, config, generator)
     if config.kind == "paper":
         return _paper(image, words, reconstruction, loss_of, tokenizer, config)
     return _released(reconstruction, loss_of, tokenizer, config, generator)
@@ -99,11 +97,20 @@ def _paper(
     return DiscreteAdversary(reconstruction, adversarial, words, adversarial_words)
 
 
-def _random(
-    tokenizer: VisualTokenizer, words: Tensor, reconstruction: Tensor, config: AttackConfig, generator: torch.Generator
+def _replaced(
+    tokenizer: VisualTokenizer,
+    words: Tensor,
+    reconstruction: Tensor,
+    loss_of: LossOf,
+    config: AttackConfig,
+    generator: torch.Generator,
 ) -> DiscreteAdversary:
-    """The baseline without an adversary: a share of the words replaced by others at random."""
-    changed = random_words(words, tokenizer.num_words, 0.05 if config.share is None else config.share, generator)
+    """A share of the words replaced: by those that raise the loss to first order, or, as a baseline, at random."""
+    if config.kind == "symbolic":
+        count = round(config.word_share * words[0].numel())
+        changed = symbolic_words(words, loss_of, tokenizer, count, config.steps, config.nearest)
+    else:
+        changed = random_words(words, tokenizer.codebook, config.word_share, generator, config.nearest)
     with torch.no_grad(), torch.autocast(words.device.type, enabled=False):
         return DiscreteAdversary(reconstruction, tokenizer.decode(changed), words, changed)
 
@@ -113,6 +120,15 @@ def _discretize(tokenizer: VisualTokenizer, image: Tensor) -> tuple[Tensor, Tens
     with torch.autocast(image.device.type, enabled=False):
         words = tokenizer.encode(image.float())
         return words, tokenizer.decode(words)
+
+
+def require_pixels(image: Tensor) -> None:
+    """Raises ValueError when pixels leave [0, 1] by more than 1e-6, or are not finite."""
+    low, high = image.detach().aminmax()
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise ValueError(
+            f"the attack takes pixels in [0, 1], got [{low:.4g}, {high:.4g}]: leave the normalization to the model."
+        )
 
 
 def input_gradient(image: Tensor, loss_of: LossOf) -> Tensor:
@@ -146,13 +162,24 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
-def random_words(words: Tensor, num_words: int, share: float, generator: torch.Generator) -> Tensor:
-    """Replaces exactly round(share * h * w) words of every image, at random places, each by another word, uniformly."""
+def random_words(
+    words: Tensor, codebook: Tensor, share: float, generator: torch.Generator, nearest: int | None = None
+) -> Tensor:
+    """Replaces exactly round(share * h * w) words of every image, at random places, each by another word, uniformly:
+    any of the codebook (K, D), or one of those `nearest` to its own."""
     flat = words.flatten(1)
     count = round(share * flat.shape[1])
     places = torch.rand(flat.shape, generator=generator, device=words.device).argsort(1)[:, :count]
-    shift = torch.randint(1, num_words, places.shape, generator=generator, device=words.device)
-    return flat.scatter(1, places, (flat.gather(1, places) + shift) % num_words).view_as(words)
+    return flat.scatter(1, places, other_words(flat.gather(1, places), codebook, generator, nearest)).view_as(words)
+
+
+def other_words(words: Tensor, codebook: Tensor, generator: torch.Generator, nearest: int | None = None) -> Tensor:
+    """For each word, whatever their shape, another, uniformly: any of the codebook, or one of those `nearest` to it."""
+    choices = len(codebook) - 1 if nearest is None else min(nearest, len(codebook) - 1)
+    drawn = torch.randint(1, choices + 1, words.shape, generator=generator, device=words.device)
+    if nearest is None:
+        return (words + drawn) % len(codebook)
+    return nearest_codes(words.flatten(), codebook, choices).gather(1, drawn.view(-1, 1) - 1).view_as(words)
 
 
 class ShareController:

@@ -35,10 +35,11 @@ ARMS = {
     "random": "random words",
     "released": "DAT",
     "paper": "DAT, Algorithm 1",
+    "symbolic": "symbolic DAT",
 }
 # Passes through the network and the tokenizer beside a plain step's, measured on two cores; only the time left depends
 # on them.
-COST = {"plain": 1.0, "reconstruction": 2.4, "random": 2.4, "released": 3.6, "paper": 2.6}
+COST = {"plain": 1.0, "reconstruction": 2.4, "random": 2.4, "released": 3.6, "paper": 2.6, "symbolic": 3.6}
 PRETRAIN_COST = 0.5
 MEASURE_COST, CORRUPT_COST = 0.2, 1.0
 
@@ -51,7 +52,7 @@ class CompareConfig:
     """Folder with train/CLASS/* and val/CLASS/*, or `demo`."""
     output_dir: str = "output/compare"
     arms: tuple[str, ...] = ("plain", "random", "released", "paper")
-    """plain, reconstruction (the clean view and its reconstruction), random, released, paper."""
+    """plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the fine-tunings; the pretraining is shared and has its config's seed."""
     pretrain: str = str(CONFIGS / "small_pretrain.yaml")

@@ -28,24 +28,26 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config")
 DATA_VARIABLE = "MAE_DAT_DATA"
 PUBLISHED_EPS, PUBLISHED_SHARE = 0.1, 0.038  # Mao et al. 2022, Table 8: what VQGAN f8 makes of an L2 step of 0.1
-ATTACKS = ("released", "paper", "random", "reconstruction")
+ATTACKS = ("released", "paper", "symbolic", "random", "reconstruction")
 
 
 @dataclasses.dataclass(frozen=True)
 class AttackConfig:
     """A discrete adversary (Mao et al. 2022): which one, and how strong."""
 
-    kind: Literal["released", "paper", "random", "reconstruction"] = "released"
+    kind: Literal["released", "paper", "symbolic", "random", "reconstruction"] = "released"
     eps: float = 0.1
     """`released`: radius of the L2 ball per image, pixels in [0, 1], and size of the step. `paper`: alpha, the factor
     of the gradient."""
     share: float | None = None
-    """Target share of changed words in (0, 1), held by adjusting eps. `random`: the share of words replaced (0.05 if
-    None)."""
+    """Target share of changed words in (0, 1), held by adjusting eps. `symbolic`, `random`: the share of words
+    replaced (0.05 if None)."""
     random_start: float = 0.8
     """`released`: probability, drawn once per batch and rank, of starting from a random point of the ball."""
     steps: int = 1
-    """`released`: gradient steps."""
+    """`released`, `symbolic`: gradient steps."""
+    nearest: int | None = None
+    """`symbolic`, `random`: a word becomes one of so many whose codes are nearest to its own (None: any word)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ATTACKS:
@@ -56,6 +58,8 @@ class AttackConfig:
             )
         if self.eps <= 0 or self.steps < 1 or not 0 <= self.random_start <= 1:
             raise ConfigError(f"an attack needs eps > 0, steps >= 1 and random_start in [0, 1], got {self}.")
+        if self.nearest is not None and self.nearest < 1:
+            raise ConfigError(f"an attack needs at least 1 nearest code to change a word into, got {self.nearest}.")
 
     @property
     def clean_weight(self) -> float:
@@ -63,9 +67,15 @@ class AttackConfig:
         return 0.0 if self.kind == "paper" else 1.0
 
     @property
-    def follows_gradient(self) -> bool:
-        """Whether there is an adversary at all: `random` and `reconstruction` are the baselines without one."""
+    def moves_pixels(self) -> bool:
+        """Whether eps is the strength: a step in pixels, of which the quantizer makes a share of changed words. The
+        others choose the words themselves, or change none."""
         return self.kind in ("released", "paper")
+
+    @property
+    def word_share(self) -> float:
+        """Share of the words that `symbolic` and `random` replace."""
+        return 0.05 if self.share is None else self.share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,19 +178,23 @@ class OptimConfig:
 class DatConfig:
     """Discrete adversarial training: bare `--dat` is `--dat released`."""
 
-    dat: Literal["none", "released", "paper", "random", "reconstruction"] = "none"
-    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1); or what stands beside the
-    clean view without one: random (random words), reconstruction (no word changed)."""
+    dat: Literal["none", "released", "paper", "symbolic", "random", "reconstruction"] = "none"
+    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1), symbolic (chooses the
+    words themselves); or what stands beside the clean view without one: random (random words), reconstruction (no
+    word changed)."""
     dat_eps: float | None = None
     """released: L2 radius and step; paper: factor of the gradient; pixels in [0, 1] (default: 0.1, which was chosen for
     vqgan_f8_16384 at 224 px)."""
     dat_share: float | None = None
     """Target share of changed words, held by adjusting eps (the strength that carries over between sizes and
-    tokenizers; default for the embedded tokenizer without --dat_eps: 0.038, what eps 0.1 changed in the paper)."""
+    tokenizers; default for the embedded tokenizer without --dat_eps: 0.038, what eps 0.1 changed in the paper).
+    symbolic, random: the share of words replaced (default: 0.05)."""
     dat_random_start: float = 0.8
     """released: probability per batch of a random start."""
     dat_steps: int = 1
-    """released: gradient steps."""
+    """released, symbolic: gradient steps."""
+    dat_nearest: int | None = None
+    """symbolic, random: a word becomes one of so many whose codes are nearest to its own (default: any word)."""
     tokenizer: str = "embedded"
     """`embedded` (light, for 64 px), a light tokenizer's .safetensors, a VQGAN of taming, latent-diffusion or
     easyrobust, or a released name such as vqgan_f8_16384."""
@@ -190,11 +204,11 @@ class DatConfig:
         """The attack that these flags mean."""
         if self.dat == "none":
             return None
-        share = self.dat_share
-        if share is None and self.dat_eps is None and self.tokenizer == "embedded" and self.dat != "random":
-            share = PUBLISHED_SHARE
         eps = PUBLISHED_EPS if self.dat_eps is None else self.dat_eps
-        return AttackConfig(self.dat, eps, share, self.dat_random_start, self.dat_steps)
+        attack = AttackConfig(self.dat, eps, self.dat_share, self.dat_random_start, self.dat_steps, self.dat_nearest)
+        if attack.moves_pixels and self.dat_share is None and self.dat_eps is None and self.tokenizer == "embedded":
+            return dataclasses.replace(attack, share=PUBLISHED_SHARE)
+        return attack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ class WithDAT(Objective):
 
     def __init__(self, objective: Objective, tokenizer: VisualTokenizer, attack: AttackConfig) -> None:
         self.objective, self.tokenizer, self.attack = objective, tokenizer, attack
-        self.controller = ShareController(attack) if attack.share is not None and attack.follows_gradient else None
+        self.controller = ShareController(attack) if attack.share is not None and attack.moves_pixels else None
         self.found = False
         self.idle_steps = 0
 
@@ -181,7 +181,7 @@ class WithDAT(Objective):
         share = float(changed)
         if self.controller:
             self.controller.observe(share)
-        self.idle_steps = 0 if share > 0 or not self.attack.follows_gradient else self.idle_steps + 1
+        self.idle_steps = 0 if share > 0 or not self.attack.moves_pixels else self.idle_steps + 1
         if self.idle_steps % self.WARN_EVERY == self.WARN_AFTER:
             logger.warning(
                 "the adversary changed no visual word for %d steps: eps %.3g is too small at this size and tokenizer. "

@@ -308,7 +308,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
     """Writes adversary.png and changed_words.png."""
     attack = config.dat.attack
     if attack is None:
-        raise ConfigError("--dat none changes nothing: give released, paper, random or reconstruction.")
+        raise ConfigError("--dat none changes nothing: give released, paper, symbolic, random or reconstruction.")
     device = pick_device(config.pictures.device)
     subject = subject_of(config.checkpoint, config.pictures, device)
     pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
@@ -323,7 +323,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
             context = judge.context(page.image, page.paths, generator)
             found.append(attacked.adversary(subject.model, page.image, context, generator))
             columns = adversary_columns(page.image, found[-1], config.amplify)
-            eps = f", eps {attacked.strength().eps:.3g}" if attack.follows_gradient else ""
+            eps = f", eps {attacked.strength().eps:.3g}" if attack.moves_pixels else ""
             heading = f"{subject.name}, attacked by --dat {config.dat.dat}{eps}"
             captions = adversary_captions(judge, page, found[-1], context)
             drawn.add("adversary", gallery(columns, captions, heading), page.number)

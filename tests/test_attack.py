@@ -284,17 +284,17 @@ def test_the_papers_step_is_alpha_times_each_samples_own_gradient() -> None:
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.999])
 def test_random_words_changes_exactly_the_share_in_every_image(share: float) -> None:
     words = torch.randint(0, 16, (20, 6, 10))
-    changed = random_words(words, 16, share, generator())
+    changed = random_words(words, torch.zeros(16, 1), share, generator())
     assert ((changed != words).flatten(1).sum(1) == round(share * 60)).all()
     assert changed.min() >= 0
     assert changed.max() < 16
-    assert torch.equal(changed, random_words(words, 16, share, generator()))
-    assert not torch.equal(changed, random_words(words, 16, share, generator(1)))
+    assert torch.equal(changed, random_words(words, torch.zeros(16, 1), share, generator()))
+    assert not torch.equal(changed, random_words(words, torch.zeros(16, 1), share, generator(1)))
 
 
 def test_random_words_are_uniform_in_place_and_in_word() -> None:
     words = torch.full((4000, 2, 5), 3)
-    changed = random_words(words, 8, 0.2, generator())
+    changed = random_words(words, torch.zeros(8, 1), 0.2, generator())
     places = (changed != words).flatten(1).sum(0).float()
     assert (places - 800).abs().max() < 6 * math.sqrt(800 * 0.8)
     counts = torch.bincount(changed[changed != words], minlength=8).float()

@@ -235,6 +235,7 @@ def test_a_missing_file_is_an_error_with_the_nearest(tmp_path: Path) -> None:
         ({"eps": 0.0}, "eps > 0"),
         ({"steps": 0}, "steps >= 1"),
         ({"random_start": 1.1}, r"random_start in \[0, 1\]"),
+        ({"nearest": 0}, "at least 1 nearest code"),
     ],
 )
 def test_an_attack_that_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -245,7 +246,10 @@ def test_an_attack_that_cannot_work_is_refused(settings: dict[str, Any], message
 def test_the_flags_of_dat_reach_the_attack() -> None:
     attack = DatConfig("released", 0.3, 0.04, 0.5, 2).attack
     assert attack == AttackConfig("released", 0.3, 0.04, 0.5, 2)
-    assert [AttackConfig(kind).clean_weight for kind in config_module.ATTACKS] == [1.0, 0.0, 1.0, 1.0]
+    assert [kind for kind in config_module.ATTACKS if AttackConfig(kind).clean_weight == 0] == ["paper"]
+    symbolic = load_config(FinetuneConfig, ["--dat", "symbolic", "--dat_steps", "3", "--dat_nearest", "16"]).dat.attack
+    assert symbolic == AttackConfig("symbolic", steps=3, nearest=16)
+    assert symbolic.word_share == 0.05
     assert DatConfig().attack is None
 
 
