@@ -28,7 +28,7 @@ from mae_dat.robustness import Conflict, Evaluation, evaluate, read_conflicts
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "pillow", "imagecorruptions-imaug")
+PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
 
 
 def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:

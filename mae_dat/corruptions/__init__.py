@@ -1,22 +1,22 @@
-"""Common corruptions (Hendrycks & Dietterich 2019) of one image, reproducible from a seed.
+"""The corruptions of ImageNet-C (Hendrycks & Dietterich 2019) for one image, reproducible from a seed.
 
-The pictures come from `imagecorruptions` (the package `imagecorruptions-imaug`). They are close to the ImageNet-C
-files but not equal to them: frost and elastic_transform use other constants, and nothing is stored as JPEG. `SOURCE`
-says so wherever a number is shown.
+Written anew. The algorithms and constants are those of the code that made ImageNet-C, hendrycks/robustness
+(Apache-2.0), and of ImageMagick where it calls that; docs/robustness.md says where the results differ. What is made
+here is not the official files: `SOURCE` says so wherever a number is shown.
 """
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mae_dat.corruptions.pixels import Image
 from mae_dat.errors import DataError
 
-SOURCE = "generated on the fly by imagecorruptions, not the official ImageNet-C files"
+SOURCE = "generated on the fly from clean images, not the official ImageNet-C files"
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -27,31 +27,8 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 CORRUPTIONS: tuple[str, ...] = tuple(name for names in CATEGORIES.values() for name in names)
 EXTRA: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # hold-out: never in a mean
 SEVERITIES: tuple[int, ...] = (1, 2, 3, 4, 5)
-MIN_SIDE = 32  # px; below, the library refuses
-
-_OWN_GENERATOR = ("glass_blur", "impulse_noise")  # these ignore numpy's global generator and take a seed instead
-
-Image = NDArray[np.uint8]
-
-
-@functools.cache
-def _library() -> Callable[..., Image]:
-    """The library's `corrupt`, imported on first use because numba alone takes seconds."""
-    from imagecorruptions import corrupt as library_corrupt
-
-    result: Callable[..., Image] = library_corrupt
-    return result
-
-
-@contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator, which the library draws from, and put it back as found."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
+MIN_SIDE = 32  # px
+STORED_QUALITY = 85  # of the official files
 
 
 def check(name: str, severity: int) -> None:
@@ -83,14 +60,29 @@ def image_seed(seed: int, index: int, name: str, severity: int) -> int:
 def corrupt(image: Image, name: str, severity: int, seed: int) -> Image:
     """Corrupt a uint8 image (H, W, 3) with `name` from `CORRUPTIONS` or `EXTRA` at severity 1..5; same shape and type.
 
-    The result depends on the arguments alone, and the generators of numpy and Python are left as found. Not
-    thread-safe, since the library draws from numpy's global generator: use processes. Raises ValueError (name,
-    severity) and DataError (image).
+    The result depends on the arguments alone: each call draws from a generator of its own, in the order in which the
+    original draws from numpy's global one, so that threads do not disturb each other. RandomState, because numpy
+    promises that its numbers never change. Raises ValueError (name, severity) and DataError (image).
     """
     check(name, severity)
     check_image(image)
-    seed %= 2**32
-    own = {"seed": seed} if name in _OWN_GENERATOR else {}
-    # Blank pictures make spatter divide 0 by 0 and cast the NaN to 0; the outcome is fine, the noise on stderr is not.
-    with _numpy_seed(seed), np.errstate(divide="ignore", invalid="ignore"):
-        return np.ascontiguousarray(_library()(image, severity=severity, corruption_name=name, **own))
+    return _corruption(name)(np.ascontiguousarray(image), severity, np.random.RandomState(seed % 2**32))
+
+
+def as_stored(image: Image) -> Image:
+    """A uint8 image (H, W, 3) as it comes back from the JPEG of quality 85 that ImageNet-C is stored in."""
+    from mae_dat.corruptions.digital import jpeg
+
+    check_image(image)
+    return jpeg(np.ascontiguousarray(image), STORED_QUALITY)
+
+
+@functools.cache
+def _corruption(name: str) -> Callable[[Image, int, np.random.RandomState], Image]:
+    """The function of that name. Imported on first use: whoever wants the names alone need not wait for OpenCV."""
+    from mae_dat.corruptions import blur, digital, noise, weather
+
+    for module in (noise, blur, weather, digital):
+        if function := getattr(module, name, None):
+            return function
+    raise AssertionError(f"{name} is in the lists, but no module defines it")
