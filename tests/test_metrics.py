@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,14 @@ def test_a_torn_tensorboard_file_leaves_every_position_once(
     first.close()
     (events,) = (tmp_path / "whole").glob("events*")
     content = events.read_bytes()
+    # TensorBoard reads files in the order of their names, which hold the second in which they were begun.
+    began = re.search(r"tfevents\.(\d+)", events.name)
+    assert began
+    earlier = events.name.replace(began[1], str(int(began[1]) - 60))
     for torn in range(0, len(content) + 1, 23):
         folder = tmp_path / str(torn)
         folder.mkdir()
-        (folder / events.name).write_bytes(content[:torn])
+        (folder / earlier).write_bytes(content[:torn])
         log = RunLog(folder, resumed_step=20, purge_from=2001)
         for epoch in range(3, 7):
             log.scalars({"loss": float(epoch)}, 1000 * epoch)
