@@ -54,7 +54,7 @@ class Batch(TypedDict):
 # ---- folders ----
 
 
-def _visible(folder: str) -> list[os.DirEntry[str]]:
+def visible(folder: str) -> list[os.DirEntry[str]]:
     """The entries of a folder by name, without dot files: .ipynb_checkpoints is no class, ._x.jpg no picture."""
     try:
         with os.scandir(folder) as entries:
@@ -65,7 +65,7 @@ def _visible(folder: str) -> list[os.DirEntry[str]]:
 
 def _walk(folder: str, seen: set[str]) -> Iterator[str]:
     """Paths of all pictures below `folder`, sorted, without the folders in `seen` (real paths): links may loop."""
-    for entry in _visible(folder):
+    for entry in visible(folder):
         if entry.is_dir():
             real = os.path.realpath(entry.path)
             if real not in seen:
@@ -77,7 +77,7 @@ def _walk(folder: str, seen: set[str]) -> Iterator[str]:
 
 def _class_folders(root: str) -> tuple[dict[str, str], set[str]]:
     """Class names to paths, and the real paths that were seen. A link to a class that is there already is left out."""
-    folders = [entry for entry in _visible(root) if entry.is_dir()]
+    folders = [entry for entry in visible(root) if entry.is_dir()]
     found: dict[str, str] = {}
     seen = {os.path.realpath(root)}
     for entry in sorted(folders, key=lambda entry: entry.is_symlink()):  # a link must not take a real folder's place
@@ -90,7 +90,8 @@ def _class_folders(root: str) -> tuple[dict[str, str], set[str]]:
     return dict(sorted(found.items())), seen
 
 
-def _require_folder(root: str | os.PathLike[str]) -> None:
+def require_folder(root: str | os.PathLike[str]) -> None:
+    """Raises MissingInputError, with what may have been meant, unless `root` is a folder."""
     path = Path(root)
     if path.is_dir():
         return
@@ -110,7 +111,7 @@ def find_split(
     Without split folders the whole of `root` serves as unlabelled training data (pretraining); otherwise
     MissingInputError.
     """
-    _require_folder(root)
+    require_folder(root)
     wanted = tuple(names) if names else SPLIT_NAMES[split]
     for name in wanted:
         if (Path(root) / name).is_dir():
@@ -169,7 +170,7 @@ class ImageSet(Dataset[Sample]):
     ) -> None:
         if on_bad not in ("fail", "skip"):
             raise ValueError(f"on_bad must be 'fail' or 'skip', not {on_bad!r}")
-        _require_folder(root)
+        require_folder(root)
         self.root, self.transform, self.on_bad, self.seed, self.max_skips = (
             str(root),
             transform,

@@ -81,22 +81,27 @@ def finetune_transform(
 
 
 class EvalTransform:
-    """See `eval_transform`."""
+    """See `eval_transform`. `share` is the crop's side over the resized image's; without `keep` an image of the target
+    size is resized and cropped like any other."""
 
-    def __init__(self, size_HW: Size) -> None:
-        self.size_HW = size_HW
-        share = 224 / 256 if max(size_HW) <= 224 else 1.0
+    def __init__(
+        self, size_HW: Size, interpolation: str = "bicubic", share: float | None = None, keep: bool = True
+    ) -> None:
+        self.size_HW, self.keep = size_HW, keep
+        self.interpolation = transforms.InterpolationMode(interpolation)
+        if share is None:
+            share = 224 / 256 if max(size_HW) <= 224 else 1.0
         self.cover_HW = (int(size_HW[0] / share), int(size_HW[1] / share))
 
     def __call__(self, image: Image.Image) -> Tensor:
         width, height = image.size
-        if (height, width) != self.size_HW:
+        if (height, width) != self.size_HW or not self.keep:
             cover_H, cover_W = self.cover_HW
             if cover_W * height >= cover_H * width:  # the width decides
                 resized = (max(cover_H, int(cover_W * height / width)), cover_W)
             else:
                 resized = (cover_H, max(cover_W, int(cover_H * width / height)))
-            image = functional.resize(image, list(resized), transforms.InterpolationMode.BICUBIC)
+            image = functional.resize(image, list(resized), self.interpolation)
             image = functional.center_crop(image, list(self.size_HW))
         tensor: Tensor = functional.to_tensor(image)
         return tensor
