@@ -7,6 +7,7 @@ decoder. An attack leaves no trace: no parameter gradient, no training flag chan
 [0, 1]; words (B, h, w).
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -180,6 +181,12 @@ def other_words(words: Tensor, codebook: Tensor, generator: torch.Generator, nea
     if nearest is None:
         return (words + drawn) % len(codebook)
     return nearest_codes(words.flatten(), codebook, choices).gather(1, drawn.view(-1, 1) - 1).view_as(words)
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The chance of one picture, on the CPU: the same whatever batch, rank or worker it comes in."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 class ShareController:
