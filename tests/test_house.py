@@ -65,6 +65,7 @@ FLOORS = {
     "checkpoint": 6,
     "pictures": 6,
     "scores": 6,
+    "results": 6,
     "mce": 6,
     "calibration": 6,
     "charts": 6,

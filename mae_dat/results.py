@@ -1,0 +1,112 @@
+"""What an evaluation leaves: integer counts of every cell, and all that tells one number from another of the same name.
+
+`results.json` holds a `Results`; every percentage in a report is computed from it, and can be again, offline.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from mae_dat.errors import CheckpointError, MissingInputError
+from mae_dat.files import atomic_write
+from mae_dat.scores import Count
+
+FORMAT = 1
+
+
+class CellCount(Count):
+    """Counts of one cell: `correct` of `total` pictures, summed over ranks."""
+
+    top5: NotRequired[int]
+    """Pictures whose class was among the five highest."""
+    shape: NotRequired[int]
+    """Cue conflict: answers of the shape's class ..."""
+    texture: NotRequired[int]
+    """... and of the texture's."""
+
+
+class Contender(TypedDict):
+    """A network that was evaluated; all of it is part of its results' key."""
+
+    title: str
+    source: str
+    """What was given: a path, a released or timm's name, "callable"."""
+    sha256: str | None
+    """Of its weights file."""
+    architecture: str
+    parameters: int
+    size: list[int]
+    """Input height and width in pixels."""
+    normalization: str
+    """Inside the network: mean and deviation in words."""
+    interpolation: str
+    precision: str
+    """fp32 or bf16."""
+    averaged: bool | None
+    """Whether the weights are an exponential moving average; None where nothing says."""
+
+
+class Suite(TypedDict):
+    """How a benchmark was measured."""
+
+    title: str
+    protocol: dict[str, str]
+    """Reading of the logits, preprocessing, folder, subset, seed, strength: part of a result's key."""
+    official: bool
+    """Whether the pictures are the published files; generated ones are labelled apart."""
+    images: int
+    """In each cell."""
+    left_out: int
+    missing: list[str]
+    """What a partial folder lacks; such rows are marked."""
+    fingerprint: str
+    """sha256 of names and labels of the pictures."""
+
+
+class Results(TypedDict):
+    """Everything that an evaluation found."""
+
+    format: int
+    title: str
+    command: str
+    created: str
+    """UTC, ISO 8601."""
+    seconds: float
+    machine: dict[str, str]
+    versions: dict[str, str]
+    models: dict[str, Contender]
+    """By the name that cells use, in the order of the command line."""
+    suites: dict[str, dict[str, Suite]]
+    """By model (its size and interpolation are part of the protocol) and suite: imagenet-v2, imagenet-c, generated,
+    cue-conflict, pgd-5-1/255, words-symbolic, ..."""
+    cells: dict[str, dict[str, dict[str, CellCount]]]
+    """By model and suite, then by cell: "" for a whole suite, "fog/3" for a corruption and severity, "0.05" for a share
+    of changed words."""
+    calibration: dict[str, dict[str, dict[str, float]]]
+    """By model and suite: ece, rms, rms_compat, nll, brier."""
+    checks: dict[str, dict[str, list[dict[str, Any]]]]
+    """By model and attack: whether the attack can be believed (`pixel_attacks.attack_checks`)."""
+    not_measured: dict[str, str]
+    """Suites that were asked for or known, and why there is no number."""
+    examples: list[dict[str, Any]]
+    """Pictures on which the models differ: file (PNG beside results.json), suite, cell, label, answers by model."""
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Writes `results.json`, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(results, indent=1).encode() + b"\n")
+
+
+def read_results(path: Path) -> Results:
+    """Reads `results.json`. Raises MissingInputError, CheckpointError for another file or a newer format."""
+    try:
+        found: Results = json.loads(path.read_text())
+        newest = found["format"] <= FORMAT and bool(found["cells"])
+    except FileNotFoundError as error:
+        raise MissingInputError(f"no such results: {path}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no results.json of an evaluation ({error}).") from error
+    if not newest:
+        raise CheckpointError(f"{path} holds no cells, or has a newer format than {FORMAT}: update mae_dat.")
+    return found
