@@ -233,7 +233,7 @@ def _tasks(
 
 
 def _loader(pictures: _Pictures, batches: list[list[Task]], num_workers: int) -> DataLoader[Batch]:
-    """One loader for the whole evaluation, so that workers start (and numba compiles) only once."""
+    """One loader for the whole evaluation, so that workers start only once."""
     init = _start_worker if num_workers else None
     sampler: Any = batches  # a sampler of tasks rather than of plain integers
     return DataLoader(

@@ -127,10 +127,11 @@ def _replaced_by_neighbours(image: Image, reach: int, random: RandomState) -> Im
     taken = own + step_y * width + step_x
     replaced = np.zeros(size, dtype=bool)
     replaced[own] = True
+    again = replaced[taken] & (taken > own)
     source = np.arange(size, 2 * size)  # from `size` on: a pixel as it was; below: a pixel once replaced
-    source[own] = np.where(replaced[taken] & (taken > own), taken, taken + size)
-    linked = own[source[own] < size]
+    source[own] = taken + size * ~again
+    linked = own[again]
     while len(linked):
         source[linked] = source[source[linked]]
         linked = linked[source[linked] < size]
-    return image.reshape(size, 3)[source - size].reshape(image.shape)
+    return image.reshape(size, 3).take(source - size, axis=0).reshape(image.shape)

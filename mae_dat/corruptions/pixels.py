@@ -10,5 +10,5 @@ Levels = NDArray[Any]  # grey levels 0..255 that need not be whole, float32 or f
 
 
 def whole_levels(levels: Levels) -> Image:
-    """Clips to 0..255 and drops the fraction, as the original's `np.uint8` does: it never rounds."""
-    return np.clip(levels, 0, 255).astype(np.uint8)
+    """Clips to 0..255, in place, and drops the fraction as the original's `np.uint8` does: it never rounds."""
+    return np.clip(levels, 0, 255, out=levels).astype(np.uint8)
