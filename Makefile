@@ -41,7 +41,7 @@ test-slow: setup  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
 
 bench: setup  ## speed and memory, as ratios within one run
-	set -e; for name in step quantizer checkpoint ranks; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in step quantizer checkpoint ranks corruptions; do $(BIN)/python benchmarks/$$name.py; done
 
 clean:  ## remove caches and build products; .venv and output stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
