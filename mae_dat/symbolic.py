@@ -21,15 +21,23 @@ _SCORES_AT_ONCE = 2**25  # 128 MiB, whatever the batch and the codebook
 
 
 def symbolic_words(
-    words: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, count: int, steps: int = 1, nearest: int | None = None
+    words: Tensor,
+    loss_of: LossOf,
+    tokenizer: VisualTokenizer,
+    count: int,
+    steps: int = 1,
+    nearest: int | None = None,
+    free: Tensor | None = None,
 ) -> Tensor:
-    """Words of which at most `count` a picture differ, chosen in so many gradient steps to raise `loss_of`."""
-    changed = torch.zeros_like(words, dtype=torch.bool)
+    """Words of which at most `count` a picture differ, chosen in so many gradient steps to raise `loss_of`.
+
+    `free`, bool (B, h, w), are the places where a word may change (None: all).
+    """
     start = words
+    free = torch.ones_like(words, dtype=torch.bool) if free is None else free
     for step in range(steps):
         more = count * (step + 1) // steps - count * step // steps
-        words = change_words(words, ~changed, loss_of, tokenizer, more, nearest)
-        changed = words != start
+        words = change_words(words, free & (words == start), loss_of, tokenizer, more, nearest)
     return words
 
 
