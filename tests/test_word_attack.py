@@ -105,6 +105,26 @@ def test_budgets_are_kept_to_the_word_and_nested(kind: str, nearest: int | None)
             assert torch.equal(larger[kept], smaller[kept])
 
 
+class Relenting(nn.Module):
+    """Wrong (class 1 for 0) while 3 words differ from those of a picture, right again when more do."""
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()
+        self.image = Mosaic().reconstruct(image)
+
+    def forward(self, image: Tensor) -> Tensor:
+        differing = (image != self.image).any(1)[:, ::4, ::4].flatten(1).sum(1)
+        return torch.stack([differing != 3, differing == 3], 1).float()
+
+
+def test_a_picture_that_was_lost_to_fewer_words_stays_lost() -> None:
+    image = trained_classifier()[1][:1]
+    net, zero = Relenting(image), torch.zeros(1, dtype=torch.int64)
+    hits = word_hits(net, Mosaic(), image, zero, zero, "random", ATTACK)
+    assert hits[:, 0].tolist() == [True, False, False, False]
+    assert word_hits(net, Mosaic(), image, zero, zero, "random", WordAttack((0.0, 0.1, 0.3))).all()
+
+
 def test_pictures_that_stand_in_are_not_counted() -> None:
     found, without = measured(4, skipped=(0, 1, 2, 3, 9)), measured(4)
     assert found["random"]["0"]["total"] == 25
