@@ -223,15 +223,16 @@ class BenchmarkSet(ImageSet):
         return hashlib.sha256(names + self.targets.numpy().tobytes()).hexdigest()
 
     def right(self, answers: Tensor, index: Tensor) -> Tensor:
-        """Bool (B,): whether the first of `answers`, int64 (B, best), of images int64 (B,) is a right one."""
-        right = self.targets.to(answers.device)[index.to(answers.device)]
+        """Bool (B,), where `answers` are: whether the first of `answers`, int64 (B, best), is a right one of images
+        int64 (B,), which stay on the CPU as they come from a loader."""
+        right = self.targets[index].to(answers.device, non_blocking=True)
         if self.reading.pooled:
             right = right[:, :1]
         return (answers[:, :1] == right).any(1)
 
     def texture(self, answers: Tensor, index: Tensor) -> Tensor:
         """Bool (B,): whether the answer is the texture's class of a cue-conflict picture."""
-        return answers[:, 0] == self.targets.to(answers.device)[index.to(answers.device), 1]
+        return answers[:, 0] == self.targets[index, 1].to(answers.device, non_blocking=True)
 
 
 def open_benchmark(
@@ -247,7 +248,8 @@ def open_benchmark(
 
     `partial`: what is missing is noted in the sets instead of refused; what is there must still be right. `subset`:
     only these "wnid/file", all of them (`read_subset`). `corruptions`: these alone; by default all, and held-out ones
-    that are there. Raises MissingInputError and DataError, with the reason, before any picture is decoded; ConfigError for a name.
+    that are there. Raises MissingInputError and DataError, with the reason, before any picture is decoded; ConfigError
+    for a name.
     """
     known = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
     if known is None:

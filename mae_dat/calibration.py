@@ -23,35 +23,40 @@ class Confidences:
     """What calibration needs to know of each of N images. `add` batches on every rank, then `reduce` once."""
 
     images: int
+    device: torch.device | str = "cpu"
+    """Where probabilities come from; what is measured stays there until it is summed."""
     rows: Tensor = field(init=False)
-    """Float64 (5, N) on the CPU: seen, confidence, correct, negative log-likelihood, Brier score."""
+    """Float64 (5, N): seen, confidence, correct, negative log-likelihood, Brier score."""
 
     def __post_init__(self) -> None:
-        self.rows = torch.zeros(len(ROWS), self.images, dtype=torch.float64)
+        self.rows = torch.zeros(len(ROWS), self.images, dtype=torch.float64, device=self.device)
 
     def add(self, index: Tensor, probabilities: Tensor, labels: Tensor) -> None:
         """A batch: image numbers int64 (B,), probabilities float64 (B, C), labels int64 (B,).
 
-        The confidence is the highest probability. Raises NumericsError for a NaN.
+        The confidence is the highest probability.
         """
-        if not bool(probabilities.isfinite().all()):
-            raise NumericsError("the network's probabilities are not finite: check its weights, or evaluate in float32")
         probabilities = probabilities.double()
         confidence, answer = probabilities.max(1)
         given = probabilities.gather(1, labels[:, None])[:, 0]
         brier = probabilities.square().sum(1) - 2 * given + 1  # the sum over classes of (p - [c = label])^2
         rows = [torch.ones_like(given), confidence, (answer == labels).double(), -given.log(), brier]
         # Added, not set: a second time shows in the first row.
-        self.rows.index_add_(1, index.cpu(), torch.stack(rows).cpu())
+        self.rows.index_add_(1, index.to(self.device), torch.stack(rows))
 
     def reduce(self, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """The rows of all ranks. Every rank holds zeros where the others' images are, so that the sum is exact.
+        """The rows of all ranks, on the CPU. Every rank holds zeros where the others' images are, so that the sum is
+        exact.
 
-        Raises DataError unless each image was seen exactly once.
+        Raises on every rank DataError unless each image was seen exactly once, and NumericsError for a NaN.
         """
-        self.rows = all_sum(self.rows)
+        self.rows = all_sum(self.rows).cpu()
         for image in (self.rows[SEEN] != 1).nonzero().flatten().tolist():
             raise DataError(f"image {image} was measured {int(self.rows[SEEN, image])} times instead of once")
+        if bool(self.rows[CONFIDENCE].isnan().any()):
+            raise NumericsError(
+                "the network's probabilities are not numbers: check its weights, or evaluate in float32"
+            )
 
     def scores(self) -> dict[str, float]:
         """Every number by its name: ece, rms, rms_compat (from 200 images on), nll, brier."""

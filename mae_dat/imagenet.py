@@ -7,7 +7,7 @@ where they come from: mae_dat/embedded/imagenet_classes.json.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,10 @@ class Reading:
     """bool (K,): the logits that take part."""
     pooled: bool = False
 
+    def to(self, device: torch.device | str) -> "Reading":
+        """The same for logits on a device."""
+        return replace(self, meaning=self.meaning.to(device), counted=self.counted.to(device))
+
     def answers(self, logits: Tensor, best: int = 1) -> Tensor:
         """The `best` first answers, int64 (B, best), from logits (B, K); fewer where there are fewer.
 
@@ -77,7 +81,7 @@ class Reading:
             scores = self.probabilities(logits)
             return scores.topk(min(best, scores.shape[1]), dim=1).indices
         most = min(best, int(self.counted.sum()))
-        return self.meaning.to(logits.device)[self._masked(logits).topk(most, dim=1).indices]
+        return self.meaning[self._masked(logits).topk(most, dim=1).indices]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Float64 (B, C): softmax over the logits that count, summed over each class's members; `pooled`: their mean.
@@ -86,7 +90,7 @@ class Reading:
         """
         softmax = self._masked(logits.double()).softmax(1)
         member = torch.nn.functional.one_hot(self.meaning + 1, len(self.classes) + 1)[:, 1:].double()
-        return softmax @ (member / member.sum(0) if self.pooled else member).to(logits.device)
+        return softmax @ (member / member.sum(0) if self.pooled else member)
 
     def _masked(self, logits: Tensor) -> Tensor:
         """The logits with minus infinity for those that do not count."""
@@ -95,7 +99,7 @@ class Reading:
                 f"the network has {logits.shape[1]} outputs, this benchmark needs ImageNet's {len(SYNSETS)} classes; "
                 "evaluate a network that was trained on them"
             )
-        return logits.masked_fill(~self.counted.to(logits.device), -torch.inf)
+        return logits.masked_fill(~self.counted, -torch.inf)
 
 
 def reading(name: str, classes: Mapping[str, Sequence[int]], only_these: bool, pooled: bool = False) -> Reading:

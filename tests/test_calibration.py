@@ -110,5 +110,7 @@ def test_an_image_twice_or_never_and_a_nan_are_errors() -> None:
     found.add(torch.tensor([2, 1]), uniform, torch.tensor([3, 3]))
     with pytest.raises(DataError, match="image 1 was measured 2 times"):
         found.reduce(lambda rows: rows)
+    found = Confidences(2)
+    found.add(torch.tensor([0, 1]), uniform * torch.tensor([[1.0], [torch.nan]]), torch.tensor([3, 3]))
     with pytest.raises(NumericsError):
-        found.add(torch.tensor([0, 1]), uniform * torch.nan, torch.tensor([3, 3]))
+        found.reduce(lambda rows: rows)

@@ -64,6 +64,7 @@ def test_a_mask_comes_before_the_argmax_and_the_masks_differ() -> None:
     assert CLASSES_OF_R.answers(logits).tolist() == [[only_r]]
     assert ALL_CLASSES.answers(logits, best=3).tolist() == [[outside, only_r, only_a]]
     assert set(CLASSES_OF_A.answers(torch.randn(1, 1000), best=1000)[0].tolist()) == set(IMAGENET_A)
+    assert CLASSES_OF_A.to("meta").answers(logits.to("meta"), best=2).shape == (1, 2)  # all of it moves
 
 
 def test_masked_classes_have_no_probability() -> None:
