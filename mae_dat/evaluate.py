@@ -3,10 +3,7 @@
 import dataclasses
 import datetime
 import logging
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,12 @@ from mae_dat.distributed import World, all_sum
 from mae_dat.errors import ConfigError
 from mae_dat.finetune import evaluated_config, finetune, held_out_images, held_out_loader, load_classifier
 from mae_dat.generated import SHAPES, TEXTURES
+from mae_dat.machine import machine, versions
+from mae_dat.measuring import Conflict, Evaluation, evaluate, read_conflicts
 from mae_dat.metrics import Console, read_log
 from mae_dat.report import Results, Run, write_report
-from mae_dat.robustness import Conflict, Evaluation, evaluate, read_conflicts
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
 
 
 def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
@@ -168,37 +164,12 @@ def assemble(runs: list[Run], settings: dict[str, dict[str, Any]], title: str, f
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": 0.0,
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         "settings": settings,
         "notes": notes,
         "models": runs,
         "galleries": [],
     }
-
-
-def version(package: str) -> str:
-    """An installed package's version."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def machine() -> dict[str, str]:
-    """The hardware, as far as it shapes times and numerics."""
-    facts = {"system": f"{platform.system()} {platform.machine()}", "cores": str(os.cpu_count())}
-    cpu = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        if cpu.is_file()
-        else []
-    )
-    facts["processor"] = models[0] if models else platform.processor()
-    facts["instructions"] = torch.backends.cpu.get_cpu_capability()
-    facts["threads"] = str(torch.get_num_threads())
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mae_dat.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVERITIES, corrupt, image_seed
 from mae_dat.errors import DataError, MissingInputError, NumericsError
-from mae_dat.robustness import Evaluation, category_errors, evaluate, mean_error, read_conflicts
+from mae_dat.measuring import Evaluation, category_errors, evaluate, mean_error, read_conflicts
 from mae_dat.scores import Cells, ModelScores, Stat, coverage, severity_errors, shape_share
 
 CLASSES = 6
