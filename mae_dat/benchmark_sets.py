@@ -8,7 +8,6 @@ anything is computed. Sizes are those of the published sets; N images of a cell.
 import dataclasses
 import hashlib
 import logging
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 from mae_dat.benchmark_folders import (
     Expected,
@@ -24,7 +24,6 @@ from mae_dat.benchmark_folders import (
     check_some_sizes,
     corruption_folders,
     difference,
-    folders_in,
     list_pictures,
     severity_folders,
     shortfall,
@@ -39,7 +38,7 @@ from mae_dat.benchmark_labels import (
 from mae_dat.corruptions import CORRUPTIONS, EXTRA, SEVERITIES
 from mae_dat.data import ImageSet, Size, require_folder
 from mae_dat.decoding import ADVICE, decode
-from mae_dat.errors import ConfigError, DataError, UserError
+from mae_dat.errors import ConfigError, DataError
 from mae_dat.imagenet import (
     ALL_CLASSES,
     CLASSES_OF_A,
@@ -153,19 +152,28 @@ class Preprocessing:
     side: int | None = None
     border: int = 0
 
+    keep: bool = False
+    """Whether a picture that has the network's size by chance passes unchanged: not in the benchmarks."""
+
     def __call__(self, image: Image.Image) -> Tensor:
+        return to_tensor(self.picture(image))
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """The picture that becomes the input, 8 bits a channel."""
         width, height = image.size
         if self.border:
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        # What is stored at one size is never cropped; what is not is resized even where it has the size by chance.
+        # What is stored at one size is never cropped.
         stored = self.side is not None
-        return EvalTransform(self.size_HW, self.interpolation, share=1.0 if stored else None, keep=stored)(image)
+        share = 1.0 if stored else None
+        return EvalTransform(self.size_HW, self.interpolation, share, keep=stored or self.keep).picture(image)
 
     def __str__(self) -> str:
         size, side = f"{self.size_HW[0]} x {self.size_HW[1]}", self.side
         if side is None:
             height, width = EvalTransform(self.size_HW).cover_HW
             cut = f"border of {self.border} px cut, " if self.border else ""
+            cut += f"if not {size}: " if self.keep else ""
             return f"{cut}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}"
         as_stored = f"{side} x {side} as stored"
         return as_stored if self.size_HW == (side, side) else f"{as_stored}, resized to {size} ({self.interpolation})"
@@ -328,64 +336,3 @@ def _set_of(
     found = BenchmarkSet(cell, place, kept, targets, reading, prepare)
     found.left_out = len(listing) - len(kept)
     return found
-
-
-# ---- finding ----
-
-
-class Found(NamedTuple):
-    """Where a benchmark is, or why it is not there."""
-
-    benchmark: Benchmark
-    folder: Path | None
-    note: str
-
-
-def _plain(name: str) -> str:
-    """'ImageNet-C' and 'imagenet_c' are one name."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def find(root: str | Path, name: str) -> Path | None:
-    """The folder of benchmark `name`: `root` itself or a folder in it, under one of its usual names in any spelling;
-    None if there is none. Raises MissingInputError without `root`, DataError for several."""
-    require_folder(root)
-    known = BENCHMARKS[name]
-    usual = {_plain(own) for own in known.usual}
-    around = {Path(root).resolve().name: str(root), **folders_in(str(root))}
-    places = [Path(path) for own, path in around.items() if _plain(own) in usual]
-    # `val` names ImageNet's pictures only where nothing else tells whose they are.
-    named = [place for place in places if place.name != "val"] or places
-    found = list(dict.fromkeys(at / known.inside if (at / known.inside).is_dir() else at for at in named))
-    if len(found) > 1:
-        raise DataError(f"{root}: {' and '.join(map(str, found))} may each be {known.title}; name one of them")
-    return found[0] if found else None
-
-
-def inventory(root: str | Path) -> list[Found]:
-    """What is found of every benchmark below `root`, by name alone: `open_benchmark` says whether it is whole.
-
-    Raises MissingInputError without `root`.
-    """
-    require_folder(root)
-    rows = []
-    for known in BENCHMARKS.values():
-        folder, note = None, ""
-        try:
-            folder = find(root, known.name)
-            if folder is None:
-                note = f"no folder {known.usual[0]}, in any spelling"
-            elif known.source == "real":
-                beside(folder, "real.json")
-            elif known.source in ("objnet-113", "objnet-1000"):
-                read_objectnet(folder)
-        except UserError as error:
-            folder, note = None, str(error)
-        rows.append(Found(known, folder, note))
-    return rows
-
-
-def inventory_text(found: Sequence[Found]) -> str:
-    """A line a benchmark: its name, and where it is or why it is not measured."""
-    wide = max(len(row.benchmark.name) for row in found)
-    return "\n".join(f"{row.benchmark.name:<{wide}}  {row.folder or 'not measured: ' + row.note}" for row in found)

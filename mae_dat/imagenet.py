@@ -1,7 +1,7 @@
 """ImageNet's classes, the parts of them that other benchmarks use, and how 1000 logits answer a benchmark's question.
 
-Shapes: B batch, K = 1000 ImageNet classes in the order of their WordNet ids, C classes of the benchmark. The lists and
-where they come from: mae_dat/embedded/imagenet_classes.json.
+Shapes: B batch, K = 1000 ImageNet classes in the order of their WordNet ids, L logits that count, C classes of the
+benchmark. The lists and where they come from: mae_dat/embedded/imagenet_classes.json.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def synsets_of(classes: Sequence[int]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """How the logits of a network with ImageNet's classes answer a benchmark's question.
+    """How the logits of a network with ImageNet's classes answer a benchmark's question; for other sets K is their own.
 
     The answer is what the highest of the logits that count stands for; `pooled`: the class whose members have the
     highest mean probability, as in Geirhos et al. 2019.
@@ -62,15 +62,15 @@ class Reading:
     """Part of a result's key: the same pictures read in two ways are two results."""
     classes: tuple[str, ...]
     """The benchmark's classes: what labels number."""
-    meaning: Tensor
-    """int64 (K,): the benchmark's class that each logit stands for, or NO_CLASS."""
     counted: Tensor
-    """bool (K,): the logits that take part."""
+    """int64 (L,): the logits that take part."""
+    meaning: Tensor
+    """int64 (L,): the benchmark's class that each of them stands for, or NO_CLASS."""
     pooled: bool = False
 
     def to(self, device: torch.device | str) -> "Reading":
         """The same for logits on a device."""
-        return replace(self, meaning=self.meaning.to(device), counted=self.counted.to(device))
+        return replace(self, counted=self.counted.to(device), meaning=self.meaning.to(device))
 
     def answers(self, logits: Tensor, best: int = 1) -> Tensor:
         """The `best` first answers, int64 (B, best), from logits (B, K); fewer where there are fewer.
@@ -78,28 +78,26 @@ class Reading:
         NO_CLASS where a logit won that stands for none. Raises DataError unless K = 1000.
         """
         if self.pooled:
-            scores = self.probabilities(logits)
-            return scores.topk(min(best, scores.shape[1]), dim=1).indices
-        most = min(best, int(self.counted.sum()))
-        return self.meaning[self._masked(logits).topk(most, dim=1).indices]
+            return self.probabilities(logits).topk(min(best, len(self.classes)), dim=1).indices
+        return self.meaning[self._counted(logits).topk(min(best, len(self.counted)), dim=1).indices]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Float64 (B, C): softmax over the logits that count, summed over each class's members; `pooled`: their mean.
 
         Raises DataError unless K = 1000.
         """
-        softmax = self._masked(logits.double()).softmax(1)
-        member = torch.nn.functional.one_hot(self.meaning + 1, len(self.classes) + 1)[:, 1:].double()
+        softmax = self._counted(logits.double()).softmax(1)
+        member = (self.meaning[:, None] == torch.arange(len(self.classes), device=logits.device)).double()
         return softmax @ (member / member.sum(0) if self.pooled else member)
 
-    def _masked(self, logits: Tensor) -> Tensor:
-        """The logits with minus infinity for those that do not count."""
+    def _counted(self, logits: Tensor) -> Tensor:
+        """The logits that take part, (B, L)."""
         if logits.shape[1] != len(SYNSETS):
             raise DataError(
                 f"the network has {logits.shape[1]} outputs, this benchmark needs ImageNet's {len(SYNSETS)} classes; "
                 "evaluate a network that was trained on them"
             )
-        return logits.masked_fill(~self.counted, -torch.inf)
+        return logits[:, self.counted]
 
 
 def reading(name: str, classes: Mapping[str, Sequence[int]], only_these: bool, pooled: bool = False) -> Reading:
@@ -107,15 +105,14 @@ def reading(name: str, classes: Mapping[str, Sequence[int]], only_these: bool, p
     meaning = torch.full((len(SYNSETS),), NO_CLASS)
     for number, members in enumerate(classes.values()):
         meaning[list(members)] = number
-    counted = meaning >= 0 if only_these else torch.ones(len(SYNSETS), dtype=torch.bool)
-    return Reading(name, tuple(classes), meaning, counted, pooled)
+    counted = torch.arange(len(SYNSETS))[(meaning != NO_CLASS) | (not only_these)]
+    return Reading(name, tuple(classes), counted, meaning[counted], pooled)
 
 
 def _part(name: str, classes: Sequence[int]) -> Reading:
     """Labels are ImageNet's numbers, and only some classes' logits count."""
-    counted = torch.zeros(len(SYNSETS), dtype=torch.bool)
-    counted[list(classes)] = True
-    return Reading(name, SYNSETS, torch.arange(len(SYNSETS)), counted)
+    counted = torch.tensor(classes)
+    return Reading(name, SYNSETS, counted, counted)
 
 
 ALL_CLASSES = _part("1000 classes", range(len(SYNSETS)))

@@ -94,6 +94,10 @@ class EvalTransform:
         self.cover_HW = (int(size_HW[0] / share), int(size_HW[1] / share))
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return functional.to_tensor(self.picture(image))
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """The picture that becomes the tensor, 8 bits a channel."""
         width, height = image.size
         if (height, width) != self.size_HW or not self.keep:
             cover_H, cover_W = self.cover_HW
@@ -103,8 +107,7 @@ class EvalTransform:
                 resized = (cover_H, max(cover_W, int(cover_H * width / height)))
             image = functional.resize(image, list(resized), self.interpolation)
             image = functional.center_crop(image, list(self.size_HW))
-        tensor: Tensor = functional.to_tensor(image)
-        return tensor
+        return image
 
 
 def eval_transform(size_HW: Size) -> Transform:
