@@ -23,14 +23,12 @@ from mae_dat.benchmark_sets import (
     Benchmark,
     BenchmarkSet,
     Preprocessing,
-    find,
-    inventory,
-    inventory_text,
     open_benchmark,
 )
 from mae_dat.corruptions import CATEGORIES, CORRUPTIONS, EXTRA
 from mae_dat.errors import ConfigError, DataError, MissingInputError
 from mae_dat.imagenet import IMAGENET_A, IMAGENET_R, NO_CLASS, SIXTEEN, SYNSETS, synsets_of
+from mae_dat.inventory import find, inventory, inventory_text
 from mae_dat.loaders import eval_loader
 
 SIDE = 40

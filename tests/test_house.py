@@ -47,6 +47,7 @@ FLOORS = {
     "benchmark_folders": 2,
     "benchmark_labels": 2,
     "benchmark_sets": 2,
+    "inventory": 2,
     "tokenizer": 2,
     "symbolic": 3,
     "attack": 3,
