@@ -151,7 +151,6 @@ class Preprocessing:
     interpolation: str = "bicubic"
     side: int | None = None
     border: int = 0
-
     keep: bool = False
     """Whether a picture that has the network's size by chance passes unchanged: not in the benchmarks."""
 
