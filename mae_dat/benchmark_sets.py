@@ -191,6 +191,8 @@ class BenchmarkSet(ImageSet):
         super().__init__(root, prepare)
         self.cell, self.listing, self.targets, self.reading, self.side = cell, listing, targets, reading, prepare.side
         self.classes = list(reading.classes)
+        self.numbers: list[int] = []
+        """The pictures' numbers in the set that they were chosen from (`limited`); empty for their places."""
         self.left_out = 0
         """Pictures that the protocol leaves out: unlabelled (ReaL), of equal cues, of classes that ImageNet lacks."""
         self.missing: list[str] = []

@@ -67,6 +67,8 @@ class Reading:
     meaning: Tensor
     """int64 (L,): the benchmark's class that each of them stands for, or NO_CLASS."""
     pooled: bool = False
+    outputs: int = len(SYNSETS)
+    """K: ImageNet's, or of a set of other classes."""
 
     def to(self, device: torch.device | str) -> "Reading":
         """The same for logits on a device."""
@@ -75,7 +77,7 @@ class Reading:
     def answers(self, logits: Tensor, best: int = 1) -> Tensor:
         """The `best` first answers, int64 (B, best), from logits (B, K); fewer where there are fewer.
 
-        NO_CLASS where a logit won that stands for none. Raises DataError unless K = 1000.
+        NO_CLASS where a logit won that stands for none. Raises DataError for another K.
         """
         if self.pooled:
             return self.probabilities(logits).topk(min(best, len(self.classes)), dim=1).indices
@@ -84,7 +86,7 @@ class Reading:
     def probabilities(self, logits: Tensor) -> Tensor:
         """Float64 (B, C): softmax over the logits that count, summed over each class's members; `pooled`: their mean.
 
-        Raises DataError unless K = 1000.
+        Raises DataError for another K.
         """
         softmax = self._counted(logits.double()).softmax(1)
         member = (self.meaning[:, None] == torch.arange(len(self.classes), device=logits.device)).double()
@@ -92,10 +94,10 @@ class Reading:
 
     def _counted(self, logits: Tensor) -> Tensor:
         """The logits that take part, (B, L)."""
-        if logits.shape[1] != len(SYNSETS):
+        if logits.shape[1] != self.outputs:
             raise DataError(
-                f"the network has {logits.shape[1]} outputs, this benchmark needs ImageNet's {len(SYNSETS)} classes; "
-                "evaluate a network that was trained on them"
+                f"the network has {logits.shape[1]} outputs, {self.name} needs {self.outputs}; evaluate a network that "
+                "was trained on these classes"
             )
         return logits[:, self.counted]
 

@@ -186,6 +186,13 @@ def eval_loader(
     return _loader(dataset, num_workers, pin_memory, sampler=sampler, batch_size=batch_size)
 
 
+def batch_loader(
+    dataset: Dataset[Any], batches: Sequence[Sequence[Any]], num_workers: int, pin_memory: bool = False
+) -> ImageLoader:
+    """The given batches of keys of `dataset`, one after the other, its items collated; iterate over it once."""
+    return _loader(dataset, num_workers, pin_memory, batch_sampler=batches)
+
+
 class _Looks(Dataset[Any]):
     """What `look` says of each item, or the UserError that it raises."""
 
