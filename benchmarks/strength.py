@@ -1,29 +1,37 @@
 """What an eps means: share of visual words that a step of that L2 length changes, how exact the words are, and what
-equally many changed words do to the loss when they are chosen by an attack or at random.
+equally many changed words do to loss and accuracy when they are chosen by an attack or at random.
 
 `python benchmarks/strength.py OUT --data_path DIR [--tokenizer NAME]` with OUT a fine-tuned classifier.
 """
 
 import argparse
 import dataclasses
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_dat.attack import DiscreteAdversary, ShareController, discrete_adversary, unit
 from mae_dat.config import AttackConfig, FinetuneConfig, load_config
 from mae_dat.finetune import evaluated_config, held_out_images, load_classifier
 from mae_dat.tokenizer import VisualTokenizer, load_tokenizer, share_changed
+from mae_dat.word_attack import KINDS, WordAttack, word_hits
 
 RADII = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-SHARES = (0.05, 0.15)
+SHARES = (0.01, 0.05, 0.15)
+SEEDS = range(5)  # of the random words: all other attacks are without chance here
 ATTACKS = {
     "random words": AttackConfig("random"),
+    "random among the 32 nearest": AttackConfig("random", nearest=32),
     "Algorithm 1": AttackConfig("paper"),
     "DAT": AttackConfig("released", random_start=0.0),
+    "symbolic": AttackConfig("symbolic"),
+    "symbolic, 4 steps": AttackConfig("symbolic", steps=4),
+    "symbolic, 32 nearest": AttackConfig("symbolic", nearest=32),
+    "symbolic, 32 nearest, 4 steps": AttackConfig("symbolic", nearest=32, steps=4),
     "DAT, 10 steps": AttackConfig("released", random_start=0.0, steps=10),
 }
 
@@ -48,21 +56,45 @@ def attacked(attack: AttackConfig, share: float, run: Callable[[AttackConfig], D
     return run(controller.apply(attack))
 
 
-def damage(image: Tensor, loss_of: Callable[[Tensor], Tensor], tokenizer: VisualTokenizer) -> None:
-    """Prints the loss of pictures, of their reconstructions and of adversaries with equally many changed words."""
+def damage(model: nn.Module, image: Tensor, label: Tensor, tokenizer: VisualTokenizer) -> None:
+    """Prints loss and accuracy of pictures, of their reconstructions and of adversaries with equally many changed
+    words; of random ones mean and deviation over seeds."""
+
+    def loss_of(view: Tensor) -> Tensor:
+        return F.cross_entropy(model(view), label)
+
+    def effect(view: Tensor) -> tuple[float, float]:
+        with torch.no_grad():
+            logits = model(view)
+        return F.cross_entropy(logits, label).item(), (logits.argmax(1) == label).float().mean().item()
+
     with torch.no_grad():
-        clean, decoded = loss_of(image).item(), loss_of(tokenizer.reconstruct(image)).item()
-    print(f"\nloss {clean:.3f}; of the reconstructions {decoded:.3f}")
-    print("   words   " + "   ".join(f"{name:>14}" for name in ATTACKS))
-    for share in SHARES:
-        losses = []
-        for attack in ATTACKS.values():
-            found = attacked(
-                attack, share, lambda one: discrete_adversary(image, loss_of, tokenizer, one, torch.Generator())
-            )
-            with torch.no_grad():
-                losses.append(loss_of(found.adversarial).item())
-        print(f"{share:8.0%}   " + "   ".join(f"{loss:14.3f}" for loss in losses))
+        views = {"pictures": image, "reconstructions": tokenizer.reconstruct(image)}
+    print(
+        "\n" + "; ".join("{}: loss {:.3f}, accuracy {:.1%}".format(name, *effect(one)) for name, one in views.items())
+    )
+    print(f"{'words changed':30}" + "".join(f"{share:>26.0%}" for share in SHARES))
+    for name, attack in ATTACKS.items():
+        cells = []
+        for share in SHARES:
+            effects = []
+            for seed in SEEDS if attack.kind == "random" else (0,):
+                source = torch.Generator().manual_seed(seed)
+                found = attacked(attack, share, lambda one: discrete_adversary(image, loss_of, tokenizer, one, source))  # noqa: B023
+                effects.append(effect(found.adversarial))
+            losses, accuracies = zip(*effects, strict=True)
+            spread = f" +- {statistics.stdev(losses):.3f}" if len(losses) > 1 else " " * 9
+            cells.append(f"{statistics.mean(losses):8.3f}{spread}{statistics.mean(accuracies):9.1%}")
+        print(f"{name:30}" + "".join(cells))
+
+
+def curves(model: nn.Module, image: Tensor, label: Tensor, tokenizer: VisualTokenizer) -> None:
+    """Prints the accuracy when up to a share of the words are changed (mae_dat.word_attack)."""
+    attack, index = WordAttack(), torch.arange(len(image))
+    print(f"\n{'right with up to so many words':30}" + "".join(f"{share:>8.0%}" for share in attack.shares))
+    for kind in KINDS:
+        hits = word_hits(model, tokenizer, image, label, index, kind, attack).float().mean(1)
+        print(f"{kind:30}" + "".join(f"{share:>8.1%}" for share in hits.tolist()))
 
 
 def main() -> None:
@@ -96,7 +128,8 @@ def main() -> None:
             moved = share_changed(words, tokenizer.encode((reconstruction + eps * direction).clamp(0, 1)))
         level = 255 * eps / image[0].numel() ** 0.5
         print(f"{eps:6.2f} {found.changed:23.2%} {moved:23.2%} {level:27.2f}")
-    damage(image, lambda x: F.cross_entropy(model(x), label), tokenizer)
+    damage(model, image, label, tokenizer)
+    curves(model, image, label, tokenizer)
 
 
 if __name__ == "__main__":
