@@ -295,6 +295,8 @@ import torch
 from mae_dat.checkpoint import Saver, find_checkpoint, newest_checkpoint, sweep
 from mae_dat.errors import CheckpointError
 
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+
 def write(folder, step, size, count, keep=2):
     "Saves in the background as a training does, changing the weights in between."
     weights, saver = torch.full((size,), float(step)), Saver(folder, keep)
