@@ -1,0 +1,265 @@
+"""The networks of an evaluation, from wherever they come, and the facts that are part of their results' key.
+
+An output folder, a weights file of any format, a released or a timm name, an ONNX file, or from Python any callable:
+all of them map float pixels (B, 3, H, W) in [0, 1] to logits (B, K), the normalization inside.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from mae_dat import run
+from mae_dat.classifier import Classifier, build_classifier
+from mae_dat.config import ConfigError, image_size
+from mae_dat.data import Size
+from mae_dat.errors import CheckpointError, MissingInputError
+from mae_dat.files import sha256_of
+from mae_dat.pixel_attacks import require_pixel_model
+from mae_dat.rebuild import open_source
+from mae_dat.results import Contender as Facts
+from mae_dat.store import local_path
+from mae_dat.weights import WeightsFile
+
+Network = Callable[[Tensor], Tensor]
+USUAL_SIZE = (224, 224)
+
+
+@dataclass(frozen=True)
+class View:
+    """How the pictures of an evaluation are wanted, where it is not as the networks themselves say."""
+
+    device: torch.device
+    precision: torch.dtype | None = None
+    """Of autocast; None for float32."""
+    size: Size | None = None
+    interpolation: str | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network that is evaluated, on its device."""
+
+    name: str
+    network: Network
+    facts: Facts
+    outputs: int
+    classes: tuple[str, ...] | None
+    """The names of its classes, None where nothing says."""
+    differentiable: bool
+    device: torch.device
+
+    @property
+    def size(self) -> Size:
+        """Height and width of its input."""
+        height, width = self.facts["size"]
+        return height, width
+
+    @property
+    def key(self) -> dict[str, Any] | None:
+        """What its results are stored under; None for a callable without weights, which cannot be told from another."""
+        own = {key: value for key, value in self.facts.items() if key not in ("title", "source")}
+        return own if self.facts["sha256"] else None
+
+
+# ---- opening ----
+
+
+def open_contenders(
+    sources: Sequence[str], models: Sequence[str], pretrained: bool, names: Sequence[str], view: View
+) -> list[Contender]:
+    """What a command line names: `sources` with `models` for what they do not say of themselves (one for all, or one
+    each), or, if `pretrained`, the timm models of that name beside them.
+
+    Raises ConfigError, MissingInputError, CheckpointError, DownloadError.
+    """
+    if pretrained and not models:
+        raise ConfigError("--pretrained needs --model: timm's name of a network.")
+    if not pretrained and len(models) not in (0, 1, len(sources)):
+        raise ConfigError(f"--model: give one name for all or one for each --checkpoint, not {len(models)}.")
+    given = [*sources, *(models if pretrained else ())]
+    if not given:
+        raise ConfigError("nothing to evaluate: give --checkpoint A [B ...], or --model NAME --pretrained.")
+    if names and len(names) != len(given):
+        raise ConfigError(f"--names: {len(names)} names for {len(given)} networks.")
+    titles = list(names) or distinct_names(given)
+    if len(set(titles)) < len(titles):
+        raise ConfigError(f"two networks would have the same name ({', '.join(titles)}): give --names.")
+    own = [None] * len(sources) if pretrained or not models else [*models] * (len(sources) if len(models) == 1 else 1)
+    opened = [open_contender(source, model, title, view) for source, model, title in zip(sources, own, titles)]  # noqa: B905
+    if pretrained:
+        opened += [_from_timm(model, title, view) for model, title in zip(models, titles[len(sources) :], strict=True)]
+    return opened
+
+
+def distinct_names(sources: Sequence[str]) -> list[str]:
+    """A short name for each: its file's or folder's, with as many of the folders above as tell them apart."""
+    parts = [Path(source).with_suffix("").parts if Path(source).is_file() else Path(source).parts for source in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(part[-depth:]) for part in parts]
+        if len(set(short)) == len(short):
+            break
+    return short
+
+
+def open_contender(source: str, model: str | None, name: str, view: View) -> Contender:
+    """The classifier of an output folder, a weights or ONNX file, or a released name.
+
+    Raises MissingInputError, CheckpointError (also for a pretraining), ConfigError, DownloadError.
+    """
+    if source.endswith(".onnx"):
+        return _from_onnx(Path(source), name, view)
+    weights, facts = run.read_export(Path(source))
+    told = weights._replace(metadata={"mae_dat": json.dumps(facts)}) if facts else weights
+    with run.naming(f"--checkpoint {source}"):
+        opened = open_source(told, model, view.size)
+    if not isinstance(opened.network, Classifier):
+        raise CheckpointError(f"--checkpoint {source} is a pretraining, which has no classes yet: fine-tune it first.")
+    classes = facts.get("classes")
+    return _classifier(opened.network, name, source, opened.plan.name, view, opened.plan.img_size, classes, weights)
+
+
+def _from_timm(model: str, name: str, view: View) -> Contender:
+    if not timm.is_model(model):
+        raise ConfigError(f"--pretrained: timm has no {model}; `timm.list_models(pretrained=True)` lists its names.")
+    settings: Any = timm.get_pretrained_cfg(model, allow_unregistered=True)
+    classes = getattr(settings, "num_classes", None) or 1000
+    network = build_classifier(model, classes, view.size, pretrained=True)
+    return _classifier(network, name, f"timm {model}", model, view)
+
+
+def _classifier(
+    network: Classifier,
+    name: str,
+    source: str,
+    architecture: str,
+    view: View,
+    size: Size | None = None,
+    classes: Sequence[str] | None = None,
+    weights: WeightsFile | None = None,
+) -> Contender:
+    settings = resolve_model_data_config(network.net)
+    path = Path(weights.source) if weights else None
+    averaged = any(one.startswith("the average") for one in weights.wrappers) if weights else False
+    facts: Facts = {
+        "title": name,
+        "source": source,
+        "sha256": sha256_of(path) if path and path.is_file() else state_sha256(network),
+        "architecture": architecture,
+        "parameters": sum(one.numel() for one in network.parameters()),
+        "size": list(view.size or size or settings["input_size"][-2:]),
+        "normalization": f"mean {_numbers(network.mean)}, std {_numbers(network.std)}",
+        "interpolation": view.interpolation or settings["interpolation"],
+        "precision": _precision(view),
+        "averaged": True if averaged else None,
+    }
+    return _probed(network.to(view.device).eval(), facts, classes, view)
+
+
+def from_callable(network: Network, name: str, view: View, classes: Sequence[str] | None = None) -> Contender:
+    """Any callable of pixels in [0, 1]; a module is moved to the device. Raises ConfigError where it fails on a blank
+    picture, or says that it takes normalised ones."""
+    if isinstance(network, Classifier):
+        return _classifier(network, name, "Python", type(network.net).__name__, view, classes=classes)
+    module = network if isinstance(network, nn.Module) else None
+    facts: Facts = {
+        "title": name,
+        "source": "callable",
+        "sha256": state_sha256(module) if module and module.state_dict() else None,
+        "architecture": type(network).__name__ if module else getattr(network, "__name__", type(network).__name__),
+        "parameters": sum(one.numel() for one in module.parameters()) if module else 0,
+        "size": list(view.size or USUAL_SIZE),
+        "normalization": "inside",
+        "interpolation": view.interpolation or "bicubic",
+        "precision": _precision(view),
+        "averaged": None,
+    }
+    return _probed(module.to(view.device) if module else network, facts, classes, view)
+
+
+def _from_onnx(path: Path, name: str, view: View) -> Contender:
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise MissingInputError(f'{path} needs the package {error.name}: pip install "mae_dat[export]"') from error
+    path = local_path(path)
+    if not path.is_file():
+        raise MissingInputError(f"--checkpoint: no such file: {path}")
+    try:
+        session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+        weights = onnx.load(path, load_external_data=False).graph.initializer
+    except Exception as error:  # of onnxruntime's own kinds, one a fault
+        raise CheckpointError(f"{path} cannot be run as ONNX: {str(error).splitlines()[0]}") from error
+    (given, *others) = session.get_inputs()
+    sides = [side for side in given.shape[-2:] if isinstance(side, int)]
+    if others or len(given.shape) != 4 or given.type != "tensor(float)":
+        raise CheckpointError(f"{path} must take one input, float (B, 3, H, W) in [0, 1], not {given.shape}.")
+
+    def network(image: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {given.name: image.detach().float().cpu().numpy()})[0]).to(image.device)
+
+    facts: Facts = {
+        "title": name,
+        "source": str(path),
+        "sha256": sha256_of(path),
+        "architecture": "ONNX graph",
+        "parameters": sum(int(torch.tensor(list(one.dims)).prod()) for one in weights),
+        "size": list(view.size or (sides if len(sides) == 2 else USUAL_SIZE)),
+        "normalization": "inside",
+        "interpolation": view.interpolation or "bicubic",
+        "precision": "fp32",
+        "averaged": None,
+    }
+    return _probed(network, facts, None, view)
+
+
+# ---- facts ----
+
+
+def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view: View) -> Contender:
+    """The contender, after one blank picture has gone through it."""
+    name, size = facts["title"], image_size(tuple(facts["size"]))
+    blank = torch.zeros(1, 3, *size, device=view.device)
+    try:
+        require_pixel_model(network, blank, torch.zeros(1, dtype=torch.int64, device=view.device))
+        with torch.enable_grad():
+            logits = network(blank.requires_grad_())
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name} does not take a picture of 1 x 3 x {size[0]} x {size[1]}: {error}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise ConfigError(f"{name} does not take a picture of 1 x 3 x {size[0]} x {size[1]}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(f"{name} gives {found} for one picture, not logits of shape (1, classes).")
+    if classes is not None and len(classes) != logits.shape[1]:
+        raise ConfigError(f"{name} has {logits.shape[1]} outputs and a list of {len(classes)} classes.")
+    known = tuple(classes) if classes else None
+    return Contender(name, network, facts, logits.shape[1], known, logits.requires_grad, view.device)
+
+
+def state_sha256(module: nn.Module) -> str:
+    """Of names and values of a module's weights, wherever they lie."""
+    digest = hashlib.sha256()
+    state: Mapping[str, Tensor] = module.state_dict()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _numbers(values: Tensor) -> str:
+    return " ".join(f"{value:.6g}" for value in values.flatten().tolist())
+
+
+def _precision(view: View) -> str:
+    return "fp32" if view.precision is None else "bf16"

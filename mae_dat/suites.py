@@ -1,0 +1,307 @@
+"""What can be measured: the benchmarks of ImageNet, a data set of one's own, and what is made of either's clean
+pictures: corruptions, pixel attacks, changed words.
+
+A `Battery` opens the pictures once, whatever the number of networks; `Battery.suite` gives a suite as one network sees
+it. Nothing is computed here, and what is wrong is said here.
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae_dat import corruptions as corrupting
+from mae_dat.attack import image_generator
+from mae_dat.benchmark_folders import folders_in
+from mae_dat.benchmark_labels import read_subset
+from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet, Cell, Preprocessing, open_benchmark
+from mae_dat.cells import Network, Portion
+from mae_dat.config import nearest
+from mae_dat.data import ImageFolder, Size, find_split, require_folder
+from mae_dat.errors import ConfigError, DataError, MissingInputError, UserError
+from mae_dat.imagenet import SYNSETS, Reading, check_classes
+from mae_dat.inventory import find, inventory
+from mae_dat.pixel_attacks import AUTO_ATTACK_EPS, PIXEL_ATTACKS, PixelAttack, auto_attack, pixel_adversary
+from mae_dat.results import Suite as SuiteFacts
+from mae_dat.tokenizer import VisualTokenizer, load_tokenizer
+from mae_dat.word_attack import KINDS, SHARES, WordAttack, word_hits
+
+logger = logging.getLogger(__name__)
+
+CLEAN, GENERATED = "clean", "generated"
+AUTO_ATTACK = f"autoattack-{round(255 * AUTO_ATTACK_EPS)}/255"
+WORDS = {f"words-{kind}": kind for kind in ("random", "symbolic")}
+ATTACKS = (*PIXEL_ATTACKS, AUTO_ATTACK, *WORDS)
+SUITES = (*BENCHMARKS, CLEAN, GENERATED, *ATTACKS)
+NEED_GRADIENTS = (*PIXEL_ATTACKS, AUTO_ATTACK, "words-symbolic")
+BY_NAME_ONLY = {
+    AUTO_ATTACK: "takes thousands of passes a picture: name it, with --limit or --subset",
+}
+TITLES = {
+    "fgsm-1/255": "FGSM, 1/255",
+    "pgd-5-1/255": "PGD, 5 steps, 1/255",
+    "pgd-20-l2-0.5": "PGD, 20 steps, L2 0.5",
+    AUTO_ATTACK: "AutoAttack, 4/255",
+    "words-random": "Random words",
+    "words-symbolic": "Symbolic adversary",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is measured of the pictures below a folder, and how."""
+
+    root: Path
+    partial: bool = False
+    """Take folders that are not whole; their rows are marked."""
+    subset: Path | None = None
+    """RobustBench's list of 5,000 pictures, for ImageNet and ImageNet-C."""
+    limit: int | None = None
+    """Pictures of each cell."""
+    seed: int = 0
+    held_out: bool = False
+    """Also the four further corruptions, where they are made here."""
+    tokenizer: str = "embedded"
+    batch_size: int = 64
+    """Part of AutoAttack's result alone."""
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit {self.limit}: give at least 1 picture a cell, or None for all.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A suite as one network sees it: its measurements, and how they are made."""
+
+    name: str
+    title: str
+    portions: tuple[Portion, ...]
+    official: bool
+    made: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What was done to the pictures: part of the protocol."""
+
+    @property
+    def facts(self) -> SuiteFacts:
+        """What a report says of it."""
+        pictures = self.portions[0].pictures
+        return {
+            "title": self.title,
+            "protocol": {**pictures.protocol, **self.made},
+            "official": self.official,
+            "images": len(pictures),
+            "left_out": pictures.left_out,
+            "missing": pictures.missing,
+            "fingerprint": pictures.fingerprint(),
+        }
+
+
+class Battery:
+    """The suites of one choice of pictures, for networks with so many outputs, of these classes where they are known.
+
+    What is wrong with the pictures is a UserError, with the reason, before hours are spent.
+    """
+
+    def __init__(self, choice: Choice, outputs: int, classes: Sequence[str] | None = None) -> None:
+        require_folder(choice.root)
+        self.choice, self.outputs, self.classes = choice, outputs, classes
+        self.subset = read_subset(choice.subset) if choice.subset else None
+        self._sets: dict[str, list[BenchmarkSet]] = {}
+        self._tokenizer: VisualTokenizer | None = None
+
+    @property
+    def clean(self) -> str:
+        """The suite of the clean pictures: `imagenet`, or `clean` for classes that are not ImageNet's."""
+        place = find(self.choice.root, "imagenet")
+        if self.outputs == len(SYNSETS) and place is not None and folders_in(str(place)).keys() <= set(SYNSETS):
+            return "imagenet"
+        return CLEAN
+
+    def chosen(self, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """The suites to measure, in order, and why the others are not; `all` is what there is. Raises ConfigError."""
+        for name in asked:
+            if name not in (*SUITES, "all"):
+                raise ConfigError(f"--suite {name}: {nearest(name, [*SUITES, 'all'])}")
+        if "all" not in asked:
+            return list(dict.fromkeys(asked)), {name: "not asked for" for name in SUITES if name not in asked}
+        lacking = {row.benchmark.name: row.note for row in inventory(self.choice.root) if row.folder is None}
+        if self.outputs != len(SYNSETS):
+            lacking |= dict.fromkeys(BENCHMARKS, f"the networks have {self.outputs} outputs, not ImageNet's 1000")
+        if self.clean == "imagenet" or not self._has_split():
+            lacking[CLEAN] = "ImageNet is there" if self.clean == "imagenet" else "no folder val/CLASS"
+        if CLEAN in lacking and self.clean == CLEAN:
+            lacking |= dict.fromkeys((GENERATED, *ATTACKS), "needs clean pictures: ImageNet's or val/CLASS")
+        elif "imagenet-c" not in lacking:
+            lacking[GENERATED] = "the official ImageNet-C is there: name it to have both"
+        lacking |= {name: why for name, why in BY_NAME_ONLY.items() if name not in lacking}
+        lacking = {name: why for name, why in lacking.items() if name not in asked}
+        found = [name for name in SUITES if name not in lacking]
+        if not found:
+            raise MissingInputError(
+                f"{self.choice.root} holds no benchmark and no val/CLASS: see --help for its layout."
+            )
+        return found, lacking
+
+    def _has_split(self) -> bool:
+        try:
+            return bool(folders_in(str(find_split(self.choice.root, "val"))))
+        except UserError:
+            return False
+
+    # ---- pictures ----
+
+    def sets(self, name: str) -> list[BenchmarkSet]:
+        """The cells of a benchmark, or of the custom set, opened once."""
+        if name not in self._sets:
+            opened = self._open_own() if name == CLEAN else self._open(name)
+            limit = self.choice.limit
+            self._sets[name] = opened if limit is None else [limited(one, limit, self.choice.seed) for one in opened]
+        return self._sets[name]
+
+    def _open(self, name: str) -> list[BenchmarkSet]:
+        check_classes(self.classes, self.outputs)
+        folder = find(self.choice.root, name)
+        if folder is None:
+            raise MissingInputError(f"{self.choice.root} has no folder {BENCHMARKS[name].usual[0]}, in any spelling.")
+        subset = self.subset if name in ("imagenet", "imagenet-real", "imagenet-c") else None
+        return open_benchmark(name, folder, (224, 224), partial=self.choice.partial, subset=subset)
+
+    def _open_own(self) -> list[BenchmarkSet]:
+        root = find_split(self.choice.root, "val")
+        images = ImageFolder(root, lambda image: torch.zeros(0), self.classes)
+        if len(images.classes) != self.outputs:
+            raise DataError(
+                f"{root} has {len(images.classes)} class folders, the networks have {self.outputs} outputs."
+            )
+        every = torch.arange(self.outputs)
+        reading = Reading("its own classes", tuple(images.classes), every, every, outputs=self.outputs)
+        listing = [(path.removeprefix(f"{root}/"), label) for path, label in images.samples]
+        targets = torch.tensor([label for _, label in listing])[:, None]
+        prepare = Preprocessing((224, 224), keep=True)
+        return [BenchmarkSet(Cell(CLEAN), str(root), listing, targets, reading, prepare)]
+
+    # ---- suites ----
+
+    def suite(self, name: str, size_HW: Size, interpolation: str) -> Suite:
+        """A suite for a network of this input. Raises what opening raises, and ConfigError for a size."""
+
+        def see(pictures: BenchmarkSet) -> BenchmarkSet:
+            return seen_at(pictures, size_HW, interpolation)
+
+        if name in BENCHMARKS or name == CLEAN:
+            portions = [_stored(see(pictures)) for pictures in self.sets(name)]
+            title = BENCHMARKS[name].title if name != CLEAN else "Clean"
+            return Suite(name, title, tuple(portions), official=True)
+        (clean,) = map(see, self.sets(self.clean))
+        if name == GENERATED:
+            return self._generated(clean, size_HW)
+        made = {"precision": "fp32"}
+        if name in WORDS:
+            attack = self._word_attack(size_HW)
+            made |= {"tokenizer": self.choice.tokenizer, "steps": str(attack.steps), "seed": str(attack.seed)}
+            portion = self._words(name, clean, attack)
+        else:
+            adversary = self._auto_attack if name == AUTO_ATTACK else self._pixel_attack(PIXEL_ATTACKS[name])
+            settings = f"standard, batches of {self.choice.batch_size}"
+            made["attack"] = settings if name == AUTO_ATTACK else str(PIXEL_ATTACKS[name])
+            made["seed"] = str(self.choice.seed)
+            portion = Portion(_named(clean, name), adversary=adversary, precise=True)
+        return Suite(name, TITLES.get(name, name), (portion,), official=True, made=made)
+
+    def _generated(self, clean: BenchmarkSet, size_HW: Size) -> Suite:
+        corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
+        names = corrupting.CORRUPTIONS + (corrupting.EXTRA if self.choice.held_out else ())
+        portions = tuple(
+            Portion(
+                _named(clean, GENERATED),
+                tuple(f"{name}/{severity}" for severity in corrupting.SEVERITIES),
+                corruption=name,
+                severities=corrupting.SEVERITIES,
+                seed=self.choice.seed,
+            )
+            for name in names
+        )
+        made = {"corruptions": corrupting.SOURCE, "stored as": f"JPEG {corrupting.STORED_QUALITY}"}
+        made["seed"] = str(self.choice.seed)
+        return Suite(GENERATED, "Generated corruptions", portions, official=False, made=made)
+
+    def _pixel_attack(self, attack: PixelAttack):  # type: ignore[no-untyped-def]
+        def adversary(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
+            generators = [image_generator(self.choice.seed, one) for one in number.tolist()]
+            return pixel_adversary(network, image, label, attack, generators)
+
+        return adversary
+
+    def _auto_attack(self, network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return auto_attack(network, image, label, seed=self.choice.seed)  # type: ignore[arg-type]
+
+    def _word_attack(self, size_HW: Size) -> WordAttack:
+        """Shares that are different numbers of words at this size."""
+        tokenizer = self.tokenizer
+        tokenizer.check(torch.zeros(1, 3, *size_HW))
+        places = (size_HW[0] // tokenizer.factor) * (size_HW[1] // tokenizer.factor)
+        different = {round(share * places): share for share in reversed(SHARES)}
+        return WordAttack(tuple(sorted(different.values())), seed=self.choice.seed)
+
+    def _words(self, name: str, clean: BenchmarkSet, attack: WordAttack) -> Portion:
+        def hits(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
+            return word_hits(network, self.tokenizer, image, label, number, WORDS[name], attack)  # type: ignore[arg-type]
+
+        cells = tuple(f"{share:g}" for share in attack.shares)
+        return Portion(_named(clean, name), cells, word_hits=hits, precise=True)
+
+    @property
+    def tokenizer(self) -> VisualTokenizer:
+        """The one whose words are changed."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.choice.tokenizer).to(self.choice.device)
+        return self._tokenizer
+
+
+assert set(WORDS.values()) == set(KINDS)
+
+
+def _stored(pictures: BenchmarkSet) -> Portion:
+    """A portion of files. Where one class alone is right, confidences are measured too, but not on 75 corruptions."""
+    corruption, severity = pictures.cell.corruption, pictures.cell.severity
+    cell = f"{corruption}/{severity}" if corruption else ""
+    plain = not corruption and pictures.targets.shape[1] == 1 and not pictures.reading.pooled
+    return Portion(pictures, (cell,), calibrated=plain)
+
+
+def _named(pictures: BenchmarkSet, name: str) -> BenchmarkSet:
+    """The same pictures as cells of another suite, for messages."""
+    other = copy.copy(pictures)
+    other.cell = Cell(name)
+    return other
+
+
+def seen_at(pictures: BenchmarkSet, size_HW: Size, interpolation: str) -> BenchmarkSet:
+    """The same pictures for a network of another input."""
+    assert isinstance(pictures.transform, Preprocessing)
+    prepare = dataclasses.replace(pictures.transform, size_HW=size_HW, interpolation=interpolation)
+    other = pictures.seen_through(prepare)
+    other.protocol = {**pictures.protocol, "preprocessing": str(prepare)}
+    return other
+
+
+def limited(pictures: BenchmarkSet, limit: int, seed: int) -> BenchmarkSet:
+    """The first `limit` of a permutation drawn from `seed`, in their old order; they keep their numbers."""
+    if limit >= len(pictures):
+        return pictures
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
+    chosen = order[:limit].sort().values
+    other = copy.copy(pictures)
+    other.listing, other.targets = [pictures.listing[index] for index in chosen], pictures.targets[chosen]
+    other.numbers = chosen.tolist()
+    told = f"{limit:,} of {len(pictures):,} pictures (seed {seed})"
+    before = pictures.protocol["subset"]
+    other.protocol = {**pictures.protocol, "subset": f"{told}, {before}" if before else told}
+    return other
