@@ -118,10 +118,14 @@ def _draw_line(axes: Axes, series: Series, markers: bool = True) -> None:
 
 
 @rc_context(STYLE)
-def dot_plot(rows: Sequence[str], series: Sequence[Series], xlabel: str) -> bytes:
-    """Rows from top to bottom, one dot a series; a point is (value, row number, half error bar)."""
+def dot_plot(rows: Sequence[str], series: Sequence[Series], xlabel: str, zero: bool = False) -> bytes:
+    """Rows from top to bottom, one dot a series; a point is (value, row number, half error bar). `zero`: a line there,
+    for differences.
+    """
     figure = _figure(1.2 + 0.16 * len(rows) * (1.6 + len(series)))
     axes = figure.subplots()
+    if zero:
+        axes.axvline(0, color=GREY, linewidth=1)
     step = 0.68 / max(1, len(series))
     for i, one in enumerate(series):
         shift = (i - (len(series) - 1) / 2) * step
@@ -142,8 +146,11 @@ def dot_plot(rows: Sequence[str], series: Sequence[Series], xlabel: str) -> byte
 
 
 @rc_context(STYLE)
-def severity_plot(panels: Mapping[str, Sequence[Series]]) -> bytes:
-    """Error against severity, one small panel a title, all on one scale; severity 0 is the clean image."""
+def severity_plot(
+    panels: Mapping[str, Sequence[Series]], xlabel: str = "severity (0 = clean)", ylabel: str = "error (%)"
+) -> bytes:
+    """Error against severity, one small panel a title, all on one scale; severity 0 is the clean image. Other labels
+    make it a plot of something else against a strength."""
     columns = 1 if len(panels) == 1 else 2
     rows = math.ceil(len(panels) / columns)
     figure = _figure(4.2 if rows == 1 else 0.6 + 2.2 * rows)
@@ -156,27 +163,34 @@ def severity_plot(panels: Mapping[str, Sequence[Series]]) -> bytes:
         axes.set_title(_plain(title))
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.supxlabel("severity (0 = clean)", fontsize=STYLE["axes.labelsize"])
-    figure.supylabel("error (%)", fontsize=STYLE["axes.labelsize"])
+    figure.supxlabel(xlabel, fontsize=STYLE["axes.labelsize"])
+    figure.supylabel(ylabel, fontsize=STYLE["axes.labelsize"])
     _legend(figure, grid.flat[0], len(next(iter(panels.values()))))
     return _png(figure)
 
 
 @rc_context(STYLE)
 def heat_map(
-    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], breaks: Sequence[int]
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    breaks: Sequence[int],
+    difference: bool = False,
 ) -> bytes:
     """Error in percent, rows x columns with numbers; None is an empty cell. A gap is drawn above each row in
-    `breaks`.
+    `breaks`. `difference`: of two errors, with a sign; green is less, brown is more.
     """
     figure = _figure(0.75 + 0.3 * len(rows))
     axes = figure.subplots()
     cells = [[math.nan if value is None else value for value in row] for row in values]
-    axes.imshow(cells, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    largest = max([abs(value) for row in values for value in row if value is not None] + [1.0])
+    low, high, colors = (-largest, largest, "BrBG_r") if difference else (0, 100, "Blues")
+    axes.imshow(cells, cmap=colors, vmin=low, vmax=high, aspect="auto")
     for r, row in enumerate(values):
         for c, value in enumerate(row):
-            text = "–" if value is None else f"{value:.1f}"
-            axes.text(c, r, text, ha="center", va="center", color="white" if (value or 0) > 62 else "black")
+            text = "–" if value is None else f"{value:+.1f}".replace("-", "−") if difference else f"{value:.1f}"
+            dark = abs(value or 0) > 0.62 * high
+            axes.text(c, r, text, ha="center", va="center", color="white" if dark else "black")
     for edge in breaks:
         axes.axhline(edge - 0.5, color="white", linewidth=4)
     axes.set_xticks(range(len(columns)), columns)
