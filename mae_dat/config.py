@@ -319,8 +319,9 @@ class EvalConfig:
     """Evaluate only, the weights of --resume."""
     dist_eval: bool = False
     """Accepted for MAE's sake; evaluation is always shared by the ranks and exact."""
-    suite: Literal["clean", "corruptions"] = "clean"
-    """With --eval: clean accuracy, or also 15 corruptions x 5 severities and a report."""
+    suite: tuple[str, ...] = ("clean",)
+    """With --eval: clean accuracy; `corruptions`, also 15 corruptions x 5 severities and a report; or the suites of
+    mae_dat.robustness."""
     limit: int | None = None
     """Images per corruption (default: all of the validation split)."""
 

@@ -1,4 +1,5 @@
-"""From trained classifiers to results and a report: `main_finetune.py --eval --resume OUT [--suite corruptions]`."""
+"""From trained classifiers to results and a report: `main_finetune.py --eval --resume OUT [--suite corruptions]`, or
+`--suite` with names of mae_dat.robustness."""
 
 import dataclasses
 import datetime
@@ -13,9 +14,11 @@ from mae_dat import run
 from mae_dat.accuracy import accuracy
 from mae_dat.classifier import Classifier
 from mae_dat.config import FinetuneConfig, RunConfig, command_line, flat_values, load_finetune_config
+from mae_dat.contenders import View, open_contender
+from mae_dat.contest import Setting, examine, print_headline, save
 from mae_dat.corruptions import SEVERITIES
 from mae_dat.data import ImageSet
-from mae_dat.distributed import World, all_sum
+from mae_dat.distributed import World, all_sum, from_main, together
 from mae_dat.errors import ConfigError
 from mae_dat.finetune import evaluated_config, finetune, held_out_images, held_out_loader, load_classifier
 from mae_dat.generated import SHAPES, TEXTURES
@@ -23,6 +26,9 @@ from mae_dat.machine import machine, versions
 from mae_dat.measuring import Conflict, Evaluation, evaluate, read_conflicts
 from mae_dat.metrics import Console, read_log
 from mae_dat.report import Results, Run, write_report
+from mae_dat.sources import image_root
+from mae_dat.stored_cells import StoredCells
+from mae_dat.suites import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +42,23 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
     """
     if not config.run.resume:
         raise ConfigError("--eval needs --resume: the output folder of a fine-tuning, or a weights file.")
-    source = Path(config.run.resume)
+    source, suite = Path(config.run.resume), config.evaluation.suite
     folder = source if source.is_dir() else source.parent
     config, classes = evaluated_config(source, config)
-    if config.evaluation.suite == "corruptions":
+    if suite == ("corruptions",):
         require_color(config)
         check_suite(config.evaluation.limit)
-        if config.run.output_dir == RunConfig().output_dir:
-            own = dataclasses.replace(config.run, output_dir=str(folder / "evaluation"))
-            config = dataclasses.replace(config, run=own)
+    if suite != ("clean",) and config.run.output_dir == RunConfig().output_dir:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(folder / "evaluation")))
+    if suite not in (("clean",), ("corruptions",)):
+        evaluate_suites(config, console)
+        return
     with run.place(config.run, config.launch, console, training=False) as where:
         images = held_out_images(config, classes)
         model = load_classifier(source, config, images.classes).to(where.device)
         final = accuracy(model, held_out_loader(config, images, where), where.device, where.precision)
         logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
-        if config.evaluation.suite == "clean":
+        if suite == ("clean",):
             return
         conflicts = conflict_pictures(images)
         name = source.name if source.is_dir() else source.stem
@@ -62,6 +70,25 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
             entry = as_run(found, name, name, name, folder, seed=config.run.seed)
             results = assemble([entry], {"evaluation": flat_values(config)}, f"Robustness of {name}", found)
             logger.info("wrote %s", write_report(results, output))
+
+
+def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
+    """The suites of mae_dat.robustness, for the classifier of --resume on the benchmarks of --data_path."""
+    source = str(config.run.resume)
+    with run.place(config.run, config.launch, console, training=False) as where:
+        view = View(where.device, where.precision, config.data.image_size)
+        contender = together(lambda: open_contender(source, config.classifier.model, Path(source).stem, view))
+        batch_size, root = 2 * config.optim.batch_size, image_root(config.data.data_path)
+        choice = Choice(
+            root, limit=config.evaluation.limit, seed=config.run.seed, tokenizer=config.dat.tokenizer,
+            batch_size=batch_size, device=where.device,
+        )  # fmt: skip
+        store = StoredCells(where.output / "cells")
+        setting = Setting(view, store, console, where.world, batch_size, config.data.num_workers)
+        results = examine([contender], choice, config.evaluation.suite, setting, f"Robustness of {contender.name}")
+        from_main(lambda: save(results, where.output))
+        if where.world.main:
+            print_headline(results)
 
 
 def check_suite(limit: int | None, severities: Sequence[int] = SEVERITIES) -> None:

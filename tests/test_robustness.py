@@ -1,0 +1,505 @@
+"""Every suite in one command: real folders, real networks, counts held against a plain loop over the pictures."""
+
+import dataclasses
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import exit_codes, start_ranks
+from test_benchmark_sets import FEW, SIDE, reduced, validation_names
+from tiny_runs import draw_folder, outcome_of
+from torch import Tensor, nn
+
+from mae_dat import robustness
+from mae_dat.axes import scores_of
+from mae_dat.benchmark_sets import BENCHMARKS, Preprocessing
+from mae_dat.cells import Portion, measure
+from mae_dat.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
+from mae_dat.distributed import World
+from mae_dat.errors import CheckpointError, ConfigError, DataError, MissingInputError, NumericsError, UserError
+from mae_dat.imagenet import IMAGENET_A, SIXTEEN, SYNSETS, synsets_of
+from mae_dat.mce import mce
+from mae_dat.results import Results, read_results
+from mae_dat.robustness import evaluate
+from mae_dat.suites import Battery, Choice
+from mae_dat.weights import write_weights
+
+CPU = torch.device("cpu")
+
+
+class Linear(nn.Sequential):
+    """A small real network: means over a grid of 4 x 4, then logits; counts the pictures that it sees."""
+
+    def __init__(self, classes: int = 10, seed: int = 0) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, classes))
+        torch.manual_seed(seed)
+        nn.init.normal_(self[2].weight)
+        self.seen = 0
+        self.most: float = float("inf")
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.seen += len(image)
+        if self.seen > self.most:
+            raise KeyboardInterrupt
+        return super().forward(image)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pictures of ten classes that are not ImageNet's."""
+    return draw_folder(tmp_path_factory.mktemp("own"), train=0, conflict=0)
+
+
+def draw(paths: list[Path], side: int = SIDE) -> None:
+    """A smooth picture of its own under every path."""
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(path, format="PNG")
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ImageNet, A, V2, C and cue conflict with few classes, laid out like the originals."""
+    root, names, shapes = tmp_path / "data", validation_names(), list(SIXTEEN)
+    few_of_a = synsets_of(IMAGENET_A)[:4]
+    changes: dict[str, dict[str, Any]] = {
+        "imagenet": {},
+        "imagenet-a": {"images": 4, "labels": dict(zip(few_of_a, IMAGENET_A, strict=False)), "per_class": None},
+        "imagenet-v2": {"labels": {"0": 0, "10": 10, "2": 2}},
+        "imagenet-c": {},
+    }
+    for name, change in changes.items():
+        monkeypatch.setitem(BENCHMARKS, name, reduced(name, **change))
+    cues = dataclasses.replace(BENCHMARKS["cue-conflict"], images=48, per_class=3, side=SIDE)
+    monkeypatch.setitem(BENCHMARKS, "cue-conflict", cues)
+    draw([root / "imagenet" / "val" / name for name in names], side=70)
+    draw([root / "imagenet-a" / wnid / "0.jpg" for wnid in few_of_a], side=50)
+    draw([root / "imagenet-v2" / number / f"{k}.jpeg" for number in ("0", "10", "2") for k in range(2)], side=50)
+    draw([root / "ImageNet-C" / c / str(s) / name for c in CORRUPTIONS for s in range(1, 6) for name in names])
+    draw(
+        [
+            root / "cue-conflict" / s / f"{s}{i}-{shapes[(k + i) % 16]}2.png"
+            for k, s in enumerate(shapes)
+            for i in range(3)
+        ]
+    )
+    return root
+
+
+def saved(path: Path, classes: int = 1000, names: list[str] | None = None, side: int = 32, seed: int = 0) -> Path:
+    """An untrained vision transformer as a file of ours."""
+    from mae_dat.classifier import build_classifier
+
+    torch.manual_seed(seed)
+    model = build_classifier("vit_demo_patch8", classes, side)
+    nn.init.normal_(model.net.head.weight)  # type: ignore[union-attr, arg-type]
+    facts = {"kind": "classifier", "model": "vit_demo_patch8", "global_pool": True, "input_size": [side, side]}
+    facts |= {"nb_classes": classes} | ({"classes": names} if names else {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(path, model.net.state_dict(), {"mae_dat": json.dumps(facts)})
+    return path
+
+
+def printed(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command shows on its standard output."""
+    monkeypatch.setattr(sys, "argv", ["robustness.py", *arguments])
+    robustness.main()
+    return capsys.readouterr().out
+
+
+def cells(results: Results, suite: str, name: str = "Linear") -> dict[str, Any]:
+    return dict(results["cells"][name][suite])
+
+
+# ---- counts ----
+
+
+def test_the_command_measures_what_lies_in_a_folder(
+    imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two checkpoints side by side; every count as a plain loop over the files finds it."""
+    from mae_dat.rebuild import open_model
+
+    files = [saved(tmp_path / name / "model.safetensors", side=SIDE, seed=i) for i, name in enumerate("ab")]
+    given = ["--checkpoint", *map(str, files), "--data", str(imagenet), "--output", str(tmp_path / "out")]
+    given += ["--num_workers", "0", "--precision", "fp32", "--device", "cpu", "--baseline", "b/model"]
+    asked = ["imagenet", "imagenet-a", "imagenet-v2", "imagenet-c", "cue-conflict", "fgsm-1/255"]
+    headline = printed([*given, "--suite", *asked], monkeypatch, capsys)
+    results = read_results(tmp_path / "out" / "results.json")
+    assert list(results["models"]) == ["b/model", "a/model"]
+    assert "imagenet-r" in results["not_measured"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    model = open_model(files[0])
+    found = results["cells"]["a/model"]
+
+    def answers(paths: list[Path], classes: tuple[int, ...] = tuple(range(1000))) -> list[int]:
+        prepare = [Preprocessing((SIDE, SIDE), side=SIDE if "ImageNet-C" in str(path) else None) for path in paths]
+        image = torch.stack([one(Image.open(path).convert("RGB")) for one, path in zip(prepare, paths, strict=True)])
+        with torch.no_grad():
+            return [classes[i] for i in model(image)[:, list(classes)].argmax(1).tolist()]
+
+    val = sorted((imagenet / "imagenet" / "val").rglob("*.JPEG"))
+    labels = [SYNSETS.index(path.parent.name) for path in val]
+    assert found["imagenet"][""]["correct"] == sum(map(int.__eq__, answers(val), labels))
+    own = sorted((imagenet / "imagenet-a").rglob("*.jpg"))
+    truth = [SYNSETS.index(path.parent.name) for path in own]
+    assert found["imagenet-a"][""]["correct"] == sum(map(int.__eq__, answers(own, IMAGENET_A), truth))
+    for cell in ("fog/3", "jpeg_compression/5"):
+        stored = sorted((imagenet / "ImageNet-C" / cell).rglob("*.JPEG"))
+        assert found["imagenet-c"][cell]["correct"] == sum(map(int.__eq__, answers(stored), labels))
+    assert len(found["imagenet-c"]) == 75
+    assert {count["total"] for count in found["imagenet-c"].values()} == {6}
+    conflict = found["cue-conflict"][""]
+    assert (conflict["total"], conflict["correct"]) == (32, conflict["shape"])
+    assert results["suites"]["a/model"]["cue-conflict"]["left_out"] == 16
+    assert set(results["calibration"]["a/model"]) == {"imagenet", "imagenet-a", "imagenet-v2"}
+    again = ["--recompute", str(tmp_path / "out" / "results.json")]
+    assert printed(again, monkeypatch, capsys) == headline
+    scores = scores_of(results, "a/model", "imagenet-c")
+    for relative, title in [(False, "mCE"), (True, "relative mCE")]:
+        (line,) = (line for line in headline.splitlines() if f": {title}" in line)
+        assert f"{mce(scores, relative=relative):.1f}" in line
+
+
+def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(own: Path) -> None:
+    network = Linear()
+    found = cells(evaluate(network, "generated", own, size=32, held_out=True, seed=3), "generated")
+    assert len(found) == 5 * len(CORRUPTIONS + EXTRA)
+    paths = sorted((own / "val").rglob("*.png"))
+    names = sorted({path.parent.name for path in paths})
+    for name, severity in [("fog", 2), ("impulse_noise", 5)]:
+        pixels = [np.array(Image.open(path).convert("RGB")) for path in paths]
+        made = [as_stored(corrupt(p, name, severity, image_seed(3, i, name, severity))) for i, p in enumerate(pixels)]
+        with torch.no_grad():
+            answers = network(torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).float() / 255).argmax(1).tolist()
+        right = sum(names[a] == path.parent.name for a, path in zip(answers, paths, strict=True))
+        assert found[f"{name}/{severity}"] == {"correct": right, "total": 20} | {
+            "top5": found[f"{name}/{severity}"]["top5"]
+        }
+
+
+SOME = ("clean", "generated", "pgd-5-1/255", "words-random", "words-symbolic")
+
+
+def test_counts_depend_neither_on_batches_nor_on_workers(own: Path) -> None:
+    network = Linear()
+    expected = evaluate(network, SOME, own, size=32)
+    assert 0 < cells(expected, "generated")["fog/3"]["correct"] < 20
+    for batch_size, workers in [(1, 0), (7, 0), (64, 2)]:
+        again = evaluate(network, SOME, own, size=32, batch_size=batch_size, num_workers=workers)
+        assert again["cells"] == expected["cells"]
+        assert again["calibration"]["Linear"]["clean"] == pytest.approx(expected["calibration"]["Linear"]["clean"])
+
+
+class Ranks:
+    """An all-reduce between threads."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.tables, self.size = threading.Barrier(size, timeout=60), {}, size
+
+    def reduce(self, rank: int) -> Callable[[Tensor], Tensor]:
+        def total(table: Tensor) -> Tensor:
+            self.tables[rank] = table
+            self.barrier.wait()
+            summed = torch.stack([self.tables[one] for one in range(self.size)]).sum(0)
+            self.barrier.wait()
+            return summed
+
+        return total
+
+    def run(self, network: Callable[[Tensor], Tensor], portions: list[Portion]) -> list[Any]:
+        """What every rank finds, or the error that it ends with."""
+        found: list[Any] = [None] * self.size
+
+        def act(rank: int) -> None:
+            options = {"batch_size": 4, "device": CPU, "world": World(rank, self.size), "reduce": self.reduce(rank)}
+            try:
+                todo = [(portion, ["net"]) for portion in portions]
+                found[rank] = [new["net"] for _, new in measure({"net": network}, todo, **options)]
+            except UserError as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=act, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 23])
+def test_counts_are_the_same_on_all_ranks(size: int, own: Path) -> None:
+    """23 ranks leave three without a picture."""
+    network, battery = Linear().eval(), Battery(Choice(own), 10)
+    portions = [
+        one
+        for name in ("clean", "fgsm-1/255", "words-random")
+        for one in battery.suite(name, (32, 32), "bicubic").portions
+    ]
+    portions.append(battery.suite("generated", (32, 32), "bicubic").portions[9])
+    (expected,) = Ranks(1).run(network, portions)
+    for found in Ranks(size).run(network, portions):
+        assert [one["counts"] for one in found] == [one["counts"] for one in expected]
+        assert found[0]["calibration"] == pytest.approx(expected[0]["calibration"])
+
+
+def test_a_nan_on_one_rank_is_an_error_on_all_that_names_network_and_cell(own: Path) -> None:
+    portions = list(Battery(Choice(own), 10).suite("clean", (32, 32), "bicubic").portions)
+    ill = portions[0].pictures[5]["image"].mean()
+
+    def network(image: Tensor) -> Tensor:
+        means = image.mean((1, 2, 3))
+        return torch.where((means - ill).abs() < 1e-6, torch.nan, means)[:, None].expand(-1, 10)
+
+    for found in Ranks(3).run(network, portions):
+        assert isinstance(found, NumericsError)
+        assert "net gave NaN logits for 1 of 20 pictures of clean" in str(found)
+    with pytest.raises(NumericsError, match="network gave NaN"):
+        evaluate(network, "clean", own, size=32)
+
+
+def _two_ranks(rank: int, arguments: list[str]) -> None:
+    sys.argv = ["robustness.py", *arguments]
+    robustness.main()
+
+
+@pytest.mark.slow
+def test_two_real_ranks_write_what_one_does(own: Path, tmp_path: Path) -> None:
+    file = saved(tmp_path / "net.safetensors", 10)
+    given = ["--checkpoint", str(file), "--data", str(own), "--num_workers", "0", "--suite", *SOME]
+    ranks = start_ranks(
+        2, _two_ranks, [*given, "--output", str(tmp_path / "two"), "--device", "cpu", "--precision", "fp32"]
+    )
+    assert exit_codes(ranks, 240) == [0, 0]
+    two = read_results(tmp_path / "two" / "results.json")
+    one = evaluate({"net": file}, SOME, own, device="cpu")
+    for key in ("cells", "calibration", "suites", "checks"):
+        assert two[key] == one[key]  # type: ignore[literal-required]
+
+
+def test_a_limit_takes_the_same_pictures_with_the_same_chance(own: Path) -> None:
+    network = Linear()
+    found = evaluate(network, ("clean", "generated"), own, size=32, limit=8, seed=1)
+    assert {count["total"] for suite in ("clean", "generated") for count in cells(found, suite).values()} == {8}
+    assert found["suites"]["Linear"]["clean"]["protocol"]["subset"] == "8 of 20 pictures (seed 1)"
+    few = Battery(Choice(own, limit=8, seed=1), 10).sets("clean")[0]
+    whole = Battery(Choice(own), 10).sets("clean")[0]
+    assert [few.name_of(i) for i in range(8)] == [whole.name_of(number) for number in few.numbers]
+    assert [few.label(i) for i in range(8)] == [whole.label(number) for number in few.numbers]
+
+
+# ---- going on ----
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(own: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"size": 32, "batch_size": 20, "output": tmp_path}
+    network = Linear()
+    network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after two looks at blank pictures and a check
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(network, ("clean", "generated"), own, **options)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    assert 4 < len(kept) < 15
+    assert not (tmp_path / "results.json").exists()
+    network.most, network.seen = float("inf"), 0
+    found = evaluate(network, ("clean", "generated"), own, **options)
+    assert 0 < network.seen < 20 * 60
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    assert found["cells"] == evaluate(network, ("clean", "generated"), own, size=32)["cells"]
+    network.seen = 0
+    assert evaluate(network, ("clean", "generated"), own, **options)["cells"] == found["cells"]
+    assert network.seen < 70  # the checks of the network itself
+    damaged = next(iter(kept))
+    damaged.write_text(damaged.read_text()[:50])
+    assert evaluate(network, ("clean", "generated"), own, **options)["cells"] == found["cells"]
+
+
+def test_what_changes_is_measured_anew(own: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"size": 32, "output": tmp_path}
+    first = evaluate(Linear(), ("clean", "fgsm-1/255"), own, **options)
+    before = len(list((tmp_path / "cells").iterdir()))
+    other = evaluate(Linear(seed=1), ("clean", "fgsm-1/255"), own, **options)
+    assert other["cells"] != first["cells"]
+    assert len(list((tmp_path / "cells").iterdir())) == 2 * before
+    evaluate(Linear(), "clean", own, **options, interpolation="bilinear")
+    assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 1
+
+    def nameless(image: Tensor) -> Tensor:  # has no weights to be known by
+        return image.flatten(1)[:, :10]
+
+    evaluate(nameless, "clean", own, **options)
+    assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 1
+
+
+# ---- networks ----
+
+
+def write_onnx(network: Linear, path: Path) -> Path:
+    """The same network as a graph, made by hand: exporting takes longer than all of these tests."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper, numpy = onnx.helper, onnx.numpy_helper
+    weights = {"w": network[2].weight.detach().numpy(), "b": network[2].bias.detach().numpy()}
+    nodes = [
+        helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Flatten", ["grid"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["logits"], transB=1),
+    ]
+    kinds = [("image", ["batch", 3, 32, 32]), ("logits", ["batch", len(weights["b"])])]
+    given, made = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds)
+    tensors = [numpy.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "linear", [given], [made], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_onnx_files_count_as_the_network_that_they_were(own: Path, tmp_path: Path) -> None:
+    network = Linear()
+    file = write_onnx(network, tmp_path / "linear.onnx")
+    found = evaluate({"onnx": file, "torch": network}, ("clean", "generated", "fgsm-1/255"), own, size=32)
+    assert cells(found, "clean", "onnx") == cells(found, "clean", "torch")
+    assert cells(found, "generated", "onnx") == cells(found, "generated", "torch")
+    assert found["models"]["onnx"]["parameters"] == 490
+    assert "fgsm-1/255" not in found["cells"]["onnx"]
+    assert found["not_measured"]["fgsm-1/255"] == "onnx gives no gradient"
+    (tmp_path / "bad.onnx").write_bytes(b"no graph")
+    with pytest.raises(CheckpointError, match=r"bad\.onnx cannot be run as ONNX"):
+        evaluate(tmp_path / "bad.onnx", "clean", own)
+    with pytest.raises(ConfigError, match="does not take a picture of 1 x 3 x 48 x 48"):
+        evaluate(file, "clean", own, size=48)
+
+
+def test_attacks_are_checked_and_symbolic_words_beat_random_ones(own: Path) -> None:
+    found = evaluate(Linear(), ("fgsm-1/255", "words-random", "words-symbolic"), own, size=32)
+    checks = found["checks"]["Linear"]
+    assert {check["name"] for check in checks["FGSM and PGD"]} >= {"gradients", "PGD beats FGSM"}
+    assert all(check["passed"] for check in checks["words-symbolic"])
+    assert list(cells(found, "words-random")) == [
+        "0",
+        "0.01",
+        "0.05",
+        "0.1",
+        "0.2",
+    ]  # of 64 words, 1 and 2 % are one word
+
+
+def test_finetune_evaluates_the_same_suites(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mae_dat.evaluate import main
+
+    names = sorted(path.name for path in (own / "val").iterdir())
+    file = saved(tmp_path / "run" / "model.safetensors", 10, names)
+    given = ["--eval", "--resume", str(file.parent), "--data_path", str(own), "--num_workers", "0", "--device", "cpu"]
+    outcome = outcome_of(main, [*given, "--precision", "fp32", "--suite", "clean", "words-random"], monkeypatch, capsys)
+    assert outcome.code == 0, outcome.stderr
+    found = read_results(tmp_path / "run" / "evaluation" / "results.json")
+    assert (
+        found["cells"]["run"] == evaluate({"run": file}, ("clean", "words-random"), own, device="cpu")["cells"]["run"]
+    )
+
+
+# ---- what is wrong ----
+
+
+def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
+    own: Path, imagenet: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="10 class folders, the networks have 7 outputs"):
+        evaluate(Linear(7), "clean", own, size=32)
+    with pytest.raises(DataError, match="10 outputs, not ImageNet's 1000"):
+        evaluate(Linear(), "imagenet-a", imagenet, size=32)
+    turned = [SYNSETS[1], SYNSETS[0], *SYNSETS[2:]]
+    with pytest.raises(DataError, match="class 0 of the network is"):
+        evaluate(Linear(1000), "imagenet", imagenet, size=32, classes=turned)
+    with pytest.raises(DataError, match="unknown to training"):
+        evaluate(Linear(), "clean", own, size=32, classes=[f"class {i}" for i in range(10)])
+    with pytest.raises(ConfigError, match="10 outputs and a list of 3 classes"):
+        evaluate(Linear(), "clean", own, size=32, classes=["a", "b", "c"])
+    with pytest.raises(ConfigError, match="do not have the same classes"):
+        evaluate({"a": Linear(10), "b": Linear(11)}, "clean", own, size=32)
+    with pytest.raises(ConfigError, match="gives .* for one picture"):
+        evaluate(lambda image: image, "clean", own, size=32)
+    bare = Linear()
+    bare.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="takes pictures normalised by"):
+        evaluate(bare, "clean", own, size=32)
+
+
+def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(tmp_path: Path) -> None:
+    """Class by brightness, with thresholds on the normalised scale."""
+    for label in range(2):
+        (tmp_path / "val" / f"{label}").mkdir(parents=True)
+        for number in range(24):
+            level = 40 + 130 * label + number
+            Image.new("RGB", (32, 32), (level, level, level)).save(tmp_path / "val" / f"{label}" / f"{number}.png")
+
+    def normalised(image: Tensor) -> Tensor:
+        mean = image.mean((1, 2, 3))
+        return torch.stack([-mean, mean], 1)
+
+    with pytest.raises(ConfigError, match="seems to take normalised pictures"):
+        evaluate(normalised, "clean", tmp_path, size=32)
+    assert (
+        cells(evaluate(lambda x: normalised(x - 0.45), "clean", tmp_path, size=32), "clean", "<lambda>")[""]["correct"]
+        == 48
+    )
+
+
+def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> None:
+    network = Linear(1000)
+
+    def refused(match: str, suite: Any = "all", kind: type[UserError] = DataError, **settings: Any) -> None:
+        network.seen = 0
+        with pytest.raises(kind, match=match):
+            evaluate(network, suite, imagenet, size=SIDE, **settings)
+        assert network.seen <= 4  # blank pictures
+
+    refused("did you mean imagenet", "imagenett", ConfigError)
+    refused("has no folder imagenet-r", "imagenet-r", MissingInputError)
+    refused("give at least 1", "imagenet", ConfigError, limit=0)
+    refused("nowhere", "imagenet", MissingInputError, subset="nowhere")
+    (imagenet / "ImageNet-C" / "fog" / "3").rename(imagenet / "fog3")
+    refused("fog has no severity 3")
+    found = evaluate(network, "imagenet-c", imagenet, size=SIDE, partial=True)
+    assert found["suites"]["Linear"]["imagenet-c"]["missing"] == ["fog has no severity 3"]
+    assert len(cells(found, "imagenet-c")) == 74
+    (imagenet / "fog3").rename(imagenet / "ImageNet-C" / "fog" / "3")
+    draw([imagenet / "ImageNet-C" / "snow" / "1" / validation_names()[0]], side=SIDE + 1)
+    refused("41 x 41 px", "imagenet-c")
+
+
+def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) -> None:
+    bad = imagenet / "imagenet" / "val" / FEW[1] / "ILSVRC2012_val_00000004.JPEG"
+    bad.write_bytes(bad.read_bytes()[:200])
+    for workers in (0, 2):
+        with pytest.raises(DataError, match=r"ILSVRC2012_val_00000004\.JPEG.*unpack it again"):
+            evaluate(Linear(1000), "imagenet", imagenet, size=SIDE, num_workers=workers)
+
+
+def test_flags_that_do_not_fit_together(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(saved(tmp_path / "net.safetensors", 10))
+    for given, told in [
+        ([], "nothing to evaluate"),
+        (["--pretrained"], "--pretrained needs --model"),
+        (["--model", "nonsense", "--pretrained"], "timm has no nonsense"),
+        (["--checkpoint", file, file], "the same name"),
+        (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 networks"),
+        (["--checkpoint", file, "--model", "a", "b"], "one name for all"),
+        (["--checkpoint", file, "--baseline", "nett"], "did you mean net?"),
+        (["--checkpoint", "mae_dat_dem"], "did you mean mae_dat_demo"),
+        (["--recompute", file], "is no results.json"),
+    ]:
+        flags = [*given, "--data", str(own), "--output", str(tmp_path / "out"), "--device", "cpu"]
+        outcome = outcome_of(robustness.main, flags, monkeypatch, capsys)
+        assert outcome.code in (64, 65, 66), given
+        assert told in outcome.stderr, given
