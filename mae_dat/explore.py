@@ -26,7 +26,7 @@ from mae_dat.corruptions import CATEGORIES, EXTRA, SEVERITIES
 from mae_dat.data import ImageFolder
 from mae_dat.decoding import ADVICE, MAX_BYTES, decode, decode_bytes
 from mae_dat.distributed import pick_device
-from mae_dat.errors import MissingInputError, UserError
+from mae_dat.errors import DataError, MissingInputError, UserError
 from mae_dat.panels import Change, Examiner, Panel, verdict
 from mae_dat.sources import DEMO
 from mae_dat.subject import load_subject
@@ -61,7 +61,7 @@ STYLE = """
 
 @dataclasses.dataclass(frozen=True)
 class ExploreConfig:
-    """A local page: one picture, corrupted or with changed words, and what classifiers make of it."""
+    """A local page: drop a picture, corrupt it or change its visual words, and see what classifiers make of it."""
 
     checkpoint: tuple[str, ...] = ("mae_dat_demo",)
     """Classifiers, shown side by side: output folders, weights files or names of released weights."""
@@ -70,7 +70,7 @@ class ExploreConfig:
     tokenizer: str = "embedded"
     """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN."""
     images: str = DEMO
-    """Folder of pictures to choose from, or `demo` for generated ones."""
+    """Folder of pictures to choose from, a picture, or `demo` for generated ones."""
     input_size: tuple[int, ...] | None = None
     """Side, or height and width, in pixels (default: each checkpoint's)."""
     device: str = "auto"
@@ -107,10 +107,17 @@ def find_examples(images: str) -> list[Example]:
             Example(Path(generated.SHAPES[index], f"generated-{index}.png"), partial(_generated, index))
             for index in range(len(generated.SHAPES))
         ]
-    paths = [Path(path) for path, *_ in ImageFolder(Path(images), functional.to_tensor, labelled=False).samples]
+    paths = [Path(images)]
+    if not paths[0].is_file():
+        paths = [Path(path) for path, *_ in ImageFolder(paths[0], functional.to_tensor, labelled=False).samples]
     count = min(EXAMPLES, len(paths))
     chosen = [paths[index * len(paths) // count] for index in range(count)]
     return [Example(path, partial(decode, path)) for path in chosen]
+
+
+def _reason(error: UserError) -> str:
+    """Why a picture cannot be opened, without advice on flags that training has."""
+    return str(error).removesuffix(f"; {ADVICE}")
 
 
 def _generated(index: int) -> Image.Image:
@@ -151,7 +158,7 @@ class Page:
         try:
             image = await threads.io_bound(opener)
         except UserError as error:
-            self.say(str(error).removesuffix(f"; {ADVICE}"))
+            self.say(_reason(error))
             return
         if image is not None:  # as it is when the server is about to end
             self.image, self.path = image, path
@@ -159,27 +166,29 @@ class Page:
 
     async def update(self) -> None:
         """Computes and draws what is asked for now; while a slider moves, only the newest of what it passed over."""
-        from nicegui import run as threads
-
         self.asked += 1
         if self.busy:
             return
         self.busy = True
         self.waiting.set_visibility(True)
+        while self.answered != self.asked:
+            self.answered = self.asked
+            await self._answer()
+        self.busy = False
+        self.waiting.set_visibility(False)
+
+    async def _answer(self) -> None:
+        from nicegui import run as threads
+
         try:
-            while self.answered != self.asked:
-                self.answered = self.asked
-                if found := await threads.io_bound(self.compute):
-                    self._draw(found)
-                    self.say("")
+            if found := await threads.io_bound(self.compute):
+                self._draw(found)
+                self.say("")
         except UserError as error:
             self.say(str(error))
         except Exception as error:
             logger.exception("the page could not show a picture")
             self.say(f"This could not be computed ({type(error).__name__}); the console says more.")
-        finally:
-            self.busy = False
-            self.waiting.set_visibility(False)
 
     def compute(self) -> list[tuple[str, list[Panel]]]:
         """Each classifier's name and panels."""
@@ -206,7 +215,7 @@ class Page:
                         with (
                             ui.button(on_click=partial(self.open, *example)).props("flat").classes("example") as button
                         ):
-                            ui.html(f'<img src="{thumbnail}" alt="">', sanitize=False)
+                            _draw_picture(thumbnail, "")
                         button.props["aria-label"] = f"picture {'/'.join(example.path.parts[-2:])}"
                 self.upload = (
                     ui.upload(
@@ -214,7 +223,7 @@ class Page:
                         auto_upload=True,
                         max_file_size=MAX_BYTES,
                         on_upload=self._dropped,
-                        on_rejected=lambda: self.say(f"The file has more than the {MAX_BYTES >> 20} MiB allowed."),
+                        on_rejected=lambda: self.say(f"Give one file, of at most {MAX_BYTES >> 20} MiB."),
                     )
                     .props("flat bordered")
                     .classes("w-full")
@@ -289,12 +298,17 @@ class Page:
                             _draw_panel(panel)
 
 
+def _draw_picture(url: str, description: str) -> None:
+    from nicegui import ui
+
+    ui.element("img").props.update(src=url, alt=description)
+
+
 def _draw_panel(panel: Panel) -> None:
     from nicegui import ui
 
     with ui.column().classes("gap-1 panel"):
-        # Only what is ours goes into HTML; the names that files hold become text, in labels.
-        ui.html(f'<img src="{data_url(panel.picture)}" alt="{panel.title}">', sanitize=False).classes("w-full")
+        _draw_picture(data_url(panel.picture), panel.title)
         ui.label(panel.title).classes("small font-medium")
         if panel.caption:
             ui.label(panel.caption).classes("small quiet")
@@ -315,7 +329,10 @@ def build(examiners: list[Examiner], examples: list[Example]) -> "FastAPI":
         raise MissingInputError(f'the page needs the package {error.name}: pip install "mae_dat[explore]"') from error
     thumbnails = []
     for example in examples:
-        picture = example.open()
+        try:
+            picture = example.open()
+        except DataError as error:
+            raise DataError(f"--images: {_reason(error)}") from error
         picture.thumbnail((96, 96))
         thumbnails.append(data_url(picture))
 
@@ -341,7 +358,7 @@ def listen(port: int) -> socket.socket:
 def main() -> None:
     """Command line."""
     run.console_for_command()
-    config = load_config(ExploreConfig, run.arguments(), __doc__ or "")
+    config = load_config(ExploreConfig, run.arguments())
     application = build(load_examiners(config), find_examples(config.images))
     import uvicorn
 

@@ -178,6 +178,10 @@ def test_examples(tmp_path: Path) -> None:
     found = find_examples(str(tmp_path))
     assert [example.path.name for example in found] == [f"{index * 25 // EXAMPLES:02d}.png" for index in range(10)]
     assert found[1].open() == picture(2)
+    assert [example.path for example in find_examples(str(found[1].path))] == [found[1].path]
+    (tmp_path / "letter.png").write_text("dear reader")
+    with pytest.raises(DataError, match=r"--images: .*letter\.png: it is not a picture that can be read$"):
+        build([], find_examples(str(tmp_path / "letter.png")))
     with pytest.raises(MissingInputError, match="nothing"):
         find_examples(str(tmp_path / "nothing"))
 
