@@ -74,8 +74,8 @@ class _Item(TypedDict):
     number: int
 
 
-class _Pictures(Dataset[Any]):
-    """Keys are (portion, index)."""
+class PortionPictures(Dataset[Any]):
+    """What networks get to see, as an `_Item`; keys are (portion, index)."""
 
     def __init__(self, portions: Sequence[Portion]) -> None:
         # Workers read; what attacks stays here.
@@ -221,7 +221,7 @@ def measure(
         for number, share in enumerate(shares)
     ]
     every = [batch for own in batches for batch in own]
-    loader = batch_loader(_Pictures([one for one, _ in portions]), every, num_workers, device.type == "cuda")
+    loader = batch_loader(PortionPictures([one for one, _ in portions]), every, num_workers, device.type == "cuda")
     stream: Iterator[Any] = iter(loader)
     with eval_mode(networks):
         for (portion, names), own in zip(portions, batches, strict=True):

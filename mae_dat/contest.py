@@ -1,4 +1,4 @@
-"""All suites of all contenders: opened first, then measured and stored portion by portion, and put together.
+"""An evaluation: the plan of it measured and stored portion by portion, and its results put together.
 
 Every rank goes through the same steps and gets the same results; rank 0 reads and writes the stored cells.
 """
@@ -11,26 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mae_dat.attack import image_generator
 from mae_dat.cells import Found, Portion, eval_mode, measure
 from mae_dat.comparison import headline_table
-from mae_dat.config import ConfigError, command_line
+from mae_dat.config import command_line
 from mae_dat.contenders import Contender, View
 from mae_dat.distributed import World, from_main, together
+from mae_dat.examples import write_examples
 from mae_dat.machine import machine, versions
 from mae_dat.metrics import Console
-from mae_dat.pixel_attacks import PIXEL_ATTACKS, attack_checks, require_pixel_model
+from mae_dat.pixel_attacks import PIXEL_ATTACKS, attack_checks
+from mae_dat.plan import CHECKED_PICTURES, Entry, Plan, open_plan, print_plan, refuse_normalised, sample
 from mae_dat.results import FORMAT, Results, write_results
 from mae_dat.scorecard import write_report
 from mae_dat.stored_cells import StoredCells
-from mae_dat.suites import NEED_GRADIENTS, Battery, Choice, Suite
+from mae_dat.suites import Choice
 
 logger = logging.getLogger(__name__)
 
-CHECKED_PICTURES = 64
 PASSES = {"fgsm-1/255": 4, "pgd-5-1/255": 16, "pgd-20-l2-0.5": 61, "words-symbolic": 40, "words-random": 8}
 """Forward passes that an attacked picture takes, roughly: for the time left."""
 CORRUPTION_PASSES = 10  # the same for a corruption at five severities, of a small network
@@ -41,92 +39,17 @@ class Setting:
     """Where and how to measure; none of it changes a count."""
 
     view: View
-    store: StoredCells
+    folder: Path | None
+    """Where results, report and cells go."""
     console: Console
     world: World = World()  # noqa: RUF009 - immutable
     batch_size: int = 64
     num_workers: int = 0
 
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One suite as one network sees it."""
-
-    contender: Contender
-    suite: Suite
-
-    def key(self, portion: Portion, fingerprint: str) -> dict[str, Any] | None:
-        """What a portion's numbers are stored under; None where the network cannot be told from another."""
-        if self.contender.key is None:
-            return None
-        protocol = {**portion.pictures.protocol, **self.suite.made}
-        cells = {"suite": self.suite.name, "cells": portion.cells, "fingerprint": fingerprint}
-        return {"network": self.contender.key, "protocol": protocol, **cells}
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What will be measured, all of it opened, and why the rest will not."""
-
-    contenders: list[Contender]
-    entries: list[Entry]
-    lacking: dict[str, str]
-
-    @property
-    def names(self) -> list[str]:
-        """The suites, in order."""
-        return list(dict.fromkeys(entry.suite.name for entry in self.entries))
-
-    def of(self, name: str) -> list[Entry]:
-        """A suite's entries."""
-        return [entry for entry in self.entries if entry.suite.name == name]
-
-
-# ---- before ----
-
-
-def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[str]) -> Plan:
-    """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together."""
-    first = contenders[0]
-    for other in contenders[1:]:
-        if other.outputs != first.outputs or (other.classes or first.classes) != (first.classes or other.classes):
-            raise ConfigError(
-                f"{first.name} ({first.outputs} outputs) and {other.name} ({other.outputs}) do not have the same "
-                "classes: evaluate them one by one."
-            )
-    classes = next((one.classes for one in contenders if one.classes), None)
-    battery = Battery(choice, first.outputs, classes)
-    names, lacking = battery.chosen(asked)
-    entries = []
-    for name in names:
-        able = [one for one in contenders if one.differentiable or name not in NEED_GRADIENTS]
-        if blind := [one.name for one in contenders if one not in able]:
-            lacking[name] = f"{', '.join(blind)} gives no gradient"
-        entries += [Entry(one, battery.suite(name, one.size, one.facts["interpolation"])) for one in able]
-    if not entries:
-        raise ConfigError(f"nothing can be measured: {'; '.join(f'{name}: {why}' for name, why in lacking.items())}.")
-    return Plan(list(contenders), entries, lacking)
-
-
-def refuse_normalised(plan: Plan) -> None:
-    """Raises ConfigError for a network that takes normalised pictures, as far as its answers tell."""
-    for contender in plan.contenders:
-        if contender.facts["normalization"] != "inside":
-            continue
-        for portion in (one for entry in plan.entries if entry.contender is contender for one in entry.suite.portions):
-            if portion.pictures.reading.outputs == len(portion.pictures.classes):  # labels number its outputs
-                with eval_mode({"": contender.network}):
-                    require_pixel_model(contender.network, *sample(portion, contender))
-                break
-
-
-def sample(portion: Portion, contender: Contender) -> tuple[Tensor, Tensor]:
-    """Up to 64 pictures of a portion, evenly spread over it, and their labels, on the network's device."""
-    pictures = portion.pictures
-    count = min(CHECKED_PICTURES, len(pictures))
-    chosen = [pictures[index * len(pictures) // count] for index in range(count)]
-    labels = torch.tensor([one["label"] for one in chosen])
-    return torch.stack([one["image"] for one in chosen]).to(contender.device), labels.to(contender.device)
+    @functools.cached_property
+    def store(self) -> StoredCells:
+        """What was measured before."""
+        return StoredCells(self.folder / "cells" if self.folder else None)
 
 
 # ---- measuring ----
@@ -139,7 +62,7 @@ def hold(plan: Plan, setting: Setting) -> dict[tuple[str, str], Found]:
     for name in plan.names:
         groups: dict[str, list[Entry]] = {}
         for entry in plan.of(name):  # networks of the same input look at the same pictures, read once
-            groups.setdefault(entry.suite.facts["protocol"]["preprocessing"], []).append(entry)
+            groups.setdefault(entry.suite.preprocessing, []).append(entry)
         for group in groups.values():
             _measure_group(group, found, setting)
         setting.console.passed(name)
@@ -279,7 +202,9 @@ def assemble(
 def examine(
     contenders: Sequence[Contender], choice: Choice, asked: Sequence[str], setting: Setting, title: str
 ) -> Results:
-    """Opens all suites, then measures them. Raises UserError, on all ranks."""
+    """Opens all suites, measures them, and with a folder writes results.json and the report. Raises UserError, on all
+    ranks."""
+    folder = setting.folder
     start = datetime.datetime.now()
     plan = together(lambda: open_plan(contenders, choice, asked))
     together(lambda: refuse_normalised(plan))
@@ -287,23 +212,11 @@ def examine(
         print_plan(plan)
     found = hold(plan, setting)
     checks = from_main(lambda: check_attacks(plan, found, setting))
-    return assemble(plan, found, checks, title, (datetime.datetime.now() - start).total_seconds())
-
-
-def print_plan(plan: Plan) -> None:
-    """Says what will be measured, and what not."""
-    wide = max(map(len, plan.names))
-    for name in plan.names:
-        suite = plan.of(name)[0].suite
-        facts, cells = suite.facts, sum(len(portion.cells) for portion in suite.portions)
-        times = f"{cells} x " if cells > 1 else ""
-        marks = f", partial: {'; '.join(facts['missing'])}" if facts["missing"] else ""
-        logger.info("%-*s  %s%s pictures%s", wide, name, times, f"{facts['images']:,}", marks)
-    reasons: dict[str, list[str]] = {}
-    for name, why in plan.lacking.items():
-        reasons.setdefault(why, []).append(name)
-    for why, names in reasons.items():
-        logger.info("not measured: %s: %s", ", ".join(names), why)
+    results = assemble(plan, found, checks, title, (datetime.datetime.now() - start).total_seconds())
+    if folder:
+        results["examples"] = from_main(lambda: write_examples(plan, folder))
+        from_main(lambda: save(results, folder))
+    return results
 
 
 def save(results: Results, folder: Path) -> None:

@@ -15,10 +15,10 @@ from mae_dat.accuracy import accuracy
 from mae_dat.classifier import Classifier
 from mae_dat.config import FinetuneConfig, RunConfig, command_line, flat_values, load_finetune_config
 from mae_dat.contenders import View, open_contender
-from mae_dat.contest import Setting, examine, print_headline, save
+from mae_dat.contest import Setting, examine, print_headline
 from mae_dat.corruptions import SEVERITIES
 from mae_dat.data import ImageSet
-from mae_dat.distributed import World, all_sum, from_main, together
+from mae_dat.distributed import World, all_sum, together
 from mae_dat.errors import ConfigError
 from mae_dat.finetune import evaluated_config, finetune, held_out_images, held_out_loader, load_classifier
 from mae_dat.generated import SHAPES, TEXTURES
@@ -27,7 +27,6 @@ from mae_dat.measuring import Conflict, Evaluation, evaluate, read_conflicts
 from mae_dat.metrics import Console, read_log
 from mae_dat.report import Results, Run, write_report
 from mae_dat.sources import image_root
-from mae_dat.stored_cells import StoredCells
 from mae_dat.suites import Choice
 
 logger = logging.getLogger(__name__)
@@ -83,10 +82,8 @@ def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
             root, limit=config.evaluation.limit, seed=config.run.seed, tokenizer=config.dat.tokenizer,
             batch_size=batch_size, device=where.device,
         )  # fmt: skip
-        store = StoredCells(where.output / "cells")
-        setting = Setting(view, store, console, where.world, batch_size, config.data.num_workers)
+        setting = Setting(view, where.output, console, where.world, batch_size, config.data.num_workers)
         results = examine([contender], choice, config.evaluation.suite, setting, f"Robustness of {contender.name}")
-        from_main(lambda: save(results, where.output))
         if where.world.main:
             print_headline(results)
 

@@ -8,6 +8,7 @@ trace: no parameter gradient, no training flag changed. It runs in float32. Shap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -134,14 +135,11 @@ def auto_attack(
     steps of 100. It draws for the whole batch, so that the batch belongs to the result. Raises MissingInputError
     without that package, ValueError for pixels outside [0, 1], ConfigError for fewer than 4 classes.
     """
-    try:
-        from torchattacks import APGD, APGDT, FAB, MultiAttack, Square
-    except ImportError as error:
-        raise MissingInputError('AutoAttack needs torchattacks: pip install "mae_dat[autoattack]"') from error
     require_pixels(image)
     classes = _logits(model, image[:1]).shape[1]
-    if classes < 4:
-        raise ConfigError(f"AutoAttack compares the four highest logits, and this model has {classes} classes.")
+    require_auto_attack(classes)
+    from torchattacks import APGD, APGDT, FAB, MultiAttack, Square
+
     shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed}
     targets = {"n_classes": min(10, classes)}
     devices = [image.device] if image.is_cuda else []
@@ -153,6 +151,14 @@ def auto_attack(
             Square(model, n_queries=5000, resc_schedule=False, **shared),
         ]
         return MultiAttack(parts)(image.float().contiguous(), label).detach()  # FAB takes views of it
+
+
+def require_auto_attack(classes: int) -> None:
+    """Raises MissingInputError without torchattacks, ConfigError for fewer than 4 classes."""
+    if find_spec("torchattacks") is None:
+        raise MissingInputError('AutoAttack needs torchattacks: pip install "mae_dat[autoattack]"')
+    if classes < 4:
+        raise ConfigError(f"AutoAttack compares the four highest logits, and this model has {classes} classes.")
 
 
 @contextmanager

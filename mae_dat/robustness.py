@@ -19,13 +19,12 @@ from torch import nn
 from mae_dat import run
 from mae_dat.config import ConfigError, LaunchConfig, RunConfig, image_size, load_config, nearest, run_command
 from mae_dat.contenders import Contender, View, from_callable, open_contender, open_contenders
-from mae_dat.contest import Setting, examine, print_headline, save
+from mae_dat.contest import Setting, examine, print_headline
 from mae_dat.distributed import World, amp_dtype, from_main, pick_device, together, world_from_environment
 from mae_dat.files import prepare_output_folder
 from mae_dat.metrics import Console
 from mae_dat.results import Results, read_results
 from mae_dat.sources import image_root
-from mae_dat.stored_cells import StoredCells
 from mae_dat.suites import Choice
 
 logger = logging.getLogger(__name__)
@@ -132,13 +131,9 @@ def evaluate(
     wanted = SuiteConfig(data=None if data is None else str(data), **settings)
     world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
     folder = None if output is None else from_main(lambda: prepare_output_folder(Path(output)))
-    store = StoredCells(folder / "cells" if folder else None)
-    setting = Setting(view, store, console or Console(quiet=True), world, batch_size, num_workers)
+    setting = Setting(view, folder, console or Console(quiet=True), world, batch_size, num_workers)
     asked = (suite,) if isinstance(suite, str) else tuple(suite)
-    results = examine(contenders, choice_of(wanted, where, batch_size), asked, setting, title)
-    if folder:
-        from_main(lambda: save(results, folder))
-    return results
+    return examine(contenders, choice_of(wanted, where, batch_size), asked, setting, title)
 
 
 def _title_of(model: Any) -> str:
@@ -177,11 +172,8 @@ def measure_all(config: RobustnessConfig, console: Console) -> Results:
             lambda: open_contenders(config.checkpoint, config.model, config.pretrained, config.names, view)
         )
         choice = choice_of(config.suites, where.device, config.batch_size)
-        store = StoredCells(where.output / "cells")
-        setting = Setting(view, store, console, where.world, config.batch_size, config.num_workers)
-        results = examine(first(contenders, config.baseline), choice, config.suites.suite, setting, config.title)
-        from_main(lambda: save(results, where.output))
-        return results
+        setting = Setting(view, where.output, console, where.world, config.batch_size, config.num_workers)
+        return examine(first(contenders, config.baseline), choice, config.suites.suite, setting, config.title)
 
 
 def first(contenders: Sequence[Contender], baseline: str | None) -> list[Contender]:

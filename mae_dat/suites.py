@@ -13,20 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_dat import corruptions as corrupting
 from mae_dat.attack import image_generator
 from mae_dat.benchmark_folders import folders_in
 from mae_dat.benchmark_labels import read_subset
 from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet, Cell, Preprocessing, open_benchmark
-from mae_dat.cells import Network, Portion
+from mae_dat.cells import Adversary, Network, Portion
 from mae_dat.config import nearest
 from mae_dat.data import ImageFolder, Size, find_split, require_folder
 from mae_dat.errors import ConfigError, DataError, MissingInputError, UserError
 from mae_dat.imagenet import SYNSETS, Reading, check_classes
 from mae_dat.inventory import find, inventory
-from mae_dat.pixel_attacks import AUTO_ATTACK_EPS, PIXEL_ATTACKS, PixelAttack, auto_attack, pixel_adversary
+from mae_dat.pixel_attacks import (
+    AUTO_ATTACK_EPS,
+    PIXEL_ATTACKS,
+    PixelAttack,
+    auto_attack,
+    pixel_adversary,
+    require_auto_attack,
+)
 from mae_dat.results import Suite as SuiteFacts
 from mae_dat.tokenizer import VisualTokenizer, load_tokenizer
 from mae_dat.word_attack import KINDS, SHARES, WordAttack, word_hits
@@ -88,6 +95,11 @@ class Suite:
     """What was done to the pictures: part of the protocol."""
 
     @property
+    def preprocessing(self) -> str:
+        """Networks for which it is the same look at the same pictures."""
+        return self.portions[0].pictures.protocol["preprocessing"]
+
+    @property
     def facts(self) -> SuiteFacts:
         """What a report says of it."""
         pictures = self.portions[0].pictures
@@ -133,14 +145,18 @@ class Battery:
         lacking = {row.benchmark.name: row.note for row in inventory(self.choice.root) if row.folder is None}
         if self.outputs != len(SYNSETS):
             lacking |= dict.fromkeys(BENCHMARKS, f"the networks have {self.outputs} outputs, not ImageNet's 1000")
-        if self.clean == "imagenet" or not self._has_split():
-            lacking[CLEAN] = "ImageNet is there" if self.clean == "imagenet" else "no folder val/CLASS"
-        if CLEAN in lacking and self.clean == CLEAN:
+        if self.clean == "imagenet":
+            lacking[CLEAN] = "ImageNet's own pictures are there"
+        elif not self._has_split():
+            lacking |= {CLEAN: "no folder val/CLASS"}
             lacking |= dict.fromkeys((GENERATED, *ATTACKS), "needs clean pictures: ImageNet's or val/CLASS")
-        elif "imagenet-c" not in lacking:
+        else:
+            own = dict.fromkeys(("imagenet", "imagenet-real"), "the class folders are not ImageNet's")
+            lacking = own | lacking
+        if "imagenet-c" not in lacking:
             lacking[GENERATED] = "the official ImageNet-C is there: name it to have both"
         lacking |= {name: why for name, why in BY_NAME_ONLY.items() if name not in lacking}
-        lacking = {name: why for name, why in lacking.items() if name not in asked}
+        lacking = {name: lacking[name] for name in SUITES if name in lacking and name not in asked}
         found = [name for name in SUITES if name not in lacking]
         if not found:
             raise MissingInputError(
@@ -207,6 +223,8 @@ class Battery:
             made |= {"tokenizer": self.choice.tokenizer, "steps": str(attack.steps), "seed": str(attack.seed)}
             portion = self._words(name, clean, attack)
         else:
+            if name == AUTO_ATTACK:
+                require_auto_attack(self.outputs)
             adversary = self._auto_attack if name == AUTO_ATTACK else self._pixel_attack(PIXEL_ATTACKS[name])
             settings = f"standard, batches of {self.choice.batch_size}"
             made["attack"] = settings if name == AUTO_ATTACK else str(PIXEL_ATTACKS[name])
@@ -231,7 +249,7 @@ class Battery:
         made["seed"] = str(self.choice.seed)
         return Suite(GENERATED, "Generated corruptions", portions, official=False, made=made)
 
-    def _pixel_attack(self, attack: PixelAttack):  # type: ignore[no-untyped-def]
+    def _pixel_attack(self, attack: PixelAttack) -> Adversary:
         def adversary(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
             generators = [image_generator(self.choice.seed, one) for one in number.tolist()]
             return pixel_adversary(network, image, label, attack, generators)
@@ -239,8 +257,9 @@ class Battery:
         return adversary
 
     def _auto_attack(self, network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
+        module = network if isinstance(network, nn.Module) else _AsModule(network)
         with torch.enable_grad():
-            return auto_attack(network, image, label, seed=self.choice.seed)  # type: ignore[arg-type]
+            return auto_attack(module, image, label, seed=self.choice.seed)
 
     def _word_attack(self, size_HW: Size) -> WordAttack:
         """Shares that are different numbers of words at this size."""
@@ -258,6 +277,11 @@ class Battery:
         return Portion(_named(clean, name), cells, word_hits=hits, precise=True)
 
     @property
+    def speaks(self) -> bool:
+        """Whether a tokenizer is loaded, for a suite that needs it."""
+        return self._tokenizer is not None
+
+    @property
     def tokenizer(self) -> VisualTokenizer:
         """The one whose words are changed."""
         if self._tokenizer is None:
@@ -266,6 +290,17 @@ class Battery:
 
 
 assert set(WORDS.values()) == set(KINDS)
+
+
+class _AsModule(nn.Module):
+    """A callable for code that asks for a module."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image)
 
 
 def _stored(pictures: BenchmarkSet) -> Portion:

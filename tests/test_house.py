@@ -80,6 +80,8 @@ FLOORS = {
     "suites": 7,
     "contenders": 8,
     "contest": 8,
+    "examples": 8,
+    "plan": 8,
     "robustness": 9,
     "findings": 7,
     "published": 6,

@@ -503,3 +503,18 @@ def test_flags_that_do_not_fit_together(
         outcome = outcome_of(robustness.main, flags, monkeypatch, capsys)
         assert outcome.code in (64, 65, 66), given
         assert told in outcome.stderr, given
+
+
+def test_examples_are_pictures_on_which_the_networks_differ(own: Path, tmp_path: Path) -> None:
+    networks = {"one": Linear(), "other": Linear(seed=1)}
+    found = evaluate(networks, ("clean", "generated", "words-random"), own, size=32, output=tmp_path)
+    assert 2 <= len(found["examples"]) <= 8
+    for example in found["examples"]:
+        assert sum(answer == example["label"] for answer in example["answers"].values()) == 1
+        image = torch.from_numpy(np.array(Image.open(tmp_path / example["file"]))).permute(2, 0, 1)[None] / 255
+        classes = sorted(path.name for path in (own / "val").iterdir())
+        for name, network in networks.items():
+            with torch.no_grad():
+                assert classes[int(network(image).argmax())] == example["answers"][name]
+        assert (tmp_path / example["words"]).is_file()
+    assert found["examples"][0]["cell"] == "gaussian_noise/3"

@@ -1,0 +1,86 @@
+"""Pictures on which two networks differ, for a report: what each answers, and the picture as its words tell it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mae_dat.cells import Portion, PortionPictures, eval_mode
+from mae_dat.imagenet import NO_CLASS
+from mae_dat.pictures import save_png
+from mae_dat.plan import Entry, Plan
+
+SHOWN, LOOKED_AT = 8, 128
+SHOWN_CORRUPTIONS = ("gaussian_noise", "glass_blur", "fog", "pixelate")
+SHOWN_SEVERITY = 3
+
+
+@torch.no_grad()
+def write_examples(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """Up to 8 pictures, as PNG below `folder`, that the first two networks answer differently, one of them rightly.
+
+    For each cell one of either kind, of the first 128 pictures that are evenly spread. Raises StorageError.
+    """
+    examples: list[dict[str, Any]] = []
+    for entries, portion, row in _cells(plan):
+        cell = portion.cells[row]
+        for image, label, answers in _differing(entries, portion, row):
+            if len(examples) == SHOWN:
+                return examples
+            (folder / "examples").mkdir(parents=True, exist_ok=True)
+            file = f"examples/{len(examples) + 1}.png"
+            save_png(image, folder / file)
+            suite = entries[0].suite.name
+            examples.append({"file": file, "suite": suite, "cell": cell, "label": label, "answers": answers})
+            if plan.battery.speaks:
+                words = f"examples/{len(examples)}-words.png"
+                tokenizer = plan.battery.tokenizer
+                decoded = tokenizer.decode(tokenizer.encode(image[None].to(tokenizer.codebook.device)))
+                save_png(decoded[0].cpu(), folder / words)
+                examples[-1]["words"] = words
+    return examples
+
+
+def _cells(plan: Plan) -> Iterator[tuple[list[Entry], Portion, int]]:
+    """Cells to look at, corrupted ones first: the first two networks' entries, the portion, the row in it."""
+    for corrupted in (True, False):
+        for name in plan.names:
+            entries = plan.of(name)[:2]
+            same = {entry.suite.preprocessing for entry in entries}
+            if len(entries) < 2 or len(same) > 1:
+                continue
+            for portion in entries[0].suite.portions:
+                for row, cell in enumerate(portion.cells):
+                    corruption, _, severity = cell.partition("/")
+                    wanted = corruption in SHOWN_CORRUPTIONS and severity == str(SHOWN_SEVERITY)
+                    attacked = portion.adversary or portion.word_hits
+                    if not attacked and (wanted if corrupted else cell == "" and not portion.pictures.reading.pooled):
+                        yield entries, portion, row
+
+
+def _differing(entries: list[Entry], portion: Portion, row: int) -> Iterator[tuple[Tensor, str, dict[str, str]]]:
+    """A picture (3, H, W) that the first network alone has right, and one that the second has, with their answers."""
+    pictures, made = portion.pictures, PortionPictures([portion])
+    count = min(LOOKED_AT, len(pictures))
+    chosen = [index * len(pictures) // count for index in range(count)]
+    image = torch.stack([made[0, index]["pictures"][row] for index in chosen]).float() / 255
+    index = torch.tensor(chosen)
+    answers, right = [], []
+    with eval_mode({entry.contender.name: entry.contender.network for entry in entries}):
+        for entry in entries:
+            network, device = entry.contender.network, entry.contender.device
+            logits = torch.cat([network(part.to(device)).float().cpu() for part in image.split(16)])
+            answers.append(pictures.reading.answers(logits))
+            right.append(pictures.right(answers[-1], index))
+    for one, other in ((0, 1), (1, 0)):
+        for at in (right[one] & ~right[other]).nonzero().flatten().tolist()[:1]:
+            said = {
+                e.contender.name: _said(pictures.classes, int(a[at, 0])) for e, a in zip(entries, answers, strict=True)
+            }
+            yield image[at], _said(pictures.classes, int(answers[one][at, 0])), said
+
+
+def _said(classes: list[str], answer: int) -> str:
+    return "no class of the set" if answer == NO_CLASS else classes[answer]

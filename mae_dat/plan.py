@@ -1,0 +1,114 @@
+"""What an evaluation will measure: all suites of all contenders, opened and looked at before any is measured."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mae_dat.cells import Portion, eval_mode
+from mae_dat.config import ConfigError
+from mae_dat.contenders import Contender
+from mae_dat.pixel_attacks import require_pixel_model
+from mae_dat.suites import NEED_GRADIENTS, Battery, Choice, Suite
+
+logger = logging.getLogger(__name__)
+
+CHECKED_PICTURES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One suite as one network sees it."""
+
+    contender: Contender
+    suite: Suite
+
+    def key(self, portion: Portion, fingerprint: str) -> dict[str, Any] | None:
+        """What a portion's numbers are stored under; None where the network cannot be told from another."""
+        if self.contender.key is None:
+            return None
+        protocol = {**portion.pictures.protocol, **self.suite.made}
+        cells = {"suite": self.suite.name, "cells": portion.cells, "fingerprint": fingerprint}
+        return {"network": self.contender.key, "protocol": protocol, **cells}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be measured, all of it opened, and why the rest will not."""
+
+    contenders: list[Contender]
+    entries: list[Entry]
+    lacking: dict[str, str]
+    battery: Battery
+
+    @property
+    def names(self) -> list[str]:
+        """The suites, in order."""
+        return list(dict.fromkeys(entry.suite.name for entry in self.entries))
+
+    def of(self, name: str) -> list[Entry]:
+        """A suite's entries."""
+        return [entry for entry in self.entries if entry.suite.name == name]
+
+
+def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[str]) -> Plan:
+    """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together."""
+    first = contenders[0]
+    for other in contenders[1:]:
+        if other.outputs != first.outputs or (other.classes or first.classes) != (first.classes or other.classes):
+            raise ConfigError(
+                f"{first.name} ({first.outputs} outputs) and {other.name} ({other.outputs}) do not have the same "
+                "classes: evaluate them one by one."
+            )
+    classes = next((one.classes for one in contenders if one.classes), None)
+    battery = Battery(choice, first.outputs, classes)
+    names, lacking = battery.chosen(asked)
+    entries = []
+    for name in names:
+        able = [one for one in contenders if one.differentiable or name not in NEED_GRADIENTS]
+        if blind := [one.name for one in contenders if one not in able]:
+            lacking[name] = f"{', '.join(blind)} gives no gradient"
+        entries += [Entry(one, battery.suite(name, one.size, one.facts["interpolation"])) for one in able]
+    if not entries:
+        raise ConfigError(f"nothing can be measured: {'; '.join(f'{name}: {why}' for name, why in lacking.items())}.")
+    return Plan(list(contenders), entries, lacking, battery)
+
+
+def refuse_normalised(plan: Plan) -> None:
+    """Raises ConfigError for a network that takes normalised pictures, as far as its answers tell."""
+    for contender in plan.contenders:
+        if contender.facts["normalization"] != "inside":
+            continue
+        for portion in (one for entry in plan.entries if entry.contender is contender for one in entry.suite.portions):
+            if portion.pictures.reading.outputs == len(portion.pictures.classes):  # labels number its outputs
+                with eval_mode({"": contender.network}):
+                    require_pixel_model(contender.network, *sample(portion, contender))
+                break
+
+
+def sample(portion: Portion, contender: Contender) -> tuple[Tensor, Tensor]:
+    """Up to 64 pictures of a portion, evenly spread over it, and their labels, on the network's device."""
+    pictures = portion.pictures
+    count = min(CHECKED_PICTURES, len(pictures))
+    chosen = [pictures[index * len(pictures) // count] for index in range(count)]
+    labels = torch.tensor([one["label"] for one in chosen])
+    return torch.stack([one["image"] for one in chosen]).to(contender.device), labels.to(contender.device)
+
+
+def print_plan(plan: Plan) -> None:
+    """Says what will be measured, and what not."""
+    wide = max(map(len, plan.names))
+    for name in plan.names:
+        suite = plan.of(name)[0].suite
+        pictures, cells = suite.portions[0].pictures, sum(len(portion.cells) for portion in suite.portions)
+        times = f"{cells} x " if cells > 1 else ""
+        marks = f", partial: {'; '.join(pictures.missing)}" if pictures.missing else ""
+        logger.info("%-*s  %s%s pictures%s", wide, name, times, f"{len(pictures):,}", marks)
+    reasons: dict[str, list[str]] = {}
+    for name, why in plan.lacking.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        logger.info("not measured: %s: %s", ", ".join(names), why)
