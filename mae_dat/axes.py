@@ -37,6 +37,8 @@ TITLES = {
     "objnet-1000": "ObjectNet (all 1000)",
 }
 USUAL_SIZE = [224, 224]
+ROBUSTBENCH = "5,000 pictures of a list"  # what a protocol says where its list was used
+GRADIENTS = "FGSM and PGD"  # the attacks whose checks are one
 HEADLINE_SHARE = 0.05  # of changed words; the whole curve has a table of its own
 Z = statistics.NormalDist().inv_cdf(0.975)
 
@@ -129,9 +131,16 @@ def _title(results: Results, model: str, suite: str) -> str:
     if not facts["official"] and kind_of(results["cells"][model][suite]) != "words":
         title = f"{title.rstrip('*')}*"
     notes = [] if size == USUAL_SIZE else [f"{pixels_text(size)} px"]
-    notes += [subset] if (subset := facts["protocol"].get("subset", "")) else []
+    subset = facts["protocol"].get("subset", "")
+    notes += [subset] if subset and not common_subset(results) else []
     notes += ["partial†"] if facts["missing"] else []
     return ", ".join([title, *notes])
+
+
+def common_subset(results: Results) -> str:
+    """The choice of pictures that all suites share, in words; empty where there is none, or several."""
+    chosen = {facts["protocol"].get("subset", "") for own in results["suites"].values() for facts in own.values()}
+    return chosen.pop() if len(chosen) == 1 else ""
 
 
 def pixels_text(size: Sequence[int]) -> str:
@@ -195,16 +204,24 @@ def _axis(
 
 
 def _subset(variant: Variant) -> str:
-    """'-5000' for the list of RobustBench, which published rows of its own belong to."""
-    return f"-{variant.facts['images']}" if variant.facts["protocol"].get("subset") else ""
+    """'-5000' for RobustBench's list, which published rows of its own belong to; '-part' for any other choice."""
+    subset = variant.facts["protocol"].get("subset", "")
+    return {"": "", ROBUSTBENCH: "-5000"}.get(subset, "-part")
+
+
+def doubtful(results: Results, model: str, suite: str) -> bool:
+    """Whether a check of an attack failed; FGSM's and PGD's gradients are checked once for all."""
+    checks = results["checks"].get(model, {})
+    own = [*checks.get(suite, []), *(checks.get(GRADIENTS, []) if suite.startswith(("fgsm", "pgd")) else [])]
+    return not all(check["passed"] for check in own)
 
 
 def _plain(results: Results, variant: Variant) -> Iterator[Axis]:
     suite = variant.suite
 
     def right(model: str) -> Number:
-        count, checks = results["cells"][model][suite][""], results["checks"].get(model, {}).get(suite, [])
-        return Number(accuracy(count), (Term(100.0, count),), not all(check["passed"] for check in checks))
+        count = results["cells"][model][suite][""]
+        return Number(accuracy(count), (Term(100.0, count),), doubtful(results, model, suite))
 
     yield _axis(results, variant, suite, f"{variant.title} (%)", +1, right, suite + _subset(variant))
     if suite in CLEAN:
@@ -240,7 +257,7 @@ def _words(results: Results, variant: Variant) -> Iterator[Axis]:
 
     def right(model: str) -> Number:
         count = results["cells"][model][suite][share]
-        return Number(accuracy(count), (Term(100.0, count),))
+        return Number(accuracy(count), (Term(100.0, count),), doubtful(results, model, suite))
 
     title = f"{variant.title}, {100 * float(share):g} % of the words (%)"
     yield _axis(results, variant, f"{suite}/{share}", title, +1, right)

@@ -162,7 +162,7 @@ def severity_plot(
             _draw_line(axes, one)
         axes.set_title(_plain(title))
         axes.grid(axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.supxlabel(xlabel, fontsize=STYLE["axes.labelsize"])
     figure.supylabel(ylabel, fontsize=STYLE["axes.labelsize"])
     _legend(figure, grid.flat[0], len(next(iter(panels.values()))))

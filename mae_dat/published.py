@@ -14,7 +14,7 @@ COLUMNS = {
     "objnet-113": "ObjectNet (113 classes) (%) ↑",
     "imagenet-c/mce": "ImageNet-C, mCE ↓",
     "imagenet-c-5000/mce": "ImageNet-C, 5,000 pictures, mCE ↓",
-    "autoattack-5000": "AutoAttack 4/255, 5,000 pictures (%) ↑",
+    "autoattack-4/255-5000": "AutoAttack 4/255, 5,000 pictures (%) ↑",
 }
 
 

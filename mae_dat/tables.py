@@ -63,6 +63,7 @@ def corruption_names(scores: Mapping[str, ModelScores]) -> list[str]:
 
 
 Summarized = Callable[[ModelScores], float]
+MEANS = "means"
 
 
 def corruption_table(results: Results, variant: Variant) -> Table:
@@ -75,20 +76,19 @@ def corruption_table(results: Results, variant: Variant) -> Table:
     lines: list[tuple[str, str, Summarized, Summarized]] = [
         (name.replace("_", " "), kinds[name], partial(_error_of, name), partial(_ce_of, name)) for name in names
     ]
-    breaks = {i for i in range(1, len(names)) if kinds[names[i]] != kinds[names[i - 1]]} | {len(names)}
     for kind in CATEGORIES if any(name in CORRUPTIONS for name in names) else ():
-        lines.append((f"mean of {kind}", "", partial(_kind_error, kind), partial(_kind_ce, kind)))
-    breaks.add(len(lines))
+        lines.append((f"mean of {kind}", MEANS, partial(_kind_error, kind), partial(_kind_ce, kind)))
     for severity in SEVERITIES:
         lines.append((f"severity {severity}", "", partial(_severity_error, severity), partial(_severity_ce, severity)))
-    breaks.add(len(lines))
-    lines.append(("mean", "", mean_of, mce))
-    rows = []
-    for title, kind, error_of, ce_of in lines:
+    lines.append(("mean", MEANS, mean_of, mce))
+    rows, groups = [], []
+    for title, group, error_of, ce_of in lines:
         errors = [_number(error_of, own) for own in scores.values()]
         ces = [_number(ce_of, own) for own in scores.values()] if official else []
         if any(text != NOTHING for text in errors):
-            rows.append((title, kind, *errors, *ces))
+            rows.append((title, group.removeprefix(MEANS), *errors, *ces))
+            groups.append(group)
+    breaks = frozenset(i for i in range(1, len(groups)) if groups[i] != groups[i - 1])
     head = ["corruption", "kind", *(f"{titles[model]}, error %" for model in scores)]
     head += [f"{titles[model]}, CE" for model in scores] if official else []
     notes = ["Error averaged over severities. Held-out corruptions never count in a mean."]
@@ -96,9 +96,8 @@ def corruption_table(results: Results, variant: Variant) -> Table:
         notes.append(
             "CE: error over AlexNet's, in percent (Hendrycks & Dietterich 2019); their mean over the 15 is the mCE."
         )
-    return Table(
-        f"corruptions-{variant.suite}", variant.title, tuple(head), tuple(rows), tuple(notes), 2, frozenset(breaks)
-    )
+    key = re.sub(r"[^a-z0-9]+", "-", f"corruptions {variant.title}".lower()).strip("-")
+    return Table(key, variant.title, tuple(head), tuple(rows), tuple(notes), 2, breaks)
 
 
 def _number(value: Summarized, scores: ModelScores) -> str:
@@ -241,7 +240,10 @@ def suites_table(results: Results) -> Table:
 def not_measured(results: Results) -> list[str]:
     """What a reader might take for granted and was not measured, and why."""
     titles = titles_of(results)
-    said = [f"{suite}: {why}" for suite, why in results["not_measured"].items()]
+    reasons: dict[str, list[str]] = {}
+    for suite, why in results["not_measured"].items():
+        reasons.setdefault(why, []).append(suite)
+    said = [f"{', '.join(suites)}: {why}" for why, suites in reasons.items()]
     for suite in suites_of(results):
         lack = [title for model, title in titles.items() if not results["cells"].get(model, {}).get(suite)]
         if lack:

@@ -133,6 +133,9 @@ def test_a_corruption_table_has_every_mean() -> None:
     assert rows["mean"][2] == f"{statistics.fmean(means.values()):.1f}"
     assert rows["mean"][4] == f"{axis(given, 'imagenet-c/mce').numbers['dat'].value:.1f}"
     assert rows["saturate"][0] == "held out"
+    assert {table.rows[i][0] for i in table.breaks} == {
+        *("defocus blur", "snow", "contrast", "speckle noise", "mean of noise", "severity 1", "mean")
+    }
 
 
 # ---- how sure ----
@@ -274,6 +277,22 @@ def test_robustbenchs_list_stands_beside_its_own_rows() -> None:
     assert table.head[2] == COLUMNS["imagenet-c-5000/mce"]
     assert ("DeiT-B, Tian et al. 2022", "224", "41.70", "[1]") in table.rows
 
+    own["protocol"]["subset"] = "5,000 of 50,000 pictures (seed 0)"  # as many, but others
+    assert published_table(given) is None
+
+
+def test_a_choice_of_pictures_that_all_suites_share_is_said_once() -> None:
+    given = evaluation(("plain", "dat"), ("imagenet", "imagenet-c"))
+    for facts in (facts for own in given["suites"].values() for facts in own.values()):
+        facts["protocol"]["subset"] = "60 of 50,000 pictures (seed 0)"
+    assert "ImageNet (%) ↑" in shown(headline_table(given))
+    assert "All suites: 60 of 50,000 pictures (seed 0)." in headline_table(given).notes
+    assert summary(given)[-1] == "Measured on 60 of 50,000 pictures (seed 0)."
+    for own in given["suites"].values():
+        own["imagenet"]["protocol"]["subset"] = ""
+    assert "ImageNet-C, 60 of 50,000 pictures (seed 0): mCE ↓" in shown(headline_table(given))
+    assert summary(given)[-1].startswith("Against")
+
 
 def test_published_rows_are_complete_and_in_range() -> None:
     rows = published_rows()
@@ -312,12 +331,12 @@ def test_few_or_many_networks_and_missing_suites(
     tmp_path: Path, names: tuple[str, ...], suites: tuple[str, ...]
 ) -> None:
     given = evaluation(names, suites)
-    given["not_measured"]["stylized"] = "no folder"
+    given["not_measured"] |= {"stylized": "no folder", "v3": "no folder"}
     if len(names) > 1:
         del given["cells"]["random"]["imagenet-v2"]
     page = Page(write_report(given, tmp_path).read_text())
     assert len(page.rows[0]) == 1 + len(names) + len(names) - 1
-    assert "stylized: no folder" in page.text
+    assert "stylized, v3: no folder" in page.text
     assert ("imagenet-v2, of random words" in page.text) == (len(names) > 1)
     assert "one checkpoint" in page.text
 
@@ -328,6 +347,9 @@ def test_a_failed_check_is_shown_beside_its_row() -> None:
     assert any("‡ a check" in note for note in headline_table(given).notes)
     assert [row[3] for row in checks_table(given).rows] == ["passed", "passed", "passed", "FAILED"]  # type: ignore[union-attr]
     assert "shares no measurement" in " ".join(summary(given))  # that could be believed
+    checks = given["checks"]["random"]
+    checks["FGSM and PGD"] = checks.pop("pgd-5-1/255")  # checked once for all
+    assert headline_table(given).rows[0][2].endswith("‡")
 
 
 def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
@@ -344,8 +366,10 @@ def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
     assert Page(page).text.count("alert('x')") > 10
     markdown = (tmp_path / "report.md").read_text()
     assert "<script" not in re.sub(r"(?m)^    .*$", "", markdown)  # but in the command, which is a block of code
-    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
-    assert all(len(re.findall(r"(?<!\\)\|", line)) > 2 for line in rows)
+    line = next(line for line in markdown.splitlines() if line.startswith("| ImageNet-C: mCE"))
+    assert len(re.findall(r"(?<!\\)\|", line)) == len(headline_table(given).head) + 1
+    head = next(line for line in markdown.splitlines() if line.startswith("|  | MAE"))
+    assert len(re.findall(r"(?<!\\)\|", head)) == len(headline_table(given).head) + 1
     tex = (tmp_path / "report.tex").read_text()
     for line in tex.splitlines():
         assert line.startswith("%") or not re.search(r"(?<!\\)[#%](?!$)|\$\\alpha|(?<!\\)_", line), line
