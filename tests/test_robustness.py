@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,22 +16,27 @@ import torch
 from PIL import Image
 from ranks import exit_codes, start_ranks
 from test_benchmark_sets import FEW, SIDE, reduced, validation_names
-from tiny_runs import draw_folder, outcome_of
+from tiny_runs import ROOT, draw_folder, environment, outcome_of, run_script
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_tensor
 
 from mae_dat import robustness
+from mae_dat.attack import image_generator
 from mae_dat.axes import scores_of
 from mae_dat.benchmark_sets import BENCHMARKS, Preprocessing
-from mae_dat.cells import Portion, measure
+from mae_dat.cells import Portion, PortionPictures, measure
 from mae_dat.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
 from mae_dat.distributed import World
 from mae_dat.errors import CheckpointError, ConfigError, DataError, MissingInputError, NumericsError, UserError
 from mae_dat.imagenet import IMAGENET_A, SIXTEEN, SYNSETS, synsets_of
+from mae_dat.loaders import eval_loader
 from mae_dat.mce import mce
+from mae_dat.pixel_attacks import PIXEL_ATTACKS, pixel_adversary
 from mae_dat.results import Results, read_results
 from mae_dat.robustness import evaluate
 from mae_dat.suites import Battery, Choice
 from mae_dat.weights import write_weights
+from mae_dat.word_attack import WordAttack, word_accuracy
 
 CPU = torch.device("cpu")
 
@@ -140,11 +147,13 @@ def test_the_command_measures_what_lies_in_a_folder(
     model = open_model(files[0])
     found = results["cells"]["a/model"]
 
+    def to_tensor_of(path: Path) -> Tensor:
+        return Preprocessing((SIDE, SIDE), side=SIDE if "ImageNet-C" in str(path) else None)(Image.open(path))
+
     def answers(paths: list[Path], classes: tuple[int, ...] = tuple(range(1000))) -> list[int]:
-        prepare = [Preprocessing((SIDE, SIDE), side=SIDE if "ImageNet-C" in str(path) else None) for path in paths]
-        image = torch.stack([one(Image.open(path).convert("RGB")) for one, path in zip(prepare, paths, strict=True)])
         with torch.no_grad():
-            return [classes[i] for i in model(image)[:, list(classes)].argmax(1).tolist()]
+            logits = model(torch.stack([to_tensor_of(path) for path in paths]))
+        return [classes[i] for i in logits[:, list(classes)].argmax(1).tolist()]
 
     val = sorted((imagenet / "imagenet" / "val").rglob("*.JPEG"))
     labels = [SYNSETS.index(path.parent.name) for path in val]
@@ -157,8 +166,20 @@ def test_the_command_measures_what_lies_in_a_folder(
         assert found["imagenet-c"][cell]["correct"] == sum(map(int.__eq__, answers(stored), labels))
     assert len(found["imagenet-c"]) == 75
     assert {count["total"] for count in found["imagenet-c"].values()} == {6}
-    conflict = found["cue-conflict"][""]
-    assert (conflict["total"], conflict["correct"]) == (32, conflict["shape"])
+    categories, told = list(SIXTEEN), {"shape": 0, "texture": 0, "total": 0}
+    for path in (imagenet / "cue-conflict").rglob("*.png"):
+        shape, texture = (word.rstrip("0123456789") for word in path.stem.split("-"))
+        if shape != texture:
+            with torch.no_grad():
+                shares = model(to_tensor(Image.open(path))[None])[0].double().softmax(0)
+            answer = categories[int(torch.stack([shares[list(SIXTEEN[name])].mean() for name in categories]).argmax())]
+            told["total"] += 1
+            told["shape"] += answer == shape
+            told["texture"] += answer == texture
+    assert found["cue-conflict"][""] == {**told, "correct": told["shape"]}
+    with torch.no_grad():
+        five = model(torch.stack([to_tensor_of(path) for path in val])).topk(5).indices.tolist()
+    assert found["imagenet"][""]["top5"] == sum(label in own for label, own in zip(labels, five, strict=True))
     assert results["suites"]["a/model"]["cue-conflict"]["left_out"] == 16
     assert set(results["calibration"]["a/model"]) == {"imagenet", "imagenet-a", "imagenet-v2"}
     again = ["--recompute", str(tmp_path / "out" / "results.json")]
@@ -294,6 +315,9 @@ def test_a_limit_takes_the_same_pictures_with_the_same_chance(own: Path) -> None
     whole = Battery(Choice(own), 10).sets("clean")[0]
     assert [few.name_of(i) for i in range(8)] == [whole.name_of(number) for number in few.numbers]
     assert [few.label(i) for i in range(8)] == [whole.label(number) for number in few.numbers]
+    portions = [Portion(one, ("fog/2",), corruption="fog", severities=(2,)) for one in (few, whole)]
+    made = PortionPictures(portions)
+    assert torch.equal(made[0, 3]["pictures"], made[1, few.numbers[3]]["pictures"])
 
 
 # ---- going on ----
@@ -388,6 +412,22 @@ def test_attacks_are_checked_and_symbolic_words_beat_random_ones(own: Path) -> N
         "0.1",
         "0.2",
     ]  # of 64 words, 1 and 2 % are one word
+
+
+def test_attacks_count_what_they_count_on_their_own(own: Path) -> None:
+    network, battery = Linear(), Battery(Choice(own), 10)
+    found = evaluate(network, ("clean", "pgd-5-1/255", "words-random", "words-symbolic"), own, size=32, batch_size=6)
+    pictures = battery.suite("clean", (32, 32), "bicubic").portions[0].pictures
+    image = torch.stack([pictures[index]["image"] for index in range(20)])
+    label = torch.tensor([pictures.label(index) for index in range(20)])
+    generators = [image_generator(0, index) for index in range(20)]
+    attacked = pixel_adversary(network, image, label, PIXEL_ATTACKS["pgd-5-1/255"], generators)
+    with torch.no_grad():
+        assert cells(found, "pgd-5-1/255")[""]["correct"] == int((network(attacked).argmax(1) == label).sum())
+    curves = word_accuracy(
+        network, battery.tokenizer, eval_loader(pictures, 20, 0, 1, 0), WordAttack((0.0, 0.01, 0.05, 0.1, 0.2)), CPU
+    )
+    assert {kind: cells(found, f"words-{kind}") for kind in curves} == curves
 
 
 def test_finetune_evaluates_the_same_suites(
@@ -518,3 +558,26 @@ def test_examples_are_pictures_on_which_the_networks_differ(own: Path, tmp_path:
                 assert classes[int(network(image).argmax())] == example["answers"][name]
         assert (tmp_path / example["words"]).is_file()
     assert found["examples"][0]["cell"] == "gaussian_noise/3"
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_where_it_stopped(own: Path, tmp_path: Path) -> None:
+    file = saved(tmp_path / "net.safetensors", 10)
+    given = ["-m", "mae_dat.robustness", "--checkpoint", str(file), "--data", str(own), "--num_workers", "1"]
+    given += ["--suite", "clean", "generated", "--device", "cpu", "--precision", "fp32"]
+    given += ["--output", str(tmp_path / "out")]
+    command = subprocess.Popen([sys.executable, *given], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    stored, end = tmp_path / "out" / "cells", time.monotonic() + 120
+    while len(list(stored.glob("*.json"))) < 3:
+        assert command.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    command.kill()
+    command.wait()
+    kept = {path: path.stat().st_mtime_ns for path in stored.glob("*.json")}
+    assert len(kept) < 16
+    again = run_script(*given)
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    found = read_results(tmp_path / "out" / "results.json")
+    assert found["cells"] == evaluate({"net": file}, ("clean", "generated"), own, device="cpu")["cells"]
