@@ -33,6 +33,7 @@ ORDER = (
 )  # fmt: skip
 TITLES = {
     "generated": "IN-C*",
+    "cue-conflict": "Cue conflict",
     "objnet-113": "ObjectNet (113 classes)",
     "objnet-1000": "ObjectNet (all 1000)",
 }

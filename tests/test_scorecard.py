@@ -74,8 +74,8 @@ def test_headline_numbers_are_those_of_the_counts() -> None:
             "ImageNet-C: mCE ↓": f"{100 * mce:.2f}",
             "ImageNet-C: relative mCE ↓": f"{100 * relative:.2f}",
             "ImageNet-C: mean corruption error (%) ↓": f"{100 * np.mean(list(errors.values())):.2f}",
-            "cue conflict: shape bias (0–1) ↑": f"{cue['shape'] / (cue['shape'] + cue['texture']):.3f}",
-            "cue conflict: coverage (%)": f"{100 * (cue['shape'] + cue['texture']) / cue['total']:.1f}",
+            "Cue conflict: shape bias (0–1) ↑": f"{cue['shape'] / (cue['shape'] + cue['texture']):.3f}",
+            "Cue conflict: coverage (%)": f"{100 * (cue['shape'] + cue['texture']) / cue['total']:.1f}",
             "symbolic adversary, 5 % of the words (%) ↑": f"{100 * share(own['words-symbolic']['0.05']):.1f}",
         }
         assert {title: rows[title][column] for title in expected} == expected
