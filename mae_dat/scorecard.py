@@ -24,6 +24,7 @@ from mae_dat.axes import (
     kind_of,
     kinds_of,
     mean_of,
+    pixels_text,
     scores_of,
     severity_means,
     variants,
@@ -155,7 +156,9 @@ def _gains_picture(results: Results) -> Picture | None:
         for other, own in judged.items()
         if own
     ]
-    names = [_short(axis) for axis in rows]
+    sizes = {pixels_text(facts["size"]) for facts in results["models"].values()}
+    known = f", {sizes.pop()} px" if len(sizes) == 1 else ""  # of all, as the table below says
+    names = [_short(axis).replace(known, "") for axis in rows]
     who = series[0].label if len(series) == 1 else "each network"
     caption = (
         f"What {who} gains over {titles[first]} (zero), in points of the table below, shape bias in hundredths. "
