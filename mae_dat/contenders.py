@@ -204,7 +204,8 @@ def _from_onnx(path: Path, name: str, view: View) -> Contender:
         raise CheckpointError(f"{path} must take one input, float (B, 3, H, W) in [0, 1], not {given.shape}.")
 
     def network(image: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {given.name: image.detach().float().cpu().numpy()})[0]).to(image.device)
+        pixels = image.detach().float().cpu().numpy()
+        return torch.from_numpy(session.run(None, {given.name: pixels})[0]).to(image.device)
 
     facts: Facts = {
         "title": name,
