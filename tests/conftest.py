@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,10 @@ import torch
 GOLDEN = Path(__file__).parent / "golden"
 
 torch.set_num_threads(1)
+
+# A shell starts its background commands deaf to Ctrl-C, and they hand that on: the commands under test must hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
