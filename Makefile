@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv || echo "no uv: going on with pip, which is slower"
 	@if [ -x $(BIN)/uv ] && $(BIN)/uv $(subst pip install,pip install --python $(BIN)/python,$(INSTALL)); then :; \
 	else echo "installing with pip"; $(BIN)/python -m $(INSTALL); fi
+	@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchattacks  # see pyproject.toml
 	@touch $@
 
 demo: setup  ## the whole toolkit on generated images in 10 minutes: output/demo/report.html
