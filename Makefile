@@ -41,8 +41,8 @@ test: lint  ## lint and every test that is not slow
 test-slow: setup  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
 
-bench: setup  ## speed and memory, as ratios within one run
-	set -e; for name in step quantizer checkpoint ranks corruptions; do $(BIN)/python benchmarks/$$name.py; done
+bench: setup  ## speed and memory beside the reference code's, and the goals: docs/performance.md
+	$(BIN)/python -m benchmarks
 
 clean:  ## remove caches and build products; .venv and output stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

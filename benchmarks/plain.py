@@ -1,9 +1,13 @@
-"""The baselines: the same training steps written plainly, in eager float32, as the papers' released code does them.
+"""The baselines: the same work as the papers' released code does it, operation by operation.
 
-Full patch embedding of which the kept patches are then gathered, attention by explicit softmax, an unfused AdamW, the
-loss read back in every step; in DAT, parameter gradients filled during the attack, a forward that is thrown away, and
-the whole matrix of distances in the quantizer. Shapes as in mae_dat/mae.py.
+Full patch embedding of which the kept patches are then gathered, attention by an explicit softmax, AdamW with torch's
+defaults, the loss read back and the device waited for in every step; float16 autocast with a gradient scaler on a GPU,
+float32 on a CPU. In DAT, tokenizer and attack are float32, the attack fills the gradients of all parameters, a forward
+is thrown away, and the quantizer builds the whole matrix of distances. Shapes as in mae_dat/mae.py.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,19 @@ from mae_dat.mae import MaskedAutoencoder, masked_mse
 from mae_dat.tokenizer import VisualTokenizer
 
 
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """TF32 as torch sets it (convolutions only) and cuDNN's search for algorithms, which the released code turns on;
+    whatever our own code has set meanwhile comes back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def explicit_attention(model: nn.Module) -> None:
     """Switches timm's attention layers from the fused kernel to softmax(q k^T) v, in place."""
     for module in model.modules():
@@ -22,10 +39,33 @@ def explicit_attention(model: nn.Module) -> None:
             module.fused_attn = False
 
 
-def unfused_adamw(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW as a loop over tensors."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, foreach=False, fused=False)
+class Trainer:
+    """Updates of a model as the released code makes them."""
+
+    def __init__(self, model: nn.Module, fused_attention: bool = False) -> None:
+        if not fused_attention:
+            explicit_attention(model)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.device.type == "cuda")
+
+    def autocast(self) -> torch.autocast:
+        """float16 on a GPU, nothing on a CPU."""
+        return torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda")
+
+    def update(self, loss: Tensor) -> float:
+        """Backward and update with the gradient's norm; the loss as a number."""
+        value = loss.item()
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.stack([parameter.grad.norm() for parameter in self.parameters if parameter.grad is not None]).norm()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return value
 
 
 def mae_loss(model: MaskedAutoencoder, image: Tensor, mask_ratio: float, noise: Tensor) -> Tensor:
@@ -36,18 +76,35 @@ def mae_loss(model: MaskedAutoencoder, image: Tensor, mask_ratio: float, noise: 
     ids_restore = ids_shuffle.argsort(dim=1)
     kept = tokens.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, tokens.shape[-1]))
     cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(image), -1, -1)
-    latent = model.norm(model.blocks(torch.cat([cls_token, kept], dim=1)))
+    latent = model.norm(model.blocks(torch.cat([cls_token.to(kept.dtype), kept], dim=1)))
     mask = (ids_restore >= keep).float()
-    return masked_mse(model.decode(latent, ids_restore), model.target(image, norm_pix=False), mask)
+    return masked_mse(decode(model, latent, ids_restore), model.target(image, norm_pix=False), mask)
 
 
-def mae_step(model: MaskedAutoencoder, optimizer: torch.optim.Optimizer, image: Tensor, noise: Tensor) -> float:
-    """One plain pretraining step."""
-    loss = mae_loss(model, image, 0.75, noise)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+def decode(model: MaskedAutoencoder, latent: Tensor, ids_restore: Tensor) -> Tensor:
+    """Prediction (B, N, P) from a latent (B, 1 + K, D)."""
+    tokens = model.decoder_embed(latent)
+    removed = model.num_patches + 1 - tokens.shape[1]
+    filled = torch.cat([tokens[:, 1:], model.mask_token.to(tokens.dtype).repeat(len(tokens), removed, 1)], dim=1)
+    patches = filled.gather(1, ids_restore.unsqueeze(-1).repeat(1, 1, filled.shape[-1]))
+    tokens = torch.cat([tokens[:, :1], patches], dim=1) + model.decoder_pos_embed
+    return model.decoder_pred(model.decoder_norm(model.decoder_blocks(tokens)))[:, 1:]
+
+
+@torch_defaults()
+def mae_step(model: MaskedAutoencoder, trainer: Trainer, image: Tensor, noise: Tensor) -> float:
+    """One pretraining step, mask ratio 0.75."""
+    with trainer.autocast():
+        loss = mae_loss(model, image, 0.75, noise)
+    return trainer.update(loss)
+
+
+@torch_defaults()
+def finetuning_step(model: nn.Module, trainer: Trainer, image: Tensor, target: Tensor) -> float:
+    """One fine-tuning step with soft targets (B, classes)."""
+    with trainer.autocast():
+        loss = F.cross_entropy(model(image), target)
+    return trainer.update(loss)
 
 
 def full_matrix_words(latent: Tensor, codebook: Tensor) -> Tensor:
@@ -58,33 +115,37 @@ def full_matrix_words(latent: Tensor, codebook: Tensor) -> Tensor:
     return distance.argmin(1).view(batch, height, width)
 
 
+@torch_defaults()
 @torch.no_grad()
 def reconstruct(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
-    """Q(x) with the full matrix."""
-    return tokenizer.decode(full_matrix_words(tokenizer.latent(image), tokenizer.codebook))
+    """Q(x) in eager float32, pictures as NCHW, with the full matrix."""
+    latent = tokenizer.latent(image)
+    quantized = F.embedding(full_matrix_words(latent, tokenizer.codebook), tokenizer.codebook).permute(0, 3, 1, 2)
+    return tokenizer.pixels(quantized.contiguous()).clamp(0, 1)
 
 
+@torch_defaults()
 def dat_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
     tokenizer: VisualTokenizer,
     image: Tensor,
     target: Tensor,
+    noise: Tensor,
     eps: float = 0.1,
 ) -> float:
     """One released DAT step with its wasted work: the attack fills every parameter's gradient, and a forward follows it
-    for nothing."""
-    clean_loss = F.cross_entropy(model(image), target)
+    for nothing. `noise` is that of the random start, shaped as the image."""
+    with trainer.autocast():
+        clean_loss = F.cross_entropy(model(image), target)
     center = reconstruct(tokenizer, image)
-    point = (center + eps * unit(torch.randn_like(center))).clamp(0, 1).requires_grad_()
+    point = (center + eps * unit(noise)).clamp(0, 1).requires_grad_()
     F.cross_entropy(model(point), target).backward()
     assert point.grad is not None
     delta = project(point.detach() + eps * unit(point.grad) - center, eps)
     attacked = (center + delta).clamp(0, 1)
     model(attacked)  # thrown away
     adversarial = reconstruct(tokenizer, attacked)
-    loss = clean_loss + F.cross_entropy(model(adversarial), target)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+    with trainer.autocast():
+        loss = clean_loss + F.cross_entropy(model(adversarial), target)
+    return trainer.update(loss)

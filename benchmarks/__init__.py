@@ -1,0 +1,1 @@
+"""Speed and memory, ours beside what the reference code does: `python -m benchmarks` (docs/performance.md)."""

@@ -1,0 +1,38 @@
+"""The machine's own matrix rate, against which every training step is held."""
+
+import time
+
+import torch
+
+from benchmarks.timing import wait_for
+
+SIDE = {"cpu": 2048, "cuda": 8192}
+TRIES = 7
+
+
+def matrix_rates(device: torch.device) -> dict[str, float]:
+    """FLOP/s of products of large square matrices, the best of several: `bf16`, `fp32` and, on a GPU, `tf32`."""
+    rates = {"bf16": matrix_rate(torch.bfloat16, device)}
+    for name, precision in {"fp32": "highest", "tf32": "high"}.items():
+        if name == "fp32" or device.type == "cuda":
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(precision)
+            rates[name] = matrix_rate(torch.float32, device)
+            torch.set_float32_matmul_precision(before)
+    return rates
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s, two a multiply-add, the best of TRIES groups of products."""
+    side = SIDE.get(device.type, SIDE["cpu"])
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    count = 20 if device.type == "cuda" else 1
+    best = float("inf")
+    for _ in range(TRIES):
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            left @ right
+        wait_for(device)
+        best = min(best, (time.perf_counter() - start) / count)
+    return 2 * side**3 / best
