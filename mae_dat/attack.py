@@ -10,7 +10,7 @@ decoder. An attack leaves no trace: no parameter gradient, no training flag chan
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,107 +24,142 @@ __all__ = ["AttackConfig", "DiscreteAdversary", "ShareController", "discrete_adv
 LossOf = Callable[[Tensor], Tensor]
 
 
-class DiscreteAdversary(NamedTuple):
-    """What an attack found."""
+class DiscreteAdversary:
+    """What an attack found.
 
-    reconstruction: Tensor
-    """Q(x), an image in [0, 1]."""
-    adversarial: Tensor
-    """The adversarial image in [0, 1], decoded from `adversarial_words`."""
-    words: Tensor
-    """Visual words of the picture that was attacked: of Q(x) (`released`) or of x (all others)."""
-    adversarial_words: Tensor
+    `adversarial` is the adversarial image in [0, 1], decoded from `adversarial_words`. What an attack does not need is
+    given as a function, and costs a pass of the tokenizer only if somebody asks for it.
+    """
+
+    def __init__(
+        self,
+        reconstruction: Tensor | Callable[[], Tensor],
+        adversarial: Tensor,
+        words: Tensor | Callable[[int], Tensor],
+        adversarial_words: Tensor,
+    ) -> None:
+        """`words` may be a function that encodes so many pictures of the batch, the first ones."""
+        self._reconstruction, self.adversarial = reconstruction, adversarial
+        self._words, self.adversarial_words = words, adversarial_words
+
+    @cached_property
+    def reconstruction(self) -> Tensor:
+        """Q(x), an image in [0, 1]."""
+        return self._reconstruction if isinstance(self._reconstruction, Tensor) else self._reconstruction()
+
+    @cached_property
+    def words(self) -> Tensor:
+        """Visual words of the picture that was attacked: of Q(x) (`released`) or of x (all others)."""
+        return self._words if isinstance(self._words, Tensor) else self._words(len(self.adversarial_words))
 
     @property
     def changed(self) -> Tensor:
         """Share of words that the attack changed, a scalar in [0, 1]."""
         return share_changed(self.words, self.adversarial_words)
 
+    def changed_in(self, pictures: int) -> Tensor:
+        """`changed`; counted in so many pictures of the batch alone where the words of more had to be encoded."""
+        if isinstance(self._words, Tensor):
+            return self.changed
+        return share_changed(self._words(pictures), self.adversarial_words[:pictures])
+
 
 def discrete_adversary(
-    image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
+    image: Tensor,
+    loss_of: LossOf,
+    tokenizer: VisualTokenizer,
+    config: AttackConfig,
+    generator: torch.Generator,
+    gradient: Tensor | None = None,
+    check: bool = True,
 ) -> DiscreteAdversary:
     """Changes visual words of `image` to raise `loss_of`; or, as baselines, at random or not at all (`reconstruction`).
 
     `loss_of` maps an image to the mean loss of the batch, a scalar, and closes over targets, mask or boxes. `generator`
-    lives on the image's device. Raises ValueError when pixels leave [0, 1] by more than 1e-6, ConfigError when the size
-    does not fit the tokenizer.
+    lives on the image's device. `released` takes a `gradient` that is known already, dL/dimage, for its own. Raises
+    ConfigError when the size does not fit the tokenizer, and ValueError when pixels leave [0, 1] by more than 1e-6:
+    that `check` waits for the image.
     """
-    require_pixels(image)
-    with torch.autocast(
-        image.device.type, enabled=False
-    ):  # a step is a fraction of a grey level: bfloat16 would lose it
-        words, reconstruction = _discretize(tokenizer, image)
-    if config.kind == "reconstruction":
-        return DiscreteAdversary(reconstruction, reconstruction, words, words)
-    if config.kind in ("symbolic", "random"):
-        return _replaced(tokenizer, words, reconstruction, loss_of, config, generator)
+    if check:
+        require_pixels(image)
+    image = image.detach().float()
+    if config.kind == "released":
+        return _released(image, loss_of, tokenizer, config, generator, gradient)
     if config.kind == "paper":
-        return _paper(image, words, reconstruction, loss_of, tokenizer, config)
-    return _released(reconstruction, loss_of, tokenizer, config, generator)
+        return _paper(image, loss_of, tokenizer, config)
+    return _replaced(image, loss_of, tokenizer, config, generator)
 
 
 def _released(
-    reconstruction: Tensor,
+    image: Tensor,
     loss_of: LossOf,
     tokenizer: VisualTokenizer,
     config: AttackConfig,
     generator: torch.Generator,
+    gradient: Tensor | None,
 ) -> DiscreteAdversary:
-    """The released code's attack: unit-norm steps in an L2 ball around Q(x), then Q once more."""
-    point = random_start(reconstruction, config, generator)
+    """The released code's attack: unit-norm steps in an L2 ball around Q(x), or around x itself, then Q of the end."""
+    at_image = config.at == "image"
+    center = image if at_image else reconstruct(tokenizer, image)
+    point = random_start(center, config, generator)
     for _ in range(config.steps):
-        gradient = input_gradient(point, loss_of)
-        delta = project(point + config.eps * unit(gradient) - reconstruction, config.eps)
-        point = (reconstruction + delta).clamp(0, 1)
-    with torch.no_grad(), torch.autocast(point.device.type, enabled=False):
+        direction = unit(input_gradient(point, loss_of) if gradient is None else gradient)
+        delta = project(point + config.eps * direction - center, config.eps)
+        point = (center + delta).clamp(0, 1)
+    words = encode(tokenizer, point)
+    return DiscreteAdversary(
+        (lambda: reconstruct(tokenizer, image)) if at_image else center,
+        decode(tokenizer, words),
         # Q(x) has words of its own, not always those of x: only against them is a change the attack's doing.
-        words = tokenizer.encode(reconstruction)
-        adversarial_words, adversarial = _discretize(tokenizer, point)
-    return DiscreteAdversary(reconstruction, adversarial, words, adversarial_words)
+        lambda pictures: encode(tokenizer, center[:pictures]),
+        words,
+    )
 
 
-def _paper(
-    image: Tensor,
-    words: Tensor,
-    reconstruction: Tensor,
-    loss_of: LossOf,
-    tokenizer: VisualTokenizer,
-    config: AttackConfig,
-) -> DiscreteAdversary:
+def _paper(image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig) -> DiscreteAdversary:
     """Algorithm 1: Q(x + alpha * gradient), the gradient of each sample's own loss taken at Q(x)."""
+    words = encode(tokenizer, image)
+    reconstruction = decode(tokenizer, words)
     gradient = input_gradient(reconstruction, loss_of) * len(image)  # of the sample's loss, not of the batch's mean
-    adversarial_words, adversarial = _discretize(tokenizer, (image + config.eps * gradient).clamp(0, 1))
-    return DiscreteAdversary(reconstruction, adversarial, words, adversarial_words)
+    changed = encode(tokenizer, (image + config.eps * gradient).clamp(0, 1))
+    return DiscreteAdversary(reconstruction, decode(tokenizer, changed), words, changed)
 
 
 def _replaced(
-    tokenizer: VisualTokenizer,
-    words: Tensor,
-    reconstruction: Tensor,
-    loss_of: LossOf,
-    config: AttackConfig,
-    generator: torch.Generator,
+    image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
 ) -> DiscreteAdversary:
-    """A share of the words replaced: by those that raise the loss to first order, or, as a baseline, at random."""
+    """A share of the words replaced by those that raise the loss to first order; or, as baselines, at random, or
+    none."""
+    changed = words = encode(tokenizer, image)
     if config.kind == "symbolic":
         count = round(config.word_share * words[0].numel())
         changed = symbolic_words(words, loss_of, tokenizer, count, config.steps, config.nearest)
-    else:
+    elif config.kind == "random":
         changed = random_words(words, tokenizer.codebook, config.word_share, generator, config.nearest)
-    with torch.no_grad(), torch.autocast(words.device.type, enabled=False):
-        return DiscreteAdversary(reconstruction, tokenizer.decode(changed), words, changed)
+    return DiscreteAdversary(lambda: decode(tokenizer, words), decode(tokenizer, changed), words, changed)
 
 
 @torch.no_grad()
-def _discretize(tokenizer: VisualTokenizer, image: Tensor) -> tuple[Tensor, Tensor]:
+def encode(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
+    """Words of the image, outside autocast: a step is a fraction of a grey level, and bfloat16 would lose it."""
     with torch.autocast(image.device.type, enabled=False):
-        words = tokenizer.encode(image.float())
-        return words, tokenizer.decode(words)
+        return tokenizer.encode(image)
+
+
+@torch.no_grad()
+def decode(tokenizer: VisualTokenizer, words: Tensor) -> Tensor:
+    """The image of the words, outside autocast."""
+    with torch.autocast(words.device.type, enabled=False):
+        return tokenizer.decode(words)
+
+
+def reconstruct(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
+    """Q(x)."""
+    return decode(tokenizer, encode(tokenizer, image))
 
 
 def require_pixels(image: Tensor) -> None:
-    """Raises ValueError when pixels leave [0, 1] by more than 1e-6, or are not finite."""
+    """Raises ValueError when pixels leave [0, 1] by more than 1e-6, or are not finite. Waits for the image."""
     low, high = image.detach().aminmax()
     if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ValueError(
@@ -143,10 +178,12 @@ def input_gradient(image: Tensor, loss_of: LossOf) -> Tensor:
 def random_start(center: Tensor, config: AttackConfig, generator: torch.Generator) -> Tensor:
     """With probability `random_start`, for the whole batch, a random point at distance eps from `center`, clamped to
     [0, 1]."""
-    if config.random_start == 0 or torch.rand((), generator=generator, device=generator.device) >= config.random_start:
+    if config.random_start == 0:
         return center
+    # The coin stays on the device: to branch on it here would be to wait for it.
+    starts = torch.rand((), generator=generator, device=center.device) < config.random_start
     noise = torch.randn(center.shape, generator=generator, device=center.device)
-    return (center + config.eps * unit(noise)).clamp(0, 1)
+    return torch.where(starts, (center + config.eps * unit(noise)).clamp(0, 1), center)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -48,6 +48,12 @@ class AttackConfig:
     """`released`, `symbolic`: gradient steps."""
     nearest: int | None = None
     """`symbolic`, `random`: a word becomes one of so many whose codes are nearest to its own (None: any word)."""
+    at: Literal["reconstruction", "image"] = "reconstruction"
+    """`released`: what is attacked, Q(x) or x."""
+    free: bool = False
+    """`released`: the attack takes its gradient from the clean view's backward pass."""
+    batch_share: float = 1.0
+    """Share of each batch that is attacked."""
 
     def __post_init__(self) -> None:
         if self.kind not in ATTACKS:
@@ -60,6 +66,13 @@ class AttackConfig:
             raise ConfigError(f"an attack needs eps > 0, steps >= 1 and random_start in [0, 1], got {self}.")
         if self.nearest is not None and self.nearest < 1:
             raise ConfigError(f"an attack needs at least 1 nearest code to change a word into, got {self.nearest}.")
+        if not 0 < self.batch_share <= 1:
+            raise ConfigError(f"--dat_batch_share must lie in (0, 1], got {self.batch_share}.")
+        for flag, given in (("--dat_at image", self.at == "image"), ("--dat_free", self.free)):
+            if given and self.kind != "released":
+                raise ConfigError(f"{flag} is a form of --dat released; leave it out with --dat {self.kind}.")
+        if self.free and self.steps > 1:
+            raise ConfigError(f"--dat_free has one gradient, so one step: leave out --dat_steps {self.steps}.")
 
     @property
     def clean_weight(self) -> float:
@@ -195,9 +208,21 @@ class DatConfig:
     """released, symbolic: gradient steps."""
     dat_nearest: int | None = None
     """symbolic, random: a word becomes one of so many whose codes are nearest to its own (default: any word)."""
+    dat_at: Literal["reconstruction", "image"] = "reconstruction"
+    """released: attack the reconstruction Q(x), or the image x itself, which saves a reconstruction."""
+    dat_free: bool = False
+    """released: take the attack's gradient from the clean view's backward pass, which saves a forward and a backward
+    pass."""
+    dat_batch_share: float = 1.0
+    """Share of each batch that is attacked, its first images."""
     tokenizer: str = "embedded"
     """`embedded` (light, for 64 px), a light tokenizer's .safetensors, a VQGAN of taming, latent-diffusion or
     easyrobust, or a released name such as vqgan_f8_16384."""
+    tokenizer_precision: Literal["auto", "fp32", "fp16", "bf16_decoder", "bf16"] = "auto"
+    """Of the tokenizer's inner layers; auto: fp32 on a CPU; on a GPU fp16, unless more than 1 % of the words of drawn
+    pictures differ from fp32's. What each does to the words: docs/visual-words.md."""
+    tokenizer_compile: bool = False
+    """Compile the tokenizer (torch.compile): fuses norms and activations; the first steps take a minute longer."""
 
     @property
     def attack(self) -> AttackConfig | None:
@@ -205,7 +230,8 @@ class DatConfig:
         if self.dat == "none":
             return None
         eps = PUBLISHED_EPS if self.dat_eps is None else self.dat_eps
-        attack = AttackConfig(self.dat, eps, self.dat_share, self.dat_random_start, self.dat_steps, self.dat_nearest)
+        strength = (eps, self.dat_share, self.dat_random_start, self.dat_steps, self.dat_nearest)
+        attack = AttackConfig(self.dat, *strength, self.dat_at, self.dat_free, self.dat_batch_share)
         if attack.moves_pixels and self.dat_share is None and self.dat_eps is None and self.tokenizer == "embedded":
             return dataclasses.replace(attack, share=PUBLISHED_SHARE)
         return attack
@@ -337,6 +363,9 @@ class PretrainConfig:
     dat: DatConfig = DatConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    def __post_init__(self) -> None:
+        check_parts(self.dat, self.launch)
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
@@ -350,6 +379,15 @@ class FinetuneConfig:
     dat: DatConfig = DatConfig()
     evaluation: EvalConfig = EvalConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    def __post_init__(self) -> None:
+        check_parts(self.dat, self.launch)
+
+
+def check_parts(dat: DatConfig, launch: LaunchConfig) -> None:
+    """Raises ConfigError for groups that do not go together."""
+    if dat.dat_free and launch.fsdp:
+        raise ConfigError("--dat_free does not go with --fsdp, whose gradients lie in shards: leave out one of them.")
 
 
 LINEAR_PROBE = FinetuneConfig(

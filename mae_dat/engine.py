@@ -239,6 +239,7 @@ def train_step(
                 parts = training.objective(model, batch, generator)
             (parts["loss"] / accum).backward()
         facts = {name: float(value.detach()) for name, value in parts.items()}
+        training.objective.observe(facts)
         if failure is None and not math.isfinite(facts["loss"]):
             failure = _not_finite(training, job, batch, facts)
         count = len(batch["index"])

@@ -4,9 +4,10 @@ An objective draws its randomness once per step (`prepare`: mask noise, mixed la
 the clean and the adversarial one, is judged by the same mask or the same targets (`loss`). `WithDAT` wraps any of them.
 """
 
+import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Objective(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """The image to learn from, (B, C, H, W) in [0, 1], and all that judges it: targets, mask noise."""
+        """The image to learn from, (B, C, H, W) in [0, 1], and all that judges it, such as targets or mask noise:
+        tensors or lists with a row for each image, alone or in a tuple."""
 
     @abstractmethod
     def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
@@ -45,6 +47,10 @@ class Objective(ABC):
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """The loss of one batch."""
         return {"loss": self.loss(model, *self.prepare(model, batch, generator))}
+
+    def observe(self, facts: Mapping[str, float]) -> None:  # noqa: B027 - most follow nothing
+        """Is told a step's parts once they are read, the same on all ranks but for the losses: on a GPU that may be
+        after the next step."""
 
     def state_dict(self) -> dict[str, Any]:
         """State to save in a checkpoint."""
@@ -109,17 +115,21 @@ class Classification(Objective):
 class WithDAT(Objective):
     """Discrete Adversarial Training around any objective.
 
-    loss = w L(clean) + L(adversarial), with w = 1 in the released code and 0 in the paper's Algorithm 1. The share of
-    changed words is part of the result, and a warning is given while it is 0: the quantizer then snaps every step back
-    and DAT does nothing.
+    loss = w L(clean) + L(adversarial), with w = 1 in the released code and 0 in the paper's Algorithm 1. Each is a mean
+    over its images: where a share of the batch is attacked, L(adversarial) estimates the whole batch's, unweighted. The
+    share of changed words is part of the result, and a warning is given while it is 0: the quantizer then snaps every
+    step back and DAT does nothing.
     """
 
     WARN_AFTER, WARN_EVERY = 3, 200
+    # The share of words is counted in an eighth of the images, 8 at least: to encode Q(x) again for all of them would
+    # cost a sixth of both reconstructions.
+    COUNTED_PART, COUNTED = 8, 8
 
     def __init__(self, objective: Objective, tokenizer: VisualTokenizer, attack: AttackConfig) -> None:
         self.objective, self.tokenizer, self.attack = objective, tokenizer, attack
         self.controller = ShareController(attack) if attack.share is not None and attack.moves_pixels else None
-        self.found = False
+        self.found = self.checked = False
         self.idle_steps = 0
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
@@ -133,28 +143,50 @@ class WithDAT(Objective):
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """One DAT step; parts: loss, loss_clean, loss_adversarial, changed_words (share), eps."""
         image, context = self.prepare(model, batch, generator)
-        parts: Parts = {}
-        if self.attack.clean_weight:
-            parts["loss_clean"] = self.loss(model, image, context)
-        found = self.adversary(model, image, context, generator)
-        parts["loss_adversarial"] = self.loss(model, found.adversarial, context)
-        loss = parts["loss_adversarial"] + self.attack.clean_weight * parts.get("loss_clean", torch.zeros(()))
-        changed = self._follow(all_mean(found.changed))
-        return {"loss": loss, **parts, "changed_words": changed, "eps": torch.tensor(self.strength().eps)}
+        clean, gradient = self.clean_loss(model, image, context)
+        attacked = max(1, round(self.attack.batch_share * len(image)))
+        image, context, gradient = first_rows((image, context, gradient), attacked)
+        found = self.adversary(model, image, context, generator, gradient)
+        parts = {**clean, "loss_adversarial": self.loss(model, found.adversarial, context)}
+        changed = all_mean(found.changed_in(max(attacked // self.COUNTED_PART, self.COUNTED)))
+        eps = torch.full_like(changed, self.strength().eps)
+        return {"loss": torch.stack([*parts.values()]).sum(), **parts, "changed_words": changed, "eps": eps}
 
-    def adversary(self, model: nn.Module, image: Tensor, context: Any, generator: torch.Generator) -> DiscreteAdversary:
-        """The attack on this batch. It runs on the bare module: DDP's hooks see nothing of it."""
+    def clean_loss(self, model: nn.Module, image: Tensor, context: Any) -> tuple[Parts, Tensor | None]:
+        """L(clean), if it counts; with `free` also its gradient at the image, from one backward pass for both."""
+        if not self.attack.clean_weight:
+            return {}, None
+        if not self.attack.free:
+            return {"loss_clean": self.loss(model, image, context)}, None
         inner = unwrapped(model)
+        loss, gradient = differentiated(lambda x: self.loss(inner, x, context), image, inner)
+        return {"loss_clean": loss}, gradient
+
+    def adversary(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        context: Any,
+        generator: torch.Generator,
+        gradient: Tensor | None = None,
+    ) -> DiscreteAdversary:
+        """The attack on this batch, with the `gradient` at its images if that is known already. It runs on the bare
+        module: DDP's hooks see nothing of it."""
+        inner, check = unwrapped(model), image.device.type == "cpu" or not self.checked
+        self.checked = True
 
         def attack_with(config: AttackConfig, source: torch.Generator) -> DiscreteAdversary:
-            return discrete_adversary(image, lambda x: self.loss(inner, x, context), self.tokenizer, config, source)
+            def loss_of(view: Tensor) -> Tensor:
+                return self.loss(inner, view, context)
+
+            return discrete_adversary(image, loss_of, self.tokenizer, config, source, gradient, check)
 
         if self.controller and not self.found:
             # Every try starts from the same random state, so that the search compares strengths and nothing else.
             state = generator.get_state()
 
             def share_at(eps: float) -> float:
-                config = AttackConfig(self.attack.kind, eps, None, self.attack.random_start, self.attack.steps)
+                config = dataclasses.replace(self.attack, eps=eps)
                 return float(all_mean(attack_with(config, _restarted(generator, state)).changed))
 
             self.controller.find(share_at)
@@ -177,8 +209,9 @@ class WithDAT(Objective):
         """The attack as it stands now, with the controller's eps."""
         return self.controller.apply(self.attack) if self.controller else self.attack
 
-    def _follow(self, changed: Tensor) -> Tensor:
-        share = float(changed)
+    def observe(self, facts: Mapping[str, float]) -> None:
+        """Follows the share of changed words; warns while it is 0."""
+        share = facts["changed_words"]
         if self.controller:
             self.controller.observe(share)
         self.idle_steps = 0 if share > 0 or not self.attack.moves_pixels else self.idle_steps + 1
@@ -189,7 +222,7 @@ class WithDAT(Objective):
                 self.idle_steps,
                 self.strength().eps,
             )
-        return changed
+        self.objective.observe(facts)
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state and the wrapped objective's."""
@@ -203,6 +236,41 @@ class WithDAT(Objective):
         if self.controller and "controller" in state:
             self.controller.load_state_dict(state["controller"])
             self.found = True
+
+
+def first_rows(value: Any, count: int) -> Any:
+    """The first images' part of a tensor or list with a row for each image, or of all that a tuple holds."""
+    if isinstance(value, tuple):
+        return tuple(first_rows(one, count) for one in value)
+    return value[:count] if isinstance(value, Tensor | list) else value
+
+
+def differentiated(loss_of: Callable[[Tensor], Tensor], image: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient at the image, from one backward pass that serves the model's parameters too.
+
+    Their gradients wait in the loss, and are handed on when the sum that it is part of is differentiated: DDP,
+    accumulation and the optimizer see one backward pass like any other. For a model that is not in shards.
+    """
+    image = image.detach().requires_grad_()
+    loss = loss_of(image)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    with torch.autocast(image.device.type, enabled=False):  # as the engine's own backward pass
+        gradient, *known = torch.autograd.grad(loss, [image, *weights])
+    handed_on: Tensor = _KnownGradient.apply(loss.detach(), known, *weights)
+    return handed_on, gradient.float()
+
+
+class _KnownGradient(torch.autograd.Function):
+    """(loss, its gradients at the weights, the weights) -> loss, whose backward pass hands those gradients on."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> Any:
+        return (None, None, *(factor * gradient for gradient in ctx.saved_tensors))
 
 
 def _restarted(generator: torch.Generator, state: Tensor) -> torch.Generator:

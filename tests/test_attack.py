@@ -210,7 +210,8 @@ def test_an_attack_leaves_no_trace(kind: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(image, copy)
     assert not image.requires_grad
-    assert not any(part.requires_grad for part in found)
+    parts = (found.reconstruction, found.adversarial, found.words, found.adversarial_words)
+    assert not any(part.requires_grad for part in parts)
 
 
 @pytest.mark.parametrize("kind", ["released", "random"])

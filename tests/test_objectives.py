@@ -64,8 +64,11 @@ def generator() -> torch.Generator:
 
 
 def run(objective: Objective, model: nn.Module, batch: Batch) -> Parts:
-    seed_everything(3)  # as the engine does before every step: mixup draws from the global state
-    return objective(model, batch, generator())
+    """One step, as the engine does it: mixup draws from the global state, and the objective is told its parts."""
+    seed_everything(3)
+    parts = objective(model, batch, generator())
+    objective.observe({name: float(value.detach()) for name, value in parts.items()})
+    return parts
 
 
 def plain_labels(**changes: Any) -> Classification:

@@ -17,6 +17,7 @@ CHANGES_THE_RESULT = {
     *("input_size", "in_chans"),
     *("epochs", "lr", "blr", "min_lr", "warmup_epochs", "warmup_lr", "cooldown_epochs", "weight_decay", "clip_grad"),
     *("dat", "dat_eps", "dat_share", "dat_random_start", "dat_steps", "dat_nearest", "tokenizer"),
+    *("dat_at", "dat_free", "dat_batch_share"),
     *("model", "mask_ratio", "norm_pix_loss"),
     *("nb_classes", "drop_path", "global_pool", "cls_token", "finetune", "pretrained", "linear_probe", "opt"),
     *("layer_decay", "ema_decay"),
