@@ -7,6 +7,7 @@ counts is the ratio; goals are those of docs/performance.md.
 import json
 import logging
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import mae
+from benchmarks import checkpoint, corruptions, dat, finetune, mae, startup, tokenizer
 from benchmarks.rate import matrix_rates
-from benchmarks.table import as_json, print_rows
+from benchmarks.table import as_json, markdown, print_rows
 from benchmarks.timing import Case, Row, measure
 from mae_dat.config import ConfigError, load_config, nearest, run_command
 from mae_dat.distributed import amp_dtype, pick_device
@@ -28,8 +29,19 @@ from mae_dat.run import arguments
 logger = logging.getLogger("benchmarks")
 
 TABLE_WIDTH = 150
-MODULES: dict[str, ModuleType] = {"mae": mae}
+MODULES: dict[str, ModuleType] = {
+    "startup": startup,
+    "mae": mae,
+    "finetune": finetune,
+    "tokenizer": tokenizer,
+    "dat": dat,
+    "corruptions": corruptions,
+    "checkpoint": checkpoint,
+}
 """What is measured, in this order: each module has `cases(quick, device)`."""
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+BUSY = "Other programs were running: only ratios count."
+MARKS = ("<!-- table: python -m benchmarks --markdown -->", "<!-- end of table -->")
 
 
 @dataclass(frozen=True)
@@ -37,19 +49,18 @@ class BenchmarkConfig:
     """What to measure."""
 
     only: tuple[str, ...] = ()
-    """Groups of cases (default: all): see the README of benchmarks/."""
+    """Groups of cases, or parts of their names (default: all)."""
     quick: bool = False
     """Fewer and smaller cases and few rounds: some minutes on a CPU."""
     device: str = "auto"
     rounds: int | None = None
     """Rounds that count (default 7, with --quick 3)."""
     output: str | None = None
-    """Write the numbers as JSON to this file."""
+    """Write the numbers as JSON to this file, after every case."""
+    markdown: bool = False
+    """Renew the table in docs/performance.md."""
 
     def __post_init__(self) -> None:
-        for name in self.only:
-            if name not in MODULES:
-                raise ConfigError(f"--only {name}: no such group of cases; {nearest(name, list(MODULES))}")
         if self.rounds is not None and self.rounds < 1:
             raise ConfigError(f"--rounds {self.rounds}: give at least 1")
 
@@ -62,13 +73,27 @@ def main() -> None:
     facts = surroundings(device)
     print_surroundings(facts, console)
     rows: list[Row] = []
-    for name in config.only or MODULES:
-        for case in MODULES[name].cases(config.quick, device):
-            rows.append(measured(case, config.rounds or (3 if config.quick else 7), device, facts["rate"]))
-            if config.output:
-                text = json.dumps({**facts, "rows": [as_json(row) for row in rows]}, indent=1)
-                Path(config.output).write_text(text + "\n")
+    for case in chosen(config, device):
+        rows.append(measured(case, config, device, facts["rate"]))
+        if config.output:
+            text = json.dumps({**facts, "rows": [as_json(row) for row in rows]}, indent=1)
+            Path(config.output).write_text(text + "\n")
     print_rows(rows, console)
+    if config.markdown:
+        DOCUMENT.write_text(renewed(DOCUMENT.read_text(), facts, rows))
+    if any(row.failed for row in rows):
+        sys.exit(1)
+
+
+def chosen(config: BenchmarkConfig, device: torch.device) -> list[Case]:
+    """The cases that are asked for. Raises ConfigError for a word that chooses none."""
+    cases = [(group, case) for group, module in MODULES.items() for case in module.cases(config.quick, device)]
+    for word in config.only:
+        if not any(word == group or word in case.name for group, case in cases):
+            names = [*MODULES, *{case.name for _, case in cases}]
+            raise ConfigError(f"--only {word}: no such case; {nearest(word, names)}")
+    words = config.only
+    return [case for group, case in cases if not words or any(w == group or w in case.name for w in words)]
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
@@ -76,28 +101,45 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     load = os.getloadavg()[0]
     rates = matrix_rates(device)
     facts = {"machine": machine(), "versions": versions(), "device": str(device), "time": time.strftime("%F %T")}
+    busy = load > 0.3 * (os.cpu_count() or 1)
     ours = "bf16" if amp_dtype("auto", device) else "fp32"
-    return {**facts, "load": load, "matrix_rates": rates, "precision": ours, "rate": rates[ours]}
+    return {**facts, "load": load, "matrix_rates": rates, "precision": ours, "rate": rates[ours], "busy": busy}
+
+
+def told(facts: dict[str, Any]) -> list[str]:
+    """The surroundings as lines of text."""
+    parts = [", ".join(f"{name} {value}" for name, value in facts[group].items()) for group in ("machine", "versions")]
+    rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in facts["matrix_rates"].items())
+    parts.append(f"{facts['time']}, {facts['device']}, ours in {facts['precision']}; matrix rates: {rates}")
+    parts.append(f"load average at the start: {facts['load']:.1f}")
+    return [*parts, BUSY] if facts["busy"] else parts
+
+
+def renewed(text: str, facts: dict[str, Any], rows: list[Row]) -> str:
+    """The document with a new table between the marks."""
+    before, _, rest = text.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    return "\n\n".join([before + MARKS[0], "  \n".join(told(facts)), markdown(rows), MARKS[1] + after])
 
 
 def print_surroundings(facts: dict[str, Any], console: Console) -> None:
     """What the numbers depend on."""
-    console.print(", ".join(f"{name} {value}" for name, value in facts["machine"].items()), highlight=False)
-    rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in facts["matrix_rates"].items())
-    console.print(f"{facts['device']}, ours in {facts['precision']}; matrix rates: {rates}", highlight=False)
-    if facts["load"] > 0.3 * (os.cpu_count() or 1):
-        console.print(f"[bold]load average {facts['load']:.1f}: other programs are running, so only ratios count[/]")
+    for line in told(facts):
+        console.print(line, style="bold" if line == BUSY else None, highlight=False)
 
 
-def measured(case: Case, rounds: int, device: torch.device, rate: float) -> Row:
+def measured(case: Case, config: BenchmarkConfig, device: torch.device, rate: float) -> Row:
     """One case; a failure becomes a note, so that the others are still told."""
     logger.info("%s ...", case.name)
     torch.manual_seed(0)
     try:
-        return measure(case, rounds, device, rate)
+        rounds = config.rounds or (3 if config.quick else 7)
+        return measure(case, rounds, device, rate, limit=15 if config.quick or device.type == "cuda" else 60)
     except Exception as error:
         logger.exception("%s failed", case.name)
-        return Row(case.name, case.against, case.goal, case.batch, case.unit, note=f"failed: {error}"[:200])
+        return Row(
+            case.name, case.against, case.goal, case.batch, case.unit, note=f"failed: {error}"[:200], failed=True
+        )
 
 
 if __name__ == "__main__":

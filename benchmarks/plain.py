@@ -7,7 +7,9 @@ is thrown away, and the quantizer builds the whole matrix of distances. Shapes a
 """
 
 import contextlib
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +18,26 @@ from torch import Tensor, nn
 
 from mae_dat.attack import project, unit
 from mae_dat.mae import MaskedAutoencoder, masked_mse
-from mae_dat.tokenizer import VisualTokenizer
+from mae_dat.tokenizer import VQGAN_PRESETS, VQGANConfig
+
+VQ_F8 = VQGAN_PRESETS["vq-f8"]
 
 
 @contextlib.contextmanager
 def torch_defaults() -> Iterator[None]:
-    """TF32 as torch sets it (convolutions only) and cuDNN's search for algorithms, which the released code turns on;
-    whatever our own code has set meanwhile comes back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """TF32 as torch sets it, for convolutions only, and cuDNN's search for algorithms, which the released code turns
+    on; whatever our own code has set meanwhile comes back."""
+    cudnn = torch.backends.cudnn
+    wanted = ((cudnn.conv, "fp32_precision", "tf32"), (torch.backends.cuda.matmul, "fp32_precision", "ieee"))
+    settings: list[tuple[Any, str, Any]] = [*wanted, (cudnn, "benchmark", True)]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-            yield
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def explicit_attention(model: nn.Module) -> None:
@@ -107,6 +115,35 @@ def finetuning_step(model: nn.Module, trainer: Trainer, image: Tensor, target: T
     return trainer.update(loss)
 
 
+class ReleasedVQGAN(nn.Module):
+    """A VQGAN from taming-transformers' own encoder and decoder, frozen; keys as in the published weights.
+
+    Maps images (B, 3, H, W) in [0, 1] to their reconstruction in eager float32 and NCHW, with the full matrix.
+    """
+
+    def __init__(self, config: VQGANConfig = VQ_F8) -> None:
+        from taming.modules.diffusionmodules.model import Decoder, Encoder
+
+        super().__init__()
+        shape = {"z_channels": config.z_channels, "ch": config.ch, "ch_mult": config.ch_mult, "resolution": 256}
+        shape |= {"num_res_blocks": config.num_res_blocks, "attn_resolutions": config.attn_resolutions}
+        with contextlib.redirect_stdout(io.StringIO()):  # the Decoder prints its shape
+            self.encoder = Encoder(in_channels=3, out_ch=3, double_z=False, **shape)
+            self.decoder = Decoder(in_channels=3, out_ch=3, **shape)
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.num_words, config.word_dim)})
+        self.quant_conv = nn.Conv2d(config.z_channels, config.word_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.word_dim, config.z_channels, 1)
+        self.eval().requires_grad_(False)
+
+    @torch_defaults()
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        codebook = self.quantize["embedding"].weight
+        latent = self.quant_conv(self.encoder(2 * image - 1))
+        quantized = F.embedding(full_matrix_words(latent, codebook), codebook).permute(0, 3, 1, 2).contiguous()
+        return ((self.decoder(self.post_quant_conv(quantized)) + 1) / 2).clamp(0, 1)
+
+
 def full_matrix_words(latent: Tensor, codebook: Tensor) -> Tensor:
     """Nearest codes by the (M, K) matrix of squared distances, whole in memory; (B, D, h, w) -> (B, h, w)."""
     batch, dim, height, width = latent.shape
@@ -116,36 +153,27 @@ def full_matrix_words(latent: Tensor, codebook: Tensor) -> Tensor:
 
 
 @torch_defaults()
-@torch.no_grad()
-def reconstruct(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
-    """Q(x) in eager float32, pictures as NCHW, with the full matrix."""
-    latent = tokenizer.latent(image)
-    quantized = F.embedding(full_matrix_words(latent, tokenizer.codebook), tokenizer.codebook).permute(0, 3, 1, 2)
-    return tokenizer.pixels(quantized.contiguous()).clamp(0, 1)
-
-
-@torch_defaults()
 def dat_step(
     model: nn.Module,
     trainer: Trainer,
-    tokenizer: VisualTokenizer,
+    tokenizer: Callable[[Tensor], Tensor],
     image: Tensor,
     target: Tensor,
     noise: Tensor,
     eps: float = 0.1,
 ) -> float:
     """One released DAT step with its wasted work: the attack fills every parameter's gradient, and a forward follows it
-    for nothing. `noise` is that of the random start, shaped as the image."""
+    for nothing. `tokenizer` maps images to reconstructions; `noise`, shaped as the image, is the random start's."""
     with trainer.autocast():
         clean_loss = F.cross_entropy(model(image), target)
-    center = reconstruct(tokenizer, image)
+    center = tokenizer(image)
     point = (center + eps * unit(noise)).clamp(0, 1).requires_grad_()
     F.cross_entropy(model(point), target).backward()
     assert point.grad is not None
     delta = project(point.detach() + eps * unit(point.grad) - center, eps)
     attacked = (center + delta).clamp(0, 1)
     model(attacked)  # thrown away
-    adversarial = reconstruct(tokenizer, attacked)
+    adversarial = tokenizer(attacked)
     with trainer.autocast():
         loss = clean_loss + F.cross_entropy(model(adversarial), target)
     return trainer.update(loss)

@@ -10,49 +10,41 @@ from rich.table import Table
 
 from benchmarks.timing import Row
 
-COLUMNS = (
-    "what",
-    "batch",
-    "ours",
-    "baseline",
-    "ratio (middle half)",
-    "goal",
-    "",
-    "of matrix rate",
-    "GB",
-    "GB baseline",
+COLUMNS = ("what", "batch", "ours", "baseline", "ratio", "goal", "", "of rate", "waits", "GB", "GB baseline")
+MARKS = {True: "met", False: "MISSED", None: ""}
+LEGEND = (
+    "ours and baseline: images/s where no unit is given, medians of rounds taken in turns. ratio: times as fast as the "
+    "baseline (/: times as long as it takes), with the middle half of the rounds. goal: row of the table of goals, and "
+    "what it asks for. of rate: FLOP/s as a share of the matrix rate. waits: share of the time without data. GB: peak "
+    "memory."
 )
 
 
 def cells(row: Row) -> list[str]:
     """A row as text, in the order of COLUMNS."""
-    what = f"{row.name}, against {row.against}" if row.against else row.name
+    what = f"{row.name} / {row.against}" if row.is_cost else f"{row.name}, against {row.against}"
+    start = [what if row.against else row.name, str(row.batch)]
     if row.rounds == 0:
-        return [what, str(row.batch), *[""] * 3, goal_of(row), f"not run: {row.note}", "", "", ""]
-    ratio = (
-        "" if row.ratio is None or row.spread is None else f"{row.ratio:.2f} ({row.spread[0]:.2f}-{row.spread[1]:.2f})"
-    )
-    mark = {True: "met", False: "MISSED", None: ""}[row.met]
-    share = "" if row.share is None else f"{row.share:.0%}"
+        return [*start, "", "", "", goal_of(row), row.note if row.failed else f"not run: {row.note}", *[""] * 4]
     speeds = [speed(row.ours, row.unit), speed(row.baseline, row.unit)]
-    return [
-        what,
-        str(row.batch),
-        *speeds,
-        ratio,
-        goal_of(row),
-        mark,
-        share,
-        size(row.memory),
-        size(row.memory_baseline),
-    ]
+    parts = [share(row.share), share(row.waiting), size(row.memory), size(row.memory_baseline)]
+    return [*start, *speeds, ratio_of(row), goal_of(row), MARKS[row.met], *parts]
+
+
+def ratio_of(row: Row) -> str:
+    """The ratio and its spread."""
+    if row.ratio is None or row.spread is None:
+        return ""
+    numbers = [speed(value, "images/s") for value in (row.ratio, *row.spread)]
+    return f"{'/' if row.is_cost else ''}{numbers[0]} ({numbers[1]} to {numbers[2]})"
 
 
 def goal_of(row: Row) -> str:
     """The goals as text, with their row of the table of goals."""
     parts = [f">= {row.at_least:g}x"] if row.at_least else []
     parts += [f"<= {row.at_most:g}x"] if row.at_most else []
-    parts += [f">= {row.share_at_least:.0%}"] if row.share_at_least else []
+    parts += [f">= {row.share_at_least:.0%} of rate"] if row.share_at_least else []
+    parts += [f"waits <= {row.waiting_at_most:.0%}"] if row.waiting_at_most else []
     return (f"{row.goal}: " if row.goal and parts else "") + ", ".join(parts)
 
 
@@ -62,6 +54,11 @@ def speed(value: float | None, unit: str) -> str:
         return ""
     digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
     return f"{value:,.{digits}f}" + ("" if unit == "images/s" else f" {unit}")
+
+
+def share(value: float | None) -> str:
+    """Per cent."""
+    return "" if value is None else f"{value:.1%}"
 
 
 def size(value: float | None) -> str:
@@ -79,15 +76,13 @@ def print_rows(rows: list[Row], console: Console) -> None:
         texts = cells(row)
         table.add_row(*texts[:6], f"[{style}]{texts[6]}[/]" if style else texts[6], *texts[7:])
     console.print(table)
-    console.print(
-        "ours and baseline in images/s where no unit is given; medians of rounds taken in turns", highlight=False
-    )
+    console.print(LEGEND, highlight=False)
 
 
 def markdown(rows: list[Row]) -> str:
     """The same as Markdown."""
     lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *map(cells, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", LEGEND])
 
 
 def as_json(row: Row) -> dict[str, Any]:

@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 Step = Callable[[], Any]
 GROUP = 0.3  # seconds that a timed group of steps lasts at least
 NEEDS_GPU = "needs a GPU"
-LIMIT = 60.0  # seconds after which a case ends, once it has two rounds
-LIMIT_GPU = 12.0  # more cases, and the whole run has to fit into ten minutes
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,21 @@ class Case:
     at_least: float | None = None
     """Goal: times as fast as the baseline."""
     at_most: float | None = None
-    """Goal: times as long as the baseline takes; the row's ratio is then this cost."""
+    """Goal: times as long as the baseline takes."""
+    is_cost: bool = False
+    """The row's ratio tells how many times as long ours takes, and not how many times as fast it is."""
     gflop: float | None = None
     """Of one image, two FLOP a multiply-add: gives the share of the machine's matrix rate."""
     share_at_least: float | None = None
     """Goal: share of the matrix rate."""
     own_clock: bool = False
     """A step returns the seconds that count, instead of being timed (time that training stands still, CPU time)."""
+    waits: bool = False
+    """A step returns the seconds in which it waited for data."""
+    waiting_at_most: float | None = None
+    """Goal: share of the time that is waited for data."""
+    in_process: bool = True
+    """Whether the work, and so its memory, is this process's."""
     left_out: str = ""
     """Why the case is not run here; empty where it is."""
 
@@ -70,7 +76,8 @@ class Row:
     """In `unit`."""
     baseline: float | None = None
     ratio: float | None = None
-    """Median over the rounds of the two times' ratio: how many times as fast ours is or, with `at_most`, as slow."""
+    """Median over the rounds of how many times as fast ours is or, with `is_cost`, how many times as long it takes."""
+    is_cost: bool = False
     spread: tuple[float, float] | None = None
     """Middle half of the ratios."""
     at_least: float | None = None
@@ -83,9 +90,13 @@ class Row:
     memory_baseline: float | None = None
     first: float | None = None
     """Seconds of our first step, compilation included."""
+    waiting: float | None = None
+    """Share of our time that was waited for data."""
+    waiting_at_most: float | None = None
     rounds: int = 0
     note: str = ""
-    """Why it was not run, or what a reader has to know."""
+    """Why it was not run."""
+    failed: bool = False
 
     @property
     def met(self) -> bool | None:
@@ -95,67 +106,76 @@ class Row:
         reached = [self.at_least is None or (self.ratio or 0) >= self.at_least]
         reached += [self.at_most is None or (self.ratio or math.inf) <= self.at_most]
         reached += [self.share_at_least is None or (self.share or 0) >= self.share_at_least]
-        goals = (self.at_least, self.at_most, self.share_at_least)
+        reached += [self.waiting_at_most is None or (self.waiting or 0) <= self.waiting_at_most]
+        goals = (self.at_least, self.at_most, self.share_at_least, self.waiting_at_most)
         return None if all(goal is None for goal in goals) else all(reached)
 
 
 class _Version:
-    """A built version: how long its steps take and how much memory it needs."""
+    """A built version: how long its steps take, how much memory it needs and how long it waits for data."""
 
-    def __init__(self, build: Callable[[], Step], own_clock: bool, device: torch.device) -> None:
-        self.device, self.own_clock = device, own_clock
+    def __init__(self, build: Callable[[], Step], case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
         before = held_memory(device)
         self.step = build()
-        self.first = last = self.seconds(1)
+        self.first = last = self.group(1)[1]
         for _ in range(2):
             if last < 1:
-                last = self.seconds(1)
+                last = self.group(1)[1]
         self.held = held_memory(device) - before
         self.count = max(1, min(100, math.ceil(GROUP / max(last, 1e-6))))
-        self.peak = 0.0
+        self.peak: float | None = None
+        self.told = self.clock = 0.0
 
-    def seconds(self, count: int) -> float:
-        """Mean of a group of steps."""
+    def group(self, count: int) -> tuple[float, float]:
+        """What that many steps returned, summed where they return anything, and their wall time."""
         wait_for(self.device)
         start = time.perf_counter()
         told = [self.step() for _ in range(count)]
         wait_for(self.device)
-        return (sum(told) if self.own_clock else time.perf_counter() - start) / count
+        returns = self.case.own_clock or self.case.waits
+        return sum(told) if returns else 0.0, time.perf_counter() - start
 
     def round(self) -> float:
-        """One timed group; the first also finds the peak of the memory."""
-        if self.peak:
-            return self.seconds(self.count)
-        before = held_memory(self.device)
-        restart_peak(self.device)
-        seconds = self.seconds(self.count)
-        self.peak = self.held + peak_memory(self.device) - before
-        return seconds
+        """Seconds of a step, the mean of a timed group; the first group also finds the peak of the memory."""
+        before = held_memory(self.device) if self.peak is None else 0.0
+        if self.peak is None:
+            restart_peak(self.device)
+        told, clock = self.group(self.count)
+        if self.peak is None:
+            self.peak = self.held + peak_memory(self.device) - before
+        self.told, self.clock = self.told + told, self.clock + clock
+        return (told if self.case.own_clock else clock) / self.count
 
 
-def measure(case: Case, rounds: int, device: torch.device, rate: float | None = None) -> Row:
-    """Both versions in turns, each `rounds` times after a warm-up, fewer where that would take too long.
+SHARED = ("name", "against", "goal", "batch", "unit", "at_least", "at_most", "is_cost")
+SHARED += ("share_at_least", "waiting_at_most")
+
+
+def measure(case: Case, rounds: int, device: torch.device, rate: float | None = None, limit: float = math.inf) -> Row:
+    """Both versions in turns, each `rounds` times after a warm-up, or at least twice once `limit` seconds are over.
 
     `rate` is the machine's matrix rate in FLOP/s, for the share of it.
     """
-    facts: dict[str, Any] = {name: getattr(case, name) for name in ("name", "against", "goal", "batch", "unit")}
-    facts |= {name: getattr(case, name) for name in ("at_least", "at_most", "share_at_least")}
+    facts: dict[str, Any] = {name: getattr(case, name) for name in SHARED}
     if case.left_out:
         return Row(**facts, note=case.left_out)
     start = time.perf_counter()
-    versions = [_Version(build, case.own_clock, device) for build in (case.ours, case.baseline) if build]
-    limit = LIMIT_GPU if device.type == "cuda" else LIMIT
+    versions = [_Version(build, case, device) for build in (case.ours, case.baseline) if build]
     times: list[list[float]] = []
     while len(times) < rounds and (len(times) < 2 or time.perf_counter() - start < limit):
         times.append([version.round() for version in versions])
     seconds = [statistics.median(column) for column in zip(*times, strict=True)]
     speeds = [case.batch / one if case.unit == "images/s" else one for one in seconds]
-    facts |= {"ours": speeds[0], "first": versions[0].first, "rounds": len(times), "memory": versions[0].peak / 1e9}
+    peaks = [version.peak / 1e9 if case.in_process and version.peak else None for version in versions]
+    facts |= {"ours": speeds[0], "first": versions[0].first, "rounds": len(times), "memory": peaks[0]}
     if rate and case.gflop:
         facts["share"] = case.gflop * 1e9 * case.batch / seconds[0] / rate
+    if case.waits:
+        facts["waiting"] = versions[0].told / versions[0].clock
     if case.baseline:
-        ratios = [ours / baseline if case.at_most else baseline / ours for ours, baseline in times]
-        facts |= {"baseline": speeds[1], "memory_baseline": versions[1].peak / 1e9}
+        ratios = [ours / baseline if case.is_cost else baseline / ours for ours, baseline in times]
+        facts |= {"baseline": speeds[1], "memory_baseline": peaks[1]}
         facts |= {"ratio": statistics.median(ratios), "spread": middle_half(ratios)}
     return Row(**facts)
 

@@ -1,0 +1,60 @@
+"""Cold starts, each in a process of its own: imports, --help, and the first training step of the demo."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Case, Step
+
+ROOT = Path(__file__).parents[1]
+FIRST_STEP = """
+import sys, mae_dat.engine, mae_dat.pretrain
+def first_step_is_done():
+    raise SystemExit
+mae_dat.engine.beat = first_step_is_done
+recipe = ["--config", "configs/demo_pretrain.yaml", "--data_path", "demo"]
+sys.argv = ["main_pretrain.py", *recipe, "--output_dir", sys.argv[1]]
+mae_dat.pretrain.main()
+"""
+
+
+def command(*arguments: str) -> Step:
+    """Builds a call of Python with these arguments in the repository's root."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def step() -> None:
+        call = [sys.executable, *arguments]
+        found = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if found.returncode:
+            raise RuntimeError(f"{' '.join(call)[:60]} ...: {found.stderr[-500:]}")
+
+    return step
+
+
+def first_step(device: torch.device) -> Step:
+    """Builds the demo's pretraining, until its first step is done; each in a new folder."""
+
+    def step() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            command("-c", FIRST_STEP, folder)()
+
+    return step
+
+
+def cases(quick: bool, device: torch.device) -> list[Case]:
+    """Seconds, against an import of torch alone."""
+    imports = partial(command, "-c", "import torch")
+    whats = {
+        "import mae_dat": partial(command, "-c", "import mae_dat"),
+        "main_pretrain.py --help": partial(command, "main_pretrain.py", "--help"),
+        "first step of the demo's pretraining": partial(first_step, device),
+    }
+    return [
+        Case(what, build, imports, "import torch", unit="s", is_cost=True, in_process=False)
+        for what, build in whats.items()
+    ]
