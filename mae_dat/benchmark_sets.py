@@ -5,10 +5,11 @@ which logits count, and the protocol that is part of a result's key. `open_bench
 anything is computed. Sizes are those of the published sets; N images of a cell.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -214,10 +215,8 @@ class BenchmarkSet(ImageSet):
     def picture(self, index: int) -> Image.Image:
         """As the base class; DataError also for a picture of another size than the set is stored at."""
         path = self.name_of(index)
-        try:
+        with _nothing_skipped():
             picture = decode(path)
-        except DataError as error:  # nothing may be deleted or skipped here
-            raise DataError(str(error).replace(ADVICE, "unpack it again")) from error
         if self.side is not None:
             check_size(path, picture.size, self.side)
         return picture
@@ -242,6 +241,41 @@ class BenchmarkSet(ImageSet):
     def texture(self, answers: Tensor, index: Tensor) -> Tensor:
         """Bool (B,): whether the answer is the texture's class of a cue-conflict picture."""
         return answers[:, 0] == self.targets[index, 1].to(answers.device, non_blocking=True)
+
+
+class CustomSet(BenchmarkSet):
+    """The pictures of `images`, in a folder or in shards, with classes of their own, as one cell."""
+
+    def __init__(self, cell: Cell, images: ImageSet, reading: Reading, prepare: Preprocessing) -> None:
+        listing = [(str(index), images.label(index)) for index in range(len(images))]
+        targets = torch.tensor([label for _, label in listing])[:, None]
+        super().__init__(cell, images.root, listing, targets, reading, prepare)
+        self.images = images
+        if images.shrunk is not None:
+            self.protocol["folder"] = f"shards, shrunk to {images.shrunk} px"
+
+    def name_of(self, index: int) -> str:
+        """As the image set names it."""
+        return self.images.name_of(int(self.listing[index][0]))
+
+    def picture(self, index: int) -> Image.Image:
+        """As the base class."""
+        with _nothing_skipped():
+            return self.images.picture(int(self.listing[index][0]))
+
+    def fingerprint(self) -> str:
+        """Of the image set, and of which of its pictures are taken."""
+        chosen = "".join(f"{number}\0" for number, _ in self.listing)
+        return hashlib.sha256((self.images.fingerprint() + chosen).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _nothing_skipped() -> Iterator[None]:
+    """Takes the advice to delete or skip out of the errors of pictures: an evaluation does neither."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace(ADVICE, "unpack it again")) from error
 
 
 def open_benchmark(

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import random
+import struct
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ RETRIES = 3
 PAUSE_SECONDS = 0.5  # before the first of them, doubled for each further
 # What a network file system gets over.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO}
+_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's markers of a frame, which tells the size
 ADVICE = "delete or replace it, or pass --on_bad skip"
 
 Result = TypeVar("Result")
@@ -87,6 +89,35 @@ def decode_bytes(content: bytes, name: str) -> Image.Image:
                 return _to_rgb(image)
     except Exception as error:  # PIL's decoders raise nearly every type of exception on damaged files
         raise DataError(f"{name}: {_cause(content, error)}; {ADVICE}") from error
+
+
+def decode_pixels(content: bytes, name: str) -> np.ndarray:
+    """The pixels of `decode_bytes`, uint8 (H, W, 3), of ordinary JPEGs in two thirds of the time.
+
+    Both decoders are libjpeg-turbo, and what OpenCV's gives up is left to PIL's, so that files are refused for the
+    same reasons. Raises what `decode_bytes` raises.
+    """
+    size = _colour_jpeg(content)
+    if size and size[0] * size[1] <= MAX_PIXELS:
+        import cv2  # a fifth of a second that whoever reads no pictures is spared
+
+        as_stored = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), as_stored)
+        if pixels is not None:
+            return pixels
+    return np.array(decode_bytes(content, name))
+
+
+def _colour_jpeg(content: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG of three 8-bit components, from its header; None for anything else."""
+    at = 2
+    while content[:2] == b"\xff\xd8" and at + 10 <= len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker in _FRAME:
+            depth, height, width, components = struct.unpack_from(">BHHB", content, at + 4)
+            return (height, width) if (depth, components) == (8, 3) and height and width else None
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mae_dat.checkpoint import Saver
 from mae_dat.config import OptimConfig, RunConfig
-from mae_dat.data import Batch
+from mae_dat.data import Batch, as_float
 from mae_dat.distributed import World, all_sum, failure_of, gather, raise_together, step_generator, step_seed, together
 from mae_dat.errors import Interrupted, NumericsError, UserError
 from mae_dat.loaders import ImageLoader
@@ -357,6 +357,7 @@ def _mean(values: list[Tensor]) -> Tensor:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     moved: Any = {name: value.to(device, non_blocking=True) for name, value in batch.items()}  # type: ignore[attr-defined]
+    moved["image"] = as_float(moved["image"])
     return moved
 
 

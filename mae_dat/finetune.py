@@ -15,7 +15,7 @@ from mae_dat.classifier import Classifier, build_classifier, fused_head
 from mae_dat.config import ConfigError, DataConfig, FinetuneConfig, image_size
 from mae_dat.data import ImageSet, find_split
 from mae_dat.distributed import step_generator
-from mae_dat.engine import Training, seed_everything
+from mae_dat.engine import seed_everything
 from mae_dat.errors import CheckpointError, DataError
 from mae_dat.loaders import ImageLoader, eval_loader
 from mae_dat.loading import load_pretrained, load_weights
@@ -25,6 +25,7 @@ from mae_dat.optim import build_optimizer, effective_lr
 from mae_dat.parallel import whole
 from mae_dat.pictures import adversary_gallery
 from mae_dat.sources import image_root, open_images
+from mae_dat.training import Training
 from mae_dat.transforms import eval_transform, finetune_transform
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,14 @@ def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) ->
     """The validation split, unaugmented."""
     root = find_split(image_root(config.data.data_path), "val")
     transform = run.in_channels(eval_transform(config.data.image_size), config.data)
-    return open_images(root, transform, classes=classes, on_bad=config.data.on_bad)
+    images = open_images(root, transform, classes=classes, on_bad=config.data.on_bad)
+    if images.shrunk is not None:
+        logger.warning(
+            "accuracies are of the pictures in %s, shrunk to %d px and stored anew: not those of the originals.",
+            root,
+            images.shrunk,
+        )
+    return images
 
 
 def held_out_loader(config: FinetuneConfig, images: ImageSet, where: run.Place) -> ImageLoader:

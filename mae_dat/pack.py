@@ -45,7 +45,8 @@ class PackConfig:
     shard_mb: float = 256.0
     """Size of a shard, in MB (10^6 bytes)."""
     size: int | None = None
-    """Shrink larger images to this shorter side in pixels and store them as JPEG (default: the files as they are)."""
+    """Shrink larger images to this shorter side in pixels and store them as JPEG (default: the files as they are).
+    Training reads them several times as fast; 256 is usual for --input_size 224."""
     quality: int = 90
     """Of the JPEGs, with --size."""
     labelled: bool = True
@@ -92,7 +93,7 @@ def pack(config: PackConfig, console: Console) -> dict[str, Index]:
         images = ImageFolder(source / name, lambda image: torch.zeros(0), labelled=config.labelled and name != "")
         folder = prepare_output_folder(out / name)
         _write_shards(images, folder, name or "images", config, console)
-        done[name] = build_index(folder, images.classes or None)
+        done[name] = dataclasses.replace(build_index(folder, images.classes or None), shrunk=config.size)
         done[name].write(folder)
     return done
 

@@ -34,6 +34,13 @@ def code_facts() -> CodeFacts:
     return facts_of(PACKAGE)
 
 
+def told(facts: CodeFacts) -> str:
+    """The facts in words: the commit where git knew it, otherwise the hash."""
+    if facts["commit"] is None:
+        return f"sources {facts['sha256'][:12]}"
+    return f"commit {facts['commit']}{' with changes' if facts['dirty'] else ''}"
+
+
 def facts_of(package: Path) -> CodeFacts:
     """The facts of a package's folder."""
     sources = {str(path.relative_to(package)): path for path in package.rglob("*.py")}

@@ -19,7 +19,7 @@ from mae_dat import engine
 from mae_dat.attempts import record_start
 from mae_dat.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, sweep, verify
 from mae_dat.config import DataConfig, DatConfig, LaunchConfig, RunConfig, flat_values, write_config
-from mae_dat.data import ImageSet, Transform, find_split
+from mae_dat.data import ImageSet, Transform, as_float, find_split
 from mae_dat.distributed import (
     World,
     amp_dtype,
@@ -38,7 +38,7 @@ from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
 from mae_dat.parallel import shard, whole
 from mae_dat.pictures import save_png
-from mae_dat.provenance import code_facts
+from mae_dat.provenance import code_facts, told
 from mae_dat.registry import released
 from mae_dat.resuming import check_changes, keep_global_batch
 from mae_dat.sources import image_root, open_images
@@ -106,7 +106,15 @@ def place(run: RunConfig, launch: LaunchConfig, console: Console, training: bool
 def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
     """The training split of the images that the flags or the environment name. Raises ConfigError, DataError."""
     root = find_split(image_root(data.data_path), "train", labelled=labelled)
-    return open_images(root, in_channels(transform, data), labelled=labelled, on_bad=data.on_bad, seed=seed)
+    images = open_images(root, in_channels(transform, data), labelled=labelled, on_bad=data.on_bad, seed=seed)
+    if images.shrunk is not None and images.shrunk < max(data.image_size):
+        logger.warning(
+            "%s was packed with --size %d, which --input_size %d enlarges: pack the images anew, with a larger one.",
+            root,
+            images.shrunk,
+            max(data.image_size),
+        )
+    return images
 
 
 def in_channels(transform: Transform, data: DataConfig) -> Transform:
@@ -119,7 +127,9 @@ def in_channels(transform: Transform, data: DataConfig) -> Transform:
             f"--in_chans {data.in_chans}: image folders give 3 channels, or 1 (luminance); use one of these, or build "
             "MaskedAutoencoder and your own data set in Python for other channels."
         )
-    flow: Transform = transform if data.in_chans == 3 else transforms.Compose([transform, transforms.Grayscale()])
+    if data.in_chans == 3:
+        return transform
+    flow: Transform = transforms.Compose([transform, as_float, transforms.Grayscale()])
     return flow
 
 
@@ -188,15 +198,7 @@ def tell_of_new_code(found: Checkpoint) -> None:
     """A note where the package's sources are not those that the checkpoint was made with."""
     before, now = found.manifest.get("code", {}), code_facts()
     if before and before["sha256"] != now["sha256"]:
-        logger.warning(
-            "the code has changed since the checkpoint: commit %s%s before, %s%s now.",
-            *(
-                before["commit"],
-                " with changes" * bool(before["dirty"]),
-                now["commit"],
-                " with changes" * bool(now["dirty"]),
-            ),
-        )
+        logger.warning("the code has changed since the checkpoint: %s before, %s now.", told(before), told(now))
 
 
 def train(

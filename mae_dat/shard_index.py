@@ -16,6 +16,7 @@ import tarfile
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,16 +56,22 @@ class Index:
     offset: Tensor
     size: Tensor
     label: Tensor
+    shrunk: int | None = None
+    """Shorter side in pixels that larger pictures were shrunk to, and stored anew, when they were packed."""
 
     def write(self, folder: Path) -> None:
         """Writes it beside the shards, atomically. Raises StorageError."""
-        facts = {"kind": "shards", "classes": self.classes, "shards": [dataclasses.asdict(one) for one in self.shards]}
+        shards = [dataclasses.asdict(one) for one in self.shards]
+        facts = {"kind": "shards", "classes": self.classes, "shards": shards, "shrunk": self.shrunk}
         tensors = {"offset": self.offset, "size": self.size, "label": self.label}
         write_weights(folder / INDEX, tensors, {"mae_dat": json.dumps({**facts, "sha256": self.sha256()})})
 
     def sha256(self) -> str:
         """Of all that it says: a label that rots on disk would be learned in silence."""
-        told = hashlib.sha256(json.dumps([self.classes, [dataclasses.astuple(one) for one in self.shards]]).encode())
+        facts: list[Any] = [self.classes, [dataclasses.astuple(one) for one in self.shards]]
+        if self.shrunk is not None:
+            facts.append(self.shrunk)
+        told = hashlib.sha256(json.dumps(facts).encode())
         for part in (self.offset, self.size, self.label):
             told.update(part.numpy().tobytes())
         return told.hexdigest()
@@ -76,11 +83,13 @@ def read_index(folder: Path) -> Index:
     try:
         found = read_weights(path)
         facts, tensors = found.facts, found.tensors
-        index = Index([Shard(**one) for one in facts["shards"]], facts["classes"], **tensors)
+        shards = [Shard(**one) for one in facts["shards"]]
+        index = Index(shards, facts["classes"], **tensors, shrunk=facts.get("shrunk"))
         sound = (
             all(_NAME.fullmatch(one.name) for one in index.shards)
             and all(part.dtype == torch.int64 for part in tensors.values())
             and {sum(one.images for one in index.shards)} == {len(part) for part in tensors.values()}
+            and (index.shrunk is None or (type(index.shrunk) is int and index.shrunk > 0))
             and facts["sha256"] == index.sha256()
         )
         if sound and len(index.offset):

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mae_dat.data import ImageSet, Transform, epoch_order
-from mae_dat.decoding import ADVICE, decode_bytes, persistently
+from mae_dat.decoding import ADVICE, decode_bytes, decode_pixels, persistently
 from mae_dat.errors import DataError, UserError
 from mae_dat.shard_cache import download_shard, origin_of
 from mae_dat.shard_index import BLOCK, Shard, read_index
@@ -80,6 +81,7 @@ class Shards(ImageSet):
     ) -> None:
         super().__init__(root, transform, on_bad, seed, max_skips)
         self.index = read_index(Path(root))
+        self.shrunk = self.index.shrunk
         self.starts = torch.tensor([0, *(shard.images for shard in self.index.shards)]).cumsum(0)
         if len(self) == 0:
             raise DataError(f"{root}: the shards hold no images; check the path")
@@ -117,6 +119,14 @@ class Shards(ImageSet):
 
     def picture(self, index: int) -> Image.Image:
         """As the base class."""
+        return decode_bytes(*self._file(index))
+
+    def pixels(self, index: int) -> np.ndarray:
+        """As the base class."""
+        return decode_pixels(*self._file(index))
+
+    def _file(self, index: int) -> tuple[bytes, str]:
+        """A picture's file, and where it is."""
         number, offset, size = self.shard_of(index), int(self.index.offset[index]), int(self.index.size[index])
         place = f"{Path(self.root) / self.index.shards[number].name} at byte {offset}"
         try:
@@ -129,7 +139,7 @@ class Shards(ImageSet):
             raise DataError(f"{place}: no member of the archive begins there; {self._advice()}") from error
         if header.size != size or len(read) != size + BLOCK:
             raise DataError(f"{place}: the member has {header.size} bytes, the index says {size}; {self._advice()}")
-        return decode_bytes(read[BLOCK:], self.name_of(index, header))
+        return read[BLOCK:], self.name_of(index, header)
 
     def fingerprint(self) -> str:
         """Of the index: names, sizes and sha256 of the shards."""

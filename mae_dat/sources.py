@@ -36,6 +36,11 @@ def open_images(
     """The images of one split: `Shards` where the folder holds some, else an `ImageFolder`. Raises what these raise."""
     if (Path(root) / INDEX).is_file():
         return Shards(root, transform, classes, on_bad, labelled, seed)
-    if any(Path(root).glob("*.tar")):
+    if holds_shards(root):
         raise MissingInputError(f"{root} holds shards without their index: python -m mae_dat.pack --index {root}")
     return ImageFolder(root, transform, classes, on_bad, labelled, seed)
+
+
+def holds_shards(root: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one of shards, with their index or without."""
+    return (Path(root) / INDEX).is_file() or any(Path(root).glob("*.tar"))

@@ -19,10 +19,10 @@ from mae_dat import corruptions as corrupting
 from mae_dat.attack import image_generator
 from mae_dat.benchmark_folders import folders_in
 from mae_dat.benchmark_labels import read_subset
-from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet, Cell, Preprocessing, open_benchmark
+from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet, Cell, CustomSet, Preprocessing, open_benchmark
 from mae_dat.cells import Adversary, Network, Portion
 from mae_dat.config import nearest
-from mae_dat.data import ImageFolder, Size, find_split, require_folder
+from mae_dat.data import Size, find_split, require_folder
 from mae_dat.errors import ConfigError, DataError, MissingInputError, UserError
 from mae_dat.imagenet import SYNSETS, Reading, check_classes
 from mae_dat.inventory import find, inventory
@@ -35,6 +35,7 @@ from mae_dat.pixel_attacks import (
     require_auto_attack,
 )
 from mae_dat.results import Suite as SuiteFacts
+from mae_dat.sources import holds_shards, open_images
 from mae_dat.tokenizer import VisualTokenizer, load_tokenizer
 from mae_dat.word_attack import KINDS, SHARES, WordAttack, word_hits
 
@@ -131,9 +132,9 @@ class Battery:
     def clean(self) -> str:
         """The suite of the clean pictures: `imagenet`, or `clean` for classes that are not ImageNet's."""
         place = find(self.choice.root, "imagenet")
-        if self.outputs == len(SYNSETS) and place is not None and folders_in(str(place)).keys() <= set(SYNSETS):
-            return "imagenet"
-        return CLEAN
+        if self.outputs != len(SYNSETS) or place is None or holds_shards(place):
+            return CLEAN
+        return "imagenet" if folders_in(str(place)).keys() <= set(SYNSETS) else CLEAN
 
     def chosen(self, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """The suites to measure, in order, and why the others are not; `all` is what there is. Raises ConfigError."""
@@ -166,7 +167,8 @@ class Battery:
 
     def _has_split(self) -> bool:
         try:
-            return bool(folders_in(str(find_split(self.choice.root, "val"))))
+            root = find_split(self.choice.root, "val")
+            return bool(folders_in(str(root))) or holds_shards(root)
         except UserError:
             return False
 
@@ -190,17 +192,12 @@ class Battery:
 
     def _open_own(self) -> list[BenchmarkSet]:
         root = find_split(self.choice.root, "val")
-        images = ImageFolder(root, lambda image: torch.zeros(0), self.classes)
+        images = open_images(root, lambda image: torch.zeros(0), self.classes)
         if len(images.classes) != self.outputs:
-            raise DataError(
-                f"{root} has {len(images.classes)} class folders, the networks have {self.outputs} outputs."
-            )
+            raise DataError(f"{root} has {len(images.classes)} classes, the networks have {self.outputs} outputs.")
         every = torch.arange(self.outputs)
         reading = Reading("its own classes", tuple(images.classes), every, every, outputs=self.outputs)
-        listing = [(path.removeprefix(f"{root}/"), label) for path, label in images.samples]
-        targets = torch.tensor([label for _, label in listing])[:, None]
-        prepare = Preprocessing((224, 224), keep=True)
-        return [BenchmarkSet(Cell(CLEAN), str(root), listing, targets, reading, prepare)]
+        return [CustomSet(Cell(CLEAN), images, reading, Preprocessing((224, 224), keep=True))]
 
     # ---- suites ----
 

@@ -1,16 +1,21 @@
-"""Transforms: PIL RGB to float32 (3, H, W) in [0, 1], never normalised."""
+"""Transforms of decoded pictures: to float32 (3, H, W) in [0, 1] for evaluation, to uint8 (3, H, W) for training
+(`as_float`), never normalised."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from mae_dat.data import Size, Transform
+from mae_dat.data import PixelTransform, Size, Transform, as_float
 
 
 def _crop_ratio(size_HW: Size) -> tuple[float, float]:
@@ -20,16 +25,40 @@ def _crop_ratio(size_HW: Size) -> tuple[float, float]:
 
 
 def pretrain_transform(size_HW: Size) -> Transform:
-    """MAE's pretraining augmentation: a random crop of 20 to 100 % of the area, bicubic, and a flip."""
-    crop = transforms.RandomResizedCrop(
-        size_HW, scale=(0.2, 1.0), ratio=_crop_ratio(size_HW), interpolation=transforms.InterpolationMode.BICUBIC
-    )
-    flow: Transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-    return flow
+    """MAE's pretraining augmentation: a random crop of 20 to 100 % of the area, bicubic, and a flip; uint8."""
+    return PretrainTransform(size_HW)
+
+
+class PretrainTransform(PixelTransform):
+    """See `pretrain_transform`."""
+
+    def __init__(self, size_HW: Size) -> None:
+        self.size_HW, self.ratio = size_HW, list(_crop_ratio(size_HW))
+
+    def __call__(self, picture: Image.Image | np.ndarray) -> Tensor:
+        image = _channels_first(picture)
+        crop = transforms.RandomResizedCrop.get_params(image, [0.2, 1.0], self.ratio)
+        image = crop_resized(image, crop, self.size_HW)
+        return image.flip(-1) if torch.rand(1) < 0.5 else image
+
+
+def _channels_first(picture: Image.Image | np.ndarray) -> Tensor:
+    """uint8 (3, H, W), a view of the pixels."""
+    return torch.from_numpy(np.array(picture) if isinstance(picture, Image.Image) else picture).permute(2, 0, 1)
+
+
+def crop_resized(image: Tensor, crop: tuple[int, int, int, int], size_HW: Size) -> Tensor:
+    """The part (top, left, height, width) of uint8 (3, H, W), resized by an antialiased bicubic filter.
+
+    PIL's own filter, of which it differs by a hundredth of a grey level on average, in a fifth of the time.
+    """
+    top, left, height, width = crop
+    part = image[None, :, top : top + height, left : left + width]
+    return interpolate(part, size_HW, mode="bicubic", antialias=True)[0]
 
 
 class EraseInRange:
-    """Random erasing of (3, H, W) pixels in [0, 1].
+    """Random erasing of pixels (3, H, W): 8-bit ones, or float in [0, 1].
 
     The fill is N(0, 1) per pixel ("pixel"), per block ("rand") or 0 ("const") on the normalised scale, where the method
     was defined, clipped to [0, 1]. "pixel_raw" writes N(0, 1) into the pixels as the DAT authors' released code does,
@@ -45,8 +74,12 @@ class EraseInRange:
         self.std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
 
     def __call__(self, image: Tensor) -> Tensor:
-        canvas = self.erase(torch.full_like(image, torch.nan))  # what is no longer nan is erased
-        fill = canvas if self.raw else (canvas * self.std + self.mean).clamp(0, 1)
+        canvas = self.erase(torch.full(image.shape, torch.nan))  # what is no longer nan is erased
+        if self.raw:
+            return torch.where(canvas.isnan(), as_float(image), canvas)
+        fill = (canvas * self.std + self.mean).clamp(0, 1)
+        if image.dtype == torch.uint8:
+            fill = (255 * fill).round().nan_to_num().to(torch.uint8)
         return torch.where(canvas.isnan(), image, fill)
 
 
@@ -62,7 +95,7 @@ def finetune_transform(
 ) -> Transform:
     """Crop, flip, `aa` (a policy in timm's notation) or else `color_jitter`, then erasing with probability `reprob`."""
     jitter: Any = color_jitter  # timm's annotation forgets None
-    flow = create_transform(
+    flow: Any = create_transform(
         (3, *size_HW),
         is_training=True,
         scale=crop_scale,
@@ -73,11 +106,32 @@ def finetune_transform(
         interpolation="bicubic",
     )
     # created with timm's default mean, which is the policy's fill colour; the normalisation itself is the network's
-    steps = [step for step in flow.transforms if not isinstance(step, transforms.Normalize)]
-    if reprob > 0:
-        steps.append(EraseInRange(reprob, remode, recount))
-    composed: Transform = transforms.Compose(steps)
-    return composed
+    to_normalised = (transforms.ToTensor, transforms.Normalize)
+    crop, *steps = (step for step in flow.transforms if not isinstance(step, to_normalised))
+    erase = EraseInRange(reprob, remode, recount) if reprob > 0 else None
+    return FinetuneTransform(size_HW, crop, steps, erase)
+
+
+class FinetuneTransform(PixelTransform):
+    """See `finetune_transform`. `crop` is timm's, of which only the choice of the part is used."""
+
+    def __init__(
+        self,
+        size_HW: Size,
+        crop: RandomResizedCropAndInterpolation,
+        steps: Sequence[Callable[[Image.Image], Image.Image]],
+        erase: EraseInRange | None,
+    ) -> None:
+        self.size_HW, self.crop, self.steps, self.erase = size_HW, crop, steps, erase
+
+    def __call__(self, picture: Image.Image | np.ndarray) -> Tensor:
+        image = _channels_first(picture)
+        image = crop_resized(image, self.crop.get_params(image, self.crop.scale, self.crop.ratio), self.size_HW)
+        small = Image.fromarray(image.permute(1, 2, 0).numpy())
+        for step in self.steps:
+            small = step(small)
+        image = _channels_first(small)
+        return self.erase(image) if self.erase else image
 
 
 class EvalTransform:

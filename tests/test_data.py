@@ -1,5 +1,6 @@
 """Image folders, transforms, order and loaders."""
 
+import io
 import random
 import re
 import shutil
@@ -9,16 +10,20 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms import Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 from torchvision.transforms.functional import to_tensor
 
 from mae_dat import data, transforms
-from mae_dat.data import ImageFolder, decode, find_split
+from mae_dat.data import ImageFolder, as_float, decode, find_split
+from mae_dat.decoding import decode_bytes, decode_pixels
 from mae_dat.errors import DataError, MissingInputError
 from mae_dat.loaders import EvalSampler, TrainSampler, epoch_order, eval_loader, steps_per_epoch, train_loader
 from mae_dat.transforms import EraseInRange, eval_transform, finetune_transform, pretrain_transform
@@ -141,6 +146,61 @@ def test_a_huge_picture_is_refused_from_its_header(size: tuple[int, int], tmp_pa
         decode(path)
 
 
+def encoded(picture: Image.Image, **options: Any) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, **{"format": "JPEG", **options})
+    return content.getvalue()
+
+
+ORIENTED = Image.Exif()
+ORIENTED[0x0112] = 6
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(encoded(noise(37, 53), subsampling=layout, quality=70) for layout in (0, 1, 2)),
+        encoded(noise(37, 53), progressive=True),
+        encoded(noise(37, 53), restart_marker_blocks=2),
+        encoded(noise(37, 53), exif=ORIENTED),
+        encoded(noise(37, 53), keep_rgb=True),
+        encoded(noise(37, 53).convert("L")),
+        encoded(noise(37, 53).convert("CMYK")),
+        encoded(noise(37, 53), format="PNG"),
+        encoded(noise(37, 53)) + b"what follows the end",
+    ],
+    ids=["444", "422", "420", "progressive", "restarts", "oriented", "RGB", "grey", "CMYK", "PNG", "more"],
+)
+def test_pixels_are_those_of_the_picture(content: bytes) -> None:
+    assert np.array_equal(decode_pixels(content, "x"), np.asarray(decode_bytes(content, "x")))
+
+
+def test_damaged_files_are_refused_alike_by_both_decoders() -> None:
+    generator, refused = np.random.default_rng(0), 0
+    for number in range(300):
+        content = bytearray(encoded(noise(40, 60, seed=number), quality=50, progressive=number % 3 == 0))
+        if number % 2:
+            del content[generator.integers(len(content)) :]
+        else:
+            content[generator.integers(len(content))] ^= 1 << generator.integers(8)
+        try:
+            expected = np.asarray(decode_bytes(bytes(content), "x"))
+        except DataError as error:
+            refused += 1
+            with pytest.raises(DataError, match=re.escape(str(error))):
+                decode_pixels(bytes(content), "x")
+        else:
+            assert np.array_equal(decode_pixels(bytes(content), "x"), expected), number
+    assert refused > 150
+
+
+def test_a_huge_jpeg_is_refused_from_its_header() -> None:
+    content = encoded(noise())
+    at = content.index(b"\xff\xc0") + 5
+    with pytest.raises(DataError, match="megapixels"):
+        decode_pixels(content[:at] + struct.pack(">HH", 20_000, 5_001) + content[at + 4 :], "x")
+
+
 # ---- folders ----
 
 
@@ -251,12 +311,52 @@ def test_skipping_is_capped(make: Make) -> None:
 def test_transforms_give_the_size_in_range(size: tuple[int, int]) -> None:
     for transform in (pretrain_transform(size), finetune_transform(size, reprob=1.0), eval_transform(size)):
         for height, width in [(60, 80), (80, 60), (300, 30), size]:
-            image = transform(noise(height, width))
+            image = as_float(transform(noise(height, width)))
             assert image.shape == (3, *size)
             assert image.dtype == torch.float32
             assert image.min() >= 0
             assert image.max() <= 1
             assert image.std() > 0.02
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    """Structure of every scale, as in a photograph, from black to white."""
+    scales = [noise(n, n, seed=n).resize((width, height), Image.Resampling.BICUBIC) for n in (3, 9, 27, 81)]
+    return Image.fromarray(np.mean([np.asarray(one) for one in scales], 0).round().astype(np.uint8))
+
+
+def test_training_crops_are_pils_to_a_fiftieth_of_a_grey_level() -> None:
+    size = (96, 96)
+    ratio = transforms._crop_ratio(size)
+    crop = RandomResizedCrop(size, (0.2, 1.0), ratio, InterpolationMode.BICUBIC)
+    theirs = {
+        "pretrain": Compose([crop, RandomHorizontalFlip(), ToTensor()]),
+        "finetune": create_transform((3, *size), True, scale=(0.08, 1.0), color_jitter=None, interpolation="bicubic"),
+    }
+    theirs["finetune"].transforms.pop()  # the normalisation
+    ours = {"pretrain": pretrain_transform(size), "finetune": finetune_transform(size, aa=None, reprob=0)}
+    for name in ours:
+        off = []
+        for seed in range(20):
+            picture, found = smooth(250 + seed, 333), []
+            for transform in (ours[name], theirs[name]):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                found.append(255 * as_float(transform(picture)))
+            off.append((found[0] - found[1]).abs())
+        assert torch.stack(off).mean() < 0.02, name
+        assert torch.stack(off).max() <= 2.01, name
+
+
+def test_pixels_travel_as_8_bits_and_become_the_floats_of_evaluation(make: Make) -> None:
+    root = make("a/1.png a/2.png a/3.png")
+    sampler = TrainSampler(3, 3, 0, 1, seed=0, start_step=0, total_steps=1)
+    (batch,) = train_loader(ImageFolder(root, pretrain_transform((16, 16))), sampler, num_workers=0)
+    assert batch["image"].dtype == torch.uint8
+    every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
+    assert torch.equal(as_float(every), to_tensor(Image.fromarray(every.permute(1, 2, 0).numpy())))
+    there = torch.rand(3, 4, 4)
+    assert as_float(there) is there
 
 
 def test_evaluation_matches_the_reference_protocol() -> None:
@@ -293,6 +393,18 @@ def test_erasing(mode: str) -> None:
     assert torch.equal(image, torch.full((3, 64, 64), 0.123)), "the input is left alone"
 
 
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const", "pixel_raw"])
+def test_erasing_of_8_bits_is_that_of_floats(mode: str) -> None:
+    image = torch.randint(256, (3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = []
+    for each in (image, as_float(image)):
+        random.seed(1)
+        torch.manual_seed(1)
+        found.append(EraseInRange(1.0, mode, 1)(each))
+    assert found[0].dtype == (torch.float32 if mode == "pixel_raw" else torch.uint8)
+    torch.testing.assert_close(as_float(found[0]), found[1], rtol=0, atol=0.5001 / 255)
+
+
 def test_an_unknown_erasing_mode_is_named() -> None:
     with pytest.raises(ValueError, match="stripes"):
         finetune_transform((32, 32), remode="stripes")
@@ -302,7 +414,7 @@ def test_crops_keep_the_aspect_of_a_non_square_target() -> None:
     """The whole of a 2:1 picture fits a 2:1 target: halved, its ramp rises by two a pixel."""
     crop = finetune_transform((32, 64), aa=None, reprob=0, crop_scale=(1.0, 1.0), hflip=0)
     ramp = np.tile(np.arange(128, dtype=np.uint8)[None, :, None], (64, 1, 3))
-    slope = crop(Image.fromarray(ramp))[0].diff(dim=1).mean() * 255
+    slope = crop(Image.fromarray(ramp))[0].float().diff(dim=1).mean()
     assert slope.item() == pytest.approx(2, abs=0.05)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
 from ranks import exit_codes, start_ranks
 from tiny_runs import FINETUNE, draw_folder, one_thread, pretrain_in  # noqa: F401 - one by itself
 from torchvision.transforms.functional import to_tensor
@@ -91,18 +91,18 @@ def test_a_killed_worker_is_told_of_and_the_run_goes_on_as_if_nothing_had_happen
 ) -> None:
     flags = ["--num_workers", "2", "--epochs", "2"]
     pretrain_in(tmp_path / "whole", images, *flags)
-    main, read, picture = os.getpid(), [0], ImageFolder.picture
+    main, read, pixels = os.getpid(), [0], ImageFolder.pixels
 
-    def deadly(folder: ImageFolder, index: int) -> Image.Image:
+    def deadly(folder: ImageFolder, index: int) -> np.ndarray:
         if os.getpid() != main:
             read[0] += 1
             if read[0] == 14:  # in the second epoch, in whichever worker comes to it first
                 (tmp_path / "killed").write_text(str(time.time()))
                 os.kill(os.getpid(), signal.SIGKILL)
-        return picture(folder, index)
+        return pixels(folder, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageFolder, "picture", deadly)
+        patch.setattr(ImageFolder, "pixels", deadly)
         with pytest.raises(RetryError, match=r"worker was killed .*/dev/shm\. Lower --num_workers") as caught:
             pretrain_in(tmp_path / "parts", images, *flags)
     assert time.time() - float((tmp_path / "killed").read_text()) < 10

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_dat.provenance import CODE_FILE, code_facts, facts_of, tree_hash
+from mae_dat.provenance import CODE_FILE, code_facts, facts_of, told, tree_hash
 
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
 
@@ -35,6 +35,12 @@ def test_git_tells_the_commit_and_whether_files_changed_since(package: Path) -> 
     after = facts_of(package)
     assert (after["commit"], after["dirty"]) == (before["commit"], True)
     assert after["sha256"] != before["sha256"]
+
+
+def test_the_facts_in_words_name_a_commit_or_the_hash() -> None:
+    assert told({"commit": "abc", "dirty": False, "sha256": "f" * 64}) == "commit abc"
+    assert told({"commit": "abc", "dirty": True, "sha256": "f" * 64}) == "commit abc with changes"
+    assert told({"commit": None, "dirty": None, "sha256": "f" * 64}) == "sources ffffffffffff"
 
 
 def test_a_new_file_counts_as_a_change(package: Path) -> None:

@@ -31,6 +31,8 @@ from mae_dat.errors import CheckpointError, ConfigError, DataError, MissingInput
 from mae_dat.imagenet import IMAGENET_A, SIXTEEN, SYNSETS, synsets_of
 from mae_dat.loaders import eval_loader
 from mae_dat.mce import mce
+from mae_dat.metrics import Console
+from mae_dat.pack import PackConfig, pack
 from mae_dat.pixel_attacks import PIXEL_ATTACKS, pixel_adversary
 from mae_dat.results import Results, read_results
 from mae_dat.robustness import evaluate
@@ -324,6 +326,22 @@ def test_a_limit_takes_the_same_pictures_with_the_same_chance(own: Path) -> None
 
 
 # ---- going on ----
+
+
+def test_pictures_in_shards_count_as_in_folders(own: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    pack(PackConfig(str(own), str(packed), num_workers=0), Console(quiet=True))
+    names, options = ("clean", "fgsm-1/255"), {"size": 32, "num_workers": 1}
+    found = evaluate(Linear(), names, packed, **options)
+    assert found["cells"] == evaluate(Linear(), names, own, **options)["cells"]
+    assert Battery(Choice(packed), 10).chosen(["all"]) == Battery(Choice(own), 10).chosen(["all"])
+    few, all_ = (Battery(Choice(packed, limit=limit), 10).suite("clean", (32, 32), "bicubic") for limit in (8, None))
+    assert few.facts["fingerprint"] != all_.facts["fingerprint"]
+    content = next(packed.glob("val/*.tar")).read_bytes()
+    at = content.index(b"\x89PNG")
+    next(packed.glob("val/*.tar")).write_bytes(content[:at] + bytes(64) + content[at + 64 :])
+    with pytest.raises(DataError, match=r"member .* unpack it again$"):
+        evaluate(Linear(), "clean", packed, **options)
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(own: Path, tmp_path: Path) -> None:

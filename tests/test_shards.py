@@ -1,5 +1,6 @@
 """Shards: the order that reads them, the same samples as from a folder, packing, addresses, and training on them."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -19,14 +20,18 @@ from weights_server import Server, serving
 
 from mae_dat import pack as packing
 from mae_dat import shard_cache, shards
+from mae_dat.config import DataConfig, FinetuneConfig, load_config
 from mae_dat.data import ImageFolder, ImageSet
 from mae_dat.errors import ConfigError, DataError, DownloadError, Interrupted, MissingInputError
+from mae_dat.finetune import held_out_images
 from mae_dat.loaders import TrainSampler, train_loader
 from mae_dat.metrics import Console
 from mae_dat.pack import PackConfig, pack
+from mae_dat.run import training_images
 from mae_dat.shard_index import INDEX, build_index, read_index
 from mae_dat.shards import Shards, lanes, shard_order
 from mae_dat.sources import image_root, open_images
+from mae_dat.suites import Battery, Choice
 from mae_dat.transforms import pretrain_transform
 
 
@@ -231,11 +236,31 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     assert "left out" in told.err
     images = open_images(image_root(str(out)), to_tensor, labelled=False)
     assert sorted(images.picture(index).size for index in range(3)) == [(10, 10), (20, 100), (30, 20)]
+    assert images.shrunk == 20
     with pytest.raises(DataError, match="pretraining only"):
         open_images(out, to_tensor)
     again = outcome_of(packing.main, given, monkeypatch, capsys)
     assert again.code == 73
     assert "holds shards already" in again.stderr
+
+
+def test_pictures_that_were_shrunk_too_much_are_told_of(
+    folder: Path, packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "small"
+    pack(PackConfig(str(folder), str(out), size=24, num_workers=0), Console(quiet=True))
+    index = read_index(out / "val")
+    assert index.sha256() != dataclasses.replace(index, shrunk=None).sha256()
+    for root, size, told in ((packed, 32, False), (out, 24, False), (out, 32, True)):
+        caplog.clear()
+        training_images(DataConfig(data_path=str(root), input_size=(size,)), to_tensor, seed=0, labelled=True)
+        assert (f"packed with --size 24, which --input_size {size} enlarges" in caplog.text) == told
+    caplog.clear()
+    given = ["--data_path", str(out), "--input_size", "24"]
+    assert held_out_images(load_config(FinetuneConfig, given)).shrunk == 24
+    assert "shrunk to 24 px and stored anew" in caplog.text
+    clean = Battery(Choice(out), 10).sets("clean")[0]
+    assert clean.protocol["folder"] == "shards, shrunk to 24 px"
 
 
 @pytest.mark.parametrize(
@@ -255,16 +280,16 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> None:
         self.indices: list[int] = []
-        read = Shards.picture
+        read = Shards._file
 
-        def picture(images: Shards, index: int) -> Image.Image:
+        def file(images: Shards, index: int) -> tuple[bytes, str]:
             if images.root.endswith("train"):
                 self.indices.append(index)
                 if len(self.indices) == stop_at:
                     os.kill(os.getpid(), signal.SIGUSR1)
             return read(images, index)
 
-        monkeypatch.setattr(Shards, "picture", picture)
+        monkeypatch.setattr(Shards, "_file", file)
 
 
 @pytest.mark.parametrize(("train", "shown"), [(pretrain_in, 6), (finetune_in, 0)])
