@@ -122,9 +122,6 @@ class WithDAT(Objective):
     """
 
     WARN_AFTER, WARN_EVERY = 3, 200
-    # The share of words is counted in an eighth of the images, 8 at least: to encode Q(x) again for all of them would
-    # cost a sixth of both reconstructions.
-    COUNTED_PART, COUNTED = 8, 8
 
     def __init__(self, objective: Objective, tokenizer: VisualTokenizer, attack: AttackConfig) -> None:
         self.objective, self.tokenizer, self.attack = objective, tokenizer, attack
@@ -148,9 +145,14 @@ class WithDAT(Objective):
         image, context, gradient = first_rows((image, context, gradient), attacked)
         found = self.adversary(model, image, context, generator, gradient)
         parts = {**clean, "loss_adversarial": self.loss(model, found.adversarial, context)}
-        changed = all_mean(found.changed_in(max(attacked // self.COUNTED_PART, self.COUNTED)))
+        changed = all_mean(found.changed_in(self.counted(attacked)))
         eps = torch.full_like(changed, self.strength().eps)
         return {"loss": torch.stack([*parts.values()]).sum(), **parts, "changed_words": changed, "eps": eps}
+
+    def counted(self, pictures: int) -> int:
+        """In how many of them changed words are counted: to encode Q(x) again for all would cost a sixth of both
+        reconstructions. A target share is held by more of them than a log needs."""
+        return max(pictures // 8, 8) if self.controller else max(pictures // 32, 4)
 
     def clean_loss(self, model: nn.Module, image: Tensor, context: Any) -> tuple[Parts, Tensor | None]:
         """L(clean), if it counts; with `free` also its gradient at the image, from one backward pass for both."""

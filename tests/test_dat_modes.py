@@ -109,7 +109,7 @@ class Products(TorchDispatchMode):
 
 # Products of the network a picture, in units of a forward pass of one layer of three: forward 3, the parameters'
 # gradient 3, the input's 2, and 3 where it goes on to the pixels. Then pictures encoded and decoded, in batches.
-COUNTED = 8 / IMAGES
+COUNTED = 4 / IMAGES
 PASSES = {
     "released": (AttackConfig(), 8 + 6 + 8, 2 + COUNTED, 2),
     "at image": (AttackConfig(at="image"), 8 + 6 + 8, 1 + COUNTED, 1),
@@ -272,6 +272,17 @@ def test_a_share_takes_its_own_masks_and_targets(tokenizer: CountedTokenizer) ->
     _, (target, noise) = objective.prepare(model, batch, generator())
     image = tokenizer.reconstruct(batch["image"][:4])
     torch.testing.assert_close(parts["loss_adversarial"], objective.loss(model, image, (target[:4], noise[:4])))
+
+
+def test_a_target_share_is_counted_in_more_pictures(tokenizer: CountedTokenizer) -> None:
+    held, logged = (WithDAT(labels(), tokenizer, AttackConfig(share=share)) for share in (0.1, None))
+    assert [held.counted(pictures) for pictures in (4, 64, 256)] == [8, 8, 32]
+    assert [logged.counted(pictures) for pictures in (4, 64, 256)] == [4, 4, 8]
+    objective = WithDAT(labels(), tokenizer, AttackConfig(eps=3.0, share=0.1))
+    objective(linear_net(), batch_of(), generator())  # finds the strength
+    before = tokenizer.encoded
+    objective(linear_net(), batch_of(), generator())
+    assert tokenizer.encoded - before == 2 * IMAGES + 8
 
 
 def test_the_first_rows_of_whatever_judges_a_picture() -> None:
