@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """Training of a light tokenizer. The defaults made the embedded one."""
+class FoldersConfig:
+    """What every training of a light tokenizer needs: pictures, steps, place."""
 
+    module: ClassVar[str]
+    """Of the command."""
     data_path: tuple[str, ...] = ("demo",)
     """Folders of images, or `demo` for the generated ones; DIR/train is taken where it exists."""
     val_path: tuple[str, ...] = ()
@@ -51,25 +53,12 @@ class TokenizerConfig:
     output_dir: str = "./output_tokenizer"
     input_size: tuple[int, ...] = (64,)
     on_bad: Literal["fail", "skip"] = "fail"
-    factor: int = 4
-    """Pixels per word along a side."""
     width: int = 64
     encoder_blocks: int = 2
     decoder_blocks: int = 4
-    num_words: int = 512
-    word_dim: int = 8
-    in_chans: int = 3
     steps: int = 15000
     batch_size: int = 32
     lr: float = 2e-3
-    beta: float = 0.25
-    """Weight of the commitment loss."""
-    gan_weight: float = 0.1
-    """Gradient of the PatchGAN term relative to the reconstruction's at the last layer."""
-    gan_start: float = 0.6
-    """Share of the steps after which the PatchGAN joins."""
-    restart_every: int = 100
-    """Steps without use after which a code is restarted."""
     save_every: int = 500
     num_workers: int = 2
     device: str = "auto"
@@ -80,6 +69,44 @@ class TokenizerConfig:
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return image_size(self.input_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig(FoldersConfig):
+    """Training of a light tokenizer. The defaults made the embedded one."""
+
+    module = "mae_dat.train_tokenizer"
+    factor: int = 4
+    """Pixels per word along a side."""
+    num_words: int = 512
+    word_dim: int = 8
+    in_chans: int = 3
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    gan_weight: float = 0.1
+    """Gradient of the PatchGAN term relative to the reconstruction's at the last layer."""
+    gan_start: float = 0.6
+    """Share of the steps after which the PatchGAN joins."""
+    restart_every: int = 100
+    """Steps without use after which a code is restarted."""
+
+
+class Trainer(Protocol):
+    """What `train_to_file` trains."""
+
+    tokenizer: LightTokenizer
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the step number."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
+
+    def step(self, step: int, image: Tensor) -> dict[str, float]:
+        """One update on images (B, C, H, W) in [0, 1]; `loss` and `psnr`."""
+
+    def measure(self, loader: ImageLoader) -> dict[str, float]:
+        """Figures on held-out pictures, for the card."""
 
 
 class TokenizerTrainer:
@@ -181,6 +208,10 @@ class TokenizerTrainer:
             self.tokenizer.codes[unused] = flat[chosen]
         self.uses_K.zero_()
 
+    def measure(self, loader: ImageLoader) -> dict[str, float]:
+        """Figures on held-out pictures."""
+        return measure(self.tokenizer, loader, self.device)
+
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 200) -> float:
     """Linear warm-up, then half a cosine to a hundredth of the peak."""
@@ -239,7 +270,7 @@ class JoinedFolders(Dataset[Sample]):
         return folder[(epoch, index)]
 
 
-def training_folders(config: TokenizerConfig) -> JoinedFolders:
+def training_folders(config: FoldersConfig) -> JoinedFolders:
     """All pictures to train on; of a root with a `train` folder, those in it."""
     roots = [find_split(image_root(path), "train", labelled=False) for path in config.data_path]
     transform = train_transform(config.image_size)
@@ -248,18 +279,21 @@ def training_folders(config: TokenizerConfig) -> JoinedFolders:
     )
 
 
-def held_out_folder(config: TokenizerConfig, path: str) -> ImageFolder:
+def held_out_folder(config: FoldersConfig, path: str) -> ImageFolder:
     """Pictures to measure on, as they are."""
     root = image_root(path) / "val" if path == DEMO else Path(path)
     return ImageFolder(root, eval_transform(config.image_size), labelled=False, on_bad=config.on_bad)
 
 
 def train(config: TokenizerConfig, console: Console) -> Path:
+    """Trains a tokenizer and writes it with its card."""
+    return train_to_file(TokenizerTrainer(config, pick_device(config.device)), config, console)
+
+
+def train_to_file(trainer: Trainer, config: FoldersConfig, console: Console) -> Path:
     """Trains, or goes on where `output_dir` stands, and writes the tokenizer with its card. Raises Interrupted after a
     signal, once what was learned is saved."""
-    device, output = pick_device(config.device), prepare_output_folder(Path(config.output_dir))
-    data = training_folders(config)
-    trainer = TokenizerTrainer(config, device)
+    output, data = prepare_output_folder(Path(config.output_dir)), training_folders(config)
     with hold(output):
         sweep(output)
         found = newest_checkpoint(output)
@@ -269,12 +303,10 @@ def train(config: TokenizerConfig, console: Console) -> Path:
             trainer.load_state(found.load())
         start = time.monotonic()
         train_steps(trainer, data, first, config, console)
-        return export(config, trainer.tokenizer, output, time.monotonic() - start)
+        return export(config, trainer, output, time.monotonic() - start)
 
 
-def train_steps(
-    trainer: TokenizerTrainer, data: JoinedFolders, first: int, config: TokenizerConfig, console: Console
-) -> None:
+def train_steps(trainer: Trainer, data: JoinedFolders, first: int, config: FoldersConfig, console: Console) -> None:
     """The steps from `first` to the last."""
     output, device = Path(config.output_dir), next(trainer.tokenizer.parameters()).device
     sampler = TrainSampler(len(data), config.batch_size, 0, 1, config.seed, first, config.steps)
@@ -295,20 +327,18 @@ def train_steps(
     log.close()
 
 
-def export(config: TokenizerConfig, tokenizer: LightTokenizer, output: Path, seconds: float) -> Path:
+def export(config: FoldersConfig, trainer: Trainer, output: Path, seconds: float) -> Path:
     """Writes `tokenizer.safetensors` and its card: settings, held-out figures, sha256."""
     path = output / "tokenizer.safetensors"
-    tokenizer.save(path)
+    trainer.tokenizer.save(path)
     held_out = {}
     for root in config.val_path:
         loader = eval_loader(held_out_folder(config, root), config.batch_size, 0, 1, config.num_workers)
-        held_out["/".join(Path(root).parts[-2:])] = facts = measure(
-            tokenizer, loader, next(tokenizer.parameters()).device
-        )
+        held_out["/".join(Path(root).parts[-2:])] = facts = trainer.measure(loader)
         logger.info("held out, %s: %s", root, facts)
     card = {
         "sha256": sha256_of(path),
-        "command": command_line("mae_dat.train_tokenizer"),
+        "command": command_line(config.module),
         "settings": dataclasses.asdict(config),
         "held_out": held_out,
         "seconds_of_the_last_session": round(seconds),

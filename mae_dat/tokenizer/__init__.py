@@ -9,6 +9,7 @@ from mae_dat.files import require_file, sha256_of
 from mae_dat.store import local_path
 from mae_dat.tokenizer.base import VisualTokenizer, share_changed
 from mae_dat.tokenizer.light import LightConfig, LightTokenizer
+from mae_dat.tokenizer.precision import in_precision
 from mae_dat.tokenizer.vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
 from mae_dat.weights import read_weights
 
@@ -19,6 +20,7 @@ __all__ = [
     "LightTokenizer",
     "VQGANConfig",
     "VisualTokenizer",
+    "in_precision",
     "load_tokenizer",
     "share_changed",
 ]

@@ -1,7 +1,9 @@
 """The one interface behind which all tokenizers stand: images in, visual words out, and back."""
 
+import contextlib
 from abc import ABC, abstractmethod
-from typing import Self
+from collections.abc import Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,8 @@ class VisualTokenizer(nn.Module, ABC):
     """Discretizes images into visual words. Shapes: image (B, C, H, W) in [0, 1]; words (B, H / factor, W / factor),
     int64.
 
-    A subclass sets `factor`, `in_chans` and `codebook` (K, D), and maps pixels to latents and quantized latents to
-    pixels.
+    A subclass sets `factor`, `in_chans`, the modules `encoder` and `decoder` and `codebook` (K, D), and maps pixels to
+    latents and quantized latents to pixels.
     """
 
     factor: int
@@ -49,7 +51,8 @@ class VisualTokenizer(nn.Module, ABC):
         """Visual words (B, h, w) of an image (B, C, H, W) in [0, 1]. Raises ConfigError if a side is not divisible by
         `factor`."""
         self.check(image)
-        return self.words_of(self.latent(image))
+        with exact_float32():
+            return self.words_of(self.latent(image))
 
     def decode(self, words: Tensor) -> Tensor:
         """Image (B, C, H, W) in [0, 1] of visual words (B, h, w)."""
@@ -77,6 +80,48 @@ class VisualTokenizer(nn.Module, ABC):
     def freeze(self) -> Self:
         """Evaluation mode and no parameter gradients, as every use but training a tokenizer wants it."""
         return self.eval().requires_grad_(False)
+
+    def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Layers of the encoder and of the decoder that may compute in 16 bits.
+
+        Never among them: the first convolution, because a DAT step is a fraction of a grey level that bfloat16 would
+        lose there, and the ends, whose rounding would move words and pixels.
+        """
+        return [], []
+
+    def prepare(
+        self,
+        device: torch.device,
+        encoder: torch.dtype = torch.float32,
+        decoder: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ) -> Self:
+        """Moves a frozen tokenizer to its device in the form that is fastest there: channels last, the `reducible`
+        layers in these types, and, with `compiled`, norm and activation fused by torch.compile."""
+        self.to(device)
+        self.to(memory_format=torch.channels_last)
+        for layers, dtype in zip(self.reducible(), (encoder, decoder), strict=True):
+            for layer in layers:
+                layer.to(dtype)
+        if compiled:
+            self.get_submodule("encoder").compile()
+            self.get_submodule("decoder").compile()
+        return self
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Without TF32 on NVIDIA GPUs, whatever the run has set: with it, words would differ from those of other machines.
+    Elsewhere it changes nothing."""
+    parts: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 def share_changed(words: Tensor, other: Tensor) -> Tensor:

@@ -48,6 +48,17 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
+class Layers(nn.Sequential):
+    """Layers one after the other, each computed in the type of its own weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> what the last layer gives."""
+        for layer in self:
+            weight = next(layer.parameters(), None)
+            x = layer(x if weight is None else x.to(weight.dtype))
+        return x
+
+
 class LightTokenizer(VisualTokenizer):
     """VisualTokenizer of a few hundred thousand parameters. Works on any height and width divisible by the factor."""
 
@@ -56,13 +67,13 @@ class LightTokenizer(VisualTokenizer):
         self.config = config
         self.factor, self.in_chans = config.factor, config.in_chans
         width, pixels = config.width, config.in_chans * config.factor**2
-        self.encoder = nn.Sequential(
+        self.encoder = Layers(
             nn.PixelUnshuffle(config.factor),
             nn.Conv2d(pixels, width, 3, padding=1),
             *[ResidualBlock(width) for _ in range(config.encoder_blocks)],
             nn.Conv2d(width, config.word_dim, 1),
         )
-        self.decoder = nn.Sequential(
+        self.decoder = Layers(
             nn.Conv2d(config.word_dim, width, 3, padding=1),
             *[ResidualBlock(width) for _ in range(config.decoder_blocks)],
             nn.Conv2d(width, pixels, 3, padding=1),
@@ -82,6 +93,10 @@ class LightTokenizer(VisualTokenizer):
     def pixels(self, quantized: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, C, H, W), about [0, 1]."""
         return (self.decoder(quantized) + 1) / 2
+
+    def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The residual blocks."""
+        return [*self.encoder][2:-1], [*self.decoder][1:-2]
 
     def save(self, path: Path) -> None:
         """Writes safetensors with the configuration inside, so that the file alone rebuilds the tokenizer."""

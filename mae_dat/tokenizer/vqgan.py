@@ -1,22 +1,21 @@
 """VQGANs with the published weights' key names: taming-transformers, latent-diffusion, and DAT's own (easyrobust).
 
-Encoder and Decoder are taming's; the quantizer is ours. The configuration is read off the shapes in the checkpoint, so
-a file is enough; `VQGAN_PRESETS` lists the published ones.
+The configuration is read off the shapes in the checkpoint, so a file is enough; `VQGAN_PRESETS` lists the published
+ones.
 """
 
-import contextlib
 import dataclasses
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from mae_dat.errors import CheckpointError
 from mae_dat.tokenizer.base import VisualTokenizer
+from mae_dat.tokenizer.blocks import Decoder, Encoder
 from mae_dat.weights import check_keys
 
 # Attention is placed by resolution in taming's configurations; all published models are described at 256 px.
@@ -77,26 +76,15 @@ class VQGAN(VisualTokenizer):
     fits."""
 
     def __init__(self, config: VQGANConfig = VQGANConfig()) -> None:
-        # Importing taming takes a while, and only VQGANs need it.
-        from taming.modules.diffusionmodules.model import Decoder, Encoder
-
         super().__init__()
         self.config = config
         self.factor, self.in_chans = config.factor, config.in_chans
-        parts: dict[str, Any] = {
-            "double_z": False,
-            "z_channels": config.z_channels,
-            "resolution": _REFERENCE_RESOLUTION,
-            "in_channels": config.in_chans,
-            "out_ch": config.in_chans,
-            "ch": config.ch,
-            "ch_mult": config.ch_mult,
-            "num_res_blocks": config.num_res_blocks,
-            "attn_resolutions": config.attn_resolutions,
-            "dropout": 0.0,
-        }
-        with contextlib.redirect_stdout(io.StringIO()):  # the Decoder prints its shape
-            self.encoder, self.decoder = Encoder(**parts), Decoder(**parts)
+        levels = [
+            (config.ch * mult, _REFERENCE_RESOLUTION >> level in config.attn_resolutions)
+            for level, mult in enumerate(config.ch_mult)
+        ]
+        self.encoder = Encoder(config.in_chans, config.ch, levels, config.num_res_blocks, config.z_channels)
+        self.decoder = Decoder(config.in_chans, levels, config.num_res_blocks, config.z_channels)
         self.quantize = GumbelQuantizer(config) if config.gumbel else NearestQuantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels if config.gumbel else config.word_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.word_dim, config.z_channels, 1)
@@ -123,6 +111,12 @@ class VQGAN(VisualTokenizer):
     def pixels(self, quantized: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, C, H, W), about [0, 1]."""
         return (self.decoder(self.post_quant_conv(quantized)) + 1) / 2
+
+    def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """All between the first and the last convolution; of the encoder without the last norm."""
+        names = ["encoder.down", "encoder.mid"], ["decoder.mid", "decoder.up", "decoder.norm_out"]
+        encoder, decoder = ([self.get_submodule(name) for name in part] for part in names)
+        return encoder, decoder
 
     @classmethod
     def from_state_dict(cls, path: Path | str, tensors: Mapping[str, Tensor]) -> Self:
