@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import checkpoint, corruptions, dat, finetune, mae, startup, tokenizer
+from benchmarks import checkpoint, corruptions, dat, evaluation, finetune, loader, mae, startup, tokenizer
 from benchmarks.rate import matrix_rates
 from benchmarks.table import as_json, markdown, print_rows
 from benchmarks.timing import Case, Row, measure
@@ -35,7 +35,9 @@ MODULES: dict[str, ModuleType] = {
     "finetune": finetune,
     "tokenizer": tokenizer,
     "dat": dat,
+    "evaluation": evaluation,
     "corruptions": corruptions,
+    "loader": loader,
     "checkpoint": checkpoint,
 }
 """What is measured, in this order: each module has `cases(quick, device)`."""

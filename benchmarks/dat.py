@@ -28,13 +28,21 @@ class Work(NamedTuple):
 
 
 SMALL_VQGAN = VQGANConfig(512, 8, 8, ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
-EXACT = {"random_start": 1.0}  # as in four of five released steps
-MODES: dict[str, dict[str, Any]] = {"exact": EXACT, "exact, light tokenizer": EXACT}
-# Name, batch on a GPU, GFLOP an image of the exact step, times the released step on a GPU, most plain steps by mode.
+FREE = {"at": "image", "free": True}
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {"random_start": 1.0},  # as four of five released steps
+    "attacked at the image": {"random_start": 1.0, "at": "image"},
+    "free gradient at the image": FREE,
+    "the same with a light tokenizer": FREE,
+    "a fifth of the batch": {"random_start": 1.0, "batch_share": 0.2},
+    "random words": {"kind": "random", "share": 0.038},
+}
+QUICK = ("exact", "free gradient at the image", "the same with a light tokenizer")
+# Name, batch on a GPU, GFLOP an image of the exact step, times the released step on a GPU, most plain steps of QUICK.
 SIZES = (
-    ("vit_base_patch16", 64, 1344.0, 4.0, {"exact": 13.0}),
-    ("vit_large_patch16", 64, 2066.0, 5.0, {"exact": 5.6}),
-    ("vit_huge_patch14", 32, 3711.0, 6.0, {"exact": 3.8}),
+    ("vit_base_patch16", 64, 1344.0, 4.0, (13.0, 7.2, 2.6)),
+    ("vit_large_patch16", 64, 2066.0, 5.0, (5.6, 3.5, 2.2)),
+    ("vit_huge_patch14", 32, 3711.0, 6.0, (3.8, 2.6, 2.1)),
 )
 CPU_BATCH, CPU_GOAL = 1, 4.0
 
@@ -45,7 +53,7 @@ def ours(work: Work, mode: str = "exact") -> Step:
     light = LightTokenizer(LightConfig(factor=8 if work.side > 64 else 4))
     tokenizer = (light if "light" in mode else VQGAN(work.vqgan)).freeze().to(work.device)
     plain = Classification(AugmentConfig(smoothing=0.0), CLASSES)
-    objective = WithDAT(plain, tokenizer, AttackConfig("released", **MODES[mode]))
+    objective = WithDAT(plain, tokenizer, AttackConfig(**{"kind": "released", **MODES[mode]}))
     return training_step(model, objective, make_batch(work.batch, work.side, work.device), work.device)
 
 
@@ -58,25 +66,31 @@ def released(work: Work) -> Step:
     return lambda: dat_step(model, trainer, tokenizer, image, target, torch.randn_like(image))
 
 
-def size_cases(work: Work, modes: dict[str, float], exact: dict[str, Any], **shared: Any) -> list[Case]:
-    """The exact step against the released one, with the goals `exact`; then the modes, with the most that each may
-    cost."""
-    build = partial(ours, work), partial(released, work)
-    found = [Case(f"{work.name} DAT step", *build, "released DAT", **exact, **shared)]
+def mode_cases(work: Work, quick: bool, most: tuple[float | None, ...], left_out: str = "") -> list[Case]:
+    """The modes against our plain step, with the most that those of QUICK may cost."""
     plain = partial(finetune.ours, work.name, work.side, work.batch, work.device)
-    for mode in MODES:
-        name, goals = f"{work.name} DAT step, {mode}", {"goal": 6, "at_most": modes.get(mode), "is_cost": True}
-        found.append(Case(name, partial(ours, work, mode), plain, "our plain step", **goals, **shared))
+    found = []
+    for mode in QUICK if quick else MODES:
+        if MODES[mode].get("batch_share") and work.batch < 5:
+            continue  # less than a picture
+        goal = dict(zip(QUICK, most, strict=True)).get(mode)
+        more: dict[str, Any] = {"goal": 6, "at_most": goal, "is_cost": True, "batch": work.batch, "left_out": left_out}
+        found.append(Case(f"{work.name} DAT, {mode}", partial(ours, work, mode), plain, "our plain step", **more))
     return found
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
     """The demo's size; ViT-B everywhere, L and H on a GPU."""
     gpu = device.type == "cuda"
-    found = size_cases(Work("vit_demo_patch8", 64, 16, device, SMALL_VQGAN), {}, {}, batch=16)
-    for name, gpu_batch, gflop, faster, modes in SIZES:
-        runs = gpu or name == "vit_base_patch16"
+    demo = Work("vit_demo_patch8", 64, 16, device, SMALL_VQGAN)
+    found = [Case(f"{demo.name} DAT step", partial(ours, demo), partial(released, demo), "released DAT", batch=16)]
+    found += mode_cases(demo, quick, (None, None, None))
+    for name, gpu_batch, gflop, faster, most in SIZES:
+        left_out = "" if gpu or name == "vit_base_patch16" else NEEDS_GPU
         work = Work(name, 224, gpu_batch if gpu else CPU_BATCH, device, VQ_F8)
-        exact = {"goal": 5, "at_least": faster if gpu or not runs else CPU_GOAL, "gflop": gflop}
-        found += size_cases(work, modes, exact, batch=work.batch, left_out="" if runs else NEEDS_GPU)
+        build = partial(ours, work), partial(released, work)
+        more: dict[str, Any] = {"goal": 5, "batch": work.batch, "gflop": gflop, "left_out": left_out}
+        more["at_least"] = faster if gpu or left_out else CPU_GOAL
+        found.append(Case(f"{name} DAT step", *build, "released DAT", **more))
+        found += mode_cases(work, quick, most, left_out)
     return found

@@ -5,7 +5,7 @@ step's time alone over that of two at once. One thread a rank on a CPU, so two r
 
 Resumability: what a step of the engine does beyond forward, backward and update (seeds, the ranks' agreement about
 stopping, the watchdog's beat, a look at the writer of checkpoints), timed by itself and given as a share of the median
-step of the same run. Saving is measured by benchmarks/checkpoint.py.
+step of the same run. Saving is measured by `python -m benchmarks --only checkpoint`.
 """
 
 import argparse
