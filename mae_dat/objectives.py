@@ -4,16 +4,18 @@ An objective draws its randomness once per step (`prepare`: mask noise, mixed la
 the clean and the adversarial one, is judged by the same mask or the same targets (`loss`). `WithDAT` wraps any of them.
 """
 
+import contextlib
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mae_dat.attack import DiscreteAdversary, ShareController, discrete_adversary
 from mae_dat.config import AttackConfig, AugmentConfig
@@ -181,7 +183,8 @@ class WithDAT(Objective):
             def loss_of(view: Tensor) -> Tensor:
                 return self.loss(inner, view, context)
 
-            return discrete_adversary(image, loss_of, self.tokenizer, config, source, gradient, check)
+            with frozen(inner):
+                return discrete_adversary(image, loss_of, self.tokenizer, config, source, gradient, check)
 
         if self.controller and not self.found:
             # Every try starts from the same random state, so that the search compares strengths and nothing else.
@@ -238,6 +241,20 @@ class WithDAT(Objective):
         if self.controller and "controller" in state:
             self.controller.load_state_dict(state["controller"])
             self.found = True
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model's parameters without gradients: a compiled model would compute them for an attack too, and any model
+    keeps its activations for them. Shards stay as they are: they take the flag over when they are first gathered."""
+    weights = [one for one in model.parameters() if one.requires_grad and not isinstance(one, DTensor)]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def first_rows(value: Any, count: int) -> Any:

@@ -21,7 +21,7 @@ from mae_dat.data import Batch
 from mae_dat.distributed import World, process_group
 from mae_dat.errors import ConfigError
 from mae_dat.mae import MaskedAutoencoder
-from mae_dat.objectives import Classification, MaskedReconstruction, WithDAT, differentiated, first_rows
+from mae_dat.objectives import Classification, MaskedReconstruction, WithDAT, differentiated, first_rows, frozen
 from mae_dat.parallel import accumulating
 from mae_dat.tokenizer import LightConfig, LightTokenizer
 
@@ -151,6 +151,20 @@ def test_a_step_never_waits_for_the_device(
     monkeypatch.setattr(mae_dat.attack, "require_pixels", lambda image: None)  # as on a GPU from then on
     with NoReading():
         objective(model, batch_of(), generator())["loss"].backward()
+
+
+def test_the_attack_sees_parameters_that_need_no_gradient(tokenizer: CountedTokenizer) -> None:
+    """Compiled, the network would compute it; the clean view's graph and a frozen layer are left alone."""
+    model, batch, asked = SmallNet(), batch_of(), []
+    model.conv.bias.requires_grad_(False)
+    model.head.register_forward_pre_hook(lambda *_: asked.append([one.requires_grad for one in model.parameters()]))
+    WithDAT(labels(), tokenizer, AttackConfig())(model, batch, generator())["loss"].backward()
+    learning = [True, False, True, True]
+    assert asked == [learning, [False] * 4, learning]
+    assert [weight.grad is not None for weight in model.parameters()] == learning
+    with pytest.raises(ValueError, match="not today"), frozen(model):
+        raise ValueError("not today")
+    assert [weight.requires_grad for weight in model.parameters()] == learning
 
 
 # ---- what is attacked ----
@@ -352,25 +366,28 @@ def one_of_two(rank: int, folder: Path) -> None:
     """Two micro-batches of a rank, and the gradient of both ranks."""
     with process_group(World(rank, 2, rank), torch.device("cpu")):
         model = SmallNet().eval()
-        spread, objective = DistributedDataParallel(model), free_objective()
+        spread, (free, exact) = DistributedDataParallel(model), two_objectives()
         with accumulating(spread):
-            objective(spread, batch_of(seed=2 * rank), generator(rank))["loss"].backward()
-        objective(spread, batch_of(seed=2 * rank + 1), generator(rank))["loss"].backward()
+            free(spread, batch_of(seed=rank), generator(rank))["loss"].backward()
+        exact(spread, batch_of(seed=rank), generator(rank))["loss"].backward()
+        free(spread, batch_of(seed=rank + 2), generator(rank))["loss"].backward()
         torch.save(gradients(model), folder / f"rank{rank}.pt")
 
 
-def free_objective() -> WithDAT:
+def two_objectives() -> tuple[WithDAT, WithDAT]:
     torch.manual_seed(0)
     tokenizer = LightTokenizer(LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=32)).freeze()
-    return WithDAT(labels(), tokenizer, AttackConfig(eps=3.0, free=True, at="image", batch_share=0.5))
+    attack = AttackConfig(eps=3.0, free=True, at="image", batch_share=0.5)
+    return WithDAT(labels(), tokenizer, attack), WithDAT(labels(), tokenizer, AttackConfig(eps=3.0))
 
 
 @pytest.mark.slow
 def test_two_ranks_have_the_mean_of_their_gradients(tmp_path: Path) -> None:
     assert exit_codes(start_ranks(2, one_of_two, tmp_path), 60) == [0, 0]
-    model, objective = SmallNet().eval(), free_objective()
-    for seed in range(4):
-        (objective(model, batch_of(seed=seed), generator(seed // 2))["loss"] / 2).backward()
+    model, (free, exact) = SmallNet().eval(), two_objectives()
+    for rank in (0, 1):
+        for objective, seed in ((free, rank), (exact, rank), (free, rank + 2)):
+            (objective(model, batch_of(seed=seed), generator(rank))["loss"] / 2).backward()
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for name, expected in gradients(model).items():
