@@ -9,6 +9,7 @@ Shapes: B batch, S cells of a portion, K outputs.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from mae_dat import corruptions as corrupting
 from mae_dat.benchmark_sets import BenchmarkSet, Preprocessing
@@ -56,6 +57,8 @@ class Portion:
     calibrated: bool = False
     precise: bool = False
     """Always in float32."""
+    against_float32: bool = False
+    """Right is the answer that the same network gives in float32."""
 
 
 class Found(TypedDict):
@@ -108,6 +111,40 @@ def corrupted(pixels: corrupting.Image, number: int, portion: Portion) -> list[c
     return [corrupting.as_stored(corrupting.corrupt(pixels, name, severity, seed)) for severity, seed in made]
 
 
+class Shares(Sampler[list[tuple[int, int]]]):
+    """One rank's batches of keys (portion, index): of each portion the images r, r + W, ..., so that none is counted
+    twice. Made as they are asked for: ImageNet-C has 3.75 million keys."""
+
+    def __init__(self, portions: Sequence[Portion], world: World, batch_size: int) -> None:
+        self.shares = [range(world.rank, len(portion.pictures), world.size) for portion in portions]
+        self.batch_size = batch_size
+
+    def steps(self, portion: int) -> int:
+        """Batches of a portion."""
+        return -(-len(self.shares[portion]) // self.batch_size)
+
+    def __len__(self) -> int:
+        return sum(map(self.steps, range(len(self.shares))))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for portion, share in enumerate(self.shares):
+            for start in range(0, len(share), self.batch_size):
+                yield [(portion, index) for index in share[start : start + self.batch_size]]
+
+
+class Heard(nn.Module):
+    """A network that says when it is asked: an attack may take an hour for one batch."""
+
+    def __init__(self, network: Network, hear: Callable[[], None]) -> None:
+        super().__init__()
+        self.network, self.hear = network, hear
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The network's answer."""
+        self.hear()
+        return self.network(image)
+
+
 @dataclass
 class Tally:
     """One network's counts on one portion: int64 (S, columns) on the device, and its confidences."""
@@ -143,12 +180,16 @@ class Tally:
         if self.portion.adversary:
             image = self.portion.adversary(network, image, targets[:, 0], number)
         precision = None if self.portion.precise else self.precision
-        with torch.autocast(self.device.type, precision or torch.bfloat16, enabled=precision is not None):
+        with autocast(self.device, precision):
             logits = network(image).float()
         answers = reading.answers(logits, 5)
+        right = self.right.right(answers, index)
+        if self.portion.against_float32:
+            with autocast(self.device, None):
+                right = answers[:, 0] == reading.answers(network(image).float(), 5)[:, 0]
         five = (answers[:, :, None] == targets[:, None, :]).flatten(1).any(1)
         bad = logits.isnan().any(1)
-        shown = [torch.ones_like(bad), self.right.right(answers, index), five, torch.zeros_like(bad), bad]
+        shown = [torch.ones_like(bad), right, five, torch.zeros_like(bad), bad]
         if reading.pooled:
             shown[TEXTURE] = self.right.texture(answers, index)
         row += torch.stack(shown).sum(1)
@@ -183,6 +224,11 @@ class Tally:
         return f"{self.portion.pictures.cell.benchmark} {cell}".strip()
 
 
+def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
+    """A block in that precision; None is float32."""
+    return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
+
+
 @contextmanager
 def eval_mode(networks: Mapping[str, Network]) -> Iterator[None]:
     """Networks that are modules in evaluation mode; every flag is put back, also after an error."""
@@ -212,30 +258,33 @@ def measure(
 ) -> Iterator[tuple[Portion, dict[str, Found]]]:
     """What the networks named beside each portion score on it, a portion at a time, on all ranks the same.
 
-    Rank r of W takes the images r, r + W, ..., so that none is counted twice; `progress` hears of every batch of this
-    rank. One loader reads all portions. Raises on all ranks NumericsError (NaN), DataError (unreadable pictures).
+    `progress` hears of every batch of this rank, and with 0 pictures of every pass of an attack. One loader reads all
+    portions. Raises on all ranks NumericsError (NaN), DataError (unreadable pictures).
     """
-    shares = [range(world.rank, len(portion.pictures), world.size) for portion, _ in portions]
-    batches = [
-        [[(number, index) for index in share[start : start + batch_size]] for start in range(0, len(share), batch_size)]
-        for number, share in enumerate(shares)
-    ]
-    every = [batch for own in batches for batch in own]
-    loader = batch_loader(PortionPictures([one for one, _ in portions]), every, num_workers, device.type == "cuda")
+    every = [portion for portion, _ in portions]
+    shares = Shares(every, world, batch_size)
+    loader = batch_loader(PortionPictures(every), shares, num_workers, device.type == "cuda")
     stream: Iterator[Any] = iter(loader)
+
+    def tell(portion: Portion, count: int) -> None:
+        beat()
+        progress(portion, count)
+
+    def count(portion: Portion, tallies: Sequence[Tally], steps: int) -> None:
+        hear = functools.partial(tell, portion, 0)
+        attacked = portion.adversary or portion.word_hits
+        asked = {one.name: Heard(networks[one.name], hear) if attacked else networks[one.name] for one in tallies}
+        with autocast(device, None):  # within it, networks cast their weights once, not for every batch
+            for _ in range(steps):
+                batch = next(stream)
+                pictures = batch["pictures"].to(device, non_blocking=True).float() / 255
+                index = batch["index"].to(device, non_blocking=True)
+                for tally in tallies:
+                    tally.add(asked[tally.name], pictures, index, batch["number"])
+                tell(portion, len(index))
+
     with eval_mode(networks):
-        for (portion, names), own in zip(portions, batches, strict=True):
+        for at, (portion, names) in enumerate(portions):
             tallies = [Tally(name, portion, device, precision) for name in names]
-
-            def count(tallies: list[Tally] = tallies, portion: Portion = portion, steps: int = len(own)) -> None:
-                for _ in range(steps):
-                    batch = next(stream)
-                    pictures = batch["pictures"].to(device, non_blocking=True).float() / 255
-                    index = batch["index"].to(device, non_blocking=True)
-                    for tally in tallies:
-                        tally.add(networks[tally.name], pictures, index, batch["number"])
-                    beat()
-                    progress(portion, len(index))
-
-            together(count)
+            together(functools.partial(count, portion, tallies, shares.steps(at)))
             yield portion, {tally.name: tally.found(reduce) for tally in tallies}

@@ -20,7 +20,7 @@ from mae_dat import run
 from mae_dat.classifier import Classifier, build_classifier
 from mae_dat.config import ConfigError, image_size
 from mae_dat.data import Size
-from mae_dat.errors import CheckpointError, MissingInputError
+from mae_dat.errors import CheckpointError, MissingInputError, NumericsError
 from mae_dat.files import sha256_of
 from mae_dat.pixel_attacks import require_pixel_model
 from mae_dat.rebuild import open_source
@@ -160,7 +160,8 @@ def _classifier(
         "precision": _precision(view),
         "averaged": True if averaged else None,
     }
-    return _probed(network.to(view.device).eval(), facts, classes, view)
+    network = network.to(view.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _probed(network.eval(), facts, classes, view)
 
 
 def from_callable(network: Network, name: str, view: View, classes: Sequence[str] | None = None) -> Contender:
@@ -242,6 +243,8 @@ def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(f"{name} gives {found} for one picture, not logits of shape (1, classes).")
+    if logits.isnan().any():
+        raise NumericsError(f"{name} gives NaN for a blank picture: its weights are damaged; check the checkpoint.")
     if classes is not None and len(classes) != logits.shape[1]:
         raise ConfigError(f"{name} has {logits.shape[1]} outputs and a list of {len(classes)} classes.")
     known = tuple(classes) if classes else None

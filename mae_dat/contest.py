@@ -12,24 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.attack import image_generator
-from mae_dat.cells import Found, Portion, eval_mode, measure
+from mae_dat.axes import common_subset
+from mae_dat.cells import Found, Heard, Portion, eval_mode, measure
 from mae_dat.comparison import headline_table
-from mae_dat.config import command_line
+from mae_dat.config import ConfigError, command_line
 from mae_dat.contenders import Contender, View
 from mae_dat.distributed import World, from_main, together
 from mae_dat.examples import write_examples
 from mae_dat.machine import machine, versions
 from mae_dat.metrics import Console
-from mae_dat.pixel_attacks import PIXEL_ATTACKS, attack_checks
+from mae_dat.pixel_attacks import CHECK_PASSES, PIXEL_ATTACKS, attack_checks
 from mae_dat.plan import CHECKED_PICTURES, Entry, Plan, open_plan, print_plan, refuse_normalised, sample
 from mae_dat.results import FORMAT, Results, write_results
 from mae_dat.scorecard import write_report
 from mae_dat.stored_cells import StoredCells
-from mae_dat.suites import Choice
+from mae_dat.suites import AGREEMENT, Choice
+from mae_dat.tables import precision_text, titles_of
+from mae_dat.watch import beat
 
 logger = logging.getLogger(__name__)
 
 PASSES = {"fgsm-1/255": 4, "pgd-5-1/255": 16, "pgd-20-l2-0.5": 61, "words-symbolic": 40, "words-random": 8}
+PASSES[AGREEMENT] = 4
 """Forward passes that an attacked picture takes, roughly: for the time left."""
 CORRUPTION_PASSES = 10  # the same for a corruption at five severities, of a small network
 
@@ -46,6 +50,13 @@ class Setting:
     batch_size: int = 64
     num_workers: int = 0
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ConfigError(
+                f"--batch_size {self.batch_size} --num_workers {self.num_workers}: give at least 1 picture, and 0 or "
+                "more workers."
+            )
+
     @functools.cached_property
     def store(self) -> StoredCells:
         """What was measured before."""
@@ -58,10 +69,11 @@ class Setting:
 def hold(plan: Plan, setting: Setting) -> dict[tuple[str, str], Found]:
     """Measures everything, or takes what is stored: by network and suite."""
     found: dict[tuple[str, str], Found] = {}
-    setting.console.plan = {name: _cost(plan.of(name)) for name in plan.names}
-    for name in plan.names:
+    stages = {name: plan.of(name) for name in plan.names} | ({AGREEMENT: plan.agreements} if plan.agreements else {})
+    setting.console.plan = {name: _cost(entries) for name, entries in stages.items()}
+    for name, entries in stages.items():
         groups: dict[str, list[Entry]] = {}
-        for entry in plan.of(name):  # networks of the same input look at the same pictures, read once
+        for entry in entries:  # networks of the same input look at the same pictures, read once
             groups.setdefault(entry.suite.preprocessing, []).append(entry)
         for group in groups.values():
             _measure_group(group, found, setting)
@@ -101,10 +113,14 @@ def _measure_group(group: Sequence[Entry], found: dict[tuple[str, str], Found], 
         return
     networks = {entry.contender.name: entry.contender.network for entry in group}
     total = sum(len(range(world.rank, len(portion.pictures), world.size)) for portion, _ in todo)
+    passes = 0
     with setting.console.task(suite.name, total, "picture") as task:
 
         def progress(portion: Portion, count: int) -> None:
-            task.advance(portion.corruption or portion.cells[0] if len(suite.portions) > 1 else "", count)
+            nonlocal passes
+            passes += count == 0
+            cell = portion.corruption or portion.cells[0] if len(suite.portions) > 1 else ""
+            task.advance(f"{passes:,} passes" if passes else cell, count)
 
         measured = measure(
             networks,
@@ -137,7 +153,7 @@ def _add(found: dict[tuple[str, str], Found], network: str, suite: str, new: Fou
 
 
 def check_attacks(plan: Plan, found: Mapping[tuple[str, str], Found], setting: Setting) -> dict[str, dict[str, Any]]:
-    """Whether the attacks can be believed, by network and attack."""
+    """Whether the attacks can be believed, by network and attack. Every rank asks: one that waited would seem to hang."""
     checks: dict[str, dict[str, Any]] = {}
     for contender in plan.contenders:
         own = {entry.suite.name: entry for entry in plan.entries if entry.contender is contender}
@@ -157,14 +173,20 @@ def _gradient_checks(entry: Entry, setting: Setting) -> list[dict[str, Any]]:
     contender, portion = entry.contender, entry.suite.portions[0]
     key = entry.key(portion, portion.pictures.fingerprint())
     key = key and {**key, "cells": f"checks on {CHECKED_PICTURES} pictures"}
-    found: list[dict[str, Any]] | None = setting.store.read(key)
+    found: list[dict[str, Any]] | None = from_main(lambda: setting.store.read(key))
     if found is None:
-        logger.info("%s: checking that its gradients lead an attack", contender.name)
         image, label = sample(portion, contender)
         generators = [image_generator(0, index) for index in range(len(image))]
-        with eval_mode({"": contender.network}):
-            found = [check._asdict() for check in attack_checks(contender.network, image, label, generators)]
-        setting.store.write(key, found)
+        title = f"do gradients lead an attack on {contender.name}?"
+        with eval_mode({"": contender.network}), setting.console.task(title, CHECK_PASSES, "pass") as task:
+
+            def hear() -> None:
+                beat()
+                task.advance()
+
+            network = Heard(contender.network, hear)
+            found = [check._asdict() for check in attack_checks(network, image, label, generators)]
+        from_main(lambda: setting.store.write(key, found))
     return found
 
 
@@ -185,6 +207,9 @@ def assemble(
         "cells": {one.name: {} for one in plan.contenders},
         "calibration": {one.name: {} for one in plan.contenders},
         "checks": checks,
+        "agreement": {
+            entry.contender.name: found[entry.contender.name, AGREEMENT]["counts"][""] for entry in plan.agreements
+        },
         "not_measured": plan.lacking,
         "examples": [],
     }
@@ -211,7 +236,8 @@ def examine(
     if setting.world.main:
         print_plan(plan)
     found = hold(plan, setting)
-    checks = from_main(lambda: check_attacks(plan, found, setting))
+    every = together(lambda: check_attacks(plan, found, setting))
+    checks = from_main(lambda: every)
     results = assemble(plan, found, checks, title, (datetime.datetime.now() - start).total_seconds())
     if folder:
         results["examples"] = from_main(lambda: write_examples(plan, folder))
@@ -226,10 +252,15 @@ def save(results: Results, folder: Path) -> None:
 
 
 def print_headline(results: Results) -> None:
-    """The numbers in columns."""
+    """The numbers in columns, below what they are not."""
+    if subset := common_subset(results):
+        print(f"Not the whole benchmarks: {subset} of every suite.")
     table = headline_table(results)
     rows = [table.head, *table.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         print("  ".join(cells).rstrip())
+    for model, title in titles_of(results).items():
+        if model in results.get("agreement", {}):
+            print(f"{title}: {precision_text(results, model)}")

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -187,7 +187,7 @@ def eval_loader(
 
 
 def batch_loader(
-    dataset: Dataset[Any], batches: Sequence[Sequence[Any]], num_workers: int, pin_memory: bool = False
+    dataset: Dataset[Any], batches: Iterable[Sequence[Any]], num_workers: int, pin_memory: bool = False
 ) -> ImageLoader:
     """The given batches of keys of `dataset`, one after the other, its items collated; iterate over it once."""
     return _loader(dataset, num_workers, pin_memory, batch_sampler=batches)

@@ -112,15 +112,14 @@ class Task:
     def advance(self, note: str = "", count: int = 1) -> None:
         """Marks `count` units as done and shows `note` (loss, rate) with the time left."""
         self.done += count
+        left = f"{duration(self.left())} left" if self.done > self.first else ""
         if self.progress:
-            self.progress.update(self.bar, completed=self.done, note=f"{note}  {duration(self.left())} left")
+            self.progress.update(self.bar, completed=self.done, note=f"{note}  {left}")
             return
         now = time.monotonic()
         if not self.console.quiet and (now - self.shown >= self.console.interval or self.done == self.total):
             self.shown = now
-            logger.info(
-                "%s: %s %d/%d  %s  %s left", self.title, self.unit, self.done, self.total, note, duration(self.left())
-            )
+            logger.info("%s: %s %d/%d  %s  %s", self.title, self.unit, self.done, self.total, note, left)
 
 
 class RunLog:

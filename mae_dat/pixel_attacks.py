@@ -202,6 +202,10 @@ def require_pixel_model(model: Model, image: Tensor, label: Tensor) -> None:
             )
 
 
+CHECK_PASSES = 99
+"""Forward passes of `attack_checks`."""
+
+
 class Check(NamedTuple):
     """One sign of a broken attack: what was looked at, whether all is well, and the numbers in words."""
 

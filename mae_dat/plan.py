@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mae_dat.benchmark_sets import BENCHMARKS
 from mae_dat.cells import Portion, eval_mode
 from mae_dat.config import ConfigError
 from mae_dat.contenders import Contender
 from mae_dat.pixel_attacks import require_pixel_model
-from mae_dat.suites import NEED_GRADIENTS, Battery, Choice, Suite
+from mae_dat.suites import CLEAN, NEED_GRADIENTS, Battery, Choice, Suite
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Plan:
     entries: list[Entry]
     lacking: dict[str, str]
     battery: Battery
+    agreements: list[Entry] = dataclasses.field(default_factory=list)
+    """Of the networks in bfloat16: how often they answer as in float32, on the first suite of stored pictures."""
 
     @property
     def names(self) -> list[str]:
@@ -74,7 +77,13 @@ def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[s
         entries += [Entry(one, battery.suite(name, one.size, one.facts["interpolation"])) for one in able]
     if not entries:
         raise ConfigError(f"nothing can be measured: {'; '.join(f'{name}: {why}' for name, why in lacking.items())}.")
-    return Plan(list(contenders), entries, lacking, battery)
+    return Plan(list(contenders), entries, lacking, battery, _agreements(entries, battery))
+
+
+def _agreements(entries: Sequence[Entry], battery: Battery) -> list[Entry]:
+    stored = [one for one in entries if one.suite.name in (*BENCHMARKS, CLEAN)]
+    first = {one.contender.name: one for one in reversed(stored) if one.contender.facts["precision"] == "bf16"}
+    return [Entry(one.contender, battery.agreement(one.suite)) for one in first.values()]
 
 
 def refuse_normalised(plan: Plan) -> None:

@@ -86,6 +86,8 @@ class Results(TypedDict):
     """By model and suite: ece, rms, rms_compat, nll, brier."""
     checks: dict[str, dict[str, list[dict[str, Any]]]]
     """By model and attack: whether the attack can be believed (`pixel_attacks.attack_checks`)."""
+    agreement: NotRequired[dict[str, CellCount]]
+    """By model in bfloat16: for how many clean pictures its answer is the one that it gives in float32."""
     not_measured: dict[str, str]
     """Suites that were asked for or known, and why there is no number."""
     examples: list[dict[str, Any]]

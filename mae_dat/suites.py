@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae_dat import corruptions as corrupting
 from mae_dat.attack import image_generator
@@ -50,6 +50,7 @@ NEED_GRADIENTS = (*PIXEL_ATTACKS, AUTO_ATTACK, "words-symbolic")
 BY_NAME_ONLY = {
     AUTO_ATTACK: "takes thousands of passes a picture: name it, with --limit or --subset",
 }
+AGREEMENT, AGREEMENT_PICTURES = "bf16 against fp32", 10_000
 TITLES = {
     "fgsm-1/255": "FGSM, 1/255",
     "pgd-5-1/255": "PGD, 5 steps, 1/255",
@@ -229,6 +230,12 @@ class Battery:
             portion = Portion(_named(clean, name), adversary=adversary, precise=True)
         return Suite(name, TITLES.get(name, name), (portion,), official=True, made=made)
 
+    def agreement(self, measured: Suite) -> Suite:
+        """How often a network in bfloat16 answers as in float32, on pictures of a suite of stored ones."""
+        pictures = limited(measured.portions[0].pictures, AGREEMENT_PICTURES, self.choice.seed)
+        portion = Portion(_named(pictures, AGREEMENT), against_float32=True)
+        return Suite(AGREEMENT, "bf16 as fp32", (portion,), official=False, made={"seed": str(self.choice.seed)})
+
     def _generated(self, clean: BenchmarkSet, size_HW: Size) -> Suite:
         corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
         names = corrupting.CORRUPTIONS + (corrupting.EXTRA if self.choice.held_out else ())
@@ -254,9 +261,8 @@ class Battery:
         return adversary
 
     def _auto_attack(self, network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
-        module = network if isinstance(network, nn.Module) else _AsModule(network)
         with torch.enable_grad():
-            return auto_attack(module, image, label, seed=self.choice.seed)
+            return auto_attack(network, image, label, seed=self.choice.seed)  # type: ignore[arg-type]
 
     def _word_attack(self, size_HW: Size) -> WordAttack:
         """Shares that are different numbers of words at this size."""
@@ -287,17 +293,6 @@ class Battery:
 
 
 assert set(WORDS.values()) == set(KINDS)
-
-
-class _AsModule(nn.Module):
-    """A callable for code that asks for a module."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.network(image)
 
 
 def _stored(pictures: BenchmarkSet) -> Portion:
