@@ -93,7 +93,8 @@ class AttackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Run: where to, on what, from where. Of these only `seed`, `precision` and `device` change the result."""
+    """Run: where to, on what, from where. Of these only `seed`, `precision`, `device` and `compile` change the
+    result."""
 
     output_dir: str = "./output_dir"
     """Checkpoints, log.txt, weights and reports. A rerun into the same folder resumes."""
@@ -107,8 +108,13 @@ class RunConfig:
     file or a released name."""
     start_epoch: int = 0
     """First epoch, when there is no checkpoint to resume."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bfloat16 autocast where the hardware has it."""
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """auto: bfloat16 autocast where the hardware has it. fp32 is float32 throughout; with tf32 a GPU multiplies its
+    matrices in TF32, but for a tokenizer's."""
+    compile: bool = False
+    """torch.compile for each block of the network: faster after a minute or so."""
+    checkpoint_activations: bool = False
+    """Compute each block's activations again in the backward pass: less memory, a third more time, the same bits."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time, also on a GPU (slower; the CPU's always do)."""
     save_minutes: float = 10.0

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,11 +64,26 @@ def pick_device(name: str, world: World = World()) -> torch.device:  # noqa: B00
 
 def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The autocast type: bfloat16 for `bf16`, and for `auto` where the hardware computes in it; None for float32."""
-    if precision == "fp32":
+    if precision in ("fp32", "tf32"):
         return None
     if precision == "bf16" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
         return torch.bfloat16
     return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
+
+
+def set_float32(precision: str) -> None:
+    """How a GPU computes in float32: matrices in TF32 for `tf32`, else exactly; convolutions always exactly, since the
+    adversary's step is a fraction of a grey level, which TF32 (cuDNN's default) blurs in a tokenizer."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process had at most: of the GPU allocated, or resident in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _cpu_has_bf16() -> bool:

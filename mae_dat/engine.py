@@ -10,8 +10,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,76 +24,28 @@ from torch import Tensor, nn
 from mae_dat.checkpoint import Saver
 from mae_dat.config import OptimConfig, RunConfig
 from mae_dat.data import Batch, as_float
-from mae_dat.distributed import World, all_sum, failure_of, gather, raise_together, step_generator, step_seed, together
+from mae_dat.distributed import (
+    World,
+    all_sum,
+    failure_of,
+    peak_memory,
+    raise_together,
+    step_generator,
+    step_seed,
+    together,
+)
 from mae_dat.errors import Interrupted, NumericsError, UserError
 from mae_dat.loaders import ImageLoader
 from mae_dat.metrics import Console, RunLog
-from mae_dat.objectives import Objective
-from mae_dat.optim import effective_lr, learning_rate, set_lr
-from mae_dat.parallel import accumulating, clip_gradient, load_model, load_optimizer, update_average, whole, wrap
+from mae_dat.optim import effective_lr, learning_rate, set_lr, step_unless
+from mae_dat.parallel import accumulating, clip_gradient, update_average, wrap
 from mae_dat.peers import lost_peers_tell
+from mae_dat.readback import Asked, Behind, Reading, Seen, Told, lag_of
 from mae_dat.stopping import StopRequest, stop_requests
+from mae_dat.training import Training
 from mae_dat.watch import beat
 
 logger = logging.getLogger(__name__)
-
-BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass
-class Training:
-    """All that changes during a run, and exactly what a checkpoint holds."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    ema: Any = None
-    """timm's ModelEmaV3, or None."""
-    step: int = 0
-    """Updates done, since the start of the run."""
-    totals: dict[str, float] = field(default_factory=dict)
-    """Sums of the logged parts over the current epoch's images of this rank, with `images`, `updates` and `seconds`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, whole on rank 0. Collective: what differs between ranks is gathered from all of them."""
-        return {
-            "model": whole(self.model.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
-            "objective": self.objective.state_dict(),
-            "ema": whole(self.ema.module.state_dict()) if self.ema else None,
-            "step": self.step,
-            "ranks": gather({"totals": self.totals, "statistics": on_cpu(self._statistics())}),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
-        """From a checkpoint. What differed between the ranks goes back to each of them; with another number of ranks
-        now, rank 0 gets the sums, and all the mean of BatchNorm's statistics."""
-        load_model(self.model, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.objective.load_state_dict(state["objective"])
-        if self.ema:
-            load_model(self.ema.module, state["ema"] or state["model"])
-        self.step = state["step"]
-        told = state["ranks"]
-        if len(told) == ranks:
-            self.totals, statistics = told[rank]["totals"], told[rank]["statistics"]
-        else:
-            names = told[0]["totals"] if rank == 0 else ()
-            self.totals = {name: sum(one["totals"][name] for one in told) for name in names}
-            statistics = {name: _mean([one["statistics"][name] for one in told]) for name in told[0]["statistics"]}
-        for name, value in self._statistics().items():
-            value.copy_(statistics[name])
-
-    def _statistics(self) -> dict[str, Tensor]:
-        """Running statistics of BatchNorm, which each rank gathers from its own images."""
-        networks = {"model": self.model, **({"ema": self.ema.module} if self.ema else {})}
-        buffers = {f"{name}.{key}": value for name, one in networks.items() for key, value in one.named_buffers()}
-        return {name: value for name, value in buffers.items() if name.rpartition(".")[2] in BATCH_NORM}
-
-    @property
-    def averaged(self) -> nn.Module:
-        """The network to evaluate and export: the EMA's where there is one."""
-        return self.ema.module if self.ema else self.model
 
 
 @dataclass(frozen=True)
@@ -152,7 +105,7 @@ def fit(training: Training, job: Job) -> None:
     model.train()
     first = training.step
     start = saved = last = time.monotonic()
-    updates = Ahead(job)
+    updates, behind = Ahead(job), Behind(job.device)
     raise_together(updates.failure)
     with (
         job.console.task(job.title, job.total_steps, done=first) as task,
@@ -162,20 +115,22 @@ def fit(training: Training, job: Job) -> None:
     ):
         while training.step < job.total_steps:
             updates.save_due = time.monotonic() - saved > 60 * job.run.save_minutes
-            loss = train_step(training, model, updates, job, stop, saver)
+            loss = train_step(training, model, updates, job, stop, saver, behind)
             beat()
             now = time.monotonic()
             training.totals["seconds"] = training.totals.get("seconds", 0.0) + now - last
             rate = job.effective_batch * (training.step - first) / (now - start)
             lr = training.optimizer.param_groups[-1]["lr"]
             task.advance(f"{rate:.0f} images/s  loss {loss:.4f}  lr {lr:.2e}")
-            facts: dict[str, Any] = {}
-            if training.step % job.steps_per_epoch == 0:
-                facts = end_epoch(training, job)
+            epoch_over = training.step % job.steps_per_epoch == 0
+            if epoch_over or stop.agreed or updates.failed or updates.save_agreed:
+                # What is evaluated and saved is only what the host knows to be sound.
+                read_steps(training, job, behind.due(0), updates, stop)
+            facts = end_epoch(training, job) if epoch_over else {}
             stopping = stop.agreed or updates.failed
-            if facts or stopping or updates.save_due:
+            if facts or stopping or updates.save_agreed:
                 save(training, job, saver, facts)
-                saved = time.monotonic()
+                saved, updates.save_agreed = time.monotonic(), False
             last = time.monotonic()  # waiting for data counts as training, evaluating and saving does not
             if stopping:
                 together(lambda: saver.wait() if saver else None)
@@ -188,47 +143,59 @@ def fit(training: Training, job: Job) -> None:
 
 
 class Ahead:
-    """The micro-batches of the next update, fetched while this one is computed.
+    """The micro-batches of the next update, fetched while this one is computed; on a GPU also those of the one after,
+    since that is launched before the host reads that a rank has none.
 
-    A loader's error is kept, so that all ranks hear of it, finish this update and save before any of them stops.
+    A loader's error is kept, so that all ranks hear of it, finish the updates at hand and save before any of them
+    stops.
     """
 
     def __init__(self, job: Job) -> None:
         self.batches: Iterator[Batch] = iter(job.loader)
-        self.count, self.device = job.optim.accum_iter, job.device
-        self.next: list[Batch] = []
+        self.count = job.optim.accum_iter
+        self.next: deque[list[Batch]] = deque()
         self.failure: UserError | None = None
         self.failed = False
-        """Whether any rank has a failure; set in the step."""
+        """Whether any rank has a failure; read from the step."""
         self.save_due = False
-        """Whether it is time to save by the clock of any rank, since saving is collective; agreed in the step."""
-        self.fetch()
+        """Whether it is time to save by the clock of this rank."""
+        self.save_agreed = False
+        """Whether it is by the clock of any, since saving is collective; read from the step."""
+        for _ in range(1 + lag_of(job.device)):
+            self.fetch()
 
     def fetch(self) -> None:
-        """Reads the next update's batches; none at the run's end."""
+        """Reads one more update's batches; none at the run's end."""
         try:
-            self.next = list(itertools.islice(self.batches, self.count))
+            self.next.append(list(itertools.islice(self.batches, self.count)))
         except UserError as error:
-            self.failure = error
+            self.failure = self.failure or error
 
-    def take(self) -> Iterator[Batch]:
-        """The batches at hand, each moved to the device when its turn comes."""
-        batches, self.next = self.next, []
-        return (_to_device(batch, self.device) for batch in batches)
+    def take(self) -> list[Batch]:
+        """The batches at hand, in host memory."""
+        return self.next.popleft()
 
 
 def train_step(
-    training: Training, model: nn.Module, updates: Ahead, job: Job, stop: StopRequest, saver: Saver | None
+    training: Training,
+    model: nn.Module,
+    updates: Ahead,
+    job: Job,
+    stop: StopRequest,
+    saver: Saver | None,
+    behind: Behind,
 ) -> float:
-    """One update, from `accum_iter` micro-batches; returns this rank's mean loss.
+    """Launches one update, from `accum_iter` micro-batches, and reads those that are due; returns this rank's mean loss
+    in the newest one that was read, at first nan on a GPU.
 
-    A loss or gradient that is not finite on any rank stops all of them before the weights change.
+    A loss or gradient that is not finite on any rank changes nothing, and stops all ranks when it is read.
     """
     accum = job.optim.accum_iter
     plan = (job.lr, job.optim.min_lr, job.optim.warmup_epochs, job.optim.epochs, job.optim.warmup_lr)
     set_lr(training.optimizer, learning_rate(training.step / job.steps_per_epoch, *plan))
-    sums: dict[str, float] = {}
-    failure: UserError | None = None
+    while training.heard and training.heard[0][0] < training.step - behind.lag:
+        training.objective.observe(training.heard.pop(0)[1])
+    seen: list[Seen] = []
     for number, batch in enumerate(updates.take()):
         micro = training.step * accum + number
         seed_everything(step_seed(job.run.seed, micro, job.world.rank))
@@ -236,54 +203,75 @@ def train_step(
         alone = job.world.size == 1 or number == accum - 1
         with contextlib.nullcontext() if alone else accumulating(model):
             with torch.autocast(job.device.type, job.precision or torch.bfloat16, enabled=job.precision is not None):
-                parts = training.objective(model, batch, generator)
+                parts = training.objective(model, _to_device(batch, job.device), generator)
             (parts["loss"] / accum).backward()
-        facts = {name: float(value.detach()) for name, value in parts.items()}
-        training.objective.observe(facts)
-        if failure is None and not math.isfinite(facts["loss"]):
-            failure = _not_finite(training, job, batch, facts)
-        count = len(batch["index"])
-        of_images = {name: count * value for name, value in facts.items()}
-        for name, value in {**of_images, "images": count, "skipped": float(batch["skipped"].sum())}.items():
-            sums[name] = sums.get(name, 0.0) + value
+        seen.append(Seen.of(batch, parts))
     updates.fetch()
-    if saver:
-        failure = failure or failure_of(saver.check)
-    told = [failure is not None, stop.asked is not None, updates.failure is not None, updates.save_due]
-    failed, stop.agreed, updates.failed, updates.save_due = (
-        all_sum(torch.tensor(told, dtype=torch.float32, device=job.device)) > 0
-    ).tolist()
-    if failed:
-        raise_together(failure)
-    sums["updates"], sums["grad_norm"] = 1.0, update(training, job, batch, facts, saver)
+    failure = failure_of(saver.check) if saver else None
+    asked = Asked(failure is not None, stop.asked is not None, updates.failure is not None, updates.save_due)
+    every = behind.agree(seen, asked)
+    norm = update(training, job, behind, saver)
+    behind.add(training.step, seen, failure, norm, every)
     training.step += 1
-    for name, value in sums.items():
-        training.totals[name] = training.totals.get(name, 0.0) + value
-    return sums["loss"] / sums["images"]
+    return read_steps(training, job, behind.due(), updates, stop)
 
 
-def update(training: Training, job: Job, batch: Batch, facts: dict[str, float], saver: Saver | None) -> float:
-    """Clips, checks and applies the gathered gradient; returns its norm before clipping."""
-    limit = math.inf if job.optim.clip_grad is None else job.optim.clip_grad
-    norm = clip_gradient(training.model, limit)
-    # The gradient is the same on all ranks here, so they agree without another reduction.
-    if not math.isfinite(norm):
-        raise _not_finite(training, job, batch, {**facts, "grad_norm": norm})
+def update(training: Training, job: Job, behind: Behind, saver: Saver | None) -> Tensor:
+    """Clips and applies the gathered gradient, unless this step is spoiled or one before it was; returns the norm from
+    before clipping, on the device.
+
+    The gradient is the same on all ranks here, so they agree about it without another reduction.
+    """
+    norm = clip_gradient(training.model, job.optim.clip_grad)
+    behind.spoil(~norm.isfinite())
     if saver:
         saver.before_change()
-    training.optimizer.step()
+    step_unless(training.optimizer, behind.spoiled)
     training.optimizer.zero_grad(set_to_none=True)
     if training.ema:
-        update_average(training.ema, training.model, training.step)
+        update_average(training.ema, training.model, training.step, behind.spoiled)
     return norm
 
 
-def _not_finite(training: Training, job: Job, batch: Batch, facts: dict[str, float]) -> NumericsError:
-    told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-    files = [job.name_of(index) for index in batch["index"].tolist()]
+def read_steps(training: Training, job: Job, readings: Iterable[Reading], updates: Ahead, stop: StopRequest) -> float:
+    """Takes note of steps: sums, what the ranks agreed on. Returns this rank's mean loss in the last of them, or nan.
+
+    Raises, on all ranks, what a step failed by; `training.step` is then the number of sound updates.
+    """
+    loss = math.nan
+    for reading in readings:
+        told = reading.read()
+        if told.spoiled:
+            training.step = reading.step
+            raise_together(_not_finite(training, job, reading, told))
+        if told.agreed.failed:
+            raise_together(reading.failure)
+        stop.agreed, updates.failed = stop.agreed or told.agreed.stop, updates.failed or told.agreed.no_data
+        updates.save_agreed = updates.save_agreed or told.agreed.save
+        sums = {"images": 0.0, "skipped": 0.0, "updates": 1.0, "grad_norm": told.grad_norm}
+        for micro, facts in zip(reading.seen, told.parts, strict=True):
+            training.heard.append((reading.step, facts))
+            of_images = {name: len(micro.images) * value for name, value in facts.items()}
+            for name, value in {**of_images, "images": len(micro.images), "skipped": micro.skipped}.items():
+                sums[name] = sums.get(name, 0.0) + value
+        for name, value in sums.items():
+            training.totals[name] = training.totals.get(name, 0.0) + value
+        loss = sums["loss"] / sums["images"]
+    return loss
+
+
+def _not_finite(training: Training, job: Job, reading: Reading, told: Told) -> NumericsError | None:
+    """This rank's error: about its first micro-batch whose loss is not finite; None where that happened on others only;
+    about the last one where no loss is at fault but the gradient."""
+    at_fault = [number for number, facts in enumerate(told.parts) if not math.isfinite(facts["loss"])]
+    if told.bad_loss and not at_fault:
+        return None
+    facts = told.parts[at_fault[0]] if at_fault else {**told.parts[-1], "grad_norm": told.grad_norm}
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
+    files = [job.name_of(index) for index in reading.seen[at_fault[0] if at_fault else -1].images]
     more = f" and {len(files) - 8} more" if len(files) > 8 else ""
     return NumericsError(
-        f"not finite at step {training.step} on rank {job.world.rank} ({told}), with {', '.join(files[:8])}{more}. "
+        f"not finite at step {training.step} on rank {job.world.rank} ({listed}), with {', '.join(files[:8])}{more}. "
         "The weights are as before the step. Lower --blr, set --clip_grad 1, or use --precision fp32; "
         f"the last checkpoint in {job.run.output_dir} is intact."
     )
@@ -318,6 +306,7 @@ def end_epoch(training: Training, job: Job) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "skipped": int(skipped),
     }
+    logger.info("epoch %d: peak memory %.2f GB", epoch, peak_memory(job.device) / 1e9)
     job.log.record({**record, **facts})
     job.log.scalars({job.scalar_tags.get(name, name): value for name, value in record.items()}, 1000 * (epoch + 1))
     training.totals = {}
@@ -344,15 +333,6 @@ def save(training: Training, job: Job, saver: Saver | None, facts: dict[str, Any
     facts = {**facts, **job.facts, "epoch": training.step / job.steps_per_epoch}
     buffers = training.model.buffers()
     together(lambda: saver.save(training.step, state, buffers, **facts) if saver else None)
-
-
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that another process can take."""
-    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
-
-
-def _mean(values: list[Tensor]) -> Tensor:
-    return torch.stack([value.double() for value in values]).mean(0)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

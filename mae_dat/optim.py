@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
-from torch import nn
+from torch import Tensor, nn
 
 from mae_dat.classifier import Classifier
 from mae_dat.errors import ConfigError
@@ -59,7 +59,7 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update; a closure is not called."""
+        """One update, or none where `found_inf`, as in torch's fused optimizers, is 1; a closure is not called."""
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 update = parameter.grad
@@ -68,10 +68,23 @@ class Lars(torch.optim.Optimizer):
                     size, length = parameter.norm(), update.norm()
                     update = update * torch.where((size > 0) & (length > 0), group["trust"] * size / length, 1.0)
                 state = self.state[parameter]
-                momentum = state.get("momentum_buffer")
-                momentum = update.clone() if momentum is None else momentum.mul_(group["momentum"]).add_(update)
-                state["momentum_buffer"] = momentum
-                parameter.sub_(momentum, alpha=group["lr"])
+                before = state.get("momentum_buffer", torch.zeros_like(update))
+                state["momentum_buffer"] = momentum = self._unless(before, group["momentum"] * before + update)
+                parameter.copy_(self._unless(parameter, parameter.sub(momentum, alpha=group["lr"])))
+
+    def _unless(self, before: Tensor, after: Tensor) -> Tensor:
+        spoiled: Tensor | None = getattr(self, "found_inf", None)
+        return after if spoiled is None else torch.where(spoiled > 0, before, after)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, spoiled: Tensor) -> None:
+    """One update, or none where `spoiled`, a scalar on the device, is 1. The host waits for it only where the optimizer
+    is neither fused nor Lars."""
+    if isinstance(optimizer, Lars) or all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = spoiled  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not spoiled:
+        optimizer.step()
 
 
 def build_optimizer(
@@ -145,6 +158,8 @@ def _layer_scales(net: nn.Module, layer_decay: float | None) -> Mapping[str, flo
     names = [name for name, _ in net.named_parameters()]
     if isinstance(net, VisionTransformer):
         return vit_layer_scales(names, len(net.blocks), layer_decay)
+    if hasattr(net, "layer_scales"):
+        return net.layer_scales(layer_decay)  # type: ignore[operator]
     if hasattr(net, "group_matcher"):
         return _timm_layer_scales(net, layer_decay)
     logger.warning("%s has no layers known to the layer decay: %s is not used", type(net).__name__, layer_decay)

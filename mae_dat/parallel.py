@@ -6,6 +6,7 @@ A checkpoint holds whole tensors in either case, so that it goes on in the other
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
 from mae_dat.data import Batch
 from mae_dat.distributed import World, gather
+from mae_dat.errors import ConfigError
 from mae_dat.loaders import ImageLoader
 
 SMALL = 0.02  # of all parameters: what is smaller is gathered with the rest, not by itself
@@ -89,6 +92,35 @@ def _settle(model: DistributedDataParallel) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile for each of the model's blocks, in place; its keys stay as they are.
+
+    Not for the whole model: that would take longer to compile, and hand over the gradients only when all are ready.
+    Raises ConfigError without a C++ compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise ConfigError("--compile needs a C++ compiler such as g++: install one, or leave it out.") from error
+    blocks = blocks_of(model)
+    # Each rate of drop path is another program, and each is compiled for training, evaluation and the attack.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile(options={"fallback_random": True})  # drop path draws as without compilation
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Lets each block keep only its input for the backward pass, which computes the rest once more; in place, keys stay
+    as they are. Raises ConfigError where that would count a batch twice."""
+    blocks = blocks_of(model)
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for block in blocks for part in block.modules()):
+        raise ConfigError("--checkpoint_activations would let BatchNorm see every batch twice: leave it out.")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 @contextlib.contextmanager
 def accumulating(model: nn.Module) -> Iterator[None]:
     """Backward passes inside keep their gradients to themselves, for one outside to reduce them all."""
@@ -105,22 +137,24 @@ def accumulating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def clip_gradient(model: nn.Module, limit: float) -> float:
-    """Scales the gradient to a norm of at most `limit`; returns the norm from before, over all shards."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def clip_gradient(model: nn.Module, limit: float | None) -> Tensor:
+    """Scales the gradient to a norm of at most `limit` (None: leaves it); returns the norm from before, over all
+    shards, a scalar on the device."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()
-def update_average(ema: Any, model: nn.Module, step: int) -> None:
-    """timm's ModelEmaV3.update, also on shards, where it would mix them with buffers."""
-    if not is_sharded(model):
-        ema.update(model, step=step)
-        return
-    weight = 1.0 - ema.get_decay(step)
+def update_average(ema: Any, model: nn.Module, step: int, spoiled: Tensor) -> None:
+    """timm's ModelEmaV3.update, also on shards; the average of the weights stays as it is where `spoiled`, a scalar on
+    the device, is 1."""
+    weight = (1.0 - ema.get_decay(step)) * (1.0 - spoiled)
     for mean, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
         if mean.is_floating_point():
-            _local(mean).lerp_(_local(value), weight)
+            _local(mean).lerp_(_local(value), weight.to(mean.dtype))
         else:
             mean.copy_(value)
 

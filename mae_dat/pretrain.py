@@ -7,12 +7,13 @@ from mae_dat import run
 from mae_dat.config import PretrainConfig, load_config
 from mae_dat.data import ImageSet, Transform
 from mae_dat.distributed import step_generator
-from mae_dat.engine import Training, seed_everything
+from mae_dat.engine import seed_everything
 from mae_dat.mae import MaskedAutoencoder, build_mae, mask_noise
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import MaskedReconstruction, Objective, WithDAT
 from mae_dat.optim import build_optimizer
 from mae_dat.pictures import adversary_gallery, reconstruction_gallery
+from mae_dat.training import Training
 from mae_dat.transforms import eval_transform, pretrain_transform
 
 SCALAR_TAGS = {"train_lr": "lr"}

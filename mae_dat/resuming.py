@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 # Settings that may change on the way: they say where and how a run is computed, not what. All others change the result.
 FREE = {
     *("output_dir", "log_dir", "resume", "start_epoch", "deterministic", "save_minutes", "keep", "keep_every"),
+    "checkpoint_activations",
     *("allow_change", "hang_minutes", "pictures_every"),
     *("data_path", "on_bad", "num_workers", "pin_mem"),
     *("eval", "dist_eval", "suite", "limit"),

@@ -26,24 +26,27 @@ from mae_dat.distributed import (
     from_main,
     pick_device,
     process_group,
+    set_float32,
     together,
     world_from_environment,
 )
-from mae_dat.engine import Job, Training
+from mae_dat.engine import Job
 from mae_dat.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from mae_dat.files import atomic_write, prepare_output_folder, sha256_of
 from mae_dat.lease import Lease, hold
 from mae_dat.loaders import TrainSampler, naming_killed_workers, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
-from mae_dat.parallel import shard, whole
+from mae_dat.parallel import checkpoint_blocks, compile_blocks, shard, whole
 from mae_dat.pictures import save_png
 from mae_dat.provenance import code_facts, told
 from mae_dat.registry import released
 from mae_dat.resuming import check_changes, keep_global_batch
 from mae_dat.sources import image_root, open_images
 from mae_dat.store import local_path
-from mae_dat.tokenizer import check_card, load_tokenizer
+from mae_dat.tokenizer import check_card, in_precision, load_tokenizer
+from mae_dat.tokenizer.padded import PaddedTokenizer
+from mae_dat.training import Training
 from mae_dat.watch import watching
 from mae_dat.weights import WeightsFile, read_weights, unwrap, write_weights
 
@@ -64,6 +67,10 @@ class Place:
     """Of the output folder, on rank 0 of a training."""
     shards: bool = False
     """Whether the ranks share one copy of a model (`--fsdp`)."""
+    compiled: bool = False
+    """Whether blocks are compiled."""
+    checkpointed: bool = False
+    """Whether blocks compute their activations twice to save memory."""
 
 
 @contextlib.contextmanager
@@ -84,7 +91,10 @@ def place(run: RunConfig, launch: LaunchConfig, console: Console, training: bool
         logger.warning("--fsdp: a single rank has nobody to share the model with.")
     if not world.main:
         console.quiet, console.live = True, False
+    if run.compile and fsdp:
+        raise ConfigError("--compile does not go with --fsdp: leave out one of them.")
     device = pick_device(run.device, world)
+    set_float32(run.precision)
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -100,7 +110,16 @@ def place(run: RunConfig, launch: LaunchConfig, console: Console, training: bool
 
         from_main(prepare)
         stack.enter_context(watching(run.hang_minutes, world.rank))
-        yield Place(world, device, amp_dtype(run.precision, device), output, leases[0] if leases else None, fsdp)
+        yield Place(
+            world,
+            device,
+            amp_dtype(run.precision, device),
+            output,
+            leases[0] if leases else None,
+            fsdp,
+            run.compile,
+            run.checkpoint_activations,
+        )
 
 
 def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
@@ -133,11 +152,16 @@ def in_channels(transform: Transform, data: DataConfig) -> Transform:
     return flow
 
 
-def with_dat(objective: Objective, dat: DatConfig, data: DataConfig, device: torch.device) -> Objective:
-    """The objective itself, or wrapped in DAT with its tokenizer, after a check that the sizes fit."""
+def with_dat(
+    objective: Objective, dat: DatConfig, data: DataConfig, device: torch.device, pad: bool = False
+) -> Objective:
+    """The objective itself, or wrapped in DAT with its tokenizer, after a check that the sizes fit; with `pad` all of
+    them do."""
     if dat.attack is None:
         return objective
-    tokenizer = load_tokenizer(dat.tokenizer).to(device)
+    tokenizer = in_precision(load_tokenizer(dat.tokenizer), device, dat.tokenizer_precision, dat.tokenizer_compile)
+    if pad:
+        tokenizer = PaddedTokenizer(tokenizer, data.image_size)
     tokenizer.check(torch.zeros(1, data.in_chans, *data.image_size))
     logger.info(
         "DAT %s: tokenizer %s, factor %d, %d words", dat.dat, dat.tokenizer, tokenizer.factor, tokenizer.num_words
@@ -286,7 +310,12 @@ def naming(source: str) -> Iterator[None]:
 
 
 def settle(model: nn.Module, where: Place, copy: nn.Module | None = None) -> None:
-    """Shards a model and its copy (an average's) over the ranks if that is asked for. The optimizer comes after."""
+    """Compiles a model, and shards it and its copy (an average's) over the ranks, as far as that is asked for. The
+    optimizer comes after. Raises ConfigError."""
+    if where.checkpointed:
+        checkpoint_blocks(model)
+    if where.compiled:
+        compile_blocks(model)
     for one in (model, copy):
         if one is not None and where.shards:
             shard(one, where.world, where.device)

@@ -28,8 +28,8 @@ from tiny_runs import draw_folder, save_tokenizer
 
 from mae_dat import engine, evaluate, mae, pretrain
 from mae_dat.config import run_command
-from mae_dat.engine import Training
 from mae_dat.mae import MaeSize, ViTSize
+from mae_dat.training import Training
 
 TINY = ViTSize(32, 8, 32, 2, 2)
 PATIENCE_S = 120  # an attempt is a matter of two seconds, of ten on a busy machine

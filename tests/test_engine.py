@@ -36,7 +36,7 @@ from mae_dat.config import (
 )
 from mae_dat.data import Batch, ImageFolder
 from mae_dat.distributed import World, process_group
-from mae_dat.engine import Job, Training
+from mae_dat.engine import Job
 from mae_dat.errors import DataError, Interrupted, NumericsError, PeerError
 from mae_dat.finetune import finetune
 from mae_dat.generated import write_image_folder
@@ -47,6 +47,7 @@ from mae_dat.objectives import Classification, MaskedReconstruction, Objective, 
 from mae_dat.optim import build_optimizer, learning_rate
 from mae_dat.pretrain import pretrain
 from mae_dat.tokenizer import LightConfig, LightTokenizer
+from mae_dat.training import Training
 from mae_dat.transforms import eval_transform
 
 SIDE = 32
@@ -368,10 +369,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         gradients.clear()
         return loss
 
-    def update(training: Training, *rest: Any) -> float:
+    def update(training: Training, *rest: Any) -> Tensor:
         gradients["gradient"] = flat_gradient(training.model)
         norm = real_update(training, *rest)
-        gradients["norm"] = norm
+        gradients["norm"] = float(norm)
         return norm
 
     gradients: dict[str, Any] = {}

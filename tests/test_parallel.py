@@ -33,7 +33,6 @@ from mae_dat.config import (
 )
 from mae_dat.data import ImageFolder
 from mae_dat.distributed import process_group, world_from_environment
-from mae_dat.engine import Training
 from mae_dat.errors import Interrupted, NumericsError, PeerError, UserError
 from mae_dat.finetune import finetune
 from mae_dat.generated import write_image_folder
@@ -45,6 +44,7 @@ from mae_dat.parallel import blocks_of, in_step, is_sharded, load_model, shard, 
 from mae_dat.pretrain import pretrain
 from mae_dat.run import place
 from mae_dat.tokenizer import LightConfig, LightTokenizer
+from mae_dat.training import Training
 from mae_dat.transforms import eval_transform
 
 SIDE = 32

@@ -13,7 +13,7 @@ from mae_dat.resuming import FREE, SHARES, changes, check_changes, keep_global_b
 
 # Every other setting changes the result; a new one must be put into one of the two lists by its author.
 CHANGES_THE_RESULT = {
-    *("device", "seed", "precision"),
+    *("device", "seed", "precision", "compile"),
     *("input_size", "in_chans"),
     *("epochs", "lr", "blr", "min_lr", "warmup_epochs", "warmup_lr", "cooldown_epochs", "weight_decay", "clip_grad"),
     *("dat", "dat_eps", "dat_share", "dat_random_start", "dat_steps", "dat_nearest", "tokenizer"),
