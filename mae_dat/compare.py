@@ -36,10 +36,23 @@ ARMS = {
     "released": "DAT",
     "paper": "DAT, Algorithm 1",
     "symbolic": "symbolic DAT",
+    "at_image": "DAT at the image",
+    "free": "DAT, free gradient",
+    "free_at_image": "DAT, free gradient at the image",
+    "fifth": "DAT on a fifth of the batch",
+}
+# Of arms that are not simply a kind of --dat.
+FLAGS = {
+    "plain": "--dat none",
+    "at_image": "--dat released --dat_at image",
+    "free": "--dat released --dat_free",
+    "free_at_image": "--dat released --dat_free --dat_at image",
+    "fifth": "--dat released --dat_batch_share 0.2",
 }
 # Passes through the network and the tokenizer beside a plain step's, measured on two cores; only the time left depends
-# on them.
+# on them. Of the cheaper forms of released they are counted.
 COST = {"plain": 1.0, "reconstruction": 2.4, "random": 2.4, "released": 3.6, "paper": 2.6, "symbolic": 3.6}
+COST |= {"at_image": 3.2, "free": 3.0, "free_at_image": 2.5, "fifth": 1.6}
 PRETRAIN_COST = 0.5
 MEASURE_COST, CORRUPT_COST = 0.2, 1.0
 
@@ -52,13 +65,14 @@ class CompareConfig:
     """Folder with train/CLASS/* and val/CLASS/*, or `demo`."""
     output_dir: str = "output/compare"
     arms: tuple[str, ...] = ("plain", "random", "released", "paper")
-    """plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic."""
+    """plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic; cheaper forms
+    of released: at_image, free, free_at_image, fifth (of the batch)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the fine-tunings; the pretraining is shared and has its config's seed."""
     pretrain: str = str(CONFIGS / "small_pretrain.yaml")
     """Recipe of the pretraining."""
     finetune: str = str(CONFIGS / "small_finetune.yaml")
-    """Recipe of all fine-tunings; an arm changes --dat alone."""
+    """Recipe of all fine-tunings; an arm changes --dat and its kin alone."""
     pretrain_flags: str = ""
     """Flags over the recipe, as one quoted text: --pretrain_flags="--epochs 10 --blr 1e-3"."""
     finetune_flags: str = ""
@@ -89,7 +103,7 @@ def finetune_config(config: CompareConfig, arm: str, seed: int) -> FinetuneConfi
     """One fine-tuning."""
     output = Path(config.output_dir)
     own = ["--data_path", config.data_path, "--output_dir", str(output / f"{arm}-seed{seed}"), "--seed", str(seed)]
-    start = ["--finetune", str(output / "pretrain"), "--dat", "none" if arm == "plain" else arm]
+    start = ["--finetune", str(output / "pretrain"), *FLAGS.get(arm, f"--dat {arm}").split()]
     return load_config(FinetuneConfig, ["--config", config.finetune, *shlex.split(config.finetune_flags), *own, *start])
 
 
