@@ -136,7 +136,7 @@ def measured(case: Case, config: BenchmarkConfig, device: torch.device, rate: fl
     torch.manual_seed(0)
     try:
         rounds = config.rounds or (3 if config.quick else 7)
-        return measure(case, rounds, device, rate, limit=15 if config.quick or device.type == "cuda" else 60)
+        return measure(case, rounds, device, rate, limit=10 if config.quick or device.type == "cuda" else 60)
     except Exception as error:
         logger.exception("%s failed", case.name)
         return Row(

@@ -13,8 +13,9 @@ from benchmarks.plain import VQ_F8, ReleasedVQGAN, Trainer, dat_step
 from benchmarks.timing import NEEDS_GPU, Case, Step
 from mae_dat.classifier import build_classifier
 from mae_dat.config import AttackConfig, AugmentConfig
+from mae_dat.distill_tokenizer import DistillConfig
 from mae_dat.objectives import Classification, WithDAT
-from mae_dat.tokenizer import VQGAN, LightConfig, LightTokenizer, VQGANConfig
+from mae_dat.tokenizer import VQGAN, LightConfig, LightTokenizer, VisualTokenizer, VQGANConfig, in_precision
 
 
 class Work(NamedTuple):
@@ -47,11 +48,18 @@ SIZES = (
 CPU_BATCH, CPU_GOAL = 1, 4.0
 
 
+def student_of(vqgan: VQGANConfig) -> VisualTokenizer:
+    """A light tokenizer of the size that `python -m mae_dat.distill_tokenizer` gives to a student."""
+    size = (DistillConfig.width, DistillConfig.encoder_blocks, DistillConfig.decoder_blocks)
+    return LightTokenizer(LightConfig(vqgan.factor, *size, vqgan.num_words, vqgan.word_dim))
+
+
 def ours(work: Work, mode: str = "exact") -> Step:
     """Builds our DAT step."""
-    model = build_classifier(work.name, CLASSES, work.side).to(work.device).train()
-    light = LightTokenizer(LightConfig(factor=8 if work.side > 64 else 4))
-    tokenizer = (light if "light" in mode else VQGAN(work.vqgan)).freeze().to(work.device)
+    with torch.device(work.device):  # the initialisation of ViT-H takes long on a host
+        model = build_classifier(work.name, CLASSES, work.side).train()
+    tokenizer = student_of(work.vqgan) if "light" in mode else VQGAN(work.vqgan)
+    tokenizer = in_precision(tokenizer.freeze(), work.device)
     plain = Classification(AugmentConfig(smoothing=0.0), CLASSES)
     objective = WithDAT(plain, tokenizer, AttackConfig(**{"kind": "released", **MODES[mode]}))
     return training_step(model, objective, make_batch(work.batch, work.side, work.device), work.device)
@@ -59,7 +67,8 @@ def ours(work: Work, mode: str = "exact") -> Step:
 
 def released(work: Work) -> Step:
     """Builds the released step of the same network."""
-    model = build_classifier(work.name, CLASSES, work.side).to(work.device).train()
+    with torch.device(work.device):  # the initialisation of ViT-H takes long on a host
+        model = build_classifier(work.name, CLASSES, work.side).train()
     tokenizer, trainer = ReleasedVQGAN(work.vqgan).to(work.device), Trainer(model)
     pictures = make_batch(work.batch, work.side, work.device)
     image, target = pictures["image"], one_hot(pictures["label"], CLASSES).float()

@@ -22,14 +22,16 @@ GOALS = {False: 1.7, True: 1.2}
 
 def ours(name: str, side: int, batch: int, device: torch.device) -> Step:
     """Builds our step of the classifier `name` at `side` px."""
-    model = build_classifier(name, CLASSES, side).to(device).train()
+    with torch.device(device):
+        model = build_classifier(name, CLASSES, side).train()
     objective = Classification(AugmentConfig(smoothing=0.0), CLASSES)
     return training_step(model, objective, make_batch(batch, side, device), device)
 
 
 def released(name: str, side: int, batch: int, device: torch.device, fused_attention: bool = False) -> Step:
     """Builds the released step of the same network, or the same with timm's fused attention."""
-    model = build_classifier(name, CLASSES, side).to(device).train()
+    with torch.device(device):
+        model = build_classifier(name, CLASSES, side).train()
     trainer, pictures = Trainer(model, fused_attention), make_batch(batch, side, device)
     target = one_hot(pictures["label"], CLASSES).float()
     return lambda: finetuning_step(model, trainer, pictures["image"], target)

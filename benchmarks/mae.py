@@ -21,14 +21,16 @@ CPU_BATCH, CPU_GOAL = 8, 2.0
 
 def ours(name: str, batch: int, device: torch.device) -> Step:
     """Builds our step of the model `name`."""
-    model = build_mae(name).to(device).train()
+    with torch.device(device):
+        model = build_mae(name).train()
     pictures = make_batch(batch, model.img_size[0], device)
     return training_step(model, MaskedReconstruction(0.75, False), pictures, device)
 
 
 def released(name: str, batch: int, device: torch.device) -> Step:
     """Builds the released step of the same model."""
-    model = build_mae(name).to(device).train()
+    with torch.device(device):
+        model = build_mae(name).train()
     trainer, image = Trainer(model), make_batch(batch, model.img_size[0], device)["image"]
     return lambda: mae_step(model, trainer, image, mask_noise(batch, model.num_patches, None, device))
 

@@ -160,8 +160,9 @@ def measure(case: Case, rounds: int, device: torch.device, rate: float | None = 
     facts: dict[str, Any] = {name: getattr(case, name) for name in SHARED}
     if case.left_out:
         return Row(**facts, note=case.left_out)
-    start = time.perf_counter()
+    gc.collect()  # of the case before
     versions = [_Version(build, case, device) for build in (case.ours, case.baseline) if build]
+    start = time.perf_counter()
     times: list[list[float]] = []
     while len(times) < rounds and (len(times) < 2 or time.perf_counter() - start < limit):
         times.append([version.round() for version in versions])
@@ -198,7 +199,6 @@ def wait_for(device: torch.device) -> None:
 
 def held_memory(device: torch.device) -> float:
     """What is held now."""
-    gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if sys.platform == "linux":
