@@ -1,10 +1,12 @@
 """What an eps means: share of visual words that a step of that L2 length changes, how exact the words are, and what
 equally many changed words do to loss and accuracy when they are chosen by an attack or at random.
 
-`python benchmarks/strength.py OUT --data_path DIR [--tokenizer NAME]` with OUT a fine-tuned classifier.
+`python benchmarks/strength.py OUT --data_path DIR [--tokenizer NAME]` with OUT a fine-tuned classifier; without
+OUT only how exact the words are, in each precision.
 """
 
 import argparse
+import copy
 import dataclasses
 import statistics
 from collections.abc import Callable
@@ -16,11 +18,15 @@ from torch import Tensor, nn
 
 from mae_dat.attack import DiscreteAdversary, ShareController, discrete_adversary, unit
 from mae_dat.config import AttackConfig, FinetuneConfig, load_config
+from mae_dat.data import ImageFolder
 from mae_dat.finetune import evaluated_config, held_out_images, load_classifier
-from mae_dat.tokenizer import VisualTokenizer, load_tokenizer, share_changed
+from mae_dat.tokenizer import VisualTokenizer, in_precision, load_tokenizer, share_changed
+from mae_dat.tokenizer.precision import PRECISIONS, agreement
+from mae_dat.transforms import eval_transform
 from mae_dat.word_attack import KINDS, WordAttack, word_hits
 
 RADII = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+PRECISION_RADII = (0.1, 2.0)
 SHARES = (0.01, 0.05, 0.15)
 SEEDS = range(5)  # of the random words: all other attacks are without chance here
 ATTACKS = {
@@ -36,14 +42,24 @@ ATTACKS = {
 }
 
 
-def exactness(tokenizer: VisualTokenizer, image: Tensor) -> str:
-    """PSNR, drift of the words under reconstruction, and words that bfloat16 gets wrong."""
+@torch.no_grad()
+def print_exactness(tokenizer: VisualTokenizer, image: Tensor, delta: Tensor) -> None:
+    """Prints PSNR, drift of the words under reconstruction, and what 16 bits do to the words and to those that steps of
+    two lengths along `delta` change."""
     words, reconstruction = tokenizer.encode(image), tokenizer.reconstruct(image)
     psnr = (-10 * (reconstruction - image).square().mean((1, 2, 3)).log10()).mean()
     drift = share_changed(words, tokenizer.encode(reconstruction))
-    with torch.autocast(image.device.type, torch.bfloat16):
-        flipped = share_changed(words, tokenizer.encode(image))
-    return f"PSNR {psnr:.2f} dB; words of Q(x) that are not those of x {drift:.2%}; bfloat16 changes {flipped:.2%}"
+    print(f"PSNR {psnr:.2f} dB; words of Q(x) that are not those of x {drift:.2%}")
+    print("\nprecision      eps   words that differ   changed by a step (fp32)   same places (same Q(x))   grey levels")
+    for name in PRECISIONS:
+        fast = in_precision(copy.deepcopy(tokenizer), image.device, name)
+        for eps in PRECISION_RADII:
+            found = agreement(tokenizer, fast, image, eps * delta)
+            print(
+                f"{name:12} {eps:5.2f} {found.flips:19.2%} {found.fast_changed:16.2%} ({found.changed:.2%})"
+                f" {found.overlap:17.0%} ({found.overlap_same_picture:.0%}) {255 * found.pixels:16.3f}"
+            )
+    print()
 
 
 def attacked(attack: AttackConfig, share: float, run: Callable[[AttackConfig], DiscreteAdversary]) -> DiscreteAdversary:
@@ -100,26 +116,33 @@ def curves(model: nn.Module, image: Tensor, label: Tensor, tokenizer: VisualToke
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("classifier", type=Path, help="output folder of a fine-tuning")
+    parser.add_argument("classifier", type=Path, nargs="?", help="output folder of a fine-tuning")
     parser.add_argument("--data_path", required=True)
     parser.add_argument("--tokenizer", default="embedded")
     parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--input_size", type=int, default=224, help="without a classifier: pixels along a side")
     options = parser.parse_args()
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.classifier is None:
+        side = options.input_size
+        folder = ImageFolder(Path(options.data_path), eval_transform((side, side)), labelled=False)
+        image = torch.stack([folder[index * len(folder) // options.images]["image"] for index in range(options.images)])
+        print_exactness(tokenizer, image, unit(torch.randn(image.shape, generator=torch.Generator().manual_seed(0))))
+        return
     config, classes = evaluated_config(
         options.classifier, load_config(FinetuneConfig, ["--data_path", options.data_path])
     )
     images = held_out_images(config, classes)
     model = load_classifier(options.classifier, config, images.classes).eval()
-    tokenizer = load_tokenizer(options.tokenizer)
     chosen = [images[index * len(images) // options.images] for index in range(options.images)]
     image = torch.stack([one["image"] for one in chosen])
     label = torch.tensor([one["label"] for one in chosen])
     with torch.no_grad():
-        print(exactness(tokenizer, image))
         reconstruction = tokenizer.reconstruct(image)
         words = tokenizer.encode(reconstruction)
     generator = torch.Generator().manual_seed(0)
     direction = unit(torch.randn(image.shape, generator=generator))
+    print_exactness(tokenizer, image, direction)
     print("   eps   changed by the attack   by a random direction   RMS in grey levels of 255")
     for eps in RADII:
         attack = AttackConfig("released", eps, random_start=0.0)
