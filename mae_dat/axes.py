@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from mae_dat.arms import arms_of
 from mae_dat.corruptions import CATEGORIES, CORRUPTIONS
 from mae_dat.mce import ALEXNET, mce
 from mae_dat.results import CellCount, Results, Suite
@@ -29,7 +30,7 @@ from mae_dat.scores import (
 CLEAN = ("imagenet", "clean")
 ORDER = (
     *CLEAN, "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "objnet-113", "objnet-1000",
-    "stylized", "imagenet-c", "generated", "imagenet-c-bar", "cue-conflict",
+    "stylized", "imagenet-c", "generated", "imagenet-c-bar", "cue-conflict", "conflict",
 )  # fmt: skip
 TITLES = {
     "generated": "IN-C*",
@@ -131,9 +132,9 @@ def _title(results: Results, model: str, suite: str) -> str:
     title = TITLES.get(suite, facts["title"])
     if not facts["official"] and kind_of(results["cells"][model][suite]) != "words":
         title = f"{title.rstrip('*')}*"
-    notes = [] if size == USUAL_SIZE else [f"{pixels_text(size)} px"]
+    notes = [] if size == USUAL_SIZE or common_size(results) else [f"{pixels_text(size)} px"]
     subset = facts["protocol"].get("subset", "")
-    notes += [subset] if subset and not common_subset(results) else []
+    notes += [subset] if subset and not made_subset(results) else []
     notes += ["partial†"] if facts["missing"] else []
     return ", ".join([title, *notes])
 
@@ -142,6 +143,24 @@ def common_subset(results: Results) -> str:
     """The choice of pictures that all suites share, in words; empty where there is none, or several."""
     chosen = {facts["protocol"].get("subset", "") for own in results["suites"].values() for facts in own.values()}
     return chosen.pop() if len(chosen) == 1 else ""
+
+
+def made_subset(results: Results) -> str:
+    """The same, or the choice that all suites share but the clean and conflicting pictures of other classes, which are
+    counted whole (`Choice.whole_clean`)."""
+    suites = [
+        (name, facts["protocol"].get("subset", "")) for own in results["suites"].values() for name, facts in own.items()
+    ]
+    chosen = {subset for name, subset in suites if name not in ("clean", "conflict")}
+    whole = {subset for name, subset in suites if name in ("clean", "conflict")} <= {""}
+    return chosen.pop() if len(chosen) == 1 and whole else common_subset(results)
+
+
+def common_size(results: Results) -> str:
+    """'64 px', where all networks take it and it is not the usual 224; empty otherwise."""
+    sizes = {pixels_text(facts["size"]) for facts in results["models"].values()} - {pixels_text(USUAL_SIZE)}
+    one = len({tuple(facts["size"]) for facts in results["models"].values()}) == 1
+    return f"{sizes.pop()} px" if one and sizes else ""
 
 
 def pixels_text(size: Sequence[int]) -> str:
@@ -280,9 +299,12 @@ def _corruptions(results: Results, variant: Variant) -> Iterator[Axis]:
     def normalised(relative: bool) -> Callable[[str], Number | None]:
         return lambda model: _mce(scores[model], relative)
 
+    arms = arms_of(results, variant.models)
+
     def against_first(model: str) -> Number | None:
-        first = scores[variant.models[0]]
-        return None if len(variant.models) < 2 else _tried(lambda: mce(scores[model], first))
+        seed = next(seed for arm in arms for seed, member in arm.members.items() if member == model)
+        first = arms[0].members.get(seed)
+        return None if len(arms) < 2 or first is None else _tried(lambda: mce(scores[model], scores[first]))
 
     if suite == "imagenet-c" and variant.facts["official"]:
         column = f"imagenet-c{_subset(variant)}/mce"
@@ -290,8 +312,7 @@ def _corruptions(results: Results, variant: Variant) -> Iterator[Axis]:
         yield _axis(results, variant, f"{suite}/rmce", f"{variant.title}: relative mCE", -1, normalised(True))
     yield _axis(results, variant, f"{suite}/mean", f"{variant.title}: mean corruption error (%)", -1, mean)
     if not variant.facts["official"]:
-        first = results["models"][variant.models[0]]["title"]
-        title = f"{variant.title}: mCE, of {first} 100"
+        title = f"{variant.title}: mCE, of {arms[0].title} 100"
         yield _axis(results, variant, f"{suite}/mce-first", title, -1, against_first)
 
 

@@ -67,6 +67,12 @@ def _plain(text: str) -> str:
     return short.replace("$", r"\$")
 
 
+def signed(value: float, digits: int) -> str:
+    """'+1.2', '−0.3', and '0.0' for what rounds to it."""
+    text = f"{value:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+
+
 def _figure(height: float, width: float = WIDTH) -> Figure:
     figure = Figure(figsize=(width, height), dpi=CSS_PIXELS_PER_INCH * DENSITY, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -84,12 +90,12 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _legend(figure: Figure, axes: Axes, count: int) -> None:
-    """One legend above the axes, where it covers no data; nothing for a single series."""
+def _legend(figure: Figure, axes: Axes, count: int, across: int = 3) -> None:
+    """One legend above the axes, where it covers no data, of `across` columns; nothing for a single series."""
     handles, labels = axes.get_legend_handles_labels()
     if count > 1:
         figure.legend(
-            handles, labels, loc="outside upper center", ncols=min(3, count), handlelength=2.4, columnspacing=1.2
+            handles, labels, loc="outside upper center", ncols=min(across, count), handlelength=2.4, columnspacing=1.2
         )
 
 
@@ -188,7 +194,7 @@ def heat_map(
     axes.imshow(cells, cmap=colors, vmin=low, vmax=high, aspect="auto")
     for r, row in enumerate(values):
         for c, value in enumerate(row):
-            text = "–" if value is None else f"{value:+.1f}".replace("-", "−") if difference else f"{value:.1f}"
+            text = "–" if value is None else signed(value, 1) if difference else f"{value:.1f}"
             dark = abs(value or 0) > 0.62 * high
             axes.text(c, r, text, ha="center", va="center", color="white" if dark else "black")
     for edge in breaks:
@@ -243,4 +249,20 @@ def shape_plot(series: Sequence[Series], notes: Sequence[str]) -> bytes:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.set_xlabel("shape bias")
+    return _png(figure)
+
+
+@rc_context(STYLE)
+def spectrum_plot(series: Sequence[Series], ylabel: str, xlabel: str) -> bytes:
+    """Lines over a frequency; values above 0 on a logarithmic axis."""
+    figure = _figure(4.2)
+    axes = figure.subplots()
+    for one in series:
+        _draw_line(axes, one, markers=False)
+    axes.set_yscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y")
+    axes.margins(x=0.03)
+    _legend(figure, axes, len(series), across=2)
     return _png(figure)

@@ -7,26 +7,30 @@ measures.
 """
 
 import dataclasses
-import logging
+import math
 import shlex
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mae_dat import run
+from mae_dat.arms import arms_of
+from mae_dat.axes import axes_of
+from mae_dat.comparison import caution, value_text
 from mae_dat.config import ConfigError, FinetuneConfig, PretrainConfig, flat_values, load_config, nearest, run_command
+from mae_dat.contenders import View, open_contender
+from mae_dat.contest import Setting, examine
 from mae_dat.corruptions import CORRUPTIONS, SEVERITIES
-from mae_dat.data import ImageSet
 from mae_dat.distributed import pick_device
-from mae_dat.evaluate import as_run, assemble, check_suite, conflict_pictures, measure, require_color, training_curves
+from mae_dat.evaluate import require_color
 from mae_dat.files import prepare_output_folder
-from mae_dat.finetune import evaluated_config, finetune, held_out_images, load_classifier
-from mae_dat.metrics import Console
+from mae_dat.finetune import finetune
+from mae_dat.metrics import Console, read_log
 from mae_dat.pretrain import pretrain
-from mae_dat.report import Gallery, Results, Run, write_report
-
-logger = logging.getLogger(__name__)
+from mae_dat.results import Curve, Gallery, Results, Run, Training
+from mae_dat.sources import image_root
+from mae_dat.suites import CLEAN, CONFLICT, GENERATED, WORDS, Choice
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ARMS = {
@@ -78,8 +82,11 @@ class CompareConfig:
     finetune_flags: str = ""
     """The same for all fine-tunings."""
     limit: int | None = 400
-    """Images for each corruption and severity (None: all of the validation split)."""
-    severities: tuple[int, ...] = SEVERITIES
+    """Images for each corruption and severity, and under attack (None: all of the validation split). Clean accuracy and
+    shape bias are of all."""
+    suite: tuple[str, ...] = ()
+    """As for mae_dat.robustness (default: clean, generated, words-random, words-symbolic, and conflict if it is there).
+    """
     measure: bool = True
     """Measure and report in the end; --no_measure trains only."""
     title: str = "MAE pretraining, then fine-tuning with and without DAT"
@@ -87,7 +94,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
             raise ConfigError("a comparison needs at least one of --arms and one of --seeds.")
-        check_suite(self.limit, self.severities)
+        Choice(Path(), limit=self.limit)  # refuses what it cannot be
         for arm in self.arms:
             if arm not in ARMS:
                 raise ConfigError(f"unknown arm {arm!r}: {nearest(arm, list(ARMS))}")
@@ -108,9 +115,9 @@ def finetune_config(config: CompareConfig, arm: str, seed: int) -> FinetuneConfi
 
 
 def compare(config: CompareConfig, console: Console) -> Results | None:
-    """Trains what is not trained yet, measures, and writes report.html, results.json and figures into the output
-    folder."""
-    began, output = time.monotonic(), prepare_output_folder(Path(config.output_dir))
+    """Trains what is not trained yet, measures what is not measured yet, and writes results.json and the report into
+    the output folder."""
+    prepare_output_folder(Path(config.output_dir))
     first = pretrain_config(config)
     runs = {(arm, seed): finetune_config(config, arm, seed) for seed in config.seeds for arm in config.arms}
     if config.measure:
@@ -124,10 +131,7 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
         console.passed(stage(arm, seed))
     if not config.measure:
         return None
-    results = report(config, first, runs, console)
-    results["seconds"] = time.monotonic() - began
-    logger.info("wrote %s", write_report(results, output))
-    return results
+    return report(config, first, runs, console)
 
 
 def stage(arm: str, seed: int) -> str:
@@ -143,7 +147,7 @@ def plan(
     for (arm, seed), one in runs.items():
         seconds[stage(arm, seed)] = COST[arm] * one.optim.epochs * count / 200
     if config.measure:
-        cells = len(CORRUPTIONS) * len(config.severities)
+        cells = len(CORRUPTIONS) * len(SEVERITIES)
         seconds["measure"] = (config.limit or count // 4) * cells * (MEASURE_COST * len(runs) + CORRUPT_COST) / 200
     return seconds
 
@@ -151,34 +155,62 @@ def plan(
 def report(
     config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig], console: Console
 ) -> Results:
-    """Measures all classifiers on the same pictures and gathers settings, curves and galleries."""
+    """Measures all classifiers on the same pictures, or takes what is stored, and writes the report."""
     any_run = next(iter(runs.values()))
-    _, classes = evaluated_config(Path(any_run.run.output_dir), any_run)
-    images = held_out_images(any_run, classes)
     device = pick_device(any_run.run.device)
-    models = {
-        stage(arm, seed): load_classifier(Path(one.run.output_dir), one, images.classes).to(device)
-        for (arm, seed), one in runs.items()
-    }
-    found = measure(
-        models, images, any_run, device, console, conflict_pictures(images), config.limit, config.severities
-    )
-    entries: list[Run] = [
-        as_run(found, stage(arm, seed), arm, ARMS[arm], Path(one.run.output_dir), seed)
+    view = View(device, size=any_run.data.image_size)
+    networks = [
+        open_contender(one.run.output_dir, one.classifier.model, stage(arm, seed), view)
         for (arm, seed), one in runs.items()
     ]
+    root = image_root(config.data_path)
+    choice = Choice(root, limit=config.limit, whole_clean=True, tokenizer=any_run.dat.tokenizer, device=device)
+    asked = config.suite or (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []), *WORDS)
+    setting = Setting(view, Path(config.output_dir), console, batch_size=64, num_workers=any_run.data.num_workers)
+    return examine(networks, choice, asked, setting, config.title, training_of(config, first, runs))
+
+
+def training_of(config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig]) -> Training:
+    """Settings, curves, times and pictures of all runs, from their folders."""
     settings = {"comparison": dataclasses.asdict(config), "pretraining": flat_values(first)}
+    found: dict[str, Run] = {}
     for (arm, seed), one in runs.items():
+        curves, seconds = training_curves(Path(one.run.output_dir))
+        label = ARMS[arm]
+        found[stage(arm, seed)] = {"arm": arm, "label": label, "seed": seed, "seconds": seconds, "curves": curves}
         if seed == config.seeds[0]:
-            settings[f"fine-tuning, {ARMS[arm]}"] = flat_values(one)
-    results = assemble(entries, settings, config.title, found)
+            settings[f"fine-tuning, {label}"] = flat_values(one)
+    settings = {stage: {key: _plain(value) for key, value in own.items()} for stage, own in settings.items()}
     curves, seconds = training_curves(Path(first.run.output_dir))
-    results["pretraining"] = {"curves": curves, "seconds": seconds}
-    results["galleries"] = galleries(config, images)
-    return results
+    shown = galleries(config)
+    return {"runs": found, "pretraining": curves, "seconds": seconds, "settings": settings, "galleries": shown}
 
 
-def galleries(config: CompareConfig, images: ImageSet) -> list[Gallery]:
+def _plain(value: Any) -> Any:
+    """A setting as JSON knows it."""
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def training_curves(folder: Path) -> tuple[dict[str, Curve], float]:
+    """Curves by epoch from `log.txt`, and the seconds of training; empty where there is no log."""
+    records = read_log(folder / "log.txt")
+    # DAT's training loss is a sum over views: only its clean part can be laid beside a plain run's.
+    wanted = {
+        "train_loss": ("train_loss_clean", "train_loss"),
+        "test_acc1": ("test_acc1",),
+        "changed_words": ("train_changed_words",),
+    }
+    curves: dict[str, Curve] = {}
+    for name, keys in wanted.items():
+        for record in records:
+            key = next((key for key in keys if key in record), None)
+            if key is not None:
+                value = float(record[key])
+                curves.setdefault(name, []).append([record["epoch"] + 1, value if math.isfinite(value) else None])
+    return curves, sum(record.get("seconds", 0.0) for record in records)
+
+
+def galleries(config: CompareConfig) -> list[Gallery]:
     """The pictures that the runs drew after their last epoch."""
     output, seed = Path(config.output_dir), config.seeds[0]
     wanted: list[Gallery] = [
@@ -201,10 +233,21 @@ def galleries(config: CompareConfig, images: ImageSet) -> list[Gallery]:
     return [gallery for gallery in wanted if (output / gallery["file"]).is_file()]
 
 
-def main() -> None:
+def print_numbers(results: Results, output: Path) -> None:
+    """Where to look, and one line an arm with the numbers that matter."""
+    print("\n" + " ".join([f"Open {output / 'report.html'} (numbers: {output / 'results.json'}).", *caution(results)]))
+    axes = [axis for axis in axes_of(results) if axis.key in ("clean", "generated/mean", "conflict/bias")]
+    for arm in arms_of(results):
+        print(f"  {arm.title:<16} " + "   ".join(f"{axis.title} {value_text(axis, arm)}" for axis in axes))
+
+
+def main(default: CompareConfig | None = None, about: str = __doc__ or "") -> None:
     """Command line."""
     console = run.console_for_command()
-    compare(load_config(CompareConfig, run.arguments(), __doc__ or ""), console)
+    config = load_config(CompareConfig, run.arguments(), about, default=default)
+    results = compare(config, console)
+    if results is not None:
+        print_numbers(results, Path(config.output_dir))
 
 
 if __name__ == "__main__":

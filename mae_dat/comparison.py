@@ -1,12 +1,30 @@
 """What an evaluation says at once: every axis with networks side by side, the differences to the first of them and how
 sure they are, and the published rows that may stand beside."""
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from mae_dat.axes import CLEAN, ORDER, Axis, axes_of, common_subset, interval, pixels_text, suites_of
+from scipy.stats import t as student
+
+from mae_dat.arms import Arm, arms_of
+from mae_dat.axes import (
+    CLEAN,
+    ORDER,
+    Axis,
+    axes_of,
+    common_size,
+    common_subset,
+    interval,
+    made_subset,
+    pixels_text,
+    suites_of,
+)
+from mae_dat.charts import signed
 from mae_dat.published import COLUMNS, published_rows
-from mae_dat.results import Results
-from mae_dat.tables import NOTHING, Table, number_text, titles_of
+from mae_dat.results import Results, Run
+from mae_dat.scores import Stat
+from mae_dat.tables import NOTHING, Table, stat_text
 
 ARROWS = {+1: " ↑", -1: " ↓", 0: ""}
 DOUBT = "‡"
@@ -18,65 +36,128 @@ NOTES = (
 )
 
 
-def _signed(value: float, digits: int) -> str:
-    text = f"{value:+.{digits}f}"
-    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+class Difference(NamedTuple):
+    """By how much an arm differs from another on an axis."""
+
+    gap: float
+    ends: tuple[float, float] | None
+    """Of its 95 % interval; None where there is none."""
+    spread: float | None
+    """Standard deviation over pairs of the same seed; None for a single pair."""
 
 
-def verdict(axis: Axis, model: str, first: str) -> int | None:
-    """+1 where a network is better than the first beyond chance, -1 where it is worse, 0 where neither can be said;
-    None where the axis has no interval or no better, or the attack is in doubt."""
-    if not axis.better or model not in axis.numbers or first not in axis.numbers:
+def difference(axis: Axis, new: Arm, old: Arm) -> Difference | None:
+    """The mean difference of networks of the same seed, which share initialization and order of pictures, so that it
+    scatters less than either; None without a pair.
+
+    The interval is Student's of the pairs, or for a single pair that of the number of pictures.
+    """
+    names = [(name, old.members[seed]) for seed, name in new.members.items() if seed in old.members]
+    pairs = [(axis.numbers[a], axis.numbers[b]) for a, b in names if a in axis.numbers and b in axis.numbers]
+    gaps = Stat.of(one.value - other.value for one, other in pairs)
+    if gaps is None:
         return None
-    new, old = axis.numbers[model], axis.numbers[first]
-    ends = interval(new, old)
-    if ends is None or new.doubtful or old.doubtful:
+    if gaps.std is None:
+        return Difference(gaps.mean, interval(*pairs[0]), None)
+    half = float(student.ppf(0.975, gaps.n - 1)) * gaps.std / math.sqrt(gaps.n)
+    return Difference(gaps.mean, (gaps.mean - half, gaps.mean + half), gaps.std)
+
+
+def verdict(axis: Axis, new: Arm, old: Arm) -> int | None:
+    """+1 where an arm is better than another beyond chance, -1 where it is worse, 0 where neither can be said; None
+    where the axis has no interval or no better, or the attack is in doubt."""
+    found = difference(axis, new, old)
+    if not axis.better or found is None or found.ends is None or _doubtful(axis, new) or _doubtful(axis, old):
         return None
-    return axis.better if ends[0] > 0 else -axis.better if ends[1] < 0 else 0
+    return axis.better if found.ends[0] > 0 else -axis.better if found.ends[1] < 0 else 0
 
 
-def difference_text(axis: Axis, model: str, first: str) -> str:
-    """'+1.2 [+0.4, +2.0] better': the difference, its 95 % interval, and what it says where it says anything."""
-    new, old = axis.numbers.get(model), axis.numbers.get(first)
-    if new is None or old is None:
+def _doubtful(axis: Axis, arm: Arm) -> bool:
+    return any(axis.numbers[name].doubtful for name in arm.members.values() if name in axis.numbers)
+
+
+def difference_text(axis: Axis, new: Arm, old: Arm) -> str:
+    """'+1.2 [+0.4, +2.0] better': the difference, its 95 % interval, and what it says where it says anything; of
+    several seeds '+1.2 ± 0.3 better', the deviation between pairs."""
+    found = difference(axis, new, old)
+    if found is None:
         return NOTHING
-    gap, ends = _signed(new.value - old.value, axis.digits), interval(new, old)
-    if ends is None:
-        return gap
-    telling = {1: " better", -1: " worse"}.get(verdict(axis, model, first) or 0, "")
-    return f"{gap} [{_signed(ends[0], axis.digits)}, {_signed(ends[1], axis.digits)}]{telling}"
+    text = signed(found.gap, axis.digits)
+    if found.spread is not None:
+        text += f" ± {found.spread:.{axis.digits}f}"
+    elif found.ends is not None:
+        text += f" [{signed(found.ends[0], axis.digits)}, {signed(found.ends[1], axis.digits)}]"
+    return text + {1: " better", -1: " worse"}.get(verdict(axis, new, old) or 0, "")
 
 
-def value_text(axis: Axis, model: str) -> str:
-    """A network's number on an axis; a dash where there is none."""
-    number = axis.numbers.get(model)
-    return NOTHING if number is None else number_text(number.value, axis.digits) + DOUBT * number.doubtful
+def value_text(axis: Axis, arm: Arm) -> str:
+    """An arm's number on an axis, of several seeds with its deviation; a dash where there is none."""
+    values = (axis.numbers[name].value for name in arm.members.values() if name in axis.numbers)
+    return stat_text(values, axis.digits) + DOUBT * _doubtful(axis, arm)
+
+
+def best_of(axis: Axis, arms: Sequence[Arm]) -> Arm | None:
+    """The arm that is better than every other on an axis, beyond chance."""
+    there = [arm for arm in arms if any(name in axis.numbers for name in arm.members.values())]
+    for arm in there if len(there) > 1 else ():
+        if all(verdict(axis, arm, other) == 1 for other in there if other is not arm):
+            return arm
+    return None
 
 
 def headline_table(results: Results) -> Table:
-    """Every axis, networks side by side, then what each differs by from the first."""
-    titles, axes = titles_of(results), axes_of(results)
-    first, *others = titles
-    head = ("", *titles.values(), *(f"{titles[other]} − {titles[first]} [95 %]" for other in others))
+    """Every axis, arms side by side, then what each differs by from the first."""
+    arms, axes = arms_of(results), axes_of(results)
+    first, *others = arms
+    seeds = any(len(arm.members) > 1 for arm in arms)
+    unit = "at the same seed" if seeds else "[95 %]"
+    head = ("", *(arm.title for arm in arms), *(f"{other.title} − {first.title} {unit}" for other in others))
     rows = []
     for axis in axes:
-        shown = (value_text(axis, model) for model in titles)
+        shown = (value_text(axis, arm) for arm in arms)
         gaps = (difference_text(axis, other, first) for other in others)
         rows.append((axis.title + ARROWS[axis.better], *shown, *gaps))
     groups = [_group(axis) for axis in axes]
     breaks = frozenset(i for i in range(1, len(groups)) if groups[i] != groups[i - 1])
+    winners = [best_of(axis, arms) for axis in axes]
+    best = frozenset((row, 1 + arms.index(arm)) for row, arm in enumerate(winners) if arm)
     notes = [*NOTES[:1], *(note for note in NOTES[1:] if any(note[0] in axis.title for axis in axes))]
-    if subset := common_subset(results):
-        notes.append(f"All suites: {subset}.")
+    if subset := made_subset(results):
+        notes.append(f"All suites{'' if common_subset(results) else ' but Clean and Cue conflict'}: {subset}.")
+    if size := common_size(results):
+        notes.append(f"All networks take pictures of {size}.")
     if any(DOUBT in text for row in rows for text in row):
         notes.append(f"{DOUBT} a check of this attack failed: the network may be less robust than that.")
-    if others:
-        notes.append(
-            f"Differences are to {titles[first]}. Their 95 % intervals are those of the number of pictures (Newcombe), "
-            "as if each network had met other pictures and a picture were as hard in every cell of a mean: true ones "
-            "are narrower. They say nothing of the scatter between training runs."
-        )
-    return Table("headline", "Numbers", head, tuple(rows), tuple(notes), breaks=breaks)
+    notes += _meaning(first.title, seeds) if others else []
+    return Table("headline", "Numbers", head, tuple(rows), tuple(notes), breaks=breaks, best=best)
+
+
+def _meaning(first: str, seeds: bool) -> list[str]:
+    """What stands behind ± and an interval."""
+    if seeds:
+        return [
+            "Mean ± standard deviation over seeds; differences are those of runs with the same seed. Better and worse "
+            "are said, and the best of a row is marked, where Student's 95 % interval of these differences excludes "
+            "zero. The sampling error of the pictures, which all networks share, is not in it."
+        ]
+    return [
+        f"Differences are to {first}. Their 95 % intervals are those of the number of pictures (Newcombe), as if each "
+        "network had met other pictures and a picture were as hard in every cell of a mean: true ones are narrower. "
+        "They say nothing of the scatter between training runs. The best of a row is marked where such an interval "
+        "excludes zero against every other."
+    ]
+
+
+def pairs_table(results: Results) -> Table | None:
+    """Differences between arms that are not the first; None without two such arms."""
+    _, *others = arms_of(results)
+    pairs = [(new, old) for i, new in enumerate(others) for old in others[:i]]
+    if not pairs:
+        return None
+    axes = [axis for axis in axes_of(results) if axis.better]
+    head = ("", *(f"{new.title} − {old.title}" for new, old in pairs))
+    rows = [(a.title + ARROWS[a.better], *(difference_text(a, new, old) for new, old in pairs)) for a in axes]
+    return Table("pairs", "Differences between the others", head, tuple(rows), ("As in the table above.",))
 
 
 def _group(axis: Axis) -> str:
@@ -87,14 +168,14 @@ def _group(axis: Axis) -> str:
 
 
 def summary(results: Results) -> list[str]:
-    """What the headline says, in a sentence for each network beside the first."""
-    titles, axes = titles_of(results), axes_of(results)
-    first, *others = titles
+    """What the headline says, in a sentence for each arm beside the first."""
+    arms, axes = arms_of(results), axes_of(results)
+    first, *others = arms
     said = []
     for other in others:
         judged = dict(judged_axes(axes, other, first))
         if not judged:
-            said.append(f"{titles[other]} shares no measurement with {titles[first]}: other pictures or input size.")
+            said.append(f"{other.title} shares no measurement with {first.title}: other pictures or input size.")
             continue
         better, worse, open_ = (sum(one == sign for one in judged.values()) for sign in (1, -1, 0))
         told = (
@@ -102,19 +183,47 @@ def summary(results: Results) -> list[str]:
             for axis in judged
             if axis.suite in CLEAN or axis.suite in ("imagenet-c", "generated")
         )
+        chance = "number of pictures" if min(len(other.members), len(first.members)) == 1 else "scatter between seeds"
         said.append(
-            f"Against {titles[first]}, {titles[other]} is better on {better} of {len(judged)} suites and worse on "
-            f"{worse}, beyond what the number of pictures leaves to chance; {open_} are undecided. "
+            f"Against {first.title}, {other.title} is better on {better} of {len(judged)} suites and worse on "
+            f"{worse}, beyond what the {chance} leaves to chance; {open_} are undecided. "
             + "".join(f"{one}. " for one in told)
         )
     if not others:
         own = [axis for axis in axes if axis.key in (*CLEAN, "imagenet-c/mce", "generated/mean")]
         suites = len(suites_of(results))
-        found = [f"{titles[first]} on {suites} suite{'' if suites == 1 else 's'}"]
+        found = [f"{first.title} on {suites} suite{'' if suites == 1 else 's'}"]
         said = [". ".join(found + [_told(axis, value_text(axis, first)) for axis in own]) + "."]
-    if subset := common_subset(results):
-        said.append(f"Measured on {subset}.")
+    if subset := made_subset(results):
+        said.append(f"Measured on {subset}{'' if common_subset(results) else '; clean and conflicting ones on all'}.")
+    return [*said, *caution(results)]
+
+
+def caution(results: Results) -> list[str]:
+    """How far the numbers of trainings carry, and whether their attacks did anything; nothing without trainings."""
+    if "training" not in results:
+        return []
+    arms, runs = arms_of(results), results["training"]["runs"]
+    fewest = min(len(arm.members) for arm in arms)
+    said = [
+        f"Numbers are means over at least {fewest} seeds, ± the standard deviation between them."
+        if fewest > 1
+        else "One seed: the scatter between trainings is unknown, and a second seed may turn any of these differences."
+    ]
+    changed = {arm.title: arm.stat(lambda name: changed_words(runs[name])) for arm in arms}
+    shares = {title: share for title, share in changed.items() if share is not None}
+    if shares:
+        told = ", ".join(f"{title} {share.text(2)} %" for title, share in shares.items())
+        said.append(f"Visual words changed in the last epoch of training: {told}.")
+    if idle := [title for title, share in shares.items() if share.mean == 0]:
+        said.append(f"Where none was changed ({', '.join(idle)}), the attack did nothing beyond the reconstruction.")
     return said
+
+
+def changed_words(run: Run) -> float | None:
+    """Percent of visual words changed in the last epoch, None for training without an adversary."""
+    values = [value for _, value in run["curves"].get("changed_words", []) if value is not None]
+    return 100 * values[-1] if values else None
 
 
 def _told(axis: Axis, value: str) -> str:
@@ -123,28 +232,29 @@ def _told(axis: Axis, value: str) -> str:
     return f"{title}: {value}{'' if title == axis.title else ' %'}"
 
 
-def judged_axes(axes: Sequence[Axis], model: str, first: str) -> Iterator[tuple[Axis, int]]:
+def judged_axes(axes: Sequence[Axis], new: Arm, old: Arm) -> Iterator[tuple[Axis, int]]:
     """One axis of each measurement that both share, with its verdict: the first that has one speaks for it."""
     seen = set()
     for axis in axes:
         asked = axis.suite, tuple(axis.numbers)
-        if asked not in seen and (sign := verdict(axis, model, first)) is not None:
+        if asked not in seen and (sign := verdict(axis, new, old)) is not None:
             seen.add(asked)
             yield axis, sign
 
 
 def published_table(results: Results) -> Table | None:
     """Published rows beside the whole, official measurements; None where there is nothing that may stand beside."""
-    titles, axes = titles_of(results), [axis for axis in axes_of(results) if axis.published in COLUMNS]
+    axes = [axis for axis in axes_of(results) if axis.published in COLUMNS]
     columns = [key for key in COLUMNS if any(axis.published == key for axis in axes)]
     if not columns:
         return None
     rows = []
-    for model, title in titles.items():
-        own = {axis.published: axis for axis in axes if model in axis.numbers}
+    for arm in arms_of(results):
+        name = next(iter(arm.members.values()))
+        own = {axis.published: axis for axis in axes if name in axis.numbers}
         if own:
-            shown = [value_text(own[key], model) if key in own else NOTHING for key in columns]
-            rows.append((title, pixels_text(results["models"][model]["size"]), *shown, "this report"))
+            shown = [value_text(own[key], arm) if key in own else NOTHING for key in columns]
+            rows.append((arm.title, pixels_text(results["models"][name]["size"]), *shown, "this report"))
     line = len(rows)
     sources: dict[str, int] = {}
     for row in published_rows():

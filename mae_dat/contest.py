@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mae_dat.arms import titles_of
 from mae_dat.attack import image_generator
 from mae_dat.axes import common_subset
 from mae_dat.cells import Found, Heard, Portion, eval_mode, measure
@@ -23,11 +24,11 @@ from mae_dat.machine import machine, versions
 from mae_dat.metrics import Console
 from mae_dat.pixel_attacks import CHECK_PASSES, PIXEL_ATTACKS, attack_checks
 from mae_dat.plan import CHECKED_PICTURES, Entry, Plan, open_plan, print_plan, refuse_normalised, sample
-from mae_dat.results import FORMAT, Results, write_results
+from mae_dat.results import FORMAT, Results, Training, write_results
 from mae_dat.scorecard import write_report
 from mae_dat.stored_cells import StoredCells
 from mae_dat.suites import AGREEMENT, Choice
-from mae_dat.tables import precision_text, titles_of
+from mae_dat.tables import precision_text
 from mae_dat.watch import beat
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def _add(found: dict[tuple[str, str], Found], network: str, suite: str, new: Fou
 
 
 def check_attacks(plan: Plan, found: Mapping[tuple[str, str], Found], setting: Setting) -> dict[str, dict[str, Any]]:
-    """Whether the attacks can be believed, by network and attack. Every rank asks: one that waited would seem to hang."""
+    """Whether the attacks can be believed, by network and attack. Every rank asks: a waiting one would seem to hang."""
     checks: dict[str, dict[str, Any]] = {}
     for contender in plan.contenders:
         own = {entry.suite.name: entry for entry in plan.entries if entry.contender is contender}
@@ -225,7 +226,12 @@ def assemble(
 
 
 def examine(
-    contenders: Sequence[Contender], choice: Choice, asked: Sequence[str], setting: Setting, title: str
+    contenders: Sequence[Contender],
+    choice: Choice,
+    asked: Sequence[str],
+    setting: Setting,
+    title: str,
+    training: Training | None = None,
 ) -> Results:
     """Opens all suites, measures them, and with a folder writes results.json and the report. Raises UserError, on all
     ranks."""
@@ -239,6 +245,8 @@ def examine(
     every = together(lambda: check_attacks(plan, found, setting))
     checks = from_main(lambda: every)
     results = assemble(plan, found, checks, title, (datetime.datetime.now() - start).total_seconds())
+    if training:
+        results["training"] = training
     if folder:
         results["examples"] = from_main(lambda: write_examples(plan, folder))
         from_main(lambda: save(results, folder))

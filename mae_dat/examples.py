@@ -19,7 +19,7 @@ SHOWN_SEVERITY = 3
 
 @torch.no_grad()
 def write_examples(plan: Plan, folder: Path) -> list[dict[str, Any]]:
-    """Up to 8 pictures, as PNG below `folder`, that the first two networks answer differently, one of them rightly.
+    """Up to 8 pictures, as PNG below `folder`, on which the first and the last network differ, one rightly.
 
     For each cell one of either kind, of the first 128 pictures that are evenly spread. Raises StorageError.
     """
@@ -44,12 +44,12 @@ def write_examples(plan: Plan, folder: Path) -> list[dict[str, Any]]:
 
 
 def _cells(plan: Plan) -> Iterator[tuple[list[Entry], Portion, int]]:
-    """Cells to look at, corrupted ones first: the first two networks' entries, the portion, the row in it."""
+    """Cells to look at, corrupted ones first: the first and the last network's entries, the portion, the row in it."""
     for corrupted in (True, False):
         for name in plan.names:
-            entries = plan.of(name)[:2]
+            entries = [plan.of(name)[0], plan.of(name)[-1]]
             same = {entry.suite.preprocessing for entry in entries}
-            if len(entries) < 2 or len(same) > 1:
+            if entries[0] is entries[1] or len(same) > 1:
                 continue
             for portion in entries[0].suite.portions:
                 for row, cell in enumerate(portion.cells):

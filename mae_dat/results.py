@@ -63,6 +63,43 @@ class Suite(TypedDict):
     """sha256 of names and labels of the pictures."""
 
 
+Curve = list[list[float | None]]
+"""[epoch, value] pairs; None where the value was not finite."""
+
+
+class Run(TypedDict):
+    """How a network came about; those of one arm differ in their seed alone."""
+
+    arm: str
+    label: str
+    seed: int
+    seconds: float
+    curves: dict[str, Curve]
+    """train_loss, test_acc1 (%), changed_words (share, 0 to 1)."""
+
+
+class Gallery(TypedDict):
+    """Pictures drawn in training; `file` is a PNG, relative to the results."""
+
+    title: str
+    caption: str
+    file: str
+
+
+class Training(TypedDict):
+    """What a comparison of trainings knows beside its counts."""
+
+    runs: dict[str, Run]
+    """By model."""
+    pretraining: dict[str, Curve]
+    """Its curves."""
+    seconds: float
+    """Of the pretraining."""
+    settings: dict[str, dict[str, Any]]
+    """Stage -> setting -> value."""
+    galleries: list[Gallery]
+
+
 class Results(TypedDict):
     """Everything that an evaluation found."""
 
@@ -92,6 +129,7 @@ class Results(TypedDict):
     """Suites that were asked for or known, and why there is no number."""
     examples: list[dict[str, Any]]
     """Pictures on which the models differ: file (PNG beside results.json), suite, cell, label, answers by model."""
+    training: NotRequired[Training]
 
 
 def write_results(results: Results, path: Path) -> None:

@@ -24,6 +24,7 @@ from mae_dat.cells import Adversary, Network, Portion
 from mae_dat.config import nearest
 from mae_dat.data import Size, find_split, require_folder
 from mae_dat.errors import ConfigError, DataError, MissingInputError, UserError
+from mae_dat.generated import SHAPES, TEXTURES
 from mae_dat.imagenet import SYNSETS, Reading, check_classes
 from mae_dat.inventory import find, inventory
 from mae_dat.pixel_attacks import (
@@ -41,17 +42,21 @@ from mae_dat.word_attack import KINDS, SHARES, WordAttack, word_hits
 
 logger = logging.getLogger(__name__)
 
-CLEAN, GENERATED = "clean", "generated"
+CLEAN, GENERATED, CONFLICT = "clean", "generated", "conflict"
 AUTO_ATTACK = f"autoattack-{round(255 * AUTO_ATTACK_EPS)}/255"
 WORDS = {f"words-{kind}": kind for kind in ("random", "symbolic")}
 ATTACKS = (*PIXEL_ATTACKS, AUTO_ATTACK, *WORDS)
-SUITES = (*BENCHMARKS, CLEAN, GENERATED, *ATTACKS)
+OWN = (CLEAN, CONFLICT)
+"""Pictures of classes of one's own: val/CLASS, and conflict/ with textures of other classes."""
+SUITES = (*BENCHMARKS, *OWN, GENERATED, *ATTACKS)
 NEED_GRADIENTS = (*PIXEL_ATTACKS, AUTO_ATTACK, "words-symbolic")
 BY_NAME_ONLY = {
     AUTO_ATTACK: "takes thousands of passes a picture: name it, with --limit or --subset",
 }
 AGREEMENT, AGREEMENT_PICTURES = "bf16 against fp32", 10_000
 TITLES = {
+    CLEAN: "Clean",
+    CONFLICT: "Cue conflict",
     "fgsm-1/255": "FGSM, 1/255",
     "pgd-5-1/255": "PGD, 5 steps, 1/255",
     "pgd-20-l2-0.5": "PGD, 20 steps, L2 0.5",
@@ -72,6 +77,8 @@ class Choice:
     """RobustBench's list of 5,000 pictures, for ImageNet and ImageNet-C."""
     limit: int | None = None
     """Pictures of each cell."""
+    whole_clean: bool = False
+    """Count all pictures of clean and conflict, whatever the limit: they take one pass each."""
     seed: int = 0
     held_out: bool = False
     """Also the four further corruptions, where they are made here."""
@@ -148,13 +155,15 @@ class Battery:
         if self.outputs != len(SYNSETS):
             lacking |= dict.fromkeys(BENCHMARKS, f"the networks have {self.outputs} outputs, not ImageNet's 1000")
         if self.clean == "imagenet":
-            lacking[CLEAN] = "ImageNet's own pictures are there"
+            lacking |= dict.fromkeys(OWN, "ImageNet's own pictures are there")
         elif not self._has_split():
-            lacking |= {CLEAN: "no folder val/CLASS"}
+            lacking |= dict.fromkeys(OWN, "no folder val/CLASS")
             lacking |= dict.fromkeys((GENERATED, *ATTACKS), "needs clean pictures: ImageNet's or val/CLASS")
         else:
             own = dict.fromkeys(("imagenet", "imagenet-real"), "the class folders are not ImageNet's")
             lacking = own | lacking
+            if not (self.choice.root / CONFLICT).is_dir():
+                lacking[CONFLICT] = "no folder conflict"
         if "imagenet-c" not in lacking:
             lacking[GENERATED] = "the official ImageNet-C is there: name it to have both"
         lacking |= {name: why for name, why in BY_NAME_ONLY.items() if name not in lacking}
@@ -178,10 +187,14 @@ class Battery:
     def sets(self, name: str) -> list[BenchmarkSet]:
         """The cells of a benchmark, or of the custom set, opened once."""
         if name not in self._sets:
-            opened = self._open_own() if name == CLEAN else self._open(name)
-            limit = self.choice.limit
-            self._sets[name] = opened if limit is None else [limited(one, limit, self.choice.seed) for one in opened]
+            opens = {CLEAN: self._open_own, CONFLICT: self._open_conflicts}
+            self._sets[name] = opens[name]() if name in opens else self._open(name)
         return self._sets[name]
+
+    def _counted(self, name: str) -> list[BenchmarkSet]:
+        """The same, no more pictures of each than wanted."""
+        limit = self.choice.limit
+        return self.sets(name) if limit is None else [limited(one, limit, self.choice.seed) for one in self.sets(name)]
 
     def _open(self, name: str) -> list[BenchmarkSet]:
         check_classes(self.classes, self.outputs)
@@ -200,6 +213,13 @@ class Battery:
         reading = Reading("its own classes", tuple(images.classes), every, every, outputs=self.outputs)
         return [CustomSet(Cell(CLEAN), images, reading, Preprocessing((224, 224), keep=True))]
 
+    def _open_conflicts(self) -> list[BenchmarkSet]:
+        (own,), root = self.sets(CLEAN), self.choice.root / CONFLICT
+        listing, cues = read_conflicts(root, own.classes)
+        reading = dataclasses.replace(own.reading, pooled=True)
+        found = BenchmarkSet(Cell(CONFLICT), str(root), listing, cues, reading, Preprocessing((224, 224), keep=True))
+        return [found]
+
     # ---- suites ----
 
     def suite(self, name: str, size_HW: Size, interpolation: str) -> Suite:
@@ -208,11 +228,12 @@ class Battery:
         def see(pictures: BenchmarkSet) -> BenchmarkSet:
             return seen_at(pictures, size_HW, interpolation)
 
-        if name in BENCHMARKS or name == CLEAN:
-            portions = [_stored(see(pictures)) for pictures in self.sets(name)]
-            title = BENCHMARKS[name].title if name != CLEAN else "Clean"
-            return Suite(name, title, tuple(portions), official=True)
-        (clean,) = map(see, self.sets(self.clean))
+        if name in BENCHMARKS or name in OWN:
+            whole = self.choice.whole_clean and name in OWN
+            portions = [_stored(see(pictures)) for pictures in (self.sets if whole else self._counted)(name)]
+            title = BENCHMARKS[name].title if name in BENCHMARKS else TITLES[name]
+            return Suite(name, title, tuple(portions), official=name != CONFLICT)
+        (clean,) = map(see, self._counted(self.clean))
         if name == GENERATED:
             return self._generated(clean, size_HW)
         made = {"precision": "fp32"}
@@ -301,6 +322,31 @@ def _stored(pictures: BenchmarkSet) -> Portion:
     cell = f"{corruption}/{severity}" if corruption else ""
     plain = not corruption and pictures.targets.shape[1] == 1 and not pictures.reading.pooled
     return Portion(pictures, (cell,), calibrated=plain)
+
+
+def read_conflicts(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int]], Tensor]:
+    """Pictures `<shape>-<texture>-*.png` anywhere below `folder`: their listing, and int64 (N, 2), the classes that
+    shape and texture belong to. A texture bears the name of its class, or one of `generated.TEXTURES`.
+
+    Pictures whose cues agree say nothing about the bias and are left out (Geirhos et al. 2019). Raises
+    MissingInputError or DataError, naming the folder or file.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder}: no such folder of conflict pictures; leave the suite {CONFLICT} out.")
+    number = {name: i for i, name in enumerate(classes)}
+    owner = dict(zip(TEXTURES, SHAPES, strict=True)) if set(classes) == set(SHAPES) else dict(zip(classes, classes))  # noqa: B905
+    listing, cues = [], []
+    for path in sorted(folder.rglob("*-*-*.png")):
+        shape, texture, _ = path.name.split("-", 2)
+        if shape not in number or owner.get(texture) not in number:
+            raise DataError(f"{path}: {shape!r} or {texture!r} is no shape or texture of the classes {list(classes)}")
+        told = number[shape], number[owner[texture]]
+        if told[0] != told[1]:
+            listing.append((str(path.relative_to(folder)), told[0]))
+            cues.append(told)
+    if not listing:
+        raise DataError(f"{folder}: no conflict picture named <shape>-<texture>-*.png; leave the suite {CONFLICT} out.")
+    return listing, torch.tensor(cues)
 
 
 def _named(pictures: BenchmarkSet, name: str) -> BenchmarkSet:

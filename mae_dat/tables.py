@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from mae_dat.arms import Arm, arms_of, titles_of
 from mae_dat.axes import (
     Variant,
     kind_of,
@@ -18,8 +19,8 @@ from mae_dat.axes import (
 )
 from mae_dat.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVERITIES
 from mae_dat.mce import corruption_errors, mce, severity_mce
-from mae_dat.results import Contender, Results
-from mae_dat.scores import ModelScores, accuracy, category_errors, corruption_error
+from mae_dat.results import Contender, Results, Training
+from mae_dat.scores import ModelScores, Stat, accuracy, category_errors, corruption_error
 
 NOTHING = "–"
 OTHERWISE = 0.0002  # share of answers that bf16 may change before a reader is told that it is much
@@ -37,20 +38,14 @@ class Table:
     words: int = 1
     breaks: frozenset[int] = field(default_factory=frozenset)
     """Rows above which a line is drawn."""
+    best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    """Rows and columns of numbers that are the best of their row, beyond chance."""
 
 
-def number_text(value: float | None, digits: int) -> str:
-    """'41.2'; a dash for what was not measured or is not finite."""
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def titles_of(results: Results) -> dict[str, str]:
-    """What the report calls each network: its title, with its name where two have the same."""
-    titles = [facts["title"] for facts in results["models"].values()]
-    return {
-        name: facts["title"] if titles.count(facts["title"]) == 1 else f"{facts['title']} ({name})"
-        for name, facts in results["models"].items()
-    }
+def stat_text(values: Iterable[float | None], digits: int) -> str:
+    """'41.2', or '41.2 ± 0.3' of several seeds; a dash for what was not measured or is not finite."""
+    stat = Stat.of(value for value in values if value is not None and math.isfinite(value))
+    return NOTHING if stat is None else stat.text(digits)
 
 
 # ---- corruptions ----
@@ -69,7 +64,7 @@ MEANS = "means"
 
 def corruption_table(results: Results, variant: Variant) -> Table:
     """Error in percent of each corruption over severities, and its AlexNet-normalised CE for the official files."""
-    titles = titles_of(results)
+    arms = arms_of(results, variant.models)
     scores = {model: scores_of(results, model, variant.suite) for model in variant.models}
     official = variant.suite == "imagenet-c" and variant.facts["official"]
     names = corruption_names(scores)
@@ -84,14 +79,15 @@ def corruption_table(results: Results, variant: Variant) -> Table:
     lines.append(("mean", MEANS, mean_of, mce))
     rows, groups = [], []
     for title, group, error_of, ce_of in lines:
-        errors = [_number(error_of, own) for own in scores.values()]
-        ces = [_number(ce_of, own) for own in scores.values()] if official else []
+        own = [[scores[model] for model in arm.members.values()] for arm in arms]
+        errors = [_number(error_of, members) for members in own]
+        ces = [_number(ce_of, members) for members in own] if official else []
         if any(text != NOTHING for text in errors):
             rows.append((title, group.removeprefix(MEANS), *errors, *ces))
             groups.append(group)
     breaks = frozenset(i for i in range(1, len(groups)) if groups[i] != groups[i - 1])
-    head = ["corruption", "kind", *(f"{titles[model]}, error %" for model in scores)]
-    head += [f"{titles[model]}, CE" for model in scores] if official else []
+    head = ["corruption", "kind", *(f"{arm.title}, error %" for arm in arms)]
+    head += [f"{arm.title}, CE" for arm in arms] if official else []
     notes = ["Error averaged over severities. Held-out corruptions never count in a mean."]
     if official:
         notes.append(
@@ -101,10 +97,10 @@ def corruption_table(results: Results, variant: Variant) -> Table:
     return Table(key, variant.title, tuple(head), tuple(rows), tuple(notes), 2, breaks)
 
 
-def _number(value: Summarized, scores: ModelScores) -> str:
+def _number(value: Summarized, members: Sequence[ModelScores]) -> str:
     """One decimal; a dash where not all that it needs was measured."""
     try:
-        return number_text(value(scores), 1)
+        return stat_text(map(value, members), 1)
     except (KeyError, ValueError):
         return NOTHING
 
@@ -138,34 +134,42 @@ def _severity_ce(severity: int, scores: ModelScores) -> float:
 
 def words_table(results: Results) -> Table | None:
     """Accuracy by share of changed words."""
-    titles = titles_of(results)
     own = [variant for variant in variants(results) if variant.suite.startswith("words")]
     if not own:
         return None
-    columns = [(variant, model) for variant in own for model in variant.models]
-    cells = [results["cells"][model][variant.suite] for variant, model in columns]
-    shares = sorted({share for found in cells for share in found}, key=float)
+    columns = [(variant, arm) for variant in own for arm in arms_of(results, variant.models)]
+    cells = [[results["cells"][model][one.suite] for model in arm.members.values()] for one, arm in columns]
+    shares = sorted({share for members in cells for found in members for share in found}, key=float)
     rows = [
-        (f"{100 * float(share):g}", *(number_text(accuracy(one[share]) if share in one else None, 1) for one in cells))
+        (
+            f"{100 * float(share):g}",
+            *(stat_text((accuracy(one[share]) for one in members if share in one), 1) for members in cells),
+        )
         for share in shares
     ]
-    head = ("words changed, up to %", *(f"{titles[model]}: {variant.title}" for variant, model in columns))
+    head = ("words changed, up to %", *(f"{arm.title}: {variant.title}" for variant, arm in columns))
     notes = ("Top-1 accuracy in percent. At 0 the picture is decoded from its own words.",)
     return Table("words", "Changed words", head, tuple(rows), notes)
 
 
 def calibration_table(results: Results) -> Table | None:
     """Every calibration number."""
-    titles = titles_of(results)
+    found = results["calibration"]
+
+    def text(arm: Arm, suite: str, key: str, scale: float, digits: int) -> str:
+        measured = (found.get(model, {}).get(suite, {}).get(key) for model in arm.members.values())
+        return stat_text((None if value is None else scale * value for value in measured), digits)
+
     rows = [
         (
-            titles[model],
-            next((one.title for one in variants(results) if one.suite == suite and model in one.models), suite),
-            *(number_text(_scaled(found.get(key), 100), 2) for key in ("ece", "rms", "rms_compat")),
-            *(number_text(found.get(key), 3) for key in ("nll", "brier")),
+            arm.title,
+            variant.title,
+            *(text(arm, variant.suite, key, 100, 2) for key in ("ece", "rms", "rms_compat")),
+            *(text(arm, variant.suite, key, 1, 3) for key in ("nll", "brier")),
         )
-        for model in titles
-        for suite, found in results["calibration"].get(model, {}).items()
+        for variant in variants(results)
+        for arm in arms_of(results, variant.models)
+        if any(variant.suite in found.get(model, {}) for model in arm.members.values())
     ]
     head = ("network", "suite", "ECE (%) ↓", "RMS (%) ↓", "RMS, as released (%) ↓", "NLL ↓", "Brier ↓")
     notes = (
@@ -173,10 +177,6 @@ def calibration_table(results: Results) -> Table | None:
         "nats; Brier from 0 to 2.",
     )
     return Table("calibration", "Calibration", head, tuple(rows), notes, 2) if rows else None
-
-
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
 
 
 def checks_table(results: Results) -> Table | None:
@@ -249,6 +249,13 @@ def suites_table(results: Results) -> Table:
     return Table("suites", "Suites", head, tuple(rows), words=7)
 
 
+def runs_table(training: Training) -> Table:
+    """Seeds and minutes."""
+    rows = [("pretraining", "", "", f"{training['seconds'] / 60:.1f}")]
+    rows += [(r["label"], r["arm"], str(r["seed"]), f"{r['seconds'] / 60:.1f}") for r in training["runs"].values()]
+    return Table("runs", "Training runs", ("", "--dat", "seed", "minutes"), tuple(rows), words=2)
+
+
 def not_measured(results: Results) -> list[str]:
     """What a reader might take for granted and was not measured, and why."""
     titles = titles_of(results)
@@ -263,4 +270,6 @@ def not_measured(results: Results) -> list[str]:
     kinds = {kind_of(found) for own in results["cells"].values() for found in own.values()}
     if "corruptions" in kinds and "imagenet-c" not in suites_of(results):
         said.append("The official ImageNet-C files: no AlexNet-normalised mCE of the literature stands here.")
-    return [*said, "The scatter between training runs: each network is one checkpoint."]
+    if any(len(arm.members) == 1 for arm in arms_of(results)):
+        said.append("The scatter between training runs, where a network is one checkpoint.")
+    return said

@@ -50,8 +50,11 @@ def markdown_text(text: str) -> str:
 def markdown_table(table: Table) -> str:
     """The table with its title and notes."""
     rule = ["---"] * table.words + ["--:"] * (len(table.head) - table.words)
-    lines = [table.head, *table.rows]
-    grid = [f"| {' | '.join(map(markdown_text, line))} |" for line in lines]
+    rows = [
+        [f"**{markdown_text(cell)}**" if (i, j) in table.best else markdown_text(cell) for j, cell in enumerate(row)]
+        for i, row in enumerate(table.rows)
+    ]
+    grid = [f"| {' | '.join(line)} |" for line in (map(markdown_text, table.head), *rows)]
     grid.insert(1, f"|{'|'.join(rule)}|")
     parts = [f"## {markdown_text(table.title)}", "\n".join(grid), *map(markdown_text, table.notes)]
     return "\n\n".join(parts)
@@ -89,7 +92,9 @@ def latex_table(table: Table) -> str:
     lines += [" & ".join(map(latex_text, table.head)) + r" \\", r"\midrule"]
     for number, row in enumerate(table.rows):
         lines += [r"\midrule"] if number in table.breaks else []
-        lines.append(" & ".join(map(latex_text, row)) + r" \\")
+        cells = [latex_text(cell) for cell in row]
+        cells = [f"\\textbf{{{cell}}}" if (number, i) in table.best else cell for i, cell in enumerate(cells)]
+        lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"])
 
 

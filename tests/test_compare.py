@@ -1,16 +1,18 @@
 """The comparison of fine-tunings, from images to a report, on tiny generated pictures."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from pages import Page
 from tiny_runs import draw_folder, one_thread, save_tokenizer  # noqa: F401 - one_thread is used by itself
 
 from mae_dat.compare import CompareConfig, compare
 from mae_dat.config import ConfigError
 from mae_dat.metrics import Console
+from mae_dat.results import read_results
+from mae_dat.suites import WORDS
 
 ARMS = ("plain", "random", "released")
 FLAGS = "--input_size 32 --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --pictures_every 1"
@@ -28,8 +30,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
         seeds=(0,),
         pretrain_flags=FLAGS,
         finetune_flags=f"{FLAGS} --tokenizer {tokenizer}",
-        limit=8,
-        severities=(1, 5),
+        limit=4,
     )
     assert compare(config, Console(quiet=True)) is not None
     return config
@@ -37,35 +38,41 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
 
 def test_the_report_holds_every_arm(config: CompareConfig) -> None:
     output = Path(config.output_dir)
-    results = json.loads((output / "results.json").read_text())
-    assert [model["name"] for model in results["models"]] == list(ARMS)
-    for model in results["models"]:
-        assert model["clean"]["total"] == 20  # the limit is for the corruptions
-        assert len(model["corruptions"]) == 15
-        assert all(row.keys() == {"1", "5"} for row in model["corruptions"].values())
-        assert all(cell["total"] == 8 for row in model["corruptions"].values() for cell in row.values())
-        assert model["seconds"] > 0
-        assert ("changed_words" in model["curves"]) == (model["name"] != "plain")
-    assert results["pretraining"]["curves"]["train_loss"]
-    assert results["settings"]["fine-tuning, DAT"]["dat"] == "released"
-    assert len(results["galleries"]) == 3  # reconstructions, and the words of two arms
-    page = (output / "report.html").read_text()
-    assert all(label in page for label in ("plain", "random words", "DAT"))
+    results = read_results(output / "results.json")
+    training = results["training"]
+    assert [run["arm"] for run in training["runs"].values()] == list(ARMS)
+    for name, run in training["runs"].items():
+        cells = results["cells"][name]
+        assert cells["clean"][""]["total"] == 20  # the limit is for what is made
+        assert 0 < cells["conflict"][""]["total"] <= 20
+        assert len(cells["generated"]) == 75
+        assert all(cell["total"] == 4 for cell in cells["generated"].values())
+        assert all(cell["total"] == 4 for kind in WORDS for cell in cells[kind].values())
+        assert run["seconds"] > 0
+        assert ("changed_words" in run["curves"]) == (run["arm"] != "plain")
+    assert training["pretraining"]["train_loss"]
+    assert training["settings"]["fine-tuning, DAT"]["dat"] == "released"
+    assert len(training["galleries"]) == 3  # reconstructions, and the words of two arms
+    page = Page((output / "report.html").read_text())
+    assert all(label in page.text for label in ("plain", "random words", "DAT", "One seed"))
+    assert not page.text.count("This picture is missing")
+    headings = [row[0] for row in page.rows if row]
+    assert {"Clean (%) ↑", "IN-C*: mean corruption error (%) ↓", "Cue conflict*: shape bias (0–1) ↑"} <= set(headings)
 
 
 def test_a_rerun_trains_only_what_is_missing(config: CompareConfig) -> None:
     output = Path(config.output_dir)
     shutil.rmtree(output / "random-seed0")
     checkpoints = {path: path.stat().st_mtime_ns for path in output.glob("*/checkpoint-*.pth")}
-    before = json.loads((output / "results.json").read_text())["models"]
+    before = read_results(output / "results.json")["cells"]
+    measured = {path: path.stat().st_mtime_ns for path in output.glob("cells/*")}
     assert len(checkpoints) == 3
     assert compare(config, Console(quiet=True)) is not None
     assert checkpoints == {path: path.stat().st_mtime_ns for path in checkpoints}
     assert list((output / "random-seed0").glob("checkpoint-*.pth"))
-    after = json.loads((output / "results.json").read_text())["models"]
-    for one, other in zip(before, after, strict=True):
-        assert one["clean"] == other["clean"]
-        assert one["corruptions"] == other["corruptions"]
+    assert before == read_results(output / "results.json")["cells"]
+    # What is trained again alike has the same weights, so that nothing is measured again either.
+    assert measured == {path: path.stat().st_mtime_ns for path in output.glob("cells/*")}
 
 
 def test_without_measuring_nothing_is_written_but_runs(config: CompareConfig, tmp_path: Path) -> None:
@@ -84,5 +91,3 @@ def test_an_unknown_arm_is_refused_with_a_suggestion() -> None:
 def test_what_cannot_be_measured_is_refused_before_the_training() -> None:
     with pytest.raises(ConfigError, match="--limit 0"):
         CompareConfig(limit=0)
-    with pytest.raises(ConfigError, match="--severities 1 6"):
-        CompareConfig(severities=(1, 6))
