@@ -112,9 +112,10 @@ class RunConfig:
     """auto: bfloat16 autocast where the hardware has it. fp32 is float32 throughout; with tf32 a GPU multiplies its
     matrices in TF32, but for a tokenizer's."""
     compile: bool = False
-    """torch.compile for each block of the network: faster after a minute or so."""
+    """torch.compile for each block of the network, which takes a minute or more at the start."""
     checkpoint_activations: bool = False
-    """Compute each block's activations again in the backward pass: less memory, a third more time, the same bits."""
+    """Compute each block's activations again in the backward pass: less memory for one forward
+    pass more; the same bits."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time, also on a GPU (slower; the CPU's always do)."""
     save_minutes: float = 10.0
