@@ -67,9 +67,16 @@ class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.kernel: Tensor | None
+        self.register_buffer("kernel", None, persistent=False)
+
+    def freeze(self) -> None:
+        """Folds once for all calls; the weights must not change afterwards."""
+        self.kernel = folded(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, folded(self.conv.weight), self.conv.bias, stride=2, padding=1)
+        kernel = folded(self.conv.weight) if self.kernel is None else self.kernel
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 def folded(kernel: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mae_dat.errors import CheckpointError
 from mae_dat.tokenizer.base import VisualTokenizer
-from mae_dat.tokenizer.blocks import Decoder, Encoder
+from mae_dat.tokenizer.blocks import Decoder, Encoder, Upsample
 from mae_dat.weights import check_keys
 
 # Attention is placed by resolution in taming's configurations; all published models are described at 256 px.
@@ -117,6 +117,13 @@ class VQGAN(VisualTokenizer):
         names = ["encoder.down", "encoder.mid"], ["decoder.mid", "decoder.up", "decoder.norm_out"]
         encoder, decoder = ([self.get_submodule(name) for name in part] for part in names)
         return encoder, decoder
+
+    def prepare(self, *form: Any, **more: Any) -> Self:
+        """As the base class, with the enlargements' kernels folded once."""
+        for module in self.modules():
+            if isinstance(module, Upsample):
+                module.freeze()
+        return super().prepare(*form, **more)
 
     @classmethod
     def from_state_dict(cls, path: Path | str, tensors: Mapping[str, Tensor]) -> Self:
