@@ -123,13 +123,18 @@ def _colored(values: Tensor, colormap: str) -> Tensor:
     return torch.from_numpy(colors).permute(0, 3, 1, 2).float()
 
 
-def save_png(picture: Tensor, path: Path) -> None:
-    """Writes (3, H, W) in [0, 1] as PNG, atomically."""
+def png_bytes(picture: Tensor) -> bytes:
+    """(3, H, W) in [0, 1] as PNG."""
     pixels = picture.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Writes (3, H, W) in [0, 1] as PNG, atomically."""
     with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+        file.write(png_bytes(picture))
 
 
 # ---- masked autoencoding ----
