@@ -104,6 +104,7 @@ def test_a_run_is_the_same_with_less_memory(folder: Path, tmp_path: Path, caplog
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
 def test_compiled_blocks_learn_the_same(folder: Path, tmp_path: Path) -> None:
     """To 1e-3 of the loss, in float32: a fused kernel rounds otherwise. Their checkpoints fit uncompiled ones."""
     train(folder, tmp_path / "usual")
