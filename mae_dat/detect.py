@@ -34,7 +34,7 @@ from mae_dat.contenders import state_sha256
 from mae_dat.detection_data import CocoPictures, View, find_annotations
 from mae_dat.detector import Boxes, Detection, Detector, check_model, from_torchvision, on_transformer, padded_size
 from mae_dat.distributed import step_generator
-from mae_dat.engine import Training, seed_everything
+from mae_dat.engine import seed_everything
 from mae_dat.errors import CheckpointError
 from mae_dat.finetune import start_from
 from mae_dat.loaders import eval_loader
@@ -45,6 +45,7 @@ from mae_dat.optim import build_optimizer
 from mae_dat.parallel import whole
 from mae_dat.pictures import gallery
 from mae_dat.sources import image_root
+from mae_dat.training import Training
 from mae_dat.weights import check_keys
 
 logger = logging.getLogger(__name__)
@@ -204,12 +205,13 @@ def facts_of(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
         "input_size": list(config.data.image_size),
         "width": settings.width,
         "anchor_size": settings.anchor_size,
+        "regions": settings.regions,
     }
 
 
 def with_facts(config: DetectConfig, facts: dict[str, Any]) -> DetectConfig:
     """The settings with what a file says about itself in the place of the flags."""
-    own = {name: facts[name] for name in ("model", "width", "anchor_size")}
+    own = {name: facts[name] for name in ("model", "width", "anchor_size", "regions")}
     detector = dataclasses.replace(config.detector, **own, finetune=None, pretrained=False, drop_path=0.0)
     data = dataclasses.replace(config.data, input_size=tuple(facts["input_size"]))
     return dataclasses.replace(config, detector=detector, data=data)

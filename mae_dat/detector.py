@@ -184,6 +184,9 @@ def on_transformer(
         box_batch_size_per_image=regions,
         rpn_pre_nms_top_n_train=min(2000, 4 * regions),
         rpn_post_nms_top_n_train=min(2000, 4 * regions),
+        # As few in evaluation: of those further down the list the box head never learned that they are nothing.
+        rpn_pre_nms_top_n_test=min(1000, 4 * regions),
+        rpn_post_nms_top_n_test=min(1000, 4 * regions),
         min_size=min(size),
         max_size=max(size),
         size_divisible=divisor(name),

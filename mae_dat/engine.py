@@ -312,7 +312,8 @@ def end_epoch(training: Training, job: Job) -> dict[str, Any]:
     training.totals = {}
     training.model.train()
     kept = job.run.keep_every is not None and (epoch + 1) % job.run.keep_every == 0
-    return {"score": record.get("test_acc1", -means["train_loss"]), "kept": kept}
+    score = record.get("test_acc1", record.get("test_map", -means["train_loss"]))
+    return {"score": score, "kept": kept}
 
 
 @contextlib.contextmanager

@@ -52,7 +52,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained")
-    flags = ["--epochs", "6", "--lr", "1e-3", "--eval_every", "100", "--pictures_every", "0", "--drop_path", "0"]
+    flags = [
+        "--epochs",
+        "5",
+        "--limit",
+        "1",
+        "--lr",
+        "1e-3",
+        "--eval_every",
+        "100",
+        "--pictures_every",
+        "0",
+        "--drop_path",
+        "0",
+    ]
     detect(config_for(folder, output, *flags), Console(quiet=True))
     return output
 
@@ -235,18 +248,18 @@ def frozen(module: nn.Module) -> nn.Module:
 # ---- the objective ----
 
 
-def batch_of(folder: Path, tmp_path: Path, *flags: str) -> tuple[Any, Detector]:
+def batch_of(folder: Path, tmp_path: Path, *flags: str, count: int = 4) -> tuple[Any, Detector]:
     config = config_for(folder, tmp_path, *flags)
     images = pictures(config, "train")
     torch.manual_seed(0)
-    return default_collate([images[index] for index in range(12)]), build(config, len(images.classes))
+    return default_collate([images[index] for index in range(count)]), build(config, len(images.classes))
 
 
 @pytest.mark.parametrize("kind", ["released", "symbolic"])
 def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> None:
     """Odd sizes too; and no attack leaves a trace in the detector. A step in pixels may land in other regions and need
     not raise so small a detector's loss; chosen words must, where as many random ones do not."""
-    batch, model = batch_of(folder, trained, "--input_size", "30", "31")
+    batch, model = batch_of(folder, trained, "--input_size", "30", "31", count=12)
     model.load_state_dict(weights_in(trained))
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -270,6 +283,29 @@ def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> N
         assert attacked > clean + max(0.05 * clean, 2 * (random - clean))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert equal_states(before, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["released", "--dat_eps", "0.5", "--dat_at", "image", "--dat_free"],
+        ["paper", "--dat_eps", "10"],
+        ["random"],
+        ["symbolic", "--dat_batch_share", "0.5"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_every_form_of_the_step_trains_every_parameter(folder: Path, trained: Path, flags: list[str]) -> None:
+    batch, model = batch_of(folder, trained)
+    attack = config_for(folder, trained, "--dat", *flags).dat.attack
+    assert attack is not None
+    objective = WithDAT(Detection(), load_tokenizer("embedded"), attack)
+    parts = objective(model.train(), batch, torch.Generator().manual_seed(0))
+    parts["loss"].backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing
+    assert float(parts["changed_words"]) > 0
+    assert ("loss_clean" in parts) == (flags[0] != "paper")
 
 
 def test_views_of_a_batch_share_their_chance(folder: Path, tmp_path: Path) -> None:
@@ -311,9 +347,11 @@ def test_padding_leaves_what_fits_as_it_is() -> None:
     image = torch.rand(2, 3, 16, 24)
     assert torch.equal(PaddedTokenizer(inner, (16, 24)).reconstruct(image), inner.reconstruct(image))
     odd = PaddedTokenizer(inner, (15, 21))
-    assert odd.reconstruct(image[..., :15, :21]).shape == (2, 3, 15, 21)
+    image = image[..., :15, :21]
+    padded = nn.functional.pad(image, (0, 3, 0, 1), mode="replicate")
+    assert torch.equal(odd.reconstruct(image), inner.reconstruct(padded)[..., :15, :21])
     with pytest.raises(ValueError, match="built for"):
-        odd.encode(image)
+        odd.encode(padded)
 
 
 # ---- average precision ----
@@ -373,7 +411,7 @@ def test_training_lowers_the_loss(trained: Path) -> None:
 
 def test_resume_amid_an_epoch_is_bitwise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer.safetensors")
-    flags = ["--dat", "--tokenizer", str(tokenizer), "--dat_eps", "2", "--pictures_every", "0", "--eval_every", "9"]
+    flags = ["--dat", "--tokenizer", str(tokenizer), "--dat_eps", "2", "--pictures_every", "0", "--limit", "1"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     detect(config_for(folder, straight, *flags), Console(quiet=True))
     real: Callable[..., float] = engine.train_step
