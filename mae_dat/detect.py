@@ -33,7 +33,7 @@ from mae_dat.config import (
 from mae_dat.contenders import state_sha256
 from mae_dat.detection_data import CocoPictures, View, find_annotations
 from mae_dat.detector import Boxes, Detection, Detector, check_model, from_torchvision, on_transformer, padded_size
-from mae_dat.distributed import step_generator
+from mae_dat.distributed import step_generator, world_from_environment
 from mae_dat.engine import seed_everything
 from mae_dat.errors import CheckpointError
 from mae_dat.finetune import start_from
@@ -263,11 +263,10 @@ def main() -> None:
     """Command line."""
     console = run.console_for_command()
     config = load_config(DetectConfig, sys.argv[1:], __doc__ or "")
-    if not config.measure.eval:
-        print_scores(detect(config, console))
+    result = measure(config, console) if config.measure.eval else detect(config, console)
+    if not world_from_environment().main:
         return
-    result = measure(config, console)
-    if config.measure.corruptions:
+    if config.measure.eval and config.measure.corruptions:
         print_table(result, config.measure.severities)
     else:
         print_scores(result)

@@ -32,6 +32,8 @@ Boxes = dict[str, Tensor]
 
 FINEST_STRIDE, LEVELS = 4, 4
 KEEPS_ITS_MODE = (_BatchNorm, nn.Dropout, DropPath)
+# From here on boxes are computed: bfloat16 would round a coordinate of 800 to a multiple of 4.
+OUTPUTS = ("rpn.head", "roi_heads.box_predictor", "head")
 # Mask and keypoint R-CNN want more than boxes.
 TORCHVISION = [
     name
@@ -46,6 +48,9 @@ class Detector(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        for name, module in net.named_modules():
+            if name in OUTPUTS:
+                module.register_forward_hook(lambda module, given, made: _float32(made))
 
     def forward(self, image: Tensor, truth: list[Boxes] | None = None) -> Any:
         """Of pictures (B, 3, H, W) with pixels in [0, 1]: the losses by name, or for each the boxes found.
@@ -70,6 +75,12 @@ class Detector(nn.Module):
                 scales = vit_layer_scales(names, len(module.blocks), decay)
                 return {f"{prefix}.{name}": scale for name, scale in scales.items()}
         return {}
+
+
+def _float32(made: Any) -> Any:
+    if isinstance(made, dict):
+        return {name: _float32(one) for name, one in made.items()}
+    return made.float() if isinstance(made, Tensor) else type(made)(_float32(one) for one in made)
 
 
 @contextlib.contextmanager

@@ -341,6 +341,16 @@ def test_frozen_batch_norm_stays_frozen_and_evaluation_gives_losses_too() -> Non
     assert equal_states(buffers, dict(model.named_buffers()))
 
 
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
+def test_boxes_are_computed_in_float32_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    model = from_torchvision(name, 2, (64, 64), False).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = model(torch.rand(1, 3, 64, 64))
+    assert len(found["boxes"]) > 0
+    assert not torch.equal(found["boxes"], found["boxes"].bfloat16().float())
+
+
 def test_padding_leaves_what_fits_as_it_is() -> None:
     torch.manual_seed(0)
     inner = LightTokenizer(LightConfig(factor=4, width=16, num_words=64)).freeze()
