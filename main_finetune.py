@@ -3,11 +3,14 @@
 Runs as it is under python, torchrun and srun.
 """
 
-from mae_dat.config import run_command
+import sys
+
+from mae_dat.config import load_finetune_config, run_command
 
 
 def main() -> None:
-    """Imports late, so that Ctrl-C in the first seconds is answered as shortly as later."""
+    """Answers --help and mistyped flags before torch is imported, which takes seconds."""
+    load_finetune_config(sys.argv[1:])
     from mae_dat.evaluate import main as command
 
     command()

@@ -353,3 +353,18 @@ def test_the_cool_down_comes_on_top() -> None:
     assert load_config(FinetuneConfig, ["--epochs", "300", "--cooldown_epochs", "10"]).optim.total_epochs == 310
     with pytest.raises(ConfigError, match="cooldown_epochs"):
         load_config(FinetuneConfig, ["--cooldown_epochs", "-1"])
+
+
+@pytest.mark.parametrize(("script", "refusal"), [("main_pretrain.py", 2), ("main_finetune.py", 2), ("submit.py", 64)])
+def test_help_and_mistyped_flags_are_answered_without_torch(script: str, refusal: int) -> None:
+    told = (
+        "import runpy, sys\n"
+        f"for sys.argv in ([{script!r}, '--help'], [{script!r}, '--epochz', '3', 'main_pretrain.py']):\n"
+        "    try:\n"
+        f"        runpy.run_path({script!r}, run_name='__main__')\n"
+        "    except SystemExit as end:\n"
+        "        print(end.code, 'torch' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    answers = [line for line in done.stderr.splitlines() if line.endswith(("True", "False"))]
+    assert answers == ["0 False", f"{refusal} False"], done.stderr
