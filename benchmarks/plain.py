@@ -28,7 +28,7 @@ def torch_defaults() -> Iterator[None]:
     """TF32 as torch sets it, for convolutions only, and cuDNN's search for algorithms, which the released code turns
     on; whatever our own code has set meanwhile comes back."""
     cudnn = torch.backends.cudnn
-    wanted = ((cudnn.conv, "fp32_precision", "tf32"), (torch.backends.cuda.matmul, "fp32_precision", "ieee"))
+    wanted = ((cudnn, "allow_tf32", True), (torch.backends.cuda.matmul, "allow_tf32", False))
     settings: list[tuple[Any, str, Any]] = [*wanted, (cudnn, "benchmark", True)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     try:

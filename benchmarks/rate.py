@@ -14,11 +14,11 @@ def matrix_rates(device: torch.device) -> dict[str, float]:
     """FLOP/s of products of large square matrices, the best of several: `bf16`, `fp32` and, on a GPU, `tf32`."""
     rates = {"bf16": matrix_rate(torch.bfloat16, device)}
     matmul = torch.backends.cuda.matmul
-    for name, precision in {"fp32": "ieee", "tf32": "tf32"}.items():
+    for name in ("fp32", "tf32"):
         if name == "fp32" or device.type == "cuda":
-            before, matmul.fp32_precision = matmul.fp32_precision, precision
+            before, matmul.allow_tf32 = matmul.allow_tf32, name == "tf32"
             rates[name] = matrix_rate(torch.float32, device)
-            matmul.fp32_precision = before
+            matmul.allow_tf32 = before
     return rates
 
 

@@ -74,9 +74,10 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def set_float32(precision: str) -> None:
     """How a GPU computes in float32: matrices in TF32 for `tf32`, else exactly; convolutions always exactly, since the
     adversary's step is a fraction of a grey level, which TF32 (cuDNN's default) blurs in a tokenizer."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    cudnn: Any = torch.backends.cudnn
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    # By torch's older switches: its newer ones, `fp32_precision`, make the older raise, which torch.compile and
+    # torch.export read.
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def peak_memory(device: torch.device) -> int:

@@ -124,13 +124,13 @@ def test_the_plain_attack_wastes_what_ours_does_not() -> None:
 
 
 def test_settings_of_torch_come_back() -> None:
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [one.fp32_precision for one in settings], torch.backends.cudnn.benchmark
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [one.allow_tf32 for one in settings], torch.backends.cudnn.benchmark
     with pytest.raises(RuntimeError, match="stop"), torch_defaults():
         assert torch.backends.cudnn.benchmark
-        assert [one.fp32_precision for one in settings] == ["ieee", "tf32"]
+        assert [one.allow_tf32 for one in settings] == [False, True]
         raise RuntimeError("stop")
-    assert ([one.fp32_precision for one in settings], torch.backends.cudnn.benchmark) == before
+    assert ([one.allow_tf32 for one in settings], torch.backends.cudnn.benchmark) == before
 
 
 # ---- rows ----

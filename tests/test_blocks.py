@@ -136,18 +136,17 @@ def test_without_a_compiler_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def float32_as_before() -> Iterator[None]:
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
-    before = [one.fp32_precision for one in backends]
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [one.allow_tf32 for one in backends]
     yield
     for one, value in zip(backends, before, strict=True):
-        one.fp32_precision = value
+        one.allow_tf32 = value  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "tf32", "fp32"])
 def test_tf32_is_used_only_where_it_is_asked_for(precision: str, float32_as_before: None) -> None:
     set_float32(precision)
-    cudnn: Any = torch.backends.cudnn
-    assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if precision == "tf32" else "ieee")
-    assert cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+    assert not torch.backends.cudnn.allow_tf32
     if precision in ("tf32", "fp32"):
         assert amp_dtype(precision, CPU) is None

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -133,12 +132,12 @@ def test_the_gate_takes_what_keeps_the_words_and_refuses_what_overflows(caplog: 
 
 
 def test_exact_float32_restores_what_the_run_has_set() -> None:
-    parts: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
-    before = [part.fp32_precision for part in parts]
+    parts = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [part.allow_tf32 for part in parts]
     with pytest.raises(ZeroDivisionError), exact_float32():
-        assert [part.fp32_precision for part in parts] == ["ieee", "ieee"]
+        assert [part.allow_tf32 for part in parts] == [False, False]
         raise ZeroDivisionError
-    assert [part.fp32_precision for part in parts] == before
+    assert [part.allow_tf32 for part in parts] == before
 
 
 @pytest.mark.slow

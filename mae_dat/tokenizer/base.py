@@ -3,7 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -113,15 +113,13 @@ class VisualTokenizer(nn.Module, ABC):
 def exact_float32() -> Iterator[None]:
     """Without TF32 on NVIDIA GPUs, whatever the run has set: with it, words would differ from those of other machines.
     Elsewhere it changes nothing."""
-    parts: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
-    before = [part.fp32_precision for part in parts]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
     try:
-        for part in parts:
-            part.fp32_precision = "ieee"
+        cudnn.allow_tf32 = matmul.allow_tf32 = False
         yield
     finally:
-        for part, precision in zip(parts, before, strict=True):
-            part.fp32_precision = precision
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def share_changed(words: Tensor, other: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae_dat.generated import draw
 from mae_dat.tokenizer.base import VisualTokenizer, share_changed
 
 logger = logging.getLogger(__name__)
@@ -98,5 +97,7 @@ def quickest_exact(tokenizer: VisualTokenizer, device: torch.device, candidates:
 
 def drawn_pictures(tokenizer: VisualTokenizer, count: int = 4) -> Tensor:
     """Generated pictures (count, C, H, H) in [0, 1] of 32 words a side."""
+    from mae_dat.generated import draw  # with Pillow, which nothing else here needs
+
     images = np.stack([draw(0, "val", index, size=32 * tokenizer.factor).image for index in range(count)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float()[:, : tokenizer.in_chans] / 255
