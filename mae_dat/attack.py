@@ -72,22 +72,25 @@ def discrete_adversary(
     generator: torch.Generator,
     gradient: Tensor | None = None,
     check: bool = True,
+    words: Tensor | None = None,
 ) -> DiscreteAdversary:
     """Changes visual words of `image` to raise `loss_of`; or, as baselines, at random or not at all (`reconstruction`).
 
     `loss_of` maps an image to the mean loss of the batch, a scalar, and closes over targets, mask or boxes. `generator`
-    lives on the image's device. `released` takes a `gradient` that is known already, dL/dimage, for its own. Raises
-    ConfigError when the size does not fit the tokenizer, and ValueError when pixels leave [0, 1] by more than 1e-6:
-    that `check` waits for the image.
+    lives on the image's device. `released` takes a `gradient` that is known already, dL/dimage, for its own; the
+    image's `words`, where they are known, save all but `released` at the image an encoding. Raises ConfigError when the
+    size does not fit the tokenizer, and ValueError when pixels leave [0, 1] by more than 1e-6: that `check` waits for
+    the image.
     """
     if check:
         require_pixels(image)
     image = image.detach().float()
     if config.kind == "released":
-        return _released(image, loss_of, tokenizer, config, generator, gradient)
+        return _released(image, loss_of, tokenizer, config, generator, gradient, words)
+    words = encode(tokenizer, image) if words is None else words
     if config.kind == "paper":
-        return _paper(image, loss_of, tokenizer, config)
-    return _replaced(image, loss_of, tokenizer, config, generator)
+        return _paper(image, loss_of, tokenizer, config, words)
+    return _replaced(words, loss_of, tokenizer, config, generator)
 
 
 def _released(
@@ -97,28 +100,30 @@ def _released(
     config: AttackConfig,
     generator: torch.Generator,
     gradient: Tensor | None,
+    words: Tensor | None,
 ) -> DiscreteAdversary:
     """The released code's attack: unit-norm steps in an L2 ball around Q(x), or around x itself, then Q of the end."""
     at_image = config.at == "image"
-    center = image if at_image else reconstruct(tokenizer, image)
+    center = image if at_image else decode(tokenizer, encode(tokenizer, image) if words is None else words)
     point = random_start(center, config, generator)
     for _ in range(config.steps):
         direction = unit(input_gradient(point, loss_of) if gradient is None else gradient)
         delta = project(point + config.eps * direction - center, config.eps)
         point = (center + delta).clamp(0, 1)
-    words = encode(tokenizer, point)
+    changed = encode(tokenizer, point)
     return DiscreteAdversary(
         (lambda: reconstruct(tokenizer, image)) if at_image else center,
-        decode(tokenizer, words),
+        decode(tokenizer, changed),
         # Q(x) has words of its own, not always those of x: only against them is a change the attack's doing.
         lambda pictures: encode(tokenizer, center[:pictures]),
-        words,
+        changed,
     )
 
 
-def _paper(image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig) -> DiscreteAdversary:
+def _paper(
+    image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, words: Tensor
+) -> DiscreteAdversary:
     """Algorithm 1: Q(x + alpha * gradient), the gradient of each sample's own loss taken at Q(x)."""
-    words = encode(tokenizer, image)
     reconstruction = decode(tokenizer, words)
     gradient = input_gradient(reconstruction, loss_of) * len(image)  # of the sample's loss, not of the batch's mean
     changed = encode(tokenizer, (image + config.eps * gradient).clamp(0, 1))
@@ -126,11 +131,11 @@ def _paper(image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: A
 
 
 def _replaced(
-    image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
+    words: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
 ) -> DiscreteAdversary:
     """A share of the words replaced by those that raise the loss to first order; or, as baselines, at random, or
     none."""
-    changed = words = encode(tokenizer, image)
+    changed = words
     if config.kind == "symbolic":
         count = round(config.word_share * words[0].numel())
         changed = symbolic_words(words, loss_of, tokenizer, count, config.steps, config.nearest)

@@ -54,6 +54,8 @@ class AttackConfig:
     """`released`: the attack takes its gradient from the clean view's backward pass."""
     batch_share: float = 1.0
     """Share of each batch that is attacked."""
+    warmup: float = 0.0
+    """Epochs in which the strength grows from 0: `scaled(ramp(epoch))`."""
 
     def __post_init__(self) -> None:
         if self.kind not in ATTACKS:
@@ -68,6 +70,8 @@ class AttackConfig:
             raise ConfigError(f"an attack needs at least 1 nearest code to change a word into, got {self.nearest}.")
         if not 0 < self.batch_share <= 1:
             raise ConfigError(f"--dat_batch_share must lie in (0, 1], got {self.batch_share}.")
+        if self.warmup < 0:
+            raise ConfigError(f"--dat_warmup must be 0 epochs or more, got {self.warmup}.")
         for flag, given in (("--dat_at image", self.at == "image"), ("--dat_free", self.free)):
             if given and self.kind != "released":
                 raise ConfigError(f"{flag} is a form of --dat released; leave it out with --dat {self.kind}.")
@@ -89,6 +93,16 @@ class AttackConfig:
     def word_share(self) -> float:
         """Share of the words that `symbolic` and `random` replace."""
         return 0.05 if self.share is None else self.share
+
+    def ramp(self, epoch: float) -> float:
+        """Share of the strength at a fractional epoch: linear over the warm-up, from a millionth, which changes
+        nothing, because no strength at all is no attack."""
+        return 1.0 if epoch >= self.warmup else max(epoch / self.warmup, 1e-6)
+
+    def scaled(self, factor: float) -> "AttackConfig":
+        """A weaker attack: a part of the step, or of the share of words."""
+        share = self.share if self.moves_pixels else factor * self.word_share
+        return dataclasses.replace(self, eps=factor * self.eps, share=share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +236,8 @@ class DatConfig:
     pass."""
     dat_batch_share: float = 1.0
     """Share of each batch that is attacked, its first images."""
+    dat_warmup: float = 0.0
+    """Epochs over which the adversary's strength (eps or the share of words) grows linearly from 0."""
     tokenizer: str = "embedded"
     """`embedded` (light, for 64 px), a light tokenizer's .safetensors, a VQGAN of taming, latent-diffusion or
     easyrobust, or a released name such as vqgan_f8_16384."""
@@ -238,7 +254,7 @@ class DatConfig:
             return None
         eps = PUBLISHED_EPS if self.dat_eps is None else self.dat_eps
         strength = (eps, self.dat_share, self.dat_random_start, self.dat_steps, self.dat_nearest)
-        attack = AttackConfig(self.dat, *strength, self.dat_at, self.dat_free, self.dat_batch_share)
+        attack = AttackConfig(self.dat, *strength, self.dat_at, self.dat_free, self.dat_batch_share, self.dat_warmup)
         if attack.moves_pixels and self.dat_share is None and self.dat_eps is None and self.tokenizer == "embedded":
             return dataclasses.replace(attack, share=PUBLISHED_SHARE)
         return attack
@@ -266,10 +282,19 @@ class MaskConfig:
     """Share of patches removed."""
     norm_pix_loss: bool = False
     """Predict pixels normalized by each patch's mean and deviation."""
+    target: Literal["pixels", "words", "both"] = "pixels"
+    """What is predicted at removed patches: pixels, the visual words of --tokenizer (with or without --dat), or
+    both."""
+    words_weight: float = 0.1
+    """Of the words' loss (nats a word) beside the pixels', with --target both."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ConfigError(f"--mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
+        if self.words_weight <= 0:
+            raise ConfigError(
+                f"--words_weight must be positive, got {self.words_weight}; without words: --target pixels."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,7 +192,9 @@ def train_step(
     """
     accum = job.optim.accum_iter
     plan = (job.lr, job.optim.min_lr, job.optim.warmup_epochs, job.optim.epochs, job.optim.warmup_lr)
-    set_lr(training.optimizer, learning_rate(training.step / job.steps_per_epoch, *plan))
+    epoch = training.step / job.steps_per_epoch
+    set_lr(training.optimizer, learning_rate(epoch, *plan))
+    training.objective.begin(epoch)
     while training.heard and training.heard[0][0] < training.step - behind.lag:
         training.objective.observe(training.heard.pop(0)[1])
     seen: list[Seen] = []

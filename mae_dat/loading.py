@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Source = str | Path | WeightsFile | Mapping[str, Any]
 DECODER_KEYS = ("decoder_", "mask_token")
+WORD_HEAD = "decoder_words."
 _DISTILLED = {192: "tiny", 384: "small", 768: "base"}  # timm's names by width
 
 
@@ -138,7 +139,9 @@ def read_source(source: Source) -> tuple[WeightsFile, Recognized]:
         file = source
     else:
         file = unwrap(source, "the given weights") if isinstance(source, Mapping) else read_weights(source)
-    file = file._replace(tensors=fused_head(file.tensors))
+    # The word head belongs to a pretraining and its tokenizer, and to nothing that is loaded from it.
+    kept = {name: one for name, one in file.tensors.items() if not name.startswith(WORD_HEAD)}
+    file = file._replace(tensors=fused_head(kept))
     found = recognize(file)
     if found.kind == "tokenizer":
         raise CheckpointError(f"{file.source} is a tokenizer ({found.format}): give it as --tokenizer.")

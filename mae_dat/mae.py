@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_dat.errors import ConfigError
+from mae_dat.word_head import WordHead
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -184,6 +185,7 @@ class MaskedAutoencoder(nn.Module):
         _check_width("embed_dim", embed_dim, num_heads)
         _check_width("decoder_embed_dim", decoder_embed_dim, decoder_num_heads)
         self.patch_size, self.in_chans = patch_size, in_chans
+        self.decoder_words: WordHead | None = None
         self.grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         default_mean, default_std = pixel_statistics(in_chans)
@@ -216,6 +218,24 @@ class MaskedAutoencoder(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def add_word_head(self, factor: int, num_words: int, pixels: bool = True) -> None:
+        """Lets the decoder predict the words of a tokenizer that has one for `factor` x `factor` pixels, beside the
+        pixels or, without `pixels`, in their place. ConfigError where a patch is no whole number of words."""
+        if self.patch_size % factor:
+            raise ConfigError(
+                f"a patch of {self.patch_size} pixels is no whole number of visual words of {factor}: give a --model "
+                f"or a --tokenizer whose patch side is a multiple of the tokenizer's factor, or --target pixels."
+            )
+        per_patch = (self.patch_size // factor) ** 2
+        self.decoder_words = WordHead(self.decoder_pred.in_features, per_patch, num_words)
+        self.decoder_words.apply(_initialize)
+        self.decoder_pred.requires_grad_(pixels)  # what has no gradient must not be waited for
+
+    def patch_words(self, words: Tensor) -> Tensor:
+        """Visual words (B, h, w) by patch: (B, N, n), row by row in both."""
+        rows, columns = self.grid
+        return rearrange(words, "b (h i) (w j) -> b (h w) (i j)", h=rows, w=columns)
 
     def normalize(self, image: Tensor) -> Tensor:
         """Pixels in [0, 1], (B, C, H, W), to zero mean and unit deviation."""
@@ -258,10 +278,23 @@ class MaskedAutoencoder(nn.Module):
         variance, mean = torch.var_mean(patches, dim=-1, correction=1, keepdim=True)
         return mean, (variance + NORM_PIX_EPSILON).sqrt()
 
-    def forward(self, image: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Prediction (B, N, P) of every patch, in the scale of `target`, and mask (B, N) with 1 for removed patches."""
+    def forward(
+        self, image: Tensor, mask_ratio: float, noise: Tensor, words: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Prediction (B, N, P) of every patch, in the scale of `target`, and mask (B, N) with 1 for removed patches.
+
+        With visual words (B, N, n) also what the word head says of them at the R removed patches of each picture, in
+        the order of their noise: negative log-likelihood and whether each is the most probable, (B, R, n).
+        """
         latent, mask, ids_restore = self.encode(image, mask_ratio, noise)
-        return self.decode(latent, ids_restore), mask
+        features = self.decode(latent, ids_restore)
+        prediction = self.decoder_pred(features)
+        if words is None:
+            return prediction, mask
+        assert self.decoder_words is not None, "add_word_head comes first"
+        removed = ids_restore.argsort(dim=1)[:, latent.shape[1] - 1 :, None]
+        chosen = (one.gather(1, removed.expand(-1, -1, one.shape[-1])) for one in (features, words))
+        return prediction, mask, *self.decoder_words(*chosen)
 
     def encode(self, image: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latent (B, 1 + K, D) of the class token and the kept patches, mask (B, N), and ids_restore (B, N).
@@ -301,15 +334,15 @@ class MaskedAutoencoder(nn.Module):
         return F.linear(patches, weight, self.patch_embed.proj.bias)
 
     def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Prediction (B, N, P) from a latent (B, 1 + K, D): mask tokens fill the removed places."""
+        """Features (B, N, decoder's width) to predict from, of a latent (B, 1 + K, D): mask tokens fill the removed
+        places."""
         tokens = self.decoder_embed(latent)
         removed = self.num_patches + 1 - tokens.shape[1]
         mask_tokens = self.mask_token.expand(len(tokens), removed, -1)
         shuffled = torch.cat([tokens[:, 1:], mask_tokens], dim=1)
         patches = shuffled.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, shuffled.shape[-1]))
         tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
-        tokens = self.decoder_norm(self.decoder_blocks(tokens))
-        return self.decoder_pred(tokens[:, 1:])
+        return self.decoder_norm(self.decoder_blocks(tokens))[:, 1:]
 
     def _check_shapes(self, image: Tensor, noise: Tensor) -> None:
         expected = (self.in_chans, *self.img_size)

@@ -17,7 +17,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mae_dat.attack import DiscreteAdversary, ShareController, discrete_adversary
+from mae_dat.attack import DiscreteAdversary, ShareController, discrete_adversary, encode
 from mae_dat.config import AttackConfig, AugmentConfig
 from mae_dat.data import Batch
 from mae_dat.distributed import all_mean
@@ -46,9 +46,20 @@ class Objective(ABC):
     def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
         """Mean loss of a view of the image, a float32 scalar."""
 
+    def parts(self, model: nn.Module, image: Tensor, context: Any) -> Parts:
+        """`loss` of a view, with what of it is worth to be logged."""
+        return {"loss": self.loss(model, image, context)}
+
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """The loss of one batch."""
-        return {"loss": self.loss(model, *self.prepare(model, batch, generator))}
+        return self.parts(model, *self.prepare(model, batch, generator))
+
+    def words_by(self, tokenizer: VisualTokenizer, context: Any) -> Tensor | None:
+        """Words (B, h, w) of the image where `prepare` has had this tokenizer find them."""
+        return None
+
+    def begin(self, epoch: float) -> None:  # noqa: B027 - most keep no schedule
+        """Is told, before each step, the fractional epoch that it stands at."""
 
     def observe(self, facts: Mapping[str, float]) -> None:  # noqa: B027 - most follow nothing
         """Is told a step's parts once they are read, the same on all ranks but for the losses: on a GPU that may be
@@ -63,23 +74,54 @@ class Objective(ABC):
 
 
 class MaskedReconstruction(Objective):
-    """He et al. 2021: predict the removed patches of the *clean* picture; mean squared error over them."""
+    """He et al. 2021: predict the removed patches of the *clean* picture; mean squared error over them.
 
-    def __init__(self, mask_ratio: float, norm_pix: bool) -> None:
+    With a tokenizer the target is its words of the clean picture, by their mean negative log-likelihood over the
+    removed patches, in nats a word; with `words_weight` as the second of two targets, weighted so. The model then has
+    a word head (`add_word_head`).
+    """
+
+    def __init__(
+        self,
+        mask_ratio: float,
+        norm_pix: bool,
+        tokenizer: VisualTokenizer | None = None,
+        words_weight: float | None = None,
+    ) -> None:
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
+        self.tokenizer, self.words_weight = tokenizer, words_weight
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """The image, with (target patches (B, N, P) of the clean picture, mask noise (B, N))."""
+        """The image, with (target patches (B, N, P) of the clean picture, mask noise (B, N), its words (B, h, w) where
+        they are a target)."""
         image, inner = batch["image"], unwrapped(model)
         assert isinstance(inner, MaskedAutoencoder)
         noise = mask_noise(len(image), inner.num_patches, generator, image.device)
-        return image, (inner.target(image, self.norm_pix), noise)
+        words = (encode(self.tokenizer, image),) if self.tokenizer else ()
+        return image, (inner.target(image, self.norm_pix), noise, *words)
 
-    def loss(self, model: nn.Module, image: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, model: nn.Module, image: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """Error of the prediction from a view of the picture, at its removed patches."""
-        target, noise = context
-        prediction, mask = model(image, self.mask_ratio, noise)
-        return masked_mse(prediction.float(), target, mask)
+        return self.parts(model, image, context)["loss"]
+
+    def parts(self, model: nn.Module, image: Tensor, context: tuple[Tensor, ...]) -> Parts:
+        """As `loss`; where words are a target also both losses and the share of words that are the most probable."""
+        target, noise, *words = context
+        if not words:
+            prediction, mask = model(image, self.mask_ratio, noise)
+            return {"loss": masked_mse(prediction.float(), target, mask)}
+        by_patch = unwrapped(model).patch_words(words[0])
+        prediction, mask, surprise, best = model(image, self.mask_ratio, noise, by_patch)
+        of_words = surprise.mean()
+        told = {"loss_words": of_words, "word_accuracy": best.mean()}
+        if self.words_weight is None:
+            return {"loss": of_words, **told}
+        of_pixels = masked_mse(prediction.float(), target, mask)
+        return {"loss": of_pixels + self.words_weight * of_words, "loss_pixels": of_pixels, **told}
+
+    def words_by(self, tokenizer: VisualTokenizer, context: tuple[Tensor, ...]) -> Tensor | None:
+        """The words that are a target, if they are this tokenizer's."""
+        return context[2] if tokenizer is self.tokenizer else None
 
 
 class Classification(Objective):
@@ -124,12 +166,19 @@ class WithDAT(Objective):
     """
 
     WARN_AFTER, WARN_EVERY = 3, 200
+    READABLE = 0.1
 
     def __init__(self, objective: Objective, tokenizer: VisualTokenizer, attack: AttackConfig) -> None:
         self.objective, self.tokenizer, self.attack = objective, tokenizer, attack
         self.controller = ShareController(attack) if attack.share is not None and attack.moves_pixels else None
         self.found = self.checked = False
         self.idle_steps = 0
+        self.ramp = 1.0
+
+    def begin(self, epoch: float) -> None:
+        """Sets the share of the strength that the warm-up has come to."""
+        self.ramp = self.attack.ramp(epoch)
+        self.objective.begin(epoch)
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
         """As the wrapped objective."""
@@ -142,29 +191,38 @@ class WithDAT(Objective):
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """One DAT step; parts: loss, loss_clean, loss_adversarial, changed_words (share), eps."""
         image, context = self.prepare(model, batch, generator)
-        clean, gradient = self.clean_loss(model, image, context)
+        clean, told, gradient = self.clean_loss(model, image, context)
         attacked = max(1, round(self.attack.batch_share * len(image)))
         image, context, gradient = first_rows((image, context, gradient), attacked)
         found = self.adversary(model, image, context, generator, gradient)
         parts = {**clean, "loss_adversarial": self.loss(model, found.adversarial, context)}
         changed = all_mean(found.changed_in(self.counted(attacked)))
-        eps = torch.full_like(changed, self.strength().eps)
-        return {"loss": torch.stack([*parts.values()]).sum(), **parts, "changed_words": changed, "eps": eps}
+        told |= {"changed_words": changed, "eps": torch.full_like(changed, self.strength().eps)}
+        if self.attack.warmup:
+            told["dat_ramp"] = torch.full_like(changed, self.ramp)
+        return {"loss": torch.stack([*parts.values()]).sum(), **parts, **told}
 
     def counted(self, pictures: int) -> int:
         """In how many of them changed words are counted: to encode Q(x) again for all would cost a sixth of both
         reconstructions. A target share is held by more of them than a log needs."""
         return max(pictures // 8, 8) if self.controller else max(pictures // 32, 4)
 
-    def clean_loss(self, model: nn.Module, image: Tensor, context: Any) -> tuple[Parts, Tensor | None]:
-        """L(clean), if it counts; with `free` also its gradient at the image, from one backward pass for both."""
+    def clean_loss(self, model: nn.Module, image: Tensor, context: Any) -> tuple[Parts, Parts, Tensor | None]:
+        """L(clean), if it counts, and what to log beside it; with `free` also its gradient at the image, from one
+        backward pass for both."""
         if not self.attack.clean_weight:
-            return {}, None
+            return {}, {}, None
         if not self.attack.free:
-            return {"loss_clean": self.loss(model, image, context)}, None
-        inner = unwrapped(model)
-        loss, gradient = differentiated(lambda x: self.loss(inner, x, context), image, inner)
-        return {"loss_clean": loss}, gradient
+            told = self.objective.parts(model, image, context)
+            return {"loss_clean": told.pop("loss")}, told, None
+        inner, told = unwrapped(model), {}
+
+        def loss_of(view: Tensor) -> Tensor:
+            told.update(self.objective.parts(inner, view, context))
+            return told.pop("loss")
+
+        loss, gradient = differentiated(loss_of, image, inner)
+        return {"loss_clean": loss}, told, gradient
 
     def adversary(
         self,
@@ -178,13 +236,14 @@ class WithDAT(Objective):
         module: DDP's hooks see nothing of it."""
         inner, check = unwrapped(model), image.device.type == "cpu" or not self.checked
         self.checked = True
+        words = self.objective.words_by(self.tokenizer, context)
 
         def attack_with(config: AttackConfig, source: torch.Generator) -> DiscreteAdversary:
             def loss_of(view: Tensor) -> Tensor:
                 return self.loss(inner, view, context)
 
             with frozen(inner):
-                return discrete_adversary(image, loss_of, self.tokenizer, config, source, gradient, check)
+                return discrete_adversary(image, loss_of, self.tokenizer, config, source, gradient, check, words)
 
         if self.controller and not self.found:
             # Every try starts from the same random state, so that the search compares strengths and nothing else.
@@ -211,15 +270,18 @@ class WithDAT(Objective):
         return self.found or self.controller is None
 
     def strength(self) -> AttackConfig:
-        """The attack as it stands now, with the controller's eps."""
-        return self.controller.apply(self.attack) if self.controller else self.attack
+        """The attack as it stands now, with the controller's eps and so far as it is warmed up."""
+        full = self.controller.apply(self.attack) if self.controller else self.attack
+        return full if self.ramp == 1 else full.scaled(self.ramp)
 
     def observe(self, facts: Mapping[str, float]) -> None:
         """Follows the share of changed words; warns while it is 0."""
-        share = facts["changed_words"]
-        if self.controller:
-            self.controller.observe(share)
-        self.idle_steps = 0 if share > 0 or not self.attack.moves_pixels else self.idle_steps + 1
+        share, ramp = facts["changed_words"], facts.get("dat_ramp", 1.0)
+        # The target is warmed up like the step. A small part of it is a few words, and their number chance.
+        if self.controller and (ramp >= self.READABLE or share > self.controller.target):
+            self.controller.observe(share / ramp)
+        weak = share == 0 and self.attack.moves_pixels and ramp == 1
+        self.idle_steps = self.idle_steps + 1 if weak else 0
         if self.idle_steps % self.WARN_EVERY == self.WARN_AFTER:
             logger.warning(
                 "the adversary changed no visual word for %d steps: eps %.3g is too small at this size and tokenizer. "

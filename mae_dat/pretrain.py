@@ -5,10 +5,10 @@ from torch import Tensor
 
 from mae_dat import run
 from mae_dat.config import PretrainConfig, load_config
-from mae_dat.data import ImageSet, Transform
+from mae_dat.data import Batch, ImageSet, Transform
 from mae_dat.distributed import step_generator
 from mae_dat.engine import seed_everything
-from mae_dat.mae import MaskedAutoencoder, build_mae, mask_noise
+from mae_dat.mae import MaskedAutoencoder, build_mae
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import MaskedReconstruction, Objective, WithDAT
 from mae_dat.optim import build_optimizer
@@ -27,8 +27,7 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         images = run.training_images(config.data, pretrain_transform(size), config.run.seed, labelled=False)
         seed_everything(config.run.seed)
         model = build_mae(config.mae.model, img_size=size, in_chans=config.data.in_chans).to(where.device)
-        objective: Objective = MaskedReconstruction(config.mae.mask_ratio, config.mae.norm_pix_loss)
-        objective = run.with_dat(objective, config.dat, config.data, where.device)
+        objective = objective_of(config, model, where.device)
         run.settle(model, where)
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
@@ -47,6 +46,21 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         )
 
 
+def objective_of(config: PretrainConfig, model: MaskedAutoencoder, device: torch.device) -> Objective:
+    """Masked reconstruction of the flags' targets, with DAT or without. Where words are a target, the model gets a head
+    for them. Raises ConfigError."""
+    mae, attack = config.mae, config.dat.attack
+    if mae.target == "pixels":
+        objective = MaskedReconstruction(mae.mask_ratio, mae.norm_pix_loss)
+        return run.with_dat(objective, config.dat, config.data, device)
+    tokenizer = run.open_tokenizer(config.dat, config.data, device)
+    model.add_word_head(tokenizer.factor, tokenizer.num_words, pixels=mae.target == "both")
+    model.to(device)
+    weight = mae.words_weight if mae.target == "both" else None
+    objective = MaskedReconstruction(mae.mask_ratio, mae.norm_pix_loss, tokenizer, weight)
+    return WithDAT(objective, tokenizer, attack) if attack else objective
+
+
 def fixed_images(images: ImageSet, transform: Transform) -> Tensor:
     """Some of the pictures, evenly spread and not augmented, for galleries."""
     still = images.seen_through(transform)
@@ -60,11 +74,15 @@ def draw(
     """Galleries of the same pictures under the same mask after every epoch: reconstructions, and what the adversary
     did."""
     generator = step_generator(config.run.seed, 0, 0, where.device)
-    noise = mask_noise(len(image), model.num_patches, generator, where.device)
-    norm_pix = config.mae.norm_pix_loss
-    drawn = {"reconstruction": reconstruction_gallery(model, image, config.mae.mask_ratio, noise, norm_pix)}
+    none = torch.zeros(len(image), dtype=torch.int64)
+    batch: Batch = {"image": image, "label": none, "index": none, "skipped": none}
+    _, context = objective.prepare(model, batch, generator)
+    drawn = {}
+    if config.mae.target != "words":
+        ratio, norm_pix = config.mae.mask_ratio, config.mae.norm_pix_loss
+        drawn["reconstruction"] = reconstruction_gallery(model, image, ratio, context[1], norm_pix)
     if isinstance(objective, WithDAT) and objective.ready:
-        found = objective.adversary(model, image, (model.target(image, norm_pix), noise), generator)
+        found = objective.adversary(model, image, context, generator)
         drawn["adversary"] = adversary_gallery(image, found)
     return drawn
 

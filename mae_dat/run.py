@@ -44,7 +44,7 @@ from mae_dat.registry import released
 from mae_dat.resuming import check_changes, keep_global_batch
 from mae_dat.sources import image_root, open_images
 from mae_dat.store import local_path
-from mae_dat.tokenizer import check_card, in_precision, load_tokenizer
+from mae_dat.tokenizer import VisualTokenizer, check_card, in_precision, load_tokenizer
 from mae_dat.tokenizer.padded import PaddedTokenizer
 from mae_dat.training import Training
 from mae_dat.watch import watching
@@ -155,18 +155,21 @@ def in_channels(transform: Transform, data: DataConfig) -> Transform:
 def with_dat(
     objective: Objective, dat: DatConfig, data: DataConfig, device: torch.device, pad: bool = False
 ) -> Objective:
-    """The objective itself, or wrapped in DAT with its tokenizer, after a check that the sizes fit; with `pad` all of
-    them do."""
+    """The objective itself, or wrapped in DAT with its tokenizer."""
     if dat.attack is None:
         return objective
+    return WithDAT(objective, open_tokenizer(dat, data, device, pad), dat.attack)
+
+
+def open_tokenizer(dat: DatConfig, data: DataConfig, device: torch.device, pad: bool = False) -> VisualTokenizer:
+    """The tokenizer of the flags, after a check that the sizes fit; with `pad` all of them do."""
     tokenizer = in_precision(load_tokenizer(dat.tokenizer), device, dat.tokenizer_precision, dat.tokenizer_compile)
     if pad:
         tokenizer = PaddedTokenizer(tokenizer, data.image_size)
     tokenizer.check(torch.zeros(1, data.in_chans, *data.image_size))
-    logger.info(
-        "DAT %s: tokenizer %s, factor %d, %d words", dat.dat, dat.tokenizer, tokenizer.factor, tokenizer.num_words
-    )
-    return WithDAT(objective, tokenizer, dat.attack)
+    facts = (dat.tokenizer, tokenizer.factor, tokenizer.num_words, dat.dat)
+    logger.info("tokenizer %s: factor %d, %d words; DAT: %s", *facts)
+    return tokenizer
 
 
 def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:

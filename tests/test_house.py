@@ -54,6 +54,7 @@ FLOORS = {
     "pixel_attacks": 3,
     "distributions": 3,
     "word_attack": 4,
+    "word_head": 4,
     "mae": 4,
     "classifier": 4,
     "loading": 5,
