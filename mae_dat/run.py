@@ -173,21 +173,24 @@ def open_tokenizer(dat: DatConfig, data: DataConfig, device: torch.device, pad: 
 
 
 def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
-    """The newest valid checkpoint of the output folder; else the one that `--resume` names; else None."""
+    """The newest valid checkpoint of the output folder; else the one that `--resume` names; else None. Raises
+    CheckpointError for one of the first format."""
     own = newest_checkpoint(output)
     if own and run.resume:
         # A requeued job repeats its command line: what it has learned since counts, not where it began.
         logger.info("%s has a checkpoint of its own, which goes before --resume %s.", output, run.resume)
-    return own or (find_checkpoint(Path(run.resume)) if run.resume else None)
+    found = own or (find_checkpoint(Path(run.resume)) if run.resume else None)
+    if found and found.manifest["version"] < 2:
+        raise CheckpointError(
+            f"{found.path} has format {found.manifest['version']}, of a version of mae_dat that counted steps "
+            f"otherwise: finish the run with that, or start a new one, in another --output_dir, from its weights with "
+            f"--finetune {found.path}."
+        )
+    return found
 
 
 def restore(training: Training, found: Checkpoint, world: World) -> None:
     """Resumes from a checkpoint. Raises CheckpointError when it is of another model or kind of run."""
-    if found.manifest["version"] < 2:
-        raise CheckpointError(
-            f"{found.path} was written by a version of mae_dat that counted steps otherwise: finish the run with "
-            f"that, or start a new one from its weights with --finetune {found.path}."
-        )
     try:
         # Every rank checks the file as it sees it: what rank 0 read whole may be old or torn on another machine.
         training.load_state_dict(verify(found.path.with_suffix(".json")).load(), world.rank, world.size)

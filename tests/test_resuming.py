@@ -1,10 +1,14 @@
 """Going on from a checkpoint: which settings may change, and the same global batch on another number of ranks."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import GOLDEN
+from tiny_runs import draw_folder, pretrain_in
 
 from mae_dat.checkpoint import Checkpoint
 from mae_dat.config import FinetuneConfig, OptimConfig, PretrainConfig, flat_values
@@ -154,3 +158,16 @@ def test_shares_asked_for_anew_are_left_alone() -> None:
         assert keep_global_batch(optim, found, 4) is optim
     assert keep_global_batch(OptimConfig(), None, 4) == OptimConfig()
     assert keep_global_batch(OptimConfig(), checkpoint({}), 4) == OptimConfig()
+
+
+def test_a_run_of_the_first_format_says_what_to_do(tmp_path: Path) -> None:
+    """Its steps were micro-batches and its manifest has no global batch: nothing is computed, nothing is lost."""
+    output = tmp_path / "out"
+    shutil.copytree(GOLDEN / "checkpoint_v1", output)
+    (manifest,) = output.glob("*.json")
+    facts = json.loads(manifest.read_text()) | {"settings": {"mask_ratio": 0.75, "batch_size": 8, "accum_iter": 1}}
+    manifest.write_text(json.dumps(facts))
+    data = draw_folder(tmp_path / "data", train=16, val=0, conflict=0)
+    with pytest.raises(CheckpointError, match=r"00006.pth has format 1, .* --finetune .*00006.pth"):
+        pretrain_in(output, data)
+    assert {path.name for path in output.glob("checkpoint-*")} == {manifest.name, f"{manifest.stem}.pth"}
