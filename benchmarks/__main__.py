@@ -28,7 +28,7 @@ from mae_dat.run import arguments
 
 logger = logging.getLogger("benchmarks")
 
-TABLE_WIDTH = 150
+TABLE_WIDTH = 170
 MODULES: dict[str, ModuleType] = {
     "startup": startup,
     "mae": mae,

@@ -67,15 +67,24 @@ def size(value: float | None) -> str:
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
-    """The table."""
+    """The table, and below it what was not run."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for number, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if number in (0, 6) else "right", no_wrap=number > 0)
-    for row in rows:
+    for row in (row for row in rows if row.rounds):
         style = {True: "green", False: "bold red", None: ""}[row.met]
         texts = cells(row)
+        texts[0] = (
+            f"{row.name}\n[dim]{'over' if row.is_cost else 'against'} {row.against}[/]" if row.against else row.name
+        )
         table.add_row(*texts[:6], f"[{style}]{texts[6]}[/]" if style else texts[6], *texts[7:])
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    notes: dict[str, list[str]] = {}
+    for row in (row for row in rows if not row.rounds):
+        notes.setdefault(row.note, []).append(row.name)
+    for note, names in notes.items():
+        console.print(f"{note}: {', '.join(dict.fromkeys(names))}", highlight=False)
     console.print(LEGEND, highlight=False)
 
 
