@@ -44,6 +44,11 @@ ARMS = {
     "free": "DAT, free gradient",
     "free_at_image": "DAT, free gradient at the image",
     "fifth": "DAT on a fifth of the batch",
+    "dat_jsd": "DAT with consistent predictions",
+    "split_norms": "DAT with split norms",
+    "pixel_at": "adversarial training on pixels",
+    "advprop": "AdvProp",
+    "augmix": "AugMix",
 }
 # Of arms that are not simply a kind of --dat.
 FLAGS = {
@@ -52,11 +57,18 @@ FLAGS = {
     "free": "--dat released --dat_free",
     "free_at_image": "--dat released --dat_free --dat_at image",
     "fifth": "--dat released --dat_batch_share 0.2",
+    "dat_jsd": "--dat released --dat_jsd 12",
+    "split_norms": "--dat released --split_norms",
+    "pixel_at": "--dat none --at pgd",
+    "advprop": "--dat none --at advprop",
+    "augmix": "--dat none --aa augmix-m3-w3 --jsd 12",
 }
 # Passes through the network and the tokenizer beside a plain step's, measured on two cores; only the time left depends
 # on them. Of the cheaper forms of released they are counted.
 COST = {"plain": 1.0, "reconstruction": 2.4, "random": 2.4, "released": 3.6, "paper": 2.6, "symbolic": 3.6}
-COST |= {"at_image": 3.2, "free": 3.0, "free_at_image": 2.5, "fifth": 1.6}
+COST |= {"at_image": 3.2, "free": 3.0, "free_at_image": 2.5, "fifth": 1.6, "dat_jsd": 4.6, "split_norms": 3.6}
+# Passes of the network alone: 3 a view that is learned from, 2 a step of an attack.
+COST |= {"pixel_at": 3.0, "advprop": 4.0, "augmix": 3.0}
 PRETRAIN_COST = 0.5
 MEASURE_COST, CORRUPT_COST = 0.2, 1.0
 
@@ -70,7 +82,8 @@ class CompareConfig:
     output_dir: str = "output/compare"
     arms: tuple[str, ...] = ("plain", "random", "released", "paper")
     """plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic; cheaper forms
-    of released: at_image, free, free_at_image, fifth (of the batch)."""
+    of released: at_image, free, free_at_image, fifth (of the batch); with more to it: dat_jsd, split_norms; without
+    words: pixel_at, advprop, augmix (docs/adversaries.md)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the fine-tunings; the pretraining is shared and has its config's seed."""
     pretrain: str = str(CONFIGS / "small_pretrain.yaml")

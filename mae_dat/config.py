@@ -261,6 +261,67 @@ class DatConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """What DAT is compared with, and joined with: pixel adversaries, norms of their own, consistent predictions."""
+
+    at: Literal["none", "pgd", "advprop"] = "none"
+    """Adversarial training on pixels: pgd (Madry et al. 2018: no clean view), or advprop (Xie et al. 2020: beside the
+    clean view, and through norms of its own)."""
+    at_norm: Literal["linf", "l2"] = "linf"
+    """What eps limits: each pixel, or the picture."""
+    at_eps: float | None = None
+    """Radius of the ball, pixels in [0, 1] (default: 4/255 for linf, 0.5 for l2)."""
+    at_steps: int = 3
+    """Gradient steps, from a random start."""
+    at_step: float | None = None
+    """Length of a step, in the same norm (default: 2 eps / steps)."""
+    at_clean_weight: float | None = None
+    """Weight of the clean view's loss (default: 0 for pgd, 1 for advprop)."""
+    split_norms: bool = False
+    """With --dat: the attack and its outcome pass through norms of their own (BatchNorm, LayerNorm and their kin), as
+    in advprop. The others are evaluated and exported."""
+    dat_jsd: float = 0.0
+    """With --dat: weight of the Jensen-Shannon divergence between the predictions for a picture, its reconstruction
+    and its adversary."""
+    jsd: float = 0.0
+    """Weight of the same between a crop and two views of it by --aa, each picture in three views (AugMix, Hendrycks et
+    al. 2020: 12, with --aa augmix-m3-w3)."""
+
+    def __post_init__(self) -> None:
+        for name in ("at_eps", "at_steps", "at_step"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigError(f"--{name} must be above 0, got {value}.")
+        for name in ("at_clean_weight", "dat_jsd", "jsd"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ConfigError(f"--{name} must be 0 or more, got {value}.")
+        if self.at == "advprop" and self.clean_weight == 0:
+            raise ConfigError(
+                "--at advprop learns from both views: leave out --at_clean_weight 0, or give --at pgd for the "
+                "adversarial one alone."
+            )
+
+    @property
+    def eps(self) -> float:
+        """Radius of the pixel adversary's ball."""
+        return self.at_eps or {"linf": 4 / 255, "l2": 0.5}[self.at_norm]
+
+    @property
+    def step(self) -> float:
+        """Length of its steps."""
+        return self.at_step or 2 * self.eps / self.at_steps
+
+    @property
+    def clean_weight(self) -> float:
+        """Weight of the clean view beside a pixel adversary."""
+        return float(self.at == "advprop") if self.at_clean_weight is None else self.at_clean_weight
+
+    @property
+    def splits_norms(self) -> bool:
+        """Whether adversarial views have norms of their own."""
+        return self.split_norms or self.at == "advprop"
+
+
+@dataclasses.dataclass(frozen=True)
 class LaunchConfig:
     """Distributed: read from torchrun's or srun's environment; MAE's flags are accepted and need not be set."""
 
@@ -409,17 +470,48 @@ class FinetuneConfig:
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig(epochs=50, min_lr=1e-6, warmup_epochs=5)
     dat: DatConfig = DatConfig()
+    baselines: BaselineConfig = BaselineConfig()
     evaluation: EvalConfig = EvalConfig()
     launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
         check_parts(self.dat, self.launch)
+        check_views(self)
 
 
 def check_parts(dat: DatConfig, launch: LaunchConfig) -> None:
     """Raises ConfigError for groups that do not go together."""
     if dat.dat_free and launch.fsdp:
         raise ConfigError("--dat_free does not go with --fsdp, whose gradients lie in shards: leave out one of them.")
+
+
+def check_views(config: FinetuneConfig) -> None:
+    """Raises ConfigError for views of a picture that do not go together."""
+    own, augment, attack = config.baselines, config.augment, config.dat.attack
+    given = [f"--at {own.at}"] * (own.at != "none") + [f"--dat {config.dat.dat}"] * (attack is not None)
+    if len(given) == 2:
+        raise ConfigError(f"{' and '.join(given)}: give one of them, one adversary at a time.")
+    for flag in [f"--dat_jsd {own.dat_jsd:g}"] * (own.dat_jsd > 0) + ["--split_norms"] * own.split_norms:
+        if attack is None:
+            raise ConfigError(f"{flag} is a form of --dat: give --dat, or leave it out.")
+        if config.dat.dat_free:
+            raise ConfigError(f"{flag} does not go with --dat_free, whose attack is the clean view's: leave out one.")
+    if own.jsd and (given or augment.aa is None or augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax):
+        raise ConfigError(
+            f"--jsd {own.jsd:g} compares views of single, clean pictures: give --aa (such as augmix-m3-w3), and leave "
+            "out --mixup, --cutmix, --cutmix_minmax, --dat and --at."
+        )
+    if own.splits_norms:
+        name = "--split_norms" if own.split_norms else "--at advprop"
+        if attack is not None and not attack.clean_weight:
+            raise ConfigError(f"{name} evaluates norms that --dat {attack.kind}, without clean view, never trains.")
+        for flag, there in (
+            ("--fsdp", config.launch.fsdp),
+            ("--checkpoint_activations", config.run.checkpoint_activations),
+            ("--linear_probe", config.classifier.linear_probe),
+        ):
+            if there:
+                raise ConfigError(f"{name} does not go with {flag}: leave out one of them.")
 
 
 LINEAR_PROBE = FinetuneConfig(

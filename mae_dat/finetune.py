@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mae_dat import run
 from mae_dat.accuracy import accuracy
+from mae_dat.adversarial import WithPixelAdversary
 from mae_dat.classifier import Classifier, build_classifier, fused_head
 from mae_dat.config import ConfigError, DataConfig, FinetuneConfig, image_size
+from mae_dat.consistency import VIEWS, AugMix, ConsistentDAT
 from mae_dat.data import ImageSet, find_split
 from mae_dat.distributed import step_generator
 from mae_dat.engine import seed_everything
@@ -24,7 +26,9 @@ from mae_dat.objectives import Classification, Objective, WithDAT
 from mae_dat.optim import build_optimizer, effective_lr
 from mae_dat.parallel import whole
 from mae_dat.pictures import adversary_gallery
+from mae_dat.pixel_attacks import PixelAttack
 from mae_dat.sources import image_root, open_images
+from mae_dat.split_norms import main_norms, split_norms
 from mae_dat.training import Training
 from mae_dat.transforms import eval_transform, finetune_transform
 
@@ -51,8 +55,10 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         warn_of_slow_lars(config, where.world.size)
         model = build(config, classes, config.classifier.pretrained)
         start(model, config)
+        if config.baselines.splits_norms:
+            split_norms(model)
         model.to(where.device)
-        objective = run.with_dat(Classification(config.augment, classes), config.dat, config.data, where.device)
+        objective = objective_of(config, classes, where)
         settings = config.classifier
         ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
         run.settle(model, where, ema.module if ema else None)
@@ -70,8 +76,24 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
         averaged = training.averaged
         assert isinstance(averaged, Classifier)
-        run.export(fused_head(whole(averaged.net.state_dict())), where, facts_of(config, images, training))
+        tensors = main_norms(fused_head(whole(averaged.net.state_dict())))
+        run.export(tensors, where, facts_of(config, images, training))
         return accuracy(averaged, loader, where.device, where.precision)
+
+
+def objective_of(config: FinetuneConfig, classes: int, where: run.Place) -> Objective:
+    """What the flags ask to minimize: cross-entropy of the views that they name."""
+    own = config.baselines
+    if own.jsd:
+        return AugMix(config.augment, classes, own.jsd)
+    labels = Classification(config.augment, classes)
+    if own.at != "none":
+        attack = PixelAttack(own.eps, own.step, own.at_steps, own.at_norm, random_start=True)
+        return WithPixelAdversary(labels, attack, own.clean_weight)
+    if own.dat_jsd and config.dat.attack:
+        tokenizer = run.open_tokenizer(config.dat, config.data, where.device)
+        return ConsistentDAT(labels, tokenizer, config.dat.attack, own.dat_jsd)
+    return run.with_dat(labels, config.dat, config.data, where.device)
 
 
 def check(config: FinetuneConfig) -> None:
@@ -109,6 +131,8 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
             reprob=augment.reprob,
             remode=augment.remode,
             recount=augment.recount,
+            views=VIEWS if config.baselines.jsd else 1,
+            resplit=augment.resplit,
         )
     except (AssertionError, ValueError) as error:  # timm asserts what its users write
         raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error

@@ -21,6 +21,7 @@ from mae_dat.classifier import Classifier, Grid, fused_head
 from mae_dat.errors import CheckpointError
 from mae_dat.formats import Recognized, recognize
 from mae_dat.mae import VIT_SIZES, MaskedAutoencoder
+from mae_dat.split_norms import main_norms
 from mae_dat.weights import WeightsFile, check_keys, listing, read_weights, unwrap
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ def size_of(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def read_source(source: Source) -> tuple[WeightsFile, Recognized]:
-    """The file behind a source, and what it holds, a linear probe's BatchNorm fused into its head.
+    """The file behind a source, and what it holds: without AdvProp's auxiliary norms, a linear probe's BatchNorm fused
+    into its head.
 
     Raises MissingInputError, CheckpointError, also for a tokenizer.
     """
@@ -141,7 +143,7 @@ def read_source(source: Source) -> tuple[WeightsFile, Recognized]:
         file = unwrap(source, "the given weights") if isinstance(source, Mapping) else read_weights(source)
     # The word head belongs to a pretraining and its tokenizer, and to nothing that is loaded from it.
     kept = {name: one for name, one in file.tensors.items() if not name.startswith(WORD_HEAD)}
-    file = file._replace(tensors=fused_head(kept))
+    file = file._replace(tensors=fused_head(main_norms(kept)))
     found = recognize(file)
     if found.kind == "tokenizer":
         raise CheckpointError(f"{file.source} is a tokenizer ({found.format}): give it as --tokenizer.")

@@ -22,6 +22,7 @@ from mae_dat.config import AttackConfig, AugmentConfig
 from mae_dat.data import Batch
 from mae_dat.distributed import all_mean
 from mae_dat.mae import MaskedAutoencoder, mask_noise, masked_mse
+from mae_dat.split_norms import auxiliary_norms
 from mae_dat.tokenizer.base import VisualTokenizer
 
 logger = logging.getLogger(__name__)
@@ -192,15 +193,21 @@ class WithDAT(Objective):
         """One DAT step; parts: loss, loss_clean, loss_adversarial, changed_words (share), eps."""
         image, context = self.prepare(model, batch, generator)
         clean, told, gradient = self.clean_loss(model, image, context)
-        attacked = max(1, round(self.attack.batch_share * len(image)))
-        image, context, gradient = first_rows((image, context, gradient), attacked)
-        found = self.adversary(model, image, context, generator, gradient)
-        parts = {**clean, "loss_adversarial": self.loss(model, found.adversarial, context)}
-        changed = all_mean(found.changed_in(self.counted(attacked)))
-        told |= {"changed_words": changed, "eps": torch.full_like(changed, self.strength().eps)}
-        if self.attack.warmup:
-            told["dat_ramp"] = torch.full_like(changed, self.ramp)
-        return {"loss": torch.stack([*parts.values()]).sum(), **parts, **told}
+        image, context, gradient = first_rows((image, context, gradient), self.attacked(image))
+        with auxiliary_norms(model):
+            found = self.adversary(model, image, context, generator, gradient)
+            parts = {**clean, "loss_adversarial": self.loss(model, found.adversarial, context)}
+        return {"loss": torch.stack([*parts.values()]).sum(), **parts, **told, **self.told(found)}
+
+    def attacked(self, image: Tensor) -> int:
+        """How many pictures of a batch are attacked."""
+        return max(1, round(self.attack.batch_share * len(image)))
+
+    def told(self, found: DiscreteAdversary) -> Parts:
+        """What to log of an attack: changed_words (share), eps, and the ramp of a warm-up."""
+        changed = all_mean(found.changed_in(self.counted(len(found.adversarial))))
+        ramp = {"dat_ramp": torch.full_like(changed, self.ramp)} if self.attack.warmup else {}
+        return {"changed_words": changed, "eps": torch.full_like(changed, self.strength().eps), **ramp}
 
     def counted(self, pictures: int) -> int:
         """In how many of them changed words are counted: to encode Q(x) again for all would cost a sixth of both

@@ -20,6 +20,7 @@ from mae_dat.attack import input_gradient, project, require_pixels, unit
 from mae_dat.errors import ConfigError, MissingInputError
 
 Model = Callable[[Tensor], Tensor]
+LossOf = Callable[[Tensor], Tensor]
 Norm = Literal["linf", "l2"]
 
 
@@ -84,23 +85,36 @@ def _ascend(
     model: Model, image: Tensor, label: Tensor, attack: PixelAttack, generators: Sequence[torch.Generator]
 ) -> Tensor:
     point = random_point(image, attack, generators) if attack.random_start else image
+    with torch.autocast(image.device.type, enabled=False):
+        return steps_up(point, image, _loss_of(model, label), attack)
+
+
+def steps_up(point: Tensor, center: Tensor, loss_of: LossOf, attack: PixelAttack) -> Tensor:
+    """Where `attack.steps` steps from `point` up the gradient of a scalar loss lead, in the ball around `center`."""
     for _ in range(attack.steps):
-        gradient = loss_gradient(model, point, label)
+        gradient = input_gradient(point, loss_of)
         direction = gradient.sign() if attack.norm == "linf" else unit(gradient)
-        point = into_ball(point + attack.step * direction, image, attack)
+        point = into_ball(point + attack.step * direction, center, attack)
     return point
 
 
 def loss_gradient(model: Model, image: Tensor, label: Tensor) -> Tensor:
     """Gradient of each picture's own cross-entropy, (B, C, H, W)."""
     with torch.autocast(image.device.type, enabled=False):
-        return input_gradient(image, lambda x: F.cross_entropy(model(x).float(), label, reduction="sum"))
+        return input_gradient(image, _loss_of(model, label))
 
 
-def random_point(image: Tensor, attack: PixelAttack, generators: Sequence[torch.Generator]) -> Tensor:
-    """A random point of each picture's ball, of its own generator on the CPU."""
-    draw = torch.rand if attack.norm == "linf" else torch.randn
-    noise = torch.stack([draw(image.shape[1:], generator=one) for one in generators]).to(image.device)
+def _loss_of(model: Model, label: Tensor) -> LossOf:
+    return lambda image: F.cross_entropy(model(image).float(), label, reduction="sum")
+
+
+def random_point(image: Tensor, attack: PixelAttack, generators: Sequence[torch.Generator] | torch.Generator) -> Tensor:
+    """A random point of each picture's ball, of its own generator on the CPU, or of the batch's on its device."""
+    draw: Callable[..., Tensor] = torch.rand if attack.norm == "linf" else torch.randn
+    if isinstance(generators, torch.Generator):
+        noise = draw(image.shape, generator=generators, device=image.device)
+    else:
+        noise = torch.stack([draw(image.shape[1:], generator=one) for one in generators]).to(image.device)
     return into_ball(image + attack.eps * (2 * noise - 1 if attack.norm == "linf" else unit(noise)), image, attack)
 
 

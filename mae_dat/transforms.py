@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import AugMixAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
@@ -16,6 +17,9 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from mae_dat.data import PixelTransform, Size, Transform, as_float
+
+Step = Callable[[Image.Image], Image.Image]
+NOT_IN_AUGMIX = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
 
 
 def _crop_ratio(size_HW: Size) -> tuple[float, float]:
@@ -92,8 +96,15 @@ def finetune_transform(
     recount: int = 1,
     crop_scale: tuple[float, float] = (0.08, 1.0),
     hflip: float = 0.5,
+    views: int = 1,
+    resplit: bool = False,
 ) -> Transform:
-    """Crop, flip, `aa` (a policy in timm's notation) or else `color_jitter`, then erasing with probability `reprob`."""
+    """Crop, flip, `aa` (a policy in timm's notation) or else `color_jitter`, then erasing with probability `reprob`.
+
+    With several `views`, (V, 3, H, W), the first is cropped and flipped alone, and erased too unless `resplit`; the
+    others start from the same crop. AugMix is the paper's: without the operations that timm adds, most of which are
+    corruptions of ImageNet-C.
+    """
     jitter: Any = color_jitter  # timm's annotation forgets None
     flow: Any = create_transform(
         (3, *size_HW),
@@ -104,12 +115,15 @@ def finetune_transform(
         color_jitter=jitter,
         auto_augment=aa or None,
         interpolation="bicubic",
+        separate=True,
     )
     # created with timm's default mean, which is the policy's fill colour; the normalisation itself is the network's
-    to_normalised = (transforms.ToTensor, transforms.Normalize)
-    crop, *steps = (step for step in flow.transforms if not isinstance(step, to_normalised))
+    (crop, *flips), augment = flow[0].transforms, flow[1].transforms
+    for policy in augment:
+        if isinstance(policy, AugMixAugment):
+            policy.ops = [op for op in policy.ops if op.name not in NOT_IN_AUGMIX]
     erase = EraseInRange(reprob, remode, recount) if reprob > 0 else None
-    return FinetuneTransform(size_HW, crop, steps, erase)
+    return FinetuneTransform(size_HW, crop, flips, augment, erase, views, resplit)
 
 
 class FinetuneTransform(PixelTransform):
@@ -119,19 +133,32 @@ class FinetuneTransform(PixelTransform):
         self,
         size_HW: Size,
         crop: RandomResizedCropAndInterpolation,
-        steps: Sequence[Callable[[Image.Image], Image.Image]],
+        flips: Sequence[Step],
+        augment: Sequence[Step],
         erase: EraseInRange | None,
+        views: int,
+        resplit: bool,
     ) -> None:
-        self.size_HW, self.crop, self.steps, self.erase = size_HW, crop, steps, erase
+        self.size_HW, self.crop, self.flips, self.augment, self.erase = size_HW, crop, flips, augment, erase
+        self.views, self.resplit = views, resplit
 
     def __call__(self, picture: Image.Image | np.ndarray) -> Tensor:
         image = _channels_first(picture)
         image = crop_resized(image, self.crop.get_params(image, self.crop.scale, self.crop.ratio), self.size_HW)
         small = Image.fromarray(image.permute(1, 2, 0).numpy())
-        for step in self.steps:
+        for step in self.flips:
             small = step(small)
-        image = _channels_first(small)
-        return self.erase(image) if self.erase else image
+        if self.views == 1:
+            return self.view(small, self.augment, self.erase)
+        clean = self.view(small, (), None if self.resplit else self.erase)
+        return torch.stack([clean, *(self.view(small, self.augment, self.erase) for _ in range(self.views - 1))])
+
+    def view(self, picture: Image.Image, augment: Sequence[Step], erase: EraseInRange | None) -> Tensor:
+        """A crop, augmented and erased: (3, H, W)."""
+        for step in augment:
+            picture = step(picture)
+        image = _channels_first(picture)
+        return erase(image) if erase else image
 
 
 class EvalTransform:

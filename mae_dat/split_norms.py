@@ -1,0 +1,63 @@
+"""AdvProp's two sets of norms (Xie et al. 2020): one for clean views and one for adversarial ones, whose statistics
+differ.
+
+Each norm of a network keeps its place, its class and the keys of its tensors, and gets an auxiliary copy as a part of
+its own, under the key `auxiliary`. What is evaluated and exported are the norms that were there before.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from timm.layers import RmsNorm
+from torch import Tensor, nn
+
+from mae_dat.errors import ConfigError
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RmsNorm)
+AUXILIARY = "auxiliary"
+
+
+class SplitNorm(nn.Module):
+    """What the class of a norm becomes, in front of the class that it had."""
+
+    auxiliary: nn.Module
+    routed = False
+    """Whether the auxiliary copy is in its place now."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of x, or its auxiliary copy's."""
+        return self.auxiliary(x) if self.routed else super().forward(x)
+
+
+def split_norms(model: nn.Module) -> None:
+    """Gives each norm an auxiliary copy of itself, as it is now; in place. Build optimizer and averages afterwards.
+
+    Raises ConfigError for a network without any.
+    """
+    norms = [part for part in model.modules() if isinstance(part, NORMS)]
+    if not norms:
+        raise ConfigError("this network has no norms to split: leave out --split_norms, and --at advprop.")
+    for norm in norms:
+        norm.add_module(AUXILIARY, copy.deepcopy(norm))
+        kind = type(norm)
+        norm.__class__ = type(f"Split{kind.__name__}", (SplitNorm, kind), {})
+
+
+@contextlib.contextmanager
+def auxiliary_norms(model: nn.Module) -> Iterator[None]:
+    """Sends what passes through the model through the auxiliary norms, where it has any."""
+    norms = [part for part in model.modules() if isinstance(part, SplitNorm)]
+    try:
+        for norm in norms:
+            norm.routed = True
+        yield
+    finally:
+        for norm in norms:
+            norm.routed = False
+
+
+def main_norms(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the auxiliary norms: that of the network as it was before `split_norms`."""
+    return {key: value for key, value in state.items() if f".{AUXILIARY}." not in f".{key}"}
