@@ -36,6 +36,14 @@ def arms_of(results: Results, models: Collection[str] | None = None) -> list[Arm
     return [arm for arm in found.values() if arm.members]
 
 
+def twins(results: Results) -> tuple[str, str] | None:
+    """A network of the first arm and one of the last, of the same seed where there is one; None for a single arm."""
+    first, *_, last = arms_of(results) * 2
+    shared = [seed for seed in first.members if seed in last.members]
+    one, other = (arm.members[shared[0]] if shared else next(iter(arm.members.values())) for arm in (first, last))
+    return (one, other) if one != other else None
+
+
 def titles_of(results: Results) -> dict[str, str]:
     """What the report calls each network: its title, with its name where two have the same."""
     titles = [facts["title"] for facts in results["models"].values()]

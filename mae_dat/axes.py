@@ -40,7 +40,7 @@ TITLES = {
 }
 USUAL_SIZE = [224, 224]
 ROBUSTBENCH = "5,000 pictures of a list"  # what a protocol says where its list was used
-GRADIENTS = "FGSM and PGD"  # the attacks whose checks are one
+GRADIENTS = "gradient attacks"  # FGSM, PGD and AutoAttack, whose checks are one
 HEADLINE_SHARE = 0.05  # of changed words; the whole curve has a table of its own
 Z = statistics.NormalDist().inv_cdf(0.975)
 
@@ -230,10 +230,10 @@ def _subset(variant: Variant) -> str:
 
 
 def doubtful(results: Results, model: str, suite: str) -> bool:
-    """Whether a check of an attack failed; FGSM's and PGD's gradients are checked once for all."""
+    """Whether a check of an attack failed; gradients are checked once for all attacks that follow them."""
     checks = results["checks"].get(model, {})
-    own = [*checks.get(suite, []), *(checks.get(GRADIENTS, []) if suite.startswith(("fgsm", "pgd")) else [])]
-    return not all(check["passed"] for check in own)
+    shared = GRADIENTS if suite.startswith(("fgsm", "pgd", "autoattack")) else suite
+    return not all(check["passed"] for name in {suite, shared} for check in checks.get(name, []))
 
 
 def _plain(results: Results, variant: Variant) -> Iterator[Axis]:

@@ -17,7 +17,7 @@ from mae_dat.errors import DataError
 
 SEVERITY_FOLDERS = ("1", "2", "3", "4", "5")
 ARCHIVES = (*CATEGORIES, "extra")  # the folders in ImageNet-C's tar files
-LOOKS = 16  # pictures of a folder whose size is looked at beforehand; the others' when they are read
+LOOKS = 16  # pictures of a folder that are looked at beforehand; the others when they are read
 
 Listing = list[tuple[str, int]]  # path below the root and label, by label and name
 
@@ -151,9 +151,14 @@ def check_size(path: str, size: tuple[int, int], side: int) -> None:
         )
 
 
+def evenly_spread(count: int) -> range:
+    """Up to 16 of so many pictures."""
+    return range(0, count, max(1, -(-count // LOOKS)))
+
+
 def check_some_sizes(root: str, listing: Listing, side: int) -> None:
     """Looks into the headers of up to 16 pictures, evenly spread. Raises DataError for a size but `side` x `side`."""
-    for at in range(0, len(listing), max(1, len(listing) // LOOKS)):
+    for at in evenly_spread(len(listing)):
         path = f"{root}/{listing[at][0]}"
         try:
             with Image.open(path) as picture:

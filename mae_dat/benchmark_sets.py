@@ -25,6 +25,7 @@ from mae_dat.benchmark_folders import (
     check_some_sizes,
     corruption_folders,
     difference,
+    evenly_spread,
     list_pictures,
     severity_folders,
     shortfall,
@@ -37,8 +38,8 @@ from mae_dat.benchmark_labels import (
     real_targets,
 )
 from mae_dat.corruptions import CORRUPTIONS, EXTRA, SEVERITIES
-from mae_dat.data import ImageSet, Size, require_folder
-from mae_dat.decoding import ADVICE, decode
+from mae_dat.data import ImageFolder, ImageSet, Size, require_folder
+from mae_dat.decoding import ADVICE, decode, read_bytes
 from mae_dat.errors import ConfigError, DataError
 from mae_dat.imagenet import (
     ALL_CLASSES,
@@ -226,9 +227,14 @@ class BenchmarkSet(ImageSet):
         return int(self.targets[index, 0])
 
     def fingerprint(self) -> str:
-        """Of the paths below the root and all labels."""
+        """Of the paths below the root, all labels, and the bytes of up to 16 of the pictures: a set that was made anew
+        under the same names is another. Raises DataError for one that cannot be read."""
         names = "".join(f"{path}\0" for path, _ in self.listing).encode(errors="surrogateescape")
-        return hashlib.sha256(names + self.targets.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(names + self.targets.numpy().tobytes() + self._looks()).hexdigest()
+
+    def _looks(self) -> bytes:
+        """Hashes of some pictures' files."""
+        return b"".join(hashlib.sha256(read_bytes(self.name_of(at))).digest() for at in evenly_spread(len(self)))
 
     def right(self, answers: Tensor, index: Tensor) -> Tensor:
         """Bool (B,), where `answers` are: whether the first of `answers`, int64 (B, best), is a right one of images
@@ -264,9 +270,11 @@ class CustomSet(BenchmarkSet):
             return self.images.picture(int(self.listing[index][0]))
 
     def fingerprint(self) -> str:
-        """Of the image set, and of which of its pictures are taken."""
+        """Of the image set, of which of its pictures are taken, and of some of their bytes."""
         chosen = "".join(f"{number}\0" for number, _ in self.listing)
-        return hashlib.sha256((self.images.fingerprint() + chosen).encode()).hexdigest()
+        # The index of shards tells the bytes of all of them.
+        looks = self._looks() if isinstance(self.images, ImageFolder) else b""
+        return hashlib.sha256((self.images.fingerprint() + chosen).encode() + looks).hexdigest()
 
 
 @contextlib.contextmanager

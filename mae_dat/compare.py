@@ -101,7 +101,7 @@ class CompareConfig:
     """As for mae_dat.robustness (default: clean, generated, words-random, words-symbolic, and conflict if it is there).
     """
     measure: bool = True
-    """Measure and report in the end; --no_measure trains only."""
+    """Measure and report in the end, in float32 whatever the recipe's --precision; --no_measure trains only."""
     title: str = "MAE pretraining, then fine-tuning with and without DAT"
 
     def __post_init__(self) -> None:

@@ -90,6 +90,8 @@ def open_contenders(
     if names and len(names) != len(given):
         raise ConfigError(f"--names: {len(names)} names for {len(given)} networks.")
     titles = list(names) or distinct_names(given)
+    if not all(title.strip() for title in titles):
+        raise ConfigError("--names: a network needs a name that can be seen.")
     if len(set(titles)) < len(titles):
         raise ConfigError(f"two networks would have the same name ({', '.join(titles)}): give --names.")
     own = [None] * len(sources) if pretrained or not models else [*models] * (len(sources) if len(models) == 1 else 1)
@@ -122,8 +124,8 @@ def open_contender(source: str, model: str | None, name: str, view: View) -> Con
         opened = open_source(told, model, view.size)
     if not isinstance(opened.network, Classifier):
         raise CheckpointError(f"--checkpoint {source} is a pretraining, which has no classes yet: fine-tune it first.")
-    classes = facts.get("classes")
-    return _classifier(opened.network, name, source, opened.plan.name, view, opened.plan.img_size, classes, weights)
+    plan = opened.plan
+    return _classifier(opened.network, name, source, plan.name, view, plan.img_size, facts, weights)
 
 
 def _from_timm(model: str, name: str, view: View) -> Contender:
@@ -142,12 +144,14 @@ def _classifier(
     architecture: str,
     view: View,
     size: Size | None = None,
-    classes: Sequence[str] | None = None,
+    told: Mapping[str, Any] | None = None,
     weights: WeightsFile | None = None,
 ) -> Contender:
+    """`told` is what the source says of itself: its classes, and whether its weights are a moving average."""
+    told = told or {}
     settings = resolve_model_data_config(network.net)
     path = Path(weights.source) if weights else None
-    averaged = any(one.startswith("the average") for one in weights.wrappers) if weights else False
+    wrapped = any(one.startswith("the average") for one in weights.wrappers) if weights else False
     facts: Facts = {
         "title": name,
         "source": source,
@@ -158,17 +162,17 @@ def _classifier(
         "normalization": f"mean {_numbers(network.mean)}, std {_numbers(network.std)}",
         "interpolation": view.interpolation or settings["interpolation"],
         "precision": _precision(view),
-        "averaged": True if averaged else None,
+        "averaged": wrapped or told.get("averaged"),
     }
     network = network.to(view.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _probed(network.eval(), facts, classes, view)
+    return _probed(network.eval(), facts, told.get("classes"), view)
 
 
 def from_callable(network: Network, name: str, view: View, classes: Sequence[str] | None = None) -> Contender:
     """Any callable of pixels in [0, 1]; a module is moved to the device. Raises ConfigError where it fails on a blank
     picture, or says that it takes normalised ones."""
     if isinstance(network, Classifier):
-        return _classifier(network, name, "Python", type(network.net).__name__, view, classes=classes)
+        return _classifier(network, name, "Python", type(network.net).__name__, view, told={"classes": classes})
     module = network if isinstance(network, nn.Module) else None
     facts: Facts = {
         "title": name,

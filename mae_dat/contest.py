@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mae_dat.arms import titles_of
+from mae_dat.arms import titles_of, twins
 from mae_dat.attack import image_generator
-from mae_dat.axes import common_subset
+from mae_dat.axes import GRADIENTS, common_subset
 from mae_dat.cells import Found, Heard, Portion, eval_mode, measure
 from mae_dat.comparison import headline_table
 from mae_dat.config import ConfigError, command_line
@@ -27,7 +27,7 @@ from mae_dat.plan import CHECKED_PICTURES, Entry, Plan, open_plan, print_plan, r
 from mae_dat.results import FORMAT, Results, Training, write_results
 from mae_dat.scorecard import write_report
 from mae_dat.stored_cells import StoredCells
-from mae_dat.suites import AGREEMENT, Choice
+from mae_dat.suites import AGREEMENT, AUTO_ATTACK, Choice
 from mae_dat.tables import precision_text
 from mae_dat.watch import beat
 
@@ -158,8 +158,8 @@ def check_attacks(plan: Plan, found: Mapping[tuple[str, str], Found], setting: S
     checks: dict[str, dict[str, Any]] = {}
     for contender in plan.contenders:
         own = {entry.suite.name: entry for entry in plan.entries if entry.contender is contender}
-        if attacked := [own[name] for name in PIXEL_ATTACKS if name in own]:
-            checks.setdefault(contender.name, {})["FGSM and PGD"] = _gradient_checks(attacked[0], setting)
+        if attacked := [own[name] for name in (*PIXEL_ATTACKS, AUTO_ATTACK) if name in own]:
+            checks.setdefault(contender.name, {})[GRADIENTS] = _gradient_checks(attacked[0], setting)
         curves = [found[contender.name, name]["counts"] for name in ("words-symbolic", "words-random") if name in own]
         if len(curves) == 2:
             symbolic, random = ([count["correct"] for count in curve.values()] for curve in curves)
@@ -248,7 +248,9 @@ def examine(
     if training:
         results["training"] = training
     if folder:
-        results["examples"] = from_main(lambda: write_examples(plan, folder))
+        if pair := twins(results):
+            shown = together(lambda: write_examples(plan, pair, folder if setting.world.main else None))
+            results["examples"] = from_main(lambda: shown)
         from_main(lambda: save(results, folder))
     return results
 

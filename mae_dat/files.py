@@ -109,7 +109,7 @@ def prepare_output_folder(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)
         raise OutputError(
-            f"cannot write to the output folder {folder}: {cause}. Choose another with --output_dir."
+            f"cannot write to the output folder {folder}: {cause}. Choose another with --output_dir or --output."
         ) from error
     return folder
 

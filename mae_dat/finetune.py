@@ -201,7 +201,8 @@ def facts_of(config: FinetuneConfig, images: ImageSet, training: Training) -> di
         "classes": images.classes,
     }
     size = {"input_size": list(config.data.image_size), "in_chans": config.data.in_chans}
-    return {**facts, **size, "nb_classes": class_count(config, images), "steps": training.step}
+    told = {"averaged": training.ema is not None, "steps": training.step}
+    return {**facts, **size, "nb_classes": class_count(config, images), **told}
 
 
 def draw(

@@ -189,7 +189,7 @@ def main() -> None:
     """Command line."""
     console = run.console_for_command()
     config = load_config(RobustnessConfig, run.arguments(), __doc__ or "")
-    results = read_results(Path(config.recompute)) if config.recompute else measure_all(config, console)
+    results = read_results(Path(config.recompute)) if config.recompute is not None else measure_all(config, console)
     if world_from_environment().main:
         print_headline(results)
 

@@ -19,7 +19,7 @@ from mae_dat import corruptions as corrupting
 from mae_dat.attack import image_generator
 from mae_dat.benchmark_folders import folders_in
 from mae_dat.benchmark_labels import read_subset
-from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet, Cell, CustomSet, Preprocessing, open_benchmark
+from mae_dat.benchmark_sets import BENCHMARKS, PARTIAL, BenchmarkSet, Cell, CustomSet, Preprocessing, open_benchmark
 from mae_dat.cells import Adversary, Network, Portion
 from mae_dat.config import nearest
 from mae_dat.data import Size, find_split, require_folder
@@ -146,6 +146,8 @@ class Battery:
 
     def chosen(self, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         """The suites to measure, in order, and why the others are not; `all` is what there is. Raises ConfigError."""
+        if not asked:
+            raise ConfigError(f"--suite names nothing: give all, or some of {', '.join(SUITES)}.")
         for name in asked:
             if name not in (*SUITES, "all"):
                 raise ConfigError(f"--suite {name}: {nearest(name, [*SUITES, 'all'])}")
@@ -170,9 +172,10 @@ class Battery:
         lacking = {name: lacking[name] for name in SUITES if name in lacking and name not in asked}
         found = [name for name in SUITES if name not in lacking]
         if not found:
-            raise MissingInputError(
-                f"{self.choice.root} holds no benchmark and no val/CLASS: see --help for its layout."
-            )
+            root = self.choice.root.resolve()
+            near = [path for path in (root.parent, root.parent.parent, *root.iterdir()) if (path / "val").is_dir()]
+            hint = f"did you mean {near[0]}?" if near else "see --help for its layout."
+            raise MissingInputError(f"{self.choice.root} holds no benchmark and no val/CLASS: {hint}")
         return found, lacking
 
     def _has_split(self) -> bool:
@@ -209,9 +212,16 @@ class Battery:
         images = open_images(root, lambda image: torch.zeros(0), self.classes)
         if len(images.classes) != self.outputs:
             raise DataError(f"{root} has {len(images.classes)} classes, the networks have {self.outputs} outputs.")
+        there = {images.label(index) for index in range(len(images))}
+        absent = [name for label, name in enumerate(images.classes) if label not in there]
+        told = f"no pictures of {', '.join(absent[:5])} ({len(absent)} of {self.outputs} classes)"
+        if absent and not self.choice.partial:
+            raise DataError(f"{root} has {told}; {PARTIAL}.")
         every = torch.arange(self.outputs)
         reading = Reading("its own classes", tuple(images.classes), every, every, outputs=self.outputs)
-        return [CustomSet(Cell(CLEAN), images, reading, Preprocessing((224, 224), keep=True))]
+        own = CustomSet(Cell(CLEAN), images, reading, Preprocessing((224, 224), keep=True))
+        own.missing = [told] if absent else []
+        return [own]
 
     def _open_conflicts(self) -> list[BenchmarkSet]:
         (own,), root = self.sets(CLEAN), self.choice.root / CONFLICT

@@ -222,7 +222,7 @@ def networks_table(results: Results) -> Table:
         ("interpolation", *(one["interpolation"] for one in facts)),
         ("normalization", *(one["normalization"] for one in facts)),
         ("precision", *(precision_text(results, model) for model in results["models"])),
-        ("weights", *map(averaged, facts)),
+        ("weights are", *map(averaged, facts)),
     )
     return Table("networks", "Networks", ("", *titles_of(results).values()), rows, words=1 + len(facts))
 
@@ -238,7 +238,7 @@ def suites_table(results: Results) -> Table:
             (
                 variant.title,
                 "all" if len(variant.models) == len(titles) else ", ".join(titles[model] for model in variant.models),
-                "official files" if facts["official"] else "made or chosen here",
+                "as stored" if facts["official"] else "made or chosen here",
                 f"{facts['images']:,}" + (f" ({facts['left_out']:,} left out)" if facts["left_out"] else ""),
                 "; ".join(facts["missing"]) or "nothing",
                 protocol,

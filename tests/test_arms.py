@@ -9,7 +9,7 @@ from evaluations import cell, evaluation
 from pages import Page, require_self_contained
 from PIL import Image
 
-from mae_dat.arms import arms_of
+from mae_dat.arms import arms_of, twins
 from mae_dat.axes import axes_of
 from mae_dat.comparison import best_of, caution, difference, headline_table, pairs_table, summary
 from mae_dat.results import Results, read_results, write_results
@@ -64,13 +64,27 @@ def test_seeds_stand_in_one_column_as_mean_and_deviation() -> None:
 
 def test_pairs_are_of_the_same_seed_whatever_their_order() -> None:
     given = trainings(plain=PLAIN, dat=DAT)
-    given["models"] = dict(reversed(given["models"].items()))
+    order = ["dat 2", "dat 0", "plain 1", "dat 1", "plain 2", "plain 0"]
+    given["models"] = {name: given["models"][name] for name in order}
     dat, plain = arms_of(given)
     found = difference(axes_of(given)[0], dat, plain)
     assert found is not None
     assert found.spread == pytest.approx(statistics.stdev((4.1, 3.9, 3.8)))
     half = 4.302653 * statistics.stdev((4.1, 3.9, 3.8)) / 3**0.5  # Student, two degrees of freedom
     assert found.ends == pytest.approx((found.gap - half, found.gap + half))
+
+
+def test_examples_are_of_the_same_seed() -> None:
+    given = trainings(plain=PLAIN, random=(705,), dat=DAT)
+    assert twins(given) == ("plain 0", "dat 0")
+    del given["models"]["dat 0"]  # its network gives no gradient, say
+    assert twins(given) == ("plain 1", "dat 1")
+    for name in ("plain 1", "plain 2"):
+        del given["models"][name]
+    assert twins(given) == ("plain 0", "dat 1")
+    assert twins(evaluation(("one", "other", "third"))) == ("one", "third")
+    assert twins(evaluation(("alone",))) is None
+    assert twins(trainings(plain=PLAIN)) is None
 
 
 def test_what_scatters_is_neither_better_nor_best() -> None:

@@ -135,7 +135,10 @@ def test_samples_through_a_loader(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([batch["label"] for batch in seen]), torch.div(index, 2, rounding_mode="floor"))
     assert seen[0]["image"].shape == (2, 3, 32, 32)
     (again,) = open_benchmark(reduced("imagenet"), tmp_path, (64, 64))
-    assert again.fingerprint() == found.fingerprint()
+    before = found.fingerprint()
+    assert again.fingerprint() == before
+    write([tmp_path / validation_names()[2]], side=71)
+    assert again.fingerprint() != before, "another picture under the same name"
     assert torch.equal(pickle.loads(pickle.dumps(found))[3]["image"], found[3]["image"])
 
 

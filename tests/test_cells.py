@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from mae_dat import watch
 from mae_dat.cells import Portion, Shares, measure
-from mae_dat.contest import print_headline
+from mae_dat.contenders import View, from_callable
+from mae_dat.contest import Setting, check_attacks, print_headline
 from mae_dat.distributed import World
 from mae_dat.errors import ConfigError, NumericsError
+from mae_dat.examples import write_examples
 from mae_dat.metrics import Console
 from mae_dat.pixel_attacks import CHECK_PASSES
+from mae_dat.plan import open_plan
 from mae_dat.robustness import evaluate
 from mae_dat.suites import Battery, Choice
 from mae_dat.tables import precision_text
@@ -40,13 +43,13 @@ def clean(root: Path) -> Portion:
 
 
 def test_memory_does_not_grow_with_the_cells(own: Path) -> None:  # noqa: F811
-    """Thirty cells, whose pictures take 7 MB as floats."""
+    """Twelve cells, whose pictures take 3 MB as floats."""
     network, portion = Linear().eval(), clean(own)
     held = {}
-    for at, _ in enumerate(measure({"net": network}, [(portion, ["net"])] * 30, batch_size=8, device=CPU)):
-        if at in (1, 29):
+    for at, _ in enumerate(measure({"net": network}, [(portion, ["net"])] * 12, batch_size=8, device=CPU)):
+        if at in (1, 11):
             held[at] = tensor_bytes()
-    assert held[29] <= held[1] + 100_000
+    assert held[11] <= held[1] + 100_000
 
 
 def test_batches_are_made_as_they_are_asked_for(own: Path) -> None:  # noqa: F811
@@ -93,6 +96,29 @@ def test_every_pass_of_an_attack_and_of_its_checks_beats(own: Path, beats: list[
         (portion,) = battery.suite(name, (32, 32), "bicubic").portions
         for _ in measure({"net": network}, [(portion, ["net"])], batch_size=64, device=CPU):
             assert count_of(beats) > least
+
+
+def test_a_look_for_examples_beats_on_every_rank(own: Path, beats: list[int], tmp_path: Path) -> None:  # noqa: F811
+    """A batch for each network after reading a picture, also where nothing is written."""
+    networks = {"one": Linear(), "other": Linear(seed=1)}
+    evaluate(networks, "clean", own, size=32)
+    without = count_of(beats)
+    evaluate(networks, "clean", own, size=32, output=tmp_path)
+    assert count_of(beats) == without + 20 + 2 * 2
+    view = View(CPU, size=(32, 32))
+    plan = open_plan([from_callable(one, name, view) for name, one in networks.items()], Choice(own), ["clean"])
+    files = sorted(tmp_path.rglob("*"))
+    assert write_examples(plan, ("one", "other"), None) == write_examples(plan, ("one", "other"), tmp_path) != []
+    assert sorted(tmp_path.rglob("*")) == files
+    assert count_of(beats) == 2 * (20 + 2 * 2)
+
+
+def test_autoattacks_gradients_are_checked_too(own: Path) -> None:  # noqa: F811
+    pytest.importorskip("torchattacks")
+    view = View(CPU, size=(32, 32))
+    plan = open_plan([from_callable(Linear(), "net", view)], Choice(own), ["autoattack-4/255"])
+    (found,) = check_attacks(plan, {}, Setting(view, None, Console(quiet=True)))["net"].values()
+    assert {check["name"] for check in found} >= {"gradients", "PGD beats FGSM"}
 
 
 def test_progress_tells_of_passes_before_the_first_batch_is_done(

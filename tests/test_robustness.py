@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -316,8 +317,10 @@ def test_a_limit_takes_the_same_pictures_with_the_same_chance(own: Path) -> None
     found = evaluate(network, ("clean", "generated"), own, size=32, limit=8, seed=1)
     assert {count["total"] for suite in ("clean", "generated") for count in cells(found, suite).values()} == {8}
     assert found["suites"]["Linear"]["clean"]["protocol"]["subset"] == "8 of 20 pictures (seed 1)"
-    few = Battery(Choice(own, limit=8, seed=1), 10).sets("clean")[0]
-    whole = Battery(Choice(own), 10).sets("clean")[0]
+    few, whole = (
+        Battery(Choice(own, limit=limit, seed=1), 10).suite("clean", (32, 32), "bicubic").portions[0].pictures
+        for limit in (8, None)
+    )
     assert [few.name_of(i) for i in range(8)] == [whole.name_of(number) for number in few.numbers]
     assert [few.label(i) for i in range(8)] == [whole.label(number) for number in few.numbers]
     portions = [Portion(one, ("fog/2",), corruption="fog", severities=(2,)) for one in (few, whole)]
@@ -384,6 +387,13 @@ def test_what_changes_is_measured_anew(own: Path, tmp_path: Path) -> None:
 
     evaluate(nameless, "clean", own, **options)
     assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 3
+    again = Path(shutil.copytree(own, tmp_path / "again"))
+    evaluate(Linear(), "clean", again, **options)
+    assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 3, "the same pictures, wherever they lie"
+    for path in (again / "val").rglob("*.png"):  # other pictures under the same names
+        Image.open(path).rotate(90).save(path)
+    evaluate(Linear(), "clean", again, **options)
+    assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 4
 
 
 # ---- networks ----
@@ -427,7 +437,7 @@ def test_onnx_files_count_as_the_network_that_they_were(own: Path, tmp_path: Pat
 def test_attacks_are_checked_and_symbolic_words_beat_random_ones(own: Path) -> None:
     found = evaluate(Linear(), ("fgsm-1/255", "words-random", "words-symbolic"), own, size=32)
     checks = found["checks"]["Linear"]
-    assert {check["name"] for check in checks["FGSM and PGD"]} >= {"gradients", "PGD beats FGSM"}
+    assert {check["name"] for check in checks["gradient attacks"]} >= {"gradients", "PGD beats FGSM"}
     assert all(check["passed"] for check in checks["words-symbolic"])
     assert list(cells(found, "words-random")) == [
         "0",
@@ -489,7 +499,7 @@ def test_finetune_evaluates_the_same_suites(
 def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
     own: Path, imagenet: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="10 class folders, the networks have 7 outputs"):
+    with pytest.raises(DataError, match="10 classes, the networks have 7 outputs"):
         evaluate(Linear(7), "clean", own, size=32)
     with pytest.raises(DataError, match="10 outputs, not ImageNet's 1000"):
         evaluate(Linear(), "imagenet-a", imagenet, size=32)
@@ -561,6 +571,26 @@ def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) 
             evaluate(Linear(1000), "imagenet", imagenet, size=SIDE, num_workers=workers)
 
 
+def test_folders_of_ones_own_that_do_not_fit_are_refused(own: Path, tmp_path: Path) -> None:
+    network, classes = Linear(), sorted(path.name for path in (own / "val").iterdir())
+    root = Path(shutil.copytree(own, tmp_path / "data"))
+    for level in (root / "val", root / "val" / classes[0], tmp_path):
+        with pytest.raises(MissingInputError, match=rf"no val/CLASS: did you mean {root}\?"):
+            evaluate(network, "all", level, size=32)
+    with pytest.raises(ConfigError, match="--suite names nothing"):
+        evaluate(network, (), root, size=32)
+    shutil.rmtree(root / "val" / classes[3])
+    with pytest.raises(DataError, match=rf"no pictures of {classes[3]} \(1 of 10 classes\); .* --partial"):
+        evaluate(network, "all", root, size=32, classes=classes)
+    found = evaluate(network, "clean", root, size=32, classes=classes, partial=True)
+    assert found["suites"]["Linear"]["clean"]["missing"] == [f"no pictures of {classes[3]} (1 of 10 classes)"]
+    with pytest.raises(DataError, match="9 class.*10 outputs"):
+        evaluate(network, "clean", root, size=32)
+    next((root / "val" / classes[0]).iterdir()).write_bytes(b"no picture")
+    with pytest.raises(DataError, match=rf"{classes[0]}.*unpack it again"):
+        evaluate(network, "all", root, size=32, classes=classes, partial=True)
+
+
 def test_flags_that_do_not_fit_together(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -571,6 +601,9 @@ def test_flags_that_do_not_fit_together(
         (["--model", "nonsense", "--pretrained"], "timm has no nonsense"),
         (["--checkpoint", file, file], "the same name"),
         (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 networks"),
+        (["--checkpoint", file, "--names", ""], "a name that can be seen"),
+        (["--checkpoint", file, "--batch_size", "0"], "give at least 1 picture"),
+        (["--recompute", ""], "is no results.json"),
         (["--checkpoint", file, "--model", "a", "b"], "one name for all"),
         (["--checkpoint", file, "--baseline", "nett"], "did you mean net?"),
         (["--checkpoint", "mae_dat_dem"], "did you mean mae_dat_demo"),

@@ -17,7 +17,7 @@ from pages import Page, phone_widths, require_self_contained
 from PIL import Image
 
 from mae_dat.arms import arms_of
-from mae_dat.axes import Axis, Number, Term, axes_of, interval, share_difference, variants, wilson
+from mae_dat.axes import Axis, Number, Term, axes_of, doubtful, interval, share_difference, variants, wilson
 from mae_dat.comparison import headline_table, judged_axes, published_table, summary
 from mae_dat.corruptions import CATEGORIES, CORRUPTIONS
 from mae_dat.mce import ALEXNET
@@ -350,8 +350,11 @@ def test_a_failed_check_is_shown_beside_its_row() -> None:
     assert [row[3] for row in checks_table(given).rows] == ["passed", "passed", "passed", "FAILED"]  # type: ignore[union-attr]
     assert "shares no measurement" in " ".join(summary(given))  # that could be believed
     checks = given["checks"]["random"]
-    checks["FGSM and PGD"] = checks.pop("pgd-5-1/255")  # checked once for all
+    checks["gradient attacks"] = checks.pop("pgd-5-1/255")  # checked once for all
     assert headline_table(given).rows[0][2].endswith("‡")
+    assert doubtful(given, "random", "autoattack-4/255")
+    assert not doubtful(given, "random", "words-random")
+    assert not doubtful(given, "plain", "autoattack-4/255")
 
 
 def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
