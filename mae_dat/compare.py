@@ -1,4 +1,4 @@
-"""A comparison, from images to a report: pretrain once, fine-tune every arm with every seed, measure all on the same
+"""A comparison, from images to a report: pretrain, fine-tune every arm with every seed, measure all on the same
 pictures.
 
 `python -m mae_dat.compare --data_path DIR --output_dir OUT`. Every run has a folder of its own below OUT and resumes
@@ -28,6 +28,7 @@ from mae_dat.files import prepare_output_folder
 from mae_dat.finetune import finetune
 from mae_dat.metrics import Console, read_log
 from mae_dat.pretrain import pretrain
+from mae_dat.pretrainings import PLAIN, check_pretrainings, folder_of, pretraining, title_of
 from mae_dat.results import Curve, Gallery, Results, Run, Training
 from mae_dat.sources import image_root
 from mae_dat.suites import CLEAN, CONFLICT, GENERATED, WORDS, Choice
@@ -84,8 +85,11 @@ class CompareConfig:
     """plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic; cheaper forms
     of released: at_image, free, free_at_image, fifth (of the batch); with more to it: dat_jsd, split_norms; without
     words: pixel_at, advprop, augmix (docs/adversaries.md)."""
+    pretrainings: tuple[str, ...] = (PLAIN,)
+    """All arms after each of them: plain (the recipe as it is), with --dat released, paper, symbolic, random,
+    reconstruction; words (--target both), released_words; NAME_in_time: NAME for as long as plain took."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the fine-tunings; the pretraining is shared and has its config's seed."""
+    """Of the fine-tunings; a pretraining is shared and has its config's seed."""
     pretrain: str = str(CONFIGS / "small_pretrain.yaml")
     """Recipe of the pretraining."""
     finetune: str = str(CONFIGS / "small_finetune.yaml")
@@ -108,22 +112,42 @@ class CompareConfig:
         if not self.arms or not self.seeds:
             raise ConfigError("a comparison needs at least one of --arms and one of --seeds.")
         Choice(Path(), limit=self.limit)  # refuses what it cannot be
+        if PLAIN not in self.pretrainings[:1]:
+            raise ConfigError(f"--pretrainings begins with {PLAIN}, which all others are held against.")
+        check_pretrainings(self.pretrainings)
         for arm in self.arms:
             if arm not in ARMS:
                 raise ConfigError(f"unknown arm {arm!r}: {nearest(arm, list(ARMS))}")
 
 
-def pretrain_config(config: CompareConfig) -> PretrainConfig:
-    """The shared pretraining."""
-    own = ["--data_path", config.data_path, "--output_dir", str(Path(config.output_dir) / "pretrain")]
-    return load_config(PretrainConfig, ["--config", config.pretrain, *shlex.split(config.pretrain_flags), *own])
+def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
+    """A pretraining, shared by the arms after it."""
+    recipe = ["--config", config.pretrain, *shlex.split(config.pretrain_flags), "--data_path", config.data_path]
+    return pretraining(Path(config.output_dir), recipe, name)
+
+
+def arms_to_train(config: CompareConfig) -> list[str]:
+    """All arms, those after another pretraining as `PRETRAINING-ARM`."""
+    return [arm if name == PLAIN else f"{name}-{arm}" for name in config.pretrainings for arm in config.arms]
+
+
+def parts_of(arm: str) -> tuple[str, str]:
+    """Pretraining and arm."""
+    name, _, own = arm.rpartition("-")
+    return name or PLAIN, own
+
+
+def label_of(arm: str) -> str:
+    """What the report calls an arm."""
+    name, own = parts_of(arm)
+    return ARMS[own] if name == PLAIN else f"{ARMS[own]}, pretrained with {title_of(name)}"
 
 
 def finetune_config(config: CompareConfig, arm: str, seed: int) -> FinetuneConfig:
     """One fine-tuning."""
-    output = Path(config.output_dir)
+    output, (name, kind) = Path(config.output_dir), parts_of(arm)
     own = ["--data_path", config.data_path, "--output_dir", str(output / f"{arm}-seed{seed}"), "--seed", str(seed)]
-    start = ["--finetune", str(output / "pretrain"), *FLAGS.get(arm, f"--dat {arm}").split()]
+    start = ["--finetune", str(folder_of(output, name)), *FLAGS.get(kind, f"--dat {kind}").split()]
     return load_config(FinetuneConfig, ["--config", config.finetune, *shlex.split(config.finetune_flags), *own, *start])
 
 
@@ -132,13 +156,14 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
     the output folder."""
     prepare_output_folder(Path(config.output_dir))
     first = pretrain_config(config)
-    runs = {(arm, seed): finetune_config(config, arm, seed) for seed in config.seeds for arm in config.arms}
+    runs = {(arm, seed): finetune_config(config, arm, seed) for seed in config.seeds for arm in arms_to_train(config)}
     if config.measure:
         require_color(runs[config.arms[0], config.seeds[0]])
     images = run.training_images(first.data, lambda image: torch.zeros(0), 0, labelled=False)
     console.plan = plan(config, first, runs, len(images))
-    pretrain(first, console, "pretrain")
-    console.passed("pretrain")
+    for name in config.pretrainings:
+        pretrain(pretrain_config(config, name), console, pretrain_stage(name))
+        console.passed(pretrain_stage(name))
     for (arm, seed), one in runs.items():
         finetune(one, console, stage(arm, seed))
         console.passed(stage(arm, seed))
@@ -149,16 +174,23 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
 
 def stage(arm: str, seed: int) -> str:
     """Title of a run on the progress bar."""
-    return f"{ARMS[arm]}, seed {seed}"
+    return f"{label_of(arm)}, seed {seed}"
+
+
+def pretrain_stage(name: str) -> str:
+    """Title of a pretraining on the progress bar."""
+    return "pretrain" if name == PLAIN else f"pretrain, {title_of(name)}"
 
 
 def plan(
     config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig], count: int
 ) -> dict[str, float]:
     """Relative times of the stages, for the time left; the measured pace turns them into seconds."""
-    seconds = {"pretrain": PRETRAIN_COST * first.optim.epochs * count / 200}
+    # A pretraining in plain's time costs what plain costs, and one with words as a target little more.
+    costs = {name: PRETRAIN_COST * COST.get(name.removesuffix("_words"), 1.0) for name in config.pretrainings}
+    seconds = {pretrain_stage(name): cost * first.optim.epochs * count / 200 for name, cost in costs.items()}
     for (arm, seed), one in runs.items():
-        seconds[stage(arm, seed)] = COST[arm] * one.optim.epochs * count / 200
+        seconds[stage(arm, seed)] = COST[parts_of(arm)[1]] * one.optim.epochs * count / 200
     if config.measure:
         cells = len(CORRUPTIONS) * len(SEVERITIES)
         seconds["measure"] = (config.limit or count // 4) * cells * (MEASURE_COST * len(runs) + CORRUPT_COST) / 200
@@ -186,10 +218,12 @@ def report(
 def training_of(config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig]) -> Training:
     """Settings, curves, times and pictures of all runs, from their folders."""
     settings = {"comparison": dataclasses.asdict(config), "pretraining": flat_values(first)}
+    for name in config.pretrainings[1:]:
+        settings[f"pretraining with {title_of(name)}"] = flat_values(pretrain_config(config, name))
     found: dict[str, Run] = {}
     for (arm, seed), one in runs.items():
         curves, seconds = training_curves(Path(one.run.output_dir))
-        label = ARMS[arm]
+        label = label_of(arm)
         found[stage(arm, seed)] = {"arm": arm, "label": label, "seed": seed, "seconds": seconds, "curves": curves}
         if seed == config.seeds[0]:
             settings[f"fine-tuning, {label}"] = flat_values(one)
@@ -234,10 +268,10 @@ def galleries(config: CompareConfig) -> list[Gallery]:
             "file": "pretrain/pictures/reconstruction.png",
         }
     ]
-    for arm in config.arms:
+    for arm in arms_to_train(config):
         wanted.append(
             {
-                "title": f"Visual words: {ARMS[arm]}",
+                "title": f"Visual words: {label_of(arm)}",
                 "caption": "A held-out picture, the same decoded from its words, after the attack on the trained "
                 "network, the difference it made (amplified), and the words that changed (dark).",
                 "file": f"{arm}-seed{seed}/pictures/adversary.png",

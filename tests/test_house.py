@@ -103,6 +103,7 @@ FLOORS = {
     "typeset": 7,
     "run": 8,
     "pretrain": 8,
+    "pretrainings": 8,
     "finetune": 8,
     "evaluate": 8,
     "train_tokenizer": 8,

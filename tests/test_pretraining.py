@@ -24,11 +24,12 @@ from torch import Tensor
 
 from mae_dat.attack import discrete_adversary
 from mae_dat.classifier import build_classifier
+from mae_dat.compare import CompareConfig, arms_to_train, compare, label_of, pretrain_config
 from mae_dat.config import AttackConfig, AugmentConfig, DatConfig, MaskConfig
 from mae_dat.errors import ConfigError, Interrupted
 from mae_dat.loading import load_mae, load_pretrained
 from mae_dat.mae import MaskedAutoencoder, build_mae, masked_mse
-from mae_dat.metrics import read_log
+from mae_dat.metrics import Console, read_log
 from mae_dat.objectives import Classification, MaskedReconstruction, WithDAT
 from mae_dat.rebuild import open_model
 from mae_dat.tokenizer import LightConfig, VisualTokenizer
@@ -390,3 +391,50 @@ def test_two_ranks_learn_the_same_words_in_copies_and_in_shards(images: Path, li
         assert exit_codes(start_ranks(2, one_of_two, images, light, output, shards), 120) == [0, 0]
         losses.append(read_log(output / "log.txt")[-1]["train_loss_words"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# ---- pretrainings side by side ----
+
+
+def test_pretrainings_are_compared_for_the_same_steps_and_the_same_time(
+    images: Path, light: Path, tmp_path: Path
+) -> None:
+    small = f"--input_size 32 --batch_size 8 --num_workers 0 --pictures_every 0 --tokenizer {light}"
+    config = CompareConfig(
+        data_path=str(images),
+        output_dir=str(tmp_path),
+        arms=("plain",),
+        pretrainings=("plain", "released_words", "released_words_in_time"),
+        seeds=(0,),
+        pretrain_flags=f"{small} --epochs 4 --warmup_epochs 1",
+        finetune_flags=f"{small} --epochs 1 --warmup_epochs 0",
+        measure=False,
+    )
+    assert compare(config, Console(quiet=True)) is None
+    folders = [tmp_path / name for name in ("pretrain", "pretrain-released_words", "pretrain-released_words_in_time")]
+    plain, dat, in_time = ([record["seconds"] for record in read_log(folder / "log.txt")] for folder in folders)
+    assert len(plain) == len(dat) == 4
+    assert len(in_time) == max(1, round(4 * sum(plain) / sum(dat))) < 4
+    settings = pretrain_config(config, "released_words_in_time")
+    assert settings.optim.warmup_epochs == len(in_time) / 4
+    assert (settings.dat.dat, settings.mae.target) == ("released", "both")
+    starts = [read_weights(tmp_path / name / "model.safetensors").tensors for name in runs_of(config)]
+    assert not torch.equal(starts[0]["pos_embed"], starts[1]["pos_embed"])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint-*.pth")}
+    assert compare(config, Console(quiet=True)) is None
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint-*.pth")}
+
+
+def runs_of(config: CompareConfig) -> list[str]:
+    return [f"{arm}-seed0" for arm in arms_to_train(config)]
+
+
+def test_pretrainings_that_cannot_be_compared_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown pretraining 'releasd': did you mean released"):
+        CompareConfig(pretrainings=("plain", "releasd"))
+    with pytest.raises(ConfigError, match="begins with plain"):
+        CompareConfig(pretrainings=("released",))
+    with pytest.raises(ConfigError, match="released_in_time needs plain and released before it"):
+        CompareConfig(pretrainings=("plain", "released_in_time"))
+    assert label_of("released_in_time-random") == "random words, pretrained with DAT in the plain one's time"
+    assert label_of("random") == "random words"
