@@ -9,7 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_dat_modes import CLASSES, SIDE, WIDTH, SmallNet, batch_of, generator, gradients, labels
+from test_dat_modes import (
+    CLASSES,
+    IMAGES,
+    SIDE,
+    WIDTH,
+    Products,
+    SmallNet,
+    batch_of,
+    generator,
+    gradients,
+    labels,
+    linear_net,
+)
 from test_engine import signal_in_step
 from tiny_runs import draw_folder, finetune_in, save_tokenizer
 from torch import Tensor, nn
@@ -50,6 +62,7 @@ def test_an_adversary_of_any_objective_is_in_the_ball_and_raises_its_loss(kind: 
         clean, random, worse = (float(objective.loss(model, view, context)) for view in (image, noise, found))
     assert worse > max(clean, random) + 1e-3
     assert not gradients(model)
+    assert model.training == (kind == "mae")
     assert all(weight.requires_grad for name, weight in model.named_parameters() if "pos_embed" not in name)
 
 
@@ -62,6 +75,34 @@ def test_a_step_from_the_image_goes_along_the_gradient(norm: str) -> None:
     direction = gradient.sign() if norm == "linf" else F.normalize(gradient.flatten(1)).view_as(gradient)
     found = projected_gradient(image, loss_of, attack, generator())
     torch.testing.assert_close(found, image + 0.01 * direction)
+
+
+def test_the_attack_runs_on_the_bare_network() -> None:
+    """What stands for DDP, whose hooks are to see the views that are learned from and no others."""
+
+    class Spread(nn.Module):
+        passes = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = SmallNet()
+
+        def forward(self, image: Tensor) -> Tensor:
+            self.passes += 1
+            return self.module(image)
+
+    spread = Spread()
+    WithPixelAdversary(labels(), LINF, 1.0)(spread, batch_of(), generator())["loss"].backward()
+    assert (spread.passes, len(spread.module.seen)) == (2, 2 + LINF.steps)
+
+
+@pytest.mark.parametrize(("weight", "products"), [(0.0, 3 * 6 + 8), (1.0, 8 + 3 * 6 + 8)])
+def test_a_step_costs_its_passes(weight: float, products: int) -> None:
+    """In units of a forward pass of one layer of three, as those of DAT: a step of the attack is a forward and a
+    backward pass, without the parameters' gradient."""
+    with Products() as done:
+        WithPixelAdversary(labels(), LINF, weight)(linear_net(), batch_of(), generator())["loss"].backward()
+    assert done.multiplications / (IMAGES * WIDTH**2) == pytest.approx(products, abs=0.2)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])

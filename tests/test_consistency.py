@@ -8,7 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_dat_modes import CLASSES, CountedTokenizer, SmallNet, batch_of, generator, gradients, labels, tokenizer
+from test_dat_modes import (
+    CLASSES,
+    IMAGES,
+    WIDTH,
+    CountedTokenizer,
+    Products,
+    SmallNet,
+    batch_of,
+    generator,
+    gradients,
+    labels,
+    linear_net,
+    tokenizer,
+)
 from timm.loss import JsdCrossEntropy
 from torch import Tensor
 
@@ -133,6 +146,13 @@ def test_without_weight_it_is_dat(kind: str, tokenizer: CountedTokenizer) -> Non
     assert [*ours] == [*[*dat][:-2], "jsd", *[*dat][-2:]]
     assert all(torch.equal(dat[name], ours[name]) for name in dat)
     assert all(torch.equal(expected[name], gradient[name]) for name in expected)
+
+
+def test_the_third_view_costs_a_step_more(tokenizer: CountedTokenizer) -> None:
+    with Products() as done:
+        parts = ConsistentDAT(labels(), tokenizer, AttackConfig(), 12.0)(linear_net(), batch_of(), generator())
+        parts["loss"].backward()
+    assert done.multiplications / (IMAGES * WIDTH**2) == pytest.approx(8 + 6 + 8 + 8, abs=0.1)
 
 
 def test_picture_reconstruction_and_adversary_are_to_agree(tokenizer: CountedTokenizer) -> None:
