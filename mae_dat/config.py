@@ -265,8 +265,8 @@ class BaselineConfig:
     """What DAT is compared with, and joined with: pixel adversaries, norms of their own, consistent predictions."""
 
     at: Literal["none", "pgd", "advprop"] = "none"
-    """Adversarial training on pixels: pgd (Madry et al. 2018: no clean view), or advprop (Xie et al. 2020: beside the
-    clean view, and through norms of its own)."""
+    """Adversarial training on pixels: pgd (Madry et al. 2018: no clean view), or advprop (Xie et al. 2020: beside it,
+    and through norms of its own)."""
     at_norm: Literal["linf", "l2"] = "linf"
     """What eps limits: each pixel, or the picture."""
     at_eps: float | None = None

@@ -22,7 +22,7 @@ from test_dat_modes import (
     labels,
     linear_net,
 )
-from test_engine import signal_in_step
+from test_engine import final_state, signal_in_step
 from tiny_runs import draw_folder, finetune_in, save_tokenizer
 from torch import Tensor, nn
 
@@ -200,6 +200,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_exports_an_ordinary_network(
     with signal_in_step(1, signal.SIGTERM), pytest.raises(Interrupted):
         finetune_in(tmp_path / "stopped", data, *flags)
     finetune_in(tmp_path / "stopped", data, *flags)
+    whole, stopped = (final_state(tmp_path / run)["model"] for run in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+    assert any(".auxiliary." in key for key in whole) == ("advprop" in name or "split" in name)
     whole, stopped = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "stopped"))
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
     model = "resnet10t" if "BatchNorm" in name else "vit_demo_patch8"
