@@ -1,13 +1,12 @@
 """Adversarial training on pixels, around any objective: what DAT is compared with (docs/adversaries.md)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mae_dat.data import Batch
-from mae_dat.objectives import Objective, Parts, frozen, unwrapped
+from mae_dat.objectives import Around, Objective, Parts, frozen, unwrapped
 from mae_dat.pixel_attacks import LossOf, PixelAttack, random_point, steps_up
 from mae_dat.split_norms import auxiliary_norms
 
@@ -19,7 +18,7 @@ def projected_gradient(image: Tensor, loss_of: LossOf, attack: PixelAttack, gene
     return steps_up(start, image, loss_of, attack)
 
 
-class WithPixelAdversary(Objective):
+class WithPixelAdversary(Around):
     """Adversarial training on pixels: loss = w L(clean) + L(adversarial).
 
     With w = 0 that is Madry et al. 2018. With w = 1, and a network of two sets of norms (`split_norms`), it is AdvProp
@@ -29,14 +28,6 @@ class WithPixelAdversary(Objective):
 
     def __init__(self, objective: Objective, attack: PixelAttack, clean_weight: float = 0.0) -> None:
         self.objective, self.attack, self.clean_weight = objective, attack, clean_weight
-
-    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """As the wrapped objective."""
-        return self.objective.prepare(model, batch, generator)
-
-    def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
-        """As the wrapped objective."""
-        return self.objective.loss(model, image, context)
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """One step; parts: loss, loss_clean where it counts, loss_adversarial."""
@@ -52,15 +43,3 @@ class WithPixelAdversary(Objective):
         inner = unwrapped(model)
         with frozen(inner):
             return projected_gradient(image, lambda view: self.loss(inner, view, context), self.attack, generator)
-
-    def observe(self, facts: Mapping[str, float]) -> None:
-        """As the wrapped objective."""
-        self.objective.observe(facts)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped objective's."""
-        return self.objective.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`."""
-        self.objective.load_state_dict(state)

@@ -157,7 +157,37 @@ class Classification(Objective):
         return F.cross_entropy(model(image).float(), context)
 
 
-class WithDAT(Objective):
+class Around(Objective):
+    """An objective that passes views of its own making to another one."""
+
+    objective: Objective
+
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
+        """As the wrapped objective."""
+        return self.objective.prepare(model, batch, generator)
+
+    def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
+        """As the wrapped objective."""
+        return self.objective.loss(model, image, context)
+
+    def begin(self, epoch: float) -> None:
+        """As the wrapped objective."""
+        self.objective.begin(epoch)
+
+    def observe(self, facts: Mapping[str, float]) -> None:
+        """As the wrapped objective."""
+        self.objective.observe(facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped objective's."""
+        return {"objective": self.objective.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+        self.objective.load_state_dict(state["objective"])
+
+
+class WithDAT(Around):
     """Discrete Adversarial Training around any objective.
 
     loss = w L(clean) + L(adversarial), with w = 1 in the released code and 0 in the paper's Algorithm 1. Each is a mean
@@ -179,15 +209,7 @@ class WithDAT(Objective):
     def begin(self, epoch: float) -> None:
         """Sets the share of the strength that the warm-up has come to."""
         self.ramp = self.attack.ramp(epoch)
-        self.objective.begin(epoch)
-
-    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """As the wrapped objective."""
-        return self.objective.prepare(model, batch, generator)
-
-    def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
-        """As the wrapped objective."""
-        return self.objective.loss(model, image, context)
+        super().begin(epoch)
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """One DAT step; parts: loss, loss_clean, loss_adversarial, changed_words (share), eps."""
@@ -296,16 +318,16 @@ class WithDAT(Objective):
                 self.idle_steps,
                 self.strength().eps,
             )
-        self.objective.observe(facts)
+        super().observe(facts)
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state and the wrapped objective's."""
         own = {"controller": self.controller.state_dict()} if self.controller and self.found else {}
-        return {**own, "objective": self.objective.state_dict(), "idle_steps": self.idle_steps}
+        return {**own, **super().state_dict(), "idle_steps": self.idle_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
-        self.objective.load_state_dict(state["objective"])
+        super().load_state_dict(state)
         self.idle_steps = state["idle_steps"]
         if self.controller and "controller" in state:
             self.controller.load_state_dict(state["controller"])
