@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from mae_dat import charts
@@ -14,6 +13,7 @@ from mae_dat.figures import Picture
 from mae_dat.files import atomic_write, prepare_output_folder
 from mae_dat.pictures import gallery, png_bytes
 from mae_dat.tables import Table
+from mae_dat.typeset import html_page
 
 CLEAN = "clean"
 TITLES = {
@@ -49,16 +49,7 @@ def write_page(results: Mapping[str, Any], shown: Mapping[str, Mapping[str, Tens
         Section("What the changes look like", spectrum_pictures(networks), (look_table(networks),)),
         Section("Pictures", tuple(perturbation_picture(name, views) for name, views in shown.items())),
     ]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("explanation.html.j2").render(
-        results=results, summary=summary(networks), sections=sections
-    )
+    page = html_page("explanation.html.j2", results=results, summary=summary(networks), sections=sections)
     for picture in (picture for section in sections for picture in section.pictures):
         _write(output / "figures" / picture.name, picture.png)
     _write(output / "analysis.html", page.encode())

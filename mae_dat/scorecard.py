@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from mae_dat import comparison, figures, tables, typeset
 from mae_dat.arms import arms_of, titles_of
 from mae_dat.errors import UserError
@@ -65,14 +63,8 @@ def _write(path: Path, content: bytes) -> None:
 def _page(
     results: Results, folder: Path, sections: Sequence[Section], measured: Sequence[Table], lacking: Sequence[str]
 ) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE).render(
+    return typeset.html_page(
+        TEMPLATE,
         results=results,
         summary=comparison.summary(results),
         sections=sections,

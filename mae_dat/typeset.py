@@ -1,8 +1,12 @@
-"""A report's tables as Markdown and LaTeX, and its counts as CSV."""
+"""A report's tables as Markdown and LaTeX, its counts as CSV, and its page from a template."""
 
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mae_dat.results import Results
 from mae_dat.tables import Table
@@ -132,3 +136,15 @@ def counts_csv(results: Results) -> str:
                     }
                 )
     return text.getvalue()
+
+
+def html_page(template: str, **values: Any) -> str:
+    """A template of this package filled in; what a value holds of HTML is shown as text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
