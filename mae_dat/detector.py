@@ -234,20 +234,16 @@ class Detection(Objective):
         return batch["image"], (truth_of(batch), seed)
 
     def parts(self, model: nn.Module, image: Tensor, context: tuple[list[Boxes], int]) -> Parts:
-        """The detector's losses by name, float32 scalars."""
+        """The detector's losses by name, float32 scalars, and as `loss` their sum."""
         truth, seed = context
         with torch.random.fork_rng([image.device] if image.is_cuda else []):
             torch.manual_seed(seed)
-            return {name: loss.float() for name, loss in model(image, truth).items()}
+            losses = {name: one.float() for name, one in model(image, truth).items()}
+        return {"loss": torch.stack([*losses.values()]).sum(), **losses}
 
     def loss(self, model: nn.Module, image: Tensor, context: tuple[list[Boxes], int]) -> Tensor:
         """Their sum."""
-        return torch.stack(list(self.parts(model, image, context).values())).sum()
-
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
-        """The loss of one batch, and its parts."""
-        parts = self.parts(model, *self.prepare(model, batch, generator))
-        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+        return self.parts(model, image, context)["loss"]
 
 
 def truth_of(batch: Any, crowd: bool = False) -> list[dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Galleries, by the pixels of their columns before and after drawing."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,8 +37,8 @@ class Oracle(MaskedAutoencoder):
 
     norm_pix = True
 
-    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        return self.target(self.shown, self.norm_pix)
+    def forward(self, *given: Any) -> Any:
+        return self.target(self.shown, self.norm_pix), *super().forward(*given)[1:]
 
     shown: Tensor
 
