@@ -307,8 +307,10 @@ def end_epoch(training: Training, job: Job) -> dict[str, Any]:
         "n_parameters": n_parameters,
         "seconds": round(seconds, 2),
         "skipped": int(skipped),
+        "peak_memory_gb": round(peak_memory(job.device) / 1e9, 2),
     }
-    logger.info("epoch %d: peak memory %.2f GB", epoch, peak_memory(job.device) / 1e9)
+    if epoch == 0:
+        logger.info("peak memory %.2f GB", facts["peak_memory_gb"])
     job.log.record({**record, **facts})
     job.log.scalars({job.scalar_tags.get(name, name): value for name, value in record.items()}, 1000 * (epoch + 1))
     training.totals = {}

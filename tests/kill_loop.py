@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tiny_runs import draw_folder, save_tokenizer
+from tiny_runs import MEASURED, draw_folder, save_tokenizer
 
 from mae_dat import engine, evaluate, mae, pretrain
 from mae_dat.config import run_command
@@ -204,7 +204,7 @@ def attempt(arm: Arm, output: Path, ranks: int, plan: Plan | None) -> tuple[bool
 def log_of(output: Path) -> list[dict[str, float]]:
     """The epochs' records without their times."""
     lines = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def same(output: Path, whole: Path, exactly: bool) -> bool:

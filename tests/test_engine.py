@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import MEASURED
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -149,7 +150,7 @@ def signal_in_step(step: int, number: int) -> Iterator[None]:
 
 def records(output: Path) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in record.items() if key != "seconds"} for record in read_log(output / "log.txt")
+        {key: value for key, value in record.items() if key not in MEASURED} for record in read_log(output / "log.txt")
     ]
 
 

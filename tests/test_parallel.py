@@ -13,6 +13,7 @@ import pytest
 import torch
 from ranks import exit_codes, start_ranks
 from safetensors.torch import load_file
+from tiny_runs import MEASURED
 from torch import Tensor, nn
 
 from mae_dat import engine, mae
@@ -220,7 +221,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(output: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in one.items() if key != "seconds"} for one in read_log(output / "log.txt")]
+    return [{key: value for key, value in one.items() if key not in MEASURED} for one in read_log(output / "log.txt")]
 
 
 def final_state(output: Path) -> dict[str, Any]:
