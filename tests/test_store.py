@@ -124,7 +124,8 @@ def test_https_comes_first_and_the_copies_of_others_only_with_a_known_hash() -> 
         assert one.sha256 or hosts <= publishers, name
 
 
-def test_an_unknown_name_brings_the_nearest() -> None:
+def test_an_unknown_name_brings_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the demo has been run, there is a folder `output`
     with pytest.raises(ConfigError, match="unknown weights 'mae_vit_bse_patch16': did you mean mae_vit_base_patch16"):
         find_released("mae_vit_bse_patch16")
     with pytest.raises(MissingInputError, match="no such file or folder.*did you mean mae_vit_base_patch16"):
