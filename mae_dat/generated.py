@@ -360,7 +360,16 @@ def _is_complete(root: Path, settings: FolderSettings) -> bool:
         present = sum(1 for _ in (root / split).glob("*/*.png"))
         if present != count:
             raise OutputError(f"{root / split} has {present} of {count} pictures; delete {root} to write it anew")
+    if settings.train and not _is_of_this_code(root, settings):
+        raise OutputError(f"{root} was drawn by other code than this; delete it to write it anew")
     return True
+
+
+def _is_of_this_code(root: Path, settings: FolderSettings) -> bool:
+    with Image.open(root / "train" / SHAPES[0] / "00000.png") as first:
+        return np.array_equal(
+            np.asarray(first), draw(settings.seed, "train", 0, rho=settings.rho, size=settings.size).image
+        )
 
 
 def _sweep_stale(root: Path) -> None:

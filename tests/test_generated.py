@@ -120,6 +120,12 @@ def test_a_complete_folder_is_reused_and_any_other_refused(tmp_path: Path) -> No
     file = root / "val" / "disc" / "00000.png"
     before = file.stat().st_mtime_ns
     assert write_image_folder(root, **SMALL) == root
+    first = root / "train" / SHAPES[0] / "00000.png"
+    drawn = first.read_bytes()
+    Image.new("RGB", (64, 64)).save(first)  # as an older version of the drawing would leave it
+    with pytest.raises(OutputError, match="drawn by other code"):
+        write_image_folder(root, **SMALL)
+    first.write_bytes(drawn)
     assert file.stat().st_mtime_ns == before
     with pytest.raises(OutputError, match="another seed"):
         write_image_folder(root, **SMALL, seed=1)
