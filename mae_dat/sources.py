@@ -8,7 +8,7 @@ from pathlib import Path
 from mae_dat.config import data_root
 from mae_dat.data import ImageFolder, ImageSet, Transform
 from mae_dat.errors import MissingInputError
-from mae_dat.generated import default_root, write_image_folder
+from mae_dat.generated_folder import default_root, write_image_folder
 from mae_dat.shard_cache import is_remote, remote_root
 from mae_dat.shard_index import INDEX
 from mae_dat.shards import Shards

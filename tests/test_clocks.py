@@ -8,7 +8,7 @@ from ranks import exit_codes, start_ranks
 
 from mae_dat import engine, mae
 from mae_dat.config import DataConfig, MaskConfig, OptimConfig, PretrainConfig, RunConfig
-from mae_dat.generated import write_image_folder
+from mae_dat.generated_folder import write_image_folder
 from mae_dat.mae import MaeSize, ViTSize
 from mae_dat.metrics import Console
 from mae_dat.pretrain import pretrain

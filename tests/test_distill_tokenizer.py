@@ -14,7 +14,7 @@ from mae_dat.checkpoint import newest_checkpoint
 from mae_dat.distill_tokenizer import DistillConfig, StudentTrainer
 from mae_dat.errors import NumericsError
 from mae_dat.files import sha256_of
-from mae_dat.generated import write_image_folder
+from mae_dat.generated_folder import write_image_folder
 from mae_dat.metrics import Console
 from mae_dat.tokenizer import VQGAN, LightTokenizer, VQGANConfig, load_tokenizer, share_changed
 from mae_dat.train_tokenizer import train_to_file

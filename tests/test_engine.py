@@ -40,7 +40,7 @@ from mae_dat.distributed import World, process_group
 from mae_dat.engine import Job
 from mae_dat.errors import DataError, Interrupted, NumericsError, PeerError
 from mae_dat.finetune import finetune
-from mae_dat.generated import write_image_folder
+from mae_dat.generated_folder import write_image_folder
 from mae_dat.loaders import TrainSampler, eval_loader, steps_per_epoch, train_loader
 from mae_dat.mae import MaeSize, ViTSize, build_mae
 from mae_dat.metrics import Console, RunLog, read_log

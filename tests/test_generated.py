@@ -8,15 +8,8 @@ import pytest
 from PIL import Image
 
 from mae_dat.errors import OutputError
-from mae_dat.generated import (
-    NO_TEXTURE,
-    SHAPES,
-    TEXTURES,
-    FolderSettings,
-    default_root,
-    draw,
-    write_image_folder,
-)
+from mae_dat.generated import NO_TEXTURE, SHAPES, TEXTURES, draw
+from mae_dat.generated_folder import FolderSettings, default_root, write_image_folder
 
 SMALL = {"train": 30, "val": 20, "conflict": 20, "silhouette": 10}
 

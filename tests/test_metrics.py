@@ -25,7 +25,7 @@ from mae_dat.config import (
     RunConfig,
 )
 from mae_dat.finetune import finetune
-from mae_dat.generated import write_image_folder
+from mae_dat.generated_folder import write_image_folder
 from mae_dat.mae import MaeSize, ViTSize
 from mae_dat.metrics import Console, RunLog, duration, read_log
 from mae_dat.pretrain import pretrain

@@ -36,7 +36,7 @@ from mae_dat.data import ImageFolder
 from mae_dat.distributed import process_group, world_from_environment
 from mae_dat.errors import Interrupted, NumericsError, PeerError, UserError
 from mae_dat.finetune import finetune
-from mae_dat.generated import write_image_folder
+from mae_dat.generated_folder import write_image_folder
 from mae_dat.loaders import eval_loader
 from mae_dat.mae import MaeSize, ViTSize
 from mae_dat.metrics import Console, read_log

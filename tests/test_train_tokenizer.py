@@ -23,7 +23,7 @@ from golden_rule import fill_by_rule
 from mae_dat.checkpoint import newest_checkpoint
 from mae_dat.errors import Interrupted, MissingInputError, NumericsError
 from mae_dat.files import sha256_of
-from mae_dat.generated import write_image_folder
+from mae_dat.generated_folder import write_image_folder
 from mae_dat.metrics import Console
 from mae_dat.tokenizer import LightTokenizer, load_tokenizer
 from mae_dat.train_tokenizer import TokenizerConfig, TokenizerTrainer, cosine, train

@@ -13,7 +13,7 @@ import torch
 
 from mae_dat.config import FinetuneConfig, PretrainConfig, load_config, run_command
 from mae_dat.finetune import finetune
-from mae_dat.generated import write_image_folder
+from mae_dat.generated_folder import write_image_folder
 from mae_dat.metrics import Console
 from mae_dat.pretrain import pretrain
 from mae_dat.tokenizer import LightConfig, LightTokenizer
