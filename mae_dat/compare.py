@@ -7,6 +7,7 @@ measures.
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 from pathlib import Path
@@ -25,11 +26,10 @@ from mae_dat.corruptions import CORRUPTIONS, SEVERITIES
 from mae_dat.distributed import pick_device
 from mae_dat.evaluate import require_color
 from mae_dat.files import prepare_output_folder
-from mae_dat.finetune import finetune
 from mae_dat.metrics import Console, read_log
-from mae_dat.pretrain import pretrain
-from mae_dat.pretrainings import PLAIN, check_pretrainings, folder_of, pretraining, title_of
+from mae_dat.pretrainings import IN_TIME, NONE, PLAIN, check_pretrainings, folder_of, pretraining, title_of
 from mae_dat.results import Curve, Gallery, Results, Run, Training
+from mae_dat.side_by_side import Stage, check_jobs, train_all
 from mae_dat.sources import image_root
 from mae_dat.suites import CLEAN, CONFLICT, GENERATED, WORDS, Choice
 
@@ -50,6 +50,7 @@ ARMS = {
     "pixel_at": "adversarial training on pixels",
     "advprop": "AdvProp",
     "augmix": "AugMix",
+    "dat_augmix": "DAT with AugMix and consistent predictions",
 }
 # Of arms that are not simply a kind of --dat.
 FLAGS = {
@@ -63,13 +64,14 @@ FLAGS = {
     "pixel_at": "--dat none --at pgd",
     "advprop": "--dat none --at advprop",
     "augmix": "--dat none --aa augmix-m3-w3 --jsd 12",
+    "dat_augmix": "--dat released --aa augmix-m3-w3 --dat_jsd 12",
 }
 # Passes through the network and the tokenizer beside a plain step's, measured on two cores; only the time left depends
 # on them. Of the cheaper forms of released they are counted.
 COST = {"plain": 1.0, "reconstruction": 2.4, "random": 2.4, "released": 3.6, "paper": 2.6, "symbolic": 3.6}
 COST |= {"at_image": 3.2, "free": 3.0, "free_at_image": 2.5, "fifth": 1.6, "dat_jsd": 4.6, "split_norms": 3.6}
 # Passes of the network alone: 3 a view that is learned from, 2 a step of an attack.
-COST |= {"pixel_at": 3.0, "advprop": 4.0, "augmix": 3.0}
+COST |= {"pixel_at": 3.0, "advprop": 4.0, "augmix": 3.0, "dat_augmix": 5.0}
 PRETRAIN_COST = 0.5
 MEASURE_COST, CORRUPT_COST = 0.2, 1.0
 
@@ -83,11 +85,13 @@ class CompareConfig:
     output_dir: str = "output/compare"
     arms: tuple[str, ...] = ("plain", "random", "released", "paper")
     """plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic; cheaper forms
-    of released: at_image, free, free_at_image, fifth (of the batch); with more to it: dat_jsd, split_norms; without
-    words: pixel_at, advprop, augmix (docs/adversaries.md)."""
+    of released: at_image, free, free_at_image, fifth (of the batch); with more to it: dat_jsd, split_norms,
+    dat_augmix; without words: pixel_at, advprop, augmix (docs/adversaries.md)."""
     pretrainings: tuple[str, ...] = (PLAIN,)
-    """All arms after each of them: plain (the recipe as it is), with --dat released, paper, symbolic, random,
-    reconstruction; words (--target both), released_words; NAME_in_time: NAME for as long as plain took."""
+    """plain (the recipe as it is), with --dat released, paper, symbolic, random, reconstruction; words (--target
+    both), released_words; NAME_in_time: NAME for as long as plain took; none: fine-tuned from random weights."""
+    cross_arms: tuple[str, ...] = ()
+    """The arms after pretrainings other than plain (default: all of --arms)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the fine-tunings; a pretraining is shared and has its config's seed."""
     pretrain: str = str(CONFIGS / "small_pretrain.yaml")
@@ -106,6 +110,8 @@ class CompareConfig:
     """
     measure: bool = True
     """Measure and report in the end, in float32 whatever the recipe's --precision; --no_measure trains only."""
+    jobs: int = 1
+    """Trainings at a time, each in a process of its own with its share of the cores."""
     title: str = "MAE pretraining, then fine-tuning with and without DAT"
 
     def __post_init__(self) -> None:
@@ -115,7 +121,8 @@ class CompareConfig:
         if PLAIN not in self.pretrainings[:1]:
             raise ConfigError(f"--pretrainings begins with {PLAIN}, which all others are held against.")
         check_pretrainings(self.pretrainings)
-        for arm in self.arms:
+        check_jobs(self.jobs)
+        for arm in (*self.arms, *self.cross_arms):
             if arm not in ARMS:
                 raise ConfigError(f"unknown arm {arm!r}: {nearest(arm, list(ARMS))}")
 
@@ -128,7 +135,8 @@ def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
 
 def arms_to_train(config: CompareConfig) -> list[str]:
     """All arms, those after another pretraining as `PRETRAINING-ARM`."""
-    return [arm if name == PLAIN else f"{name}-{arm}" for name in config.pretrainings for arm in config.arms]
+    others = [name for name in config.pretrainings if name != PLAIN]
+    return [*config.arms, *(f"{name}-{arm}" for name in others for arm in config.cross_arms or config.arms)]
 
 
 def parts_of(arm: str) -> tuple[str, str]:
@@ -140,15 +148,37 @@ def parts_of(arm: str) -> tuple[str, str]:
 def label_of(arm: str) -> str:
     """What the report calls an arm."""
     name, own = parts_of(arm)
-    return ARMS[own] if name == PLAIN else f"{ARMS[own]}, pretrained with {title_of(name)}"
+    if name in (PLAIN, NONE):
+        return ARMS[own] + (", not pretrained" if name == NONE else "")
+    return f"{ARMS[own]}, pretrained with {title_of(name)}"
 
 
 def finetune_config(config: CompareConfig, arm: str, seed: int) -> FinetuneConfig:
     """One fine-tuning."""
     output, (name, kind) = Path(config.output_dir), parts_of(arm)
     own = ["--data_path", config.data_path, "--output_dir", str(output / f"{arm}-seed{seed}"), "--seed", str(seed)]
-    start = ["--finetune", str(folder_of(output, name)), *FLAGS.get(kind, f"--dat {kind}").split()]
-    return load_config(FinetuneConfig, ["--config", config.finetune, *shlex.split(config.finetune_flags), *own, *start])
+    start = [] if name == NONE else ["--finetune", str(folder_of(output, name))]
+    flags = [*shlex.split(config.finetune_flags), *own, *start, *FLAGS.get(kind, f"--dat {kind}").split()]
+    return load_config(FinetuneConfig, ["--config", config.finetune, *flags])
+
+
+def stages_of(config: CompareConfig, runs: dict[tuple[str, int], FinetuneConfig]) -> list[Stage]:
+    """All trainings, pretrainings first."""
+    stages = []
+    for name in pretrained(config):
+        before = [PLAIN, name.removesuffix(IN_TIME)] if name.endswith(IN_TIME) else []
+        after = tuple(map(pretrain_stage, before))
+        stages.append(Stage(pretrain_stage(name), functools.partial(pretrain_config, config, name), after))
+    for arm, seed in runs:
+        name, _ = parts_of(arm)
+        after = () if name == NONE else (pretrain_stage(name),)
+        stages.append(Stage(stage(arm, seed), functools.partial(finetune_config, config, arm, seed), after))
+    return stages
+
+
+def pretrained(config: CompareConfig) -> list[str]:
+    """The pretrainings that are one."""
+    return [name for name in config.pretrainings if name != NONE]
 
 
 def compare(config: CompareConfig, console: Console) -> Results | None:
@@ -161,12 +191,7 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
         require_color(runs[config.arms[0], config.seeds[0]])
     images = run.training_images(first.data, lambda image: torch.zeros(0), 0, labelled=False)
     console.plan = plan(config, first, runs, len(images))
-    for name in config.pretrainings:
-        pretrain(pretrain_config(config, name), console, pretrain_stage(name))
-        console.passed(pretrain_stage(name))
-    for (arm, seed), one in runs.items():
-        finetune(one, console, stage(arm, seed))
-        console.passed(stage(arm, seed))
+    train_all(stages_of(config, runs), config.jobs, console)
     if not config.measure:
         return None
     return report(config, first, runs, console)
@@ -187,7 +212,7 @@ def plan(
 ) -> dict[str, float]:
     """Relative times of the stages, for the time left; the measured pace turns them into seconds."""
     # A pretraining in plain's time costs what plain costs, and one with words as a target little more.
-    costs = {name: PRETRAIN_COST * COST.get(name.removesuffix("_words"), 1.0) for name in config.pretrainings}
+    costs = {name: PRETRAIN_COST * COST.get(name.removesuffix("_words"), 1.0) for name in pretrained(config)}
     seconds = {pretrain_stage(name): cost * first.optim.epochs * count / 200 for name, cost in costs.items()}
     for (arm, seed), one in runs.items():
         seconds[stage(arm, seed)] = COST[parts_of(arm)[1]] * one.optim.epochs * count / 200
@@ -218,7 +243,7 @@ def report(
 def training_of(config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig]) -> Training:
     """Settings, curves, times and pictures of all runs, from their folders."""
     settings = {"comparison": dataclasses.asdict(config), "pretraining": flat_values(first)}
-    for name in config.pretrainings[1:]:
+    for name in pretrained(config)[1:]:
         settings[f"pretraining with {title_of(name)}"] = flat_values(pretrain_config(config, name))
     found: dict[str, Run] = {}
     for (arm, seed), one in runs.items():

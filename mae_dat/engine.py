@@ -105,6 +105,7 @@ def fit(training: Training, job: Job) -> None:
     model.train()
     first = training.step
     start = saved = last = time.monotonic()
+    busy = time.process_time()
     updates, behind = Ahead(job), Behind(job.device)
     raise_together(updates.failure)
     with (
@@ -119,6 +120,7 @@ def fit(training: Training, job: Job) -> None:
             beat()
             now = time.monotonic()
             training.totals["seconds"] = training.totals.get("seconds", 0.0) + now - last
+            training.totals["cpu_seconds"] = training.totals.get("cpu_seconds", 0.0) + time.process_time() - busy
             rate = job.effective_batch * (training.step - first) / (now - start)
             lr = training.optimizer.param_groups[-1]["lr"]
             task.advance(f"{rate:.0f} images/s  loss {loss:.4f}  lr {lr:.2e}")
@@ -131,7 +133,8 @@ def fit(training: Training, job: Job) -> None:
             if facts or stopping or updates.save_agreed:
                 save(training, job, saver, facts)
                 saved, updates.save_agreed = time.monotonic(), False
-            last = time.monotonic()  # waiting for data counts as training, evaluating and saving does not
+            # Waiting for data counts as training, evaluating and saving does not.
+            last, busy = time.monotonic(), time.process_time()
             if stopping:
                 together(lambda: saver.wait() if saver else None)
                 raise_together(updates.failure)
@@ -291,6 +294,7 @@ def end_epoch(training: Training, job: Job) -> dict[str, Any]:
     sums = all_sum(torch.tensor([training.totals[name] for name in names], dtype=torch.float64, device=job.device))
     totals = dict(zip(names, sums.tolist(), strict=True))
     images, skipped, seconds = totals.pop("images"), totals.pop("skipped"), totals.pop("seconds") / job.world.size
+    cpu_seconds = totals.pop("cpu_seconds", 0.0)  # a checkpoint amid an epoch may be of before it was counted
     parts = {"grad_norm": totals.pop("updates")}
     means = {f"train_{name}": value / parts.get(name, images) for name, value in totals.items()}
     if skipped:
@@ -306,6 +310,7 @@ def end_epoch(training: Training, job: Job) -> dict[str, Any]:
         "step": training.step,
         "n_parameters": n_parameters,
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
         "skipped": int(skipped),
         "peak_memory_gb": round(peak_memory(job.device) / 1e9, 2),
     }

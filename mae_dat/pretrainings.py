@@ -6,7 +6,7 @@ from pathlib import Path
 from mae_dat.config import ATTACKS, ConfigError, PretrainConfig, load_config, nearest
 from mae_dat.metrics import read_log
 
-PLAIN, IN_TIME = "plain", "_in_time"
+PLAIN, NONE, IN_TIME = "plain", "none", "_in_time"
 FLAGS = {
     PLAIN: "",
     **{kind: f"--dat {kind}" for kind in ATTACKS},
@@ -28,8 +28,8 @@ def check_pretrainings(names: tuple[str, ...]) -> None:
     """Raises ConfigError for an unknown one, and for `NAME_in_time` before what its time is measured by."""
     for number, name in enumerate(names):
         base = name.removesuffix(IN_TIME)
-        if base not in FLAGS:
-            raise ConfigError(f"unknown pretraining {name!r}: {nearest(base, list(FLAGS))}")
+        if base not in FLAGS and name != NONE:
+            raise ConfigError(f"unknown pretraining {name!r}: {nearest(base, [*FLAGS, NONE])}")
         if base != name and not {PLAIN, base} <= set(names[:number]):
             raise ConfigError(
                 f"--pretrainings {name} needs {PLAIN} and {base} before it: it has to know their seconds."

@@ -105,6 +105,7 @@ FLOORS = {
     "run": 8,
     "pretrain": 8,
     "pretrainings": 8,
+    "side_by_side": 8,
     "finetune": 8,
     "evaluate": 8,
     "train_tokenizer": 8,
