@@ -247,15 +247,35 @@ def training_of(config: CompareConfig, first: PretrainConfig, runs: dict[tuple[s
         settings[f"pretraining with {title_of(name)}"] = flat_values(pretrain_config(config, name))
     found: dict[str, Run] = {}
     for (arm, seed), one in runs.items():
-        curves, seconds = training_curves(Path(one.run.output_dir))
-        label = label_of(arm)
-        found[stage(arm, seed)] = {"arm": arm, "label": label, "seed": seed, "seconds": seconds, "curves": curves}
+        folder, label = Path(one.run.output_dir), label_of(arm)
+        time = spent(folder)
+        found[stage(arm, seed)] = {
+            "arm": arm,
+            "label": label,
+            "seed": seed,
+            "seconds": time["seconds"],
+            "cpu_seconds": time["cpu_seconds"],
+            "curves": training_curves(folder),
+        }
         if seed == config.seeds[0]:
             settings[f"fine-tuning, {label}"] = flat_values(one)
     settings = {stage: {key: _plain(value) for key, value in own.items()} for stage, own in settings.items()}
-    curves, seconds = training_curves(Path(first.run.output_dir))
-    shown = galleries(config)
-    return {"runs": found, "pretraining": curves, "seconds": seconds, "settings": settings, "galleries": shown}
+    begun = Path(first.run.output_dir)
+    folders = {pretrain_stage(name): folder_of(Path(config.output_dir), name) for name in pretrained(config)}
+    return {
+        "runs": found,
+        "pretraining": training_curves(begun),
+        "seconds": spent(begun)["seconds"],
+        "cpu_seconds": {name: spent(folder).get("cpu_seconds", 0.0) for name, folder in folders.items()},
+        "settings": settings,
+        "galleries": galleries(config),
+    }
+
+
+def spent(folder: Path) -> dict[str, float]:
+    """Seconds of a training by the clock and by the processor, from `log.txt`."""
+    records = read_log(folder / "log.txt")
+    return {key: sum(record.get(key, 0.0) for record in records) for key in ("seconds", "cpu_seconds")}
 
 
 def _plain(value: Any) -> Any:
@@ -263,8 +283,8 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def training_curves(folder: Path) -> tuple[dict[str, Curve], float]:
-    """Curves by epoch from `log.txt`, and the seconds of training; empty where there is no log."""
+def training_curves(folder: Path) -> dict[str, Curve]:
+    """Curves by epoch from `log.txt`; empty where there is none."""
     records = read_log(folder / "log.txt")
     # DAT's training loss is a sum over views: only its clean part can be laid beside a plain run's.
     wanted = {
@@ -279,7 +299,7 @@ def training_curves(folder: Path) -> tuple[dict[str, Curve], float]:
             if key is not None:
                 value = float(record[key])
                 curves.setdefault(name, []).append([record["epoch"] + 1, value if math.isfinite(value) else None])
-    return curves, sum(record.get("seconds", 0.0) for record in records)
+    return curves
 
 
 def galleries(config: CompareConfig) -> list[Gallery]:

@@ -87,6 +87,31 @@ def gains_picture(results: Results) -> Picture | None:
     return Picture("gains.png", png, alt, caption)
 
 
+def arms_picture(results: Results, axes: Mapping[str, Axis]) -> Picture | None:
+    """What many arms gain over the first, a row each, on clean and on corrupted pictures; None without intervals."""
+    first, *others = arms_of(results)
+    series: list[charts.Series] = []
+    for title in ("clean", "corruption error"):
+        points = [
+            (other, _gain(axes[title], other, first, row))
+            for row, other in enumerate(others)
+            if title in axes and comparison.verdict(axes[title], other, first) is not None
+        ]
+        if points:
+            label = "clean pictures" if title == "clean" else "corrupted pictures"
+            series.append(charts.Series(label, len(series), tuple(point for _, point in points)))
+    if not series:
+        return None
+    caption = (
+        f"Points of accuracy that every arm gains over {first.title} (zero), of the same seed. Right of zero is "
+        "better. Bars: 95 % intervals."
+    )
+    alt = f"Dot plot of the differences to {first.title} with their intervals; the tables below hold the numbers."
+    names = [other.title for other in others]
+    png = charts.dot_plot(names, series, f"points gained over {first.title}", zero=True)
+    return Picture("arms.png", png, alt, caption)
+
+
 def _short(axis: Axis) -> str:
     """An axis's title where there is little room."""
     title = re.sub(r" \((?:%|0–1)\)$", "", axis.title)

@@ -74,6 +74,9 @@ class Run(TypedDict):
     label: str
     seed: int
     seconds: float
+    """Of the training, by the clock."""
+    cpu_seconds: NotRequired[float]
+    """The same in processor time, over all threads and ranks; loader workers are not in it."""
     curves: dict[str, Curve]
     """train_loss, test_acc1 (%), changed_words (share, 0 to 1)."""
 
@@ -95,6 +98,8 @@ class Training(TypedDict):
     """Its curves."""
     seconds: float
     """Of the pretraining."""
+    cpu_seconds: NotRequired[dict[str, float]]
+    """Processor time of each pretraining, by its title."""
     settings: dict[str, dict[str, Any]]
     """Stage -> setting -> value."""
     galleries: list[Gallery]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_dat import comparison, figures, tables, typeset
+from mae_dat import ablation, comparison, figures, tables, typeset
 from mae_dat.arms import arms_of, titles_of
 from mae_dat.errors import UserError
 from mae_dat.figures import Picture
@@ -45,7 +45,7 @@ def write_report(results: Results, folder: Path) -> Path:
     files = {
         "report.csv": typeset.counts_csv(results),
         "report.tex": typeset.latex(results, shown),
-        "report.md": typeset.markdown(results, comparison.summary(results), [*shown, *measured], lacking),
+        "report.md": typeset.markdown(results, _summary(results), [*shown, *measured], lacking),
         "report.html": page,
     }
     for picture in (picture for section in sections for picture in section.pictures):
@@ -66,7 +66,7 @@ def _page(
     return typeset.html_page(
         TEMPLATE,
         results=results,
-        summary=comparison.summary(results),
+        summary=_summary(results),
         sections=sections,
         examples=[_example(results, example, folder) for example in results["examples"]],
         galleries=_galleries(results["training"], folder) if "training" in results else [],
@@ -75,35 +75,50 @@ def _page(
     )
 
 
+def _summary(results: Results) -> list[str]:
+    return ablation.summary(results) if ablation.many(results) else comparison.summary(results)
+
+
 def _measured(results: Results) -> list[Table]:
     return [tables.networks_table(results), tables.suites_table(results)]
 
 
 def _sections(results: Results) -> list[Section]:
-    """The parts that have something to show."""
-    glance = tuple(filter(None, (figures.gains_picture(results), figures.published_picture(results))))
-    numbers = tuple(filter(None, (comparison.headline_table(results), comparison.pairs_table(results))))
-    found = [Section("numbers", "Numbers", glance, numbers)]
+    """The parts that have something to show. Many arms have a row each, and no charts with a line each."""
+    many = ablation.many(results)
+    found = [_many_numbers(results) if many else _numbers(results)]
     published = comparison.published_table(results)
     if published:
         found.append(Section("published", published.title, tables=(published,)))
     for number, variant in enumerate(figures.of_kind(results, "corruptions"), 1):
-        pictures = (*figures.overview(results, variant, number), *figures.heat_maps(results, variant, number))
+        lines = [] if many else figures.overview(results, variant, number)
+        pictures = (*lines, *figures.heat_maps(results, variant, number))
         table = tables.corruption_table(results, variant)
         found.append(Section(f"corruptions-{number}", variant.title, pictures, (table,)))
     if shape := figures.shape_pictures(results):
         found.append(Section("shape", "Shape bias", tuple(shape)))
     words, checks = tables.words_table(results), tables.checks_table(results)
     if words or checks:
-        pictures = (figures.words_picture(results),) if words else ()
+        pictures = (figures.words_picture(results),) if words and not many else ()
         found.append(Section("attacks", "Attacks", pictures, tuple(table for table in (words, checks) if table)))
     calibration = tables.calibration_table(results)
     if calibration:
         found.append(Section("calibration", calibration.title, tables=(calibration,)))
     if "training" in results:
-        curves = figures.curve_pictures(results["training"], arms_of(results))
+        curves = [] if many else figures.curve_pictures(results["training"], arms_of(results))
         found.append(Section("training", "Training", tuple(curves), (tables.runs_table(results["training"]),)))
     return found
+
+
+def _numbers(results: Results) -> Section:
+    glance = tuple(filter(None, (figures.gains_picture(results), figures.published_picture(results))))
+    columns = filter(None, (comparison.headline_table(results), comparison.pairs_table(results)))
+    return Section("numbers", "Numbers", glance, tuple(columns))
+
+
+def _many_numbers(results: Results) -> Section:
+    picture = figures.arms_picture(results, ablation.ablation_axes(results))
+    return Section("numbers", "Numbers", (picture,) if picture else (), tuple(ablation.ablation_tables(results)))
 
 
 # ---- examples ----

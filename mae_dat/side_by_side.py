@@ -138,7 +138,7 @@ def serve(line: Connection, threads: int, level: int) -> None:
     while True:
         try:
             config, title = line.recv()
-        except (EOFError, KeyboardInterrupt):  # its parent is done, or gone
+        except (EOFError, OSError, KeyboardInterrupt):  # its parent is done, or gone
             return
         try:
             train(config, title, console)
@@ -157,7 +157,7 @@ def _raise_failure(helper: Helper, title: str) -> None:
     """Raises what a training failed by."""
     try:
         failure: tuple[str, int] | None = helper.line.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter with something unread in its pipe
         helper.process.join()
         raise RetryError(
             f"{title}: its process died (code {helper.process.exitcode}; -9 is mostly a lack of memory). What it saved "

@@ -250,10 +250,19 @@ def suites_table(results: Results) -> Table:
 
 
 def runs_table(training: Training) -> Table:
-    """Seeds and minutes."""
-    rows = [("pretraining", "", "", f"{training['seconds'] / 60:.1f}")]
-    rows += [(r["label"], r["arm"], str(r["seed"]), f"{r['seconds'] / 60:.1f}") for r in training["runs"].values()]
-    return Table("runs", "Training runs", ("", "--dat", "seed", "minutes"), tuple(rows), words=2)
+    """Seeds and minutes of every training, pretrainings first."""
+    spent: dict[str, float | None] = {**training.get("cpu_seconds", {})} or {"pretraining": None}
+    clock = [f"{training['seconds'] / 60:.1f}"] + [NOTHING] * (len(spent) - 1)
+    rows = [(name, "", "", wall, _minutes(cpu)) for (name, cpu), wall in zip(spent.items(), clock, strict=True)]
+    for run in training["runs"].values():
+        wall, cpu = _minutes(run["seconds"]), _minutes(run.get("cpu_seconds"))
+        rows.append((run["label"], run["arm"], str(run["seed"]), wall, cpu))
+    notes = ("Processor minutes are over all threads; processes that load pictures are not in them.",)
+    return Table("runs", "Training runs", ("", "arm", "seed", "minutes", "processor minutes"), tuple(rows), notes, 2)
+
+
+def _minutes(seconds: float | None) -> str:
+    return NOTHING if seconds is None else f"{seconds / 60:.1f}"
 
 
 def not_measured(results: Results) -> list[str]:

@@ -51,8 +51,8 @@ def markdown_text(text: str) -> str:
     return _one_line(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
-def markdown_table(table: Table) -> str:
-    """The table with its title and notes."""
+def markdown_table(table: Table, level: int = 2) -> str:
+    """The table with its title, a heading of this level, and its notes."""
     rule = ["---"] * table.words + ["--:"] * (len(table.head) - table.words)
     rows = [
         [f"**{markdown_text(cell)}**" if (i, j) in table.best else markdown_text(cell) for j, cell in enumerate(row)]
@@ -60,7 +60,7 @@ def markdown_table(table: Table) -> str:
     ]
     grid = [f"| {' | '.join(line)} |" for line in (map(markdown_text, table.head), *rows)]
     grid.insert(1, f"|{'|'.join(rule)}|")
-    parts = [f"## {markdown_text(table.title)}", "\n".join(grid), *map(markdown_text, table.notes)]
+    parts = [f"{'#' * level} {markdown_text(table.title)}", "\n".join(grid), *map(markdown_text, table.notes)]
     return "\n\n".join(parts)
 
 

@@ -130,7 +130,7 @@ def test_the_page_holds_curves_runs_settings_and_galleries(tmp_path: Path) -> No
     text = write_report(read_results(tmp_path / "results.json"), tmp_path).read_text()
     require_self_contained(text)
     page = Page(text)
-    assert ["DAT", "dat", "2", "1.5"] in page.rows
+    assert ["DAT", "dat", "2", "1.5", "–"] in page.rows
     assert ["epochs", "2"] in page.rows
     assert text.count("This picture is missing") == 2
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
