@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchattacks  # see pyproject.toml
 	@touch $@
 
-demo: setup  ## the whole toolkit on generated images in 10 minutes: output/demo/report.html
+demo: setup  ## the whole toolkit on generated images in 10 to 20 minutes: output/demo/report.html
 	$(BIN)/python -m mae_dat.demo
 
 lint: setup  ## ruff and mypy

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from mae_dat.arms import Arm, arms_of
-from mae_dat.axes import CLEAN, Axis, Number, axes_of, scores_of, variants
+from mae_dat.axes import CLEAN, Axis, Number, axes_of, common_subset, made_subset, scores_of, suites_of, variants
 from mae_dat.comparison import ARROWS, caution, difference_text, value_text, verdict
 from mae_dat.corruptions import CATEGORIES
 from mae_dat.results import Results
@@ -32,6 +32,8 @@ def summary(results: Results) -> list[str]:
                 for sign, word in ((1, "better"), (-1, "worse"))
             )
             said.append(f"{title.capitalize()}, beyond chance {'; '.join(named)}.")
+    if subset := made_subset(results):
+        said.append(f"Measured on {subset}{'' if common_subset(results) else '; clean and conflicting ones on all'}.")
     return [*said, *caution(results)]
 
 
@@ -47,6 +49,10 @@ def ablation_tables(results: Results) -> list[Table]:
         for arm in arms
     ]
     notes = ["Mean ± standard deviation over seeds. In percent, but for the shape bias, which is from 0 to 1."]
+    if "generated" in suites_of(results):
+        notes.append(
+            "Corruptions are made on the fly from clean pictures: not ImageNet-C, and no AlexNet-normalised mCE."
+        )
     notes += ["Processor minutes are those of the fine-tuning, without its pretraining."] * timed
     found = [Table("arms", "Every arm", head, tuple(rows), tuple(notes))]
     if others:

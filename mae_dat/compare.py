@@ -50,7 +50,7 @@ ARMS = {
     "pixel_at": "adversarial training on pixels",
     "advprop": "AdvProp",
     "augmix": "AugMix",
-    "dat_augmix": "DAT with AugMix and consistent predictions",
+    "dat_augmix": "DAT with AugMix and JSD",
 }
 # Of arms that are not simply a kind of --dat.
 FLAGS = {
