@@ -6,9 +6,9 @@ from mae_dat.arms import Arm, arms_of
 from mae_dat.axes import CLEAN, Axis, Number, axes_of, common_subset, made_subset, scores_of, suites_of, variants
 from mae_dat.comparison import ARROWS, caution, difference_text, value_text, verdict
 from mae_dat.corruptions import CATEGORIES
-from mae_dat.results import Results
-from mae_dat.scores import Stat, category_errors
-from mae_dat.tables import NOTHING, Table
+from mae_dat.results import CellCount, Results
+from mae_dat.scores import Stat, accuracy, category_errors
+from mae_dat.tables import NOTHING, Table, stat_text
 
 FEW = 4
 """Arms that still fit into a table as columns, beside what they differ by."""
@@ -77,6 +77,27 @@ def _differences(first: Arm, others: list[Arm], axes: dict[str, Axis]) -> Table:
     )
     head = ("", *(name + ARROWS[axis.better] for name, axis in axes.items()))
     return Table("against-first", f"Difference to {first.title}", head, tuple(rows), (note,), best=beyond)
+
+
+def words_by_arm(results: Results) -> list[Table]:
+    """Accuracy of every arm by share of changed words, a table for each attack."""
+    found = []
+    for variant in variants(results):
+        if variant.suite.startswith("words"):
+            cells = {model: results["cells"][model][variant.suite] for model in variant.models}
+            shares = sorted({share for own in cells.values() for share in own}, key=float)
+            rows = [
+                (arm.title, *(_accuracies([cells[name] for name in arm.members.values()], share) for share in shares))
+                for arm in arms_of(results, variant.models)
+            ]
+            head = ("words changed, up to", *(f"{100 * float(share):g} %" for share in shares))
+            notes = ("Top-1 accuracy in percent. At 0 the picture is decoded from its own words.",)
+            found.append(Table(variant.suite, f"Changed words: {variant.title}", head, tuple(rows), notes))
+    return found
+
+
+def _accuracies(members: list[dict[str, CellCount]], share: str) -> str:
+    return stat_text((accuracy(own[share]) for own in members if share in own), 1)
 
 
 def ablation_axes(results: Results) -> dict[str, Axis]:

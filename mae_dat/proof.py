@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae_dat import run
-from mae_dat.ablation import ablation_tables, summary
+from mae_dat.ablation import ablation_tables, summary, words_by_arm
 from mae_dat.compare import CONFIGS, CompareConfig, compare
 from mae_dat.config import ConfigError, command_line, load_config, run_command
 from mae_dat.contenders import distinct_names
@@ -21,7 +21,6 @@ from mae_dat.machine import machine
 from mae_dat.metrics import Console
 from mae_dat.pretrainings import NONE, PLAIN
 from mae_dat.results import Results
-from mae_dat.tables import words_table
 from mae_dat.typeset import markdown_table, markdown_text
 
 ARMS = (
@@ -104,9 +103,7 @@ def write_tables(found: dict[str, Results], path: Path) -> None:
     parts = ["# Results", f"    {command_line()}", markdown_text(", ".join(f"{k}: {v}" for k, v in machine().items()))]
     for name, results in found.items():
         parts += [f"## {markdown_text(name)}", markdown_text(" ".join(summary(results)))]
-        parts += [
-            markdown_table(table, level=3) for table in (*ablation_tables(results), words_table(results)) if table
-        ]
+        parts += [markdown_table(table, level=3) for table in (*ablation_tables(results), *words_by_arm(results))]
     with atomic_write(path) as file:
         file.write(("\n\n".join(parts) + "\n").encode())
 

@@ -97,10 +97,11 @@ def _sections(results: Results) -> list[Section]:
         found.append(Section(f"corruptions-{number}", variant.title, pictures, (table,)))
     if shape := figures.shape_pictures(results):
         found.append(Section("shape", "Shape bias", tuple(shape)))
-    words, checks = tables.words_table(results), tables.checks_table(results)
-    if words or checks:
-        pictures = (figures.words_picture(results),) if words and not many else ()
-        found.append(Section("attacks", "Attacks", pictures, tuple(table for table in (words, checks) if table)))
+    words = ablation.words_by_arm(results) if many else list(filter(None, [tables.words_table(results)]))
+    checks = filter(None, [tables.checks_table(results)])
+    pictures = (figures.words_picture(results),) if words and not many else ()
+    if attacks := (*words, *checks):
+        found.append(Section("attacks", "Attacks", pictures, attacks))
     calibration = tables.calibration_table(results)
     if calibration:
         found.append(Section("calibration", calibration.title, tables=(calibration,)))

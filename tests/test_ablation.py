@@ -7,13 +7,14 @@ from evaluations import evaluation
 from pages import Page
 from test_arms import DAT, PLAIN, trainings
 
-from mae_dat.ablation import FEW, ablation_axes, ablation_tables, many, summary
+from mae_dat.ablation import FEW, ablation_axes, ablation_tables, many, summary, words_by_arm
 from mae_dat.arms import arms_of
 from mae_dat.axes import axes_of, scores_of
 from mae_dat.comparison import difference_text, value_text
 from mae_dat.results import Results, write_results
 from mae_dat.scorecard import write_report
-from mae_dat.scores import category_errors
+from mae_dat.scores import accuracy, category_errors
+from mae_dat.tables import stat_text
 
 ARMS = {"plain": PLAIN, "random": (701, 719, 712), "dat": DAT, "symbolic": (650, 661, 668), "augmix": (740, 700, 720)}
 
@@ -67,6 +68,15 @@ def test_what_is_better_is_said(results: Results) -> None:
     said = " ".join(summary(results))
     assert "Clean, beyond chance better than plain: DAT; worse than plain: symbolic." in said
     assert "means over at least 3 seeds" in said
+
+
+def test_changed_words_have_a_column_a_share(results: Results) -> None:
+    (table,) = words_by_arm(results)
+    assert table.head == ("words changed, up to", "0 %", "1 %", "2 %", "5 %", "10 %", "20 %")
+    members = arms_of(results)[2].members.values()
+    told = stat_text((accuracy(results["cells"][name]["words-random"]["0.05"]) for name in members), 1)
+    assert table.rows[2][0] == "DAT"
+    assert table.rows[2][4] == told
 
 
 def test_the_page_of_many_arms_has_their_rows_and_no_lines(results: Results, tmp_path: Path) -> None:
