@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -274,6 +275,7 @@ def test_a_manifest_that_did_not_fit_takes_its_weights_with_it(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writing thread
 def test_a_full_disk_is_told_by_the_log_too(small_disk: Path) -> None:
+    before = set(threading.enumerate())
     log = RunLog(small_disk)
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     with pytest.raises(StorageError, match=r"log.txt: no space left \(0 bytes free there\)"):
@@ -284,6 +286,8 @@ def test_a_full_disk_is_told_by_the_log_too(small_disk: Path) -> None:
         log.close()
     with pytest.raises(StorageError):
         log.close()
+    for thread in set(threading.enumerate()) - before:  # what it dies of must be this test's, not the next one's
+        thread.join(30)
 
 
 # ---- killed writers and readers that come at the wrong time ----
