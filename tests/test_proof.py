@@ -13,7 +13,7 @@ from mae_dat.results import read_results
 
 
 @pytest.mark.slow
-def test_quick_trains_and_measures_every_arm_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_quick_trains_and_measures_every_arm(tmp_path: Path) -> None:
     config = ProofConfig(output_dir=str(tmp_path / "out"), quick=True, jobs=1)
     tables = prove(config, Console(quiet=True))
     (one,) = comparisons(config).values()
@@ -26,10 +26,6 @@ def test_quick_trains_and_measures_every_arm_and_goes_on_where_it_was(tmp_path: 
     assert all(len(results["cells"][name]["generated"]) == 75 for name in runs)
     told = tables.read_text()
     assert all(f"| {label_of(arm)} |" in told for arm in arms_to_train(one))
-    trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/checkpoint-*.pth")}
-    prove(config, Console(quiet=True))
-    assert trained == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/checkpoint-*.pth")}
-    assert told == tables.read_text()
 
 
 def test_a_data_set_has_a_folder_of_its_name(tmp_path: Path) -> None:
