@@ -91,7 +91,7 @@ def test_a_recipe_says_what_it_is_and_what_to_expect(path: Path) -> None:
     assert tuple(found) == FIELDS
     config = settings(path)
     if path.stem not in PUBLISHED:
-        assert path.stem.startswith(("demo_", "small_"))
+        assert path.stem.startswith(("demo_", "small_", "proof_"))
         return
     assert f"configs/{path.name}" in found["Command"]
     assert "not run by us" in found["Expected"]
