@@ -101,31 +101,35 @@ def _accuracies(members: list[dict[str, CellCount]], share: str) -> str:
 
 
 def ablation_axes(results: Results) -> dict[str, Axis]:
-    """The columns, by a short title: clean pictures, corruptions by category, cues, words."""
+    """The columns: every axis by a short title, or its own where two would have the same, and the kinds of corruption
+    behind their mean. Only errors in units of the first arm's are left out, which the differences tell."""
     found: dict[str, Axis] = {}
     for axis in axes_of(results):
-        base = axis.suite, axis.key.removeprefix(axis.suite)
-        match base:
-            case (suite, "") if suite in CLEAN:
-                found["clean"] = axis
-            case (suite, "/ece") if suite in CLEAN:
-                found["ECE"] = axis
-            case ("generated" | "imagenet-c", "/mean"):
-                found["corruption error"] = axis
-                found |= dict(_categories(results, axis))
-            case (_, "/bias"):
-                found["shape bias"] = axis
-            case ("words-random" | "words-symbolic", _):
-                found[f"{axis.suite.removeprefix('words-')} words"] = axis
-            case _:
-                pass
+        if axis.key.endswith("/mce-first"):
+            continue
+        title = _short_title(axis)
+        known = title in found
+        found[axis.title if known else title] = axis
+        if axis.key.endswith("/mean"):
+            kinds = _categories(results, axis)
+            found |= {f"{axis.title}: {kind}" if known else kind: own for kind, own in kinds}
     return found
+
+
+def _short_title(axis: Axis) -> str:
+    part = axis.key.removeprefix(axis.suite)
+    if axis.suite in CLEAN and part in ("", "/ece"):
+        return "ECE" if part else "clean"
+    if part in ("/mean", "/bias"):
+        return {"/mean": "corruption error", "/bias": "shape bias"}[part]
+    if axis.suite.startswith("words-"):
+        return f"{axis.suite.removeprefix('words-')} words"
+    return axis.title
 
 
 def _categories(results: Results, mean: Axis) -> Iterator[tuple[str, Axis]]:
     """The corruption error of each category; without intervals of single runs, which only its cells have."""
-    members = next(one.models for one in variants(results) if one.suite == mean.suite)
-    errors = {model: category_errors(scores_of(results, model, mean.suite)) for model in members}
+    errors = {model: category_errors(scores_of(results, model, mean.suite)) for model in mean.numbers}
     for kind in CATEGORIES:
         numbers = {model: Number(own[kind]) for model, own in errors.items() if kind in own}
         if numbers:

@@ -118,8 +118,9 @@ def _numbers(results: Results) -> Section:
 
 
 def _many_numbers(results: Results) -> Section:
-    picture = figures.arms_picture(results, ablation.ablation_axes(results))
-    return Section("numbers", "Numbers", (picture,) if picture else (), tuple(ablation.ablation_tables(results)))
+    arms = figures.arms_picture(results, ablation.ablation_axes(results))
+    glance = tuple(filter(None, (arms, figures.published_picture(results))))
+    return Section("numbers", "Numbers", glance, tuple(ablation.ablation_tables(results)))
 
 
 # ---- examples ----

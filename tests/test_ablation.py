@@ -64,6 +64,27 @@ def test_categories_are_means_of_their_corruptions(results: Results) -> None:
         assert min(own.values()) <= mean <= max(own.values())
 
 
+def test_no_measurement_of_many_networks_is_left_out() -> None:
+    """Also of checkpoints of which nothing is known but their counts, on every suite and on two of corruptions."""
+    given = evaluation([f"network {number}" for number in range(FEW + 1)])
+    for own in given["cells"].values():
+        own["cue-conflict"][""]["texture"] = 400  # the fifth would answer more cues than there are
+    shown = {axis.key for axis in ablation_axes(given).values()}
+    every = {axis.key for axis in axes_of(given)}
+    assert every - shown == {key for key in every if key.endswith("/mce-first")}
+    assert {
+        "imagenet-a",
+        "objnet-113",
+        "imagenet-c/mce",
+        "imagenet-c/mean",
+        "generated/mean",
+        "generated/blur",
+    } <= shown
+    table, _ = ablation_tables(given)
+    assert "processor minutes ↓" not in table.head
+    assert len(table.head) == 1 + len(ablation_axes(given))
+
+
 def test_what_is_better_is_said(results: Results) -> None:
     said = " ".join(summary(results))
     assert "Clean, beyond chance better than plain: DAT; worse than plain: symbolic." in said
