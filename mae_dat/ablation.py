@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from mae_dat.arms import Arm, arms_of
-from mae_dat.axes import CLEAN, Axis, Number, axes_of, common_subset, made_subset, scores_of, suites_of, variants
-from mae_dat.comparison import ARROWS, caution, difference_text, value_text, verdict
+from mae_dat.axes import CLEAN, Axis, Number, axes_of, scores_of, suites_of, variants
+from mae_dat.comparison import ARROWS, caution, difference_text, measured_on, value_text, verdict
 from mae_dat.corruptions import CATEGORIES
 from mae_dat.results import CellCount, Results
 from mae_dat.scores import Stat, accuracy, category_errors
@@ -32,9 +32,7 @@ def summary(results: Results) -> list[str]:
                 for sign, word in ((1, "better"), (-1, "worse"))
             )
             said.append(f"{title.capitalize()}, beyond chance {'; '.join(named)}.")
-    if subset := made_subset(results):
-        said.append(f"Measured on {subset}{'' if common_subset(results) else '; clean and conflicting ones on all'}.")
-    return [*said, *caution(results)]
+    return [*said, *measured_on(results), *caution(results)]
 
 
 def ablation_tables(results: Results) -> list[Table]:

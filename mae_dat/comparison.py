@@ -194,9 +194,13 @@ def summary(results: Results) -> list[str]:
         suites = len(suites_of(results))
         found = [f"{first.title} on {suites} suite{'' if suites == 1 else 's'}"]
         said = [". ".join(found + [_told(axis, value_text(axis, first)) for axis in own]) + "."]
-    if subset := made_subset(results):
-        said.append(f"Measured on {subset}{'' if common_subset(results) else '; clean and conflicting ones on all'}.")
-    return [*said, *caution(results)]
+    return [*said, *measured_on(results), *caution(results)]
+
+
+def measured_on(results: Results) -> list[str]:
+    """Of how many pictures the numbers are, where it is a choice of them."""
+    subset, but = made_subset(results), "" if common_subset(results) else "; clean and conflicting ones on all"
+    return [f"Measured on {subset}{but}."] if subset else []
 
 
 def caution(results: Results) -> list[str]:

@@ -83,7 +83,7 @@ def _heard(lines: Sequence[Connection], stop: StopRequest) -> list[Connection]:
     ready: list[Connection] = []
     while not ready:
         if stop.asked:
-            raise Interrupted("stopped; all trainings are saved. The same command goes on.", stop.exit_code)
+            raise Interrupted("stopped; every training was asked to save. The same command goes on.", stop.exit_code)
         ready = [line for line in wait(lines, timeout=1.0) if isinstance(line, Connection)]
     return ready
 
@@ -140,17 +140,18 @@ def serve(line: Connection, threads: int, level: int) -> None:
             config, title = line.recv()
         except (EOFError, OSError, KeyboardInterrupt):  # its parent is done, or gone
             return
+        outcome: tuple[str, int] | None = None
         try:
             train(config, title, console)
         except UserError as error:
-            _answer(line, (str(error), error.exit_code))
-        else:
-            _answer(line, None)
-
-
-def _answer(line: Connection, outcome: tuple[str, int] | None) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more
-        line.send(outcome)
+            outcome = str(error), error.exit_code
+        except KeyboardInterrupt:  # outside its steps, where nothing is to be saved
+            return
+        try:
+            line.send(outcome)
+        except OSError:  # nobody listens any more, so that it is told here: it may be that saving failed
+            if outcome:
+                logger.warning("%s: %s", title, outcome[0])
 
 
 def _raise_failure(helper: Helper, title: str) -> None:
