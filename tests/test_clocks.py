@@ -1,5 +1,6 @@
 """Ranks whose clocks differ save together: what a checkpoint holds is gathered from all of them."""
 
+import time
 import types
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def train_with_own_clock(rank: int, folder: Path, output: Path) -> None:
     real = engine.save
     engine.save = lambda training, *rest: (saved.append(training.step), real(training, *rest))[1]
     seconds = iter(range(0, 1_000_000, 100)) if rank == 0 else iter([0.001 * tick for tick in range(1000)])
-    engine.time = types.SimpleNamespace(monotonic=lambda: next(seconds))  # type: ignore[assignment]
+    clocks = types.SimpleNamespace(monotonic=lambda: next(seconds), process_time=time.process_time)
+    engine.time = clocks  # type: ignore[assignment]
     run = RunConfig(str(output), device="cpu", precision="fp32", pictures_every=0, hang_minutes=0, save_minutes=1)
     data = DataConfig(str(folder), input_size=(32,), num_workers=0)
     optim = OptimConfig(batch_size=2, epochs=1, warmup_epochs=0, lr=1e-3)
