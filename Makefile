@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+JOBS ?= 2
+# A file's tests stay together, and with them what its fixtures make.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 INSTALL := pip install --constraint constraints.txt --editable '.[dev]'
 
 .DEFAULT_GOAL := help
@@ -34,12 +37,12 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## lint and every test that is not slow
-	$(BIN)/python -m pytest
+test: lint  ## lint and every test that is not slow, JOBS=2 at a time
+	$(PYTEST)
 
 # Exit code 5 is pytest's "no test selected".
 test-slow: setup  ## the tests marked slow
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+	$(PYTEST) -m slow || [ $$? -eq 5 ]
 
 bench: setup  ## speed and memory beside the reference code's, and the goals: docs/performance.md
 	$(BIN)/python -m benchmarks

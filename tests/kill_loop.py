@@ -30,6 +30,7 @@ from mae_dat import engine, evaluate, mae, pretrain
 from mae_dat.config import run_command
 from mae_dat.mae import MaeSize, ViTSize
 from mae_dat.training import Training
+from mae_dat.watch import STACKS_S, STACKS_SIGNAL
 
 TINY = ViTSize(32, 8, 32, 2, 2)
 PATIENCE_S = 120  # an attempt is a matter of two seconds, of ten on a busy machine
@@ -191,6 +192,9 @@ def attempt(arm: Arm, output: Path, ranks: int, plan: Plan | None) -> tuple[bool
         codes |= wait_for(set(pids) - set(codes), SURVIVORS_S)
         survived = time.monotonic() - start
     hanging = set(pids) - set(codes)
+    for pid in hanging:
+        os.kill(pid, STACKS_SIGNAL)
+    time.sleep(STACKS_S if hanging else 0)
     for pid in hanging:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
