@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import checkpoint, corruptions, dat, evaluation, finetune, loader, mae, startup, tokenizer
+from benchmarks import attention, checkpoint, corruptions, dat, evaluation, finetune, loader, mae, startup, tokenizer
 from benchmarks.rate import matrix_rates
 from benchmarks.table import as_json, markdown, print_rows
 from benchmarks.timing import Case, Row, measure
@@ -31,6 +31,7 @@ logger = logging.getLogger("benchmarks")
 TABLE_WIDTH = 170
 MODULES: dict[str, ModuleType] = {
     "startup": startup,
+    "attention": attention,
     "mae": mae,
     "finetune": finetune,
     "tokenizer": tokenizer,
@@ -100,7 +101,7 @@ def chosen(config: BenchmarkConfig, device: torch.device) -> list[Case]:
 
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Machine, versions, load and matrix rates; `rate` is that of the precision that our training steps compute in."""
-    load = os.getloadavg()[0]
+    load = busy_with_others()
     rates = matrix_rates(device)
     facts = {"machine": machine(), "versions": versions(), "device": str(device), "time": time.strftime("%F %T")}
     busy = load > 0.3 * (os.cpu_count() or 1)
@@ -108,12 +109,27 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     return {**facts, "load": load, "matrix_rates": rates, "precision": ours, "rate": rates[ours], "busy": busy}
 
 
+def busy_with_others(seconds: float = 1.0) -> float:
+    """How many processors are busy while this program sleeps; the load average where there is no /proc/stat."""
+
+    def busy() -> int:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
+        return user + nice + system + sum(interrupts)
+
+    try:
+        before = busy()
+        time.sleep(seconds)
+        return (busy() - before) / (seconds * os.sysconf("SC_CLK_TCK"))
+    except OSError:
+        return os.getloadavg()[0]
+
+
 def told(facts: dict[str, Any]) -> list[str]:
     """The surroundings as lines of text."""
     parts = [", ".join(f"{name} {value}" for name, value in facts[group].items()) for group in ("machine", "versions")]
     rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in facts["matrix_rates"].items())
     parts.append(f"{facts['time']}, {facts['device']}, ours in {facts['precision']}; matrix rates: {rates}")
-    parts.append(f"load average at the start: {facts['load']:.1f}")
+    parts.append(f"processors busy with other programs at the start: {facts['load']:.1f}")
     return [*parts, BUSY] if facts["busy"] else parts
 
 

@@ -9,6 +9,7 @@ from benchmarks.plain import Trainer, mae_step
 from benchmarks.timing import NEEDS_GPU, Case, Step
 from mae_dat.mae import build_mae, mask_noise
 from mae_dat.objectives import MaskedReconstruction
+from mae_dat.parallel import compile_blocks
 
 # Batch on a GPU, GFLOP an image, goals on a GPU: times the reference, share of the matrix rate.
 SIZES = {
@@ -19,10 +20,12 @@ SIZES = {
 CPU_BATCH, CPU_GOAL = 8, 2.0
 
 
-def ours(name: str, batch: int, device: torch.device) -> Step:
+def ours(name: str, batch: int, device: torch.device, compiled: bool = False) -> Step:
     """Builds our step of the model `name`."""
     with torch.device(device):
         model = build_mae(name).train()
+    if compiled:
+        compile_blocks(model)
     pictures = make_batch(batch, model.img_size[0], device)
     return training_step(model, MaskedReconstruction(0.75, False), pictures, device)
 
@@ -42,7 +45,8 @@ def case(name: str, batch: int, device: torch.device, **more: object) -> Case:
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
-    """The demo's size, which is too small to gain by bfloat16; ViT-B everywhere, L and H on a GPU."""
+    """The demo's size, which is too small to gain by bfloat16; ViT-B everywhere, L and H on a GPU; what `--compile`
+    gives not with `quick`."""
     gpu = device.type == "cuda"
     found = [case("mae_vit_demo_patch8", 64, device)]
     for name, (batch, gflop, faster, share) in SIZES.items():
@@ -50,5 +54,9 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
         goals = {"at_least": faster if gpu else CPU_GOAL, "share_at_least": share if gpu else None}
         if not (base or gpu):
             goals = {"at_least": faster, "share_at_least": share, "left_out": NEEDS_GPU}
-        found.append(case(name, batch if gpu else CPU_BATCH, device, goal=1, gflop=gflop, **goals))
+        size = (name, batch if gpu else CPU_BATCH, device)
+        found.append(case(*size, goal=1, gflop=gflop, **goals))
+        if base and not quick:
+            build = partial(ours, *size, compiled=True), partial(ours, *size)
+            found.append(Case(f"{name} step, --compile", *build, against="without", batch=size[1], gflop=gflop))
     return found

@@ -9,6 +9,7 @@ from mae_dat.data import Batch
 from mae_dat.distributed import amp_dtype
 from mae_dat.objectives import Objective
 from mae_dat.optim import build_optimizer
+from mae_dat.parallel import choose_attention
 
 CLASSES = 1000
 
@@ -22,9 +23,10 @@ def make_batch(size: int, side: int, device: torch.device, classes: int = CLASSE
 
 def training_step(model: nn.Module, objective: Objective, batch: Batch, device: torch.device) -> Callable[[], Tensor]:
     """Forward, backward and update in the precision that `--precision auto` chooses; the step returns its loss."""
+    precision = amp_dtype("auto", device)
+    choose_attention(model, device, precision)
     optimizer = build_optimizer(model, 1e-4, 0.05, betas=(0.9, 0.95))
     generator = torch.Generator(device).manual_seed(0)
-    precision = amp_dtype("auto", device)
 
     def step() -> Tensor:
         with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):

@@ -87,14 +87,21 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+def cpu_has_amx() -> bool:
+    """Whether the processor has matrix units for bfloat16 (Intel's AMX)."""
+    return "amx_bf16" in _cpu_flags()
+
+
 def _cpu_has_bf16() -> bool:
     capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
-    if not capability.startswith("AVX512"):
-        return False
-    # torch names the check differently from release to release; /proc is the same everywhere it matters.
+    return capability.startswith("AVX512") and "avx512_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    # torch names its checks differently from release to release; /proc is the same everywhere it matters.
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        return "avx512_bf16" in file.read()
-    return False
+        return file.read()
+    return ""
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
 from mae_dat.data import Batch
-from mae_dat.distributed import World, gather
+from mae_dat.distributed import World, cpu_has_amx, gather
 from mae_dat.errors import ConfigError
 from mae_dat.loaders import ImageLoader
 
@@ -90,6 +90,19 @@ def _settle(model: DistributedDataParallel) -> None:
     model.reducer.prepare_for_backward([])
     torch.stack([(0 * parameter).sum() for parameter in parameters]).sum().backward()
     model.zero_grad(set_to_none=True)
+
+
+def choose_attention(model: nn.Module, device: torch.device, precision: torch.dtype | None) -> None:
+    """Takes softmax(q k^T) v step by step, in place of torch's fused attention, where that trains faster.
+
+    In bfloat16 on a CPU without matrix units the fused kernel's forward and backward pass take 1.2 to 8 times as long,
+    at 17 to 1,025 tokens and at any batch (`python -m benchmarks --only attention`); in float32 and on GPUs it is the
+    faster one. Both round as bfloat16 does.
+    """
+    if device.type == "cpu" and precision is torch.bfloat16 and not cpu_has_amx():
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):  # of all attention layers of timm
+                module.fused_attn = False  # type: ignore[assignment]
 
 
 def compile_blocks(model: nn.Module) -> None:

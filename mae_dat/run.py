@@ -37,7 +37,7 @@ from mae_dat.lease import Lease, hold
 from mae_dat.loaders import TrainSampler, naming_killed_workers, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
-from mae_dat.parallel import checkpoint_blocks, compile_blocks, shard, whole
+from mae_dat.parallel import checkpoint_blocks, choose_attention, compile_blocks, shard, whole
 from mae_dat.pictures import save_png
 from mae_dat.provenance import code_facts, told
 from mae_dat.registry import released
@@ -316,8 +316,8 @@ def naming(source: str) -> Iterator[None]:
 
 
 def settle(model: nn.Module, where: Place, copy: nn.Module | None = None) -> None:
-    """Compiles a model, and shards it and its copy (an average's) over the ranks, as far as that is asked for. The
-    optimizer comes after. Raises ConfigError."""
+    """Makes of a model, and of its averaged copy, what the flags ask; the optimizer comes after. Raises ConfigError."""
+    choose_attention(model, where.device, where.precision)
     if where.checkpointed:
         checkpoint_blocks(model)
     if where.compiled:

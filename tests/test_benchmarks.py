@@ -1,6 +1,7 @@
 """The benchmark: baselines that compute what ours does, rows that tell what was measured, the command."""
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from benchmarks import __main__ as command
-from benchmarks import dat, finetune, mae
+from benchmarks import dat, finetune, mae, operators
+from benchmarks.operators import functions_of, operators_of
 from benchmarks.ours import make_batch, training_step
 from benchmarks.plain import (
     ReleasedVQGAN,
@@ -244,3 +246,39 @@ def test_a_mistyped_case_is_answered() -> None:
         command.chosen(command.BenchmarkConfig(only=("checkpiont",)), CPU)
     with pytest.raises(ConfigError, match="rounds"):
         command.BenchmarkConfig(rounds=0)
+
+
+# ---- where the time goes ----
+
+
+def test_the_operators_of_a_step_add_up_to_its_work() -> None:
+    one = torch.rand(256, 256)
+    shares = operators_of(lambda: one @ one @ one + 1, 2, CPU)
+    assert shares[0][:2] == ("aten::mm", 2)
+    assert "aten::add" in [name for name, _, _ in shares]
+    assert all(earlier[2] >= later[2] for earlier, later in itertools.pairwise(shares))
+
+
+def test_the_functions_of_a_step_are_named_with_their_file() -> None:
+    def slow() -> int:
+        return sum(number * number for number in range(20_000))
+
+    shares = functions_of(slow, 2)
+    assert shares[0][0] == "test_benchmarks.py: <genexpr>"
+    assert ("test_benchmarks.py: slow", 1) in [one[:2] for one in shares]
+
+
+def test_a_profile_is_told_of_the_case_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["operators", "--only", "vit_demo_patch8 fine-tuning", "--steps", "1", "--top", "3"]
+    )
+    operators.main()
+    told = capsys.readouterr().out
+    assert "vit_demo_patch8 fine-tuning step" in told
+    assert "aten::" in told
+    assert "everything else" in told
+    monkeypatch.setattr("sys.argv", ["operators"])
+    with pytest.raises(ConfigError, match="at least one case"):
+        operators.main()

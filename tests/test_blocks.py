@@ -49,6 +49,40 @@ def train(folder: Path, output: Path, **flags: Any) -> None:
     finetune(config, Console(quiet=True))
 
 
+# ---- attention step by step ----
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_attention_step_by_step_gives_the_same_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within what bfloat16 keeps, by which both forms differ from float32."""
+    monkeypatch.setattr(parallel, "cpu_has_amx", lambda: False)
+    image, found = torch.rand(2, 3, 224, 224), []
+    for chosen, precision in ((False, None), (False, torch.bfloat16), (True, torch.bfloat16)):
+        torch.manual_seed(0)
+        model = build_classifier(name, 10, (224, 224), 0.0)
+        if chosen:
+            parallel.choose_attention(model, CPU, precision)
+        assert {one.fused_attn for one in model.modules() if hasattr(one, "fused_attn")} == {not chosen}
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
+            found.append(gradients(model, image))
+    exact, fused, by_steps = found
+    for key, true in exact.items():
+        error = (fused[key] - true).norm() / true.norm(), (by_steps[key] - true).norm() / true.norm()
+        assert error[1] < 2 * error[0] + 0.01, key
+
+
+@pytest.mark.parametrize(
+    "device, precision, amx", [("cpu", None, False), ("cpu", "bf16", True), ("cuda", "bf16", False)]
+)
+def test_elsewhere_attention_stays_fused(
+    device: str, precision: str | None, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "cpu_has_amx", lambda: amx)
+    model = build_classifier("vit_tiny_patch16_224", 10, (224, 224), 0.0)
+    parallel.choose_attention(model, torch.device(device), torch.bfloat16 if precision else None)
+    assert all(one.fused_attn for one in model.modules() if hasattr(one, "fused_attn"))
+
+
 # ---- activations computed twice ----
 
 
