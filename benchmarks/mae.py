@@ -45,8 +45,7 @@ def case(name: str, batch: int, device: torch.device, **more: object) -> Case:
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
-    """The demo's size, which is too small to gain by bfloat16; ViT-B everywhere, L and H on a GPU; what `--compile`
-    gives not with `quick`."""
+    """The demo's size; ViT-B everywhere, L and H on a GPU; what `--compile` gives not with `quick`."""
     gpu = device.type == "cuda"
     found = [case("mae_vit_demo_patch8", 64, device)]
     for name, (batch, gflop, faster, share) in SIZES.items():

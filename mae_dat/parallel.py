@@ -95,9 +95,9 @@ def _settle(model: DistributedDataParallel) -> None:
 def choose_attention(model: nn.Module, device: torch.device, precision: torch.dtype | None) -> None:
     """Takes softmax(q k^T) v step by step, in place of torch's fused attention, where that trains faster.
 
-    In bfloat16 on a CPU without matrix units the fused kernel's forward and backward pass take 1.2 to 8 times as long,
-    at 17 to 1,025 tokens and at any batch (`python -m benchmarks --only attention`); in float32 and on GPUs it is the
-    faster one. Both round as bfloat16 does.
+    In bfloat16 on a CPU without matrix units a layer takes 1.2 to 2.7 times as long with the fused kernel, at 50 to
+    1,025 tokens (`python -m benchmarks --only attention`); in float32 steps gain nothing. GPUs, and CPUs with matrix
+    units, where that was not measured, keep the fused one. Both round as bfloat16 does.
     """
     if device.type == "cpu" and precision is torch.bfloat16 and not cpu_has_amx():
         for module in model.modules():
