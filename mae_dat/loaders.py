@@ -8,7 +8,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -18,6 +21,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mae_dat.data import Batch, ImageSet, Sample, epoch_order
 from mae_dat.errors import DataError, RetryError, UserError
+
+DYING_S = 2
+"""How long an error of a loader waits for a worker's death to explain it."""
 
 
 def steps_per_epoch(length: int, batch_size: int, world_size: int, accum_iter: int = 1) -> int:
@@ -123,27 +129,42 @@ class ImageLoader(DataLoader[Any]):
     """A DataLoader of `Batch` that raises a worker's UserError as it is, and RetryError when a worker was killed."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        with naming_killed_workers():
-            for batch in super().__iter__():
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
+        for batch in noticing_killed_workers(super().__iter__):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
-@contextlib.contextmanager
-def naming_killed_workers() -> Iterator[None]:
-    """Makes torch's error for a killed worker a RetryError with the likely cause; torch may raise it anywhere in the
-    main thread, amid a backward pass too."""
+def noticing_killed_workers(start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """What a DataLoader's iterator gives; RetryError with the likely cause if one of its workers was killed.
+
+    torch tells of a killed worker from a handler of SIGCHLD, whatever the main thread is doing: amid a backward pass,
+    or while a `with` ends. That handler is taken back, so that the error comes from here alone, where all ranks can
+    hear of it and save. What remains is torch's look at its workers every 5 s that it waits, and at any error.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = start()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        # A worker's connections break before it counts as dead.
+        workers = {worker.sentinel: worker for worker in getattr(batches, "_workers", [])}
+        dead = [workers[ended] for ended in connection.wait(workers, timeout=DYING_S)]
+        if not dead:
             raise
         raise RetryError(
-            f"a loader's worker was killed ({str(error).split('. ')[0]}), most likely for want of memory: {memory()}. "
-            "Lower --num_workers, ask for more memory (submit.py --mem_gb), or enlarge /dev/shm (docker run "
-            "--shm-size=8g)."
+            f"a loader's worker was killed ({', '.join(map(_end_of, dead))}), most likely for want of memory: "
+            f"{memory()}. Lower --num_workers, ask for more memory (submit.py --mem_gb), or enlarge /dev/shm (docker "
+            "run --shm-size=8g)."
         ) from error
+
+
+def _end_of(worker: BaseProcess) -> str:
+    worker.join()
+    code = worker.exitcode or 0
+    return f"pid {worker.pid}: " + (signal.Signals(-code).name if code < 0 else f"exit code {code}")
 
 
 def memory() -> str:
@@ -217,8 +238,7 @@ def look_at_each(items: Sequence[Any], look: Callable[[Any], Any], num_workers: 
         num_workers=num_workers,
         worker_init_fn=functools.partial(_start_worker, _exiting()) if num_workers else None,
     )
-    with naming_killed_workers():
-        for found in loader:
-            if isinstance(found, UserError) and not isinstance(found, DataError):
-                raise found
-            yield found
+    for found in noticing_killed_workers(loader.__iter__):
+        if isinstance(found, UserError) and not isinstance(found, DataError):
+            raise found
+        yield found

@@ -34,7 +34,7 @@ from mae_dat.engine import Job
 from mae_dat.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from mae_dat.files import atomic_write, prepare_output_folder, sha256_of
 from mae_dat.lease import Lease, hold
-from mae_dat.loaders import TrainSampler, naming_killed_workers, steps_per_epoch, train_loader
+from mae_dat.loaders import TrainSampler, steps_per_epoch, train_loader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective, WithDAT
 from mae_dat.parallel import checkpoint_blocks, choose_attention, compile_blocks, shard, whole
@@ -284,8 +284,7 @@ def train(
         guard=where.lease.check if where.lease else None,
     )
     try:
-        with naming_killed_workers():
-            engine.fit(training, job)
+        engine.fit(training, job)
     finally:
         log.close()
 

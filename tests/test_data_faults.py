@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 from ranks import exit_codes, start_ranks
 from tiny_runs import FINETUNE, draw_folder, one_thread, pretrain_in  # noqa: F401 - one by itself
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
 from mae_dat import decoding
 from mae_dat.config import run_command
 from mae_dat.data import ImageFolder, epoch_order
 from mae_dat.decoding import decode
-from mae_dat.errors import DataError, RetryError, StorageError
+from mae_dat.errors import DataError, RetryError, StorageError, UserError
+from mae_dat.loaders import batch_loader
 from mae_dat.metrics import read_log
 
 
@@ -110,6 +113,54 @@ def test_a_killed_worker_is_told_of_and_the_run_goes_on_as_if_nothing_had_happen
     pretrain_in(tmp_path / "parts", images, *flags)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
+
+
+class Pids(Dataset[Any]):
+    """The worker's pid; item 0 breaks the connection in the process that receives it, and kills its worker later."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 2:
+            raise RuntimeError("a fault of the code")
+        return os.getpid() if index else BreaksOff(os.getpid())
+
+
+class BreaksOff(UserError):
+    """A user's error is what loaders hand over as it is."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(str(pid))
+        self.pid = pid
+
+    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+        return break_off, (self.pid,)
+
+
+def break_off(pid: int) -> None:
+    """As when a worker is killed while it hands over a tensor: the connection ends before the process does."""
+    threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+    raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+
+def test_a_connection_that_breaks_before_the_worker_is_dead_is_told_of_too() -> None:
+    with pytest.raises(RetryError, match=r"a loader's worker was killed \(pid \d+: SIGKILL\)") as caught:
+        list(batch_loader(Pids(), [[1], [0]], num_workers=1))
+    assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
+def test_a_killed_worker_is_told_of_by_the_loader_and_not_amid_other_work() -> None:
+    pids = iter(batch_loader(Pids(), [[1]] * 9, num_workers=2))
+    victim = int(next(pids)[0])
+    os.kill(victim, signal.SIGKILL)
+    while Path(f"/proc/{victim}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    time.sleep(0.1)  # torch's handler would have raised here
+    with pytest.raises(RetryError, match=f"pid {victim}: SIGKILL"):
+        list(pids)
+
+
+def test_an_error_of_a_worker_that_lives_is_raised_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="a fault of the code"):
+        list(batch_loader(Pids(), [[1], [2]], num_workers=1))
 
 
 # ---- a bad picture on two ranks ----

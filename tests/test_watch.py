@@ -23,7 +23,7 @@ LIMIT = 2  # seconds
 
 def watchdogs_of(pid: int | None) -> list[int]:
     children = [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
-    return [int(child) for child in children if "watch.py" in Path(f"/proc/{child}/cmdline").read_text()]
+    return [int(child) for child in children if "/mae_dat/watch.py" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def hang(rank: int, how: str, folder: Path) -> None:
