@@ -1,39 +1,67 @@
-"""Our side of the training cases: a step as the engine does it, on random pictures."""
+"""Our side of the training cases: the engine's own step, on random pictures that come from the host in 8 bits."""
 
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mae_dat.config import OptimConfig, RunConfig
 from mae_dat.data import Batch
-from mae_dat.distributed import amp_dtype
+from mae_dat.distributed import World, amp_dtype
+from mae_dat.engine import Ahead, Job, train_step
+from mae_dat.metrics import Console, RunLog
 from mae_dat.objectives import Objective
 from mae_dat.optim import build_optimizer
-from mae_dat.parallel import choose_attention
+from mae_dat.parallel import choose_attention, wrap
+from mae_dat.readback import Behind
+from mae_dat.stopping import StopRequest
+from mae_dat.training import Training
 
 CLASSES = 1000
+ALONE = World(0, 1, 0)
 
 
 def make_batch(size: int, side: int, device: torch.device, classes: int = CLASSES) -> Batch:
-    """Random pictures in [0, 1] with labels."""
+    """Random pictures of 8 bits, as float in [0, 1], with labels."""
     label = torch.randint(0, classes, (size,), device=device)
     index = torch.arange(size, device=device)
-    return Batch(image=torch.rand(size, 3, side, side, device=device), label=label, index=index, skipped=0 * index)
+    image = torch.randint(0, 256, (size, 3, side, side), device=device) / 255
+    return Batch(image=image, label=label, index=index, skipped=0 * index)
 
 
-def training_step(model: nn.Module, objective: Objective, batch: Batch, device: torch.device) -> Callable[[], Tensor]:
-    """Forward, backward and update in the precision that `--precision auto` chooses; the step returns its loss."""
+def on_host(batch: Batch, device: torch.device) -> Batch:
+    """As a loader with `--pin_mem` gives it: in 8 bits, and page-locked for a GPU."""
+    moved = {name: value.cpu() for name, value in batch.items()}  # type: ignore[attr-defined]
+    moved["image"] = (255 * moved["image"]).round().to(torch.uint8)
+    pinned = {name: value.pin_memory() if device.type == "cuda" else value for name, value in moved.items()}
+    return Batch(**pinned)  # type: ignore[typeddict-item]
+
+
+def training_step(
+    model: nn.Module, objective: Objective, batch: Batch, device: torch.device, world: World = ALONE
+) -> Callable[[], float]:
+    """`engine.train_step` in the precision that `--precision auto` chooses, at a constant learning rate; it returns the
+    loss of the step that was read, which on a GPU is the one before."""
     precision = amp_dtype("auto", device)
     choose_attention(model, device, precision)
-    optimizer = build_optimizer(model, 1e-4, 0.05, betas=(0.9, 0.95))
-    generator = torch.Generator(device).manual_seed(0)
-
-    def step() -> Tensor:
-        with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
-            loss = objective(model, batch, generator)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+    optim = OptimConfig(batch_size=len(batch["image"]), lr=1e-4, min_lr=1e-4, warmup_epochs=0, epochs=1)
+    job = Job(
+        run=RunConfig(),
+        optim=optim,
+        loader=itertools.repeat(on_host(batch, device)),
+        steps_per_epoch=1_000_000,
+        world=world,
+        device=device,
+        precision=precision,
+        console=Console(quiet=True),
+        log=RunLog(Path(), enabled=False),
+        title="",
+        facts={},
+        at_epoch_end=lambda training, epoch, log: {},
+        scalar_tags={},
+    )
+    training = Training(model, build_optimizer(model, 1e-4, 0.05, betas=(0.9, 0.95)), objective)
+    updates, behind, stop, wrapped = Ahead(job), Behind(device), StopRequest(), wrap(model, world, device)
+    return lambda: train_step(training, wrapped, updates, job, stop, None, behind)

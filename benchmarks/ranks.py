@@ -1,4 +1,4 @@
-"""Weak scaling over local ranks, and what resumability costs in a step: `python benchmarks/ranks.py [--quick]`.
+"""Weak scaling over local ranks, and what resumability costs in a step: `python -m benchmarks.ranks [--quick]`.
 
 Weak scaling: MAE pretraining of the demo's size, as many images a rank on 1 and on 2 ranks, in turns; efficiency is the
 step's time alone over that of two at once. One thread a rank on a CPU, so two ranks need two free cores.
@@ -19,40 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from benchmarks import ours
+from benchmarks.ours import make_batch
 from mae_dat.checkpoint import Saver
-from mae_dat.data import Batch
 from mae_dat.distributed import World, all_sum, pick_device, process_group, step_generator, step_seed
 from mae_dat.engine import seed_everything
 from mae_dat.mae import build_mae
 from mae_dat.objectives import MaskedReconstruction
-from mae_dat.optim import build_optimizer
-from mae_dat.parallel import clip_gradient, wrap
 from mae_dat.watch import beat, watching
 
 MODEL = "mae_vit_demo_patch8"
-Step = Callable[[int], None]
+Step = Callable[[int], object]
 
 
-def training_step(world: World, device: torch.device, batch_size: int) -> Step:
-    """Forward, backward and update, as the engine does them, on random pictures."""
+def mae_step(world: World, device: torch.device, batch_size: int) -> Step:
+    """The engine's step, on random pictures."""
     torch.manual_seed(0)
-    bare = build_mae(MODEL).to(device)
-    model: nn.Module = wrap(bare, world, device).train()
-    optimizer = build_optimizer(bare, 1e-4, 0.05, betas=(0.9, 0.95))
-    objective = MaskedReconstruction(0.75, False)
-    none = torch.zeros(batch_size, dtype=torch.long, device=device)
-    batch = Batch(image=torch.rand(batch_size, 3, *bare.img_size, device=device), label=none, index=none, skipped=none)
-    generator = torch.Generator(device).manual_seed(world.rank)
-
-    def step(number: int) -> None:
-        objective(model, batch, generator)["loss"].backward()
-        clip_gradient(bare, float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    model = build_mae(MODEL).to(device).train()
+    batch = make_batch(batch_size, model.img_size[0], device)
+    step = ours.training_step(model, MaskedReconstruction(0.75, False), batch, device, world)
+    return lambda number: step()
 
 
 def resuming_step(world: World, device: torch.device, saver: Saver) -> Step:
@@ -91,7 +78,7 @@ def rank_main(rank: int, size: int, port: int, arguments: argparse.Namespace, fo
     if device.type == "cpu":
         torch.set_num_threads(1)
     with process_group(world, device), watching(15, rank), tempfile.TemporaryDirectory() as folder:
-        steps = seconds_of(training_step(world, device, arguments.batch), arguments.rounds, device)
+        steps = seconds_of(mae_step(world, device, arguments.batch), arguments.rounds, device)
         extra = seconds_of(resuming_step(world, device, Saver(Path(folder))), 20 * arguments.rounds, device)
     if rank == 0:
         found.put((statistics.median(steps), statistics.median(extra)))

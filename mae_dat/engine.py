@@ -35,7 +35,6 @@ from mae_dat.distributed import (
     together,
 )
 from mae_dat.errors import Interrupted, NumericsError, UserError
-from mae_dat.loaders import ImageLoader
 from mae_dat.metrics import Console, RunLog
 from mae_dat.optim import effective_lr, learning_rate, set_lr, step_unless
 from mae_dat.parallel import accumulating, clip_gradient, update_average, wrap
@@ -54,7 +53,7 @@ class Job:
 
     run: RunConfig
     optim: OptimConfig
-    loader: ImageLoader
+    loader: Iterable[Batch]
     steps_per_epoch: int
     """Whole updates."""
     world: World

@@ -30,6 +30,7 @@ from benchmarks.plain import (
 from benchmarks.table import as_json, cells
 from benchmarks.timing import NEEDS_GPU, Case, Row, Step, measure, middle_half
 from mae_dat.config import AttackConfig, AugmentConfig, ConfigError
+from mae_dat.distributed import step_generator
 from mae_dat.mae import mask_noise
 from mae_dat.objectives import Classification, MaskedReconstruction, WithDAT
 from mae_dat.tokenizer import VQGAN, VQGANConfig
@@ -59,9 +60,8 @@ def test_the_plain_mae_step_learns_as_ours() -> None:
     batch, (ours, theirs) = make_batch(4, 64, CPU), (tiny_mae().train(), tiny_mae().train())
     theirs.load_state_dict(ours.state_dict())
     step, trainer = training_step(ours, MaskedReconstruction(0.75, False), batch, CPU), Trainer(theirs)
-    source = torch.Generator().manual_seed(0)  # as the step's own
-    for _ in range(3):  # the second loss depends on the first update
-        noise = mask_noise(4, theirs.num_patches, source, CPU)
+    for number in range(3):  # the second loss depends on the first update
+        noise = mask_noise(4, theirs.num_patches, step_generator(0, number, 0, CPU), CPU)
         assert mae_step(theirs, trainer, batch["image"], noise) == pytest.approx(float(step()), rel=1e-4)
 
 
@@ -99,9 +99,9 @@ def test_the_plain_dat_step_learns_as_ours() -> None:
     batch, (ours, theirs), (tokenizer, plain_tokenizer) = make_batch(2, 64, CPU, classes=10), twins(), small_vqgans()
     attack = AttackConfig("released", eps=1.0, random_start=1.0)
     step, trainer = training_step(ours, WithDAT(PLAIN, tokenizer, attack), batch, CPU), Trainer(theirs)
-    source, target = torch.Generator().manual_seed(0), one_hot(batch["label"], 10).float()
-    image = batch["image"]
-    for _ in range(2):
+    target, image = one_hot(batch["label"], 10).float(), batch["image"]
+    for number in range(2):
+        source = step_generator(0, number, 0, CPU)
         torch.rand((), generator=source)  # ours draws whether to start at random
         noise = torch.randn(image.shape, generator=source)
         plain = dat_step(theirs, trainer, plain_tokenizer, image, target, noise, eps=1.0)
@@ -264,7 +264,7 @@ def test_the_functions_of_a_step_are_named_with_their_file() -> None:
         return sum(number * number for number in range(20_000))
 
     shares = functions_of(slow, 2)
-    assert shares[0][0] == "test_benchmarks.py: <genexpr>"
+    assert "test_benchmarks.py: <genexpr>" in [name for name, _, _ in shares]
     assert ("test_benchmarks.py: slow", 1) in [one[:2] for one in shares]
 
 
