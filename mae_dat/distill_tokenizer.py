@@ -25,6 +25,7 @@ from mae_dat.errors import NumericsError
 from mae_dat.loaders import ImageLoader
 from mae_dat.metrics import Console
 from mae_dat.tokenizer import VQGAN, VisualTokenizer, load_tokenizer, share_changed
+from mae_dat.tokenizer.base import exact_float32
 from mae_dat.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.tokenizer.quantize import look_up
 from mae_dat.train_tokenizer import FoldersConfig, cosine, train_to_file
@@ -92,7 +93,7 @@ class StudentTrainer:
         config, student = self.config, self.tokenizer.train()
         for group in self.optimizer.param_groups:
             group["lr"] = cosine(step, config.steps, config.lr)
-        with torch.no_grad():
+        with torch.no_grad(), exact_float32():
             target = self.teacher.latent(image)
             words = self.teacher.words_of(target)
             quantized = look_up(words, student.codes)

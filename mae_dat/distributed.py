@@ -80,6 +80,16 @@ def set_float32(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def require_compiler(flag: str) -> None:
+    """Raises ConfigError about the flag that asks for torch.compile where there is no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise ConfigError(f"{flag} needs a C++ compiler such as g++: install one, or leave it out.") from error
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process had at most: of the GPU allocated, or resident in the host."""
     if device.type == "cuda":

@@ -7,6 +7,7 @@ the clean and the adversarial one, is judged by the same mask or the same target
 import contextlib
 import dataclasses
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -227,14 +228,17 @@ class WithDAT(Around):
 
     def told(self, found: DiscreteAdversary) -> Parts:
         """What to log of an attack: changed_words (share), eps, and the ramp of a warm-up."""
-        changed = all_mean(found.changed_in(self.counted(len(found.adversarial))))
+        changed = all_mean(found.changed_in(self.counted(found.adversarial)))
         ramp = {"dat_ramp": torch.full_like(changed, self.ramp)} if self.attack.warmup else {}
         return {"changed_words": changed, "eps": torch.full_like(changed, self.strength().eps), **ramp}
 
-    def counted(self, pictures: int) -> int:
-        """In how many of them changed words are counted: to encode Q(x) again for all would cost a sixth of both
-        reconstructions. A target share is held by more of them than a log needs."""
-        return max(pictures // 8, 8) if self.controller else max(pictures // 32, 4)
+    def counted(self, image: Tensor) -> int:
+        """In how many of a batch's pictures changed words are counted: to encode Q(x) again for all would cost a sixth
+        of both reconstructions. A target share is held by more words than a log needs."""
+        least, enough, most = (1 / 8, 512, 1 / 2) if self.controller else (1 / 32, 256, 1 / 4)
+        words = max(1, image[0, 0].numel() // self.tokenizer.factor**2)
+        wanted = max(least * len(image), enough / words)
+        return math.ceil(min(wanted, most * len(image)))
 
     def clean_loss(self, model: nn.Module, image: Tensor, context: Any) -> tuple[Parts, Parts, Tensor | None]:
         """L(clean), if it counts, and what to log beside it; with `free` also its gradient at the image, from one
@@ -275,23 +279,27 @@ class WithDAT(Around):
                 return discrete_adversary(image, loss_of, self.tokenizer, config, source, gradient, check, words)
 
         if self.controller and not self.found:
-            # Every try starts from the same random state, so that the search compares strengths and nothing else.
-            state = generator.get_state()
-
-            def share_at(eps: float) -> float:
-                config = dataclasses.replace(self.attack, eps=eps)
-                return float(all_mean(attack_with(config, _restarted(generator, state)).changed))
-
-            self.controller.find(share_at)
-            eps, wanted = self.controller.eps, self.controller.target
-            logger.info(
-                "eps %.4g changes %.1f %% of the words at the start (wanted: %.1f %%)",
-                eps,
-                100 * share_at(eps),
-                100 * wanted,
-            )
-            self.found = True
+            self.find_strength(self.controller, attack_with, generator)
         return attack_with(self.strength(), generator)
+
+    def find_strength(
+        self,
+        controller: ShareController,
+        attack_with: Callable[[AttackConfig, torch.Generator], DiscreteAdversary],
+        generator: torch.Generator,
+    ) -> None:
+        """Searches, before the first step, the eps that changes the target share of this batch's words."""
+        # Every try starts from the same random state, so that the search compares strengths and nothing else.
+        state = generator.get_state()
+
+        def share_at(eps: float) -> float:
+            config = dataclasses.replace(self.attack, eps=eps)
+            return float(all_mean(attack_with(config, _restarted(generator, state)).changed))
+
+        controller.find(share_at)
+        told = (controller.eps, 100 * share_at(controller.eps), 100 * controller.target)
+        logger.info("eps %.4g changes %.1f %% of the words at the start (wanted: %.1f %%)", *told)
+        self.found = True
 
     @property
     def ready(self) -> bool:

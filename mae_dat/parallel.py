@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
 from mae_dat.data import Batch
-from mae_dat.distributed import World, cpu_has_amx, gather
+from mae_dat.distributed import World, cpu_has_amx, gather, require_compiler
 from mae_dat.errors import ConfigError
 from mae_dat.loaders import ImageLoader
 
@@ -111,12 +111,7 @@ def compile_blocks(model: nn.Module) -> None:
     Not for the whole model: that would take longer to compile, and hand over the gradients only when all are ready.
     Raises ConfigError without a C++ compiler.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
-
-    try:
-        get_cpp_compiler()
-    except RuntimeError as error:
-        raise ConfigError("--compile needs a C++ compiler such as g++: install one, or leave it out.") from error
+    require_compiler("--compile")
     blocks = blocks_of(model)
     # Each rate of drop path is another program, and each is compiled for training, evaluation and the attack.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))

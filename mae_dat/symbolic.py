@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mae_dat.tokenizer.base import VisualTokenizer
+from mae_dat.tokenizer.base import VisualTokenizer, exact_float32
 from mae_dat.tokenizer.quantize import look_up, straight_through
 
 LossOf = Callable[[Tensor], Tensor]
@@ -60,7 +60,7 @@ def change_words(
 
 def code_gradient(words: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer) -> Tensor:
     """dL/de at the code of every place, (B, h, w, D), through the decoder; it runs in float32."""
-    with torch.enable_grad():
+    with torch.enable_grad(), exact_float32():
         codes = look_up(words, tokenizer.codebook).detach().requires_grad_()
         with torch.autocast(words.device.type, enabled=False):
             pixels = tokenizer.pixels(codes)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from test_tokenizer import SMALL_LIGHT, golden_vqgan, pictures
 from torch import nn
 
+from mae_dat.errors import ConfigError
+from mae_dat.symbolic import code_gradient
 from mae_dat.tokenizer import VQGAN, VQGAN_PRESETS, LightTokenizer, VisualTokenizer, load_tokenizer
 from mae_dat.tokenizer.base import exact_float32
 from mae_dat.tokenizer.blocks import Upsample
@@ -141,6 +143,30 @@ def test_exact_float32_restores_what_the_run_has_set() -> None:
         assert [part.allow_tf32 for part in parts] == [False, False]
         raise ZeroDivisionError
     assert [part.allow_tf32 for part in parts] == before
+
+
+def test_words_and_pixels_never_see_tf32() -> None:
+    tokenizer, parts = load_tokenizer(), [torch.backends.cudnn, torch.backends.cuda.matmul]
+    seen: list[bool] = []
+    for part in (tokenizer.get_submodule("encoder"), tokenizer.get_submodule("decoder")):
+        part.register_forward_pre_hook(lambda module, given: seen.extend(one.allow_tf32 for one in parts))
+    before = [part.allow_tf32 for part in parts]
+    try:
+        for part in parts:
+            part.allow_tf32 = True
+        words = tokenizer.encode(pictures(1))
+        tokenizer.decode(words)
+        code_gradient(words, lambda view: view.square().sum(), tokenizer)
+    finally:
+        for part, was in zip(parts, before, strict=True):
+            part.allow_tf32 = was
+    assert seen == [False] * 6
+
+
+def test_without_a_compiler_the_flag_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError, match=r"--tokenizer_compile needs a C\+\+ compiler"):
+        load_tokenizer().prepare(CPU, compiled=True)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from mae_dat.distributed import require_compiler
 from mae_dat.errors import ConfigError
 from mae_dat.tokenizer.quantize import look_up, nearest_words
 
@@ -56,7 +57,8 @@ class VisualTokenizer(nn.Module, ABC):
 
     def decode(self, words: Tensor) -> Tensor:
         """Image (B, C, H, W) in [0, 1] of visual words (B, h, w)."""
-        return self.pixels(look_up(words, self.codebook)).clamp(0, 1)
+        with exact_float32():
+            return self.pixels(look_up(words, self.codebook)).clamp(0, 1)
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """Q(x) = decode(nearest_code(encode(x))), an image in [0, 1]."""
@@ -97,13 +99,15 @@ class VisualTokenizer(nn.Module, ABC):
         compiled: bool = False,
     ) -> Self:
         """Moves a frozen tokenizer to its device in the form that is fastest there: channels last, the `reducible`
-        layers in these types, and, with `compiled`, norm and activation fused by torch.compile."""
+        layers in these types, and, with `compiled`, norm and activation fused by torch.compile (ConfigError without a
+        C++ compiler)."""
         self.to(device)
         self.to(memory_format=torch.channels_last)
         for layers, dtype in zip(self.reducible(), (encoder, decoder), strict=True):
             for layer in layers:
                 layer.to(dtype)
         if compiled:
+            require_compiler("--tokenizer_compile")
             self.get_submodule("encoder").compile()
             self.get_submodule("decoder").compile()
         return self

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mae_dat.distributed import from_main
 from mae_dat.tokenizer.base import VisualTokenizer, share_changed
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,12 @@ def in_precision(
 ) -> VisualTokenizer:
     """The frozen tokenizer on its device, in the precision of this name (`PRECISIONS`).
 
-    `auto` is float32 on a CPU; on a GPU fp16, if on a few drawn pictures its words and pixels are within the gate.
+    `auto` is float32 on a CPU; on a GPU fp16, if on a few drawn pictures its words and pixels are within the gate on
+    rank 0. Collective.
     """
     if precision == "auto":
-        precision = quickest_exact(tokenizer, device, ("fp16",) if device.type == "cuda" else ())
+        candidates = ("fp16",) if device.type == "cuda" else ()
+        precision = from_main(lambda: quickest_exact(tokenizer, device, candidates))
     encoder, decoder = PRECISIONS[precision]
     return tokenizer.prepare(device, encoder, decoder, compiled)
 
