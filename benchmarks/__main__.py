@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 from rich.console import Console
 
 from benchmarks import attention, checkpoint, corruptions, dat, evaluation, finetune, loader, mae, startup, tokenizer
+from benchmarks.kept import keep
 from benchmarks.rate import matrix_rates
-from benchmarks.table import as_json, markdown, print_rows
+from benchmarks.table import as_json, print_rows
 from benchmarks.timing import Case, Row, measure
 from mae_dat.config import ConfigError, load_config, nearest, run_command
-from mae_dat.distributed import amp_dtype, pick_device
+from mae_dat.distributed import amp_dtype, pick_device, set_float32
 from mae_dat.machine import machine, versions
 from mae_dat.run import arguments
 
@@ -42,9 +43,8 @@ MODULES: dict[str, ModuleType] = {
     "checkpoint": checkpoint,
 }
 """What is measured, in this order: each module has `cases(quick, device)`."""
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 BUSY = "Other programs were running: only ratios count."
-MARKS = ("<!-- table: python -m benchmarks --markdown -->", "<!-- end of table -->")
+OUT_OF_TIME = "no time left (--minutes)"
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,15 @@ class BenchmarkConfig:
     output: str | None = None
     """Write the numbers as JSON to this file, after every case."""
     markdown: bool = False
-    """Renew the table in docs/performance.md."""
+    """Renew these rows of the table in docs/performance.md."""
+    minutes: float | None = None
+    """Begin no case after so long: what is left is told, and can be measured by another run (default: no limit)."""
 
     def __post_init__(self) -> None:
         if self.rounds is not None and self.rounds < 1:
             raise ConfigError(f"--rounds {self.rounds}: give at least 1")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ConfigError(f"--minutes {self.minutes:g}: give more than 0")
 
 
 def main() -> None:
@@ -73,17 +77,21 @@ def main() -> None:
     config = load_config(BenchmarkConfig, arguments(), __doc__ or "", program="python -m benchmarks")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device, console = pick_device(config.device), Console(width=max(Console().width, TABLE_WIDTH))
+    start, wanted = time.monotonic(), chosen(config, device)
+    set_float32("auto")
     facts = surroundings(device)
     print_surroundings(facts, console)
     rows: list[Row] = []
-    for case in chosen(config, device):
-        rows.append(measured(case, config, device, facts["rate"]))
+    for case in wanted:
+        late = config.minutes is not None and time.monotonic() - start > 60 * config.minutes
+        rows.append(measured(replace(case, left_out=OUT_OF_TIME) if late else case, config, device, facts["rate"]))
         if config.output:
             text = json.dumps({**facts, "rows": [as_json(row) for row in rows]}, indent=1)
             Path(config.output).write_text(text + "\n")
     print_rows(rows, console)
+    console.print(f"{(time.monotonic() - start) / 60:.1f} minutes", highlight=False)
     if config.markdown:
-        DOCUMENT.write_text(renewed(DOCUMENT.read_text(), facts, rows))
+        keep(facts, [row for row in rows if row.note != OUT_OF_TIME], chosen(BenchmarkConfig(), device))
     if any(row.failed for row in rows):
         sys.exit(1)
 
@@ -131,13 +139,6 @@ def told(facts: dict[str, Any]) -> list[str]:
     parts.append(f"{facts['time']}, {facts['device']}, ours in {facts['precision']}; matrix rates: {rates}")
     parts.append(f"processors busy with other programs at the start: {facts['load']:.1f}")
     return [*parts, BUSY] if facts["busy"] else parts
-
-
-def renewed(text: str, facts: dict[str, Any], rows: list[Row]) -> str:
-    """The document with a new table between the marks."""
-    before, _, rest = text.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    return "\n\n".join([before + MARKS[0], "  \n".join(told(facts)), markdown(rows), MARKS[1] + after])
 
 
 def print_surroundings(facts: dict[str, Any], console: Console) -> None:

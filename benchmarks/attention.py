@@ -1,10 +1,13 @@
-"""A layer of attention, forward and backward: softmax(q k^T) v step by step against torch's fused kernel. What is
-faster decides `mae_dat.parallel.choose_attention`."""
+"""A layer of attention, forward and backward: softmax(q k^T) v step by step against torch's fused kernel, and on a GPU
+each of the fused kernels against the one that torch takes by itself. What is faster decides
+`mae_dat.parallel.choose_attention`."""
 
+import contextlib
 from functools import partial
 
 import torch
 from timm.models.vision_transformer import Attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Case, Step
 from mae_dat.distributed import amp_dtype
@@ -13,17 +16,29 @@ from mae_dat.distributed import amp_dtype
 SIZES = ((8, 50, 768, 12), (8, 197, 512, 16), (4, 197, 768, 12), (1, 1025, 768, 12), (64, 65, 128, 4))
 GPU_BATCH = 16
 """Times as many pictures on a GPU."""
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
-def layer(size: tuple[int, int, int, int], precision: torch.dtype | None, device: torch.device, fused: bool) -> Step:
-    """Builds a pass through timm's layer and back."""
+def layer(
+    size: tuple[int, int, int, int],
+    precision: torch.dtype | None,
+    device: torch.device,
+    fused: bool,
+    kernel: SDPBackend | None = None,
+) -> Step:
+    """Builds a pass through timm's layer and back; by the fused kernel of this name, or torch's choice."""
     batch, tokens, width, heads = size
     attention = Attention(width, num_heads=heads, qkv_bias=True).to(device)
     attention.fused_attn = fused
     x = torch.randn(batch, tokens, width, device=device, requires_grad=True)
 
     def step() -> None:
-        with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+        chosen = contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel)
+        with chosen, torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
             attention(x).sum().backward()
 
     return step
@@ -37,6 +52,9 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
         size = (batch * (GPU_BATCH if device.type == "cuda" else 1), tokens, width, heads)
         for name, precision in list(precisions.items())[-1 if quick else 0 :]:
             build = partial(layer, size, precision, device, False), partial(layer, size, precision, device, True)
-            title = f"attention step by step, {name}, {tokens} tokens of {width} in {heads} heads"
-            found.append(Case(title, *build, against="fused", batch=size[0]))
+            what = f"{name}, {tokens} tokens of {width} in {heads} heads"
+            found.append(Case(f"attention step by step, {what}", *build, against="fused", batch=size[0]))
+            for title, kernel in KERNELS.items() if device.type == "cuda" and precision else ():
+                builds = partial(layer, size, precision, device, True, kernel), build[1]
+                found.append(Case(f"attention by {title}, {what}", *builds, against="fused", batch=size[0]))
     return found

@@ -14,6 +14,7 @@ from benchmarks.timing import NEEDS_GPU, Case, Step
 from mae_dat.classifier import build_classifier
 from mae_dat.config import AttackConfig, AugmentConfig
 from mae_dat.objectives import Classification, WithDAT
+from mae_dat.parallel import compile_blocks
 from mae_dat.tokenizer import VQGAN, LightConfig, LightTokenizer, VisualTokenizer, VQGANConfig, in_precision
 
 
@@ -53,12 +54,14 @@ def student_of(vqgan: VQGANConfig) -> VisualTokenizer:
     return LightTokenizer(LightConfig(vqgan.factor, *size, vqgan.num_words, vqgan.word_dim))
 
 
-def ours(work: Work, mode: str = "exact") -> Step:
-    """Builds our DAT step."""
+def ours(work: Work, mode: str = "exact", compiled: bool = False) -> Step:
+    """Builds our DAT step; `compiled` with the blocks of network and tokenizer."""
     with torch.device(work.device):  # the initialisation of ViT-H takes long on a host
         model = build_classifier(work.name, CLASSES, work.side).train()
     tokenizer = student_of(work.vqgan) if "light" in mode else VQGAN(work.vqgan)
-    tokenizer = in_precision(tokenizer.freeze(), work.device)
+    tokenizer = in_precision(tokenizer.freeze(), work.device, compiled=compiled)
+    if compiled:
+        compile_blocks(model)
     plain = Classification(AugmentConfig(smoothing=0.0), CLASSES)
     objective = WithDAT(plain, tokenizer, AttackConfig(**{"kind": "released", **MODES[mode]}))
     return training_step(model, objective, make_batch(work.batch, work.side, work.device), work.device)
@@ -100,5 +103,8 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
         more: dict[str, Any] = {"goal": 5, "batch": work.batch, "gflop": gflop, "left_out": left_out}
         more["at_least"] = faster if gpu or left_out else CPU_GOAL
         found.append(Case(f"{name} DAT step", *build, "released DAT", **more))
+        if gpu and not quick:
+            build = partial(ours, work, compiled=True), partial(released, work)
+            found.append(Case(f"{name} DAT step, compiled", *build, "released DAT", **more))
         found += mode_cases(work, quick, most, left_out)
     return found

@@ -12,6 +12,7 @@ from benchmarks.timing import NEEDS_GPU, Case, Step
 from mae_dat.classifier import build_classifier
 from mae_dat.config import AugmentConfig
 from mae_dat.objectives import Classification
+from mae_dat.parallel import compile_blocks
 
 # Batch on a GPU, GFLOP an image.
 SIZES = {"vit_base_patch16": (256, 105.0), "vit_large_patch16": (128, 369.0), "vit_huge_patch14": (64, 1003.0)}
@@ -20,10 +21,12 @@ GOALS = {False: 1.7, True: 1.2}
 """On a GPU: times the released step, and times timm's network with its fused attention in the same step."""
 
 
-def ours(name: str, side: int, batch: int, device: torch.device) -> Step:
+def ours(name: str, side: int, batch: int, device: torch.device, compiled: bool = False) -> Step:
     """Builds our step of the classifier `name` at `side` px."""
     with torch.device(device):
         model = build_classifier(name, CLASSES, side).train()
+    if compiled:
+        compile_blocks(model)
     objective = Classification(AugmentConfig(smoothing=0.0), CLASSES)
     return training_step(model, objective, make_batch(batch, side, device), device)
 
@@ -37,11 +40,13 @@ def released(name: str, side: int, batch: int, device: torch.device, fused_atten
     return lambda: finetuning_step(model, trainer, pictures["image"], target)
 
 
-def case(size: tuple[str, int, int, torch.device], fused_attention: bool = False, **more: Any) -> Case:
+def case(
+    size: tuple[str, int, int, torch.device], fused_attention: bool = False, compiled: bool = False, **more: Any
+) -> Case:
     """Ours against one of the two baselines."""
     against = "the same with SDPA" if fused_attention else "released MAE"
-    build = partial(ours, *size), partial(released, *size, fused_attention)
-    return Case(f"{size[0]} fine-tuning step", *build, against, batch=size[2], **more)
+    build = partial(ours, *size, compiled), partial(released, *size, fused_attention)
+    return Case(f"{size[0]} fine-tuning step{', --compile' * compiled}", *build, against, batch=size[2], **more)
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
@@ -56,5 +61,6 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
                 "at_least": GOALS[fused] if gpu or not base else None,
                 "left_out": "" if gpu or base else NEEDS_GPU,
             }
-            found.append(case(size, fused, goal=3, gflop=gflop, **goals))
+            for compiled in (False, True) if gpu and not quick else (False,):
+                found.append(case(size, fused, compiled, goal=3, gflop=gflop, **goals))
     return found

@@ -6,7 +6,9 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.nn.functional import one_hot
 
 from benchmarks import __main__ as command
 from benchmarks import dat, finetune, mae, operators
+from benchmarks.kept import keep
 from benchmarks.operators import functions_of, operators_of
 from benchmarks.ours import make_batch, training_step
 from benchmarks.plain import (
@@ -217,8 +220,8 @@ def test_the_command_measures_prints_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = tmp_path / "performance.md"
-    document.write_text(f"before\n\n{command.MARKS[0]}\nold\n{command.MARKS[1]}\n\nafter\n")
-    monkeypatch.setattr(command, "DOCUMENT", document)
+    document.write_text("before\n\n<!-- table: cpu -->\nold\n<!-- end of table: cpu -->\n\nafter\n")
+    monkeypatch.setattr(command, "keep", partial(keep, document=document))
     output = tmp_path / "found.json"
     flags = ["--quick", "--only", "mae_vit_demo", "large", "--rounds", "2", "--markdown", "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["python -m benchmarks", *flags])
@@ -239,6 +242,44 @@ def test_the_command_measures_prints_and_writes(
     assert written.endswith("after\n")
     assert "| mae_vit_demo_patch8 step" in written
     assert "old" not in written
+
+
+def test_a_later_run_replaces_its_rows_alone(tmp_path: Path) -> None:
+    document = tmp_path / "performance.md"
+    document.write_text("<!-- table: cpu -->\n<!-- end of table: cpu -->\n")
+    cases = [Case(name, lambda: lambda: None, batch=2) for name in ("one", "two", "three")]
+    rows = [Row(case.name, batch=2, ours=1.0, rounds=3) for case in cases]
+    facts: dict[str, Any] = {"machine": {"cores": 2}, "versions": {"torch": "2"}, "precision": "bf16", "load": 0.0}
+    facts |= {"device": "cpu", "matrix_rates": {"bf16": 4e11}}
+
+    def kept(time: str, *found: Row, **changed: Any) -> list[tuple[str, float, str]]:
+        told = json.loads(keep({**facts, "time": time, **changed}, list(found), cases, document).read_text())
+        assert {row["run"] for row in told["rows"]} == set(told["runs"])
+        return [(row["name"], row["ours"], row["run"]) for row in told["rows"]]
+
+    assert kept("monday", rows[2], rows[0]) == [("one", 1, "monday"), ("three", 1, "monday")]
+    newer = dataclasses.replace(rows[0], ours=2.0)
+    after = kept("tuesday", newer, rows[1])
+    assert after == [("one", 2, "tuesday"), ("two", 1, "tuesday"), ("three", 1, "monday")]
+    text = document.read_text()
+    assert "run of monday: 1 rows; matrix rates bf16 0.4 TFLOP/s" in text
+    assert text.index("| one |") < text.index("| two |") < text.index("| three |")
+    cases.pop(1)
+    assert [name for name, *_ in kept("wednesday", newer)] == ["one", "three"]
+    assert kept("friday", rows[0], versions={"torch": "3"}) == [("one", 1, "friday")]
+    document.write_text("no place")
+    with pytest.raises(ValueError, match="no place for a table"):
+        kept("sunday", *rows)
+
+
+def test_no_case_is_begun_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    flags = ["--only", "mae_vit_demo", "--minutes", "1e-9", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["python -m benchmarks", *flags])
+    command.main()
+    assert [row["note"] for row in json.loads(output.read_text())["rows"]] == [command.OUT_OF_TIME]
+    with pytest.raises(ConfigError, match="minutes 0: give more"):
+        command.BenchmarkConfig(minutes=0)
 
 
 def test_a_mistyped_case_is_answered() -> None:
