@@ -43,7 +43,8 @@ def _counts(model: nn.Module, batch: Batch, device: torch.device, precision: tor
     image, label = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
     with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
         logits = model(image).float()
-    own = batch["skipped"].to(device) == 0
-    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None])[own]
-    loss = nn.functional.cross_entropy(logits, label, reduction="none").double()[own]
+    own = batch["skipped"].to(device, non_blocking=True) == 0
+    # Chosen by a product: rows picked by a mask would have the host wait to learn how many they are.
+    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]) & own[:, None]
+    loss = nn.functional.cross_entropy(logits, label, reduction="none").double().where(own, 0)
     return torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum(), own.sum()])

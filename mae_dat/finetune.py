@@ -156,7 +156,9 @@ def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) ->
 
 def held_out_loader(config: FinetuneConfig, images: ImageSet, where: run.Place) -> ImageLoader:
     """This rank's share of the validation images."""
-    return eval_loader(images, 2 * config.optim.batch_size, where.world.rank, where.world.size, config.data.num_workers)
+    pinned = config.data.pin_mem and where.device.type == "cuda"
+    share = (2 * config.optim.batch_size, where.world.rank, where.world.size)
+    return eval_loader(images, *share, config.data.num_workers, pinned)
 
 
 def class_count(config: FinetuneConfig, images: ImageSet) -> int:
