@@ -67,7 +67,8 @@ def renewed(text: str, device: str, kept: dict[str, Any]) -> str:
     counts = Counter(row["run"] for row in kept["rows"] if row["rounds"])
     for time, run in kept["runs"].items():
         rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in run["matrix_rates"].items())
-        busy = f"processors busy with other programs at its start {run['load']:.1f}"
-        lines.append(f"run of {time}: {counts[time]} rows; matrix rates {rates} TFLOP/s; {busy}")
+        busy = "not recorded" if run["load"] is None else f"{run['load']:.1f}"
+        run_of = f"run of {time}: {counts[time]} rows; matrix rates {rates} TFLOP/s"
+        lines.append(f"{run_of}; processors busy with other programs at its start: {busy}")
     table = markdown([row_of(row) for row in kept["rows"]])
     return "\n\n".join([before + begin, "  \n".join([*lines, f"ours in {kept['precision']}"]), table, end + after])
