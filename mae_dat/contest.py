@@ -94,13 +94,12 @@ def _cost(entries: Sequence[Entry]) -> float:
 
 def _measure_group(group: Sequence[Entry], found: dict[tuple[str, str], Found], setting: Setting) -> None:
     suite, world = group[0].suite, setting.world
-    prints = [portion.pictures.fingerprint() for portion in suite.portions]
 
     def keys(at: int) -> dict[str, dict[str, Any] | None]:
-        return {entry.contender.name: entry.key(suite.portions[at], prints[at]) for entry in group}
+        return {entry.contender.name: entry.key(suite.portions[at], suite.prints[at]) for entry in group}
 
     stored = from_main(
-        lambda: [{name: setting.store.read(key) for name, key in keys(at).items()} for at in range(len(prints))]
+        lambda: [{name: setting.store.read(key) for name, key in keys(at).items()} for at in range(len(suite.portions))]
     )
     todo = []
     for portion, known in zip(suite.portions, stored, strict=True):
@@ -172,7 +171,7 @@ def check_attacks(plan: Plan, found: Mapping[tuple[str, str], Found], setting: S
 
 def _gradient_checks(entry: Entry, setting: Setting) -> list[dict[str, Any]]:
     contender, portion = entry.contender, entry.suite.portions[0]
-    key = entry.key(portion, portion.pictures.fingerprint())
+    key = entry.key(portion, entry.suite.prints[0])
     key = key and {**key, "cells": f"checks on {CHECKED_PICTURES} pictures"}
     found: list[dict[str, Any]] | None = from_main(lambda: setting.store.read(key))
     if found is None:

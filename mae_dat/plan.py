@@ -13,7 +13,8 @@ from mae_dat.cells import Portion, eval_mode
 from mae_dat.config import ConfigError
 from mae_dat.contenders import Contender
 from mae_dat.pixel_attacks import require_pixel_model
-from mae_dat.suites import CLEAN, NEED_GRADIENTS, Battery, Choice, Suite
+from mae_dat.suite import Suite
+from mae_dat.suites import CLEAN, NEED_GRADIENTS, Battery, Choice
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +113,10 @@ def print_plan(plan: Plan) -> None:
     wide = max(map(len, plan.names))
     for name in plan.names:
         suite = plan.of(name)[0].suite
-        pictures, cells = suite.portions[0].pictures, sum(len(portion.cells) for portion in suite.portions)
+        cells = sum(len(portion.cells) for portion in suite.portions)
         times = f"{cells} x " if cells > 1 else ""
-        marks = f", partial: {'; '.join(pictures.missing)}" if pictures.missing else ""
-        logger.info("%-*s  %s%s pictures%s", wide, name, times, f"{len(pictures):,}", marks)
+        marks = f", partial: {'; '.join(suite.missing)}" if suite.missing else ""
+        logger.info("%-*s  %s%s pictures%s", wide, name, times, f"{suite.images:,}", marks)
     reasons: dict[str, list[str]] = {}
     for name, why in plan.lacking.items():
         reasons.setdefault(why, []).append(name)

@@ -55,12 +55,13 @@ class Suite(TypedDict):
     official: bool
     """Whether the pictures are the published files; generated ones are labelled apart."""
     images: int
-    """In each cell."""
+    """In each cell; in the fullest, where a partial folder's cells differ."""
     left_out: int
+    """Of each cell."""
     missing: list[str]
-    """What a partial folder lacks; such rows are marked."""
+    """What a partial folder lacks in any cell; such rows are marked."""
     fingerprint: str
-    """sha256 of names and labels of the pictures."""
+    """sha256 of names, labels and some of the bytes of the pictures of all cells."""
 
 
 Curve = list[list[float | None]]

@@ -35,8 +35,8 @@ from mae_dat.pixel_attacks import (
     pixel_adversary,
     require_auto_attack,
 )
-from mae_dat.results import Suite as SuiteFacts
 from mae_dat.sources import holds_shards, open_images
+from mae_dat.suite import Suite
 from mae_dat.tokenizer import VisualTokenizer, load_tokenizer
 from mae_dat.word_attack import KINDS, SHARES, WordAttack, word_hits
 
@@ -90,37 +90,6 @@ class Choice:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: give at least 1 picture a cell, or None for all.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """A suite as one network sees it: its measurements, and how they are made."""
-
-    name: str
-    title: str
-    portions: tuple[Portion, ...]
-    official: bool
-    made: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What was done to the pictures: part of the protocol."""
-
-    @property
-    def preprocessing(self) -> str:
-        """Networks for which it is the same look at the same pictures."""
-        return self.portions[0].pictures.protocol["preprocessing"]
-
-    @property
-    def facts(self) -> SuiteFacts:
-        """What a report says of it."""
-        pictures = self.portions[0].pictures
-        return {
-            "title": self.title,
-            "protocol": {**pictures.protocol, **self.made},
-            "official": self.official,
-            "images": len(pictures),
-            "left_out": pictures.left_out,
-            "missing": pictures.missing,
-            "fingerprint": pictures.fingerprint(),
-        }
 
 
 class Battery:

@@ -88,6 +88,7 @@ FLOORS = {
     "machine": 1,
     "cells": 7,
     "stored_cells": 6,
+    "suite": 7,
     "suites": 7,
     "contenders": 8,
     "contest": 8,
