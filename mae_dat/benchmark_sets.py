@@ -194,7 +194,7 @@ class BenchmarkSet(ImageSet):
         self.cell, self.listing, self.targets, self.reading, self.side = cell, listing, targets, reading, prepare.side
         self.classes = list(reading.classes)
         self.numbers: list[int] = []
-        """The pictures' numbers in the set that they were chosen from (`limited`); empty for their places."""
+        """The pictures' places in the whole folder, of which only some were chosen; empty for their places here."""
         self.left_out = 0
         """Pictures that the protocol leaves out: unlabelled (ReaL), of equal cues, of classes that ImageNet lacks."""
         self.missing: list[str] = []
@@ -221,6 +221,10 @@ class BenchmarkSet(ImageSet):
         if self.side is not None:
             check_size(path, picture.size, self.side)
         return picture
+
+    def number(self, index: int) -> int:
+        """A picture's place in the whole folder, which its chance depends on: the same whichever others are taken."""
+        return self.numbers[index] if self.numbers else index
 
     def label(self, index: int) -> int:
         """The first of the right labels; the shape's for cue conflict."""
@@ -319,10 +323,10 @@ def open_benchmark(
     first: Listing = []
     sets: list[BenchmarkSet] = []
     for cell, place in places.items():
-        listing = list_pictures(place, expected)
-        short = shortfall(place, listing, expected)
+        every = list_pictures(place, expected)
+        listing, short = every, shortfall(place, every, expected)
         if subset is not None:  # which are either all there or an error
-            listing, short = only_these(listing, set(subset), place), []
+            listing, short = only_these(every, set(subset), place), []
         _refuse(place, known, short, partial)
         if first and listing != first and not partial:
             raise DataError(f"{place}: {difference(listing, first)}, unlike {places[sets[0].cell]}; unpack it again")
@@ -332,6 +336,9 @@ def open_benchmark(
             check_some_sizes(place, listing, known.side)
         sets.append(_set_of(known, cell, place, listing, reading, prepare))
         sets[-1].missing = missing + short
+        if subset is not None:
+            places_of = {path: number for number, (path, _) in enumerate(every)}
+            sets[-1].numbers = [places_of[path] for path, _ in sets[-1].listing]
         sets[-1].protocol["folder"] = root.resolve().name  # tells V2's two releases apart
         sets[-1].protocol["subset"] = f"{len(listing):,} pictures of a list" if subset is not None else ""
     return sets

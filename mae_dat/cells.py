@@ -57,6 +57,8 @@ class Portion:
     calibrated: bool = False
     precise: bool = False
     """Always in float32."""
+    batched: bool = False
+    """Pictures of a batch share its chance: batches are the same for any number of ranks."""
     against_float32: bool = False
     """Right is the answer that the same network gives in float32."""
 
@@ -87,7 +89,7 @@ class PortionPictures(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> _Item:
         portion, index = self.portions[key[0]], key[1]
         pixels = np.array(_prepared(portion.pictures, index))
-        number = portion.pictures.numbers[index] if portion.pictures.numbers else index
+        number = portion.pictures.number(index)
         views = corrupted(pixels, number, portion) if portion.corruption else [pixels]
         pictures = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
         return {"pictures": pictures.contiguous(), "index": index, "number": number}
@@ -112,24 +114,28 @@ def corrupted(pixels: corrupting.Image, number: int, portion: Portion) -> list[c
 
 
 class Shares(Sampler[list[tuple[int, int]]]):
-    """One rank's batches of keys (portion, index): of each portion the images r, r + W, ..., so that none is counted
-    twice. Made as they are asked for: ImageNet-C has 3.75 million keys."""
+    """One rank's batches of keys (portion, index): of each portion the images r, r + W, ..., or of a batched one the
+    batches r, r + W, ..., so that none is counted twice. Made as they are asked for: ImageNet-C has 3.75 million
+    keys."""
 
     def __init__(self, portions: Sequence[Portion], world: World, batch_size: int) -> None:
-        self.shares = [range(world.rank, len(portion.pictures), world.size) for portion in portions]
-        self.batch_size = batch_size
+        self.portions, self.world, self.batch_size = portions, world, batch_size
 
-    def steps(self, portion: int) -> int:
-        """Batches of a portion."""
-        return -(-len(self.shares[portion]) // self.batch_size)
+    def batches(self, portion: int) -> Sequence[range]:
+        """The indices of each batch of a portion."""
+        rank, ranks, size, total = *self.world[:2], self.batch_size, len(self.portions[portion].pictures)
+        if self.portions[portion].batched:
+            return [range(start, min(start + size, total)) for start in range(rank * size, total, ranks * size)]
+        share = range(rank, total, ranks)
+        return [share[start : start + size] for start in range(0, len(share), size)]
 
     def __len__(self) -> int:
-        return sum(map(self.steps, range(len(self.shares))))
+        return sum(len(self.batches(portion)) for portion in range(len(self.portions)))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for portion, share in enumerate(self.shares):
-            for start in range(0, len(share), self.batch_size):
-                yield [(portion, index) for index in share[start : start + self.batch_size]]
+        for portion in range(len(self.portions)):
+            for batch in self.batches(portion):
+                yield [(portion, index) for index in batch]
 
 
 class Heard(nn.Module):
@@ -286,5 +292,5 @@ def measure(
     with eval_mode(networks):
         for at, (portion, names) in enumerate(portions):
             tallies = [Tally(name, portion, device, precision) for name in names]
-            together(functools.partial(count, portion, tallies, shares.steps(at)))
+            together(functools.partial(count, portion, tallies, len(shares.batches(at))))
             yield portion, {tally.name: tally.found(reduce) for tally in tallies}

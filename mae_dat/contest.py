@@ -14,7 +14,7 @@ from typing import Any
 from mae_dat.arms import titles_of, twins
 from mae_dat.attack import image_generator
 from mae_dat.axes import GRADIENTS, common_subset
-from mae_dat.cells import Found, Heard, Portion, eval_mode, measure
+from mae_dat.cells import Found, Heard, Portion, Shares, eval_mode, measure
 from mae_dat.comparison import headline_table
 from mae_dat.config import ConfigError, command_line
 from mae_dat.contenders import Contender, View
@@ -112,7 +112,8 @@ def _measure_group(group: Sequence[Entry], found: dict[tuple[str, str], Found], 
         logger.info("%s: measured before", suite.name)
         return
     networks = {entry.contender.name: entry.contender.network for entry in group}
-    total = sum(len(range(world.rank, len(portion.pictures), world.size)) for portion, _ in todo)
+    shares = Shares([portion for portion, _ in todo], world, setting.batch_size)
+    total = sum(len(batch) for at in range(len(todo)) for batch in shares.batches(at))
     passes = 0
     with setting.console.task(suite.name, total, "picture") as task:
 

@@ -7,6 +7,7 @@ it. Nothing is computed here, and what is wrong is said here.
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from mae_dat.cells import Adversary, Network, Portion
 from mae_dat.config import nearest
 from mae_dat.data import Size, find_split, require_folder
 from mae_dat.errors import ConfigError, DataError, MissingInputError, UserError
+from mae_dat.files import sha256_of
 from mae_dat.generated import SHAPES, TEXTURES
 from mae_dat.imagenet import SYNSETS, Reading, check_classes
 from mae_dat.inventory import find, inventory
@@ -37,7 +39,7 @@ from mae_dat.pixel_attacks import (
 )
 from mae_dat.sources import holds_shards, open_images
 from mae_dat.suite import Suite
-from mae_dat.tokenizer import VisualTokenizer, load_tokenizer
+from mae_dat.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
 from mae_dat.word_attack import KINDS, SHARES, WordAttack, word_hits
 
 logger = logging.getLogger(__name__)
@@ -213,21 +215,23 @@ class Battery:
             title = BENCHMARKS[name].title if name in BENCHMARKS else TITLES[name]
             return Suite(name, title, tuple(portions), official=name != CONFLICT)
         (clean,) = map(see, self._counted(self.clean))
+        numbered = {} if self.subset is None else {"numbers": "places in the whole folder"}
         if name == GENERATED:
-            return self._generated(clean, size_HW)
-        made = {"precision": "fp32"}
+            return self._generated(clean, size_HW, numbered)
+        made = {"precision": "fp32", **numbered}
         if name in WORDS:
             attack = self._word_attack(size_HW)
-            made |= {"tokenizer": self.choice.tokenizer, "steps": str(attack.steps), "seed": str(attack.seed)}
+            made |= {"tokenizer": Path(self.choice.tokenizer).name, "tokenizer's sha256": self._tokenizer_sha256}
+            made |= {"steps": str(attack.steps), "seed": str(attack.seed)}
             portion = self._words(name, clean, attack)
         else:
             if name == AUTO_ATTACK:
                 require_auto_attack(self.outputs)
             adversary = self._auto_attack if name == AUTO_ATTACK else self._pixel_attack(PIXEL_ATTACKS[name])
-            settings = f"standard, batches of {self.choice.batch_size}"
+            settings = f"standard, consecutive batches of {self.choice.batch_size}"
             made["attack"] = settings if name == AUTO_ATTACK else str(PIXEL_ATTACKS[name])
             made["seed"] = str(self.choice.seed)
-            portion = Portion(_named(clean, name), adversary=adversary, precise=True)
+            portion = Portion(_named(clean, name), adversary=adversary, precise=True, batched=name == AUTO_ATTACK)
         return Suite(name, TITLES.get(name, name), (portion,), official=True, made=made)
 
     def agreement(self, measured: Suite) -> Suite:
@@ -236,7 +240,7 @@ class Battery:
         portion = Portion(_named(pictures, AGREEMENT), against_float32=True)
         return Suite(AGREEMENT, "bf16 as fp32", (portion,), official=False, made={"seed": str(self.choice.seed)})
 
-    def _generated(self, clean: BenchmarkSet, size_HW: Size) -> Suite:
+    def _generated(self, clean: BenchmarkSet, size_HW: Size, numbered: dict[str, str]) -> Suite:
         corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
         names = corrupting.CORRUPTIONS + (corrupting.EXTRA if self.choice.held_out else ())
         portions = tuple(
@@ -250,7 +254,7 @@ class Battery:
             for name in names
         )
         made = {"corruptions": corrupting.SOURCE, "stored as": f"JPEG {corrupting.STORED_QUALITY}"}
-        made["seed"] = str(self.choice.seed)
+        made |= {"seed": str(self.choice.seed), **numbered}
         return Suite(GENERATED, "Generated corruptions", portions, official=False, made=made)
 
     def _pixel_attack(self, attack: PixelAttack) -> Adversary:
@@ -290,6 +294,10 @@ class Battery:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.choice.tokenizer).to(self.choice.device)
         return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer_sha256(self) -> str:
+        return sha256_of(tokenizer_path(self.choice.tokenizer))
 
 
 assert set(WORDS.values()) == set(KINDS)
@@ -352,7 +360,7 @@ def limited(pictures: BenchmarkSet, limit: int, seed: int) -> BenchmarkSet:
     chosen = order[:limit].sort().values
     other = copy.copy(pictures)
     other.listing, other.targets = [pictures.listing[index] for index in chosen], pictures.targets[chosen]
-    other.numbers = chosen.tolist()
+    other.numbers = [pictures.number(index) for index in chosen.tolist()]
     told = f"{limit:,} of {len(pictures):,} pictures (seed {seed})"
     before = pictures.protocol["subset"]
     other.protocol = {**pictures.protocol, "subset": f"{told}, {before}" if before else told}

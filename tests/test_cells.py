@@ -1,10 +1,11 @@
 """Counting cells: memory that does not grow with them, batches made as they are asked for, attacks that are heard, and
 bfloat16 held against float32."""
 
+import dataclasses
 import gc
 import itertools
 import os
-import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,27 @@ def test_batches_are_made_as_they_are_asked_for(own: Path) -> None:  # noqa: F81
         shares = [Shares([portion, portion], World(rank, size), batch) for rank in range(size)]
         keys = [key for one in shares for key in itertools.chain.from_iterable(one)]
         assert sorted(keys) == [(at, index) for at in range(2) for index in range(20)]
-        assert all(len(list(one)) == len(one) == one.steps(0) + one.steps(1) for one in shares)
+        assert all(len(list(one)) == len(one) == 2 * len(one.batches(0)) for one in shares)
         assert all(len(one) <= batch for own_ in shares for one in own_)
     many = Shares([portion] * 100_000, World(), 1)
-    assert sys.getsizeof(many.shares) < 1_000_000
+    tracemalloc.start()
+    try:
+        assert next(iter(many)) == [(0, 0)]
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
     assert len(many) == 2_000_000
-    assert next(iter(many)) == [(0, 0)]
+
+
+def test_pictures_that_share_their_chance_meet_in_the_same_batches_on_any_number_of_ranks(own: Path) -> None:  # noqa: F811
+    portion = dataclasses.replace(clean(own), batched=True)
+    every = list(Shares([portion], World(), 6))
+    assert [len(batch) for batch in every] == [6, 6, 6, 2]
+    for size in (2, 3, 7):
+        found = [list(Shares([portion], World(rank, size), 6)) for rank in range(size)]
+        assert sorted(itertools.chain.from_iterable(found)) == every
+    pytest.importorskip("torchattacks")
+    assert all(one.batched for one in Battery(Choice(own), 10).suite("autoattack-4/255", (32, 32), "bicubic").portions)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ __all__ = [
     "in_precision",
     "load_tokenizer",
     "share_changed",
+    "tokenizer_path",
 ]
 
 EMBEDDED = "embedded"
@@ -35,13 +36,18 @@ def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
     A card `NAME.json` beside the file with a `sha256` is checked on every load. Raises MissingInputError,
     CheckpointError, DownloadError.
     """
-    path = embedded_path() if str(name_or_path) == EMBEDDED else local_path(name_or_path)
+    path = tokenizer_path(name_or_path)
     require_file(path, f"tokenizer (use --tokenizer {EMBEDDED} for the shipped one, or the path of a checkpoint)")
     check_card(path)
     file = read_weights(path, "tokenizer")
     if file.metadata.get("tokenizer") == "light":
         return LightTokenizer.from_file(path, file).freeze()
     return VQGAN.from_state_dict(path, file.tensors).freeze()
+
+
+def tokenizer_path(name_or_path: str | Path) -> Path:
+    """Where the weights that `load_tokenizer` reads lie; a released one's are fetched. Raises DownloadError."""
+    return embedded_path() if str(name_or_path) == EMBEDDED else local_path(name_or_path)
 
 
 def embedded_path() -> Path:
