@@ -4,10 +4,9 @@ An output folder, a weights file of any format, a released or a timm name, an ON
 all of them map float pixels (B, 3, H, W) in [0, 1] to logits (B, K), the normalization inside.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from mae_dat import run
+from mae_dat.cells import eval_mode
 from mae_dat.classifier import Classifier, build_classifier
 from mae_dat.config import ConfigError, image_size
 from mae_dat.data import Size
 from mae_dat.errors import CheckpointError, MissingInputError, NumericsError
 from mae_dat.files import sha256_of
+from mae_dat.identity import module_sha256, onnx_sha256, state_sha256
 from mae_dat.pixel_attacks import require_pixel_model
 from mae_dat.rebuild import open_source
 from mae_dat.results import Contender as Facts
@@ -55,6 +56,8 @@ class Contender:
     """The names of its classes, None where nothing says."""
     differentiable: bool
     device: torch.device
+    identity: dict[str, str] | None = field(default_factory=dict)
+    """What its results are stored under beside its facts; None where it cannot be told from another network."""
 
     @property
     def size(self) -> Size:
@@ -64,9 +67,9 @@ class Contender:
 
     @property
     def key(self) -> dict[str, Any] | None:
-        """What its results are stored under; None for a callable without weights, which cannot be told from another."""
+        """What its results are stored under; None where they are not."""
         own = {key: value for key, value in self.facts.items() if key not in ("title", "source")}
-        return own if self.facts["sha256"] else None
+        return None if self.identity is None else own | self.identity
 
 
 # ---- opening ----
@@ -171,9 +174,13 @@ def _classifier(
 def from_callable(network: Network, name: str, view: View, classes: Sequence[str] | None = None) -> Contender:
     """Any callable of pixels in [0, 1]; a module is moved to the device. Raises ConfigError where it fails on a blank
     picture, or says that it takes normalised ones."""
-    if isinstance(network, Classifier):
-        return _classifier(network, name, "Python", type(network.net).__name__, view, told={"classes": classes})
     module = network if isinstance(network, nn.Module) else None
+    with eval_mode({name: network}):
+        known = module_sha256(module) if module else None
+    identity = {"code": known} if known else None
+    if isinstance(network, Classifier):
+        opened = _classifier(network, name, "Python", type(network.net).__name__, view, told={"classes": classes})
+        return replace(opened, identity=identity)
     facts: Facts = {
         "title": name,
         "source": "callable",
@@ -186,7 +193,7 @@ def from_callable(network: Network, name: str, view: View, classes: Sequence[str
         "precision": _precision(view),
         "averaged": None,
     }
-    return _probed(module.to(view.device) if module else network, facts, classes, view)
+    return replace(_probed(module.to(view.device) if module else network, facts, classes, view), identity=identity)
 
 
 def _from_onnx(path: Path, name: str, view: View) -> Contender:
@@ -200,7 +207,7 @@ def _from_onnx(path: Path, name: str, view: View) -> Contender:
         raise MissingInputError(f"--checkpoint: no such file: {path}")
     try:
         session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
-        weights = onnx.load(path, load_external_data=False).graph.initializer
+        loaded = onnx.load(path, load_external_data=False)
     except Exception as error:  # of onnxruntime's own kinds, one a fault
         raise CheckpointError(f"{path} cannot be run as ONNX: {str(error).splitlines()[0]}") from error
     (given, *others) = session.get_inputs()
@@ -215,9 +222,9 @@ def _from_onnx(path: Path, name: str, view: View) -> Contender:
     facts: Facts = {
         "title": name,
         "source": str(path),
-        "sha256": sha256_of(path),
+        "sha256": onnx_sha256(path, loaded),
         "architecture": "ONNX graph",
-        "parameters": sum(int(torch.tensor(list(one.dims)).prod()) for one in weights),
+        "parameters": sum(int(torch.tensor(list(one.dims)).prod()) for one in loaded.graph.initializer),
         "size": list(view.size or (sides if len(sides) == 2 else USUAL_SIZE)),
         "normalization": "inside",
         "interpolation": view.interpolation or "bicubic",
@@ -253,16 +260,6 @@ def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view:
         raise ConfigError(f"{name} has {logits.shape[1]} outputs and a list of {len(classes)} classes.")
     known = tuple(classes) if classes else None
     return Contender(name, network, facts, logits.shape[1], known, logits.requires_grad, view.device)
-
-
-def state_sha256(module: nn.Module) -> str:
-    """Of names and values of a module's weights, wherever they lie."""
-    digest = hashlib.sha256()
-    state: Mapping[str, Tensor] = module.state_dict()
-    for key, value in sorted(state.items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _numbers(values: Tensor) -> str:

@@ -236,6 +236,8 @@ def examine(
     """Opens all suites, measures them, and with a folder writes results.json and the report. Raises UserError, on all
     ranks."""
     folder = setting.folder
+    for nameless in (one.name for one in contenders if folder and one.key is None):
+        logger.warning("%s cannot be told from other networks: it is measured anew by every call.", nameless)
     start = datetime.datetime.now()
     plan = together(lambda: open_plan(contenders, choice, asked))
     together(lambda: refuse_normalised(plan))

@@ -30,13 +30,13 @@ from mae_dat.config import (
     load_config,
     run_command,
 )
-from mae_dat.contenders import state_sha256
 from mae_dat.detection_data import CocoPictures, View, find_annotations
 from mae_dat.detector import Boxes, Detection, Detector, check_model, from_torchvision, on_transformer, padded_size
 from mae_dat.distributed import step_generator, world_from_environment
 from mae_dat.engine import seed_everything
 from mae_dat.errors import CheckpointError
 from mae_dat.finetune import start_from
+from mae_dat.identity import state_sha256
 from mae_dat.loaders import eval_loader
 from mae_dat.mae import VIT_SIZES
 from mae_dat.metrics import Console, RunLog

@@ -32,7 +32,7 @@ class Contender(TypedDict):
     source: str
     """What was given: a path, a released or timm's name, "callable"."""
     sha256: str | None
-    """Of its weights file."""
+    """Of its weights file and, of an ONNX graph, those beside it; of a network's weights from Python."""
     architecture: str
     parameters: int
     size: list[int]

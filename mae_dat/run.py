@@ -375,7 +375,7 @@ def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
         if found is None:
             raise MissingInputError(f"{path} holds neither {WEIGHTS} nor a valid checkpoint-*.pth.")
         state = found.load()
-        weights = unwrap(state.get("ema") or state["model"], str(found.path))
+        weights = unwrap(state, str(found.path))
         return weights, dict(found.manifest.get("settings", {}))
     file = path / WEIGHTS if path.is_dir() else path
     check_card(file)

@@ -24,6 +24,7 @@ FLOORS = {
     "watch": 0,
     "stopping": 0,
     "files": 0,
+    "identity": 1,
     "provenance": 0,
     "snapshot": 0,
     "attempts": 1,

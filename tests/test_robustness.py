@@ -54,6 +54,10 @@ class Linear(nn.Sequential):
         self.seen = 0
         self.most: float = float("inf")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the counters, which are no part of what it is known by."""
+        return {key: value for key, value in vars(self).items() if key not in ("seen", "most")}
+
     def forward(self, image: Tensor) -> Tensor:
         self.seen += len(image)
         if self.seen > self.most:

@@ -1,8 +1,11 @@
 """What a number stands for: a partial cell shows, what changes is measured anew, and a report tells what it mixes."""
 
 import csv
+import importlib
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_benchmark_sets import FEW, SIDE, validation_names
 from test_robustness import Linear, draw, imagenet, own, write_onnx  # noqa: F401 - some are fixtures
+from tiny_runs import draw_folder, finetune_in
+from torch import Tensor, nn
 
 from mae_dat.axes import axes_of
 from mae_dat.cells import PortionPictures
+from mae_dat.contenders import View, open_contender
+from mae_dat.identity import module_sha256
 from mae_dat.results import Results
 from mae_dat.robustness import evaluate
 from mae_dat.suites import Battery, Choice
@@ -85,6 +92,102 @@ def test_a_chosen_picture_meets_the_same_chance_as_in_the_whole_folder(
 # ---- never another network's numbers ----
 
 
+class Shifted(nn.Module):
+    """A network with numbers that are no weights."""
+
+    def __init__(self, mean: Any, keep: bool = True) -> None:
+        super().__init__()
+        self.net, self.settings = Linear(), {"mean": [mean]}
+        self.register_buffer("scale", torch.tensor(1.0 if keep else -1.0), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits."""
+        return self.scale * self.net(image - self.settings["mean"][0])
+
+
+def brightest(image: Tensor) -> Tensor:
+    """Logits without any weights."""
+    return image.flatten(1)[:, :10]
+
+
+def test_a_module_is_known_by_all_that_it_is_made_of() -> None:
+    base = module_sha256(Shifted(0.0))
+    assert base == module_sha256(Shifted(0.0)) is not None
+    others = [
+        Shifted(0.1),
+        Shifted(0.0, keep=False),
+        Shifted(torch.zeros(2)),
+        Shifted(torch.ones(2)),
+        Shifted(brightest),
+    ]
+    assert len({base, *map(module_sha256, others)}) == 6
+    assert None not in map(module_sha256, others)
+    hooked = Shifted(0.0)
+    hooked.register_forward_hook(lambda module, given, made: -made)
+    closed = Shifted(lambda: 1)
+
+    class Local(Linear):  # may close over anything
+        pass
+
+    assert [module_sha256(one) for one in (hooked, closed, Local(), nn.Flatten())] == [None] * 4
+
+
+def test_the_code_of_a_module_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One name and one set of weights, before and after an edit."""
+    found = set()
+    for folder, sign in (("before", "+"), ("after", "-")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "edited.py").write_text(
+            "from torch import nn\n\n\nclass Net(nn.Linear):\n"
+            f"    def forward(self, x):\n        return {sign}super().forward(x)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path / folder)
+        monkeypatch.delitem(sys.modules, "edited", raising=False)
+        torch.manual_seed(0)
+        found.add(module_sha256(importlib.import_module("edited").Net(2, 2)))
+    assert len(found) == 2
+    assert None not in found
+
+
+def test_attributes_of_a_network_are_part_of_its_key(own: Path, tmp_path: Path) -> None:  # noqa: F811
+    for mean in (0.0, 0.9, torch.tensor(0.5)):
+        stored = evaluate(Shifted(mean), "clean", own, size=32, output=tmp_path)
+        assert right(stored, "clean") == right(evaluate(Shifted(mean), "clean", own, size=32), "clean")
+    assert len(list((tmp_path / "cells").iterdir())) == 3
+    evaluate(Shifted(0.9).eval(), "clean", own, size=32, output=tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 3, "the mode that it comes in is no part of it"
+
+
+def test_what_cannot_be_known_is_measured_anew_and_told(
+    own: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for sign in (1, -1):
+        found = evaluate(lambda image, sign=sign: sign * brightest(image), "clean", own, size=32, output=tmp_path)
+        assert right(found, "clean") == right(
+            evaluate(lambda x, s=sign: s * brightest(x), "clean", own, size=32), "clean"
+        )
+        assert "<lambda> cannot be told from other networks" in caplog.text
+        caplog.clear()
+    assert list((tmp_path / "cells").iterdir()) == []
+
+
+def test_a_graph_is_known_by_the_files_beside_it_too(own: Path, tmp_path: Path) -> None:  # noqa: F811
+    onnx = pytest.importorskip("onnx")
+    path, known = tmp_path / "m.onnx", []
+    for seed in (0, 1):
+        content = onnx.load(write_onnx(Linear(10, seed), path))
+        whole = open_contender(str(path), None, "net", View(CPU)).facts["sha256"]
+        (tmp_path / "m.onnx.data").unlink(missing_ok=True)
+        onnx.save_model(content, path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+        assert (tmp_path / "m.onnx.data").is_file()
+        stored = evaluate({"net": path}, "clean", own, output=tmp_path / "out", device="cpu")
+        assert right(stored, "clean") == right(evaluate({"net": path}, "clean", own, device="cpu"), "clean")
+        known += [whole, stored["models"]["net"]["sha256"]]
+    assert len(set(known)) == 4
+
+
 def test_a_tokenizer_is_known_by_its_weights(own: Path, tmp_path: Path) -> None:  # noqa: F811
     path = embedded_path()
     with safe_open(path, "pt") as file:
@@ -99,3 +202,19 @@ def test_a_tokenizer_is_known_by_its_weights(own: Path, tmp_path: Path) -> None:
         assert protocol["tokenizer"] == "tok.safetensors"
         keys.add(protocol["tokenizer's sha256"])
     assert len(keys) == len(list((tmp_path / "out" / "cells").iterdir())) == 2
+
+
+def test_the_average_of_an_interrupted_run_is_called_so(own: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A folder without an export gives its newest checkpoint."""
+    draw_folder(tmp_path / "data", train=20, conflict=0)
+    for decay in ("0.9", None):
+        folder = tmp_path / f"decay {decay}"
+        flags = ["--model", "vit_demo_patch8", "--batch_size", "10", "--epochs", "1"]
+        finetune_in(folder, tmp_path / "data", *flags, *(["--ema_decay", decay] if decay else []))
+        view = View(CPU)
+        exported = open_contender(str(folder), None, "net", view)
+        (folder / "model.safetensors").unlink()
+        found = open_contender(str(folder), None, "net", view)
+        assert (exported.facts["averaged"], found.facts["averaged"]) == ((True, True) if decay else (False, None))
+        picture = torch.rand(1, 3, 32, 32)
+        assert torch.equal(found.network(picture), exported.network(picture))
