@@ -245,9 +245,9 @@ def _plain(results: Results, variant: Variant) -> Iterator[Axis]:
 
     yield _axis(results, variant, suite, f"{variant.title} (%)", +1, right, suite + _subset(variant))
     if suite in CLEAN:
-        with_ece = [model for model in variant.models if "ece" in results["calibration"].get(model, {}).get(suite, {})]
+        ece = {model: results["calibration"].get(model, {}).get(suite, {}).get("ece") for model in variant.models}
         title = f"{variant.title}: calibration error, ECE (%)"
-        numbers = {model: Number(100 * results["calibration"][model][suite]["ece"]) for model in with_ece}
+        numbers = {model: Number(100 * value) for model, value in ece.items() if value is not None}
         yield Axis(f"{suite}/ece", suite, title, -1, numbers)
 
 

@@ -58,13 +58,18 @@ class Confidences:
                 "the network's probabilities are not numbers: check its weights, or evaluate in float32"
             )
 
-    def scores(self) -> dict[str, float]:
-        """Every number by its name: ece, rms, rms_compat (from 200 images on), nll, brier."""
+    def scores(self) -> dict[str, float | None]:
+        """Every number by its name: ece, rms, rms_compat (from 200 images on), nll, brier. None for an infinite nll,
+        which JSON has no number for: an image's class had probability 0."""
         confidence, correct = self.rows[CONFIDENCE], self.rows[CORRECT]
-        found = {"ece": expected_error(confidence, correct), "rms": rms_error(confidence, correct)}
+        found: dict[str, float | None] = {
+            "ece": expected_error(confidence, correct),
+            "rms": rms_error(confidence, correct),
+        }
         if self.images >= 2 * RMS_BIN:
             found["rms_compat"] = rms_error(confidence, correct, compat=True)
-        return found | {"nll": _mean(self.rows[NLL]), "brier": _mean(self.rows[BRIER])}
+        nll = _mean(self.rows[NLL])
+        return found | {"nll": nll if math.isfinite(nll) else None, "brier": _mean(self.rows[BRIER])}
 
 
 RMS_BIN = 100  # images

@@ -67,7 +67,7 @@ class Found(TypedDict):
     """What a network scored on a portion."""
 
     counts: dict[str, CellCount]
-    calibration: dict[str, float]
+    calibration: dict[str, float | None]
 
 
 class _Item(TypedDict):

@@ -29,6 +29,7 @@ from mae_dat.scorecard import write_report
 from mae_dat.stored_cells import StoredCells
 from mae_dat.suites import AGREEMENT, AUTO_ATTACK, Choice
 from mae_dat.tables import precision_text
+from mae_dat.tokenizer.base import exact_float32
 from mae_dat.watch import beat
 
 logger = logging.getLogger(__name__)
@@ -225,6 +226,7 @@ def assemble(
     return results
 
 
+@exact_float32()
 def examine(
     contenders: Sequence[Contender],
     choice: Choice,
@@ -233,8 +235,8 @@ def examine(
     title: str,
     training: Training | None = None,
 ) -> Results:
-    """Opens all suites, measures them, and with a folder writes results.json and the report. Raises UserError, on all
-    ranks."""
+    """Opens all suites, measures them, and with a folder writes results.json and the report; float32 is exact, whatever
+    the process has set. Raises UserError, on all ranks."""
     folder = setting.folder
     for nameless in (one.name for one in contenders if folder and one.key is None):
         logger.warning("%s cannot be told from other networks: it is measured anew by every call.", nameless)

@@ -125,8 +125,8 @@ class Results(TypedDict):
     cells: dict[str, dict[str, dict[str, CellCount]]]
     """By model and suite, then by cell: "" for a whole suite, "fog/3" for a corruption and severity, "0.05" for a share
     of changed words."""
-    calibration: dict[str, dict[str, dict[str, float]]]
-    """By model and suite: ece, rms, rms_compat, nll, brier."""
+    calibration: dict[str, dict[str, dict[str, float | None]]]
+    """By model and suite: ece, rms, rms_compat, nll (None where it is infinite), brier."""
     checks: dict[str, dict[str, list[dict[str, Any]]]]
     """By model and attack: whether the attack can be believed (`pixel_attacks.attack_checks`)."""
     agreement: NotRequired[dict[str, CellCount]]
@@ -147,7 +147,7 @@ def write_results(results: Results, path: Path) -> None:
 def read_results(path: Path) -> Results:
     """Reads `results.json`. Raises MissingInputError, CheckpointError for another file or a newer format."""
     try:
-        found: Results = json.loads(path.read_text())
+        found: Results = json.loads(path.read_text(), parse_constant=lambda infinity: None)  # of older releases
         newest = found["format"] <= FORMAT and bool(found["cells"])
     except FileNotFoundError as error:
         raise MissingInputError(f"no such results: {path}") from error

@@ -34,7 +34,7 @@ class StoredCells:
         if path is None or not path.is_file():
             return None
         try:
-            return json.loads(path.read_text())["found"]
+            return json.loads(path.read_text(), parse_constant=lambda infinity: None)["found"]  # of older releases
         except (OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is damaged (%s): measured anew.", path, error)
             return None

@@ -22,7 +22,7 @@ from mae_dat.mce import corruption_errors, mce, severity_mce
 from mae_dat.results import Contender, Results, Training
 from mae_dat.scores import ModelScores, Stat, accuracy, category_errors, corruption_error
 
-NOTHING = "–"
+NOTHING, INFINITE = "–", "∞"
 OTHERWISE = 0.0002  # share of answers that bf16 may change before a reader is told that it is much
 
 
@@ -157,8 +157,10 @@ def calibration_table(results: Results) -> Table | None:
     found = results["calibration"]
 
     def text(arm: Arm, suite: str, key: str, scale: float, digits: int) -> str:
-        measured = (found.get(model, {}).get(suite, {}).get(key) for model in arm.members.values())
-        return stat_text((None if value is None else scale * value for value in measured), digits)
+        measured = [found.get(model, {}).get(suite, {}) for model in arm.members.values()]
+        values = [one[key] for one in measured if key in one]
+        finite = [scale * value for value in values if value is not None]
+        return stat_text(finite, digits) if len(finite) == len(values) else INFINITE
 
     rows = [
         (
@@ -172,11 +174,13 @@ def calibration_table(results: Results) -> Table | None:
         if any(variant.suite in found.get(model, {}) for model in arm.members.values())
     ]
     head = ("network", "suite", "ECE (%) ↓", "RMS (%) ↓", "RMS, as released (%) ↓", "NLL ↓", "Brier ↓")
-    notes = (
+    notes = [
         "ECE: 15 bins of equal width. RMS: bins of 100 pictures; the released code leaves the last of them out. NLL in "
-        "nats; Brier from 0 to 2.",
-    )
-    return Table("calibration", "Calibration", head, tuple(rows), notes, 2) if rows else None
+        "nats; Brier from 0 to 2."
+    ]
+    if any(INFINITE in row for row in rows):
+        notes.append(f"{INFINITE}: the class of a picture had probability 0.")
+    return Table("calibration", "Calibration", head, tuple(rows), tuple(notes), 2) if rows else None
 
 
 def checks_table(results: Results) -> Table | None:

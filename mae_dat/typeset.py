@@ -31,6 +31,7 @@ _LATEX = {
     "†": r"$\dagger$",
     "‡": r"$\ddagger$",
     "±": r"$\pm$",
+    "∞": r"$\infty$",
 }
 _FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 COUNTS = (

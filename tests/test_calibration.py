@@ -99,7 +99,7 @@ def test_sure_answers_have_the_best_and_the_worst_scores() -> None:
     assert found.scores() == {"ece": 0.0, "rms": 0.0, "nll": 0.0, "brier": 0.0}
     found = Confidences(1)
     found.add(torch.tensor([0]), torch.eye(3, dtype=torch.float64)[[0]], torch.tensor([2]))
-    assert found.scores() == {"ece": 1.0, "rms": 1.0, "nll": math.inf, "brier": 2.0}
+    assert found.scores() == {"ece": 1.0, "rms": 1.0, "nll": None, "brier": 2.0}
 
 
 def test_an_image_twice_or_never_and_a_nan_are_errors() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,9 +21,10 @@ from mae_dat.axes import axes_of
 from mae_dat.cells import PortionPictures
 from mae_dat.contenders import View, open_contender
 from mae_dat.identity import module_sha256
-from mae_dat.results import Results
+from mae_dat.results import Results, read_results
 from mae_dat.robustness import evaluate
 from mae_dat.suites import Battery, Choice
+from mae_dat.tables import calibration_table
 from mae_dat.tokenizer import embedded_path
 from mae_dat.typeset import counts_csv
 from mae_dat.weights import write_weights
@@ -186,6 +188,7 @@ def test_a_graph_is_known_by_the_files_beside_it_too(own: Path, tmp_path: Path) 
         assert right(stored, "clean") == right(evaluate({"net": path}, "clean", own, device="cpu"), "clean")
         known += [whole, stored["models"]["net"]["sha256"]]
     assert len(set(known)) == 4
+    assert any("onnxruntime" in one["versions"] for one in stored["measured_under"])
 
 
 def test_a_tokenizer_is_known_by_its_weights(own: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -202,6 +205,46 @@ def test_a_tokenizer_is_known_by_its_weights(own: Path, tmp_path: Path) -> None:
         assert protocol["tokenizer"] == "tok.safetensors"
         keys.add(protocol["tokenizer's sha256"])
     assert len(keys) == len(list((tmp_path / "out" / "cells").iterdir())) == 2
+
+
+# ---- what stands beside a number ----
+
+
+def test_an_infinite_likelihood_is_valid_json_and_no_gap(own: Path, tmp_path: Path) -> None:  # noqa: F811
+    network = Linear()
+    network[2].weight.data *= 1e4
+    found = evaluate(network, "clean", own, size=32, output=tmp_path)
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    for file in (tmp_path / "results.json", *(tmp_path / "cells").iterdir()):
+        json.loads(file.read_text(), parse_constant=refuse)
+    assert read_results(tmp_path / "results.json") == found
+    table = calibration_table(found)
+    assert table is not None
+    assert table.rows[0][5] == "∞"
+    assert "–" not in table.rows[0][5:]
+    assert table.notes[-1] == "∞: the class of a picture had probability 0."
+    assert r"$\infty$" in (tmp_path / "report.tex").read_text()
+
+
+def test_float32_is_exact_whatever_the_process_has_set(own: Path) -> None:  # noqa: F811
+    seen = []
+
+    def network(image: Tensor) -> Tensor:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return brightest(image)
+
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = True
+        evaluate(network, "clean", own, size=32)
+        assert (cudnn.allow_tf32, matmul.allow_tf32) == (True, True)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+    assert seen[-1] == (False, False)
 
 
 def test_the_average_of_an_interrupted_run_is_called_so(own: Path, tmp_path: Path) -> None:  # noqa: F811
