@@ -21,6 +21,7 @@ from mae_dat.axes import (
     suites_of,
 )
 from mae_dat.charts import signed
+from mae_dat.machine import COMMIT
 from mae_dat.published import COLUMNS, published_rows
 from mae_dat.results import Results, Run
 from mae_dat.scores import Stat
@@ -198,9 +199,26 @@ def summary(results: Results) -> list[str]:
 
 
 def measured_on(results: Results) -> list[str]:
-    """Of how many pictures the numbers are, where it is a choice of them."""
+    """Of how many pictures the numbers are, where it is a choice of them, and whether one version measured them all."""
     subset, but = made_subset(results), "" if common_subset(results) else "; clean and conflicting ones on all"
-    return [f"Measured on {subset}{but}."] if subset else []
+    return [*([f"Measured on {subset}{but}."] if subset else []), *mixed_versions(results)]
+
+
+def mixed_versions(results: Results) -> list[str]:
+    """A warning, where numbers that stand side by side were measured under several versions."""
+    under = results.get("measured_under", [])
+    values: dict[str, set[str]] = {}
+    for name, value in (item for one in under for item in one["versions"].items() if item[0] != COMMIT):
+        values.setdefault(name, set()).add(value)
+    mixed = [f"{name} {results['versions'][name]}" for name, several in values.items() if len(several) > 1]
+    if values and not all(one["versions"] for one in under):
+        mixed.append("cells of an older release, which recorded none")
+    if not mixed:
+        return []
+    return [
+        f"Caution: measured under several versions ({'; '.join(mixed)}), which differences may come from. To measure "
+        "all anew, delete the folder cells beside results.json and give the command again."
+    ]
 
 
 def caution(results: Results) -> list[str]:

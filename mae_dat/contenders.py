@@ -58,6 +58,8 @@ class Contender:
     device: torch.device
     identity: dict[str, str] | None = field(default_factory=dict)
     """What its results are stored under beside its facts; None where it cannot be told from another network."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that it needs beside those of `mae_dat.machine`."""
 
     @property
     def size(self) -> Size:
@@ -231,7 +233,7 @@ def _from_onnx(path: Path, name: str, view: View) -> Contender:
         "precision": "fp32",
         "averaged": None,
     }
-    return _probed(network, facts, None, view)
+    return replace(_probed(network, facts, None, view), versions={"onnxruntime": onnxruntime.__version__})
 
 
 # ---- facts ----

@@ -15,18 +15,18 @@ from mae_dat.arms import titles_of, twins
 from mae_dat.attack import image_generator
 from mae_dat.axes import GRADIENTS, common_subset
 from mae_dat.cells import Found, Heard, Portion, Shares, eval_mode, measure
-from mae_dat.comparison import headline_table
+from mae_dat.comparison import headline_table, mixed_versions
 from mae_dat.config import ConfigError, command_line
 from mae_dat.contenders import Contender, View
 from mae_dat.distributed import World, from_main, together
 from mae_dat.examples import write_examples
-from mae_dat.machine import machine, versions
+from mae_dat.machine import machine
 from mae_dat.metrics import Console
 from mae_dat.pixel_attacks import CHECK_PASSES, PIXEL_ATTACKS, attack_checks
 from mae_dat.plan import CHECKED_PICTURES, Entry, Plan, open_plan, print_plan, refuse_normalised, sample
-from mae_dat.results import FORMAT, Results, Training, write_results
+from mae_dat.results import FORMAT, Environment, Results, Training, all_versions, write_results
 from mae_dat.scorecard import write_report
-from mae_dat.stored_cells import StoredCells
+from mae_dat.stored_cells import Kept, StoredCells
 from mae_dat.suites import AGREEMENT, AUTO_ATTACK, Choice
 from mae_dat.tables import precision_text
 from mae_dat.tokenizer.base import exact_float32
@@ -68,9 +68,20 @@ class Setting:
 # ---- measuring ----
 
 
-def hold(plan: Plan, setting: Setting) -> dict[tuple[str, str], Found]:
-    """Measures everything, or takes what is stored: by network and suite."""
-    found: dict[tuple[str, str], Found] = {}
+class Held(Found):
+    """What was found for a network on a suite."""
+
+    versions: dict[str, dict[str, str]]
+    """That each cell was measured under."""
+
+
+AllHeld = dict[tuple[str, str], Held]
+"""By network and suite."""
+
+
+def hold(plan: Plan, setting: Setting) -> AllHeld:
+    """Measures everything, or takes what is stored."""
+    found: AllHeld = {}
     stages = {name: plan.of(name) for name in plan.names} | ({AGREEMENT: plan.agreements} if plan.agreements else {})
     setting.console.plan = {name: _cost(entries) for name, entries in stages.items()}
     for name, entries in stages.items():
@@ -93,7 +104,7 @@ def _cost(entries: Sequence[Entry]) -> float:
     return float(passes)
 
 
-def _measure_group(group: Sequence[Entry], found: dict[tuple[str, str], Found], setting: Setting) -> None:
+def _measure_group(group: Sequence[Entry], found: AllHeld, setting: Setting) -> None:
     suite, world = group[0].suite, setting.world
 
     def keys(at: int) -> dict[str, dict[str, Any] | None]:
@@ -134,33 +145,39 @@ def _measure_group(group: Sequence[Entry], found: dict[tuple[str, str], Found], 
             world=world,
             progress=progress,
         )
+        versions = {entry.contender.name: entry.versions for entry in group}
         for portion, new in measured:
-            from_main(functools.partial(_store, setting.store, keys(suite.portions.index(portion)), new))
-            for name, one in new.items():
+            kept = {name: Kept(one, versions[name]) for name, one in new.items()}
+            from_main(functools.partial(_store, setting.store, keys(suite.portions.index(portion)), kept))
+            for name, one in kept.items():
                 _add(found, name, suite.name, one)
 
 
-def _store(store: StoredCells, keys: Mapping[str, dict[str, Any] | None], new: Mapping[str, Found]) -> None:
+def _store(store: StoredCells, keys: Mapping[str, dict[str, Any] | None], new: Mapping[str, Kept]) -> None:
     for name, one in new.items():
         store.write(keys[name], one)
 
 
-def _add(found: dict[tuple[str, str], Found], network: str, suite: str, new: Found) -> None:
-    own = found.setdefault((network, suite), {"counts": {}, "calibration": {}})
-    own["counts"] |= new["counts"]
-    own["calibration"] |= new["calibration"]
+def _add(found: AllHeld, network: str, suite: str, new: Kept) -> None:
+    own = found.setdefault((network, suite), {"counts": {}, "calibration": {}, "versions": {}})
+    own["counts"] |= new.found["counts"]
+    own["calibration"] |= new.found["calibration"]
+    own["versions"] |= dict.fromkeys(new.found["counts"], new.versions)
 
 
 # ---- after ----
 
 
-def check_attacks(plan: Plan, found: Mapping[tuple[str, str], Found], setting: Setting) -> dict[str, dict[str, Any]]:
-    """Whether the attacks can be believed, by network and attack. Every rank asks: a waiting one would seem to hang."""
+def check_attacks(plan: Plan, found: AllHeld, setting: Setting) -> dict[str, dict[str, Any]]:
+    """Whether the attacks can be believed, by network and attack; `found` learns under which versions that was seen.
+    Every rank asks: a waiting one would seem to hang."""
     checks: dict[str, dict[str, Any]] = {}
     for contender in plan.contenders:
         own = {entry.suite.name: entry for entry in plan.entries if entry.contender is contender}
         if attacked := [own[name] for name in (*PIXEL_ATTACKS, AUTO_ATTACK) if name in own]:
-            checks.setdefault(contender.name, {})[GRADIENTS] = _gradient_checks(attacked[0], setting)
+            seen = _gradient_checks(attacked[0], setting)
+            checks.setdefault(contender.name, {})[GRADIENTS] = seen.found
+            found[contender.name, GRADIENTS] = {"counts": {}, "calibration": {}, "versions": {"": seen.versions}}
         curves = [found[contender.name, name]["counts"] for name in ("words-symbolic", "words-random") if name in own]
         if len(curves) == 2:
             symbolic, random = ([count["correct"] for count in curve.values()] for curve in curves)
@@ -171,12 +188,12 @@ def check_attacks(plan: Plan, found: Mapping[tuple[str, str], Found], setting: S
     return checks
 
 
-def _gradient_checks(entry: Entry, setting: Setting) -> list[dict[str, Any]]:
+def _gradient_checks(entry: Entry, setting: Setting) -> Kept:
     contender, portion = entry.contender, entry.suite.portions[0]
     key = entry.key(portion, entry.suite.prints[0])
     key = key and {**key, "cells": f"checks on {CHECKED_PICTURES} pictures"}
-    found: list[dict[str, Any]] | None = from_main(lambda: setting.store.read(key))
-    if found is None:
+    kept = from_main(lambda: setting.store.read(key))
+    if kept is None:
         image, label = sample(portion, contender)
         generators = [image_generator(0, index) for index in range(len(image))]
         title = f"do gradients lead an attack on {contender.name}?"
@@ -188,14 +205,26 @@ def _gradient_checks(entry: Entry, setting: Setting) -> list[dict[str, Any]]:
 
             network = Heard(contender.network, hear)
             found = [check._asdict() for check in attack_checks(network, image, label, generators)]
-        from_main(lambda: setting.store.write(key, found))
-    return found
+        kept = Kept(found, entry.versions)
+        from_main(functools.partial(setting.store.write, key, kept))
+    return kept
 
 
-def assemble(
-    plan: Plan, found: Mapping[tuple[str, str], Found], checks: dict[str, dict[str, Any]], title: str, seconds: float
-) -> Results:
+def environments(found: AllHeld) -> list[Environment]:
+    """Which cells were measured under which versions."""
+    every: list[Environment] = []
+    for (network, suite), own in found.items():
+        for cell, told in own["versions"].items():
+            same = (one for one in every if one["versions"] == told)
+            if (under := next(same, None)) is None:
+                every.append(under := Environment(versions=told, cells={}))
+            under["cells"].setdefault(network, {}).setdefault(suite, []).append(cell)
+    return every
+
+
+def assemble(plan: Plan, found: AllHeld, checks: dict[str, dict[str, Any]], title: str, seconds: float) -> Results:
     """The results, by network in the order of the command line and suite."""
+    under = environments(found)
     results: Results = {
         "format": FORMAT,
         "title": title,
@@ -203,7 +232,8 @@ def assemble(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
         "machine": machine(),
-        "versions": versions(),
+        "versions": all_versions(under),
+        "measured_under": under,
         "models": {one.name: one.facts for one in plan.contenders},
         "suites": {one.name: {} for one in plan.contenders},
         "cells": {one.name: {} for one in plan.contenders},
@@ -249,6 +279,8 @@ def examine(
     every = together(lambda: check_attacks(plan, found, setting))
     checks = from_main(lambda: every)
     results = assemble(plan, found, checks, title, (datetime.datetime.now() - start).total_seconds())
+    for warning in mixed_versions(results):
+        logger.warning(warning)
     if training:
         results["training"] = training
     if folder:

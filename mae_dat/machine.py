@@ -7,12 +7,21 @@ from pathlib import Path
 
 import torch
 
+from mae_dat.provenance import code_facts, told
+
+COMMIT = "mae_dat's code"  # among the versions; equal sources compute the same, whatever their commit
 PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
 
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def own_versions() -> dict[str, str]:
+    """Of this package: its release with a hash of its sources, and its commit."""
+    facts = code_facts()
+    return {"mae_dat": f"{version('mae_dat')}, sources {facts['sha256'][:12]}", COMMIT: told(facts)}
 
 
 def version(package: str) -> str:

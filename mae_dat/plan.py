@@ -12,6 +12,7 @@ from mae_dat.benchmark_sets import BENCHMARKS
 from mae_dat.cells import Portion, eval_mode
 from mae_dat.config import ConfigError
 from mae_dat.contenders import Contender
+from mae_dat.machine import own_versions, version, versions
 from mae_dat.pixel_attacks import require_pixel_model
 from mae_dat.suite import Suite
 from mae_dat.suites import CLEAN, NEED_GRADIENTS, Battery, Choice
@@ -27,6 +28,12 @@ class Entry:
 
     contender: Contender
     suite: Suite
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what measures it now."""
+        packages = {name: version(name) for name in self.suite.packages}
+        return {**own_versions(), **versions(), **packages, **self.contender.versions}
 
     def key(self, portion: Portion, fingerprint: str) -> dict[str, Any] | None:
         """What a portion's numbers are stored under; None where the network cannot be told from another."""

@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -106,6 +107,15 @@ class Training(TypedDict):
     galleries: list[Gallery]
 
 
+class Environment(TypedDict):
+    """What was measured under some versions."""
+
+    versions: dict[str, str]
+    """Empty where an older release, which did not record them, stored the counts."""
+    cells: dict[str, dict[str, list[str]]]
+    """By model and suite."""
+
+
 class Results(TypedDict):
     """Everything that an evaluation found."""
 
@@ -117,6 +127,9 @@ class Results(TypedDict):
     seconds: float
     machine: dict[str, str]
     versions: dict[str, str]
+    """All that any number was measured under."""
+    measured_under: NotRequired[list[Environment]]
+    """Which number under which versions: stored ones may be of others than the run that wrote these results."""
     models: dict[str, Contender]
     """By the name that cells use, in the order of the command line."""
     suites: dict[str, dict[str, Suite]]
@@ -136,6 +149,14 @@ class Results(TypedDict):
     examples: list[dict[str, Any]]
     """Pictures on which the models differ: file (PNG beside results.json), suite, cell, label, answers by model."""
     training: NotRequired[Training]
+
+
+def all_versions(under: Sequence[Environment]) -> dict[str, str]:
+    """The versions of each package that occur, and whether there are cells without any."""
+    every = [one["versions"] for one in under]
+    names = dict.fromkeys(name for one in every for name in one)
+    found = {name: " and ".join(dict.fromkeys(one[name] for one in every if name in one)) for name in names}
+    return found if all(every) else {**found, "of some cells": "not recorded by an older release"}
 
 
 def write_results(results: Results, path: Path) -> None:

@@ -2,7 +2,7 @@
 goes on where it stopped.
 
 A file's name is the hash of all that its numbers depend on: weights, protocol, pictures. What changes is measured anew,
-and what was measured before stays.
+and what was measured before stays; also after an update, so that the versions stand in the file.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mae_dat.files import atomic_write
 
@@ -18,6 +18,13 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Of how cells are measured: raise it where a change would give other counts."""
+
+
+class Kept(NamedTuple):
+    """What was found, and under which versions of what measures; none where an older release did not write them."""
+
+    found: Any
+    versions: dict[str, str]
 
 
 class StoredCells:
@@ -28,23 +35,24 @@ class StoredCells:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, key: Mapping[str, Any] | None) -> Any:
+    def read(self, key: Mapping[str, Any] | None) -> Kept | None:
         """What is stored under a key; None if nothing is. A damaged file is named in the log and measured anew."""
         path = self._path(key)
         if path is None or not path.is_file():
             return None
         try:
-            return json.loads(path.read_text(), parse_constant=lambda infinity: None)["found"]  # of older releases
+            content = json.loads(path.read_text(), parse_constant=lambda infinity: None)  # of older releases
+            return Kept(content["found"], content.get("versions", {}))
         except (OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is damaged (%s): measured anew.", path, error)
             return None
 
-    def write(self, key: Mapping[str, Any] | None, found: Any) -> None:
+    def write(self, key: Mapping[str, Any] | None, kept: Kept) -> None:
         """Stores what was found. Raises StorageError."""
         path = self._path(key)
         if path:
             with atomic_write(path) as file:
-                file.write(json.dumps({"key": key, "found": found}, indent=1).encode() + b"\n")
+                file.write(json.dumps({"key": key, **kept._asdict()}, indent=1).encode() + b"\n")
 
     def _path(self, key: Mapping[str, Any] | None) -> Path | None:
         if self.folder is None or key is None:

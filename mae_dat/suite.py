@@ -19,6 +19,8 @@ class Suite:
     official: bool
     made: dict[str, str] = dataclasses.field(default_factory=dict)
     """What was done to the pictures: part of the protocol."""
+    packages: tuple[str, ...] = ()
+    """That it needs beside those of `mae_dat.machine`."""
 
     @property
     def preprocessing(self) -> str:

@@ -232,7 +232,8 @@ class Battery:
             made["attack"] = settings if name == AUTO_ATTACK else str(PIXEL_ATTACKS[name])
             made["seed"] = str(self.choice.seed)
             portion = Portion(_named(clean, name), adversary=adversary, precise=True, batched=name == AUTO_ATTACK)
-        return Suite(name, TITLES.get(name, name), (portion,), official=True, made=made)
+        needed = ("torchattacks",) if name == AUTO_ATTACK else ()
+        return Suite(name, TITLES.get(name, name), (portion,), official=True, made=made, packages=needed)
 
     def agreement(self, measured: Suite) -> Suite:
         """How often a network in bfloat16 answers as in float32, on pictures of a suite of stored ones."""
@@ -255,7 +256,8 @@ class Battery:
         )
         made = {"corruptions": corrupting.SOURCE, "stored as": f"JPEG {corrupting.STORED_QUALITY}"}
         made |= {"seed": str(self.choice.seed), **numbered}
-        return Suite(GENERATED, "Generated corruptions", portions, official=False, made=made)
+        needed = ("imagecorruptions-imaug",)  # photographs of frost
+        return Suite(GENERATED, "Generated corruptions", portions, official=False, made=made, packages=needed)
 
     def _pixel_attack(self, attack: PixelAttack) -> Adversary:
         def adversary(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:

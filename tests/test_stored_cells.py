@@ -17,10 +17,13 @@ from test_robustness import Linear, draw, imagenet, own, write_onnx  # noqa: F40
 from tiny_runs import draw_folder, finetune_in
 from torch import Tensor, nn
 
+from mae_dat import provenance
 from mae_dat.axes import axes_of
 from mae_dat.cells import PortionPictures
+from mae_dat.comparison import mixed_versions, summary
 from mae_dat.contenders import View, open_contender
 from mae_dat.identity import module_sha256
+from mae_dat.machine import COMMIT
 from mae_dat.results import Results, read_results
 from mae_dat.robustness import evaluate
 from mae_dat.suites import Battery, Choice
@@ -208,6 +211,55 @@ def test_a_tokenizer_is_known_by_its_weights(own: Path, tmp_path: Path) -> None:
 
 
 # ---- what stands beside a number ----
+
+
+def test_a_report_tells_every_version_that_measured_it(
+    own: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options: dict[str, Any] = {"size": 32, "limit": 2, "output": tmp_path}
+    first = evaluate(Linear(), ("clean", "pgd-5-1/255"), own, **options)
+    (under,) = first["measured_under"]
+    assert under["cells"] == {"Linear": {"clean": [""], "pgd-5-1/255": [""], "gradient attacks": [""]}}
+    assert under["versions"] == first["versions"]
+    assert first["versions"]["mae_dat"].endswith(provenance.code_facts()["sha256"][:12])
+    assert not [one for one in summary(first) if "versions" in one]
+    elsewhere = {"commit": "f" * 40, "dirty": False, "sha256": provenance.code_facts()["sha256"]}
+    monkeypatch.setattr("mae_dat.machine.code_facts", lambda: elsewhere)
+    again = evaluate(Linear(), ("clean", "generated"), own, **options)
+    assert "f" * 40 in again["versions"][COMMIT]
+    assert mixed_versions(again) == [], "another commit of the same sources"
+    monkeypatch.setattr("mae_dat.machine.code_facts", lambda: {**elsewhere, "sha256": "0" * 64})
+    mixed = evaluate(Linear(), ("clean", "generated", "fgsm-1/255"), own, **options)
+    assert mixed["cells"]["Linear"]["generated"] == again["cells"]["Linear"]["generated"]
+    old, new = mixed["versions"]["mae_dat"].split(" and ")
+    assert old in first["versions"]["mae_dat"]
+    assert new.endswith("0" * 12)
+    told = " ".join(summary(mixed))
+    assert "measured under several versions (mae_dat 0.1.0, sources" in told
+    assert "delete the folder cells" in told
+    assert "measured under several versions" in caplog.text
+    anew = [one["cells"]["Linear"] for one in mixed["measured_under"] if one["versions"]["mae_dat"] == new]
+    assert anew == [{"fgsm-1/255": [""], "gradient attacks": [""]}]
+    assert "imagecorruptions-imaug" in mixed["versions"]
+    shutil.rmtree(tmp_path / "cells")
+    assert mixed_versions(evaluate(Linear(), "clean", own, **options)) == []
+
+
+def test_cells_of_an_older_release_are_taken_and_told(own: Path, tmp_path: Path) -> None:  # noqa: F811
+    first = evaluate(Linear(), "clean", own, size=32, output=tmp_path)
+    (cell,) = (tmp_path / "cells").iterdir()
+    content = json.loads(cell.read_text())
+    del content["versions"]
+    content["found"]["calibration"]["nll"] = float("inf")
+    cell.write_text(json.dumps(content))
+    found = evaluate(Linear(), ("clean", "fgsm-1/255"), own, size=32, output=tmp_path)
+    assert found["cells"]["Linear"]["clean"] == first["cells"]["Linear"]["clean"]
+    assert found["versions"]["of some cells"] == "not recorded by an older release"
+    assert "cells of an older release" in " ".join(mixed_versions(found))
+    assert found["calibration"]["Linear"]["clean"]["nll"] is None
 
 
 def test_an_infinite_likelihood_is_valid_json_and_no_gap(own: Path, tmp_path: Path) -> None:  # noqa: F811
