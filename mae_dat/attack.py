@@ -8,6 +8,8 @@ decoder. An attack leaves no trace: no parameter gradient, no training flag chan
 """
 
 import hashlib
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -15,11 +17,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mae_dat.config import AttackConfig
+from mae_dat.config import PUBLISHED_EPS, AttackConfig
+from mae_dat.errors import ConfigError
 from mae_dat.symbolic import nearest_codes, symbolic_words
 from mae_dat.tokenizer.base import VisualTokenizer, share_changed
 
 __all__ = ["AttackConfig", "DiscreteAdversary", "ShareController", "discrete_adversary", "random_words"]
+
+logger = logging.getLogger(__name__)
 
 LossOf = Callable[[Tensor], Tensor]
 
@@ -79,9 +84,14 @@ def discrete_adversary(
     `loss_of` maps an image to the mean loss of the batch, a scalar, and closes over targets, mask or boxes. `generator`
     lives on the image's device. `released` takes a `gradient` that is known already, dL/dimage, for its own; the
     image's `words`, where they are known, save all but `released` at the image an encoding. Raises ConfigError when the
-    size does not fit the tokenizer, and ValueError when pixels leave [0, 1] by more than 1e-6: that `check` waits for
-    the image.
+    size does not fit the tokenizer or only a share is given where eps is the strength, and ValueError when pixels leave
+    [0, 1] by more than 1e-6: that `check` waits for the image.
     """
+    if math.isnan(config.eps):
+        raise ConfigError(
+            f"one attack by `{config.kind}` has the strength eps, and AttackConfig(share={config.share}) gives none: "
+            "WithDAT finds and holds it, and so do ShareController's find and apply; or give eps."
+        )
     if check:
         require_pixels(image)
     image = image.detach().float()
@@ -243,33 +253,46 @@ class ShareController:
     GAIN, FAST_GAIN = 0.05, 0.5
     SMOOTHING = 0.9
     LARGEST = 1e12  # without any gradient no strength is enough: infinity times zero would end as NaN pixels
+    DOUBLINGS, LEAPS, BISECTIONS = 12, 7, 6  # by 1.1e12 in all; a leap of 16 is bisected to 1.04
 
     def __init__(self, config: AttackConfig) -> None:
         assert config.share is not None
         self.target = config.share
-        self.eps = config.eps
+        self.eps = PUBLISHED_EPS if math.isnan(config.eps) else config.eps
         self.average: float | None = None
 
     def apply(self, config: AttackConfig) -> AttackConfig:
         """The attack with the strength of now."""
         return replace(config, eps=self.eps)
 
-    def find(self, share_at: Callable[[float], float], tries: int = 12) -> None:
-        """Searches eps on a first batch: doubles or halves until the target is bracketed, then bisects in log eps."""
-        low = high = self.eps
-        share = share_at(self.eps)
-        for _ in range(tries):
-            if share < self.target:
-                low, high = high, high * 2
-                share = share_at(high)
-                if share >= self.target:
-                    break
-            else:
-                low, high = low / 2, low
-                share = share_at(low)
-                if share < self.target:
-                    break
-        for _ in range(tries // 2):
+    def find(self, share_at: Callable[[float], float]) -> None:
+        """Searches eps on a first batch: goes up or down until the target is bracketed, then bisects in log eps.
+
+        Out of reach, it warns, and eps is the smallest of those that come nearest.
+        """
+        tried = {self.eps: share_at(self.eps)}
+        up = tried[self.eps] < self.target
+        last = self.eps
+        for factor in (2.0,) * self.DOUBLINGS + (16.0,) * self.LEAPS:
+            last, before = last * factor if up else last / factor, last
+            tried[last] = share_at(last)
+            if (tried[last] < self.target) != up:
+                break
+        else:
+            self.eps = min(tried, key=lambda eps: (abs(tried[eps] - self.target), eps))
+            logger.warning(
+                "no strength from eps %.3g to %.3g changes %.1f %% of the words; eps %.3g comes nearest, with %.2f %%. "
+                "A loss without gradient, as of a network that is still constant, is followed once it has one; "
+                "otherwise give another --dat_share.",
+                min(tried),
+                max(tried),
+                100 * self.target,
+                self.eps,
+                100 * tried[self.eps],
+            )
+            return
+        low, high = sorted((before, last))
+        for _ in range(self.BISECTIONS):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if share_at(middle) < self.target else (low, middle)
         self.eps = (low * high) ** 0.5

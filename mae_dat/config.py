@@ -12,6 +12,7 @@ import functools
 import io
 import itertools
 import logging
+import math
 import os
 import shlex
 import sys
@@ -36,12 +37,13 @@ class AttackConfig:
     """A discrete adversary (Mao et al. 2022): which one, and how strong."""
 
     kind: Literal["released", "paper", "symbolic", "random", "reconstruction"] = "released"
-    eps: float = 0.1
+    eps: float = math.nan
     """`released`: radius of the L2 ball per image, pixels in [0, 1], and size of the step. `paper`: alpha, the factor
-    of the gradient."""
+    of the gradient. Where none is given: 0.1; with a share, nan, which is to be found."""
     share: float | None = None
-    """Target share of changed words in (0, 1), held by adjusting eps. `symbolic`, `random`: the share of words
-    replaced (0.05 if None)."""
+    """`symbolic`, `random`: the share of words replaced (0.05 if None). `released`, `paper`: the share of changed words
+    in (0, 1) that a `ShareController` (WithDAT has one) holds from batch to batch by adjusting eps; a single attack
+    changes what its eps changes."""
     random_start: float = 0.8
     """`released`: probability, drawn once per batch and rank, of starting from a random point of the ball."""
     steps: int = 1
@@ -58,6 +60,8 @@ class AttackConfig:
     """Epochs in which the strength grows from 0: `scaled(ramp(epoch))`."""
 
     def __post_init__(self) -> None:
+        if math.isnan(self.eps) and (self.share is None or not self.moves_pixels):
+            object.__setattr__(self, "eps", PUBLISHED_EPS)
         if self.kind not in ATTACKS:
             raise ConfigError(f"unknown attack {self.kind!r}: {nearest(self.kind, ATTACKS)}")
         if self.share is not None and not 0 < self.share < 1:

@@ -371,6 +371,35 @@ def test_find_reaches_the_target_on_the_embedded_tokenizer() -> None:
     assert share_at(controller.eps) == pytest.approx(target, rel=0.25)
 
 
+def test_a_strength_far_from_the_first_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    for far in (1e7, 1e-7):
+        controller = ShareController(AttackConfig(share=0.05))
+
+        def share_at(eps: float, far: float = far) -> float:
+            return eps / (eps + 19 * far)
+
+        controller.find(share_at)
+        assert controller.eps == pytest.approx(far, rel=0.05)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("most", "nearest"), [(0.0, 0.1), (0.02, 0.4)])
+def test_a_share_out_of_reach_is_warned_about(most: float, nearest: float, caplog: pytest.LogCaptureFixture) -> None:
+    controller = ShareController(AttackConfig("paper", share=0.05))
+    controller.find(lambda eps: min(most, eps / 20))
+    assert controller.eps == pytest.approx(nearest), "the smallest of those that come nearest"
+    assert "changes 5.0 % of the words" in caplog.text
+    assert f"with {100 * most:.2f} %" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["released", "paper"])
+def test_one_attack_refuses_a_share_that_it_cannot_hold(kind: str) -> None:
+    config = AttackConfig(kind, share=0.05)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="WithDAT finds and holds it"):
+        discrete_adversary(torch.rand(1, 3, 8, 8), lambda x: x.sum(), Mosaic(), config, generator())
+    assert ShareController(config).apply(config).eps == AttackConfig(kind).eps == 0.1  # type: ignore[arg-type]
+
+
 def test_observe_holds_the_share_of_a_network_that_hardens() -> None:
     controller = ShareController(AttackConfig(eps=1.0, share=0.05))
     noise = torch.rand(600, generator=generator()) * 0.4 + 0.8
