@@ -418,7 +418,7 @@ class AugmentConfig:
     """Probability of random erasing."""
     remode: str = "pixel"
     """const, rand or pixel, filled inside [0, 1]; pixel_raw writes N(0, 1) into the pixels as DAT's released code
-    did."""
+    did: neither for --dat nor for --at."""
     recount: int = 1
     resplit: bool = False
     mixup: float = 0.0
@@ -495,6 +495,11 @@ def check_views(config: FinetuneConfig) -> None:
     given = [f"--at {own.at}"] * (own.at != "none") + [f"--dat {config.dat.dat}"] * (attack is not None)
     if len(given) == 2:
         raise ConfigError(f"{' and '.join(given)}: give one of them, one adversary at a time.")
+    if given and augment.remode == "pixel_raw" and augment.reprob > 0:
+        raise ConfigError(
+            f"{given[0]} takes pixels in [0, 1], and --remode pixel_raw erases with N(0, 1): give --remode pixel, or "
+            "--reprob 0."
+        )
     for flag in [f"--dat_jsd {own.dat_jsd:g}"] * (own.dat_jsd > 0) + ["--split_norms"] * own.split_norms:
         if attack is None:
             raise ConfigError(f"{flag} is a form of --dat: give --dat, or leave it out.")

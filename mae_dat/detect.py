@@ -27,6 +27,7 @@ from mae_dat.config import (
     LaunchConfig,
     OptimConfig,
     RunConfig,
+    check_parts,
     load_config,
     run_command,
 )
@@ -112,6 +113,9 @@ class DetectConfig:
     dat: DatConfig = field(default_factory=DatConfig)
     measure: MeasureConfig = MeasureConfig()
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        check_parts(self.dat, self.launch)
 
 
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:

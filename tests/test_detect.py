@@ -70,6 +70,11 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def test_what_fine_tuning_refuses_is_refused_here() -> None:
+    with pytest.raises(ConfigError, match="--dat_free does not go with --fsdp"):
+        load_config(DetectConfig, ["--dat", "--dat_free", "--fsdp"])
+
+
 def config_for(folder: Path, output: Path, *flags: str) -> DetectConfig:
     given = [*TINY, "--data_path", str(folder), "--output_dir", str(output), *flags]
     return load_config(DetectConfig, given)
