@@ -28,7 +28,7 @@ from mae_dat.parallel import whole
 from mae_dat.pictures import adversary_gallery
 from mae_dat.pixel_attacks import PixelAttack
 from mae_dat.sources import image_root, open_images
-from mae_dat.split_norms import main_norms, split_norms
+from mae_dat.split_norms import auxiliary_norms, main_norms, split_norms
 from mae_dat.training import Training
 from mae_dat.transforms import eval_transform, finetune_transform
 
@@ -210,8 +210,8 @@ def facts_of(config: FinetuneConfig, images: ImageSet, training: Training) -> di
 def draw(
     training: Training, objective: Objective, samples: list[Any], config: FinetuneConfig, where: run.Place
 ) -> dict[str, Tensor]:
-    """The adversary against the network as it is, on the same held-out pictures after every epoch; without DAT
-    nothing."""
+    """The adversary against the network as it is, on the same held-out pictures after every epoch, through
+    the norms of adversarial views where there are any; without DAT nothing."""
     if not (isinstance(objective, WithDAT) and objective.ready):
         return {}
     image: Tensor = torch.stack([sample["image"] for sample in samples]).to(where.device)
@@ -219,7 +219,8 @@ def draw(
     target = torch.nn.functional.one_hot(label, objective.objective.num_classes).float()  # type: ignore[attr-defined]
     generator = step_generator(config.run.seed, 0, 0, where.device)
     training.model.eval()
-    found = objective.adversary(training.model, image, target, generator)
+    with auxiliary_norms(training.model):
+        found = objective.adversary(training.model, image, target, generator)
     return {"adversary": adversary_gallery(image, found)}
 
 

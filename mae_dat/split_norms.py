@@ -7,15 +7,27 @@ its own, under the key `auxiliary`. What is evaluated and exported are the norms
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from timm.layers import RmsNorm
+import timm.layers
 from torch import Tensor, nn
 
 from mae_dat.errors import ConfigError
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RmsNorm)
+logger = logging.getLogger(__name__)
+
+_TIMMS = (
+    *("RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32"),
+    *("SimpleNorm", "SimpleNormFp32", "SimpleNorm2d", "SimpleNorm2dFp32"),
+    *("EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2", "EvoNorm2dS0", "EvoNorm2dS1", "EvoNorm2dS2"),
+    *("FilterResponseNormTlu2d", "FilterResponseNormAct2d"),
+)  # timm's own, which derive from none of torch's; older ones lack some
+NORMS: tuple[type[nn.Module], ...] = (
+    *(nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(getattr(timm.layers, name) for name in _TIMMS if hasattr(timm.layers, name)),
+)
 AUXILIARY = "auxiliary"
 
 
@@ -34,11 +46,19 @@ class SplitNorm(nn.Module):
 def split_norms(model: nn.Module) -> None:
     """Gives each norm an auxiliary copy of itself, as it is now; in place. Build optimizer and averages afterwards.
 
-    Raises ConfigError for a network without any.
+    Raises ConfigError for a network without any, and warns of parts with weights that are norms by their name alone:
+    both views share those.
     """
     norms = [part for part in model.modules() if isinstance(part, NORMS)]
     if not norms:
         raise ConfigError("this network has no norms to split: leave out --split_norms, and --at advprop.")
+    shared = {
+        type(part).__name__
+        for part in model.modules()
+        if "Norm" in type(part).__name__ and not isinstance(part, NORMS) and [*part.parameters(recurse=False)]
+    }
+    if shared:
+        logger.warning("not split, and so shared by clean and adversarial views: %s.", ", ".join(sorted(shared)))
     for norm in norms:
         norm.add_module(AUXILIARY, copy.deepcopy(norm))
         kind = type(norm)

@@ -8,6 +8,7 @@ import timm
 import torch
 from ranks import exit_codes, start_ranks
 from test_dat_modes import CLASSES, CountedTokenizer, batch_of, generator, gradients, labels
+from timm.layers.grn import GlobalResponseNorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,15 +16,19 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_dat.adversarial import WithPixelAdversary
 from mae_dat.attack import AttackConfig
 from mae_dat.classifier import build_classifier
+from mae_dat.config import FinetuneConfig
 from mae_dat.data import Batch
 from mae_dat.distributed import World, process_group
 from mae_dat.errors import ConfigError
+from mae_dat.finetune import draw
 from mae_dat.loading import load_weights
 from mae_dat.objectives import Objective, WithDAT
 from mae_dat.parallel import accumulating, update_average
 from mae_dat.pixel_attacks import PixelAttack
+from mae_dat.run import Place
 from mae_dat.split_norms import NORMS, SplitNorm, auxiliary_norms, main_norms, split_norms
 from mae_dat.tokenizer import LightConfig, LightTokenizer
+from mae_dat.training import Training
 
 tokenizer = pytest.fixture(lambda: light_tokenizer())
 ATTACK = PixelAttack(0.1, 0.05, 2, random_start=True)
@@ -81,6 +86,54 @@ def test_a_split_network_is_the_network_that_it_was(name: str) -> None:
         assert not torch.allclose(net(image), expected, atol=1e-3)
     assert torch.equal(net(image), expected)
     load_weights(build_classifier(name, CLASSES, 32), {**net.net.state_dict()})  # a checkpoint holds both
+
+
+TIMMS = (
+    *("RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32", "RmsNormAct2d", "LayerNorm2dFp32", "GroupNorm1"),
+    *("SimpleNorm", "SimpleNorm2d", "SimpleNormFp32", "SimpleNorm2dFp32", "EvoNorm2dB0", "EvoNorm2dS0a"),
+    *("EvoNorm2dS1", "FilterResponseNormAct2d", "FilterResponseNormTlu2d"),
+)
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_every_norm_of_timm_is_split(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """In a network that has another one too: in part would be silent."""
+    if not hasattr(timm.layers, name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    own = getattr(timm.layers, name)(32)
+    flat = name in ("SimpleNorm", "SimpleNormFp32", "RmsNorm", "RmsNormFp32")
+    image = torch.rand(2, 3, 32) if flat else torch.rand(2, 32, 4, 4)
+    net = nn.ModuleList([nn.BatchNorm2d(3), own]).eval()
+    expected = own(image)
+    split_norms(net)
+    assert all(isinstance(part, SplitNorm) for part in net)
+    assert not caplog.records
+    for value in own.auxiliary.parameters():
+        value.data += 0.5
+    assert torch.equal(own(image), expected)
+    with auxiliary_norms(net):
+        assert not torch.allclose(own(image), expected, atol=1e-3)
+
+
+def test_a_norm_by_its_name_alone_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    split_norms(nn.ModuleList([nn.LayerNorm(4), GlobalResponseNorm(4)]))
+    assert "not split, and so shared by clean and adversarial views: GlobalResponseNorm" in caplog.text
+
+
+def test_the_adversary_that_is_drawn_is_the_one_that_is_trained_on(tokenizer: CountedTokenizer) -> None:
+    """After an epoch, too, it attacks the auxiliary norms."""
+    net, batch = split(conv_net()), batch_of(4)
+    objective = WithDAT(labels(), tokenizer, AttackConfig(eps=3.0))
+    training = Training(net, torch.optim.SGD(net.parameters(), 0.1), objective)
+    passed: list[bool] = []
+    for norm in splits(net):
+        norm.register_forward_pre_hook(lambda one, _: passed.append(one.routed))  # type: ignore[func-returns-value]
+    samples = [{"image": batch["image"][row], "label": int(batch["label"][row])} for row in range(4)]
+    where = Place(World(), torch.device("cpu"), None, Path())
+    assert draw(training, objective, samples, FinetuneConfig(), where)["adversary"].ndim == 3
+    assert passed
+    assert all(passed)
+    assert not any(norm.routed for norm in splits(net))
 
 
 def test_the_way_back_is_found_after_an_error() -> None:
