@@ -4,12 +4,15 @@
 For each network, its own discrete and pixel adversaries on held-out pictures: how far the statistics inside the network
 are from the clean pictures' (Fig. 2), how far its features, and what the perturbations look like (Fig. 3). Beside the
 pixel attack at its usual strength stands one whose change is as long as the discrete one's, and noise of that length:
-otherwise strengths would be compared, not kinds. Writes analysis.json, analysis.html and figures/*.png.
+otherwise strengths would be compared, not kinds. Most of that length is the tokenizer's error, so there is also a pixel
+attack that starts from Q(x) and goes as far from it as the discrete one. Writes analysis.json, analysis.html and
+figures/*.png.
 """
 
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae_dat import run
-from mae_dat.attack import image_generator, unit
+from mae_dat.attack import image_generator, reconstruct, unit
 from mae_dat.classifier import Classifier
 from mae_dat.config import AttackConfig, AugmentConfig, ConfigError, command_line, load_config, nearest, run_command
 from mae_dat.contenders import Contender, View, open_contenders
@@ -33,6 +36,7 @@ from mae_dat.distributions import (
     power_spectrum,
     watching,
 )
+from mae_dat.errors import DataError
 from mae_dat.explanation import CLEAN, TITLES, write_page
 from mae_dat.files import atomic_write, prepare_output_folder
 from mae_dat.loaders import batch_loader
@@ -47,7 +51,9 @@ logger = logging.getLogger(__name__)
 
 VIEWS = tuple(view for view in TITLES if view != CLEAN)
 HALVES = ("even", "odd")  # of the clean pictures, which tell how far apart two samples of the same kind are
+FEWEST = 4  # two in each half: the variance of one value is 0, and nothing correlates with that
 DISCRETE = ("reconstruction", "random", "released", "symbolic")
+MATCHED = ("pixel_length", "noise_length", "pixel_decoded")
 SPECTRUM_BINS = 16
 SHOWN = 4  # pictures in the gallery of perturbations
 
@@ -69,7 +75,8 @@ class AnalysisConfig:
     limit: int | None = 256
     """Pictures, evenly spread (None: all)."""
     views: tuple[str, ...] = VIEWS
-    """Of the pictures: reconstruction, random, released, symbolic, pixel, pixel_length, noise_length."""
+    """Of the pictures: reconstruction, random, released, symbolic, pixel, pixel_length, noise_length,
+    pixel_decoded."""
     share: float = 0.05
     """Of the words that the discrete adversaries change."""
     pixel_eps: float = 4 / 255
@@ -85,10 +92,10 @@ class AnalysisConfig:
         for view in self.views:
             if view not in VIEWS:
                 raise ConfigError(f"--views: unknown view {view!r}: {nearest(view, VIEWS)}")
-        if {"pixel_length", "noise_length"} & set(self.views) and "released" not in self.views:
-            raise ConfigError("--views pixel_length and noise_length need released, whose length they take.")
-        if self.limit is not None and self.limit < 2:
-            raise ConfigError(f"--limit must be at least 2, got {self.limit}.")
+        if set(MATCHED) & set(self.views) and "released" not in self.views:
+            raise ConfigError(f"--views {', '.join(MATCHED)} need released, whose length they take.")
+        if self.limit is not None and self.limit < FEWEST:
+            raise ConfigError(f"--limit must be at least {FEWEST}, got {self.limit}.")
 
 
 class Seen(NamedTuple):
@@ -104,11 +111,13 @@ def analyse(
     contender: Contender, images: ImageSet, config: AnalysisConfig, console: Console
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One network's views in numbers (see `told`), and the first pictures of each. Raises ConfigError for a network
-    that is no `Classifier` or has no layer to look at."""
+    that is no `Classifier` or has no layer to look at, DataError for fewer than 4 pictures."""
     network = contender.network
     if not isinstance(network, Classifier):
         raise ConfigError(f"{contender.name} is {contender.facts['architecture']}: its layers cannot be looked into.")
     layers, count = norm_layers(network), min(config.limit or len(images), len(images))
+    if count < FEWEST:
+        raise DataError(f"{images.root} has {count} pictures: statistics of two halves take at least {FEWEST}.")
     seen = {
         view: Seen({name: Moments() for name in layers}, [], {}, torch.zeros(SPECTRUM_BINS, dtype=torch.float64))
         for view in (CLEAN, *HALVES, *config.views)
@@ -117,17 +126,20 @@ def analyse(
     batches = [chosen[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
     adversaries = Adversaries(network, load_tokenizer(config.tokenizer).to(contender.device), config)
     shown: dict[str, Tensor] = {}
+    done = 0
     with console.task(f"analysis of {contender.name}", len(batches)) as task:
         for batch in batch_loader(images, batches, config.num_workers):
             image, label = batch["image"].to(contender.device), batch["label"].to(contender.device)
             views = adversaries.views(image, label, batch["index"].tolist())
             shown = shown or {view: picture[:SHOWN].cpu() for view, (picture, _) in views.items()}
-            for view, (picture, changed) in views.items():
+            for view, (picture, own) in views.items():
                 look(network, layers, seen[view], picture, image, label)
-                if changed is not None:
-                    add(seen[view].sums, {"words": changed * len(image)})
-            for start, half in enumerate(HALVES):
-                look(network, layers, seen[half], image[start::2], image[start::2], label[start::2])
+                add(seen[view].sums, {name: value * len(image) for name, value in own.items()})
+            for place, half in enumerate(HALVES):
+                start = (place + done) % 2
+                if len(one := image[start::2]):
+                    look(network, layers, seen[half], one, one, label[start::2])
+            done += len(image)
             task.advance("")
     return {"name": contender.name, "facts": contender.facts, **told(seen, len(layers))}, shown
 
@@ -136,7 +148,7 @@ class Adversaries:
     """The views of a batch of pictures, (B, 3, H, W) in [0, 1], made against one network."""
 
     def __init__(self, network: Classifier, tokenizer: VisualTokenizer, config: AnalysisConfig) -> None:
-        self.network, self.config = network, config
+        self.network, self.tokenizer, self.config = network, tokenizer, config
         self.classes = int(network.net.num_classes)  # type: ignore[arg-type]
         judge = Classification(AugmentConfig(smoothing=0.0), self.classes)
         self.attacks = {
@@ -145,25 +157,33 @@ class Adversaries:
             if kind in config.views
         }
 
-    def views(self, image: Tensor, label: Tensor, indices: list[int]) -> dict[str, tuple[Tensor, float | None]]:
-        """Each view with the share of its words that changed (None: it has no words), the clean pictures first."""
-        found: dict[str, tuple[Tensor, float | None]] = {CLEAN: (image, None)}
+    def views(self, image: Tensor, label: Tensor, indices: list[int]) -> dict[str, tuple[Tensor, dict[str, float]]]:
+        """Each view, with what is known of it besides as means over the batch: of discrete ones `words`, the share
+        that changed, and `length_decoded`, of the change from Q(x). The clean pictures come first."""
+        found: dict[str, tuple[Tensor, dict[str, float]]] = {CLEAN: (image, {})}
         target = F.one_hot(label, self.classes).float()
+        decoded = reconstruct(self.tokenizer, image)
         for kind, attack in self.attacks.items():
             generator = step_generator(self.config.seed, indices[0], 0, image.device)
             result = attack.adversary(self.network, image, target, generator)
-            found[kind] = (result.adversarial, float(result.changed))
+            length = float(lengths(result.adversarial - decoded).mean())
+            found[kind] = (result.adversarial, {"words": float(result.changed), "length_decoded": length})
         eps, steps = self.config.pixel_eps, self.config.pixel_steps
-        if "pixel" in self.config.views:
+        asked = self.config.views
+        if "pixel" in asked:
             usual = PixelAttack(eps, 2.5 * eps / steps, steps, random_start=True)
-            found["pixel"] = (self._pixel(image, label, usual, indices), None)
+            found["pixel"] = (self._pixel(image, label, usual, indices), {})
         if "released" in found:
-            length_B111 = lengths(found["released"][0] - image)
-            if "pixel_length" in self.config.views:
-                found["pixel_length"] = (self._as_long(image, label, length_B111, indices), None)
-            if "noise_length" in self.config.views:
+            changed = found["released"][0]
+            length_B111 = lengths(changed - image)
+            if "pixel_length" in asked:
+                found["pixel_length"] = (self._as_long(image, label, length_B111, indices), {})
+            if "noise_length" in asked:
                 noise = torch.stack([torch.randn(image.shape[1:], generator=one) for one in self._chance(indices)])
-                found["noise_length"] = ((image + length_B111 * unit(noise.to(image.device))).clamp(0, 1), None)
+                found["noise_length"] = ((image + length_B111 * unit(noise.to(image.device))).clamp(0, 1), {})
+            if "pixel_decoded" in asked:
+                view = self._as_long(decoded, label, lengths(changed - decoded), indices)
+                found["pixel_decoded"] = (view, {"length_decoded": float(lengths(view - decoded).mean())})
         return {view: found[view] for view in (CLEAN, *VIEWS) if view in found}
 
     def _pixel(self, image: Tensor, label: Tensor, attack: PixelAttack, indices: list[int]) -> Tensor:
@@ -212,9 +232,10 @@ def add(sums: dict[str, float], more: dict[str, float]) -> None:
 
 
 def told(seen: dict[str, Seen], layers: int) -> dict[str, Any]:
-    """Means over the pictures of each view (`length`: L2, `largest`: Linf, of pixels in [0, 1]; `words`: share
-    changed), the correlations of Fig. 2 layer by layer and their means, and the Frechet distance of its features from
-    the clean ones. `halves` holds the correlations between two halves of the clean pictures."""
+    """Means over the pictures of each view (`length`: L2 from the clean picture, `length_decoded` from Q(x), `largest`:
+    Linf, of pixels in [0, 1]; `words`: share changed), the correlations of Fig. 2 layer by layer and their means, and
+    the Frechet distance of its features from the clean ones. `halves` holds the correlations between two halves of the
+    clean pictures."""
     found: dict[str, Any] = {}
     for view in (CLEAN, *(name for name in VIEWS if name in seen)):
         one = seen[view]
@@ -230,10 +251,17 @@ def told(seen: dict[str, Seen], layers: int) -> dict[str, Any]:
 
 
 def compared(clean: dict[str, Moments], other: dict[str, Moments]) -> dict[str, Any]:
-    """Pearson's r layer by layer, and the means over the layers."""
+    """Pearson's r layer by layer, and the means over the layers; None where a layer's channels are all alike, which
+    leaves the layer out of the mean. Raises ConfigError where that leaves none."""
     by_layer = correlations(clean, other)
-    means = {key: sum(one[key] for one in by_layer.values()) / len(by_layer) for key in ("mean", "variance")}
-    return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": by_layer}
+    means = {}
+    for key in ("mean", "variance"):
+        known = [one[key] for one in by_layer.values() if not math.isnan(one[key])]
+        if not known:
+            raise ConfigError(f"no layer has channels that differ by their {key}: there is nothing to correlate.")
+        means[key] = sum(known) / len(known)
+    told = {name: {key: None if math.isnan(r) else r for key, r in one.items()} for name, one in by_layer.items()}
+    return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": told}
 
 
 def main() -> None:
@@ -253,7 +281,7 @@ def main() -> None:
     results = {"command": command_line(), "settings": dataclasses.asdict(config), "networks": networks}
     output = prepare_output_folder(Path(config.output_dir))
     with atomic_write(output / "analysis.json") as file:
-        file.write((json.dumps(results, indent=1) + "\n").encode())
+        file.write((json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     logger.info("wrote %s", write_page(results, shown, output))
 
 

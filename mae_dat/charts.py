@@ -102,10 +102,11 @@ def _legend(figure: Figure, axes: Axes, count: int, across: int = 3) -> None:
 def _look(series: Series) -> dict[str, Any]:
     """Colour, marker and line of a series."""
     i = series.style
+    turn = i // len(COLORS)  # when colours come again, with another marker and line
     return {
         "color": COLORS[i % len(COLORS)],
-        "marker": MARKERS[i % len(MARKERS)],
-        "linestyle": LINES[i % len(LINES)],
+        "marker": MARKERS[(i + turn) % len(MARKERS)],
+        "linestyle": LINES[(i + turn) % len(LINES)],
         "markeredgecolor": "white",
         "markeredgewidth": 0.7,
         "label": _plain(series.label),

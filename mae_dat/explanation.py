@@ -25,7 +25,30 @@ TITLES = {
     "pixel": "pixel attack",
     "pixel_length": "pixel, as long as DAT",
     "noise_length": "noise, as long as DAT",
+    "pixel_decoded": "pixel from decoded, as DAT",
 }
+Figure = tuple[str, str, str, str]
+"""File, key of the number in a view, label of its axis, caption."""
+INSIDE: tuple[Figure, ...] = (
+    *(
+        (
+            f"correlation_{of}.png",
+            key,
+            f"correlation of channel {of} with clean",
+            f"Channel {of} inside the network, against the clean pictures' (the paper's Fig. 2).",
+        )
+        for key, of in (("correlation_mean", "means"), ("correlation_variance", "variances"))
+    ),
+    (
+        "frechet.png",
+        "frechet",
+        "Fréchet distance from clean",
+        "Distance of the features before the head from the clean pictures', in each network's own units.",
+    ),
+)
+LOOKS: tuple[Figure, ...] = (
+    ("colors.png", "colors", "different 8-bit colours a picture", "Number of colours (the paper's Fig. 3)."),
+)
 FLOOR = 1e-12  # of a power on a logarithmic axis
 AMPLIFY = 4
 
@@ -45,8 +68,12 @@ def write_page(results: Mapping[str, Any], shown: Mapping[str, Mapping[str, Tens
     prepare_output_folder(output / "figures")
     networks = results["networks"]
     sections = [
-        Section("Statistics inside the network", correlation_pictures(networks), (correlation_table(networks),)),
-        Section("What the changes look like", spectrum_pictures(networks), (look_table(networks),)),
+        Section("Statistics inside the network", figures(networks, INSIDE), (correlation_table(networks),)),
+        Section(
+            "What the changes look like",
+            (*figures(networks, LOOKS), *spectrum_pictures(networks)),
+            (look_table(networks),),
+        ),
         Section("Pictures", tuple(perturbation_picture(name, views) for name, views in shown.items())),
     ]
     page = html_page("explanation.html.j2", results=results, summary=summary(networks), sections=sections)
@@ -121,18 +148,23 @@ def look_table(networks: Sequence[Mapping[str, Any]]) -> Table:
         breaks.append(len(rows))
         for view, one in network["views"].items():
             words = f"{100 * one['words']:.1f}" if "words" in one else "–"
-            numbers = (f"{one['length']:.2f}", f"{255 * one['largest']:.0f}", f"{one['colors']:.0f}", words)
+            own = f"{one['length_decoded']:.2f}" if "length_decoded" in one else "–"
+            numbers = (f"{one['length']:.2f}", own, f"{255 * one['largest']:.0f}", f"{one['colors']:.0f}", words)
             rows.append((network["name"], TITLES[view], *numbers))
-    head = ("network", "pictures", "L2 length", "largest change (of 255)", "colours", "changed words (%)")
-    notes = ("Means over the pictures; lengths of the change from the clean picture, pixels in [0, 1].",)
+    lengths = ("L2 length", "of it from the decoded picture", "largest change (of 255)")
+    head = ("network", "pictures", *lengths, "colours", "changed words (%)")
+    notes = (
+        "Means over the pictures; changes from the clean picture, pixels in [0, 1]. What is decoded from words has "
+        "the tokenizer's error: the second length is of what was changed besides.",
+    )
     return Table("looks", "Looks", head, tuple(rows), notes, 2, frozenset(breaks[1:]))
 
 
-def correlation_pictures(networks: Sequence[Mapping[str, Any]]) -> tuple[Picture, ...]:
-    """Dots of r by view, one colour a network."""
-    views = [view for view in TITLES if view != CLEAN and view in networks[0]["views"]]
+def figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[Figure]) -> tuple[Picture, ...]:
+    """Dots of a number by view, one colour a network."""
     found = []
-    for key, of in (("correlation_mean", "means"), ("correlation_variance", "variances")):
+    for name, key, axis, caption in shown:
+        views = [view for view in TITLES if key in networks[0]["views"].get(view, {})]
         series = [
             Series(
                 network["name"],
@@ -141,9 +173,8 @@ def correlation_pictures(networks: Sequence[Mapping[str, Any]]) -> tuple[Picture
             )
             for style, network in enumerate(networks)
         ]
-        png = charts.dot_plot([TITLES[view] for view in views], series, f"correlation of channel {of} with clean")
-        caption = f"Channel {of} inside the network, against the clean pictures' (the paper's Fig. 2)."
-        found.append(Picture(f"correlation_{of}.png", png, caption, caption))
+        png = charts.dot_plot([TITLES[view] for view in views], series, axis)
+        found.append(Picture(name, png, caption, caption))
     return tuple(found)
 
 

@@ -1,7 +1,9 @@
 """The analysis of adversarial pictures, run from its command line on generated pictures."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from tiny_runs import (
     outcome_of,
 )
 
-from mae_dat.analysis import AnalysisConfig, analyse, main
+from mae_dat.analysis import AnalysisConfig, analyse, compared, main
 from mae_dat.classifier import build_classifier
 from mae_dat.contenders import View, from_callable
 from mae_dat.data import ImageFolder
+from mae_dat.distributions import Moments
 from mae_dat.errors import ConfigError
 from mae_dat.explanation import CLEAN, TITLES
 from mae_dat.metrics import Console
@@ -29,13 +32,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_folder(tmp_path_factory.mktemp("data") / "images")
 
 
-def analysed(images: Path, network: str = "vit_demo_patch8") -> dict:
+def analysed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> dict:
     torch.manual_seed(0)
     held_out = ImageFolder(images / "val", eval_transform((64, 64)))
     model = build_classifier(network, len(held_out.classes), 64).eval()
     torch.nn.init.normal_(model.net.get_classifier().weight, std=0.1)
     contender = from_callable(model, "tiny", View(torch.device("cpu"), size=(64, 64)))
-    return analyse(contender, held_out, SETTINGS, Console(quiet=True))[0]
+    return analyse(contender, held_out, dataclasses.replace(SETTINGS, **changes), Console(quiet=True))[0]
 
 
 def test_views_are_compared_with_the_clean_pictures_at_the_lengths_that_they_promise(images: Path) -> None:
@@ -54,6 +57,35 @@ def test_views_are_compared_with_the_clean_pictures_at_the_lengths_that_they_pro
     assert views["symbolic"]["loss"] > views["random"]["loss"]
     assert all(-1 <= one["correlation_mean"] <= 1 and one["frechet"] > 0 for one in list(views.values())[1:])
     assert found == analysed(images), "the same numbers for the same seed"
+
+
+def test_numbers_do_not_depend_on_the_batch(images: Path) -> None:
+    """Of the clean pictures and their halves, also where the last batch has one picture."""
+    whole, parts = (analysed(images, limit=9, batch_size=size, views=("pixel",)) for size in (9, 4))
+    for key in ("correlation_mean", "correlation_variance"):
+        assert parts["halves"][key] == pytest.approx(whole["halves"][key], rel=1e-4)
+        assert parts["views"]["pixel"][key] == pytest.approx(whole["views"]["pixel"][key], rel=1e-4)
+
+
+def test_a_matched_pixel_attack_goes_as_far_from_the_decoded_picture(images: Path) -> None:
+    views = analysed(images)["views"]
+    assert views["reconstruction"]["length_decoded"] == 0
+    own = views["released"]["length_decoded"]
+    assert 0.5 * own < views["pixel_decoded"]["length_decoded"] <= 1.0001 * own
+    assert own < views["released"]["length"], "most of it is the tokenizer's error"
+    assert views["pixel_decoded"]["loss"] > views["reconstruction"]["loss"]
+
+
+def test_a_layer_whose_channels_are_alike_is_left_out_of_the_mean() -> None:
+    flat, first, second = Moments(), Moments(), Moments()
+    flat.add(torch.ones(4, 3))
+    first.add(torch.rand(8, 3))
+    second.add(torch.rand(8, 3))
+    both = compared({"a": first, "b": flat}, {"a": second, "b": flat})
+    assert both["by_layer"]["b"] == {"mean": None, "variance": None}
+    assert both["correlation_mean"] == both["by_layer"]["a"]["mean"]
+    with pytest.raises(ConfigError, match="no layer has channels that differ by their mean"):
+        compared({"b": flat}, {"b": flat})
 
 
 def test_a_network_with_batch_norms_is_looked_at_there(images: Path) -> None:
@@ -78,12 +110,16 @@ def test_the_command_writes_numbers_page_and_figures(
     assert f"{numbers['pixel']['correlation_mean']:.4f}" in page
     assert "a &lt;b&gt;" in page
     assert "<b>" not in page
-    figures = {"correlation_means.png", "correlation_variances.png", "spectrum_0.png", "changes_a__b_.png"}
+    assert "Infinity" not in (output / "analysis.json").read_text()
+    correlations = {"correlation_means.png", "correlation_variances.png", "frechet.png"}
+    figures = correlations | {"colors.png", "spectrum_0.png", "changes_a__b_.png"}
     assert {path.name for path in (output / "figures").iterdir()} == figures
 
 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean"):
         AnalysisConfig(views=("symbolik",))
+    with pytest.raises(ConfigError, match="--limit must be at least 4, got 3"):
+        AnalysisConfig(limit=3)
     with pytest.raises(ConfigError, match="need released"):
         AnalysisConfig(views=("noise_length",))
