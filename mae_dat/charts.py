@@ -125,9 +125,11 @@ def _draw_line(axes: Axes, series: Series, markers: bool = True) -> None:
 
 
 @rc_context(STYLE)
-def dot_plot(rows: Sequence[str], series: Sequence[Series], xlabel: str, zero: bool = False) -> bytes:
+def dot_plot(
+    rows: Sequence[str], series: Sequence[Series], xlabel: str, zero: bool = False, log: bool = False
+) -> bytes:
     """Rows from top to bottom, one dot a series; a point is (value, row number, half error bar). `zero`: a line there,
-    for differences.
+    for differences. `log`: a logarithmic axis, for values above 0; others are left out.
     """
     figure = _figure(1.2 + 0.16 * len(rows) * (1.6 + len(series)))
     axes = figure.subplots()
@@ -147,6 +149,8 @@ def dot_plot(rows: Sequence[str], series: Sequence[Series], xlabel: str, zero: b
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.margins(x=0.08)
+    if log:
+        axes.set_xscale("log", nonpositive="mask")
     axes.set_xlabel(xlabel)
     _legend(figure, axes, len(series))
     return _png(figure)

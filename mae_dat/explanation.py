@@ -27,11 +27,24 @@ TITLES = {
     "noise_length": "noise, as long as DAT",
     "pixel_decoded": "pixel from decoded, as DAT",
 }
-Figure = tuple[str, str, str, str]
-"""File, key of the number in a view, label of its axis, caption."""
-INSIDE: tuple[Figure, ...] = (
+FLOOR = 1e-12  # of a power on a logarithmic axis
+AMPLIFY = 4
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A figure of one number of each view: its file, the number's key, axis and caption."""
+
+    file: str
+    key: str
+    axis: str
+    caption: str
+    log: bool = False
+
+
+INSIDE = (
     *(
-        (
+        Dots(
             f"correlation_{of}.png",
             key,
             f"correlation of channel {of} with clean",
@@ -39,18 +52,15 @@ INSIDE: tuple[Figure, ...] = (
         )
         for key, of in (("correlation_mean", "means"), ("correlation_variance", "variances"))
     ),
-    (
+    Dots(
         "frechet.png",
         "frechet",
         "Fréchet distance from clean",
         "Distance of the features before the head from the clean pictures', in each network's own units.",
+        log=True,
     ),
 )
-LOOKS: tuple[Figure, ...] = (
-    ("colors.png", "colors", "different 8-bit colours a picture", "Number of colours (the paper's Fig. 3)."),
-)
-FLOOR = 1e-12  # of a power on a logarithmic axis
-AMPLIFY = 4
+LOOKS = (Dots("colors.png", "colors", "different 8-bit colours a picture", "Number of colours (the paper's Fig. 3)."),)
 
 
 @dataclass(frozen=True)
@@ -160,21 +170,21 @@ def look_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     return Table("looks", "Looks", head, tuple(rows), notes, 2, frozenset(breaks[1:]))
 
 
-def figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[Figure]) -> tuple[Picture, ...]:
+def figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[Dots]) -> tuple[Picture, ...]:
     """Dots of a number by view, one colour a network."""
     found = []
-    for name, key, axis, caption in shown:
-        views = [view for view in TITLES if key in networks[0]["views"].get(view, {})]
+    for one in shown:
+        views = [view for view in TITLES if one.key in networks[0]["views"].get(view, {})]
         series = [
             Series(
                 network["name"],
                 style,
-                tuple((network["views"][view][key], float(row), 0.0) for row, view in enumerate(views)),
+                tuple((network["views"][view][one.key], float(row), 0.0) for row, view in enumerate(views)),
             )
             for style, network in enumerate(networks)
         ]
-        png = charts.dot_plot([TITLES[view] for view in views], series, axis)
-        found.append(Picture(name, png, caption, caption))
+        png = charts.dot_plot([TITLES[view] for view in views], series, one.axis, log=one.log)
+        found.append(Picture(one.file, png, one.caption, one.caption))
     return tuple(found)
 
 
