@@ -260,8 +260,8 @@ def compared(clean: dict[str, Moments], other: dict[str, Moments]) -> dict[str, 
         if not known:
             raise ConfigError(f"no layer has channels that differ by their {key}: there is nothing to correlate.")
         means[key] = sum(known) / len(known)
-    told = {name: {key: None if math.isnan(r) else r for key, r in one.items()} for name, one in by_layer.items()}
-    return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": told}
+    named = {name: {key: None if math.isnan(r) else r for key, r in one.items()} for name, one in by_layer.items()}
+    return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": named}
 
 
 def main() -> None:
