@@ -27,7 +27,7 @@ from mae_dat.metrics import Console
 from mae_dat.tokenizer import VQGAN, VisualTokenizer, load_tokenizer, share_changed
 from mae_dat.tokenizer.base import exact_float32
 from mae_dat.tokenizer.light import LightConfig, LightTokenizer
-from mae_dat.tokenizer.quantize import look_up
+from mae_dat.tokenizer.quantize import look_up, nearness
 from mae_dat.train_tokenizer import FoldersConfig, cosine, train_to_file
 
 # Places of a batch whose words are classified: the scores of 16,384 words at all of them would be gigabytes.
@@ -130,8 +130,7 @@ class StudentTrainer:
             generator = step_generator(self.config.seed, step, 0, self.device)
             chosen = torch.randperm(len(flat_MD), generator=generator, device=self.device)[:_PLACES]
             flat_MD, words_M = flat_MD[chosen], words_M[chosen]
-        codes_KD = self.tokenizer.codes
-        scores_MK = torch.addmm(-codes_KD.square().sum(1) / 2, flat_MD, codes_KD.T)  # + a constant of each row
+        scores_MK = nearness(flat_MD, self.tokenizer.codes)  # + a constant of each row
         return F.cross_entropy(2 * scores_MK / self.spacing, words_M)
 
     @torch.no_grad()

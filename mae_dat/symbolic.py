@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from mae_dat.tokenizer.base import VisualTokenizer, exact_float32
-from mae_dat.tokenizer.quantize import look_up, straight_through
+from mae_dat.tokenizer.quantize import look_up, nearness, rows_at_once, straight_through
 
 LossOf = Callable[[Tensor], Tensor]
-
-_SCORES_AT_ONCE = 2**25  # 128 MiB, whatever the batch and the codebook
 
 
 def symbolic_words(
@@ -75,7 +73,7 @@ def best_words(
 ) -> tuple[Tensor, Tensor]:
     """For every place the largest (e_k - e_c) . g, 0 where nothing is gained, and its word k: (N,) and (N,)."""
     codebook_KD = codebook_KD.float()
-    rows = max(1, _SCORES_AT_ONCE // len(codebook_KD))
+    rows = rows_at_once(codebook_KD)
     gains, best = [], []
     for word, gradient in zip(words_N.split(rows), gradient_ND.split(rows), strict=True):
         score = gradient @ codebook_KD.T
@@ -93,15 +91,10 @@ def best_words(
 
 @torch.no_grad()
 def nearest_codes(words_N: Tensor, codebook_KD: Tensor, count: int) -> Tensor:
-    """The `count` other words whose codes are nearest in L2 to those of the given ones, nearest first: (N, count).
-
-    As for the tokenizer's own search: |e - f|^2 is smallest where e.f - |f|^2 / 2 is largest.
-    """
-    codebook_KD = codebook_KD.float()
-    half_norm_K = codebook_KD.square().sum(1) / 2
+    """The `count` other words whose codes are nearest in L2 to those of the given ones, nearest first: (N, count)."""
     found = []
-    for word in words_N.split(max(1, _SCORES_AT_ONCE // len(codebook_KD))):
-        score = torch.addmm(-half_norm_K, codebook_KD[word], codebook_KD.T)
+    for word in words_N.split(rows_at_once(codebook_KD)):
+        score = nearness(codebook_KD[word], codebook_KD)
         score.scatter_(1, word[:, None], -torch.inf)
         found.append(score.topk(min(count, len(codebook_KD) - 1), dim=1).indices)
     return torch.cat(found)

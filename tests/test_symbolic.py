@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from test_attack import Mosaic, generator
 from torch import Tensor
 
-from mae_dat import symbolic
 from mae_dat.attack import AttackConfig, discrete_adversary, other_words, random_words
 from mae_dat.generated import SHAPES, draw
 from mae_dat.rebuild import open_model
-from mae_dat.symbolic import change_words, nearest_codes, symbolic_words
-from mae_dat.tokenizer import LightConfig, LightTokenizer, load_tokenizer
+from mae_dat.symbolic import LossOf, change_words, nearest_codes, symbolic_words
+from mae_dat.tokenizer import LightConfig, LightTokenizer, load_tokenizer, quantize
 
 
-def linear_loss(weight: Tensor) -> symbolic.LossOf:
+def linear_loss(weight: Tensor) -> LossOf:
     return lambda image: (weight * image).sum()
 
 
@@ -31,7 +30,7 @@ def changes(words: Tensor, other: Tensor) -> list[int]:
 def test_one_step_is_the_best_of_all_changes_where_the_loss_is_linear(
     nearest: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(symbolic, "_SCORES_AT_ONCE", chunk)
+    monkeypatch.setattr(quantize, "SCORES_AT_ONCE", chunk)
     tokenizer = Mosaic(levels=4)
     words, weight = torch.randint(0, 64, (2, 3, 2)), torch.randn(2, 3, 12, 8)
     loss_of = linear_loss(weight)

@@ -258,7 +258,7 @@ def test_chunks_do_not_change_the_words(monkeypatch: pytest.MonkeyPatch) -> None
     latent, codebook = (torch.randint(-64, 64, (rows, 6)).float() / 16 for rows in (200, 50))
     whole = nearest_words(latent, codebook)
     for scores in (50, 7 * 50, 199 * 50):
-        monkeypatch.setattr(quantize, "_SCORES_AT_ONCE", scores)
+        monkeypatch.setattr(quantize, "SCORES_AT_ONCE", scores)
         assert torch.equal(nearest_words(latent, codebook), whole)
 
 

@@ -5,20 +5,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores alive at once: 2 ** 25 floats are 128 MiB, whatever the batch and the codebook.
-_SCORES_AT_ONCE = 2**25
+SCORES_AT_ONCE = 2**25
+"""Numbers; 128 MiB."""
+
+
+def rows_at_once(codebook_KD: Tensor) -> int:
+    """How many rows of scores of all words may be alive at a time, whatever the batch and the codebook."""
+    return max(1, SCORES_AT_ONCE // len(codebook_KD))
+
+
+def nearness(vector_MD: Tensor, codebook_KD: Tensor) -> Tensor:
+    """z.e - |e|^2 / 2 in float32, (M, K): the largest of a row is at the code nearest in L2, since |z - e|^2 is
+    |z|^2 less twice that."""
+    codebook_KD = codebook_KD.float()
+    return torch.addmm(-codebook_KD.square().sum(1) / 2, vector_MD.float(), codebook_KD.T)
 
 
 def nearest_words(latent_MD: Tensor, codebook_KD: Tensor) -> Tensor:
-    """Index of the nearest code in L2 for each of M vectors, int64 (M,).
-
-    argmin |z - e|^2 = argmax z.e - |e|^2 / 2, computed in float32 over chunks of rows: the (M, K) matrix never exists
-    as a whole.
-    """
-    latent_MD, codebook_KD = latent_MD.float(), codebook_KD.float()
-    half_norm_K = codebook_KD.square().sum(1) / 2
-    rows = max(1, _SCORES_AT_ONCE // codebook_KD.shape[0])
-    words = [torch.addmm(-half_norm_K, chunk, codebook_KD.T).argmax(1) for chunk in latent_MD.split(rows)]
+    """Index of the nearest code in L2 for each of M vectors, int64 (M,). The (M, K) matrix never exists as a whole."""
+    words = [nearness(chunk, codebook_KD).argmax(1) for chunk in latent_MD.split(rows_at_once(codebook_KD))]
     return torch.cat(words) if words else latent_MD.new_zeros(0, dtype=torch.int64)
 
 
