@@ -37,7 +37,7 @@ class SuiteConfig:
     suite: tuple[str, ...] = ("all",)
     """all (what is there), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, imagenet-sketch,
     stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, cue-conflict; clean (val/CLASS of other classes);
-    conflict (conflict/**/SHAPE-TEXTURE-*.png of two of those);
+    conflict (conflict/**/SHAPE-TEXTURE-*.png or .jpg of two of those);
     generated (15 corruptions x 5 severities made from the clean pictures, labelled apart); fgsm-1/255, pgd-5-1/255,
     pgd-20-l2-0.5, autoattack-4/255; words-random, words-symbolic."""
     data: str | None = None

@@ -19,14 +19,13 @@ from torch import Tensor
 from mae_dat import corruptions as corrupting
 from mae_dat.attack import image_generator
 from mae_dat.benchmark_folders import folders_in
-from mae_dat.benchmark_labels import read_subset
+from mae_dat.benchmark_labels import read_conflicts, read_subset
 from mae_dat.benchmark_sets import BENCHMARKS, PARTIAL, BenchmarkSet, Cell, CustomSet, Preprocessing, open_benchmark
 from mae_dat.cells import Adversary, Network, Portion
 from mae_dat.config import nearest
 from mae_dat.data import Size, find_split, require_folder
 from mae_dat.errors import ConfigError, DataError, MissingInputError, UserError
 from mae_dat.files import sha256_of
-from mae_dat.generated import SHAPES, TEXTURES
 from mae_dat.imagenet import SYNSETS, Reading, check_classes
 from mae_dat.inventory import find, inventory
 from mae_dat.pixel_attacks import (
@@ -311,31 +310,6 @@ def _stored(pictures: BenchmarkSet) -> Portion:
     cell = f"{corruption}/{severity}" if corruption else ""
     plain = not corruption and pictures.targets.shape[1] == 1 and not pictures.reading.pooled
     return Portion(pictures, (cell,), calibrated=plain)
-
-
-def read_conflicts(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int]], Tensor]:
-    """Pictures `<shape>-<texture>-*.png` anywhere below `folder`: their listing, and int64 (N, 2), the classes that
-    shape and texture belong to. A texture bears the name of its class, or one of `generated.TEXTURES`.
-
-    Pictures whose cues agree say nothing about the bias and are left out (Geirhos et al. 2019). Raises
-    MissingInputError or DataError, naming the folder or file.
-    """
-    if not folder.is_dir():
-        raise MissingInputError(f"{folder}: no such folder of conflict pictures; leave the suite {CONFLICT} out.")
-    number = {name: i for i, name in enumerate(classes)}
-    owner = dict(zip(TEXTURES, SHAPES, strict=True)) if set(classes) == set(SHAPES) else dict(zip(classes, classes))  # noqa: B905
-    listing, cues = [], []
-    for path in sorted(folder.rglob("*-*-*.png")):
-        shape, texture, _ = path.name.split("-", 2)
-        if shape not in number or owner.get(texture) not in number:
-            raise DataError(f"{path}: {shape!r} or {texture!r} is no shape or texture of the classes {list(classes)}")
-        told = number[shape], number[owner[texture]]
-        if told[0] != told[1]:
-            listing.append((str(path.relative_to(folder)), told[0]))
-            cues.append(told)
-    if not listing:
-        raise DataError(f"{folder}: no conflict picture named <shape>-<texture>-*.png; leave the suite {CONFLICT} out.")
-    return listing, torch.tensor(cues)
 
 
 def _named(pictures: BenchmarkSet, name: str) -> BenchmarkSet:
