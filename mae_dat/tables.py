@@ -40,6 +40,8 @@ class Table:
     """Rows above which a line is drawn."""
     best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
     """Rows and columns of numbers that are the best of their row, beyond chance."""
+    folded: bool = False
+    """Whether a page shows it only when asked."""
 
 
 def stat_text(values: Iterable[float | None], digits: int) -> str:
