@@ -256,8 +256,10 @@ def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(f"{name} gives {found} for one picture, not logits of shape (1, classes).")
-    if logits.isnan().any():
-        raise NumericsError(f"{name} gives NaN for a blank picture: its weights are damaged; check the checkpoint.")
+    if not logits.isfinite().all():
+        raise NumericsError(
+            f"{name} gives NaN or infinite logits for a blank picture: its weights are damaged; check the checkpoint."
+        )
     if classes is not None and len(classes) != logits.shape[1]:
         raise ConfigError(f"{name} has {logits.shape[1]} outputs and a list of {len(classes)} classes.")
     known = tuple(classes) if classes else None

@@ -117,7 +117,8 @@ def evaluate(
     `SuiteConfig`: partial, subset, limit, seed, held_out, tokenizer. With `output` an interrupted call goes on there,
     and results.json and the report are written. In a process group all ranks call it and get the same.
 
-    Raises UserError: what is wrong with pictures or networks, before anything is measured; NumericsError for NaN.
+    Raises UserError: what is wrong with pictures or networks, before anything is measured; NumericsError for NaN or
+    infinite logits.
     """
     where = pick_device(str(device))
     sizes = size if size is None or isinstance(size, tuple) else (size, size)
