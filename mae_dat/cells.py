@@ -238,8 +238,8 @@ class Tally:
             if row[BAD]:  # whose rank went no further
                 raise NumericsError(
                     f"{self.name} gave NaN or infinite logits for {row[BAD]} of the first {row[TOTAL]} pictures of "
-                    f"{self.where(cell)}: its weights are damaged or its arithmetic overflows; check the checkpoint, or "
-                    "give --precision fp32."
+                    f"{self.where(cell)}: its weights are damaged or its arithmetic overflows; check the checkpoint, "
+                    "or give --precision fp32."
                 )
         for cell, row in rows.items():
             if row[TOTAL] != len(self.portion.pictures):

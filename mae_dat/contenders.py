@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from mae_dat.data import Size
 from mae_dat.errors import CheckpointError, MissingInputError, NumericsError
 from mae_dat.files import sha256_of
 from mae_dat.identity import module_sha256, onnx_sha256, state_sha256
-from mae_dat.pixel_attacks import require_pixel_model
+from mae_dat.pixel_attacks import require_undeclared
 from mae_dat.rebuild import open_source
 from mae_dat.results import Contender as Facts
 from mae_dat.store import local_path
@@ -217,9 +219,12 @@ def _from_onnx(path: Path, name: str, view: View) -> Contender:
     if others or len(given.shape) != 4 or given.type != "tensor(float)":
         raise CheckpointError(f"{path} must take one input, float (B, 3, H, W) in [0, 1], not {given.shape}.")
 
+    batch = given.shape[0] if isinstance(given.shape[0], int) else None
+
     def network(image: Tensor) -> Tensor:
-        pixels = image.detach().float().cpu().numpy()
-        return torch.from_numpy(session.run(None, {given.name: pixels})[0]).to(image.device)
+        parts = image.detach().float().split(batch or len(image))
+        found = [session.run(None, {given.name: _filled(part, batch).cpu().numpy()})[0][: len(part)] for part in parts]
+        return torch.from_numpy(np.concatenate(found)).to(image.device)
 
     facts: Facts = {
         "title": name,
@@ -236,26 +241,35 @@ def _from_onnx(path: Path, name: str, view: View) -> Contender:
     return replace(_probed(network, facts, None, view), versions={"onnxruntime": onnxruntime.__version__})
 
 
+def _filled(image: Tensor, batch: int | None) -> Tensor:
+    """Pictures (B, C, H, W) with black ones behind them up to a graph's fixed batch."""
+    return image if batch is None else F.pad(image, (0, 0, 0, 0, 0, 0, 0, batch - len(image)))
+
+
 # ---- facts ----
 
 
 def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view: View) -> Contender:
-    """The contender, after one blank picture has gone through it."""
+    """The contender, after two blank pictures have gone through it."""
     name, size = facts["title"], image_size(tuple(facts["size"]))
-    blank = torch.zeros(1, 3, *size, device=view.device)
+    require_undeclared(network)
+    blank = torch.zeros(2, 3, *size, device=view.device)
+    refused = f"{name} does not take pictures of {len(blank)} x 3 x {size[0]} x {size[1]}"
     try:
-        require_pixel_model(network, blank, torch.zeros(1, dtype=torch.int64, device=view.device))
         with torch.enable_grad():
             logits = network(blank.requires_grad_())
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{name} does not take a picture of 1 x 3 x {size[0]} x {size[1]}: {error}") from error
+        raise ConfigError(f"{refused}: {error}") from error
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise ConfigError(f"{name} does not take a picture of 1 x 3 x {size[0]} x {size[1]}: {error}") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        raise ConfigError(
+            f"{refused}: {' '.join(str(error).split())}. A graph that takes one picture alone is to be exported again with a dynamic batch "
+            "axis (torch.onnx.export: dynamic_axes or dynamic_shapes)."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(blank):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError(f"{name} gives {found} for one picture, not logits of shape (1, classes).")
+        raise ConfigError(f"{name} gives {found} for {len(blank)} pictures, not logits of shape (2, classes).")
     if not logits.isfinite().all():
         raise NumericsError(
             f"{name} gives NaN or infinite logits for a blank picture: its weights are damaged; check the checkpoint."

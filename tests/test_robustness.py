@@ -374,7 +374,7 @@ def test_pictures_in_shards_count_as_in_folders(own: Path, tmp_path: Path) -> No
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(own: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": 32, "batch_size": 20, "output": tmp_path}
     network = Linear()
-    network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after two looks at blank pictures and a check
+    network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after a look at blank pictures and a check
     with pytest.raises(KeyboardInterrupt):
         evaluate(network, ("clean", "generated"), own, **options)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
@@ -387,7 +387,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(own: Path, tmp_path:
     assert found["cells"] == evaluate(network, ("clean", "generated"), own, size=32)["cells"]
     network.seen = 0
     assert evaluate(network, ("clean", "generated"), own, **options)["cells"] == found["cells"]
-    assert network.seen < 70  # the checks of the network itself
+    assert network.seen < 90  # the checks of the network itself
     damaged = next(iter(kept))
     damaged.write_text(damaged.read_text()[:50])
     assert evaluate(network, ("clean", "generated"), own, **options)["cells"] == found["cells"]
@@ -423,19 +423,23 @@ def test_what_changes_is_measured_anew(own: Path, tmp_path: Path) -> None:
 # ---- networks ----
 
 
-def write_onnx(network: Linear, path: Path) -> Path:
-    """The same network as a graph, made by hand: exporting takes longer than all of these tests."""
+def write_onnx(network: Linear, path: Path, batch: int | str = "batch", flat: int = 0) -> Path:
+    """The same network as a graph, made by hand: exporting takes longer than all of these tests. `flat`: pictures that
+    it was traced with, where the export made a number of that."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     helper, numpy = onnx.helper, onnx.numpy_helper
     weights = {"w": network[2].weight.detach().numpy(), "b": network[2].bias.detach().numpy()}
     nodes = [
         helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
-        helper.make_node("Flatten", ["grid"], ["flat"]),
+        helper.make_node("Reshape", ["grid", "shape"], ["flat"])
+        if flat
+        else helper.make_node("Flatten", ["grid"], ["flat"]),
         helper.make_node("Gemm", ["flat", "w", "b"], ["logits"], transB=1),
     ]
-    kinds = [("image", ["batch", 3, 32, 32]), ("logits", ["batch", len(weights["b"])])]
+    kinds = [("image", [batch, 3, 32, 32]), ("logits", [batch, len(weights["b"])])]
     given, made = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds)
+    weights |= {"shape": np.array([flat, 48])} if flat else {}
     tensors = [numpy.from_array(value, name) for name, value in weights.items()]
     graph = helper.make_graph(nodes, "linear", [given], [made], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
@@ -454,8 +458,18 @@ def test_onnx_files_count_as_the_network_that_they_were(own: Path, tmp_path: Pat
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(CheckpointError, match=r"bad\.onnx cannot be run as ONNX"):
         evaluate(tmp_path / "bad.onnx", "clean", own)
-    with pytest.raises(ConfigError, match="does not take a picture of 1 x 3 x 48 x 48"):
+    with pytest.raises(ConfigError, match="does not take pictures of 2 x 3 x 48 x 48"):
         evaluate(file, "clean", own, size=48)
+
+
+def test_onnx_files_of_a_fixed_batch_are_run_at_it_or_refused_with_the_fix(own: Path, tmp_path: Path) -> None:
+    network = Linear()
+    expected = cells(evaluate(network, "clean", own, size=32), "clean")
+    for batch in (1, 3, 8):
+        file = write_onnx(network, tmp_path / "fixed.onnx", batch)
+        assert cells(evaluate({"onnx": file}, "clean", own, batch_size=7), "clean", "onnx") == expected
+    with pytest.raises(ConfigError, match=r"does not take pictures of 2 x 3 x 32 x 32.*with a dynamic batch axis"):
+        evaluate(write_onnx(network, tmp_path / "traced.onnx", flat=1), "clean", own)
 
 
 def test_attacks_are_checked_and_symbolic_words_beat_random_ones(own: Path) -> None:
@@ -536,7 +550,7 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
         evaluate(Linear(), "clean", own, size=32, classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="do not have the same classes"):
         evaluate({"a": Linear(10), "b": Linear(11)}, "clean", own, size=32)
-    with pytest.raises(ConfigError, match="gives .* for one picture"):
+    with pytest.raises(ConfigError, match="gives .* for 2 pictures"):
         evaluate(lambda image: image, "clean", own, size=32)
     bare = Linear()
     bare.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # type: ignore[assignment]
@@ -556,12 +570,29 @@ def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(t
         mean = image.mean((1, 2, 3))
         return torch.stack([-mean, mean], 1)
 
-    with pytest.raises(ConfigError, match="seems to take normalised pictures"):
+    with pytest.raises(ConfigError, match=r"seems to take pictures normalised by mean 0\.5"):
         evaluate(normalised, "clean", tmp_path, size=32)
     assert (
         cells(evaluate(lambda x: normalised(x - 0.45), "clean", tmp_path, size=32), "clean", "<lambda>")[""]["correct"]
         == 48
     )
+
+
+def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
+    pictures = Battery(Choice(imagenet), 1000).suite("cue-conflict", (SIDE, SIDE), "bicubic").portions[0].pictures
+    ids = [members[0] for members in SIXTEEN.values()]
+    image = torch.stack([pictures[index]["image"] for index in range(len(pictures))])
+
+    def knowing(image_: Tensor) -> Tensor:  # which pictures they are, and so their shapes
+        number = (image_[:, None] - image).flatten(2).abs().sum(2).argmin(1)
+        label = torch.tensor([ids[pictures.label(int(one))] for one in number])
+        near = (image_ - image[number]).flatten(1).abs().amax(1) < 1e-3
+        return 9.0 * nn.functional.one_hot(torch.where(near, label, 0), 1000)
+
+    found = evaluate(knowing, "cue-conflict", imagenet, size=SIDE)
+    assert cells(found, "cue-conflict", "knowing")[""]["shape"] == len(pictures)
+    with pytest.raises(ConfigError, match=r"from 0 to 255: of 32 it knows 32 so, and 2 in"):
+        evaluate(lambda x: knowing(x / 255), "cue-conflict", imagenet, size=SIDE)
 
 
 def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> None:
