@@ -78,8 +78,13 @@ def list_pictures(root: str, expected: Expected) -> Listing:
 def _wrong_level(root: str, found: Mapping[str, str], expected: Expected) -> str:
     """Why a folder without any class folder is the wrong one."""
     layout = f"{expected.title} is <folder>/{next(iter(expected.labels))}/<picture>"
-    if os.path.basename(os.path.normpath(root)) in expected.labels or _pictures_in(root):
+    if os.path.basename(os.path.normpath(root)) in expected.labels:
         return f"holds pictures, not class folders; name the folder above it ({layout})"
+    if _pictures_in(root):
+        return (
+            f"holds pictures in no class folders; move each into its class's ({layout}), as valprep.sh does for "
+            "ImageNet's validation pictures"
+        )
     for name, path in found.items():
         if any(below in expected.labels for below in folders_in(path)):
             return f"has no class folders, but {name} in it has; name that ({layout})"

@@ -265,8 +265,8 @@ def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view:
             raise
         told = " ".join(str(error).split())
         raise ConfigError(
-            f"{refused}: {told}. A graph that takes one picture alone is to be exported again with a dynamic batch axis "
-            "(torch.onnx.export: dynamic_axes or dynamic_shapes)."
+            f"{refused}: {told}. A graph that takes one picture alone is to be exported again with a dynamic batch "
+            "axis (torch.onnx.export: dynamic_axes or dynamic_shapes)."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(blank):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

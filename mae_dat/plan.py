@@ -13,6 +13,7 @@ from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet
 from mae_dat.cells import Portion, eval_mode
 from mae_dat.config import ConfigError
 from mae_dat.contenders import Contender
+from mae_dat.errors import SizeError
 from mae_dat.imagenet import Reading
 from mae_dat.machine import own_versions, version, versions
 from mae_dat.pixel_attacks import LOOK, LOOKS, require_pixel_model
@@ -68,7 +69,8 @@ class Plan:
 
 
 def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[str]) -> Plan:
-    """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together."""
+    """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together; a suite
+    of `all` that cannot be made at a network's size is not measured."""
     first = contenders[0]
     for other in contenders[1:]:
         if other.outputs != first.outputs or (other.classes or first.classes) != (first.classes or other.classes):
@@ -81,10 +83,19 @@ def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[s
     names, lacking = battery.chosen(asked)
     entries = []
     for name in names:
-        able = [one for one in contenders if one.differentiable or name not in NEED_GRADIENTS]
-        if blind := [one.name for one in contenders if one not in able]:
-            lacking[name] = f"{', '.join(blind)} gives no gradient"
-        entries += [Entry(one, battery.suite(name, one.size, one.facts["interpolation"])) for one in able]
+        unable: list[str] = []
+        for one in contenders:
+            if not one.differentiable and name in NEED_GRADIENTS:
+                unable.append(f"{one.name} gives no gradient")
+                continue
+            try:
+                entries.append(Entry(one, battery.suite(name, one.size, one.facts["interpolation"])))
+            except SizeError as error:
+                if name in asked:
+                    raise
+                unable.append(f"{one.name}: {error}")
+        if unable:
+            lacking[name] = "; ".join(unable)
     if not entries:
         raise ConfigError(f"nothing can be measured: {'; '.join(f'{name}: {why}' for name, why in lacking.items())}.")
     return Plan(list(contenders), entries, lacking, battery, _agreements(entries, battery))

@@ -24,9 +24,9 @@ from mae_dat.benchmark_sets import BENCHMARKS, PARTIAL, BenchmarkSet, Cell, Cust
 from mae_dat.cells import Adversary, Network, Portion
 from mae_dat.config import nearest
 from mae_dat.data import Size, find_split, require_folder
-from mae_dat.errors import ConfigError, DataError, MissingInputError, UserError
+from mae_dat.errors import ConfigError, DataError, MissingInputError, SizeError, UserError
 from mae_dat.files import sha256_of
-from mae_dat.imagenet import SYNSETS, Reading, check_classes
+from mae_dat.imagenet import SYNSETS, Reading, check_classes, outputs_advice
 from mae_dat.inventory import find, inventory
 from mae_dat.pixel_attacks import (
     AUTO_ATTACK_EPS,
@@ -142,11 +142,21 @@ class Battery:
         lacking = {name: lacking[name] for name in SUITES if name in lacking and name not in asked}
         found = [name for name in SUITES if name not in lacking]
         if not found:
-            root = self.choice.root.resolve()
-            near = [path for path in (root.parent, root.parent.parent, *root.iterdir()) if (path / "val").is_dir()]
-            hint = f"did you mean {near[0]}?" if near else "see --help for its layout."
-            raise MissingInputError(f"{self.choice.root} holds no benchmark and no val/CLASS: {hint}")
+            raise self._nothing()
         return found, lacking
+
+    def _nothing(self) -> UserError:
+        """Why `all` is nothing."""
+        root = self.choice.root.resolve()
+        there = [row.benchmark.title for row in inventory(root) if row.folder not in (None, root)]
+        if there and self.outputs != len(SYNSETS):
+            return ConfigError(
+                f"{self.choice.root} holds {', '.join(dict.fromkeys(there))}, and the networks have {self.outputs} "
+                f"outputs, not ImageNet's {len(SYNSETS)}: {outputs_advice(self.outputs)}"
+            )
+        near = [path for path in (root.parent, root.parent.parent, *root.iterdir()) if (path / "val").is_dir()]
+        hint = f"did you mean {near[0]}?" if near else "see --help for its layout."
+        return MissingInputError(f"{self.choice.root} holds no benchmark and no val/CLASS: {hint}")
 
     def _has_split(self) -> bool:
         try:
@@ -203,7 +213,7 @@ class Battery:
     # ---- suites ----
 
     def suite(self, name: str, size_HW: Size, interpolation: str) -> Suite:
-        """A suite for a network of this input. Raises what opening raises, and ConfigError for a size."""
+        """A suite for a network of this input. Raises what opening raises, and SizeError where it cannot be made."""
 
         def see(pictures: BenchmarkSet) -> BenchmarkSet:
             return seen_at(pictures, size_HW, interpolation)
@@ -241,7 +251,10 @@ class Battery:
         return Suite(AGREEMENT, "bf16 as fp32", (portion,), official=False, made={"seed": str(self.choice.seed)})
 
     def _generated(self, clean: BenchmarkSet, size_HW: Size, numbered: dict[str, str]) -> Suite:
-        corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
+        try:
+            corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
+        except DataError as error:
+            raise SizeError(str(error)) from error
         names = corrupting.CORRUPTIONS + (corrupting.EXTRA if self.choice.held_out else ())
         portions = tuple(
             Portion(

@@ -618,6 +618,35 @@ def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> 
     refused("41 x 41 px", "imagenet-c")
 
 
+def test_a_suite_that_cannot_be_made_at_a_size_is_left_out_of_all_and_refused_by_name(own: Path) -> None:
+    found = evaluate({"odd": Linear()}, "all", own, size=33, limit=2)
+    for name in ("words-random", "words-symbolic"):
+        assert name not in found["cells"]["odd"]
+        assert found["not_measured"][name].startswith("odd: image size 33 x 33 is not divisible by the tokenizer's")
+        with pytest.raises(ConfigError, match="33 x 33 is not divisible"):
+            evaluate(Linear(), ("all", name), own, size=33, limit=2)
+    assert "at least 32 px" in evaluate(Linear(), "all", own, size=28, limit=2)["not_measured"]["generated"]
+    with pytest.raises(ConfigError, match="at least 32 px"):
+        evaluate(Linear(), "generated", own, size=28)
+
+
+def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Path, tmp_path: Path) -> None:
+    for outputs, advice in ((21841, "give weights fine-tuned on ImageNet-1k"), (1001, r"model\(image\)\[:, 1:\]")):
+        for suite, told in (("all", "holds ImageNet, ImageNet-V2, ImageNet-A"), ("imagenet", "the network has")):
+            with pytest.raises(UserError, match=rf"{told}.* {outputs} outputs, not ImageNet's 1000: .*{advice}"):
+                evaluate(Linear(outputs), suite, imagenet, size=SIDE)
+    flat = tmp_path / "flat" / "imagenet" / "val"
+    draw([flat / Path(name).name for name in validation_names()])
+    with pytest.raises(DataError, match=rf"{flat}: holds pictures in no class folders; move each .*valprep"):
+        evaluate(Linear(1000), "all", tmp_path / "flat", size=SIDE)
+    (imagenet / "ILSVRC2012").symlink_to(imagenet / "imagenet", target_is_directory=True)
+    assert Battery(Choice(imagenet), 1000).clean == "imagenet"
+    (imagenet / "ILSVRC2012").unlink()
+    shutil.copytree(imagenet / "imagenet", imagenet / "ILSVRC2012")
+    with pytest.raises(DataError, match=rf"may each be ImageNet; move one of them out of {imagenet}, or rename it"):
+        evaluate(Linear(1000), "all", imagenet, size=SIDE)
+
+
 def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) -> None:
     bad = imagenet / "imagenet" / "val" / FEW[1] / "ILSVRC2012_val_00000004.JPEG"
     bad.write_bytes(bad.read_bytes()[:200])
