@@ -107,6 +107,8 @@ class Benchmark:
     corruptions: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     """Further corruptions, measured where they are there."""
+    by_strength: bool = False
+    """Whether folders of severities may be named by their strength, as its authors' generator does."""
 
 
 def _numbered(names: Sequence[str]) -> dict[str, int]:
@@ -139,7 +141,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark("objnet-113", "ObjectNet", _NET, 50_273, {}, source="objnet-113", border=2, inside="images"),
         Benchmark("objnet-1000", "ObjectNet", _NET, 50_273, {}, source="objnet-1000", border=2, inside="images"),
         dataclasses.replace(_C, name="imagenet-c", title="ImageNet-C", corruptions=CORRUPTIONS, held_out=EXTRA),
-        dataclasses.replace(_C, name="imagenet-c-bar", title="ImageNet-C-bar", usual=("imagenet-c-bar",)),
+        dataclasses.replace(
+            _C, name="imagenet-c-bar", title="ImageNet-C-bar", usual=("imagenet-c-bar",), by_strength=True
+        ),
         Benchmark("cue-conflict", "cue conflict", _CUE, 1280, _SHAPES, 80, SIXTEEN_CLASSES, "conflict", 224),
     )
 }
@@ -362,7 +366,7 @@ def _places(benchmark: Benchmark, root: str, only: Sequence[str] | None) -> tupl
     places: dict[Cell, str] = {}
     missing = []
     for name in wanted:
-        severities = severity_folders(found[name], benchmark.title) if name in found else {}
+        severities = severity_folders(found[name], benchmark.title, benchmark.by_strength) if name in found else {}
         places |= {Cell(benchmark.name, name, severity): path for severity, path in severities.items()}
         if absent := [str(severity) for severity in SEVERITIES if severity not in severities]:
             missing.append(f"{name} has no severity {', '.join(absent)}" if severities else f"{name} is missing")
