@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from mae_dat import run
 from mae_dat.cells import eval_mode
-from mae_dat.classifier import Classifier, build_classifier
+from mae_dat.classifier import Classifier, pretrained_timm
 from mae_dat.config import ConfigError, image_size
 from mae_dat.data import Size
 from mae_dat.errors import CheckpointError, MissingInputError, NumericsError
@@ -33,6 +32,7 @@ from mae_dat.weights import WeightsFile
 
 Network = Callable[[Tensor], Tensor]
 USUAL_SIZE = (224, 224)
+TIMM_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:", "timm/")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,9 @@ def open_contender(source: str, model: str | None, name: str, view: View) -> Con
 
     Raises MissingInputError, CheckpointError (also for a pretraining), ConfigError, DownloadError.
     """
+    if source.startswith(TIMM_SOURCES) and not Path(source).exists():
+        model = f"hf-hub:{source}" if source.startswith("timm/") else source
+        raise ConfigError(f"--checkpoint {source}: networks of timm are named by --model {model} --pretrained.")
     if source.endswith(".onnx"):
         return _from_onnx(Path(source), name, view)
     weights, facts = run.read_export(Path(source))
@@ -136,12 +139,7 @@ def open_contender(source: str, model: str | None, name: str, view: View) -> Con
 
 
 def _from_timm(model: str, name: str, view: View) -> Contender:
-    if not timm.is_model(model):
-        raise ConfigError(f"--pretrained: timm has no {model}; `timm.list_models(pretrained=True)` lists its names.")
-    settings: Any = timm.get_pretrained_cfg(model, allow_unregistered=True)
-    classes = getattr(settings, "num_classes", None) or 1000
-    network = build_classifier(model, classes, view.size, pretrained=True)
-    return _classifier(network, name, f"timm {model}", model, view)
+    return _classifier(pretrained_timm(model, view.size), name, f"timm {model}", model, view)
 
 
 def _classifier(

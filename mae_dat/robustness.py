@@ -64,7 +64,8 @@ class RobustnessConfig:
     checkpoint: tuple[str, ...] = ()
     """Output folders, weights files, released names (mae_dat.fetch) or .onnx files."""
     model: tuple[str, ...] = ()
-    """Architecture where a file does not say: one for all, or one each. With --pretrained: timm's names."""
+    """Architecture where a file does not say: one for all, or one each. With --pretrained: timm's names,
+    hf-hub:OWNER/NAME too."""
     pretrained: bool = False
     """Evaluate the networks of --model with timm's own weights."""
     names: tuple[str, ...] = ()

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from ranks import exit_codes, start_ranks
 from test_benchmark_sets import FEW, SIDE, reduced, validation_names
+from timm.models import save_for_hf
 from tiny_runs import ROOT, draw_folder, environment, outcome_of, run_script
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
@@ -27,6 +30,7 @@ from mae_dat.attack import image_generator
 from mae_dat.axes import scores_of
 from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet, Preprocessing
 from mae_dat.cells import Portion, PortionPictures, measure
+from mae_dat.classifier import Classifier, pretrained_timm
 from mae_dat.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
 from mae_dat.distributed import World
 from mae_dat.errors import CheckpointError, ConfigError, DataError, MissingInputError, NumericsError, UserError
@@ -472,6 +476,41 @@ def test_onnx_files_of_a_fixed_batch_are_run_at_it_or_refused_with_the_fix(own: 
         evaluate(write_onnx(network, tmp_path / "traced.onnx", flat=1), "clean", own)
 
 
+def write_timm(folder: Path, classes: int = 10) -> nn.Module:
+    """A network as timm puts it on the Hub: what hf-hub:OWNER/NAME fetches lies here as local-dir:FOLDER."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=classes, img_size=32)
+    save_for_hf(network, folder)
+    return network
+
+
+def test_timms_own_names_reach_timm(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network, out = write_timm(tmp_path / "net").eval(), tmp_path / "out"
+    given = ["--data", str(own), "--suite", "clean", "--device", "cpu", "--num_workers", "0", "--output", str(out)]
+    source = f"local-dir:{tmp_path / 'net'}"
+    printed(["--model", source, "--pretrained", *given, "--input_size", "32"], monkeypatch, capsys)
+    ours = Classifier(network, (0.5,) * 3, (0.5,) * 3)
+    expected = evaluate({"net": ours}, "clean", own, size=32, device="cpu")["cells"]["net"]
+    (found,) = read_results(out / "results.json")["cells"].values()
+    assert found == expected
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # timm itself says that it finds nothing
+    for flags, told in [
+        (["--model", "hf-hub:timm/no_such_model", "--pretrained"], r"hf-hub:timm/no_such_model cannot be had: .*"),
+        (["--checkpoint", "hf-hub:timm/resnet18"], "--model hf-hub:timm/resnet18 --pretrained"),
+        (["--checkpoint", "timm/resnet18"], "--model hf-hub:timm/resnet18 --pretrained"),
+        (["--model", "timm/resnet18", "--pretrained"], "Use 'hf-hub:timm/resnet18'"),
+        (["--model", f"local-dir:{tmp_path / 'none'}", "--pretrained"], "none cannot be had: Config file not found"),
+    ]:
+        outcome = outcome_of(robustness.main, [*flags, *given], monkeypatch, capsys)
+        assert outcome.code in (64, 66), flags
+        assert re.search(told, outcome.stderr), outcome.stderr
+    write_timm(tmp_path / "features", classes=0)
+    with pytest.raises(ConfigError, match="features has no classes"):
+        pretrained_timm(f"local-dir:{tmp_path / 'features'}")
+
+
 def test_attacks_are_checked_and_symbolic_words_beat_random_ones(own: Path) -> None:
     found = evaluate(Linear(), ("fgsm-1/255", "words-random", "words-symbolic"), own, size=32)
     checks = found["checks"]["Linear"]
@@ -682,7 +721,7 @@ def test_flags_that_do_not_fit_together(
     for given, told in [
         ([], "nothing to evaluate"),
         (["--pretrained"], "--pretrained needs --model"),
-        (["--model", "nonsense", "--pretrained"], "timm has no nonsense"),
+        (["--model", "nonsense", "--pretrained"], "unknown model 'nonsense'"),
         (["--checkpoint", file, file], "the same name"),
         (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 networks"),
         (["--checkpoint", file, "--names", ""], "a name that can be seen"),

@@ -17,10 +17,10 @@ from pages import Page, phone_widths, require_self_contained
 from PIL import Image
 
 from mae_dat.arms import arms_of
-from mae_dat.axes import Axis, Number, Term, axes_of, doubtful, interval, share_difference, variants, wilson
+from mae_dat.axes import Axis, Number, Term, axes_of, doubtful, interval, scores_of, share_difference, variants, wilson
 from mae_dat.comparison import headline_table, judged_axes, published_tables, summary
 from mae_dat.corruptions import CATEGORIES, CORRUPTIONS
-from mae_dat.mce import ALEXNET
+from mae_dat.mce import ALEXNET, corruption_errors
 from mae_dat.published import COLUMNS, published_rows
 from mae_dat.results import Results, write_results
 from mae_dat.scorecard import main, write_report
@@ -92,8 +92,8 @@ def test_alexnets_own_counts_give_exactly_100_in_every_format(tmp_path: Path) ->
         assert row in (tmp_path / name).read_text()
     rows = Page((tmp_path / "report.html").read_text()).rows
     assert ["ImageNet-C: mCE ↓", "100.00"] in rows
-    assert ["fog", "weather", "81.9", "100.0"] in rows
-    assert ["mean", "", "78.9", "100.0"] in rows
+    assert ["fog", "weather", "81.9", "100.0", "100.0"] in rows
+    assert ["mean", "", "78.9", "100.0", "100.0"] in rows
 
 
 def test_all_formats_show_the_same_rows() -> None:
@@ -136,6 +136,13 @@ def test_a_corruption_table_has_every_mean() -> None:
     assert rows["severity 4"][2] == f"{statistics.fmean(errors[n, 4] for n in CORRUPTIONS):.1f}"
     assert rows["mean"][2] == f"{statistics.fmean(means.values()):.1f}"
     assert rows["mean"][4] == f"{axis(given, 'imagenet-c/mce').numbers['dat'].value:.1f}"
+    assert rows["mean"][6] == f"{axis(given, 'imagenet-c/rmce').numbers['dat'].value:.1f}"
+    scores = scores_of(given, "dat", "imagenet-c")
+    relative = corruption_errors(scores, relative=True)
+    assert rows["glass blur"][6] == f"{relative['glass_blur']:.1f}"
+    assert rows["mean of blur"][6] == f"{statistics.fmean(relative[n] for n in CATEGORIES['blur']):.1f}"
+    assert [title.rpartition(", ")[2] for title in table.head[2:]] == ["error %"] * 2 + ["CE"] * 2 + ["relative CE"] * 2
+    assert rows["severity 4"][5:] == ("–", "–")
     assert rows["saturate"][0] == "held out"
     assert {table.rows[i][0] for i in table.breaks} == {
         *("defocus blur", "snow", "contrast", "speckle noise", "mean of noise", "severity 1", "mean")
