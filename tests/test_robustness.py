@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,23 @@ import timm
 import torch
 from PIL import Image
 from ranks import exit_codes, start_ranks
-from test_benchmark_sets import FEW, SIDE, reduced, validation_names
+from test_benchmark_sets import FEW, SIDE, reduced, validation_names, write_objectnet
 from timm.models import save_for_hf
 from tiny_runs import ROOT, draw_folder, environment, outcome_of, run_script
 from torch import Tensor, nn
+from torchvision.transforms import functional
 from torchvision.transforms.functional import to_tensor
 
 from mae_dat import robustness
 from mae_dat.attack import image_generator
 from mae_dat.axes import scores_of
-from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet, Preprocessing
+from mae_dat.benchmark_sets import BENCHMARKS, C_BAR, BenchmarkSet, Preprocessing
 from mae_dat.cells import Portion, PortionPictures, measure
 from mae_dat.classifier import Classifier, pretrained_timm
 from mae_dat.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
 from mae_dat.distributed import World
 from mae_dat.errors import CheckpointError, ConfigError, DataError, MissingInputError, NumericsError, UserError
-from mae_dat.imagenet import IMAGENET_A, SIXTEEN, SYNSETS, synsets_of
+from mae_dat.imagenet import IMAGENET_A, IMAGENET_R, SIXTEEN, SYNSETS, synsets_of
 from mae_dat.loaders import eval_loader
 from mae_dat.mce import mce
 from mae_dat.metrics import Console
@@ -200,6 +201,90 @@ def test_the_command_measures_what_lies_in_a_folder(
     for relative, title in [(False, "mCE"), (True, "relative mCE")]:
         (line,) = (line for line in headline.splitlines() if f": {title}" in line)
         assert f"{mce(scores, relative=relative):.1f}" in line
+
+
+@pytest.fixture
+def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ReaL, R, Sketch, Stylized, ObjectNet and C-bar with few classes, laid out like the originals."""
+    root, names, few_of_r = tmp_path / "others", validation_names(), synsets_of(IMAGENET_R)[:4]
+    labels = dict(zip(few_of_r, IMAGENET_R, strict=False))
+    for name in ("imagenet-real", "stylized", "imagenet-c-bar"):
+        monkeypatch.setitem(BENCHMARKS, name, reduced(name))
+    monkeypatch.setitem(BENCHMARKS, "imagenet-sketch", reduced("imagenet-sketch", per_class=None))
+    monkeypatch.setitem(BENCHMARKS, "imagenet-r", reduced("imagenet-r", images=12, labels=labels, per_class=None))
+    for name in ("objnet-113", "objnet-1000"):
+        monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(BENCHMARKS[name], images=313))
+    draw([root / "ILSVRC2012" / "val" / name for name in names], side=70)
+    real = [[0, 2], [1], [], [0], [2], [1, 2]] + [[]] * 49_994
+    (root / "ILSVRC2012" / "real.json").write_text(json.dumps(real))
+    draw([root / "imagenet-r" / wnid / f"{k}.jpg" for wnid in few_of_r for k in range(3)], side=50)
+    draw([root / "imagenet-sketch" / "sketch" / name for name in names], side=50)
+    draw([root / "stylized-imagenet" / "val" / name for name in names])
+    write_objectnet(root / "objectnet-1.0")
+    objects = sorted(path.parent for path in (root / "objectnet-1.0" / "images").rglob("*.png"))
+    for folder in objects:  # one picture under many names
+        (folder / "0.png").unlink()
+    draw([folder / "0.png" for folder in objects], side=60)
+    draw([root / "ImageNet-C-bar" / c / str(s) / name for c in C_BAR for s in range(1, 6) for name in names])
+    return root
+
+
+def taught(image: Tensor, answers: list[int]) -> Linear:
+    """A network of ImageNet's classes that gives these answers for these pictures, as far as it can."""
+    network = Linear(1000)
+    features = network[1](network[0](image))
+    network[2].weight.data = torch.linalg.lstsq(features, nn.functional.one_hot(torch.tensor(answers), 1000).float())[
+        0
+    ].T
+    network[2].bias.data.zero_()
+    return network
+
+
+def test_the_other_suites_count_what_a_plain_loop_counts(others: Path) -> None:
+    """Right, for two pictures of three, are the labels that this test reads from the folders and files itself."""
+    real = json.loads((others / "ILSVRC2012" / "real.json").read_text())
+    members = {f"thing_{i:03d}": [2 * i, 2 * i + 1] if i < 12 else [100 + i] for i in range(113)}
+    overlap = sorted(number for own in members.values() for number in own)
+    every, usual = list(range(1000)), {"": lambda path: [SYNSETS.index(path.parent.name)]}
+    objects = {"": lambda path: members.get(path.parent.name, [])}
+    cells_of_c_bar = {f"{name}/{severity}": usual[""] for name in C_BAR for severity in range(1, 6)}
+    suites: dict[str, tuple[str, dict[str, Any], Sequence[int], int]] = {
+        "imagenet-real": ("ILSVRC2012/val", {"": lambda path: real[int(path.stem[-8:]) - 1]}, every, 5),
+        "imagenet-r": ("imagenet-r", usual, IMAGENET_R, 12),
+        "imagenet-sketch": ("imagenet-sketch/sketch", usual, every, 6),
+        "stylized": ("stylized-imagenet/val", usual, every, 6),
+        "objnet-113": ("objectnet-1.0/images", objects, overlap, 113),
+        "objnet-1000": ("objectnet-1.0/images", objects, every, 113),
+        "imagenet-c-bar": ("ImageNet-C-bar", cells_of_c_bar, every, 6),
+    }
+    hits = {}
+    for name, (folder, truths, counted, total) in suites.items():
+
+        def pixels(path: Path, name: str = name) -> Tensor:
+            image, cut = Image.open(path).convert("RGB"), 2 if name.startswith("objnet") else 0
+            image = image.crop((cut, cut, image.width - cut, image.height - cut))
+            if name not in ("stylized", "imagenet-c-bar"):  # which are stored at their size
+                image = functional.resize(image, [SIDE * 8 // 7], functional.InterpolationMode.BICUBIC)
+            return to_tensor(functional.center_crop(image, [SIDE]))
+
+        places = {cell: sorted((others / folder / cell).glob("*/*.*")) for cell in truths}
+        asked = [(cell, path, truths[cell](path)) for cell, paths in places.items() for path in paths]
+        asked = [one for one in asked if one[2]]
+        image = torch.stack([pixels(path) for _, path, _ in asked])
+        network = taught(image, [truth[0] if at % 3 else 999 for at, (_, _, truth) in enumerate(asked)])
+        network[2].bias.data[0] += 0.2  # of no class of R
+        with torch.no_grad():
+            answers = [counted[one] for one in network(image)[:, list(counted)].argmax(1).tolist()]
+        right = dict.fromkeys(truths, 0)
+        for (cell, _, truth), answer in zip(asked, answers, strict=True):
+            right[cell] += answer in truth
+        found = cells(evaluate(network, name, others, size=SIDE), name)
+        assert {cell: (own["correct"], own["total"]) for cell, own in found.items()} == {
+            cell: (count, total) for cell, count in right.items()
+        }
+        hits[name] = sum(right.values())
+        assert 0 < hits[name] < total * len(truths), name
+    assert hits["objnet-1000"] < hits["objnet-113"]
 
 
 def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(own: Path) -> None:
