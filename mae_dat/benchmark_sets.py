@@ -157,6 +157,8 @@ class Preprocessing:
     interpolation: str = "bicubic"
     side: int | None = None
     border: int = 0
+    crop: float | None = None
+    """The crop's side over the resized picture's, of a network that has one of its own; not for sets of one size."""
     keep: bool = False
     """Whether a picture that has the network's size by chance passes unchanged: not in the benchmarks."""
 
@@ -170,16 +172,17 @@ class Preprocessing:
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
         # What is stored at one size is never cropped.
         stored = self.side is not None
-        share = 1.0 if stored else None
+        share = 1.0 if stored else self.crop
         return EvalTransform(self.size_HW, self.interpolation, share, keep=stored or self.keep).picture(image)
 
     def __str__(self) -> str:
         size, side = f"{self.size_HW[0]} x {self.size_HW[1]}", self.side
         if side is None:
-            height, width = EvalTransform(self.size_HW).cover_HW
+            height, width = EvalTransform(self.size_HW, share=self.crop).cover_HW
             cut = f"border of {self.border} px cut, " if self.border else ""
             cut += f"if not {size}: " if self.keep else ""
-            return f"{cut}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}"
+            own = f", the network's own share of {self.crop:g}" if self.crop else ""
+            return f"{cut}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}{own}"
         as_stored = f"{side} x {side} as stored"
         return as_stored if self.size_HW == (side, side) else f"{as_stored}, resized to {size} ({self.interpolation})"
 

@@ -28,6 +28,7 @@ from mae_dat.pixel_attacks import require_undeclared
 from mae_dat.rebuild import open_source
 from mae_dat.results import Contender as Facts
 from mae_dat.store import local_path
+from mae_dat.transforms import usual_share
 from mae_dat.weights import WeightsFile
 
 Network = Callable[[Tensor], Tensor]
@@ -44,6 +45,18 @@ class View:
     """Of autocast; None for float32."""
     size: Size | None = None
     interpolation: str | None = None
+    crop: float | None = None
+    """The crop's side over the resized picture's, above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ConfigError(f"--crop {self.crop}: give a share of the side above 0 and at most 1.")
+
+    def cropped(self, facts: Facts) -> Facts:
+        """The facts with the crop, where it is not the usual one."""
+        height, width = facts["size"]
+        usual = self.crop is None or abs(self.crop - usual_share((height, width))) < 1e-3
+        return facts if usual or self.crop is None else {**facts, "crop": self.crop}
 
 
 @dataclass(frozen=True)
@@ -139,7 +152,9 @@ def open_contender(source: str, model: str | None, name: str, view: View) -> Con
 
 
 def _from_timm(model: str, name: str, view: View) -> Contender:
-    return _classifier(pretrained_timm(model, view.size), name, f"timm {model}", model, view)
+    network = pretrained_timm(model, view.size)
+    crop = view.crop or resolve_model_data_config(network.net)["crop_pct"]
+    return _classifier(network, name, f"timm {model}", model, replace(view, crop=crop))
 
 
 def _classifier(
@@ -276,7 +291,7 @@ def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view:
     if classes is not None and len(classes) != logits.shape[1]:
         raise ConfigError(f"{name} has {logits.shape[1]} outputs and a list of {len(classes)} classes.")
     known = tuple(classes) if classes else None
-    return Contender(name, network, facts, logits.shape[1], known, logits.requires_grad, view.device)
+    return Contender(name, network, view.cropped(facts), logits.shape[1], known, logits.requires_grad, view.device)
 
 
 def _numbers(values: Tensor) -> str:

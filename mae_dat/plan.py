@@ -89,7 +89,8 @@ def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[s
                 unable.append(f"{one.name} gives no gradient")
                 continue
             try:
-                entries.append(Entry(one, battery.suite(name, one.size, one.facts["interpolation"])))
+                seen = one.size, one.facts["interpolation"], one.facts.get("crop")
+                entries.append(Entry(one, battery.suite(name, *seen)))
             except SizeError as error:
                 if name in asked:
                     raise

@@ -212,11 +212,11 @@ class Battery:
 
     # ---- suites ----
 
-    def suite(self, name: str, size_HW: Size, interpolation: str) -> Suite:
+    def suite(self, name: str, size_HW: Size, interpolation: str, crop: float | None = None) -> Suite:
         """A suite for a network of this input. Raises what opening raises, and SizeError where it cannot be made."""
 
         def see(pictures: BenchmarkSet) -> BenchmarkSet:
-            return seen_at(pictures, size_HW, interpolation)
+            return seen_at(pictures, size_HW, interpolation, crop)
 
         if name in BENCHMARKS or name in OWN:
             whole = self.choice.whole_clean and name in OWN
@@ -332,10 +332,10 @@ def _named(pictures: BenchmarkSet, name: str) -> BenchmarkSet:
     return other
 
 
-def seen_at(pictures: BenchmarkSet, size_HW: Size, interpolation: str) -> BenchmarkSet:
+def seen_at(pictures: BenchmarkSet, size_HW: Size, interpolation: str, crop: float | None) -> BenchmarkSet:
     """The same pictures for a network of another input."""
     assert isinstance(pictures.transform, Preprocessing)
-    prepare = dataclasses.replace(pictures.transform, size_HW=size_HW, interpolation=interpolation)
+    prepare = dataclasses.replace(pictures.transform, size_HW=size_HW, interpolation=interpolation, crop=crop)
     other = pictures.seen_through(prepare)
     other.protocol = {**pictures.protocol, "preprocessing": str(prepare)}
     return other

@@ -240,6 +240,7 @@ def networks_table(results: Results) -> Table:
         return {None: "not known", True: "moving average", False: "as trained"}[facts["averaged"]]
 
     facts = list(results["models"].values())
+    own = any("crop" in one for one in facts)
     rows = (
         ("weights from", *(one["source"] for one in facts)),
         ("sha256", *(one["sha256"] or "none: no file" for one in facts)),
@@ -247,6 +248,7 @@ def networks_table(results: Results) -> Table:
         ("parameters", *(f"{one['parameters']:,}" for one in facts)),
         ("input", *(f"{one['size'][0]} × {one['size'][1]} px" for one in facts)),
         ("interpolation", *(one["interpolation"] for one in facts)),
+        *([("crop", *(f"{one['crop']:g} of the side" if "crop" in one else "usual" for one in facts))] if own else ()),
         ("normalization", *(one["normalization"] for one in facts)),
         ("precision", *(precision_text(results, model) for model in results["models"])),
         ("weights are", *map(averaged, facts)),

@@ -596,6 +596,38 @@ def test_timms_own_names_reach_timm(
         pretrained_timm(f"local-dir:{tmp_path / 'features'}")
 
 
+def test_timms_weights_are_measured_with_timms_crop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network's input as timm's own evaluation makes it; ours, and what --crop asks for, beside it."""
+    network, out = write_timm(tmp_path / "net").eval(), tmp_path / "out"
+    paths = [tmp_path / "data" / "val" / f"{label}" / f"{k}.png" for label in range(10) for k in range(3)]
+    draw(paths, side=90)
+    made = timm.data.create_transform(**timm.data.resolve_model_data_config(network) | {"input_size": (3, 32, 32)})
+    with torch.no_grad():
+        answers = network(torch.stack([made(Image.open(path)) for path in paths])).argmax(1).tolist()  # type: ignore[operator]
+    given = ["--model", f"local-dir:{tmp_path / 'net'}", "--pretrained", "--data", str(tmp_path / "data")]
+    given += ["--suite", "clean", "--device", "cpu", "--num_workers", "0", "--input_size", "32", "--output", str(out)]
+    given += ["--precision", "fp32"]
+    printed(given, monkeypatch, capsys)
+    found = read_results(out / "results.json")
+    (counts,), (facts,), (suites,) = (found[key].values() for key in ("cells", "models", "suites"))  # type: ignore[literal-required]
+    assert counts["clean"][""]["correct"] == sum(a == int(p.parent.name) for a, p in zip(answers, paths, strict=True))
+    assert facts["crop"] == 0.95
+    told = "if not 32 x 32: resized to cover 33 x 33 (bicubic), centre crop 32 x 32, the network's own share of 0.95"
+    assert suites["clean"]["protocol"]["preprocessing"] == told
+    assert "| crop | 0.95 of the side |" in (out / "report.md").read_text()
+    printed([*given, "--crop", "0.875"], monkeypatch, capsys)
+    again = read_results(out / "results.json")
+    assert "crop" not in next(iter(again["models"].values()))
+    assert len(list((out / "cells").iterdir())) == 2
+    ours = evaluate(Classifier(network, (0.5,) * 3, (0.5,) * 3), "clean", tmp_path / "data", size=32)
+    assert "crop" not in ours["models"]["Classifier"]
+    assert ours["cells"]["Classifier"] == next(iter(again["cells"].values()))
+    with pytest.raises(ConfigError, match=r"--crop 1\.5: give a share"):
+        evaluate(Linear(), "clean", tmp_path / "data", size=32, crop=1.5)
+
+
 def test_attacks_are_checked_and_symbolic_words_beat_random_ones(own: Path) -> None:
     found = evaluate(Linear(), ("fgsm-1/255", "words-random", "words-symbolic"), own, size=32)
     checks = found["checks"]["Linear"]
