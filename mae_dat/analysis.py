@@ -274,7 +274,9 @@ def main() -> None:
     networks, shown = [], {}
     for contender in opened:
         classes = list(contender.classes) if contender.classes else None
-        images = open_images(root, EvalTransform(contender.size, contender.facts["interpolation"]), classes=classes)
+        seen = contender.facts
+        transform = EvalTransform(contender.size, seen["interpolation"], seen.get("crop"))
+        images = open_images(root, transform, classes=classes)
         facts, pictures = analyse(contender, images, config, console)
         networks.append(facts)
         shown[contender.name] = pictures

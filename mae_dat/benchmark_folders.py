@@ -5,6 +5,7 @@ above those are severities and corruptions.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -78,8 +79,13 @@ def list_pictures(root: str, expected: Expected) -> Listing:
 def _wrong_level(root: str, found: Mapping[str, str], expected: Expected) -> str:
     """Why a folder without any class folder is the wrong one."""
     layout = f"{expected.title} is <folder>/{next(iter(expected.labels))}/<picture>"
-    if os.path.basename(os.path.normpath(root)) in expected.labels or _pictures_in(root):
+    if os.path.basename(os.path.normpath(root)) in expected.labels:
         return f"holds pictures, not class folders; name the folder above it ({layout})"
+    if _pictures_in(root):
+        return (
+            f"holds pictures in no class folders; move each into its class's ({layout}), as valprep.sh does for "
+            "ImageNet's validation pictures"
+        )
     for name, path in found.items():
         if any(below in expected.labels for below in folders_in(path)):
             return f"has no class folders, but {name} in it has; name that ({layout})"
@@ -127,10 +133,21 @@ def corruption_folders(root: str, names: Sequence[str], title: str) -> dict[str,
     return {name: places[name][0] for name in names if name in places}
 
 
-def severity_folders(root: str, title: str) -> dict[int, str]:
-    """The folders of the severities 1 to 5 that are there. Raises DataError for other folders among them."""
+def severity_folders(root: str, title: str, by_strength: bool = False) -> dict[int, str]:
+    """The folders of the severities 1 to 5 that are there. Raises DataError for other folders among them.
+
+    `by_strength`: they may be named by their strength instead, five of them in rising order (1.00, 2.35, ...).
+    """
     found = folders_in(root)
-    if unknown := [name for name in found if name not in SEVERITY_FOLDERS]:
+    unknown = [name for name in found if name not in SEVERITY_FOLDERS]
+    if by_strength and unknown and all(re.fullmatch(r"\d+\.\d+", name) for name in found):
+        if len(found) != len(SEVERITY_FOLDERS):
+            told = f"{len(found)} severities named by their strength ({', '.join(sorted(found, key=float))})"
+            raise DataError(
+                f"{root}: {told}, {title} has 5: which is which can be told of all 5 alone; unpack it again"
+            )
+        return dict(enumerate((found[name] for name in sorted(found, key=float)), 1))
+    if unknown:
         raise DataError(f"{root}: {_some(unknown)}: no severity of {title}; expected the folders 1 to 5")
     return {int(name): found[name] for name in sorted(found)}
 

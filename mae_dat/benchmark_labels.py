@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, tensor
 
 from mae_dat.benchmark_folders import Listing
+from mae_dat.data import walk_pictures
 from mae_dat.errors import DataError, MissingInputError
+from mae_dat.generated import SHAPES, TEXTURES
 from mae_dat.imagenet import NO_CLASS, SIXTEEN, SYNSETS, Reading, reading
 
 VALIDATION = 50_000
@@ -75,6 +79,52 @@ def conflict_targets(root: str, listing: Listing) -> tuple[Listing, Tensor]:
             kept.append((path, label))
             rows.append([label, names.index(found[3])])
     return kept, tensor(rows)
+
+
+def read_conflicts(folder: Path, classes: Sequence[str]) -> tuple[Listing, Tensor]:
+    """Pictures `<shape>-<texture>` or `<shape>-<texture>-*` of one's own classes, anywhere below `folder`: their
+    listing, and int64 (N, 2), the classes that shape and texture belong to. A texture bears the name of its class, or,
+    of the shapes that we draw, one of `generated.TEXTURES`.
+
+    Pictures whose cues agree say nothing about the bias and are left out (Geirhos et al. 2019). Raises
+    MissingInputError or DataError, naming the folder, or a picture that is named otherwise.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder}: no such folder of conflict pictures; leave the suite conflict out.")
+    drawn = set(classes) == set(SHAPES)
+    owner = dict(zip(TEXTURES, SHAPES, strict=True)) if drawn else {name: name for name in classes}
+    number = {name: i for i, name in enumerate(classes)}
+    listing, cues = [], []
+    for path in walk_pictures(str(folder), {os.path.realpath(folder)}):
+        shape, texture = _cues_in(path, classes, owner)
+        told = number[shape], number[owner[texture]]
+        if told[0] != told[1]:
+            listing.append((os.path.relpath(path, folder), told[0]))
+            cues.append(told)
+    if not listing:
+        raise DataError(f"{folder}: no picture named <shape>-<texture>-* of two classes; leave the suite conflict out.")
+    return listing, tensor(cues)
+
+
+def _cues_in(path: str, shapes: Iterable[str], textures: Iterable[str]) -> tuple[str, str]:
+    """The shape and the texture that a picture is named by, which may hold hyphens themselves: of a texture that begins
+    like another, the longer. Raises DataError, naming the picture, where no names of these fit, or several."""
+
+    def begins(text: str, name: str) -> bool:
+        return text == name or text.startswith(f"{name}-")
+
+    stem = os.path.splitext(os.path.basename(path))[0]
+    found = []
+    for shape in (name for name in shapes if stem.startswith(f"{name}-")):
+        fit = [name for name in textures if begins(stem[len(shape) + 1 :], name)]
+        found += [(shape, max(fit, key=len))] if fit else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        told = " or ".join(f"the shape {shape!r} with the texture {texture!r}" for shape, texture in found)
+        raise DataError(f"{path} may be {told}: rename it")
+    some = [", ".join(list(names)[:10]) for names in (shapes, textures)]
+    raise DataError(f"{path}: expected <shape>-<texture>-*, a shape such as {some[0]} and a texture such as {some[1]}")
 
 
 class ObjectNet(NamedTuple):

@@ -107,6 +107,8 @@ class Benchmark:
     corruptions: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     """Further corruptions, measured where they are there."""
+    by_strength: bool = False
+    """Whether folders of severities may be named by their strength, as its authors' generator does."""
 
 
 def _numbered(names: Sequence[str]) -> dict[str, int]:
@@ -139,7 +141,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark("objnet-113", "ObjectNet", _NET, 50_273, {}, source="objnet-113", border=2, inside="images"),
         Benchmark("objnet-1000", "ObjectNet", _NET, 50_273, {}, source="objnet-1000", border=2, inside="images"),
         dataclasses.replace(_C, name="imagenet-c", title="ImageNet-C", corruptions=CORRUPTIONS, held_out=EXTRA),
-        dataclasses.replace(_C, name="imagenet-c-bar", title="ImageNet-C-bar", usual=("imagenet-c-bar",)),
+        dataclasses.replace(
+            _C, name="imagenet-c-bar", title="ImageNet-C-bar", usual=("imagenet-c-bar",), by_strength=True
+        ),
         Benchmark("cue-conflict", "cue conflict", _CUE, 1280, _SHAPES, 80, SIXTEEN_CLASSES, "conflict", 224),
     )
 }
@@ -153,6 +157,8 @@ class Preprocessing:
     interpolation: str = "bicubic"
     side: int | None = None
     border: int = 0
+    crop: float | None = None
+    """The crop's side over the resized picture's, of a network that has one of its own; not for sets of one size."""
     keep: bool = False
     """Whether a picture that has the network's size by chance passes unchanged: not in the benchmarks."""
 
@@ -166,16 +172,17 @@ class Preprocessing:
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
         # What is stored at one size is never cropped.
         stored = self.side is not None
-        share = 1.0 if stored else None
+        share = 1.0 if stored else self.crop
         return EvalTransform(self.size_HW, self.interpolation, share, keep=stored or self.keep).picture(image)
 
     def __str__(self) -> str:
         size, side = f"{self.size_HW[0]} x {self.size_HW[1]}", self.side
         if side is None:
-            height, width = EvalTransform(self.size_HW).cover_HW
+            height, width = EvalTransform(self.size_HW, share=self.crop).cover_HW
             cut = f"border of {self.border} px cut, " if self.border else ""
             cut += f"if not {size}: " if self.keep else ""
-            return f"{cut}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}"
+            own = f", the network's own share of {self.crop:g}" if self.crop else ""
+            return f"{cut}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}{own}"
         as_stored = f"{side} x {side} as stored"
         return as_stored if self.size_HW == (side, side) else f"{as_stored}, resized to {size} ({self.interpolation})"
 
@@ -362,7 +369,7 @@ def _places(benchmark: Benchmark, root: str, only: Sequence[str] | None) -> tupl
     places: dict[Cell, str] = {}
     missing = []
     for name in wanted:
-        severities = severity_folders(found[name], benchmark.title) if name in found else {}
+        severities = severity_folders(found[name], benchmark.title, benchmark.by_strength) if name in found else {}
         places |= {Cell(benchmark.name, name, severity): path for severity, path in severities.items()}
         if absent := [str(severity) for severity in SEVERITIES if severity not in severities]:
             missing.append(f"{name} has no severity {', '.join(absent)}" if severities else f"{name} is missing")

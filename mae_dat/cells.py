@@ -30,7 +30,7 @@ from mae_dat.loaders import batch_loader
 from mae_dat.results import CellCount
 from mae_dat.watch import beat
 
-# Columns of a row of counts. TEXTURE: of cue conflict. BAD: logits that are NaN.
+# Columns of a row of counts. TEXTURE: of cue conflict. BAD: logits that are NaN or infinite.
 TOTAL, CORRECT, TOP5, TEXTURE, BAD = range(5)
 COLUMNS = 5
 
@@ -151,6 +151,30 @@ class Heard(nn.Module):
         return self.network(image)
 
 
+class Alarm:
+    """Tells that counts on the device are no longer zero: the first time at once, later a batch or two late, when they
+    have come over by themselves. To ask for them would make the device wait for the next batch."""
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts
+        self.arrived = torch.zeros(counts.shape, dtype=counts.dtype, pin_memory=counts.is_cuda)
+        self.copied: torch.cuda.Event | None = None
+
+    def raised(self) -> bool:
+        """Whether any was seen not to be zero."""
+        if not self.counts.is_cuda:
+            return bool(self.counts.any())
+        if self.copied is None:
+            self.copied = torch.cuda.Event()
+            self.arrived.copy_(self.counts)
+        elif not self.copied.query():
+            return False
+        known = bool(self.arrived.any())
+        self.arrived.copy_(self.counts, non_blocking=True)
+        self.copied.record()
+        return known
+
+
 @dataclass
 class Tally:
     """One network's counts on one portion: int64 (S, columns) on the device, and its confidences."""
@@ -160,10 +184,13 @@ class Tally:
     device: torch.device
     precision: torch.dtype | None
     counts: Tensor = field(init=False)
+    alarm: Alarm = field(init=False)
+    """Of logits that are not finite."""
     confidences: Confidences | None = None
 
     def __post_init__(self) -> None:
         self.counts = torch.zeros(len(self.portion.cells), COLUMNS, dtype=torch.int64, device=self.device)
+        self.alarm = Alarm(self.counts[:, BAD])
         if self.portion.calibrated:
             self.confidences = Confidences(len(self.portion.pictures), self.device)
         self.right = copy.copy(self.portion.pictures)
@@ -194,7 +221,7 @@ class Tally:
             with autocast(self.device, None):
                 right = answers[:, 0] == reading.answers(network(image).float(), 5)[:, 0]
         five = (answers[:, :, None] == targets[:, None, :]).flatten(1).any(1)
-        bad = logits.isnan().any(1)
+        bad = ~logits.isfinite().all(1)
         shown = [torch.ones_like(bad), right, five, torch.zeros_like(bad), bad]
         if reading.pooled:
             shown[TEXTURE] = self.right.texture(answers, index)
@@ -203,18 +230,22 @@ class Tally:
             self.confidences.add(index, reading.probabilities(logits), targets[:, 0])
 
     def found(self, reduce: Callable[[Tensor], Tensor]) -> Found:
-        """The counts of all ranks, on each of them. Raises NumericsError for a NaN on any, DataError for a miscount."""
+        """The counts of all ranks, on each of them. Raises NumericsError for logits that are not finite on any,
+        DataError for a miscount."""
         reading, table = self.portion.pictures.reading, reduce(self.counts).tolist()
-        for cell, row in zip(self.portion.cells, table, strict=True):
-            if row[BAD]:
+        rows = dict(zip(self.portion.cells, table, strict=True))
+        for cell, row in rows.items():
+            if row[BAD]:  # whose rank went no further
                 raise NumericsError(
-                    f"{self.name} gave NaN logits for {row[BAD]} of {row[TOTAL]} pictures of {self.where(cell)}: its "
-                    "weights are damaged or its arithmetic overflows; check the checkpoint, or give --precision fp32."
+                    f"{self.name} gave NaN or infinite logits for {row[BAD]} of the first {row[TOTAL]} pictures of "
+                    f"{self.where(cell)}: its weights are damaged or its arithmetic overflows; check the checkpoint, "
+                    "or give --precision fp32."
                 )
+        for cell, row in rows.items():
             if row[TOTAL] != len(self.portion.pictures):
                 raise DataError(f"{self.where(cell)}: {row[TOTAL]} of {len(self.portion.pictures)} pictures counted")
         counts: dict[str, CellCount] = {}
-        for cell, row in zip(self.portion.cells, table, strict=True):
+        for cell, row in rows.items():
             counts[cell] = {"correct": row[CORRECT], "total": row[TOTAL]}
             if reading.pooled:
                 counts[cell] |= {"shape": row[CORRECT], "texture": row[TEXTURE]}
@@ -265,7 +296,8 @@ def measure(
     """What the networks named beside each portion score on it, a portion at a time, on all ranks the same.
 
     `progress` hears of every batch of this rank, and with 0 pictures of every pass of an attack. One loader reads all
-    portions. Raises on all ranks NumericsError (NaN), DataError (unreadable pictures).
+    portions. Raises on all ranks NumericsError (NaN or infinite logits, soon after the first), DataError (unreadable
+    pictures).
     """
     every = [portion for portion, _ in portions]
     shares = Shares(every, world, batch_size)
@@ -288,6 +320,8 @@ def measure(
                 for tally in tallies:
                     tally.add(asked[tally.name], pictures, index, batch["number"])
                 tell(portion, len(index))
+                if True in [tally.alarm.raised() for tally in tallies]:  # which `found` says, on all ranks
+                    return
 
     with eval_mode(networks):
         for at, (portion, names) in enumerate(portions):

@@ -8,6 +8,7 @@ from typing import Any, Self
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.models import parse_model_name
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -189,21 +190,38 @@ def build_classifier(
     return Classifier(net, mean or default_mean, std or default_std)
 
 
+def pretrained_timm(name: str, img_size: int | Grid | None = None) -> Classifier:
+    """A timm model with its own weights, classes and normalisation, by its name or by where timm finds it
+    (hf-hub:OWNER/NAME, local-dir:PATH).
+
+    ConfigError for an unknown name or one without classes, MissingInputError without weights.
+    """
+    net = _build_timm(name, None, img_size, 0.0, 3, True)
+    if not net.num_classes:
+        raise ConfigError(f"{name} has no classes, it gives features: fine-tune it first")
+    statistics = resolve_model_data_config(net)
+    return Classifier(net, statistics["mean"], statistics["std"])
+
+
 def _build_timm(
-    name: str, num_classes: int, img_size: int | Grid | None, drop_path: float, in_chans: int, pretrained: bool
+    name: str, num_classes: int | None, img_size: int | Grid | None, drop_path: float, in_chans: int, pretrained: bool
 ) -> nn.Module:
-    if not timm.is_model(name):
+    try:
+        source, own = parse_model_name(name)
+    except ValueError as error:  # whose words name the prefix that is meant
+        raise ConfigError(str(error)) from error
+    if source is None and not timm.is_model(own):
         raise unknown_name("model", name, [*VIT_SIZES, *timm.list_models()])
     options: dict[str, Any] = {"drop_path_rate": drop_path}
     if img_size is not None:
         options["img_size"] = img_size
     try:
         net = _create_with_accepted(name, options, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained and source is None:
             raise
         raise MissingInputError(
-            f"weights of {name} cannot be had: {error}. Check the network, or give a file downloaded before"
+            f"{name} cannot be had: {error}. Check the network, or give a file downloaded before"
         ) from error
     patch_size = getattr(getattr(net, "patch_embed", None), "patch_size", None)
     if img_size is not None and patch_size is not None:

@@ -22,7 +22,7 @@ from mae_dat.axes import (
 )
 from mae_dat.charts import signed
 from mae_dat.machine import COMMIT
-from mae_dat.published import COLUMNS, published_rows
+from mae_dat.published import COLUMNS, UNSURE, Published, published_rows, unsure_note
 from mae_dat.results import Results, Run
 from mae_dat.scores import Stat
 from mae_dat.tables import NOTHING, Table, stat_text
@@ -264,29 +264,65 @@ def judged_axes(axes: Sequence[Axis], new: Arm, old: Arm) -> Iterator[tuple[Axis
             yield axis, sign
 
 
-def published_table(results: Results) -> Table | None:
-    """Published rows beside the whole, official measurements; None where there is nothing that may stand beside."""
+# ---- beside published rows ----
+
+NEAR = 2  # published rows of a column that are shown at once: so many of the best, and so many nearest to each network
+
+
+def published_tables(results: Results) -> list[Table]:
+    """Published rows beside the whole, official measurements: the references, the best and the nearest at once, the
+    others folded away. Nothing where there is nothing that may stand beside."""
     axes = [axis for axis in axes_of(results) if axis.published in COLUMNS]
     columns = [key for key in COLUMNS if any(axis.published == key for axis in axes)]
     if not columns:
-        return None
-    rows = []
+        return []
+    own = []
     for arm in arms_of(results):
         name = next(iter(arm.members.values()))
-        own = {axis.published: axis for axis in axes if name in axis.numbers}
-        if own:
-            shown = [value_text(own[key], arm) if key in own else NOTHING for key in columns]
-            rows.append((arm.title, pixels_text(results["models"][name]["size"]), *shown, "this report"))
-    line = len(rows)
-    sources: dict[str, int] = {}
-    for row in published_rows():
-        if any(key in row.values for key in columns):
-            number = sources.setdefault(row.source, len(sources) + 1)
-            shown = [row.values.get(key, NOTHING) for key in columns]
-            rows.append((row.model, row.px or NOTHING, *shown, f"[{number}]"))
-    head = ("", "px", *(COLUMNS[key] for key in columns), "source")
-    notes = (
-        "Published rows are of networks trained on ImageNet-1k alone, as printed; none was measured by us.",
-        " ".join(f"[{number}] {source}." for source, number in sources.items()),
+        found = {axis.published: axis for axis in axes if name in axis.numbers}
+        if found:
+            shown = [value_text(found[key], arm) if key in found else NOTHING for key in columns]
+            own.append((arm.title, pixels_text(results["models"][name]["size"]), *shown, "this report"))
+    there = [row for row in published_rows() if any(key in row.values for key in columns)]
+    near = _near(there, columns, axes)
+    at_once, folded = (
+        sorted((row for row in there if (row in near) == now), key=lambda row: row.more_data) for now in (True, False)
     )
-    return Table("published", "Beside published rows", head, tuple(rows), notes, breaks=frozenset({line}))
+    head = ("", "px", *(COLUMNS[key] for key in columns), "source")
+    rows, notes = _rows_of(at_once, columns)
+    tables = [Table("published", "Beside published rows", head, (*own, *rows), notes, breaks=frozenset({len(own)}))]
+    if folded:
+        rows, notes = _rows_of(folded, columns)
+        title = f"{len(folded)} further published rows"
+        tables.append(Table("published-more", title, head, rows, notes, folded=True))
+    return tables
+
+
+def _near(rows: Sequence[Published], columns: Sequence[str], axes: Sequence[Axis]) -> list[Published]:
+    """The rows that a reader wants to see at once."""
+    near = [row for row in rows if row.reference]
+    for key in columns:
+        values = [(number, row) for row in rows if not row.more_data and (number := row.number(key)) is not None]
+        best = 0.0 if COLUMNS[key].endswith("↓") else 100.0
+        own = [number.value for axis in axes if axis.published == key for number in axis.numbers.values()]
+        for aim in (best, *own):
+            near += [row for _, row in sorted(values, key=lambda one: abs(one[0] - aim))[:NEAR]]
+    return near
+
+
+def _rows_of(rows: Sequence[Published], columns: Sequence[str]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """Published rows as text, and the notes that say what they are."""
+    sources: dict[str, int] = {}
+    found = []
+    for row in rows:
+        number = sources.setdefault(row.source, len(sources) + 1)
+        told = f"[{number}]" + (", more data" if row.more_data else "")
+        found.append((row.model, row.px or NOTHING, *(row.values.get(key, NOTHING) for key in columns), told))
+    notes = [
+        "Published rows are of networks trained on ImageNet-1k alone, but where they say more data; as printed, none "
+        "measured by us."
+    ]
+    if any(text.endswith(UNSURE) for row in found for text in row):
+        notes.append(unsure_note())
+    notes.append(" ".join(f"[{number}] {source}." for source, number in sources.items()))
+    return tuple(found), tuple(notes)

@@ -10,27 +10,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
+import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from mae_dat import run
 from mae_dat.cells import eval_mode
-from mae_dat.classifier import Classifier, build_classifier
+from mae_dat.classifier import Classifier, pretrained_timm
 from mae_dat.config import ConfigError, image_size
 from mae_dat.data import Size
 from mae_dat.errors import CheckpointError, MissingInputError, NumericsError
 from mae_dat.files import sha256_of
 from mae_dat.identity import module_sha256, onnx_sha256, state_sha256
-from mae_dat.pixel_attacks import require_pixel_model
+from mae_dat.pixel_attacks import require_undeclared
 from mae_dat.rebuild import open_source
 from mae_dat.results import Contender as Facts
 from mae_dat.store import local_path
+from mae_dat.transforms import usual_share
 from mae_dat.weights import WeightsFile
 
 Network = Callable[[Tensor], Tensor]
 USUAL_SIZE = (224, 224)
+TIMM_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:", "timm/")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ class View:
     """Of autocast; None for float32."""
     size: Size | None = None
     interpolation: str | None = None
+    crop: float | None = None
+    """The crop's side over the resized picture's, above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ConfigError(f"--crop {self.crop}: give a share of the side above 0 and at most 1.")
+
+    def cropped(self, facts: Facts) -> Facts:
+        """The facts with the crop, where it is not the usual one."""
+        height, width = facts["size"]
+        usual = self.crop is None or abs(self.crop - usual_share((height, width))) < 1e-3
+        return facts if usual or self.crop is None else {**facts, "crop": self.crop}
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,9 @@ def open_contender(source: str, model: str | None, name: str, view: View) -> Con
 
     Raises MissingInputError, CheckpointError (also for a pretraining), ConfigError, DownloadError.
     """
+    if source.startswith(TIMM_SOURCES) and not Path(source).exists():
+        model = f"hf-hub:{source}" if source.startswith("timm/") else source
+        raise ConfigError(f"--checkpoint {source}: networks of timm are named by --model {model} --pretrained.")
     if source.endswith(".onnx"):
         return _from_onnx(Path(source), name, view)
     weights, facts = run.read_export(Path(source))
@@ -134,12 +152,9 @@ def open_contender(source: str, model: str | None, name: str, view: View) -> Con
 
 
 def _from_timm(model: str, name: str, view: View) -> Contender:
-    if not timm.is_model(model):
-        raise ConfigError(f"--pretrained: timm has no {model}; `timm.list_models(pretrained=True)` lists its names.")
-    settings: Any = timm.get_pretrained_cfg(model, allow_unregistered=True)
-    classes = getattr(settings, "num_classes", None) or 1000
-    network = build_classifier(model, classes, view.size, pretrained=True)
-    return _classifier(network, name, f"timm {model}", model, view)
+    network = pretrained_timm(model, view.size)
+    crop = view.crop or resolve_model_data_config(network.net)["crop_pct"]
+    return _classifier(network, name, f"timm {model}", model, replace(view, crop=crop))
 
 
 def _classifier(
@@ -217,9 +232,12 @@ def _from_onnx(path: Path, name: str, view: View) -> Contender:
     if others or len(given.shape) != 4 or given.type != "tensor(float)":
         raise CheckpointError(f"{path} must take one input, float (B, 3, H, W) in [0, 1], not {given.shape}.")
 
+    batch = given.shape[0] if isinstance(given.shape[0], int) else None
+
     def network(image: Tensor) -> Tensor:
-        pixels = image.detach().float().cpu().numpy()
-        return torch.from_numpy(session.run(None, {given.name: pixels})[0]).to(image.device)
+        parts = image.detach().float().split(batch or len(image))
+        found = [session.run(None, {given.name: _filled(part, batch).cpu().numpy()})[0][: len(part)] for part in parts]
+        return torch.from_numpy(np.concatenate(found)).to(image.device)
 
     facts: Facts = {
         "title": name,
@@ -236,32 +254,44 @@ def _from_onnx(path: Path, name: str, view: View) -> Contender:
     return replace(_probed(network, facts, None, view), versions={"onnxruntime": onnxruntime.__version__})
 
 
+def _filled(image: Tensor, batch: int | None) -> Tensor:
+    """Pictures (B, C, H, W) with black ones behind them up to a graph's fixed batch."""
+    return image if batch is None else F.pad(image, (0, 0, 0, 0, 0, 0, 0, batch - len(image)))
+
+
 # ---- facts ----
 
 
 def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view: View) -> Contender:
-    """The contender, after one blank picture has gone through it."""
+    """The contender, after two blank pictures have gone through it."""
     name, size = facts["title"], image_size(tuple(facts["size"]))
-    blank = torch.zeros(1, 3, *size, device=view.device)
+    require_undeclared(network)
+    blank = torch.zeros(2, 3, *size, device=view.device)
+    refused = f"{name} does not take pictures of {len(blank)} x 3 x {size[0]} x {size[1]}"
     try:
-        require_pixel_model(network, blank, torch.zeros(1, dtype=torch.int64, device=view.device))
         with torch.enable_grad():
             logits = network(blank.requires_grad_())
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{name} does not take a picture of 1 x 3 x {size[0]} x {size[1]}: {error}") from error
+        raise ConfigError(f"{refused}: {error}") from error
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise ConfigError(f"{name} does not take a picture of 1 x 3 x {size[0]} x {size[1]}: {error}") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        told = " ".join(str(error).split())
+        raise ConfigError(
+            f"{refused}: {told}. A graph that takes one picture alone is to be exported again with a dynamic batch "
+            "axis (torch.onnx.export: dynamic_axes or dynamic_shapes)."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(blank):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError(f"{name} gives {found} for one picture, not logits of shape (1, classes).")
-    if logits.isnan().any():
-        raise NumericsError(f"{name} gives NaN for a blank picture: its weights are damaged; check the checkpoint.")
+        raise ConfigError(f"{name} gives {found} for {len(blank)} pictures, not logits of shape (2, classes).")
+    if not logits.isfinite().all():
+        raise NumericsError(
+            f"{name} gives NaN or infinite logits for a blank picture: its weights are damaged; check the checkpoint."
+        )
     if classes is not None and len(classes) != logits.shape[1]:
         raise ConfigError(f"{name} has {logits.shape[1]} outputs and a list of {len(classes)} classes.")
     known = tuple(classes) if classes else None
-    return Contender(name, network, facts, logits.shape[1], known, logits.requires_grad, view.device)
+    return Contender(name, network, view.cropped(facts), logits.shape[1], known, logits.requires_grad, view.device)
 
 
 def _numbers(values: Tensor) -> str:

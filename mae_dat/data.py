@@ -78,14 +78,14 @@ def visible(folder: str) -> list[os.DirEntry[str]]:
         raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); check its permissions") from error
 
 
-def _walk(folder: str, seen: set[str]) -> Iterator[str]:
+def walk_pictures(folder: str, seen: set[str]) -> Iterator[str]:
     """Paths of all pictures below `folder`, sorted, without the folders in `seen` (real paths): links may loop."""
     for entry in visible(folder):
         if entry.is_dir():
             real = os.path.realpath(entry.path)
             if real not in seen:
                 seen.add(real)
-                yield from _walk(entry.path, seen)
+                yield from walk_pictures(entry.path, seen)
         elif entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
             yield entry.path
 
@@ -276,7 +276,7 @@ class ImageFolder(ImageSet):
         if labelled:
             self.samples = self._labelled_samples()
         else:
-            self.samples = [(path, -1) for path in _walk(self.root, {os.path.realpath(self.root)})]
+            self.samples = [(path, -1) for path in walk_pictures(self.root, {os.path.realpath(self.root)})]
         if not self.samples:
             raise DataError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)}); check the path")
 
@@ -291,7 +291,7 @@ class ImageFolder(ImageSet):
         samples: list[tuple[str, int]] = []
         for name, folder in found.items():
             label, before = self.classes.index(name), len(samples)
-            samples += [(path, label) for path in _walk(folder, seen)]
+            samples += [(path, label) for path in walk_pictures(folder, seen)]
             if len(samples) == before:
                 raise DataError(f"the class {folder} has no image; delete the folder or fill it; {layout}")
         return samples

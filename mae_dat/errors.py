@@ -17,6 +17,10 @@ class ConfigError(UserError):
     exit_code = 64
 
 
+class SizeError(ConfigError):
+    """An input size that something which is asked for cannot work at."""
+
+
 class DataError(UserError):
     """Images or labels that are there but not usable."""
 

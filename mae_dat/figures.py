@@ -129,10 +129,10 @@ def published_picture(results: Results) -> Picture | None:
         for arm in arms_of(results)
     ]
     others = tuple(
-        (float(row.values[key]), float(number), 0.0)
+        (value, float(number), 0.0)
         for number, key in enumerate(columns)
         for row in published_rows()
-        if key in row.values
+        if not row.more_data and (value := row.number(key)) is not None
     )
     shown = [*(one for one in series if one.points), charts.Series("published", 6, others)]
     names = [re.sub(r" \(%\)(?= [↑↓])", "", COLUMNS[key]) for key in columns]
@@ -140,7 +140,8 @@ def published_picture(results: Results) -> Picture | None:
         "published.png",
         charts.dot_plot(names, shown, "% (mCE: in units of AlexNet's error)"),
         "Dot plot of the networks among the published rows; the table of published rows holds the numbers.",
-        "The networks among published ones; only whole official benchmarks have a row. ↑ more is better, ↓ less is.",
+        "The networks among published ones of ImageNet-1k alone; only whole official benchmarks have a row. ↑ more is "
+        "better, ↓ less is.",
     )
 
 

@@ -124,6 +124,13 @@ CLASSES_OF_R = _part("200 classes of ImageNet-R", IMAGENET_R)
 SIXTEEN_CLASSES = reading("16 classes, mean probability", SIXTEEN, only_these=False, pooled=True)
 
 
+def outputs_advice(outputs: int) -> str:
+    """What to do about a network of so many outputs, not ImageNet's."""
+    if outputs == 1 + len(SYNSETS):
+        return "where the first is a background class, evaluate lambda image: model(image)[:, 1:] from Python"
+    return "give weights fine-tuned on ImageNet-1k, or name a --suite of the network's own classes"
+
+
 def check_classes(classes: Sequence[str] | None, outputs: int) -> None:
     """Raises DataError for a network whose outputs are not ImageNet's classes in their order.
 
@@ -131,7 +138,7 @@ def check_classes(classes: Sequence[str] | None, outputs: int) -> None:
     compared and pass.
     """
     if outputs != len(SYNSETS):
-        raise DataError(f"the network has {outputs} outputs, not ImageNet's {len(SYNSETS)}: name another --suite")
+        raise DataError(f"the network has {outputs} outputs, not ImageNet's {len(SYNSETS)}: {outputs_advice(outputs)}")
     names = list(classes or SYNSETS)
     if set(names) <= set(SYNSETS) and names != list(SYNSETS):
         at = next((i for i, (a, b) in enumerate(zip(names, SYNSETS, strict=False)) if a != b), len(names))

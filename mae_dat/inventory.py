@@ -38,9 +38,11 @@ def find(root: str | Path, name: str) -> Path | None:
     places = [Path(path) for own, path in around.items() if _plain(own) in usual]
     # `val` names ImageNet's pictures only where nothing else tells whose they are.
     named = [place for place in places if place.name != "val"] or places
-    found = list(dict.fromkeys(at / known.inside if (at / known.inside).is_dir() else at for at in named))
+    inside = [at / known.inside if (at / known.inside).is_dir() else at for at in named]
+    found = list({place.resolve(): place for place in reversed(inside)}.values())[::-1]  # a link is no second one
     if len(found) > 1:
-        raise DataError(f"{root}: {' and '.join(map(str, found))} may each be {known.title}; name one of them")
+        told = " and ".join(map(str, found))
+        raise DataError(f"{root}: {told} may each be {known.title}; move one of them out of {root}, or rename it")
     return found[0] if found else None
 
 

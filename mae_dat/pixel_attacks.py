@@ -5,7 +5,8 @@ A broken attack looks like a robust model, so a row of a report stands beside it
 trace: no parameter gradient, no training flag changed. It runs in float32. Shapes: image (B, C, H, W), label (B,).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -194,9 +195,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 # ---- can it be believed? ----
 
 
-def require_pixel_model(model: Model, image: Tensor, label: Tensor) -> None:
-    """Raises ConfigError for a model that takes normalised pictures: declared by timm's settings of a bare network, or
-    seen by its answers, which are better for normalised pictures by three standard errors."""
+def require_undeclared(model: Model) -> None:
+    """Raises ConfigError for a bare network whose settings, timm's, say that it takes normalised pictures."""
     settings = getattr(model, "pretrained_cfg", None) or {}
     mean, std = settings.get("mean", (0,)), settings.get("std", (1,))
     if any(mean) or set(std) != {1}:
@@ -204,16 +204,72 @@ def require_pixel_model(model: Model, image: Tensor, label: Tensor) -> None:
             f"{type(model).__name__} takes pictures normalised by mean {mean} and std {std}, and an attack's eps is in "
             "pixels in [0, 1]: give mae_dat.classifier.Classifier(model, mean, std)."
         )
-    plain = _logits(model, image).argmax(1) == label
-    imagenet = [image.new_tensor(each).view(-1, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    for middle, scale in [(0.5, 0.5)] + ([imagenet] if image.shape[1] == 3 else []):
-        normal = _logits(model, (image - middle) / scale).argmax(1) == label
-        gained, lost = int((normal & ~plain).sum()), int((plain & ~normal).sum())
-        if gained - lost > 3 * (gained + lost) ** 0.5:
-            raise ConfigError(
-                f"the model seems to take normalised pictures: of {len(label)} it knows {int(normal.sum())} that are, "
-                f"and {int(plain.sum())} in [0, 1]. Give mae_dat.classifier.Classifier(model, mean, std)."
-            )
+
+
+class Version(NamedTuple):
+    """Pictures as a model may want them that does not take pixels in [0, 1]."""
+
+    name: str
+    made: Callable[[Tensor], Tensor]
+    advice: str
+
+
+def _normalised(mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    return lambda image: (image - image.new_tensor(mean).view(-1, 1, 1)) / image.new_tensor(std).view(-1, 1, 1)
+
+
+_CLASSIFIER = "mae_dat.classifier.Classifier(model, mean, std)"
+_IMAGENET = _normalised(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+VERSIONS = (
+    Version("normalised by mean 0.5 and std 0.5", _normalised([0.5], [0.5]), _CLASSIFIER),
+    Version("normalised by ImageNet's mean and std", _IMAGENET, _CLASSIFIER),
+    Version("from 0 to 255", lambda image: 255 * image, "lambda image: model(255 * image)"),
+)
+LOOK, LOOKS = 64, 16
+"""Pictures of a look, and how many looks there are at most."""
+MISTAKE = 1e-4
+"""Probability that a good model is refused, at most."""
+
+
+def require_pixel_model(model: Model, looks: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
+    """Raises ConfigError for a model that knows more of the pictures when they are another `Version`.
+
+    `looks`: up to `LOOKS` times colour pictures (B, 3, H, W), and which logits (B, K) are right for them, bool (B,).
+    They are taken one by one until every version is decided. Of the pictures of which a model has one version alone
+    right, one that takes [0, 1] has it in at least half of the cases there; it is refused where so few as are found had
+    a probability below MISTAKE / (looks x versions). So the probability that any of the looks refuses it is below
+    MISTAKE, for pictures drawn at random.
+    """
+    least = MISTAKE / (LOOKS * len(VERSIONS))
+    known, counts = [0, 0], {version: [0, 0, 0] for version in VERSIONS}
+    for image, right in looks:
+        plain = right(_logits(model, image))
+        known[0] += int(plain.sum())
+        known[1] += len(plain)
+        for version, count in [*counts.items()]:
+            try:
+                other = right(_logits(model, version.made(image)))
+            except (AssertionError, ValueError):  # a model that refuses them does not take them
+                del counts[version]
+                continue
+            count[0] += int((other & ~plain).sum())
+            count[1] += int((plain & ~other).sum())
+            count[2] += int(other.sum())
+            if _chance(count[0], count[1]) < least:
+                raise ConfigError(
+                    f"the model seems to take pictures {version.name}: of {known[1]} it knows {count[2]} so, and "
+                    f"{known[0]} in [0, 1]. Give {version.advice}."
+                )
+            if _chance(count[1], count[0]) < least:
+                del counts[version]
+        if not counts:
+            return
+
+
+def _chance(ours: int, theirs: int) -> float:
+    """Probability of at least so many heads of ours + theirs throws of a coin."""
+    throws = ours + theirs
+    return sum(math.comb(throws, heads) for heads in range(ours, throws + 1)) / 2**throws
 
 
 CHECK_PASSES = 99

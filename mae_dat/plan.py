@@ -2,18 +2,21 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mae_dat.benchmark_sets import BENCHMARKS
+from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet
 from mae_dat.cells import Portion, eval_mode
 from mae_dat.config import ConfigError
 from mae_dat.contenders import Contender
+from mae_dat.errors import SizeError
+from mae_dat.imagenet import Reading
 from mae_dat.machine import own_versions, version, versions
-from mae_dat.pixel_attacks import require_pixel_model
+from mae_dat.pixel_attacks import LOOK, LOOKS, require_pixel_model
 from mae_dat.suite import Suite
 from mae_dat.suites import CLEAN, NEED_GRADIENTS, Battery, Choice
 
@@ -66,7 +69,8 @@ class Plan:
 
 
 def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[str]) -> Plan:
-    """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together."""
+    """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together; a suite
+    of `all` that cannot be made at a network's size is not measured."""
     first = contenders[0]
     for other in contenders[1:]:
         if other.outputs != first.outputs or (other.classes or first.classes) != (first.classes or other.classes):
@@ -79,10 +83,20 @@ def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[s
     names, lacking = battery.chosen(asked)
     entries = []
     for name in names:
-        able = [one for one in contenders if one.differentiable or name not in NEED_GRADIENTS]
-        if blind := [one.name for one in contenders if one not in able]:
-            lacking[name] = f"{', '.join(blind)} gives no gradient"
-        entries += [Entry(one, battery.suite(name, one.size, one.facts["interpolation"])) for one in able]
+        unable: list[str] = []
+        for one in contenders:
+            if not one.differentiable and name in NEED_GRADIENTS:
+                unable.append(f"{one.name} gives no gradient")
+                continue
+            try:
+                seen = one.size, one.facts["interpolation"], one.facts.get("crop")
+                entries.append(Entry(one, battery.suite(name, *seen)))
+            except SizeError as error:
+                if name in asked:
+                    raise
+                unable.append(f"{one.name}: {error}")
+        if unable:
+            lacking[name] = "; ".join(unable)
     if not entries:
         raise ConfigError(f"nothing can be measured: {'; '.join(f'{name}: {why}' for name, why in lacking.items())}.")
     return Plan(list(contenders), entries, lacking, battery, _agreements(entries, battery))
@@ -95,22 +109,38 @@ def _agreements(entries: Sequence[Entry], battery: Battery) -> list[Entry]:
 
 
 def refuse_normalised(plan: Plan) -> None:
-    """Raises ConfigError for a network that takes normalised pictures, as far as its answers tell."""
+    """Raises ConfigError for a network that takes normalised pictures, or pixels up to 255, as far as its answers on up
+    to 1024 pictures of its first suite tell."""
+    first = {entry.contender.name: entry for entry in reversed(plan.entries)}
     for contender in plan.contenders:
-        if contender.facts["normalization"] != "inside":
-            continue
-        for portion in (one for entry in plan.entries if entry.contender is contender for one in entry.suite.portions):
-            if portion.pictures.reading.outputs == len(portion.pictures.classes):  # labels number its outputs
-                with eval_mode({"": contender.network}):
-                    require_pixel_model(contender.network, *sample(portion, contender))
-                break
+        if contender.facts["normalization"] == "inside" and contender.name in first:
+            with torch.no_grad(), eval_mode({"": contender.network}):
+                require_pixel_model(contender.network, _looks(first[contender.name].suite.portions[0], contender))
+
+
+def _looks(portion: Portion, contender: Contender) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    pictures, reading = portion.pictures, portion.pictures.reading.to(contender.device)
+    chosen = spread(LOOK * LOOKS, len(pictures))
+    times = -(-len(chosen) // LOOK)
+    for start in range(times):
+        index = chosen[start::times]
+        image = torch.stack([pictures[one]["image"] for one in index]).to(contender.device)
+        yield image, partial(_right, pictures, reading, torch.tensor(index))
+
+
+def _right(pictures: BenchmarkSet, reading: Reading, index: Tensor, logits: Tensor) -> Tensor:
+    return pictures.right(reading.answers(logits), index)
+
+
+def spread(count: int, of: int) -> list[int]:
+    """Up to `count` indices, evenly spread over so many."""
+    count = min(count, of)
+    return [index * of // count for index in range(count)]
 
 
 def sample(portion: Portion, contender: Contender) -> tuple[Tensor, Tensor]:
     """Up to 64 pictures of a portion, evenly spread over it, and their labels, on the network's device."""
-    pictures = portion.pictures
-    count = min(CHECKED_PICTURES, len(pictures))
-    chosen = [pictures[index * len(pictures) // count] for index in range(count)]
+    chosen = [portion.pictures[index] for index in spread(CHECKED_PICTURES, len(portion.pictures))]
     labels = torch.tensor([one["label"] for one in chosen])
     return torch.stack([one["image"] for one in chosen]).to(contender.device), labels.to(contender.device)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,6 +19,9 @@ COLUMNS = {
 }
 
 
+UNSURE = "§"
+
+
 @dataclass(frozen=True)
 class Published:
     """A row as its source prints it."""
@@ -27,12 +31,39 @@ class Published:
     """Input size; empty where the source does not say."""
     source: str
     values: dict[str, str]
-    """By key of `COLUMNS`; text, for 83.6 is not 83.60."""
+    """By key of `COLUMNS`; text, for 83.6 is not 83.60. Ends with `UNSURE` where it may be of another protocol."""
+    more_data: bool
+    """Whether it, or its teacher, saw more than ImageNet-1k."""
+    reference: bool
+    """Whether every table shows it."""
+
+    def number(self, key: str) -> float | None:
+        """The value of a column, None where there is none that is surely of the same protocol."""
+        text = self.values.get(key, UNSURE)
+        return None if text.endswith(UNSURE) else float(text)
 
 
 def published_rows() -> list[Published]:
     """Every row of the file, in its order."""
+    found = _file()
+    return [
+        Published(
+            row["model"],
+            row.get("px", ""),
+            found["sources"][row["source"]],
+            row["values"],
+            row.get("data") == "more",
+            row.get("reference") == "true",
+        )
+        for row in found["rows"]
+    ]
+
+
+def unsure_note() -> str:
+    """What `UNSURE` means, for a note below a table."""
+    return str(_file()["unsure"])
+
+
+def _file() -> dict[str, Any]:
     text = (Path(__file__).parent / "published.yaml").read_text()
-    found = yaml.load(text, Loader=yaml.BaseLoader)  # which leaves numbers as they are written
-    sources = found["sources"]
-    return [Published(row["model"], row.get("px", ""), sources[row["source"]], row["values"]) for row in found["rows"]]
+    return dict(yaml.load(text, Loader=yaml.BaseLoader))  # which leaves numbers as they are written

@@ -41,6 +41,8 @@ class Contender(TypedDict):
     normalization: str
     """Inside the network: mean and deviation in words."""
     interpolation: str
+    crop: NotRequired[float]
+    """The crop's side over the resized picture's, where it is not the usual one: of timm's weights, timm's crop_pct."""
     precision: str
     """fp32 or bf16."""
     averaged: bool | None

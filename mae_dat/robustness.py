@@ -37,7 +37,7 @@ class SuiteConfig:
     suite: tuple[str, ...] = ("all",)
     """all (what is there), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, imagenet-sketch,
     stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, cue-conflict; clean (val/CLASS of other classes);
-    conflict (conflict/**/SHAPE-TEXTURE-*.png of two of those);
+    conflict (conflict/**/SHAPE-TEXTURE-*.png or .jpg of two of those);
     generated (15 corruptions x 5 severities made from the clean pictures, labelled apart); fgsm-1/255, pgd-5-1/255,
     pgd-20-l2-0.5, autoattack-4/255; words-random, words-symbolic."""
     data: str | None = None
@@ -64,7 +64,8 @@ class RobustnessConfig:
     checkpoint: tuple[str, ...] = ()
     """Output folders, weights files, released names (mae_dat.fetch) or .onnx files."""
     model: tuple[str, ...] = ()
-    """Architecture where a file does not say: one for all, or one each. With --pretrained: timm's names."""
+    """Architecture where a file does not say: one for all, or one each. With --pretrained: timm's names,
+    hf-hub:OWNER/NAME too."""
     pretrained: bool = False
     """Evaluate the networks of --model with timm's own weights."""
     names: tuple[str, ...] = ()
@@ -78,6 +79,9 @@ class RobustnessConfig:
     """Side, or height and width, in pixels (default: each network's own)."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Of resizing (default: each network's own)."""
+    crop: float | None = None
+    """The centre crop's side over the resized picture's (default: of --pretrained timm's crop_pct, by which its figures
+    are published; else 7/8 up to 224 px, and all above)."""
     batch_size: int = 64
     num_workers: int = 8
     device: str = "auto"
@@ -102,6 +106,7 @@ def evaluate(
     classes: Sequence[str] | None = None,
     size: int | tuple[int, int] | None = None,
     interpolation: str | None = None,
+    crop: float | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     device: str | torch.device = "auto",
@@ -113,15 +118,17 @@ def evaluate(
     """Measures a network, or several by name, and returns integer counts: what the command does, from Python.
 
     A network is any callable float (B, 3, H, W) in [0, 1] -> logits (B, K), or what `--checkpoint` takes. `classes` are
-    the names of a callable's outputs in order, `size` its input's in pixels (224). `settings` are those of
-    `SuiteConfig`: partial, subset, limit, seed, held_out, tokenizer. With `output` an interrupted call goes on there,
-    and results.json and the report are written. In a process group all ranks call it and get the same.
+    the names of a callable's outputs in order, `size` its input's in pixels (224), `interpolation` and `crop` as in
+    `RobustnessConfig`. `settings` are those of `SuiteConfig`: partial, subset, limit, seed, held_out, tokenizer. With
+    `output` an interrupted call goes on there, and results.json and the report are written. In a process group all
+    ranks call it and get the same.
 
-    Raises UserError: what is wrong with pictures or networks, before anything is measured; NumericsError for NaN.
+    Raises UserError: what is wrong with pictures or networks, before anything is measured; NumericsError for NaN or
+    infinite logits.
     """
     where = pick_device(str(device))
     sizes = size if size is None or isinstance(size, tuple) else (size, size)
-    view = View(where, amp_dtype(precision, where), sizes, interpolation)
+    view = View(where, amp_dtype(precision, where), sizes, interpolation, crop)
     named = models if isinstance(models, Mapping) else {_title_of(models): models}
     contenders = [
         open_contender(str(one), None, name, view)
@@ -168,7 +175,7 @@ def measure_all(config: RobustnessConfig, console: Console) -> Results:
     )
     with run.place(settings, LaunchConfig(), console, training=False) as where:
         size = image_size(config.input_size) if config.input_size else None
-        view = View(where.device, where.precision, size, config.interpolation)
+        view = View(where.device, where.precision, size, config.interpolation, config.crop)
         contenders = together(
             lambda: open_contenders(config.checkpoint, config.model, config.pretrained, config.names, view)
         )

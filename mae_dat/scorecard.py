@@ -87,9 +87,8 @@ def _sections(results: Results) -> list[Section]:
     """The parts that have something to show. Many arms have a row each, and no charts with a line each."""
     many = ablation.many(results)
     found = [_many_numbers(results) if many else _numbers(results)]
-    published = comparison.published_table(results)
-    if published:
-        found.append(Section("published", published.title, tables=(published,)))
+    if published := comparison.published_tables(results):
+        found.append(Section("published", published[0].title, tables=tuple(published)))
     for number, variant in enumerate(figures.of_kind(results, "corruptions"), 1):
         lines = [] if many else figures.overview(results, variant, number)
         pictures = (*lines, *figures.heat_maps(results, variant, number))

@@ -19,15 +19,14 @@ from torch import Tensor
 from mae_dat import corruptions as corrupting
 from mae_dat.attack import image_generator
 from mae_dat.benchmark_folders import folders_in
-from mae_dat.benchmark_labels import read_subset
+from mae_dat.benchmark_labels import read_conflicts, read_subset
 from mae_dat.benchmark_sets import BENCHMARKS, PARTIAL, BenchmarkSet, Cell, CustomSet, Preprocessing, open_benchmark
 from mae_dat.cells import Adversary, Network, Portion
 from mae_dat.config import nearest
 from mae_dat.data import Size, find_split, require_folder
-from mae_dat.errors import ConfigError, DataError, MissingInputError, UserError
+from mae_dat.errors import ConfigError, DataError, MissingInputError, SizeError, UserError
 from mae_dat.files import sha256_of
-from mae_dat.generated import SHAPES, TEXTURES
-from mae_dat.imagenet import SYNSETS, Reading, check_classes
+from mae_dat.imagenet import SYNSETS, Reading, check_classes, outputs_advice
 from mae_dat.inventory import find, inventory
 from mae_dat.pixel_attacks import (
     AUTO_ATTACK_EPS,
@@ -143,11 +142,21 @@ class Battery:
         lacking = {name: lacking[name] for name in SUITES if name in lacking and name not in asked}
         found = [name for name in SUITES if name not in lacking]
         if not found:
-            root = self.choice.root.resolve()
-            near = [path for path in (root.parent, root.parent.parent, *root.iterdir()) if (path / "val").is_dir()]
-            hint = f"did you mean {near[0]}?" if near else "see --help for its layout."
-            raise MissingInputError(f"{self.choice.root} holds no benchmark and no val/CLASS: {hint}")
+            raise self._nothing()
         return found, lacking
+
+    def _nothing(self) -> UserError:
+        """Why `all` is nothing."""
+        root = self.choice.root.resolve()
+        there = [row.benchmark.title for row in inventory(root) if row.folder not in (None, root)]
+        if there and self.outputs != len(SYNSETS):
+            return ConfigError(
+                f"{self.choice.root} holds {', '.join(dict.fromkeys(there))}, and the networks have {self.outputs} "
+                f"outputs, not ImageNet's {len(SYNSETS)}: {outputs_advice(self.outputs)}"
+            )
+        near = [path for path in (root.parent, root.parent.parent, *root.iterdir()) if (path / "val").is_dir()]
+        hint = f"did you mean {near[0]}?" if near else "see --help for its layout."
+        return MissingInputError(f"{self.choice.root} holds no benchmark and no val/CLASS: {hint}")
 
     def _has_split(self) -> bool:
         try:
@@ -203,11 +212,11 @@ class Battery:
 
     # ---- suites ----
 
-    def suite(self, name: str, size_HW: Size, interpolation: str) -> Suite:
-        """A suite for a network of this input. Raises what opening raises, and ConfigError for a size."""
+    def suite(self, name: str, size_HW: Size, interpolation: str, crop: float | None = None) -> Suite:
+        """A suite for a network of this input. Raises what opening raises, and SizeError where it cannot be made."""
 
         def see(pictures: BenchmarkSet) -> BenchmarkSet:
-            return seen_at(pictures, size_HW, interpolation)
+            return seen_at(pictures, size_HW, interpolation, crop)
 
         if name in BENCHMARKS or name in OWN:
             whole = self.choice.whole_clean and name in OWN
@@ -242,7 +251,10 @@ class Battery:
         return Suite(AGREEMENT, "bf16 as fp32", (portion,), official=False, made={"seed": str(self.choice.seed)})
 
     def _generated(self, clean: BenchmarkSet, size_HW: Size, numbered: dict[str, str]) -> Suite:
-        corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
+        try:
+            corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
+        except DataError as error:
+            raise SizeError(str(error)) from error
         names = corrupting.CORRUPTIONS + (corrupting.EXTRA if self.choice.held_out else ())
         portions = tuple(
             Portion(
@@ -313,31 +325,6 @@ def _stored(pictures: BenchmarkSet) -> Portion:
     return Portion(pictures, (cell,), calibrated=plain)
 
 
-def read_conflicts(folder: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int]], Tensor]:
-    """Pictures `<shape>-<texture>-*.png` anywhere below `folder`: their listing, and int64 (N, 2), the classes that
-    shape and texture belong to. A texture bears the name of its class, or one of `generated.TEXTURES`.
-
-    Pictures whose cues agree say nothing about the bias and are left out (Geirhos et al. 2019). Raises
-    MissingInputError or DataError, naming the folder or file.
-    """
-    if not folder.is_dir():
-        raise MissingInputError(f"{folder}: no such folder of conflict pictures; leave the suite {CONFLICT} out.")
-    number = {name: i for i, name in enumerate(classes)}
-    owner = dict(zip(TEXTURES, SHAPES, strict=True)) if set(classes) == set(SHAPES) else dict(zip(classes, classes))  # noqa: B905
-    listing, cues = [], []
-    for path in sorted(folder.rglob("*-*-*.png")):
-        shape, texture, _ = path.name.split("-", 2)
-        if shape not in number or owner.get(texture) not in number:
-            raise DataError(f"{path}: {shape!r} or {texture!r} is no shape or texture of the classes {list(classes)}")
-        told = number[shape], number[owner[texture]]
-        if told[0] != told[1]:
-            listing.append((str(path.relative_to(folder)), told[0]))
-            cues.append(told)
-    if not listing:
-        raise DataError(f"{folder}: no conflict picture named <shape>-<texture>-*.png; leave the suite {CONFLICT} out.")
-    return listing, torch.tensor(cues)
-
-
 def _named(pictures: BenchmarkSet, name: str) -> BenchmarkSet:
     """The same pictures as cells of another suite, for messages."""
     other = copy.copy(pictures)
@@ -345,10 +332,10 @@ def _named(pictures: BenchmarkSet, name: str) -> BenchmarkSet:
     return other
 
 
-def seen_at(pictures: BenchmarkSet, size_HW: Size, interpolation: str) -> BenchmarkSet:
+def seen_at(pictures: BenchmarkSet, size_HW: Size, interpolation: str, crop: float | None) -> BenchmarkSet:
     """The same pictures for a network of another input."""
     assert isinstance(pictures.transform, Preprocessing)
-    prepare = dataclasses.replace(pictures.transform, size_HW=size_HW, interpolation=interpolation)
+    prepare = dataclasses.replace(pictures.transform, size_HW=size_HW, interpolation=interpolation, crop=crop)
     other = pictures.seen_through(prepare)
     other.protocol = {**pictures.protocol, "preprocessing": str(prepare)}
     return other

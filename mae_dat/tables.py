@@ -1,5 +1,6 @@
 """The tables of an evaluation's report, as text: made once, so that a page, Markdown and LaTeX show the same digits."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,6 +41,8 @@ class Table:
     """Rows above which a line is drawn."""
     best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
     """Rows and columns of numbers that are the best of their row, beyond chance."""
+    folded: bool = False
+    """Whether a page shows it only when asked."""
 
 
 def stat_text(values: Iterable[float | None], digits: int) -> str:
@@ -63,35 +66,50 @@ MEANS = "means"
 
 
 def corruption_table(results: Results, variant: Variant) -> Table:
-    """Error in percent of each corruption over severities, and its AlexNet-normalised CE for the official files."""
+    """Error in percent of each corruption over severities, and for the official files its AlexNet-normalised CE, also
+    relative to the clean error."""
     arms = arms_of(results, variant.models)
     scores = {model: scores_of(results, model, variant.suite) for model in variant.models}
     official = variant.suite == "imagenet-c" and variant.facts["official"]
     names = corruption_names(scores)
     kinds = kinds_of(names)
-    lines: list[tuple[str, str, Summarized, Summarized]] = [
-        (name.replace("_", " "), kinds[name], partial(_error_of, name), partial(_ce_of, name)) for name in names
+    lines: list[tuple[str, str, tuple[Summarized, ...]]] = [
+        (
+            name.replace("_", " "),
+            kinds[name],
+            tuple(partial(value, name) for value in (_error_of, _ce_of, _relative_ce)),
+        )
+        for name in names
     ]
     for kind in CATEGORIES if any(name in CORRUPTIONS for name in names) else ():
-        lines.append((f"mean of {kind}", MEANS, partial(_kind_error, kind), partial(_kind_ce, kind)))
+        ce = partial(_kind_ce, kind)
+        lines.append((f"mean of {kind}", MEANS, (partial(_kind_error, kind), ce, partial(ce, relative=True))))
     for severity in SEVERITIES:
-        lines.append((f"severity {severity}", "", partial(_severity_error, severity), partial(_severity_ce, severity)))
-    lines.append(("mean", MEANS, mean_of, mce))
+        lines.append(
+            (f"severity {severity}", "", (partial(_severity_error, severity), partial(_severity_ce, severity)))
+        )
+    lines.append(("mean", MEANS, (mean_of, mce, partial(mce, relative=True))))
+    own = [[scores[model] for model in arm.members.values()] for arm in arms]
+    clean = official and any(one["clean"]["total"] for one in scores.values())
+    columns = ("error %", *(("CE",) if official else ()), *(("relative CE",) if clean else ()))
     rows, groups = [], []
-    for title, group, error_of, ce_of in lines:
-        own = [[scores[model] for model in arm.members.values()] for arm in arms]
-        errors = [_number(error_of, members) for members in own]
-        ces = [_number(ce_of, members) for members in own] if official else []
-        if any(text != NOTHING for text in errors):
-            rows.append((title, group.removeprefix(MEANS), *errors, *ces))
+    for title, group, values in lines:
+        texts = [[_number(value, members) for members in own] for value in values[: len(columns)]]
+        texts += [[NOTHING] * len(own)] * (len(columns) - len(texts))
+        if any(text != NOTHING for text in texts[0]):
+            rows.append((title, group.removeprefix(MEANS), *itertools.chain(*texts)))
             groups.append(group)
     breaks = frozenset(i for i in range(1, len(groups)) if groups[i] != groups[i - 1])
-    head = ["corruption", "kind", *(f"{arm.title}, error %" for arm in arms)]
-    head += [f"{arm.title}, CE" for arm in arms] if official else []
+    head = ["corruption", "kind", *(f"{arm.title}, {column}" for column in columns for arm in arms)]
     notes = ["Error averaged over severities. Held-out corruptions never count in a mean."]
     if official:
         notes.append(
             "CE: error over AlexNet's, in percent (Hendrycks & Dietterich 2019); their mean over the 15 is the mCE."
+        )
+    if clean:
+        notes.append(
+            "Relative CE: the same of what the error is above that on clean pictures, of both networks; their mean is "
+            "the relative mCE."
         )
     key = re.sub(r"[^a-z0-9]+", "-", f"corruptions {variant.title}".lower()).strip("-")
     return Table(key, variant.title, tuple(head), tuple(rows), tuple(notes), 2, breaks)
@@ -109,16 +127,21 @@ def _error_of(name: str, scores: ModelScores) -> float:
     return corruption_error(scores["corruptions"][name])
 
 
-def _ce_of(name: str, scores: ModelScores) -> float:
-    return corruption_errors({**scores, "corruptions": {name: scores["corruptions"][name]}})[name]
+def _ce_of(name: str, scores: ModelScores, relative: bool = False) -> float:
+    one: ModelScores = {**scores, "corruptions": {name: scores["corruptions"][name]}}
+    return corruption_errors(one, relative=relative)[name]
+
+
+def _relative_ce(name: str, scores: ModelScores) -> float:
+    return _ce_of(name, scores, relative=True)
 
 
 def _kind_error(kind: str, scores: ModelScores) -> float:
     return category_errors(scores)[kind]
 
 
-def _kind_ce(kind: str, scores: ModelScores) -> float:
-    return mce(scores, names=CATEGORIES[kind])
+def _kind_ce(kind: str, scores: ModelScores, relative: bool = False) -> float:
+    return mce(scores, relative=relative, names=CATEGORIES[kind])
 
 
 def _severity_error(severity: int, scores: ModelScores) -> float:
@@ -217,6 +240,7 @@ def networks_table(results: Results) -> Table:
         return {None: "not known", True: "moving average", False: "as trained"}[facts["averaged"]]
 
     facts = list(results["models"].values())
+    own = any("crop" in one for one in facts)
     rows = (
         ("weights from", *(one["source"] for one in facts)),
         ("sha256", *(one["sha256"] or "none: no file" for one in facts)),
@@ -224,6 +248,7 @@ def networks_table(results: Results) -> Table:
         ("parameters", *(f"{one['parameters']:,}" for one in facts)),
         ("input", *(f"{one['size'][0]} × {one['size'][1]} px" for one in facts)),
         ("interpolation", *(one["interpolation"] for one in facts)),
+        *([("crop", *(f"{one['crop']:g} of the side" if "crop" in one else "usual" for one in facts))] if own else ()),
         ("normalization", *(one["normalization"] for one in facts)),
         ("precision", *(precision_text(results, model) for model in results["models"])),
         ("weights are", *map(averaged, facts)),

@@ -161,6 +161,11 @@ class FinetuneTransform(PixelTransform):
         return erase(image) if erase else image
 
 
+def usual_share(size_HW: Size) -> float:
+    """The crop's side over the resized picture's, where nothing else is asked: as MAE evaluates."""
+    return 224 / 256 if max(size_HW) <= 224 else 1.0
+
+
 class EvalTransform:
     """See `eval_transform`. `share` is the crop's side over the resized image's; without `keep` an image of the target
     size is resized and cropped like any other."""
@@ -170,8 +175,7 @@ class EvalTransform:
     ) -> None:
         self.size_HW, self.keep = size_HW, keep
         self.interpolation = transforms.InterpolationMode(interpolation)
-        if share is None:
-            share = 224 / 256 if max(size_HW) <= 224 else 1.0
+        share = share or usual_share(size_HW)
         self.cover_HW = (int(size_HW[0] / share), int(size_HW[1] / share))
 
     def __call__(self, image: Image.Image) -> Tensor:

@@ -72,7 +72,8 @@ def word_accuracy(
     """The curve of each kind, from integer counts; `reduce` sums them over ranks, each with its own pictures.
 
     The model runs in evaluation mode and gets its flags back. Pictures that stand in for unreadable ones (`skipped`)
-    are not counted. Raises DataError when none is left, ConfigError (size, shares), NumericsError (NaN logits).
+    are not counted. Raises DataError when none is left, ConfigError (size, shares), NumericsError (NaN or
+    infinite logits).
     """
     counts = torch.zeros(len(KINDS) + 1, len(attack.shares), dtype=torch.int64, device=device)
     flags = [(part, part.training) for part in model.modules()]
@@ -139,8 +140,10 @@ def _right(model: nn.Module, tokenizer: VisualTokenizer, words: Tensor, label: T
     if not len(words):
         return torch.zeros_like(label, dtype=torch.bool)
     logits = model(tokenizer.decode(words))
-    if logits.isnan().any():
-        raise NumericsError("the model gave NaN logits: its weights are damaged, or its arithmetic overflows.")
+    if not logits.isfinite().all():
+        raise NumericsError(
+            "the model gave NaN or infinite logits: its weights are damaged, or its arithmetic overflows."
+        )
     return logits.argmax(1) == label
 
 

@@ -285,6 +285,24 @@ def test_imagenet_c_bar(tmp_path: Path) -> None:
     assert cells[0].cell == ("imagenet-c-bar", "blue_noise_sample", 1)
 
 
+def test_severities_of_imagenet_c_bar_named_by_their_strength(tmp_path: Path) -> None:
+    """As its authors' generator names them: other strengths for each corruption, in the order of numbers."""
+    write_c(tmp_path, list(C_BAR))
+    strengths = dict.fromkeys(C_BAR, ("0.50", "2.00", "3.10", "9.15", "10.00")) | {C_BAR[3]: ("1", "2", "3", "4", "5")}
+    for name, own in strengths.items():
+        for severity, strength in enumerate(own, 1):
+            (tmp_path / name / str(severity)).rename(tmp_path / name / strength)
+    cells = open_benchmark(reduced("imagenet-c-bar"), tmp_path, SIZE)
+    assert [found.cell[1:] for found in cells] == [(name, s) for name in C_BAR for s in range(1, 6)]
+    assert [Path(found.root).name for found in cells] == [one for own in strengths.values() for one in own]
+    (tmp_path / C_BAR[0] / "2.00").rename(tmp_path / "aside")
+    with pytest.raises(DataError, match=r"blue_noise_sample: 4 severities named by their strength \(0.50, 3.10, 9.15"):
+        open_benchmark(reduced("imagenet-c-bar"), tmp_path, SIZE, partial=True)
+    (tmp_path / "aside").rename(tmp_path / C_BAR[0] / "severe")
+    with pytest.raises(DataError, match="blue_noise_sample: .*no severity of ImageNet-C-bar"):
+        open_benchmark(reduced("imagenet-c-bar"), tmp_path, SIZE)
+
+
 def test_the_list_of_robustbench_is_known_by_its_digest(tmp_path: Path) -> None:
     file = tmp_path / "ids.txt"
     file.write_text("n01440764/ILSVRC2012_val_00000293.JPEG\nval/n01440764/ILSVRC2012_val_00002138.JPEG\n")

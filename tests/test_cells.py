@@ -199,5 +199,5 @@ def test_what_cannot_work_is_said_before_anything_is_read(own: Path) -> None:  #
             evaluate(Linear(), "clean", own, size=32, **setting)
     damaged = Linear()
     damaged[2].weight.data.fill_(torch.nan)
-    with pytest.raises(NumericsError, match="gives NaN for a blank picture"):
+    with pytest.raises(NumericsError, match="gives NaN or infinite logits for a blank picture"):
         evaluate(damaged, "clean", own, size=32)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -23,6 +23,7 @@ from mae_dat.pixel_attacks import (
     loss_gradient,
     pixel_adversary,
     require_pixel_model,
+    require_undeclared,
 )
 
 LINF, L2 = PixelAttack(4 / 255, 1 / 255, 6, random_start=True), PixelAttack(0.7, 0.2, 6, "l2", random_start=True)
@@ -163,19 +164,76 @@ def test_an_attack_that_cannot_work_is_refused(settings: dict[str, object], mess
 # ---- models that take something else ----
 
 
-def test_a_model_of_normalised_pictures_is_refused() -> None:
+def look(model: Callable[[Tensor], Tensor], image: Tensor, label: Tensor) -> None:
+    """All pictures in looks of 64."""
+    parts = zip(image.split(64), label.split(64), strict=True)
+    require_pixel_model(model, ((some, lambda logits, own=own: logits.argmax(1) == own) for some, own in parts))
+
+
+def test_a_model_of_other_pictures_is_refused() -> None:
     net, image, label = trained_classifier()
     shift = Classifier(net, (-1.0, -1.0, -1.0), (2.0, 2.0, 2.0))  # what it is given comes back to [0, 1]: as from -1..1
     with pytest.raises(
-        ConfigError, match=r"of 100 it knows 9\d that are, and \d+ in \[0, 1\]. Give mae_dat.classifier"
+        ConfigError, match=r"normalised by mean 0.5.*of \d+ it knows \d+ so, and \d+ in \[0, 1\]. Give mae"
     ):
-        require_pixel_model(shift, image, label)
-    require_pixel_model(net, image, label)
-    require_pixel_model(Classifier(net, (0, 0, 0), (1, 1, 1)), image, label)
+        look(shift, image, label)
+    with pytest.raises(ConfigError, match=r"from 0 to 255: of \d+ .* Give lambda image: model\(255 \* image\)"):
+        look(lambda x: net(x / 255), image, label)
+    look(net, image, label)
+    look(Classifier(net, (0, 0, 0), (1, 1, 1)), image, label)
+
+    def strict(x: Tensor) -> Tensor:
+        require_pixels(x)
+        return net(x)
+
+    look(strict, image, label)
     bare = timm.create_model("test_resnet", num_classes=5)
     with pytest.raises(ConfigError, match=r"normalised by mean \(0.5, 0.5, 0.5\)|normalised by mean \(0.485"):
-        require_pixel_model(bare, image, label)
-    require_pixel_model(Classifier(bare, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), image, label)
+        require_undeclared(bare)
+    require_undeclared(Classifier(bare, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def partly_right(pixels_alone: float, normalised_alone: float, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model that has 61 % of 1024 pictures right, and of the others such shares in one version alone."""
+    chance = torch.Generator().manual_seed(seed)
+    image, label = torch.rand(1024, 3, 1, 1, generator=chance, dtype=torch.float64), torch.ones(1024, dtype=torch.int64)
+    fate = torch.rand(1024, generator=chance)
+
+    class Fated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.max() > 1.5:  # other versions, of which it knows nothing
+                return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
+            normal = bool(x.min() < 0)
+            pixels = (x / 2 + 0.5 if normal else x)[:, :1, 0, 0]
+            known = fate[(pixels - image[None, :, 0, 0, 0]).abs().argmin(1)]
+            start = 0.61 + (pixels_alone if normal else 0.0)
+            width = normalised_alone if normal else pixels_alone
+            right = (known < 0.61) | ((start <= known) & (known < start + width))
+            return torch.stack([~right, right], 1).double()
+
+    return Fated(), image, label
+
+
+def test_ten_points_of_accuracy_are_seen_and_equally_good_versions_pass() -> None:
+    for seed in range(5):
+        with pytest.raises(ConfigError, match=r"normalised by mean 0\.5"):
+            look(*partly_right(0.05, 0.15, seed))
+        for share in (0.05, 0.15):
+            look(*partly_right(share, share, seed))
+
+
+def test_a_good_model_is_decided_in_few_looks() -> None:
+    net, image, label = trained_classifier()
+    taken = 0
+
+    def looks() -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        nonlocal taken
+        for _ in range(8):
+            taken += 1
+            yield image, lambda logits: logits.argmax(1) == label
+
+    require_pixel_model(net, looks())
+    assert taken < 8
 
 
 # ---- broken attacks ----

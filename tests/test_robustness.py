@@ -2,34 +2,40 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from ranks import exit_codes, start_ranks
-from test_benchmark_sets import FEW, SIDE, reduced, validation_names
+from test_benchmark_sets import FEW, SIDE, reduced, validation_names, write_objectnet
+from timm.models import save_for_hf
 from tiny_runs import ROOT, draw_folder, environment, outcome_of, run_script
 from torch import Tensor, nn
+from torchvision.transforms import functional
 from torchvision.transforms.functional import to_tensor
 
 from mae_dat import robustness
 from mae_dat.attack import image_generator
 from mae_dat.axes import scores_of
-from mae_dat.benchmark_sets import BENCHMARKS, BenchmarkSet, Preprocessing
+from mae_dat.benchmark_sets import BENCHMARKS, C_BAR, BenchmarkSet, Preprocessing
 from mae_dat.cells import Portion, PortionPictures, measure
+from mae_dat.classifier import Classifier, pretrained_timm
 from mae_dat.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
 from mae_dat.distributed import World
 from mae_dat.errors import CheckpointError, ConfigError, DataError, MissingInputError, NumericsError, UserError
-from mae_dat.imagenet import IMAGENET_A, SIXTEEN, SYNSETS, synsets_of
+from mae_dat.imagenet import IMAGENET_A, IMAGENET_R, SIXTEEN, SYNSETS, synsets_of
 from mae_dat.loaders import eval_loader
 from mae_dat.mce import mce
 from mae_dat.metrics import Console
@@ -197,6 +203,90 @@ def test_the_command_measures_what_lies_in_a_folder(
         assert f"{mce(scores, relative=relative):.1f}" in line
 
 
+@pytest.fixture
+def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ReaL, R, Sketch, Stylized, ObjectNet and C-bar with few classes, laid out like the originals."""
+    root, names, few_of_r = tmp_path / "others", validation_names(), synsets_of(IMAGENET_R)[:4]
+    labels = dict(zip(few_of_r, IMAGENET_R, strict=False))
+    for name in ("imagenet-real", "stylized", "imagenet-c-bar"):
+        monkeypatch.setitem(BENCHMARKS, name, reduced(name))
+    monkeypatch.setitem(BENCHMARKS, "imagenet-sketch", reduced("imagenet-sketch", per_class=None))
+    monkeypatch.setitem(BENCHMARKS, "imagenet-r", reduced("imagenet-r", images=12, labels=labels, per_class=None))
+    for name in ("objnet-113", "objnet-1000"):
+        monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(BENCHMARKS[name], images=313))
+    draw([root / "ILSVRC2012" / "val" / name for name in names], side=70)
+    real = [[0, 2], [1], [], [0], [2], [1, 2]] + [[]] * 49_994
+    (root / "ILSVRC2012" / "real.json").write_text(json.dumps(real))
+    draw([root / "imagenet-r" / wnid / f"{k}.jpg" for wnid in few_of_r for k in range(3)], side=50)
+    draw([root / "imagenet-sketch" / "sketch" / name for name in names], side=50)
+    draw([root / "stylized-imagenet" / "val" / name for name in names])
+    write_objectnet(root / "objectnet-1.0")
+    objects = sorted(path.parent for path in (root / "objectnet-1.0" / "images").rglob("*.png"))
+    for folder in objects:  # one picture under many names
+        (folder / "0.png").unlink()
+    draw([folder / "0.png" for folder in objects], side=60)
+    draw([root / "ImageNet-C-bar" / c / str(s) / name for c in C_BAR for s in range(1, 6) for name in names])
+    return root
+
+
+def taught(image: Tensor, answers: list[int]) -> Linear:
+    """A network of ImageNet's classes that gives these answers for these pictures, as far as it can."""
+    network = Linear(1000)
+    features = network[1](network[0](image))
+    network[2].weight.data = torch.linalg.lstsq(features, nn.functional.one_hot(torch.tensor(answers), 1000).float())[
+        0
+    ].T
+    network[2].bias.data.zero_()
+    return network
+
+
+def test_the_other_suites_count_what_a_plain_loop_counts(others: Path) -> None:
+    """Right, for two pictures of three, are the labels that this test reads from the folders and files itself."""
+    real = json.loads((others / "ILSVRC2012" / "real.json").read_text())
+    members = {f"thing_{i:03d}": [2 * i, 2 * i + 1] if i < 12 else [100 + i] for i in range(113)}
+    overlap = sorted(number for own in members.values() for number in own)
+    every, usual = list(range(1000)), {"": lambda path: [SYNSETS.index(path.parent.name)]}
+    objects = {"": lambda path: members.get(path.parent.name, [])}
+    cells_of_c_bar = {f"{name}/{severity}": usual[""] for name in C_BAR for severity in range(1, 6)}
+    suites: dict[str, tuple[str, dict[str, Any], Sequence[int], int]] = {
+        "imagenet-real": ("ILSVRC2012/val", {"": lambda path: real[int(path.stem[-8:]) - 1]}, every, 5),
+        "imagenet-r": ("imagenet-r", usual, IMAGENET_R, 12),
+        "imagenet-sketch": ("imagenet-sketch/sketch", usual, every, 6),
+        "stylized": ("stylized-imagenet/val", usual, every, 6),
+        "objnet-113": ("objectnet-1.0/images", objects, overlap, 113),
+        "objnet-1000": ("objectnet-1.0/images", objects, every, 113),
+        "imagenet-c-bar": ("ImageNet-C-bar", cells_of_c_bar, every, 6),
+    }
+    hits = {}
+    for name, (folder, truths, counted, total) in suites.items():
+
+        def pixels(path: Path, name: str = name) -> Tensor:
+            image, cut = Image.open(path).convert("RGB"), 2 if name.startswith("objnet") else 0
+            image = image.crop((cut, cut, image.width - cut, image.height - cut))
+            if name not in ("stylized", "imagenet-c-bar"):  # which are stored at their size
+                image = functional.resize(image, [SIDE * 8 // 7], functional.InterpolationMode.BICUBIC)
+            return to_tensor(functional.center_crop(image, [SIDE]))
+
+        places = {cell: sorted((others / folder / cell).glob("*/*.*")) for cell in truths}
+        asked = [(cell, path, truths[cell](path)) for cell, paths in places.items() for path in paths]
+        asked = [one for one in asked if one[2]]
+        image = torch.stack([pixels(path) for _, path, _ in asked])
+        network = taught(image, [truth[0] if at % 3 else 999 for at, (_, _, truth) in enumerate(asked)])
+        network[2].bias.data[0] += 0.2  # of no class of R
+        with torch.no_grad():
+            answers = [counted[one] for one in network(image)[:, list(counted)].argmax(1).tolist()]
+        right = dict.fromkeys(truths, 0)
+        for (cell, _, truth), answer in zip(asked, answers, strict=True):
+            right[cell] += answer in truth
+        found = cells(evaluate(network, name, others, size=SIDE), name)
+        assert {cell: (own["correct"], own["total"]) for cell, own in found.items()} == {
+            cell: (count, total) for cell, count in right.items()
+        }
+        hits[name] = sum(right.values())
+        assert 0 < hits[name] < total * len(truths), name
+    assert hits["objnet-1000"] < hits["objnet-113"]
+
+
 def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(own: Path) -> None:
     network = Linear()
     found = cells(evaluate(network, "generated", own, size=32, held_out=True, seed=3), "generated")
@@ -292,9 +382,28 @@ def test_a_nan_on_one_rank_is_an_error_on_all_that_names_network_and_cell(own: P
 
     for found in Ranks(3).run(network, portions):
         assert isinstance(found, NumericsError)
-        assert "net gave NaN logits for 1 of 20 pictures of clean" in str(found)
+        assert re.search(r"net gave NaN or infinite logits for 1 of the first 1\d pictures of clean", str(found))
     with pytest.raises(NumericsError, match="network gave NaN"):
         evaluate(network, "clean", own, size=32)
+
+
+@pytest.mark.parametrize(("bad", "after"), [(torch.nan, 0), (torch.inf, 6), (-torch.inf, 6)])
+@pytest.mark.parametrize("suite", ["clean", "generated", "words-random"])
+def test_logits_that_are_not_finite_stop_an_evaluation_in_their_batch(
+    bad: float, after: int, suite: str, own: Path
+) -> None:
+    def network(image: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(image)
+        logits = image.flatten(1)[:, :10].clone()
+        logits[:, 3:5] = bad if seen > after else 0.0
+        return logits
+
+    (portion, *_) = Battery(Choice(own), 10).suite(suite, (32, 32), "bicubic").portions
+    seen = 0
+    with pytest.raises(NumericsError, match="NaN or infinite logits"):
+        list(measure({"network": network}, [(portion, ["network"])], batch_size=2, device=CPU))
+    assert seen <= after + 2 * len(portion.cells)
 
 
 def _two_ranks(rank: int, arguments: list[str]) -> None:
@@ -354,7 +463,7 @@ def test_pictures_in_shards_count_as_in_folders(own: Path, tmp_path: Path) -> No
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(own: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": 32, "batch_size": 20, "output": tmp_path}
     network = Linear()
-    network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after two looks at blank pictures and a check
+    network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after a look at blank pictures and a check
     with pytest.raises(KeyboardInterrupt):
         evaluate(network, ("clean", "generated"), own, **options)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
@@ -367,7 +476,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(own: Path, tmp_path:
     assert found["cells"] == evaluate(network, ("clean", "generated"), own, size=32)["cells"]
     network.seen = 0
     assert evaluate(network, ("clean", "generated"), own, **options)["cells"] == found["cells"]
-    assert network.seen < 70  # the checks of the network itself
+    assert network.seen < 90  # the checks of the network itself
     damaged = next(iter(kept))
     damaged.write_text(damaged.read_text()[:50])
     assert evaluate(network, ("clean", "generated"), own, **options)["cells"] == found["cells"]
@@ -403,19 +512,23 @@ def test_what_changes_is_measured_anew(own: Path, tmp_path: Path) -> None:
 # ---- networks ----
 
 
-def write_onnx(network: Linear, path: Path) -> Path:
-    """The same network as a graph, made by hand: exporting takes longer than all of these tests."""
+def write_onnx(network: Linear, path: Path, batch: int | str = "batch", flat: int = 0) -> Path:
+    """The same network as a graph, made by hand: exporting takes longer than all of these tests. `flat`: pictures that
+    it was traced with, where the export made a number of that."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     helper, numpy = onnx.helper, onnx.numpy_helper
     weights = {"w": network[2].weight.detach().numpy(), "b": network[2].bias.detach().numpy()}
     nodes = [
         helper.make_node("AveragePool", ["image"], ["grid"], kernel_shape=[8, 8], strides=[8, 8]),
-        helper.make_node("Flatten", ["grid"], ["flat"]),
+        helper.make_node("Reshape", ["grid", "shape"], ["flat"])
+        if flat
+        else helper.make_node("Flatten", ["grid"], ["flat"]),
         helper.make_node("Gemm", ["flat", "w", "b"], ["logits"], transB=1),
     ]
-    kinds = [("image", ["batch", 3, 32, 32]), ("logits", ["batch", len(weights["b"])])]
+    kinds = [("image", [batch, 3, 32, 32]), ("logits", [batch, len(weights["b"])])]
     given, made = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds)
+    weights |= {"shape": np.array([flat, 48])} if flat else {}
     tensors = [numpy.from_array(value, name) for name, value in weights.items()]
     graph = helper.make_graph(nodes, "linear", [given], [made], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
@@ -434,8 +547,85 @@ def test_onnx_files_count_as_the_network_that_they_were(own: Path, tmp_path: Pat
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(CheckpointError, match=r"bad\.onnx cannot be run as ONNX"):
         evaluate(tmp_path / "bad.onnx", "clean", own)
-    with pytest.raises(ConfigError, match="does not take a picture of 1 x 3 x 48 x 48"):
+    with pytest.raises(ConfigError, match="does not take pictures of 2 x 3 x 48 x 48"):
         evaluate(file, "clean", own, size=48)
+
+
+def test_onnx_files_of_a_fixed_batch_are_run_at_it_or_refused_with_the_fix(own: Path, tmp_path: Path) -> None:
+    network = Linear()
+    expected = cells(evaluate(network, "clean", own, size=32), "clean")
+    for batch in (1, 3, 8):
+        file = write_onnx(network, tmp_path / "fixed.onnx", batch)
+        assert cells(evaluate({"onnx": file}, "clean", own, batch_size=7), "clean", "onnx") == expected
+    with pytest.raises(ConfigError, match=r"does not take pictures of 2 x 3 x 32 x 32.*with a dynamic batch axis"):
+        evaluate(write_onnx(network, tmp_path / "traced.onnx", flat=1), "clean", own)
+
+
+def write_timm(folder: Path, classes: int = 10) -> nn.Module:
+    """A network as timm puts it on the Hub: what hf-hub:OWNER/NAME fetches lies here as local-dir:FOLDER."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=classes, img_size=32)
+    save_for_hf(network, folder)
+    return network
+
+
+def test_timms_own_names_reach_timm(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network, out = write_timm(tmp_path / "net").eval(), tmp_path / "out"
+    given = ["--data", str(own), "--suite", "clean", "--device", "cpu", "--num_workers", "0", "--output", str(out)]
+    source = f"local-dir:{tmp_path / 'net'}"
+    printed(["--model", source, "--pretrained", *given, "--input_size", "32"], monkeypatch, capsys)
+    ours = Classifier(network, (0.5,) * 3, (0.5,) * 3)
+    expected = evaluate({"net": ours}, "clean", own, size=32, device="cpu")["cells"]["net"]
+    (found,) = read_results(out / "results.json")["cells"].values()
+    assert found == expected
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # timm itself says that it finds nothing
+    for flags, told in [
+        (["--model", "hf-hub:timm/no_such_model", "--pretrained"], r"hf-hub:timm/no_such_model cannot be had: .*"),
+        (["--checkpoint", "hf-hub:timm/resnet18"], "--model hf-hub:timm/resnet18 --pretrained"),
+        (["--checkpoint", "timm/resnet18"], "--model hf-hub:timm/resnet18 --pretrained"),
+        (["--model", "timm/resnet18", "--pretrained"], "Use 'hf-hub:timm/resnet18'"),
+        (["--model", f"local-dir:{tmp_path / 'none'}", "--pretrained"], "none cannot be had: Config file not found"),
+    ]:
+        outcome = outcome_of(robustness.main, [*flags, *given], monkeypatch, capsys)
+        assert outcome.code in (64, 66), flags
+        assert re.search(told, outcome.stderr), outcome.stderr
+    write_timm(tmp_path / "features", classes=0)
+    with pytest.raises(ConfigError, match="features has no classes"):
+        pretrained_timm(f"local-dir:{tmp_path / 'features'}")
+
+
+def test_timms_weights_are_measured_with_timms_crop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network's input as timm's own evaluation makes it; ours, and what --crop asks for, beside it."""
+    network, out = write_timm(tmp_path / "net").eval(), tmp_path / "out"
+    paths = [tmp_path / "data" / "val" / f"{label}" / f"{k}.png" for label in range(10) for k in range(3)]
+    draw(paths, side=90)
+    made = timm.data.create_transform(**timm.data.resolve_model_data_config(network) | {"input_size": (3, 32, 32)})
+    with torch.no_grad():
+        answers = network(torch.stack([made(Image.open(path)) for path in paths])).argmax(1).tolist()  # type: ignore[operator]
+    given = ["--model", f"local-dir:{tmp_path / 'net'}", "--pretrained", "--data", str(tmp_path / "data")]
+    given += ["--suite", "clean", "--device", "cpu", "--num_workers", "0", "--input_size", "32", "--output", str(out)]
+    given += ["--precision", "fp32"]
+    printed(given, monkeypatch, capsys)
+    found = read_results(out / "results.json")
+    (counts,), (facts,), (suites,) = (found[key].values() for key in ("cells", "models", "suites"))  # type: ignore[literal-required]
+    assert counts["clean"][""]["correct"] == sum(a == int(p.parent.name) for a, p in zip(answers, paths, strict=True))
+    assert facts["crop"] == 0.95
+    told = "if not 32 x 32: resized to cover 33 x 33 (bicubic), centre crop 32 x 32, the network's own share of 0.95"
+    assert suites["clean"]["protocol"]["preprocessing"] == told
+    assert "| crop | 0.95 of the side |" in (out / "report.md").read_text()
+    printed([*given, "--crop", "0.875"], monkeypatch, capsys)
+    again = read_results(out / "results.json")
+    assert "crop" not in next(iter(again["models"].values()))
+    assert len(list((out / "cells").iterdir())) == 2
+    ours = evaluate(Classifier(network, (0.5,) * 3, (0.5,) * 3), "clean", tmp_path / "data", size=32)
+    assert "crop" not in ours["models"]["Classifier"]
+    assert ours["cells"]["Classifier"] == next(iter(again["cells"].values()))
+    with pytest.raises(ConfigError, match=r"--crop 1\.5: give a share"):
+        evaluate(Linear(), "clean", tmp_path / "data", size=32, crop=1.5)
 
 
 def test_attacks_are_checked_and_symbolic_words_beat_random_ones(own: Path) -> None:
@@ -516,7 +706,7 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
         evaluate(Linear(), "clean", own, size=32, classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="do not have the same classes"):
         evaluate({"a": Linear(10), "b": Linear(11)}, "clean", own, size=32)
-    with pytest.raises(ConfigError, match="gives .* for one picture"):
+    with pytest.raises(ConfigError, match="gives .* for 2 pictures"):
         evaluate(lambda image: image, "clean", own, size=32)
     bare = Linear()
     bare.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # type: ignore[assignment]
@@ -536,12 +726,29 @@ def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(t
         mean = image.mean((1, 2, 3))
         return torch.stack([-mean, mean], 1)
 
-    with pytest.raises(ConfigError, match="seems to take normalised pictures"):
+    with pytest.raises(ConfigError, match=r"seems to take pictures normalised by mean 0\.5"):
         evaluate(normalised, "clean", tmp_path, size=32)
     assert (
         cells(evaluate(lambda x: normalised(x - 0.45), "clean", tmp_path, size=32), "clean", "<lambda>")[""]["correct"]
         == 48
     )
+
+
+def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
+    pictures = Battery(Choice(imagenet), 1000).suite("cue-conflict", (SIDE, SIDE), "bicubic").portions[0].pictures
+    ids = [members[0] for members in SIXTEEN.values()]
+    image = torch.stack([pictures[index]["image"] for index in range(len(pictures))])
+
+    def knowing(image_: Tensor) -> Tensor:  # which pictures they are, and so their shapes
+        number = (image_[:, None] - image).flatten(2).abs().sum(2).argmin(1)
+        label = torch.tensor([ids[pictures.label(int(one))] for one in number])
+        near = (image_ - image[number]).flatten(1).abs().amax(1) < 1e-3
+        return 9.0 * nn.functional.one_hot(torch.where(near, label, 0), 1000)
+
+    found = evaluate(knowing, "cue-conflict", imagenet, size=SIDE)
+    assert cells(found, "cue-conflict", "knowing")[""]["shape"] == len(pictures)
+    with pytest.raises(ConfigError, match=r"from 0 to 255: of 32 it knows 32 so, and 2 in"):
+        evaluate(lambda x: knowing(x / 255), "cue-conflict", imagenet, size=SIDE)
 
 
 def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> None:
@@ -565,6 +772,35 @@ def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> 
     (imagenet / "fog3").rename(imagenet / "ImageNet-C" / "fog" / "3")
     draw([imagenet / "ImageNet-C" / "snow" / "1" / validation_names()[0]], side=SIDE + 1)
     refused("41 x 41 px", "imagenet-c")
+
+
+def test_a_suite_that_cannot_be_made_at_a_size_is_left_out_of_all_and_refused_by_name(own: Path) -> None:
+    found = evaluate({"odd": Linear()}, "all", own, size=33, limit=2)
+    for name in ("words-random", "words-symbolic"):
+        assert name not in found["cells"]["odd"]
+        assert found["not_measured"][name].startswith("odd: image size 33 x 33 is not divisible by the tokenizer's")
+        with pytest.raises(ConfigError, match="33 x 33 is not divisible"):
+            evaluate(Linear(), ("all", name), own, size=33, limit=2)
+    assert "at least 32 px" in evaluate(Linear(), "all", own, size=28, limit=2)["not_measured"]["generated"]
+    with pytest.raises(ConfigError, match="at least 32 px"):
+        evaluate(Linear(), "generated", own, size=28)
+
+
+def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Path, tmp_path: Path) -> None:
+    for outputs, advice in ((21841, "give weights fine-tuned on ImageNet-1k"), (1001, r"model\(image\)\[:, 1:\]")):
+        for suite, told in (("all", "holds ImageNet, ImageNet-V2, ImageNet-A"), ("imagenet", "the network has")):
+            with pytest.raises(UserError, match=rf"{told}.* {outputs} outputs, not ImageNet's 1000: .*{advice}"):
+                evaluate(Linear(outputs), suite, imagenet, size=SIDE)
+    flat = tmp_path / "flat" / "imagenet" / "val"
+    draw([flat / Path(name).name for name in validation_names()])
+    with pytest.raises(DataError, match=rf"{flat}: holds pictures in no class folders; move each .*valprep"):
+        evaluate(Linear(1000), "all", tmp_path / "flat", size=SIDE)
+    (imagenet / "ILSVRC2012").symlink_to(imagenet / "imagenet", target_is_directory=True)
+    assert Battery(Choice(imagenet), 1000).clean == "imagenet"
+    (imagenet / "ILSVRC2012").unlink()
+    shutil.copytree(imagenet / "imagenet", imagenet / "ILSVRC2012")
+    with pytest.raises(DataError, match=rf"may each be ImageNet; move one of them out of {imagenet}, or rename it"):
+        evaluate(Linear(1000), "all", imagenet, size=SIDE)
 
 
 def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) -> None:
@@ -602,7 +838,7 @@ def test_flags_that_do_not_fit_together(
     for given, told in [
         ([], "nothing to evaluate"),
         (["--pretrained"], "--pretrained needs --model"),
-        (["--model", "nonsense", "--pretrained"], "timm has no nonsense"),
+        (["--model", "nonsense", "--pretrained"], "unknown model 'nonsense'"),
         (["--checkpoint", file, file], "the same name"),
         (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 networks"),
         (["--checkpoint", file, "--names", ""], "a name that can be seen"),

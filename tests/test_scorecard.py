@@ -17,10 +17,10 @@ from pages import Page, phone_widths, require_self_contained
 from PIL import Image
 
 from mae_dat.arms import arms_of
-from mae_dat.axes import Axis, Number, Term, axes_of, doubtful, interval, share_difference, variants, wilson
-from mae_dat.comparison import headline_table, judged_axes, published_table, summary
+from mae_dat.axes import Axis, Number, Term, axes_of, doubtful, interval, scores_of, share_difference, variants, wilson
+from mae_dat.comparison import headline_table, judged_axes, published_tables, summary
 from mae_dat.corruptions import CATEGORIES, CORRUPTIONS
-from mae_dat.mce import ALEXNET
+from mae_dat.mce import ALEXNET, corruption_errors
 from mae_dat.published import COLUMNS, published_rows
 from mae_dat.results import Results, write_results
 from mae_dat.scorecard import main, write_report
@@ -92,19 +92,22 @@ def test_alexnets_own_counts_give_exactly_100_in_every_format(tmp_path: Path) ->
         assert row in (tmp_path / name).read_text()
     rows = Page((tmp_path / "report.html").read_text()).rows
     assert ["ImageNet-C: mCE ↓", "100.00"] in rows
-    assert ["fog", "weather", "81.9", "100.0"] in rows
-    assert ["mean", "", "78.9", "100.0"] in rows
+    assert ["fog", "weather", "81.9", "100.0", "100.0"] in rows
+    assert ["mean", "", "78.9", "100.0", "100.0"] in rows
 
 
 def test_all_formats_show_the_same_rows() -> None:
     given, page = evaluation(), Page(files()["report.html"])
-    for table in (headline_table(given), published_table(given), words_table(given), checks_table(given)):
+    for table in (headline_table(given), *published_tables(given), words_table(given), checks_table(given)):
         assert table is not None
         markdown = markdown_table(table)
         assert markdown in files()["report.md"]
         assert latex_table(table) in files()["report.tex"]
         lines = [line for line in markdown.splitlines() if line.startswith("| ")][1:]
-        cells = [tuple(cell.strip(" *").replace("\\", "") for cell in line.strip("|").split(" | ")) for line in lines]
+        cells = [
+            tuple(html.unescape(cell.strip(" *").replace("\\", "")) for cell in line.strip("|").split(" | "))
+            for line in lines
+        ]
         assert cells == list(table.rows)
         assert all(list(row) in page.rows for row in table.rows)
 
@@ -133,6 +136,13 @@ def test_a_corruption_table_has_every_mean() -> None:
     assert rows["severity 4"][2] == f"{statistics.fmean(errors[n, 4] for n in CORRUPTIONS):.1f}"
     assert rows["mean"][2] == f"{statistics.fmean(means.values()):.1f}"
     assert rows["mean"][4] == f"{axis(given, 'imagenet-c/mce').numbers['dat'].value:.1f}"
+    assert rows["mean"][6] == f"{axis(given, 'imagenet-c/rmce').numbers['dat'].value:.1f}"
+    scores = scores_of(given, "dat", "imagenet-c")
+    relative = corruption_errors(scores, relative=True)
+    assert rows["glass blur"][6] == f"{relative['glass_blur']:.1f}"
+    assert rows["mean of blur"][6] == f"{statistics.fmean(relative[n] for n in CATEGORIES['blur']):.1f}"
+    assert [title.rpartition(", ")[2] for title in table.head[2:]] == ["error %"] * 2 + ["CE"] * 2 + ["relative CE"] * 2
+    assert rows["severity 4"][5:] == ("–", "–")
     assert rows["saturate"][0] == "held out"
     assert {table.rows[i][0] for i in table.breaks} == {
         *("defocus blur", "snow", "contrast", "speckle noise", "mean of noise", "severity 1", "mean")
@@ -204,7 +214,7 @@ def test_a_network_of_another_size_has_rows_of_its_own() -> None:
     assert rows["ImageNet-C: mCE ↓"][1:] == ("–", "–")
     assert rows["ImageNet-C, 448 px: mCE ↓"][0] == rows["ImageNet-C, 448 px: mCE ↓"][2] == "–"
     assert "shares no measurement" in " ".join(summary(given))
-    assert [row[1] for row in published_table(given).rows[:2]] == ["224", "448"]  # type: ignore[union-attr]
+    assert [row[1] for row in published_tables(given)[0].rows[:2]] == ["224", "448"]
 
 
 @pytest.mark.parametrize("fault", ["missing", "fingerprint", "subset", "total"])
@@ -222,8 +232,7 @@ def test_other_pictures_are_another_row(fault: str) -> None:
     rows = headline_table(given).rows
     assert [[cell == "–" for cell in row[1:]] for row in rows] == [[False, True, True], [True, False, True]]
     assert len({row[0] for row in rows}) == 2
-    beside = published_table(given)
-    assert beside is not None
+    (beside, *_) = published_tables(given)
     alone = fault in ("missing", "subset")
     assert [row[0] for row in beside.rows if row[-1] == "this report"] == [
         "MAE, fine-tuned plainly",
@@ -243,10 +252,9 @@ def test_generated_rows_are_labelled_and_never_normalised_by_alexnet_or_publishe
     assert rows["IN-C*: mCE, of MAE, fine-tuned plainly 100 ↓"][0] == "100.0"
     assert not [title for title in rows if "ImageNet-C" in title or title.startswith("IN-C*: mCE ↓")]
     assert any(note.startswith("* not a published") for note in headline_table(given).notes)
-    table = published_table(given)
-    assert table is not None
+    (table, *_) = published_tables(given)
     assert table.head == ("", "px", COLUMNS["imagenet"], "source")
-    assert published_table(evaluation(("plain",), ("generated",))) is None
+    assert not published_tables(evaluation(("plain",), ("generated",)))
     assert any("official ImageNet-C" in remark for remark in not_measured(given))
 
 
@@ -258,7 +266,7 @@ def test_a_partial_imagenet_c_has_no_mce() -> None:
     rows = shown(corruption_table(given, variants(given)[0]))
     assert rows["fog"][-1] == rows["mean of weather"][-1] == "–"
     assert rows["snow"][-1] != "–"
-    assert published_table(given) is None
+    assert not published_tables(given)
 
 
 def test_relative_mce_needs_as_many_clean_pictures() -> None:
@@ -274,13 +282,12 @@ def test_robustbenchs_list_stands_beside_its_own_rows() -> None:
         count["correct"], count["total"] = count["correct"] // 10, 5000
     own = given["suites"]["plain"]["imagenet-c"]
     own["images"], own["protocol"]["subset"] = 5000, "5,000 pictures of a list"
-    table = published_table(given)
-    assert table is not None
+    (table, *_) = published_tables(given)
     assert table.head[2] == COLUMNS["imagenet-c-5000/mce"]
     assert ("DeiT-B, Tian et al. 2022", "224", "41.70", "[1]") in table.rows
 
     own["protocol"]["subset"] = "5,000 of 50,000 pictures (seed 0)"  # as many, but others
-    assert published_table(given) is None
+    assert not published_tables(given)
 
 
 def test_a_choice_of_pictures_that_all_suites_share_is_said_once() -> None:
@@ -301,10 +308,40 @@ def test_published_rows_are_complete_and_in_range() -> None:
     assert {key for row in rows for key in row.values} == set(COLUMNS)
     for row in rows:
         assert row.source
-        assert row.px in ("", "224", "448")
-        assert all(0 < float(value) < 100 for value in row.values.values())
+        assert row.px in ("", "224", "384", "448", "512")
+        numbers = [row.number(key) for key in row.values]
+        assert all(0 < value < 100 for value in numbers if value is not None)
+        assert row.model.startswith("MAE, ViT") or None not in numbers
     best = next(row for row in rows if row.model == "MAE + DAT, ViT-H/14")
     assert best.values["imagenet-c/mce"] == "31.40"  # as printed, not 31.4
+
+
+def test_maes_mce_that_may_be_over_19_corruptions_stands_beside_the_one_over_15() -> None:
+    (table, *_) = published_tables(evaluation(("plain",), ("imagenet-c",)))
+    rows = [row[0] + ": " + row[2] for row in table.rows]
+    assert {"MAE, ViT-B/16: 51.7 §", "MAE, ViT-B/16, over 15 corruptions: 53.5"} < set(rows)
+    assert {"MAE, ViT-L/16: 41.8 §", "MAE, ViT-L/16, over 15 corruptions: 43.1"} < set(rows)
+    assert any(note.startswith("§ may be a mean over 19 corruptions") for note in table.notes)
+    (other, *_) = published_tables(evaluation(("plain",), ("imagenet-a",)))
+    assert not any("§" in note for note in other.notes)
+
+
+def test_the_best_and_the_nearest_published_rows_are_shown_and_the_others_folded(tmp_path: Path) -> None:
+    given = evaluation(("plain", "dat"), ("imagenet-c",))
+    table, rest = published_tables(given)
+    values = [float(row[2]) for row in table.rows if row[-1] == "this report"]
+    every = [row for row in published_rows() if "imagenet-c/mce" in row.values]
+    assert len(table.rows) - 2 + len(rest.rows) == len(every)
+    alone = [row for row in every if not row.more_data and row.number("imagenet-c/mce") is not None]
+    for aim in (0, *values):
+        nearest = min(alone, key=lambda row: abs(float(row.values["imagenet-c/mce"]) - aim))
+        assert nearest.model in [row[0] for row in table.rows]
+    assert rest.folded
+    assert ("DINOv2-g", "–", "28.2") in [row[:3] for row in rest.rows]
+    assert all(row[-1].endswith("more data") for row in rest.rows if row[0] == "DINOv2-g")
+    page = write_report(given, tmp_path).read_text()
+    assert f"<summary>{rest.title}</summary>" in page
+    assert page.index("<details>") < page.index("DINOv2-g") < page.index("</details>")
 
 
 # ---- the files ----

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_dat.benchmark_labels import read_conflicts
 from mae_dat.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVERITIES, corrupt, image_seed
 from mae_dat.errors import DataError, MissingInputError
 from mae_dat.generated import SHAPES
@@ -22,7 +23,6 @@ from mae_dat.scores import (
     severity_errors,
     shape_share,
 )
-from mae_dat.suites import read_conflicts
 
 
 def photo(size: int = 64) -> np.ndarray:
@@ -150,11 +150,29 @@ def test_conflict_pictures_are_read_by_name(tmp_path: Path) -> None:
     assert read_conflicts(tmp_path, ["cat", "dog"])[1].tolist() == [[0, 1]]
 
 
+def test_a_conflict_picture_of_any_kind_counts_and_class_names_may_hold_hyphens(tmp_path: Path) -> None:
+    names = ["hat-shirt.png", "hat-t-shirt-1.JPG", "shirt-hat-1.jpeg", "t-shirt-hat-a-b.webp", "t-shirt-shirt-1.png"]
+    for name in names:
+        Image.fromarray(photo(32)).save(tmp_path / name)
+    (tmp_path / "._hat-shirt.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("about")
+    listing, cues = read_conflicts(tmp_path, ["hat", "shirt", "t-shirt"])
+    assert listing == list(zip(names, [0, 0, 1, 2, 2], strict=True))
+    assert cues.tolist() == [[0, 1], [0, 2], [1, 0], [2, 0], [2, 1]]
+
+
 def test_conflict_folder_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="nowhere"):
         read_conflicts(tmp_path / "nowhere", ["a", "b"])
-    with pytest.raises(DataError, match="no conflict picture"):
+    with pytest.raises(DataError, match="no picture named"):
         read_conflicts(tmp_path, ["a", "b"])
     (tmp_path / "a-b-1.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="'b'"):
+    with pytest.raises(DataError, match=r"a-b-1\.png: expected <shape>-<texture>-\*, a shape such as a, c"):
         read_conflicts(tmp_path, ["a", "c"])
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"a\.jpg: expected"):
+        read_conflicts(tmp_path, ["a", "b"])
+    (tmp_path / "a-b-1.png").unlink()
+    (tmp_path / "a.jpg").rename(tmp_path / "a-b-c.jpg")
+    with pytest.raises(DataError, match=r"a-b-c\.jpg may be the shape 'a' with the texture 'b-c' or the shape 'a-b' "):
+        read_conflicts(tmp_path, ["a", "a-b", "b-c", "c"])

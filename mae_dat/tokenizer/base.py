@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_dat.distributed import require_compiler
-from mae_dat.errors import ConfigError
+from mae_dat.errors import ConfigError, SizeError
 from mae_dat.tokenizer.quantize import look_up, nearest_words
 
 
@@ -65,7 +65,7 @@ class VisualTokenizer(nn.Module, ABC):
         return self.decode(self.encode(image))
 
     def check(self, image: Tensor) -> None:
-        """Raises ConfigError unless `image` is (B, in_chans, H, W) with sides divisible by `factor`."""
+        """Raises ConfigError unless `image` is (B, in_chans, H, W), SizeError unless `factor` divides its sides."""
         if image.ndim != 4 or image.shape[1] != self.in_chans:
             raise ConfigError(
                 f"the tokenizer takes images (B, {self.in_chans}, H, W) and was given {tuple(image.shape)}; "
@@ -74,7 +74,7 @@ class VisualTokenizer(nn.Module, ABC):
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:
             fitting = [max(side // self.factor, 1) * self.factor for side in (height, width)]
-            raise ConfigError(
+            raise SizeError(
                 f"image size {height} x {width} is not divisible by the tokenizer's factor {self.factor}: "
                 f"use --input_size {fitting[0]} {fitting[1]} or other multiples of {self.factor}."
             )
