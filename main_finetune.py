@@ -5,7 +5,8 @@ Runs as it is under python, torchrun and srun.
 
 import sys
 
-from mae_dat.config import load_finetune_config, run_command
+from mae_dat.command import run_command
+from mae_dat.config import load_finetune_config
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.timing import Case, Step, middle_half, peak_memory, restart_peak, wait_for
 from mae_dat.cells import measure as measure_cells
 from mae_dat.classifier import Classifier, build_classifier
-from mae_dat.config import load_config, run_command
+from mae_dat.command import load_config, run_command
 from mae_dat.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from mae_dat.distributed import amp_dtype, pick_device
 from mae_dat.generated import draw

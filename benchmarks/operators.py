@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.__main__ import BenchmarkConfig, chosen
 from benchmarks.timing import Case, Step, wait_for
-from mae_dat.config import ConfigError, load_config, run_command
+from mae_dat.command import load_config, run_command
+from mae_dat.config import ConfigError
 from mae_dat.distributed import pick_device
 from mae_dat.run import arguments
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae_dat.attack import DiscreteAdversary, ShareController, discrete_adversary, unit
-from mae_dat.config import AttackConfig, FinetuneConfig, load_config
+from mae_dat.command import load_config
+from mae_dat.config import AttackConfig, FinetuneConfig
 from mae_dat.data import ImageFolder
 from mae_dat.finetune import evaluated_config, held_out_images, load_classifier
 from mae_dat.tokenizer import VisualTokenizer, in_precision, load_tokenizer, share_changed

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from mae_dat import run
 from mae_dat.attack import image_generator, reconstruct, unit
 from mae_dat.classifier import Classifier
-from mae_dat.config import AttackConfig, AugmentConfig, ConfigError, command_line, load_config, nearest, run_command
+from mae_dat.command import command_line, load_config, nearest, run_command
+from mae_dat.config import AttackConfig, AugmentConfig, ConfigError
 from mae_dat.contenders import Contender, View, open_contenders
 from mae_dat.data import ImageSet, find_split
 from mae_dat.distributed import pick_device, step_generator

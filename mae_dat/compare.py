@@ -18,8 +18,9 @@ import torch
 from mae_dat import run
 from mae_dat.arms import arms_of
 from mae_dat.axes import axes_of
+from mae_dat.command import flat_values, load_config, nearest, run_command
 from mae_dat.comparison import caution, value_text
-from mae_dat.config import ConfigError, FinetuneConfig, PretrainConfig, flat_values, load_config, nearest, run_command
+from mae_dat.config import ConfigError, FinetuneConfig, PretrainConfig
 from mae_dat.contenders import View, open_contender
 from mae_dat.contest import Setting, examine
 from mae_dat.corruptions import CORRUPTIONS, SEVERITIES

@@ -15,8 +15,9 @@ from mae_dat.arms import titles_of, twins
 from mae_dat.attack import image_generator
 from mae_dat.axes import GRADIENTS, common_subset
 from mae_dat.cells import Found, Heard, Portion, Shares, eval_mode, measure
+from mae_dat.command import command_line
 from mae_dat.comparison import headline_table, mixed_versions
-from mae_dat.config import ConfigError, command_line
+from mae_dat.config import ConfigError
 from mae_dat.contenders import Contender, View
 from mae_dat.distributed import World, from_main, together
 from mae_dat.examples import write_examples

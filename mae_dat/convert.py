@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mae_dat import run
 from mae_dat.classifier import Classifier
-from mae_dat.config import ConfigError, load_config, run_command
+from mae_dat.command import load_config, run_command
+from mae_dat.config import ConfigError
 from mae_dat.errors import CheckpointError, MissingInputError, OutputError
 from mae_dat.files import atomic_write
 from mae_dat.huggingface import HubClassifier, HubMaskedAutoencoder, write_card

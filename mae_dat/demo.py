@@ -6,8 +6,8 @@ stopped.
 """
 
 from mae_dat import compare
+from mae_dat.command import run_command
 from mae_dat.compare import CONFIGS, CompareConfig
-from mae_dat.config import run_command
 
 DEFAULTS = CompareConfig(
     data_path="demo",

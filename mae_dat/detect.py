@@ -20,17 +20,8 @@ from mae_dat import run
 from mae_dat.attention import evaluating
 from mae_dat.average_precision import METRICS, average_precision, print_table, under_corruptions
 from mae_dat.classifier import build_classifier
-from mae_dat.config import (
-    ConfigError,
-    DataConfig,
-    DatConfig,
-    LaunchConfig,
-    OptimConfig,
-    RunConfig,
-    check_parts,
-    load_config,
-    run_command,
-)
+from mae_dat.command import load_config, run_command
+from mae_dat.config import ConfigError, DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig, check_parts
 from mae_dat.detection_data import CocoPictures, View, find_annotations
 from mae_dat.detector import Boxes, Detection, Detector, check_model, from_torchvision, on_transformer, padded_size
 from mae_dat.distributed import step_generator, world_from_environment

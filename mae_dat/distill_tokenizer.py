@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_dat.config import load_config, run_command
+from mae_dat.command import load_config, run_command
 from mae_dat.distributed import amp_dtype, pick_device, step_generator
 from mae_dat.errors import NumericsError
 from mae_dat.loaders import ImageLoader

@@ -21,7 +21,8 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from mae_dat import generated, run
-from mae_dat.config import ConfigError, load_config, run_command
+from mae_dat.command import load_config, run_command
+from mae_dat.config import ConfigError
 from mae_dat.corruptions import CATEGORIES, EXTRA, SEVERITIES
 from mae_dat.data import ImageFolder
 from mae_dat.decoding import ADVICE, MAX_BYTES, decode, decode_bytes

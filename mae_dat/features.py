@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mae_dat import run
 from mae_dat.classifier import pool_tokens
-from mae_dat.config import ConfigError, DataConfig, load_config, run_command
+from mae_dat.command import load_config, run_command
+from mae_dat.config import ConfigError, DataConfig
 from mae_dat.data import ImageSet, find_split
 from mae_dat.distributed import amp_dtype, pick_device
 from mae_dat.files import atomic_write

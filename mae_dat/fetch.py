@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from mae_dat.config import load_config, run_command
+from mae_dat.command import load_config, run_command
 from mae_dat.registry import Released, find_released, released
 from mae_dat.store import fetch, find_local, store
 

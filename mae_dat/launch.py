@@ -20,7 +20,8 @@ from submitit.core.core import Job
 
 from mae_dat.cluster import JobConfig, ResolvedJob, batch_file, outside_other_jobs, submit
 from mae_dat.code_snapshot import code_tree, write_snapshot
-from mae_dat.config import FinetuneConfig, PretrainConfig, data_root, load_config, load_finetune_config, nearest
+from mae_dat.command import load_config, nearest
+from mae_dat.config import FinetuneConfig, PretrainConfig, data_root, load_finetune_config
 from mae_dat.errors import ConfigError, Interrupted, MissingInputError, UserError
 from mae_dat.files import prepare_output_folder
 from mae_dat.following import follow

@@ -18,7 +18,7 @@ import tyro
 from PIL import Image
 
 from mae_dat import run
-from mae_dat.config import load_config, run_command
+from mae_dat.command import load_config, run_command
 from mae_dat.data import SPLIT_NAMES, ImageFolder, epoch_order
 from mae_dat.decoding import decode_bytes, read_bytes
 from mae_dat.errors import ConfigError, DataError, OutputError

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from mae_dat import run
-from mae_dat.config import PretrainConfig, load_config
+from mae_dat.command import load_config
+from mae_dat.config import PretrainConfig
 from mae_dat.data import Batch, ImageSet, Transform
 from mae_dat.distributed import step_generator
 from mae_dat.engine import seed_everything

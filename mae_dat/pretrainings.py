@@ -3,7 +3,8 @@
 import shlex
 from pathlib import Path
 
-from mae_dat.config import ATTACKS, ConfigError, PretrainConfig, load_config, nearest
+from mae_dat.command import load_config, nearest
+from mae_dat.config import ATTACKS, ConfigError, PretrainConfig
 from mae_dat.metrics import read_log
 
 PLAIN, NONE, IN_TIME = "plain", "none", "_in_time"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from mae_dat import run
 from mae_dat.ablation import ablation_tables, summary, words_by_arm
+from mae_dat.command import command_line, load_config, run_command
 from mae_dat.compare import CONFIGS, CompareConfig, compare
-from mae_dat.config import ConfigError, command_line, load_config, run_command
+from mae_dat.config import ConfigError
 from mae_dat.contenders import distinct_names
 from mae_dat.files import atomic_write
 from mae_dat.generated_folder import write_image_folder

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mae_dat.config import nearest
+from mae_dat.command import nearest
 from mae_dat.errors import ConfigError
 
 PACKAGE = Path(__file__).parent

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from mae_dat import run
-from mae_dat.config import ConfigError, LaunchConfig, RunConfig, image_size, load_config, nearest, run_command
+from mae_dat.command import load_config, nearest, run_command
+from mae_dat.config import ConfigError, LaunchConfig, RunConfig, image_size
 from mae_dat.contenders import Contender, View, from_callable, open_contender, open_contenders
 from mae_dat.contest import Setting, examine, print_headline
 from mae_dat.distributed import World, amp_dtype, from_main, pick_device, together, world_from_environment

@@ -18,7 +18,8 @@ from torchvision import transforms
 from mae_dat import engine
 from mae_dat.attempts import record_start
 from mae_dat.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, sweep, verify
-from mae_dat.config import DataConfig, DatConfig, LaunchConfig, RunConfig, flat_values, write_config
+from mae_dat.command import flat_values, write_config
+from mae_dat.config import DataConfig, DatConfig, LaunchConfig, RunConfig
 from mae_dat.data import ImageSet, Transform, as_float, find_split
 from mae_dat.distributed import (
     World,

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from mae_dat import run
-from mae_dat.config import load_config, run_command
+from mae_dat.command import load_config, run_command
 from mae_dat.data import ImageFolder
 from mae_dat.decoding import decode_bytes, read_bytes
 from mae_dat.errors import DataError, MissingInputError

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mae_dat.config import nearest
+from mae_dat.command import nearest
 from mae_dat.download import UrlFailedError, download
 from mae_dat.errors import CheckpointError, ConfigError, DownloadError, MissingInputError, OutputError
 from mae_dat.files import atomic_write, prepare_output_folder, sha256_of, storage_error

@@ -22,7 +22,7 @@ from mae_dat.benchmark_folders import folders_in
 from mae_dat.benchmark_labels import read_conflicts, read_subset
 from mae_dat.benchmark_sets import BENCHMARKS, PARTIAL, BenchmarkSet, Cell, CustomSet, Preprocessing, open_benchmark
 from mae_dat.cells import Adversary, Network, Portion
-from mae_dat.config import nearest
+from mae_dat.command import nearest
 from mae_dat.data import Size, find_split, require_folder
 from mae_dat.errors import ConfigError, DataError, MissingInputError, SizeError, UserError
 from mae_dat.files import sha256_of

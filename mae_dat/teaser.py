@@ -17,7 +17,8 @@ from PIL import Image
 
 from mae_dat.arms import Arm, arms_of
 from mae_dat.charts import COLORS, LINES, MARKERS, STYLE, signed
-from mae_dat.config import ConfigError, run_command
+from mae_dat.command import run_command
+from mae_dat.config import ConfigError
 from mae_dat.corruptions import SEVERITIES
 from mae_dat.figures import differences, grid_of, of_kind, rows_of
 from mae_dat.files import atomic_write

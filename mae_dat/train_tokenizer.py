@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from mae_dat.checkpoint import newest_checkpoint, save_checkpoint, sweep
-from mae_dat.config import command_line, image_size, load_config, run_command
+from mae_dat.command import command_line, load_config, run_command
+from mae_dat.config import image_size
 from mae_dat.data import ImageFolder, Sample, find_split
 from mae_dat.distributed import amp_dtype, pick_device, step_generator
 from mae_dat.errors import Interrupted, NumericsError

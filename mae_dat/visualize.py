@@ -17,7 +17,8 @@ from torch import Tensor
 from mae_dat import run
 from mae_dat.attack import DiscreteAdversary
 from mae_dat.attention import attention_layers, attention_maps, default_query
-from mae_dat.config import ConfigError, DataConfig, DatConfig, image_size, load_config, nearest, run_command
+from mae_dat.command import load_config, nearest, run_command
+from mae_dat.config import ConfigError, DataConfig, DatConfig, image_size
 from mae_dat.data import ImageFolder, decode
 from mae_dat.distributed import pick_device, step_generator
 from mae_dat.files import prepare_output_folder

@@ -27,7 +27,7 @@ import torch
 from tiny_runs import MEASURED, draw_folder, save_tokenizer
 
 from mae_dat import engine, evaluate, mae, pretrain
-from mae_dat.config import run_command
+from mae_dat.command import run_command
 from mae_dat.mae import MaeSize, ViTSize
 from mae_dat.training import Training
 from mae_dat.watch import STACKS_S, STACKS_SIGNAL

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from mae_dat.adversarial import WithPixelAdversary, projected_gradient
 from mae_dat.attack import input_gradient
 from mae_dat.classifier import build_classifier
-from mae_dat.config import FinetuneConfig, load_config
+from mae_dat.command import load_config
+from mae_dat.config import FinetuneConfig
 from mae_dat.errors import ConfigError, Interrupted
 from mae_dat.mae import MaskedAutoencoder
 from mae_dat.objectives import MaskedReconstruction, Objective

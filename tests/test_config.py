@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mae_dat import config as config_module
+from mae_dat.command import command_line, flat_values, load_config, run_command, write_config
 from mae_dat.config import (
     AttackConfig,
     DatConfig,
@@ -18,11 +19,7 @@ from mae_dat.config import (
     OptimConfig,
     PretrainConfig,
     data_root,
-    flat_values,
     image_size,
-    load_config,
-    run_command,
-    write_config,
 )
 from mae_dat.errors import ConfigError, MissingInputError
 
@@ -296,7 +293,7 @@ def test_a_users_error_is_one_line_and_its_code(capsys: pytest.CaptureFixture[st
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
-    code = "from mae_dat.config import run_command\nrun_command(lambda: print('x' * 10**6, flush=True))"
+    code = "from mae_dat.command import run_command\nrun_command(lambda: print('x' * 10**6, flush=True))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.read(1)
@@ -323,7 +320,7 @@ def test_a_value_out_of_its_range_is_refused_by_name(flag: str, value: str) -> N
 )
 def test_the_command_is_told_as_it_can_be_given(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [script, "--seeds", "1"])
-    assert config_module.command_line() == said
+    assert command_line() == said
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_dat.attack
 from mae_dat.attack import AttackConfig, discrete_adversary, input_gradient
-from mae_dat.config import AugmentConfig, DatConfig, FinetuneConfig, LaunchConfig, load_config
+from mae_dat.command import load_config
+from mae_dat.config import AugmentConfig, DatConfig, FinetuneConfig, LaunchConfig
 from mae_dat.data import Batch
 from mae_dat.distributed import World, process_group
 from mae_dat.errors import ConfigError

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
 from mae_dat import decoding
-from mae_dat.config import run_command
+from mae_dat.command import run_command
 from mae_dat.data import ImageFolder, epoch_order
 from mae_dat.decoding import decode
 from mae_dat.errors import DataError, RetryError, StorageError, UserError

@@ -26,7 +26,8 @@ from mae_dat import engine
 from mae_dat.attack import DiscreteAdversary
 from mae_dat.average_precision import scores, summary
 from mae_dat.checkpoint import newest_checkpoint
-from mae_dat.config import AttackConfig, ConfigError, load_config
+from mae_dat.command import load_config
+from mae_dat.config import AttackConfig, ConfigError
 from mae_dat.corruptions import CORRUPTIONS
 from mae_dat.detect import DetectConfig, build, detect, measure, pictures
 from mae_dat.detection_data import PADDING, CocoPictures, Split, View, find_annotations

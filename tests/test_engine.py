@@ -23,6 +23,7 @@ from mae_dat import engine, mae, stopping
 from mae_dat.accuracy import accuracy
 from mae_dat.checkpoint import newest_checkpoint
 from mae_dat.classifier import build_classifier
+from mae_dat.command import run_command
 from mae_dat.config import (
     AugmentConfig,
     ClassifierConfig,
@@ -33,7 +34,6 @@ from mae_dat.config import (
     OptimConfig,
     PretrainConfig,
     RunConfig,
-    run_command,
 )
 from mae_dat.data import Batch, ImageFolder
 from mae_dat.distributed import World, process_group

@@ -22,7 +22,8 @@ from PIL import Image
 from tiny_models import tiny, tiny_mae
 
 from mae_dat import generated
-from mae_dat.config import ConfigError, load_config
+from mae_dat.command import load_config
+from mae_dat.config import ConfigError
 from mae_dat.corruptions import as_stored, corrupt, image_seed
 from mae_dat.errors import CheckpointError, DataError, MissingInputError
 from mae_dat.explore import EXAMPLES, ExploreConfig, build, find_examples, listen

@@ -16,7 +16,7 @@ from tiny_runs import (
 )
 
 from mae_dat.classifier import Classifier, build_classifier, build_vit
-from mae_dat.config import load_config
+from mae_dat.command import load_config
 from mae_dat.errors import ConfigError
 from mae_dat.features import Features, FeaturesConfig, features_of, knn_accuracy, main
 from mae_dat.mae import MaskedAutoencoder, ViTSize

@@ -16,7 +16,8 @@ from tiny_runs import draw_folder
 from torch import Tensor, nn
 
 from mae_dat import mae, peers, watch
-from mae_dat.config import PretrainConfig, load_config, run_command
+from mae_dat.command import load_config, run_command
+from mae_dat.config import PretrainConfig
 from mae_dat.distributed import process_group, world_from_environment
 from mae_dat.errors import DataError, PeerError, RetryError, StorageError
 from mae_dat.mae import MaeSize, ViTSize

@@ -23,7 +23,8 @@ from tiny_runs import (
 from mae_dat import launch
 from mae_dat.accuracy import accuracy
 from mae_dat.classifier import Classifier
-from mae_dat.config import FinetuneConfig, PretrainConfig, load_config
+from mae_dat.command import load_config
+from mae_dat.config import FinetuneConfig, PretrainConfig
 from mae_dat.finetune import build, check, held_out_images, load_classifier, start
 from mae_dat.loaders import eval_loader
 from mae_dat.mae import VIT_SIZES, build_mae

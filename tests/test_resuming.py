@@ -11,7 +11,8 @@ from conftest import GOLDEN
 from tiny_runs import draw_folder, pretrain_in
 
 from mae_dat.checkpoint import Checkpoint
-from mae_dat.config import FinetuneConfig, OptimConfig, PretrainConfig, flat_values
+from mae_dat.command import flat_values
+from mae_dat.config import FinetuneConfig, OptimConfig, PretrainConfig
 from mae_dat.errors import CheckpointError, ConfigError
 from mae_dat.resuming import FREE, SHARES, changes, check_changes, keep_global_batch
 

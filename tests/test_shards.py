@@ -20,7 +20,8 @@ from weights_server import Server, serving
 
 from mae_dat import pack as packing
 from mae_dat import shard_cache, shards
-from mae_dat.config import DataConfig, FinetuneConfig, load_config
+from mae_dat.command import load_config
+from mae_dat.config import DataConfig, FinetuneConfig
 from mae_dat.data import ImageFolder, ImageSet
 from mae_dat.errors import ConfigError, DataError, DownloadError, Interrupted, MissingInputError
 from mae_dat.finetune import held_out_images

@@ -14,7 +14,8 @@ from tiny_runs import FINETUNE, PRETRAIN, ROOT, draw_folder, environment, one_th
 
 from mae_dat import side_by_side
 from mae_dat.checkpoint import newest_checkpoint
-from mae_dat.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
+from mae_dat.command import load_config
+from mae_dat.config import ConfigError, FinetuneConfig, PretrainConfig
 from mae_dat.errors import RetryError, UserError
 from mae_dat.files import sha256_of
 from mae_dat.metrics import Console

@@ -14,7 +14,7 @@ import torch
 from ranks import exit_codes, start_ranks
 
 from mae_dat import watch
-from mae_dat.config import run_command
+from mae_dat.command import run_command
 from mae_dat.distributed import all_sum, process_group, world_from_environment
 from mae_dat.watch import beat, watching
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mae_dat.config import FinetuneConfig, PretrainConfig, load_config, run_command
+from mae_dat.command import load_config, run_command
+from mae_dat.config import FinetuneConfig, PretrainConfig
 from mae_dat.finetune import finetune
 from mae_dat.generated_folder import write_image_folder
 from mae_dat.metrics import Console
