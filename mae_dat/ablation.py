@@ -69,9 +69,9 @@ def _differences(first: Arm, others: list[Arm], axes: dict[str, Axis]) -> Table:
     tests = sum(verdict(axis, arm, first) is not None for arm in others for axis in axes.values())
     note = (
         "Differences of runs with the same seed, ± their standard deviation. Better and worse, in bold, are beyond "
-        "chance by a 95 % interval (Student's over seeds; of a single seed that of the number of pictures). Of the "
-        f"{tests} intervals here, about {0.05 * tests:.0f} would exclude zero by chance alone: no correction is made "
-        "for that."
+        "chance by a 95 % interval (Student's over seeds, on these very pictures; of a single seed that of the number "
+        f"of pictures). Of the {tests} intervals here, about {0.05 * tests:.0f} would exclude zero by chance alone: no "
+        "correction is made for that."
     )
     head = ("", *(name + ARROWS[axis.better] for name, axis in axes.items()))
     return Table("against-first", f"Difference to {first.title}", head, tuple(rows), (note,), best=beyond)

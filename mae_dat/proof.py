@@ -49,7 +49,7 @@ class ProofConfig:
     """Recipe of the pretrainings."""
     finetune: str = str(CONFIGS / "proof_finetune.yaml")
     """Recipe of all fine-tunings."""
-    limit: int | None = 100
+    limit: int | None = None
     """Images for each corruption and severity, and under attack (None: all)."""
     jobs: int = 2
     """Trainings at a time."""
