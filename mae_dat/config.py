@@ -192,8 +192,11 @@ class OptimConfig:
         for name in ("batch_size", "epochs", "accum_iter"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if self.cooldown_epochs < 0:
-            raise ConfigError(f"--cooldown_epochs must be 0 or more, got {self.cooldown_epochs}.")
+        for name in ("lr", "blr", "min_lr", "warmup_lr", "warmup_epochs", "cooldown_epochs", "weight_decay"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"--{name} must be 0 or more, got {value}.")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ConfigError(f"--clip_grad must be above 0, got {self.clip_grad}: leave it out to clip nothing.")
 
     @property
     def total_epochs(self) -> int:
@@ -240,6 +243,10 @@ class DatConfig:
     tokenizer_compile: bool = False
     """Compile the tokenizer (torch.compile): fuses norms and activations; the first steps take a minute longer."""
 
+    def __post_init__(self) -> None:
+        if self.dat_eps is not None and not 0 < self.dat_eps < math.inf:
+            raise ConfigError(f"--dat_eps must be above 0, got {self.dat_eps}.")
+
     @property
     def attack(self) -> AttackConfig | None:
         """The attack that these flags mean."""
@@ -282,8 +289,12 @@ class BaselineConfig:
 
     def __post_init__(self) -> None:
         for name in ("at_eps", "at_steps", "at_step"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ConfigError(f"--{name} must be above 0, got {value}.")
+        if self.at_norm == "linf" and self.eps >= 1:
+            raise ConfigError(
+                f"--at_eps {self.eps:g} lets every pixel in [0, 1] become any other: 4/255 is given as 0.0157."
+            )
         for name in ("at_clean_weight", "dat_jsd", "jsd"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ConfigError(f"--{name} must be 0 or more, got {value}.")

@@ -244,9 +244,11 @@ def to_mae(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
     save(tensors_of(opened, decoder=True), dest, opened, "model")
     file = read_weights(dest)._replace(metadata={"mae_dat": json.dumps(facts_of(opened))})
     what = "--eval --resume" if opened.plan.num_classes else "--finetune"
+    sides = opened.plan.img_size or (224, 224)
+    size = "" if tuple(sides) == (224, 224) else f" --input_size {' '.join(map(str, sides))}"
     return Written(
         Outputs(open_source(file).network),
-        f"python main_finetune.py {what} {config.dest} --model {opened.plan.name.removeprefix('mae_')}",
+        f"python main_finetune.py {what} {config.dest} --model {opened.plan.name.removeprefix('mae_')}{size}",
     )
 
 

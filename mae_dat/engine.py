@@ -100,6 +100,12 @@ def fit(training: Training, job: Job) -> None:
         job.world.size,
         job.lr,
     )
+    if job.optim.warmup_epochs >= job.optim.epochs:
+        logger.warning(
+            "the learning rate warms up to the end and never comes to its peak: --warmup_epochs %g of --epochs %d.",
+            job.optim.warmup_epochs,
+            job.optim.epochs,
+        )
     model = wrap(training.model, job.world, job.device)
     model.train()
     first = training.step

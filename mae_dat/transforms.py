@@ -1,6 +1,7 @@
 """Transforms of decoded pictures: to float32 (3, H, W) in [0, 1] for evaluation, to uint8 (3, H, W) for training
 (`as_float`), never normalised."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugMixAugment
+from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
@@ -122,8 +124,17 @@ def finetune_transform(
     for policy in augment:
         if isinstance(policy, AugMixAugment):
             policy.ops = [op for op in policy.ops if op.name not in NOT_IN_AUGMIX]
+        for op in [*getattr(policy, "ops", ()), *itertools.chain(*getattr(policy, "policy", ()))]:
+            if op.aug_fn is timm_posterize:
+                op.aug_fn = posterize
     erase = EraseInRange(reprob, remode, recount) if reprob > 0 else None
     return FinetuneTransform(size_HW, crop, flips, augment, erase, views, resplit)
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, but for its strongest magnitudes, which keep no bit at all: Pillow draws them black up to release 12 and
+    refuses them since. One bit stays."""
+    return timm_posterize(image, max(1, bits_to_keep))
 
 
 class FinetuneTransform(PixelTransform):

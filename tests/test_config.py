@@ -365,3 +365,21 @@ def test_help_and_mistyped_flags_are_answered_without_torch(script: str, refusal
     done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=60)
     answers = [line for line in done.stderr.splitlines() if line.endswith(("True", "False"))]
     assert answers == ["0 False", f"{refusal} False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--dat --dat_eps nan", "--dat_eps must be above 0, got nan"),
+        ("--dat --dat_eps inf", "--dat_eps must be above 0, got inf"),
+        ("--clip_grad 0", "--clip_grad must be above 0, got 0.0: leave it out"),
+        ("--lr -1", "--lr must be 0 or more, got -1.0"),
+        ("--weight_decay -5", "--weight_decay must be 0 or more, got -5.0"),
+        ("--warmup_epochs nan", "--warmup_epochs must be 0 or more, got nan"),
+        ("--at pgd --at_eps 4", "--at_eps 4 lets every pixel .* 4/255 is given as 0.0157"),
+        ("--at pgd --at_eps nan", "--at_eps must be above 0, got nan"),
+    ],
+)
+def test_numbers_that_would_train_nonsense_are_refused(flags: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(FinetuneConfig, flags.split())

@@ -22,6 +22,7 @@ from test_dat_modes import (
     linear_net,
     tokenizer,
 )
+from timm.data.auto_augment import posterize as timm_posterize
 from timm.loss import JsdCrossEntropy
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from mae_dat.attack import AttackConfig
 from mae_dat.config import AugmentConfig
 from mae_dat.consistency import VIEWS, AugMix, ConsistentDAT, jensen_shannon
 from mae_dat.data import Batch
+from mae_dat.engine import seed_everything
 from mae_dat.objectives import WithDAT
 from mae_dat.transforms import FinetuneTransform, finetune_transform
 
@@ -86,6 +88,21 @@ def test_the_views_are_one_crop_and_two_mixtures_of_it() -> None:
     assert not torch.equal(views[1], views[0])
     assert not torch.equal(views[2], views[1])
     assert torch.equal(views, seeded(finetune_transform((32, 32), aa="augmix-m3-w3", reprob=0, views=VIEWS)))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0", "v0"])
+def test_the_strongest_posterization_leaves_a_bit(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    augment, seen = finetune_transform((32, 32), aa=policy, reprob=0), []
+
+    def kept(image: Image.Image, bits: int) -> Image.Image:
+        seen.append(bits)
+        return timm_posterize(image, bits)
+
+    monkeypatch.setattr("mae_dat.transforms.timm_posterize", kept)
+    for seed in range(300):
+        seed_everything(seed)
+        augment(picture())
+    assert min(seen) == 1, "timm gives 0, which Pillow refuses"
 
 
 def test_a_single_view_is_the_first_mixture() -> None:
