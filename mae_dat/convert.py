@@ -25,7 +25,7 @@ from mae_dat.classifier import Classifier
 from mae_dat.command import load_config, run_command
 from mae_dat.config import ConfigError
 from mae_dat.errors import CheckpointError, MissingInputError, OutputError
-from mae_dat.files import atomic_write
+from mae_dat.files import atomic_write, prepare_output_folder
 from mae_dat.huggingface import HubClassifier, HubMaskedAutoencoder, write_card
 from mae_dat.loading import DECODER_KEYS
 from mae_dat.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder
@@ -134,6 +134,7 @@ def check_destination(config: ConvertConfig) -> None:
         raise OutputError(f"{dest} is a file, and --to hf writes a folder: name one that does not exist yet.")
     if not dest.parent.is_dir():
         raise OutputError(f"there is no folder {dest.parent} for {dest.name}: create it first.")
+    prepare_output_folder(dest.parent, "another destination")
 
 
 def pictures(opened: Opened, count: int) -> Tensor:

@@ -93,9 +93,9 @@ def storage_error(path: Path, error: Exception, need: int = 0) -> StorageError:
     )
 
 
-def prepare_output_folder(folder: Path) -> Path:
+def prepare_output_folder(folder: Path, instead: str = "another with --output_dir or --output") -> Path:
     """Creates `folder` and proves that files in it can be written, synced, renamed and deleted. Raises OutputError with
-    the cause otherwise."""
+    the cause and what to choose instead otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # As long a name as any of ours: a path near the limit may not leave room for it.
@@ -108,9 +108,7 @@ def prepare_output_folder(folder: Path) -> Path:
         written.replace(written.with_suffix(".renamed.tmp")).unlink()
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)
-        raise OutputError(
-            f"cannot write to the output folder {folder}: {cause}. Choose another with --output_dir or --output."
-        ) from error
+        raise OutputError(f"cannot write to the output folder {folder}: {cause}. Choose {instead}.") from error
     return folder
 
 

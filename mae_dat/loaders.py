@@ -179,7 +179,15 @@ def memory() -> str:
     return ", ".join(told) or "how much is free is not known"
 
 
+def cores() -> int:
+    """Cores that this process may use: more workers would only take turns on them, and torch warns of them."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _loader(dataset: Dataset[Sample], num_workers: int, pin_memory: bool, **sampling: Any) -> ImageLoader:
+    num_workers = min(num_workers, cores())
     return ImageLoader(
         _ErrorsAsValues(dataset),
         num_workers=num_workers,
@@ -230,7 +238,7 @@ class _Looks(Dataset[Any]):
 def look_at_each(items: Sequence[Any], look: Callable[[Any], Any], num_workers: int) -> Iterator[Any]:
     """What `look` says of each item, in their order, by worker processes, no more than there are cores; its DataError
     comes as a value, other UserErrors are raised."""
-    num_workers = min(num_workers, len(os.sched_getaffinity(0)))
+    num_workers = min(num_workers, cores())
     loader: DataLoader[Any] = DataLoader(
         _Looks(items, look),
         batch_size=None,

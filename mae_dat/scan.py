@@ -20,7 +20,7 @@ from mae_dat.command import load_config, run_command
 from mae_dat.data import ImageFolder
 from mae_dat.decoding import decode_bytes, read_bytes
 from mae_dat.errors import DataError, MissingInputError
-from mae_dat.files import atomic_write, sha256_of
+from mae_dat.files import atomic_write, prepare_output_folder, sha256_of
 from mae_dat.loaders import look_at_each
 from mae_dat.metrics import Console
 from mae_dat.shard_index import INDEX
@@ -62,10 +62,11 @@ def facts_of(root: Path, name: str) -> dict[str, Any]:
 def scan(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
     """Decodes all images and writes the manifest of the good ones; returns how many there are and what is wrong.
 
-    Raises DataError for a folder without images, MissingInputError, StorageError.
+    Raises DataError for a folder without images, MissingInputError, OutputError, StorageError.
     """
     root = Path(config.folder)
     names = _names(root)
+    prepare_output_folder(_manifest(config).parent, "another place with --manifest FILE")
     found = list(shown(look_at_each(names, lambda name: facts_of(root, name), config.num_workers), len(names), console))
     faults = [str(one) for one in found if isinstance(one, DataError)]
     with atomic_write(_manifest(config)) as file:

@@ -160,9 +160,9 @@ def test_compiled_blocks_learn_the_same(folder: Path, tmp_path: Path) -> None:
     assert records(tmp_path / "goes on")[1]["train_loss"] == pytest.approx(usual[1]["train_loss"], rel=1e-3)
 
 
-def test_without_a_compiler_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ConfigError, match="g\\+\\+"):
+def test_without_a_compiler_one_is_asked_for() -> None:
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(ConfigError, match="--compile needs a C\\+\\+ compiler"):
         compile_blocks(build_classifier("vit_tiny", 10, (SIDE, SIDE), 0.0))
 
 

@@ -291,6 +291,7 @@ def test_outputs_that_differ_fail_the_conversion_and_leave_nothing(
         ("hf", "", OutputError, "folder with other files"),
         ("hf", "ft.pth", OutputError, "the source itself"),
         ("timm", "none/x.pth", OutputError, "no folder"),
+        ("timm", "/proc/v.pth", OutputError, r"cannot write to the output folder /proc: .*another destination"),
     ],
 )
 def test_destinations_that_cannot_be(

@@ -163,9 +163,9 @@ def test_words_and_pixels_never_see_tf32() -> None:
     assert seen == [False] * 6
 
 
-def test_without_a_compiler_the_flag_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ConfigError, match=r"--tokenizer_compile needs a C\+\+ compiler"):
+def test_without_a_compiler_the_flag_is_named() -> None:
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(ConfigError, match=r"--tokenizer_compile needs a C\+\+ compiler"):
         load_tokenizer().prepare(CPU, compiled=True)
 
 

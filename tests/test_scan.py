@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mae_dat import scan
-from mae_dat.errors import DataError, MissingInputError, StorageError
+from mae_dat.errors import DataError, MissingInputError, OutputError, StorageError
 from mae_dat.metrics import Console
 from mae_dat.pack import PackConfig, pack
 from mae_dat.scan import ScanConfig
@@ -123,6 +123,14 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
                 one.write_bytes(picture(seed, quality=80))
             assert scan.verify(config, QUIET) == (60, [])
     assert silent > 200, "decoding alone would not have seen them"
+
+
+def test_a_place_that_takes_no_manifest_is_told_before_anything_is_decoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "look_at_each", lambda *_: pytest.fail("it decodes"))
+    with pytest.raises(OutputError, match=r"/proc/nobody: .* Choose another place with --manifest FILE\."):
+        scan.scan(ScanConfig(str(folder), manifest="/proc/nobody/manifest.jsonl"), QUIET)
 
 
 def test_files_that_are_gone_or_new_are_named(folder: Path) -> None:
