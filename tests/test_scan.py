@@ -1,6 +1,7 @@
 """A scan finds every kind of bad picture and, by its manifest, every flipped bit; shards are held against their
 index."""
 
+import contextlib
 import io
 import random
 import shutil
@@ -111,11 +112,9 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
         damaged = bytearray(whole)
         damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
-        try:
+        with contextlib.suppress(DataError):  # what decoding alone would have seen
             scan.facts_of(folder, str(path.relative_to(folder)))
             silent += 1
-        except DataError:
-            pass
         if number % 60 == 59:  # all sixty are damaged now
             assert len(scan.verify(config, QUIET)[1]) == 60
             assert all("not the file that was scanned" in fault for fault in scan.verify(config, QUIET)[1])
