@@ -5,14 +5,14 @@ Runs as it is under python, torchrun and srun.
 
 import sys
 
-from mae_dat.command import run_command
-from mae_dat.config import load_finetune_config
+from mae_dat.config.groups import load_finetune_config
+from mae_dat.config.parse import run_command
 
 
 def main() -> None:
     """Answers --help and mistyped flags before torch is imported, which takes seconds."""
     load_finetune_config(sys.argv[1:])
-    from mae_dat.evaluate import main as command
+    from mae_dat.robustness.evaluate_run import main as command
 
     command()
 

@@ -5,14 +5,14 @@ Runs as it is under python, torchrun and srun.
 
 import sys
 
-from mae_dat.command import load_config, run_command
-from mae_dat.config import PretrainConfig
+from mae_dat.config.groups import PretrainConfig
+from mae_dat.config.parse import load_config, run_command
 
 
 def main() -> None:
     """Answers --help and mistyped flags before torch is imported, which takes seconds."""
     load_config(PretrainConfig, sys.argv[1:])
-    from mae_dat.pretrain import main as command
+    from mae_dat.training.pretrain import main as command
 
     command()
 

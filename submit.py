@@ -2,7 +2,7 @@
 
 import sys
 
-from mae_dat.launch import main
+from mae_dat.launch.submit import main
 
 if __name__ == "__main__":
     sys.exit(main())

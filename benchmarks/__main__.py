@@ -22,11 +22,11 @@ from benchmarks.kept import keep
 from benchmarks.rate import matrix_rates
 from benchmarks.table import as_json, print_rows
 from benchmarks.timing import Case, Row, measure
-from mae_dat.command import load_config, nearest, run_command
-from mae_dat.config import ConfigError
-from mae_dat.distributed import amp_dtype, pick_device, set_float32
-from mae_dat.machine import machine, versions
-from mae_dat.run import arguments
+from mae_dat.config.groups import ConfigError
+from mae_dat.config.parse import load_config, nearest, run_command
+from mae_dat.runtime.machine import machine, versions
+from mae_dat.runtime.world import amp_dtype, pick_device, set_float32
+from mae_dat.training.run import arguments
 
 logger = logging.getLogger("benchmarks")
 

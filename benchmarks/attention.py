@@ -1,6 +1,6 @@
 """A layer of attention, forward and backward: softmax(q k^T) v step by step against torch's fused kernel, and on a GPU
 each of the fused kernels against the one that torch takes by itself. What is faster decides
-`mae_dat.parallel.choose_attention`."""
+`mae_dat.runtime.sharding.choose_attention`."""
 
 import contextlib
 from functools import partial
@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Case, Step
-from mae_dat.distributed import amp_dtype
+from mae_dat.runtime.world import amp_dtype
 
 # Batch, tokens, width, heads: MAE ViT-B's encoder and decoder, ViT-B at 224 and at 512 px, the demo's ViT.
 SIZES = ((8, 50, 768, 12), (8, 197, 512, 16), (4, 197, 768, 12), (1, 1025, 768, 12), (64, 65, 128, 4))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from benchmarks.timing import Case, Step
-from mae_dat.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_stored, corrupt
-from mae_dat.generated import draw
+from mae_dat.data.generated.draw import draw
+from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_stored, corrupt
 
 GOAL = 5.0  # times as fast over the 15 together
 Corrupt = Callable[[np.ndarray, str, int], object]

@@ -11,11 +11,11 @@ from benchmarks import finetune
 from benchmarks.ours import CLASSES, make_batch, training_step
 from benchmarks.plain import VQ_F8, ReleasedVQGAN, Trainer, dat_step
 from benchmarks.timing import NEEDS_GPU, Case, Step
-from mae_dat.classifier import build_classifier
-from mae_dat.config import AttackConfig, AugmentConfig
-from mae_dat.objectives import Classification, WithDAT
-from mae_dat.parallel import compile_blocks
-from mae_dat.tokenizer import VQGAN, LightConfig, LightTokenizer, VisualTokenizer, VQGANConfig, in_precision
+from mae_dat.config.groups import AttackConfig, AugmentConfig
+from mae_dat.models.classifier import build_classifier
+from mae_dat.models.tokenizer import VQGAN, LightConfig, LightTokenizer, VisualTokenizer, VQGANConfig, in_precision
+from mae_dat.runtime.sharding import compile_blocks
+from mae_dat.training.objectives.base import Classification, WithDAT
 
 
 class Work(NamedTuple):

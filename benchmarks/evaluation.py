@@ -25,15 +25,15 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.timing import Case, Step, middle_half, peak_memory, restart_peak, wait_for
-from mae_dat.cells import measure as measure_cells
-from mae_dat.classifier import Classifier, build_classifier
-from mae_dat.command import load_config, run_command
-from mae_dat.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from mae_dat.distributed import amp_dtype, pick_device
-from mae_dat.generated import draw
-from mae_dat.imagenet import SYNSETS
-from mae_dat.run import arguments
-from mae_dat.suites import Battery, Choice
+from mae_dat.config.parse import load_config, run_command
+from mae_dat.data.generated.draw import draw
+from mae_dat.models.classifier import Classifier, build_classifier
+from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from mae_dat.robustness.measure import measure as measure_cells
+from mae_dat.robustness.suites.choose import Battery, Choice
+from mae_dat.robustness.suites.imagenet import SYNSETS
+from mae_dat.runtime.world import amp_dtype, pick_device
+from mae_dat.training.run import arguments
 
 USUAL = "75 loaders, float32, a read-back a batch"
 GOAL = 5.0

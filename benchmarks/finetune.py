@@ -9,10 +9,10 @@ from torch.nn.functional import one_hot
 from benchmarks.ours import CLASSES, make_batch, training_step
 from benchmarks.plain import Trainer, finetuning_step
 from benchmarks.timing import NEEDS_GPU, Case, Step
-from mae_dat.classifier import build_classifier
-from mae_dat.config import AugmentConfig
-from mae_dat.objectives import Classification
-from mae_dat.parallel import compile_blocks
+from mae_dat.config.groups import AugmentConfig
+from mae_dat.models.classifier import build_classifier
+from mae_dat.runtime.sharding import compile_blocks
+from mae_dat.training.objectives.base import Classification
 
 # Batch on a GPU, GFLOP an image.
 SIZES = {"vit_base_patch16": (256, 105.0), "vit_large_patch16": (128, 369.0), "vit_huge_patch14": (64, 1003.0)}

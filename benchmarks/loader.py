@@ -23,15 +23,15 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks.ours import training_step
 from benchmarks.timing import Case, Step, wait_for
-from mae_dat.data import Batch, as_float
-from mae_dat.generated import draw
-from mae_dat.loaders import ImageLoader, TrainSampler, train_loader
-from mae_dat.mae import build_mae
-from mae_dat.metrics import Console
-from mae_dat.objectives import MaskedReconstruction
-from mae_dat.pack import PackConfig, pack
-from mae_dat.sources import open_images
-from mae_dat.transforms import pretrain_transform
+from mae_dat.data.generated.draw import draw
+from mae_dat.data.image_set import Batch, as_float
+from mae_dat.data.loader import ImageLoader, TrainSampler, train_loader
+from mae_dat.data.open import open_images
+from mae_dat.data.shards.pack import PackConfig, pack
+from mae_dat.data.transforms import pretrain_transform
+from mae_dat.models.mae import build_mae
+from mae_dat.runtime.console import Console
+from mae_dat.training.objectives.base import MaskedReconstruction
 
 IMAGES, BATCH, SIDE = 64, 32, 224
 GRAIN, QUALITY = 9.0, 95  # grey levels, JPEG

@@ -8,9 +8,9 @@ import torch
 from benchmarks.ours import make_batch, training_step
 from benchmarks.plain import Trainer, mae_step
 from benchmarks.timing import NEEDS_GPU, Case, Step
-from mae_dat.mae import build_mae, mask_noise
-from mae_dat.objectives import MaskedReconstruction
-from mae_dat.parallel import compile_blocks
+from mae_dat.models.mae import build_mae, mask_noise
+from mae_dat.runtime.sharding import compile_blocks
+from mae_dat.training.objectives.base import MaskedReconstruction
 
 # Batch on a GPU, GFLOP an image, goals on a GPU: times the reference, share of the matrix rate.
 SIZES = {

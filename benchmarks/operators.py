@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.__main__ import BenchmarkConfig, chosen
 from benchmarks.timing import Case, Step, wait_for
-from mae_dat.command import load_config, run_command
-from mae_dat.config import ConfigError
-from mae_dat.distributed import pick_device
-from mae_dat.run import arguments
+from mae_dat.config.groups import ConfigError
+from mae_dat.config.parse import load_config, run_command
+from mae_dat.runtime.world import pick_device
+from mae_dat.training.run import arguments
 
 Shares = list[tuple[str, int, float]]
 """Name, calls in a step, and seconds of its own."""

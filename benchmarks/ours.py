@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mae_dat.config import OptimConfig, RunConfig
-from mae_dat.data import Batch
-from mae_dat.distributed import World, amp_dtype
-from mae_dat.engine import Ahead, Job, train_step
-from mae_dat.metrics import Console, RunLog
-from mae_dat.objectives import Objective
-from mae_dat.optim import build_optimizer
-from mae_dat.parallel import choose_attention, wrap
-from mae_dat.readback import Behind
-from mae_dat.stopping import StopRequest
-from mae_dat.training import Training
+from mae_dat.config.groups import OptimConfig, RunConfig
+from mae_dat.data.image_set import Batch
+from mae_dat.runtime.console import Console, RunLog
+from mae_dat.runtime.sharding import choose_attention, wrap
+from mae_dat.runtime.signals import StopRequest
+from mae_dat.runtime.world import World, amp_dtype
+from mae_dat.training.loop import Ahead, Job, train_step
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.optim import build_optimizer
+from mae_dat.training.state import Training
+from mae_dat.training.step_report import Behind
 
 CLASSES = 1000
 ALONE = World(0, 1, 0)

@@ -3,7 +3,7 @@
 Full patch embedding of which the kept patches are then gathered, attention by an explicit softmax, AdamW with torch's
 defaults, the loss read back and the device waited for in every step; float16 autocast with a gradient scaler on a GPU,
 float32 on a CPU. In DAT, tokenizer and attack are float32, the attack fills the gradients of all parameters, a forward
-is thrown away, and the quantizer builds the whole matrix of distances. Shapes as in mae_dat/mae.py.
+is thrown away, and the quantizer builds the whole matrix of distances. Shapes as in mae_dat/models/mae.py.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from mae_dat.attack import project, unit
-from mae_dat.mae import MaskedAutoencoder, masked_mse
-from mae_dat.tokenizer import VQGAN_PRESETS, VQGANConfig
+from mae_dat.attacks.discrete import project, unit
+from mae_dat.models.mae import MaskedAutoencoder, masked_mse
+from mae_dat.models.tokenizer import VQGAN_PRESETS, VQGANConfig
 
 VQ_F8 = VQGAN_PRESETS["vq-f8"]
 

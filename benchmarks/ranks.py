@@ -22,12 +22,12 @@ import torch
 
 from benchmarks import ours
 from benchmarks.ours import make_batch
-from mae_dat.checkpoint import Saver
-from mae_dat.distributed import World, all_sum, pick_device, process_group, step_generator, step_seed
-from mae_dat.engine import seed_everything
-from mae_dat.mae import build_mae
-from mae_dat.objectives import MaskedReconstruction
-from mae_dat.watch import beat, watching
+from mae_dat.models.mae import build_mae
+from mae_dat.runtime.watchdog import beat, watching
+from mae_dat.runtime.world import World, all_sum, pick_device, process_group, step_generator, step_seed
+from mae_dat.storage.checkpoint import Saver
+from mae_dat.training.loop import seed_everything
+from mae_dat.training.objectives.base import MaskedReconstruction
 
 MODEL = "mae_vit_demo_patch8"
 Step = Callable[[int], object]

@@ -13,15 +13,15 @@ from benchmarks.timing import Case, Step
 
 ROOT = Path(__file__).parents[1]
 FIRST_STEP = """
-import sys, torch, mae_dat.engine, mae_dat.pretrain
+import sys, torch, mae_dat.training.loop, mae_dat.training.pretrain
 def first_step_is_done():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     raise SystemExit
-mae_dat.engine.beat = first_step_is_done
+mae_dat.training.loop.beat = first_step_is_done
 recipe = ["--config", "configs/demo_pretrain.yaml", "--data_path", "demo"]
 sys.argv = ["main_pretrain.py", *recipe, "--output_dir", sys.argv[1], "--device", sys.argv[2]]
-mae_dat.pretrain.main()
+mae_dat.training.pretrain.main()
 """
 
 

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_dat.attack import DiscreteAdversary, ShareController, discrete_adversary, unit
-from mae_dat.command import load_config
-from mae_dat.config import AttackConfig, FinetuneConfig
-from mae_dat.data import ImageFolder
-from mae_dat.finetune import evaluated_config, held_out_images, load_classifier
-from mae_dat.tokenizer import VisualTokenizer, in_precision, load_tokenizer, share_changed
-from mae_dat.tokenizer.precision import PRECISIONS, agreement
-from mae_dat.transforms import eval_transform
-from mae_dat.word_attack import KINDS, WordAttack, word_hits
+from mae_dat.attacks.discrete import DiscreteAdversary, ShareController, discrete_adversary, unit
+from mae_dat.attacks.word_budget import KINDS, WordAttack, word_hits
+from mae_dat.config.groups import AttackConfig, FinetuneConfig
+from mae_dat.config.parse import load_config
+from mae_dat.data.image_set import ImageFolder
+from mae_dat.data.transforms import eval_transform
+from mae_dat.models.tokenizer import VisualTokenizer, in_precision, load_tokenizer, share_changed
+from mae_dat.models.tokenizer.precision import PRECISIONS, agreement
+from mae_dat.training.finetune import evaluated_config, held_out_images, load_classifier
 
 RADII = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 PRECISION_RADII = (0.1, 2.0)
@@ -106,7 +106,7 @@ def damage(model: nn.Module, image: Tensor, label: Tensor, tokenizer: VisualToke
 
 
 def curves(model: nn.Module, image: Tensor, label: Tensor, tokenizer: VisualTokenizer) -> None:
-    """Prints the accuracy when up to a share of the words are changed (mae_dat.word_attack)."""
+    """Prints the accuracy when up to a share of the words are changed (mae_dat.attacks.word_budget)."""
     attack, index = WordAttack(), torch.arange(len(image))
     print(f"\n{'right with up to so many words':30}" + "".join(f"{share:>8.0%}" for share in attack.shares))
     for kind in KINDS:

@@ -12,8 +12,8 @@ import torch
 from benchmarks.ours import make_batch
 from benchmarks.plain import ReleasedVQGAN, full_matrix_words
 from benchmarks.timing import Case, Step
-from mae_dat.tokenizer import VQGAN, in_precision
-from mae_dat.tokenizer.quantize import nearest_words
+from mae_dat.models.tokenizer import VQGAN, in_precision
+from mae_dat.models.tokenizer.quantize import nearest_words
 
 RECONSTRUCTION = 532.0
 """GFLOP of an image at 224 px."""

@@ -7,10 +7,10 @@ __version__ = "0.1.0"
 __all__ = ["AttackConfig", "MaskedAutoencoder", "VisualTokenizer", "discrete_adversary"]
 
 _HOMES = {
-    "AttackConfig": "mae_dat.config",
-    "MaskedAutoencoder": "mae_dat.mae",
-    "VisualTokenizer": "mae_dat.tokenizer",
-    "discrete_adversary": "mae_dat.attack",
+    "AttackConfig": "mae_dat.config.groups",
+    "MaskedAutoencoder": "mae_dat.models.mae",
+    "VisualTokenizer": "mae_dat.models.tokenizer",
+    "discrete_adversary": "mae_dat.attacks.discrete",
 }
 
 

@@ -1,0 +1,180 @@
+"""Features of images by any network, to a file, and how well their nearest neighbours classify.
+
+`python -m mae_dat.features --checkpoint OUT --data_path DIR --knn 20 --output features.npz`: a pretraining or a
+classifier, without training anything. One process on one device.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mae_dat.analysis.scorers import Subject, load_subject
+from mae_dat.config.groups import ConfigError, DataConfig
+from mae_dat.config.parse import load_config, run_command
+from mae_dat.data.image_set import ImageSet, find_split
+from mae_dat.data.loader import eval_loader
+from mae_dat.data.open import image_root, open_images
+from mae_dat.data.transforms import eval_transform
+from mae_dat.models.classifier import pool_tokens
+from mae_dat.models.mae import MaskedAutoencoder
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.world import amp_dtype, pick_device
+from mae_dat.storage.files import atomic_write
+from mae_dat.storage.weight_files import write_weights
+from mae_dat.training import run
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".npz", ".safetensors")
+CHUNK = 1024  # pictures compared with the whole bank at once
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Features of images, to a file or to their nearest neighbours."""
+
+    checkpoint: str = ""
+    """An output folder, a weights file or a released name: a pretraining or a classifier."""
+    model: str | None = None
+    """The network, where the file does not say."""
+    data_path: str | None = None
+    """Folder of images, or `demo` (default: the environment variable MAE_DAT_DATA)."""
+    split: Literal["val", "train", "all"] = "val"
+    """Images for --output: a split, or everything below data_path, unlabelled."""
+    pool: Literal["cls", "mean", "tokens"] = "mean"
+    """Class token, mean over the places, or every place's own."""
+    output: str | None = None
+    """File to write, .npz or .safetensors: features, labels (-1: none) and paths."""
+    knn: int | None = None
+    """Neighbours, usually 20: classify the val split by the train split's images."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine similarity / temperature)."""
+    input_size: tuple[int, ...] | None = None
+    """Side, or height and width, in pixels (default: the network's)."""
+    batch_size: int = 64
+    num_workers: int = 10
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.output and Path(self.output).suffix not in SUFFIXES:
+            raise ConfigError(f"--output {self.output}: the name must end in {' or '.join(SUFFIXES)}.")
+        if self.knn is not None and (self.knn < 1 or self.temperature <= 0 or self.pool == "tokens"):
+            raise ConfigError("--knn needs at least 1 neighbour, a temperature above 0, and --pool mean or cls.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """`values` float32 (n, D), or (n, N, D) of every place; `labels` int64 (n,); the images that they are of."""
+
+    values: Tensor
+    labels: Tensor
+    paths: list[str]
+
+
+def features_of(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
+    """A classifier's or a masked autoencoder's features of pictures (B, C, H, W) in [0, 1]; see
+    `Classifier.features`."""
+    if isinstance(model, MaskedAutoencoder):
+        return pool_tokens(model.features(image), 1, pool)
+    found: Tensor = model.features(image, pool)  # type: ignore[operator]
+    return found
+
+
+@torch.inference_mode()
+def extract(subject: Subject, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
+    """The features of all images, in their order, on the CPU."""
+    device = next(subject.model.parameters()).device
+    precision = amp_dtype(config.precision, device)
+    loader = eval_loader(images, config.batch_size, 0, 1, config.num_workers, device.type == "cuda")
+    values, labels = [], []
+    with console.task(f"features of {Path(images.root).name}", len(loader)) as task:
+        for batch in loader:
+            with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+                found = features_of(subject.model, batch["image"].to(device, non_blocking=True), config.pool)
+            values.append(found.float().cpu())
+            labels.append(batch["label"])
+            task.advance("")
+    return Features(torch.cat(values), torch.cat(labels), [images.name_of(index) for index in range(len(images))])
+
+
+def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature: float) -> dict[str, float]:
+    """Top-1 and top-5 in percent (knn_acc1, knn_acc5) of votes by cosine similarity (Wu et al. 2018, arXiv 1805.01978).
+
+    Each of the `neighbours` nearest images of the bank votes for its class with exp(similarity / temperature). Raises
+    ConfigError when the bank has fewer images.
+    """
+    if neighbours > len(bank.labels):
+        raise ConfigError(f"--knn {neighbours}: there are only {len(bank.labels)} training images; give a lower one.")
+    known, classes, hits = F.normalize(bank.values, dim=1), int(bank.labels.max()) + 1, torch.zeros(2)
+    for values, labels in zip(queries.values.split(CHUNK), queries.labels.split(CHUNK), strict=True):
+        similarity, nearest = (F.normalize(values, dim=1) @ known.T).topk(neighbours, dim=1)
+        votes = torch.zeros(len(values), classes)
+        # Less the largest, so that no exponential overflows at a small temperature.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes.scatter_add_(1, bank.labels[nearest], weights)
+        right = votes.topk(min(5, classes), dim=1).indices == labels[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
+    acc1, acc5 = (100 * hits / len(queries.labels)).tolist()
+    return {"knn_acc1": acc1, "knn_acc5": acc5}
+
+
+def save_features(found: Features, path: Path) -> None:
+    """Writes features, labels and paths, atomically; .safetensors keeps the paths in its metadata as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        write_weights(path, {"features": found.values, "labels": found.labels}, {"paths": json.dumps(found.paths)})
+        return
+    with atomic_write(path) as file:
+        np.savez(file, features=found.values.numpy(), labels=found.labels.numpy(), paths=np.array(found.paths))
+
+
+def images_of(config: FeaturesConfig, split: str, subject: Subject) -> ImageSet:
+    """A split's images, unaugmented, at the network's size; `all` takes every picture below the folder."""
+    root = image_root(config.data_path)
+    # The same labels in both splits, even where a class has no folder in one of them.
+    classes = images_of(config, "train", subject).classes if split == "val" and config.knn else None
+    transform = run.in_channels(eval_transform(subject.size), DataConfig(in_chans=subject.in_chans))
+    folder = root if split == "all" else find_split(root, split)
+    return open_images(folder, transform, classes, labelled=split != "all")
+
+
+def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
+    """Extracts, measures and writes what the flags ask for; returns `knn_accuracy`. Raises ConfigError when they ask
+    for nothing."""
+    if not config.output and config.knn is None:
+        raise ConfigError("nothing to do: give --output features.npz, --knn 20, or both.")
+    subject = load_subject(config.checkpoint, config.model, config.input_size, pick_device(config.device))
+
+    @functools.cache
+    def features(split: str) -> Features:
+        return extract(subject, images_of(config, split, subject), config, console)
+
+    accuracy: dict[str, float] = {}
+    if config.knn is not None:
+        accuracy = knn_accuracy(features("train"), features("val"), config.knn, config.temperature)
+        line = "%d nearest neighbours: accuracy %.2f %% top-1, %.2f %% top-5"
+        logger.info(line, config.knn, accuracy["knn_acc1"], accuracy["knn_acc5"])
+    if config.output:
+        save_features(features(config.split), Path(config.output))
+        shape = " x ".join(map(str, features(config.split).values.shape))
+        logger.info("wrote %s: features %s", config.output, shape)
+    return accuracy
+
+
+def main() -> None:
+    """Command line."""
+    console = run.console_for_command()
+    run_features(load_config(FeaturesConfig, run.arguments(), __doc__ or ""), console)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,394 @@
+"""Pictures of what a network does, from any checkpoint and any pictures, as PNG and for TensorBoard.
+
+The four kinds share their flags for pictures and checkpoints; each has a configuration and a function of its own.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mae_dat.analysis.scorers import (
+    ClassJudge,
+    Judge,
+    ReconstructionJudge,
+    Size,
+    Subject,
+    load_subject,
+    predicts_normalized,
+)
+from mae_dat.attacks.discrete import DiscreteAdversary
+from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, image_size
+from mae_dat.config.parse import load_config, nearest, run_command
+from mae_dat.data.image_set import ImageFolder, decode
+from mae_dat.data.open import DEMO, image_root
+from mae_dat.data.transforms import eval_transform
+from mae_dat.models.attention import attention_layers, attention_maps, default_query
+from mae_dat.models.mae import MaskedAutoencoder, mask_noise
+from mae_dat.models.tokenizer import EMBEDDED, load_tokenizer
+from mae_dat.runtime.world import pick_device, step_generator
+from mae_dat.storage.files import prepare_output_folder
+from mae_dat.training import run
+from mae_dat.training.galleries import (
+    adversary_columns,
+    attention_columns,
+    changed_word_sheet,
+    changed_words,
+    codebook_picture,
+    gallery,
+    reconstruction_columns,
+    save_png,
+    sheet,
+    used_words,
+    word_columns,
+    word_tiles,
+)
+from mae_dat.training.objectives.base import WithDAT
+
+logger = logging.getLogger(__name__)
+
+MOST = 24  # words on a sheet of the most used or most changed ones
+RELEASED = DatConfig("released")
+LARGEST_CODEBOOK = 1024  # words drawn; of a larger one only those in use
+
+
+@dataclasses.dataclass(frozen=True)
+class PicturesConfig:
+    """Pictures: which, and where the galleries go."""
+
+    images: str = DEMO
+    """A picture, a folder of any depth, or `demo` for generated ones."""
+    limit: int | None = 6
+    """Pictures, evenly spread over the folder (None: all)."""
+    per_page: int = 6
+    """Pictures in one gallery."""
+    input_size: tuple[int, ...] | None = None
+    """Side, or height and width, in pixels (default: the checkpoint's)."""
+    output_dir: str = "./output_pictures"
+    log_dir: str | None = None
+    """TensorBoard files (default: output_dir)."""
+    device: str = "auto"
+    seed: int = 0
+    """Of masks and attacks."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "per_page"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoint: ours, or MAE's, timm's, easyrobust's, ..."""
+
+    checkpoint: str = ""
+    """Output folder, weights file, or the name of released weights."""
+    model: str | None = None
+    """Its architecture, where the file does not say: mae_vit_base_patch16, vit_base_patch16, or any timm name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingConfig:
+    """Masked autoencoding."""
+
+    mask_ratio: float = 0.75
+    """Share of patches removed."""
+    norm_pix_loss: bool | None = None
+    """Whether the decoder predicts normalized patches (default: what the checkpoint says, else False)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionConfig:
+    """What a masked autoencoder fills in: masked / prediction pasted into the visible patches / original.
+
+    Such as: --checkpoint PRETRAINING --images PHOTO_OR_FOLDER
+    """
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    pictures: PicturesConfig = PicturesConfig()
+    masking: MaskingConfig = MaskingConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Where a vision transformer looks: attention of one block, per head and averaged, over the picture.
+
+    Such as: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
+    """
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    pictures: PicturesConfig = PicturesConfig()
+    block: int | None = None
+    """Block, from 1 (default: the last)."""
+    query: Literal["auto", "class", "mean"] = "auto"
+    """Whose attention: the class token's, the mean over the patches', or auto: what the network pools."""
+    rollout: bool = False
+    """One map of all blocks up to --block instead, through the residual connections (Abnar & Zuidema 2020)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WordsConfig:
+    """Visual words: pictures decoded from their words, each word alone, index maps, the most used words, the codebook.
+
+    Such as: --images PHOTO_OR_FOLDER [--tokenizer FILE]
+    """
+
+    pictures: PicturesConfig = PicturesConfig()
+    tokenizer: str = "embedded"
+    """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or
+    easyrobust."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversaryConfig:
+    """Clean / adversarial pairs, their difference amplified, the changed words, and what the network makes of it.
+
+    A classifier is attacked at the picture's class, where its folder names one, else at what it answers; a masked
+    autoencoder at its reconstruction loss.
+
+    Such as: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
+    """
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    pictures: PicturesConfig = PicturesConfig()
+    dat: DatConfig = RELEASED
+    masking: MaskingConfig = MaskingConfig()
+    amplify: float = 4.0
+    """Factor of the difference that is shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """Pictures of one gallery, (B, C, H, W) in [0, 1], their files, and its number from 1 (None: the only one)."""
+
+    image: Tensor
+    paths: list[Path]
+    number: int | None
+
+    @property
+    def names(self) -> list[str]:
+        """Files as captions name them: with their folder, which often is their class."""
+        return ["/".join(path.parts[-2:]) for path in self.paths]
+
+
+class Album:
+    """Where galleries go: NAME-PAGE.png in the output folder (NAME.png where one page holds all), and TensorBoard."""
+
+    def __init__(self, config: PicturesConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self.folder = prepare_output_folder(Path(config.output_dir))
+        self.writer: Any = SummaryWriter(config.log_dir or config.output_dir)
+
+    def add(self, name: str, picture: Tensor, page: int | None = None) -> None:
+        """Writes one gallery, (3, H, W) in [0, 1]; pages count from 1."""
+        path = self.folder / (f"{name}-{page}.png" if page else f"{name}.png")
+        save_png(picture, path)
+        self.writer.add_image(f"visualize/{name}", picture, page or 1)
+        logger.info("wrote %s", path)
+
+
+@contextlib.contextmanager
+def album(config: PicturesConfig) -> Iterator[Album]:
+    """An album whose TensorBoard file is closed at the end. Raises OutputError."""
+    opened = Album(config)
+    try:
+        yield opened
+    finally:
+        opened.writer.close()
+
+
+# ---- what is looked at ----
+
+
+def read_pages(config: PicturesConfig, size: Size, in_chans: int, device: torch.device) -> list[Page]:
+    """The pictures at the size of the network, cropped as for evaluation. Raises MissingInputError, DataError."""
+    transform = run.in_channels(eval_transform(size), DataConfig(in_chans=in_chans))
+    path = image_root(DEMO) / "val" if config.images == DEMO else Path(config.images)
+    if path.is_file():
+        paths, images = [path], [transform(decode(path))]
+    else:
+        folder = ImageFolder(path, transform, labelled=False)
+        count = min(config.limit or len(folder), len(folder))
+        chosen = [index * len(folder) // count for index in range(count)]
+        paths, images = (
+            [Path(folder.samples[index][0]) for index in chosen],
+            [folder[index]["image"] for index in chosen],
+        )
+    starts = range(0, len(paths), config.per_page)
+    return [
+        Page(
+            torch.stack(images[start : start + config.per_page]).to(device),
+            paths[start : start + config.per_page],
+            start // config.per_page + 1 if len(starts) > 1 else None,
+        )
+        for start in starts
+    ]
+
+
+def subject_of(config: CheckpointConfig, pictures: PicturesConfig, device: torch.device) -> Subject:
+    """The network that the flags name."""
+    return load_subject(config.checkpoint, config.model, pictures.input_size, device)
+
+
+def judge_of(subject: Subject, masking: MaskingConfig) -> Judge:
+    """Who judges the views of a picture in an attack on this network."""
+    if isinstance(subject.model, MaskedAutoencoder):
+        normalized = predicts_normalized(subject, masking.norm_pix_loss)
+        return ReconstructionJudge(subject.autoencoder(), masking.mask_ratio, normalized)
+    return ClassJudge(subject.model, subject.facts.get("classes"))
+
+
+# ---- what is drawn ----
+
+
+def draw_reconstruction(config: ReconstructionConfig) -> None:
+    """Writes reconstruction.png."""
+    device = pick_device(config.pictures.device)
+    subject = subject_of(config.checkpoint, config.pictures, device)
+    model = subject.autoencoder()
+    norm_pix = predicts_normalized(subject, config.masking.norm_pix_loss)
+    generator = step_generator(config.pictures.seed, 0, 0, device)
+    heading = f"{subject.name}, masks of seed {config.pictures.seed}"
+    pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
+    with album(config.pictures) as drawn:
+        for page in pages:
+            noise = mask_noise(len(page.image), model.num_patches, generator, device)
+            columns = reconstruction_columns(model, page.image, config.masking.mask_ratio, noise, norm_pix)
+            captions = [["", "", name] for name in page.names]
+            drawn.add("reconstruction", gallery(columns, captions, heading), page.number)
+
+
+def draw_attention(config: AttentionConfig) -> None:
+    """Writes attention.png."""
+    device = pick_device(config.pictures.device)
+    subject = subject_of(config.checkpoint, config.pictures, device)
+    depth = len(attention_layers(subject.model))
+    block = depth if config.block is None else config.block
+    if not 1 <= block <= depth:
+        raise ConfigError(f"--block {block}: {subject.name} has blocks 1 to {depth}.")
+    query = default_query(subject.model) if config.query == "auto" else config.query
+    whose = "attention of the class token" if query == "class" else "mean attention of all patches"
+    where = f"rollout of blocks 1 to {block}" if config.rollout else f"block {block} of {depth}"
+    pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
+    with album(config.pictures) as drawn:
+        for page in pages:
+            maps = attention_maps(subject.model, page.image, block - 1, query, config.rollout)
+            columns, captions = attention_columns(page.image, maps)
+            captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
+            heading = f"{subject.name}: {whose}, {where}"
+            drawn.add("attention", gallery(columns, captions, heading, cell=192), page.number)
+
+
+def draw_words(config: WordsConfig) -> None:
+    """Writes words.png, most_used_words.png and codebook.png."""
+    device = pick_device(config.pictures.device)
+    tokenizer = load_tokenizer(config.tokenizer).to(device)
+    size = config.pictures.input_size or ((64,) if config.tokenizer == EMBEDDED else (224,))
+    pages = read_pages(config.pictures, image_size(size), tokenizer.in_chans, device)
+    heading = f"{Path(config.tokenizer).name} tokenizer: factor {tokenizer.factor}, {tokenizer.num_words} words"
+    found = []
+    with album(config.pictures) as drawn:
+        for page in pages:
+            found.append(tokenizer.encode(page.image))
+            columns, captions = word_columns(page.image, found[-1], tokenizer)
+            captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
+            drawn.add("words", gallery(columns, captions, heading), page.number)
+        used, shares = used_words(torch.cat(found))
+        pictures = f"{sum(len(page.paths) for page in pages)} pictures"
+        texts = [f"{word}\n{share:.1%}" for word, share in zip(used[:MOST].tolist(), shares, strict=False)]
+        tiles = word_tiles(tokenizer, used[:MOST])
+        drawn.add("most_used_words", sheet(tiles, texts, f"{heading}; the most used in {pictures}"))
+        whole = tokenizer.num_words <= LARGEST_CODEBOOK
+        listed = torch.arange(tokenizer.num_words, device=device) if whole else used[:LARGEST_CODEBOOK]
+        order = "all, by index" if whole else f"the {len(listed)} most used in {pictures}"
+        book = codebook_picture(word_tiles(tokenizer, listed))
+        drawn.add("codebook", gallery([("", book)], heading=f"{heading}; {order}", cell=1))
+
+
+def draw_adversary(config: AdversaryConfig) -> None:
+    """Writes adversary.png and changed_words.png."""
+    attack = config.dat.attack
+    if attack is None:
+        raise ConfigError("--dat none changes nothing: give released, paper, symbolic, random or reconstruction.")
+    device = pick_device(config.pictures.device)
+    subject = subject_of(config.checkpoint, config.pictures, device)
+    pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
+    tokenizer = load_tokenizer(config.dat.tokenizer).to(device)
+    tokenizer.check(pages[0].image)
+    judge = judge_of(subject, config.masking)
+    attacked = WithDAT(judge.objective, tokenizer, attack)
+    generator = step_generator(config.pictures.seed, 0, 0, device)
+    found = []
+    with album(config.pictures) as drawn:
+        for page in pages:
+            context = judge.context(page.image, page.paths, generator)
+            found.append(attacked.adversary(subject.model, page.image, context, generator))
+            columns = adversary_columns(page.image, found[-1], config.amplify)
+            eps = f", eps {attacked.strength().eps:.3g}" if attack.moves_pixels else ""
+            heading = f"{subject.name}, attacked by --dat {config.dat.dat}{eps}"
+            captions = adversary_captions(judge, page, found[-1], context)
+            drawn.add("adversary", gallery(columns, captions, heading), page.number)
+        before, after = (torch.cat([getattr(one, name) for one in found]) for name in ("words", "adversarial_words"))
+        if rows := changed_words(before, after, MOST):
+            heading += "; words most often changed, what they mostly became, and in how many of their places"
+            drawn.add("changed_words", changed_word_sheet(tokenizer, rows, heading))
+        else:
+            logger.warning("no word changed: the attack is too weak for this tokenizer; give --dat_share 0.05.")
+
+
+def adversary_captions(judge: Judge, page: Page, found: DiscreteAdversary, context: Any) -> list[list[str]]:
+    """File and answer, the answers after reconstruction and attack, and the number of changed words."""
+    views = (page.image, found.reconstruction, found.adversarial)
+    answers = zip(*(judge.verdicts(view, context) for view in views), strict=True)
+    flips = (found.words != found.adversarial_words).flatten(1).sum(1).tolist()
+    total = found.words[0].numel()
+    return [
+        [f"{clean}\n{name}", decoded, adversarial, "", f"{count} of {total}"]
+        for name, (clean, decoded, adversarial), count in zip(page.names, answers, flips, strict=True)
+    ]
+
+
+# ---- the command ----
+
+KINDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "reconstruction": (ReconstructionConfig, draw_reconstruction),
+    "attention": (AttentionConfig, draw_attention),
+    "words": (WordsConfig, draw_words),
+    "adversary": (AdversaryConfig, draw_adversary),
+}
+
+
+def overview() -> str:
+    """The kinds of pictures, for `--help`."""
+    lines = ["usage: python -m mae_dat.visualize WHAT [FLAGS]", "", (__doc__ or "").split("\n")[0], ""]
+    for what, (kind, _) in KINDS.items():
+        first = (kind.__doc__ or "").split("\n\n")[0]
+        lines.append(
+            textwrap.fill(" ".join(first.split()), 100, initial_indent=f"  {what:<15}", subsequent_indent=" " * 17)
+        )
+    return "\n".join([*lines, "", "The flags of each: python -m mae_dat.visualize WHAT --help"])
+
+
+def main() -> None:
+    """Command line."""
+    run.console_for_command()
+    what, *arguments = run.arguments() or ["--help"]
+    if what in ("-h", "--help"):
+        print(overview())
+        return
+    if what not in KINDS:
+        raise ConfigError(f"no picture {what!r}: {nearest(what, list(KINDS))} WHAT comes before the flags.")
+    kind, draw = KINDS[what]
+    draw(load_config(kind, arguments, program=f"python -m mae_dat.visualize {what}"))
+
+
+if __name__ == "__main__":
+    run_command(main)

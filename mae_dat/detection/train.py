@@ -1,0 +1,284 @@
+"""Trains an object detector, plainly or with DAT, and measures it: `python -m mae_dat.detect --data_path DIR ...
+--output_dir OUT`.
+
+DIR holds COCO's format (docs/detection.md). The adversary of `--dat` raises the detector's total loss. A rerun of the
+same command resumes. `--eval --resume OUT` measures, with `--corruptions` under 15 corruptions too.
+"""
+
+import dataclasses
+import logging
+import sys
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import draw_bounding_boxes
+
+from mae_dat.config.errors import CheckpointError
+from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig, check_parts
+from mae_dat.config.parse import load_config, run_command
+from mae_dat.data.loader import eval_loader
+from mae_dat.data.open import image_root
+from mae_dat.detection.coco import CocoPictures, View, find_annotations
+from mae_dat.detection.detector import (
+    Boxes,
+    Detection,
+    Detector,
+    check_model,
+    from_torchvision,
+    on_transformer,
+    padded_size,
+)
+from mae_dat.detection.measure import METRICS, average_precision, print_table, under_corruptions
+from mae_dat.models.attention import evaluating
+from mae_dat.models.classifier import build_classifier
+from mae_dat.models.mae import VIT_SIZES
+from mae_dat.robustness.identity import state_sha256
+from mae_dat.runtime.console import Console, RunLog
+from mae_dat.runtime.sharding import whole
+from mae_dat.runtime.world import step_generator, world_from_environment
+from mae_dat.storage.weight_files import check_keys
+from mae_dat.training import run
+from mae_dat.training.finetune import start_from
+from mae_dat.training.galleries import gallery
+from mae_dat.training.loop import seed_everything
+from mae_dat.training.objectives.base import Objective, WithDAT
+from mae_dat.training.optim import build_optimizer
+from mae_dat.training.state import Training
+
+logger = logging.getLogger(__name__)
+
+SCALAR_TAGS = {"train_loss": "loss", "train_lr": "lr", **{f"test_{name}": f"perf/test_{name}" for name in METRICS}}
+PICTURES = 4
+SHOWN_SCORE, CELL = 0.5, 384
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorConfig:
+    """Model: a torchvision detector, or Faster R-CNN on one of MAE's vision transformers."""
+
+    model: str = "fasterrcnn_resnet50_fpn"
+    """Any box detector of torchvision, or vit_{base,large}_patch16, vit_huge_patch14, vit_demo_patch8 with a simple
+    feature pyramid."""
+    finetune: str | None = None
+    """Weights for the transformer: a pretraining folder of ours, a weights file, or a released name (mae_dat.fetch)."""
+    pretrained: bool = False
+    """Start a torchvision detector from its backbone's ImageNet weights, with frozen BatchNorm."""
+    width: int = 256
+    """Channels of the transformer's pyramid."""
+    anchor_size: float = 32.0
+    """Side of the smallest anchors in pixels, for a transformer; it doubles from map to map (32: for sides of 800)."""
+    regions: int = 512
+    """Regions per picture that the transformer's box head learns from in a step."""
+    drop_path: float = 0.1
+    opt: Literal["adamw", "sgd"] = "adamw"
+    layer_decay: float = 0.75
+    """Factor of the learning rate from each of the transformer's layers to the one below."""
+    scale_jitter: tuple[float, float] = (0.5, 2.0)
+    """Range of the random scale in training; 1 1 for none."""
+
+    def __post_init__(self) -> None:
+        check_model(self.model, self.finetune, self.pretrained)
+        if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
+            raise ConfigError(f"--scale_jitter takes two positive factors, smaller first, got {self.scale_jitter}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """Evaluation: mean average precision by COCO's rules."""
+
+    eval: bool = False
+    """Evaluate only, the weights of --resume."""
+    corruptions: bool = False
+    """With --eval: also under 15 corruptions; the result in output_dir/detection.json."""
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    limit: int | None = None
+    """Pictures to measure on, evenly spread (default: all of the validation split)."""
+    eval_every: int = 1
+    """Epochs between evaluations in training; the last one is always evaluated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectConfig:
+    """Training of an object detector, with `--dat` by Discrete Adversarial Training; `--eval` measures one."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(input_size=(800,)))
+    detector: DetectorConfig = DetectorConfig()
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(2, 50, blr=4e-4, warmup_epochs=1, weight_decay=0.1))
+    dat: DatConfig = field(default_factory=DatConfig)
+    measure: MeasureConfig = MeasureConfig()
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        check_parts(self.dat, self.launch)
+
+
+def detect(config: DetectConfig, console: Console) -> dict[str, float]:
+    """Trains, or goes on where the output folder stands, exports the detector and returns its average precision."""
+    with run.place(config.run, config.launch, console) as where:
+        images = pictures(config, "train")
+        held_out = pictures(config, "val", images.classes)
+        seed_everything(config.run.seed)
+        model = build(config, len(images.classes), start=True).to(where.device)
+        objective = run.with_dat(Detection(), config.dat, config.data, where.device, pad=True)
+        run.settle(model, where)
+        settings = config.detector
+        decay = settings.layer_decay if settings.model in VIT_SIZES else None
+        optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, decay, opt=settings.opt)
+        training = Training(model, optimizer, objective)
+        last = config.optim.total_epochs - 1
+
+        def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
+            if run.pictures_due(config.run, epoch, where):
+                run.show({"boxes": draw(model, objective, held_out, config, where)}, where, log, epoch)
+            if (epoch + 1) % config.measure.eval_every and epoch != last:
+                return {}
+            return {f"test_{name}": value for name, value in precision(model, held_out, config, where).items()}
+
+        run.train(training, images, where, config, console, "detect", at_epoch_end, SCALAR_TAGS)
+        facts = facts_of(config, images.classes)
+        run.export(whole(model.net.state_dict()), where, {**facts, "steps": training.step})
+        return precision(model, held_out, config, where)
+
+
+def measure(config: DetectConfig, console: Console) -> dict[str, Any]:
+    """Average precision of the detector that `--resume` names: clean, and with `--corruptions` under them."""
+    if config.run.resume is None:
+        raise ConfigError("--eval measures the detector that --resume names: an output folder or its weights.")
+    path = Path(config.run.resume)
+    with run.place(config.run, config.launch, console, training=False) as where:
+        weights, facts = run.read_export(path)
+        if facts.get("kind") != "detector":
+            raise CheckpointError(f"--resume {path} is no detector of this command; train one first.")
+        config = with_facts(config, facts)
+        model = build(config, len(facts["classes"]))
+        check_keys(weights.source, model.net.state_dict(), weights.tensors, "give weights of this command")
+        model.net.load_state_dict(weights.tensors)
+        model.to(where.device)
+        held_out = pictures(config, "val", facts["classes"])
+        if not config.measure.corruptions:
+            return precision(model, held_out, config, where)
+        protocol = {
+            **facts,
+            "weights": state_sha256(model),
+            "pictures": run.description(held_out),
+            "severities": config.measure.severities,
+            "seed": config.run.seed,
+            "precision": str(where.precision),
+        }
+        sizes = (config.optim.batch_size, config.data.num_workers)
+        return under_corruptions(model, held_out, config.measure.severities, *sizes, where, protocol, console)
+
+
+def pictures(config: DetectConfig, split: Literal["train", "val"], classes: list[str] | None = None) -> CocoPictures:
+    """A split of the data: augmented for training, as it is (and limited) for validation."""
+    if config.data.in_chans != 3:
+        raise ConfigError(f"detectors take 3 channels, not --in_chans {config.data.in_chans}.")
+    training = split == "train"
+    view = View(config.data.image_size, config.detector.scale_jitter if training else None)
+    found = find_annotations(image_root(config.data.data_path), split)
+    images = CocoPictures(found, view, classes or (), config.data.on_bad, config.run.seed)
+    return images if training else images.limited(config.measure.limit)
+
+
+def build(config: DetectConfig, classes: int, start: bool = False) -> Detector:
+    """The detector that the flags describe; with `start` from the weights that they name."""
+    settings, size = config.detector, config.data.image_size
+    if settings.model not in VIT_SIZES:
+        return from_torchvision(settings.model, classes, size, settings.pretrained and start)
+    classifier = build_classifier(settings.model, 1, padded_size(settings.model, size), settings.drop_path)
+    if start and settings.finetune:
+        start_from(classifier, Path(settings.finetune))
+    elif start:
+        logger.info("%s starts from random weights: no --finetune.", settings.model)
+    own = (settings.width, settings.anchor_size, settings.regions)
+    return on_transformer(classifier, settings.model, classes, size, *own)
+
+
+def facts_of(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
+    """What it takes to rebuild the detector, stored with its weights."""
+    settings = config.detector
+    own = {"kind": "detector", "model": settings.model, "classes": classes}
+    return {
+        **own,
+        "input_size": list(config.data.image_size),
+        "width": settings.width,
+        "anchor_size": settings.anchor_size,
+        "regions": settings.regions,
+    }
+
+
+def with_facts(config: DetectConfig, facts: dict[str, Any]) -> DetectConfig:
+    """The settings with what a file says about itself in the place of the flags."""
+    own = {name: facts[name] for name in ("model", "width", "anchor_size", "regions")}
+    detector = dataclasses.replace(config.detector, **own, finetune=None, pretrained=False, drop_path=0.0)
+    data = dataclasses.replace(config.data, input_size=tuple(facts["input_size"]))
+    return dataclasses.replace(config, detector=detector, data=data)
+
+
+def precision(model: Detector, held_out: CocoPictures, config: DetectConfig, where: run.Place) -> dict[str, float]:
+    """mAP, mAP50 and mAP75 on the validation pictures. Collective."""
+    sizes = (config.optim.batch_size, where.world.rank, where.world.size, config.data.num_workers)
+    return average_precision(model, eval_loader(held_out, *sizes), where)
+
+
+# ---- pictures ----
+
+
+def draw(
+    model: Detector, objective: Objective, held_out: CocoPictures, config: DetectConfig, where: run.Place
+) -> Tensor:
+    """The same held-out pictures after every epoch, with the boxes that are there and those found, and with DAT those
+    found in the adversary."""
+    batch: Any = torch.utils.data.default_collate([held_out.limited(PICTURES)[index] for index in range(PICTURES)])
+    generator = step_generator(config.run.seed, 0, 0, where.device)
+    batch = {name: value.to(where.device) for name, value in batch.items()}
+    image, context = objective.prepare(model, batch, generator)
+    views = {"found": image}
+    with evaluating(model):
+        if isinstance(objective, WithDAT) and objective.ready:
+            views["found in the adversary"] = objective.adversary(model, image, context, generator).adversarial
+        columns = [("truth", with_boxes(image, context[0], held_out.classes))]
+        with torch.no_grad():
+            columns += [(name, with_boxes(view, model(view), held_out.classes)) for name, view in views.items()]
+    return gallery(columns, cell=CELL)
+
+
+def with_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1], enlarged, with named boxes; of what was found, those of a score of 0.5 and
+    above."""
+    scale = max(1, round(CELL / image.shape[-1]))
+    drawn = []
+    for one, found in zip(nn.functional.interpolate(image.cpu(), scale_factor=scale), boxes, strict=True):
+        kept = found["scores"] >= SHOWN_SCORE if "scores" in found else torch.ones_like(found["labels"]).bool()
+        labels = [label - 1 for label in found["labels"][kept].tolist()]
+        names, colors = [classes[label] for label in labels], [COLORS[label % len(COLORS)] for label in labels]
+        where = scale * found["boxes"][kept].cpu()
+        drawn.append(draw_bounding_boxes(one, where, names, colors, width=2) if names else one)
+    return torch.stack(drawn)
+
+
+def main() -> None:
+    """Command line."""
+    console = run.console_for_command()
+    config = load_config(DetectConfig, sys.argv[1:], __doc__ or "")
+    result = measure(config, console) if config.measure.eval else detect(config, console)
+    if not world_from_environment().main:
+        return
+    if config.measure.eval and config.measure.corruptions:
+        print_table(result, config.measure.severities)
+    else:
+        print_scores(result)
+
+
+def print_scores(result: dict[str, float]) -> None:
+    """One line."""
+    print(", ".join(f"{name} {100 * result[name]:.1f} %" for name in METRICS))
+
+
+if __name__ == "__main__":
+    run_command(main)

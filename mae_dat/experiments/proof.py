@@ -1,0 +1,120 @@
+"""The proof: every adversary and baseline, after several pretrainings, with several seeds, on several data sets, in one
+command.
+
+`python -m mae_dat.proof --data_paths A B --output_dir OUT` leaves a comparison with its report in a folder of OUT for
+each data set, and the tables of all of them in OUT/results.md. A second call goes on where the first one stopped.
+`--quick` shows in minutes that all of it works, on a few generated pictures.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from mae_dat.config.groups import ConfigError
+from mae_dat.config.parse import command_line, load_config, run_command
+from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.experiments.compare import CONFIGS, CompareConfig, compare
+from mae_dat.experiments.pretrainings import NONE, PLAIN
+from mae_dat.robustness.network import distinct_names
+from mae_dat.robustness.report.ablation import ablation_tables, summary, words_by_arm
+from mae_dat.robustness.report.render import markdown_table, markdown_text
+from mae_dat.robustness.scores.results import Results
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.machine import machine
+from mae_dat.storage.files import atomic_write
+from mae_dat.training import run
+
+ARMS = (
+    "plain", "reconstruction", "random", "released", "symbolic", "pixel_at", "advprop", "augmix", "dat_augmix",
+)  # fmt: skip
+QUICK_PICTURES = {"train": 32, "val": 20, "conflict": 20, "silhouette": 0, "size": 32}
+QUICK_FLAGS = "--input_size 32 --batch_size 16 --epochs 1 --warmup_epochs 0"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProofConfig:
+    """All arms on all data sets."""
+
+    data_paths: tuple[str, ...] = ("demo",)
+    """Folders with train/CLASS/* and val/CLASS/*, or `demo` for the generated pictures."""
+    output_dir: str = "output/proof"
+    arms: tuple[str, ...] = ARMS
+    """After the plain pretraining; as in mae_dat.compare."""
+    pretrainings: tuple[str, ...] = (PLAIN, NONE, "released")
+    """As in mae_dat.compare: plain first, none, with --dat released, ..."""
+    cross_arms: tuple[str, ...] = ("plain", "released")
+    """The arms after the pretrainings other than plain."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pretrain: str = str(CONFIGS / "proof_pretrain.yaml")
+    """Recipe of the pretrainings."""
+    finetune: str = str(CONFIGS / "proof_finetune.yaml")
+    """Recipe of all fine-tunings."""
+    limit: int | None = None
+    """Images for each corruption and severity, and under attack (None: all)."""
+    jobs: int = 2
+    """Trainings at a time."""
+    quick: bool = False
+    """A few generated pictures, one epoch and one seed: shows that everything works, and nothing else."""
+
+
+def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
+    """One for each data set, by its name. Raises ConfigError."""
+    output = Path(config.output_dir)
+    paths, flags, seeds, limit = config.data_paths, "", config.seeds, config.limit
+    if config.quick:
+        folder = write_image_folder(output / "pictures", **QUICK_PICTURES)
+        paths, flags, seeds, limit = (str(folder),), QUICK_FLAGS, config.seeds[:1], 2
+    if not paths:
+        raise ConfigError("a proof needs at least one of --data_paths.")
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"--data_paths names a folder twice: {' '.join(paths)}.")
+    return {
+        name: CompareConfig(
+            data_path=path,
+            output_dir=str(output / name),
+            arms=config.arms,
+            pretrainings=config.pretrainings,
+            cross_arms=config.cross_arms,
+            seeds=seeds,
+            pretrain=config.pretrain,
+            finetune=config.finetune,
+            pretrain_flags=flags,
+            finetune_flags=flags,
+            limit=limit,
+            jobs=config.jobs,
+            title=f"Every adversary and baseline on {name}",
+        )
+        for name, path in zip((name.replace("/", "-") for name in distinct_names(paths)), paths, strict=True)
+    }
+
+
+def prove(config: ProofConfig, console: Console) -> Path:
+    """Trains and measures what is not there yet, and writes OUT/results.md, whose path it returns."""
+    found: dict[str, Results] = {}
+    for name, one in comparisons(config).items():
+        results = compare(one, console)
+        assert results is not None, "a proof measures"
+        found[name] = results
+        write_tables(found, Path(config.output_dir) / "results.md")  # of what is done, should the next one be stopped
+    return Path(config.output_dir) / "results.md"
+
+
+def write_tables(found: dict[str, Results], path: Path) -> None:
+    """The tables of all data sets as Markdown. Raises StorageError."""
+    parts = ["# Results", f"    {command_line()}", markdown_text(", ".join(f"{k}: {v}" for k, v in machine().items()))]
+    for name, results in found.items():
+        parts += [f"## {markdown_text(name)}", markdown_text(" ".join(summary(results)))]
+        parts += [markdown_table(table, level=3) for table in (*ablation_tables(results), *words_by_arm(results))]
+    with atomic_write(path) as file:
+        file.write(("\n\n".join(parts) + "\n").encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    console = run.console_for_command()
+    config = load_config(ProofConfig, run.arguments() if arguments is None else arguments, __doc__ or "")
+    print(f"wrote {prove(config, console)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,112 @@
+"""Where a vision transformer looks: attention weights, read off the queries and keys that a forward pass computes.
+
+timm's fused attention never forms the weights. Its `q_norm` and `k_norm` (identities where a model normalises neither)
+see exactly the queries and keys that it uses, so softmax(q k^T / sqrt(d)) of what they return is the attention.
+
+Shapes: T tokens, the first `prefix` of them class and register tokens, then h x w patches in row-major order.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import Tensor, nn
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.models.classifier import Classifier
+from mae_dat.models.mae import MaskedAutoencoder
+
+QUERIES = ("auto", "class", "mean")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every submodule's training flag is as before after it."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def attention_layers(model: Classifier | MaskedAutoencoder) -> list[Attention]:
+    """The attention of every block of a vision transformer, or of an autoencoder's encoder. ConfigError for others."""
+    net = model if isinstance(model, MaskedAutoencoder) else model.net
+    layers: list[Any] = [getattr(block, "attn", None) for block in getattr(net, "blocks", [])]
+    known = isinstance(net, MaskedAutoencoder | VisionTransformer)
+    if not known or not layers or not all(isinstance(layer, Attention) for layer in layers):
+        raise ConfigError(
+            f"{type(net).__name__} has no self-attention between all patches that could be drawn; use a plain vision "
+            "transformer (vit_*, deit_*) or a masked autoencoder."
+        )
+    return layers
+
+
+def attention_weights(model: Classifier | MaskedAutoencoder, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    """Attention (B, heads, T, T) of the given blocks, counted from 0: each row, a query's, sums to 1.
+
+    The autoencoder sees the whole picture, nothing masked. ConfigError for a block that is not there.
+    """
+    layers = attention_layers(model)
+    if wrong := [block for block in blocks if not 0 <= block < len(layers)]:
+        raise ConfigError(f"there is no block {wrong[0] + 1}: the model has blocks 1 to {len(layers)}.")
+    seen: dict[tuple[int, str], Tensor] = {}
+
+    def keep(key: tuple[int, str], module: nn.Module, given: Any, result: Tensor) -> None:
+        seen[key] = result.detach()
+
+    places = [(block, name) for block in blocks for name in ("q", "k")]
+    hooks = [
+        getattr(layers[block], f"{name}_norm").register_forward_hook(partial(keep, (block, name)))
+        for block, name in places
+    ]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model.features(image) if isinstance(model, MaskedAutoencoder) else model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        (seen[block, "q"] * layers[block].scale @ seen[block, "k"].transpose(-2, -1)).softmax(-1) for block in blocks
+    ]
+
+
+def default_query(model: Classifier | MaskedAutoencoder) -> str:
+    """`class` where the class token is what the network classifies (or, in an autoencoder, what it has), else
+    `mean`."""
+    if isinstance(model, MaskedAutoencoder):
+        return "class"
+    return "class" if getattr(model.net, "global_pool", "") == "token" else "mean"
+
+
+def attention_maps(
+    model: Classifier | MaskedAutoencoder, image: Tensor, block: int, query: str = "auto", rollout: bool = False
+) -> Tensor:
+    """Attention to each patch, (B, heads, h, w): of the class token (`class`), or the mean over the patches' queries
+    (`mean`); `auto` is what the network pools. What a map lacks to a sum of 1 falls on class and register tokens.
+
+    With `rollout` one map (B, 1, h, w) for all blocks up to `block` (from 0), heads averaged and residuals counted as
+    half: the product of (A + 1) / 2 (Abnar & Zuidema 2020, arXiv 2005.00928, eq. 1). ConfigError for a network or block
+    without such attention, and for `class` without a class token.
+    """
+    attention_layers(model)
+    net: Any = model if isinstance(model, MaskedAutoencoder) else model.net
+    prefix = 1 if isinstance(model, MaskedAutoencoder) else net.num_prefix_tokens
+    query = default_query(model) if query == "auto" else query
+    if query == "class" and not isinstance(model, MaskedAutoencoder) and not net.has_class_token:
+        raise ConfigError("the model has no class token: use --query mean.")
+    if rollout:
+        every = attention_weights(model, image, range(block + 1))
+        weights = torch.eye(every[0].shape[-1], device=image.device)
+        for one in every:
+            weights = (one.mean(1, keepdim=True) + torch.eye(one.shape[-1], device=one.device)) / 2 @ weights
+    else:
+        (weights,) = attention_weights(model, image, [block])
+    on_patches = weights[:, :, 0, prefix:] if query == "class" else weights[:, :, prefix:, prefix:].mean(2)
+    patch_height, patch_width = net.patch_embed.patch_size
+    return on_patches.unflatten(-1, (image.shape[-2] // patch_height, image.shape[-1] // patch_width))

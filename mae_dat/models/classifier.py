@@ -1,0 +1,243 @@
+"""Classifiers on pixels in [0, 1]: the vision transformers that MAE fine-tunes, and any timm model."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import parse_model_name
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mae_dat.config.errors import ConfigError, MissingInputError
+from mae_dat.models.mae import VIT_SIZES, ViTSize, check_image_size, layer_norm, pixel_statistics, unknown_name
+
+logger = logging.getLogger(__name__)
+
+Grid = tuple[int, int]
+HEAD_STD = 2e-5  # MAE's fine-tuning starts from a head that is almost zero
+PROBE_STD, PROBE_EPSILON = 0.01, 1e-6  # and its linear probe from these: head, BatchNorm
+POOLS = ("cls", "mean", "tokens")
+
+
+class Classifier(nn.Module):
+    """A network on normalised pictures, made a classifier of pixels in [0, 1]; state dict keys have the prefix `net.`.
+
+    `mean` and `std` hold one value a channel; they are a setting, not weights, and stay out of the state dict.
+    """
+
+    mean: Tensor
+    std: Tensor
+    probing = False
+    """Whether only a linear probe's head is trained (`make_linear_probe`)."""
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ConfigError(f"mean {tuple(mean)} and std {tuple(std)}: give one value a channel, std above 0")
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, classes) of pictures (B, C, H, W) with pixels in [0, 1]."""
+        return self.net((image - self.mean) / self.std)
+
+    def features(self, image: Tensor, pool: str = "mean") -> Tensor:
+        """What the network sees in pictures (B, C, H, W) with pixels in [0, 1], before its head; D is its width.
+
+        `cls`: the class token (B, D). `mean`: the mean over all places (B, D). `tokens`: every place in row-major order
+        (B, N, D), without class token. ConfigError for another pool, and for `cls` without a class token.
+        """
+        net: Any = self.net
+        found = net.forward_features((image - self.mean) / self.std)
+        if found.ndim == 3:
+            pooled = pool_tokens(found, getattr(net, "num_prefix_tokens", 0), pool)
+            return net.fc_norm(pooled) if hasattr(net, "fc_norm") else pooled
+        if pool == "mean":
+            return net.forward_head(found, pre_logits=True).flatten(1)
+        if getattr(net, "output_fmt", "NCHW") != "NHWC":
+            found = found.permute(0, 2, 3, 1)
+        return pool_tokens(found.flatten(1, 2), 0, pool)
+
+    def make_linear_probe(self) -> None:
+        """Freezes the network and gives it a new head: BatchNorm without affine, then a linear layer (MAE, appendix A).
+
+        Only the head is trained and in training mode from now on. ConfigError for a head that is no linear layer.
+        """
+        net: Any = self.net
+        head = net.get_classifier()
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(f"a linear probe replaces a linear head; {type(net).__name__} has {head}")
+        name = next(name for name, module in net.named_modules() if module is head)
+        net.requires_grad_(False)
+        linear = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
+        nn.init.trunc_normal_(linear.weight, std=PROBE_STD)
+        nn.init.zeros_(linear.bias)
+        norm = nn.BatchNorm1d(head.in_features, eps=PROBE_EPSILON, affine=False, device=head.weight.device)
+        net.set_submodule(name, nn.Sequential(norm, linear))
+        self.probing = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; of a linear probe for the head alone."""
+        super().train(mode)
+        if self.probing:
+            self.net.eval()
+            self.net.get_classifier().train(mode)  # type: ignore[operator]
+        return self
+
+
+def pool_tokens(tokens: Tensor, prefix: int, pool: str) -> Tensor:
+    """(B, prefix + N, D) to the class token or the mean of the N others, (B, D), or to these themselves, (B, N, D).
+
+    ConfigError for `cls` where there is no prefix, and for a pool that is none of POOLS.
+    """
+    if pool not in POOLS:
+        raise ConfigError(f"unknown pool {pool!r}: known are {', '.join(POOLS)}")
+    if pool != "cls":
+        return tokens[:, prefix:].mean(1) if pool == "mean" else tokens[:, prefix:]
+    if not prefix:
+        raise ConfigError("this network has no class token: use the pool mean")
+    return tokens[:, 0]
+
+
+def fused_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A linear probe's weights with its head, BatchNorm NAME.0 and linear NAME.1, as the one linear layer NAME that
+    they are in evaluation; other weights as they are."""
+    fused = dict(state)
+    names = [key.removesuffix(".0.running_mean") for key in state if key.endswith(".0.running_mean")]
+    for name in names:
+        weight = state.get(f"{name}.1.weight")
+        if weight is None or weight.ndim != 2 or f"{name}.0.weight" in state:
+            continue
+        mean, variance = fused.pop(f"{name}.0.running_mean"), fused.pop(f"{name}.0.running_var")
+        fused.pop(f"{name}.0.num_batches_tracked", None)
+        weight = fused.pop(f"{name}.1.weight") / (variance + PROBE_EPSILON).sqrt()
+        fused[f"{name}.weight"], fused[f"{name}.bias"] = weight, fused.pop(f"{name}.1.bias") - weight @ mean
+    return fused
+
+
+def build_vit(
+    size: ViTSize,
+    num_classes: int,
+    img_size: int | Grid | None = None,
+    drop_path: float = 0.0,
+    global_pool: bool = True,
+    in_chans: int = 3,
+) -> VisionTransformer:
+    """MAE's fine-tuned form: mean of the patch tokens and `fc_norm` (global_pool), or `norm` and the class token.
+
+    `img_size` is a side or (H, W), by default the size's own; pictures of another size divisible by the patch are
+    taken too, with the position embedding resized. Weights start as timm's, but for a nearly zero head.
+    """
+    net = VisionTransformer(
+        img_size=check_image_size(img_size or size.img_size, size.patch_size),
+        patch_size=size.patch_size,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        global_pool="avg" if global_pool else "token",
+        embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        mlp_ratio=size.mlp_ratio,
+        drop_path_rate=drop_path,
+        dynamic_img_size=True,
+        norm_layer=layer_norm,
+    )
+    assert isinstance(net.head, nn.Linear)
+    nn.init.trunc_normal_(net.head.weight, std=HEAD_STD)
+    nn.init.zeros_(net.head.bias)
+    return net
+
+
+def build_classifier(
+    name: str,
+    num_classes: int,
+    img_size: int | Grid | None = None,
+    drop_path: float = 0.0,
+    global_pool: bool = True,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Classifier:
+    """The classifier `name`: one of MAE's fine-tuning names (`VIT_SIZES`) or any timm model.
+
+    MAE's models normalise by ImageNet's statistics (0.5 where channels are not 3), timm's by their own: MAE weights
+    belong in `vit_base_patch16`, not in timm's `vit_base_patch16_224`. `mean` and `std` override both. `drop_path` and
+    `img_size` reach timm models that take them; `global_pool` is for MAE's, `pretrained` (timm's weights) for timm's.
+    ConfigError for an unknown name (with the nearest) or settings that do not fit.
+    """
+    if num_classes < 1:
+        raise ConfigError(f"number of classes {num_classes}: give at least 1")
+    if name in VIT_SIZES:
+        if pretrained:
+            raise ConfigError(
+                f"{name} has no weights of its own: give a checkpoint instead, or use a timm model's name"
+            )
+        net: nn.Module = build_vit(VIT_SIZES[name], num_classes, img_size, drop_path, global_pool, in_chans)
+        default_mean, default_std = pixel_statistics(in_chans)
+    else:
+        net = _build_timm(name, num_classes, img_size, drop_path, in_chans, pretrained)
+        statistics = resolve_model_data_config(net)
+        default_mean, default_std = (
+            (statistics["mean"], statistics["std"]) if in_chans == 3 else pixel_statistics(in_chans)
+        )
+    return Classifier(net, mean or default_mean, std or default_std)
+
+
+def pretrained_timm(name: str, img_size: int | Grid | None = None) -> Classifier:
+    """A timm model with its own weights, classes and normalisation, by its name or by where timm finds it
+    (hf-hub:OWNER/NAME, local-dir:PATH).
+
+    ConfigError for an unknown name or one without classes, MissingInputError without weights.
+    """
+    net = _build_timm(name, None, img_size, 0.0, 3, True)
+    if not net.num_classes:
+        raise ConfigError(f"{name} has no classes, it gives features: fine-tune it first")
+    statistics = resolve_model_data_config(net)
+    return Classifier(net, statistics["mean"], statistics["std"])
+
+
+def _build_timm(
+    name: str, num_classes: int | None, img_size: int | Grid | None, drop_path: float, in_chans: int, pretrained: bool
+) -> nn.Module:
+    try:
+        source, own = parse_model_name(name)
+    except ValueError as error:  # whose words name the prefix that is meant
+        raise ConfigError(str(error)) from error
+    if source is None and not timm.is_model(own):
+        raise unknown_name("model", name, [*VIT_SIZES, *timm.list_models()])
+    options: dict[str, Any] = {"drop_path_rate": drop_path}
+    if img_size is not None:
+        options["img_size"] = img_size
+    try:
+        net = _create_with_accepted(name, options, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained and source is None:
+            raise
+        raise MissingInputError(
+            f"{name} cannot be had: {error}. Check the network, or give a file downloaded before"
+        ) from error
+    patch_size = getattr(getattr(net, "patch_embed", None), "patch_size", None)
+    if img_size is not None and patch_size is not None:
+        check_image_size(img_size, max(patch_size))
+    return net
+
+
+def _create_with_accepted(name: str, options: dict[str, Any], **always: Any) -> nn.Module:
+    """timm offers no way to ask which options a model takes: drop those that its constructor names in a TypeError."""
+    while True:
+        try:
+            return timm.create_model(name, **options, **always)
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused is None or refused[1] not in options:
+                raise
+            # A network without img_size takes pictures of any size; one without drop path trains otherwise than asked.
+            if (value := options.pop(refused[1])) and refused[1] == "drop_path_rate":
+                logger.warning("%s has no drop path: drop_path %s is not used", name, value)

@@ -1,0 +1,375 @@
+"""Masked autoencoder for images (He et al. 2021, arXiv 2111.06377) and the sizes it comes in.
+
+Shapes: B images, C channels, H x W pixels, p pixel patch side, N = H/p * W/p patches in row-major order, K kept
+patches, P = p * p * C pixels of a patch in (row, column, channel) order, D width of the encoder.
+
+Pixels enter as floats in [0, 1]; the network normalises them. The mask's noise is an argument and the loss a function
+beside the model, so that two views of a picture, a figure and a test can share one mask.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.models.word_head import WordHead
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NORM_PIX_EPSILON = 1e-6
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
+@dataclass(frozen=True)
+class ViTSize:
+    """A vision transformer's size: image and patch side in pixels, width, blocks, attention heads, MLP width ratio."""
+
+    img_size: int | tuple[int, int]
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+
+
+@dataclass(frozen=True)
+class MaeSize:
+    """An encoder and the width, blocks and heads of its decoder."""
+
+    encoder: ViTSize
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+
+
+VIT_SIZES: dict[str, ViTSize] = {
+    "vit_base_patch16": ViTSize(224, 16, 768, 12, 12),
+    "vit_large_patch16": ViTSize(224, 16, 1024, 24, 16),
+    "vit_huge_patch14": ViTSize(224, 14, 1280, 32, 16),
+    "vit_demo_patch8": ViTSize(64, 8, 128, 5, 4),
+}
+MAE_MODELS: dict[str, MaeSize] = {
+    "mae_vit_base_patch16": MaeSize(VIT_SIZES["vit_base_patch16"]),
+    "mae_vit_large_patch16": MaeSize(VIT_SIZES["vit_large_patch16"]),
+    "mae_vit_huge_patch14": MaeSize(VIT_SIZES["vit_huge_patch14"]),
+    "mae_vit_demo_patch8": MaeSize(VIT_SIZES["vit_demo_patch8"], 64, 1, 4),
+}
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a mistyped `name`, with the nearest of the `known` ones (the first eight where none is near)."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5) or known[:8]
+    return ConfigError(f"unknown {kind} {name!r}; did you mean {' or '.join(nearest)}?")
+
+
+def check_image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """(H, W) in pixels; ConfigError with the nearest sizes that work where a side is not a multiple of the patch."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or patch_size < 1:
+        raise ConfigError(
+            f"image size {img_size} with patch {patch_size}: give one side, or height and width, in pixels"
+        )
+    for side in sides:
+        if side < patch_size or side % patch_size:
+            below, above = side // patch_size * patch_size, (side // patch_size + 1) * patch_size
+            valid = f"{below} or {above}" if below else f"{above}"
+            raise ConfigError(
+                f"image size {sides[0]} x {sides[1]}: {side} is not divisible by patch size {patch_size}: use {valid}"
+            )
+    return sides[0], sides[1]
+
+
+def pixel_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Default per-channel mean and deviation of pixels in [0, 1]: ImageNet's for 3 channels, otherwise 0.5 and 0.5."""
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (0.5,) * in_chans, (0.5,) * in_chans
+
+
+def _check_width(name: str, width: int, heads: int) -> None:
+    if width % heads or width % 4:
+        raise ConfigError(
+            f"{name} {width} must be divisible by its {heads} heads and by 4 (sin-cos position embedding)"
+        )
+
+
+def sincos_position_embedding(dim: int, grid_hw: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine embedding, float32 (1, 1 + h*w, dim), with a zero row for the class token.
+
+    The first half of the width encodes x (the column), the second half y; each half holds the sines, then cosines, of
+    position / 10000^(i / (dim/4)), computed in float64 (section "implementation details" of the paper's appendix).
+    """
+    assert dim % 4 == 0, "two axes, sine and cosine each"
+    height, width = grid_hw
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    angles = [position.reshape(-1, 1) * frequency for position in (columns, rows)]
+    patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches]).unsqueeze(0).float()
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of the removed patches (the paper's section 3, "reconstruction target"), a scalar.
+
+    `prediction` and `target` (B, N, P), `mask` (B, N) with 1 for removed: the mean over a patch's pixels, then
+    sum(loss * mask) / sum(mask). nan where nothing was removed.
+    """
+    loss = (prediction - target).square().mean(dim=-1)
+    return (loss * mask).sum() / mask.sum()
+
+
+def _transformer(size: ViTSize, in_chans: int) -> VisionTransformer:
+    """timm's transformer of this size, for its parts; without class token and head, weights not yet initialised."""
+    return VisionTransformer(
+        img_size=size.img_size,
+        patch_size=size.patch_size,
+        in_chans=in_chans,
+        num_classes=0,
+        global_pool="",
+        embed_dim=size.embed_dim,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        mlp_ratio=size.mlp_ratio,
+        class_token=False,
+        norm_layer=layer_norm,
+        weight_init="skip",
+    )
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder of the visible patches and a light decoder that predicts every patch; keys as in MAE's weights.
+
+    ConfigError where `img_size` (a side, or (H, W)) is not divisible by `patch_size`, or a width not by its heads.
+    `mean` and `std` (one value a channel, of pixels in [0, 1]) are ImageNet's for 3 channels by default, else 0.5.
+    """
+
+    mean: Tensor
+    std: Tensor
+    blocks: nn.Sequential
+    decoder_blocks: nn.Sequential
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size = check_image_size(img_size, patch_size)
+        _check_width("embed_dim", embed_dim, num_heads)
+        _check_width("decoder_embed_dim", decoder_embed_dim, decoder_num_heads)
+        self.patch_size, self.in_chans = patch_size, in_chans
+        self.decoder_words: WordHead | None = None
+        self.grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        default_mean, default_std = pixel_statistics(in_chans)
+        self.register_buffer("mean", torch.tensor(mean or default_mean).view(in_chans, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or default_std).view(in_chans, 1, 1), persistent=False)
+        decoder = (decoder_embed_dim, decoder_depth, decoder_num_heads)
+        self._build_encoder(ViTSize(self.img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio))
+        self._build_decoder(ViTSize(self.img_size, patch_size, *decoder, mlp_ratio))
+        self._initialize_weights()
+
+    def _build_encoder(self, size: ViTSize) -> None:
+        parts = _transformer(size, self.in_chans)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
+        self.pos_embed = nn.Parameter(sincos_position_embedding(size.embed_dim, self.grid), requires_grad=False)
+        self.patch_embed = parts.patch_embed
+        self.blocks, self.norm = parts.blocks, parts.norm
+        self.embed_dim = size.embed_dim
+
+    def _build_decoder(self, size: ViTSize) -> None:
+        parts = _transformer(size, self.in_chans)
+        self.decoder_embed = nn.Linear(self.embed_dim, size.embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(size.embed_dim, self.grid), requires_grad=False)
+        self.decoder_blocks, self.decoder_norm = parts.blocks, parts.norm
+        self.decoder_pred = nn.Linear(size.embed_dim, self.patch_size**2 * self.in_chans)
+
+    def _initialize_weights(self) -> None:
+        self.apply(_initialize)
+        # The projection is a linear layer in all but name; its bias keeps the convolution's default.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def add_word_head(self, factor: int, num_words: int, pixels: bool = True) -> None:
+        """Lets the decoder predict the words of a tokenizer that has one for `factor` x `factor` pixels, beside the
+        pixels or, without `pixels`, in their place. ConfigError where a patch is no whole number of words."""
+        if self.patch_size % factor:
+            raise ConfigError(
+                f"a patch of {self.patch_size} pixels is no whole number of visual words of {factor}: give a --model "
+                f"or a --tokenizer whose patch side is a multiple of the tokenizer's factor, or --target pixels."
+            )
+        per_patch = (self.patch_size // factor) ** 2
+        self.decoder_words = WordHead(self.decoder_pred.in_features, per_patch, num_words)
+        self.decoder_words.apply(_initialize)
+        self.decoder_pred.requires_grad_(pixels)  # what has no gradient must not be waited for
+
+    def patch_words(self, words: Tensor) -> Tensor:
+        """Visual words (B, h, w) by patch: (B, N, n), row by row in both."""
+        rows, columns = self.grid
+        return rearrange(words, "b (h i) (w j) -> b (h w) (i j)", h=rows, w=columns)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Pixels in [0, 1], (B, C, H, W), to zero mean and unit deviation."""
+        return (image - self.mean) / self.std
+
+    def denormalize(self, image: Tensor) -> Tensor:
+        """The inverse of `normalize`; predictions may leave [0, 1]: nothing is clipped."""
+        return image * self.std + self.mean
+
+    def patchify(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, N, P), patches row by row, pixels of a patch in (row, column, channel) order."""
+        return rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """The inverse of `patchify`."""
+        height, width = self.grid
+        side = self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=side, q=side)
+
+    def target(self, image: Tensor, norm_pix: bool) -> Tensor:
+        """What the decoder has to predict for pixels in [0, 1]: (B, N, P).
+
+        With `norm_pix` each patch has zero mean and unit (unbiased) variance: the paper's table 1d, "pixel (w/ norm)".
+        """
+        patches = self.patchify(self.normalize(image))
+        if not norm_pix:
+            return patches
+        mean, deviation = self._patch_statistics(patches)
+        return (patches - mean) / deviation
+
+    def prediction_to_image(self, prediction: Tensor, image: Tensor, norm_pix: bool) -> Tensor:
+        """Predicted patches (B, N, P) as unclipped pixels (B, C, H, W); norm_pix uses the true patches' statistics."""
+        if norm_pix:
+            mean, deviation = self._patch_statistics(self.patchify(self.normalize(image)))
+            prediction = prediction * deviation + mean
+        return self.denormalize(self.unpatchify(prediction))
+
+    @staticmethod
+    def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(patches, dim=-1, correction=1, keepdim=True)
+        return mean, (variance + NORM_PIX_EPSILON).sqrt()
+
+    def forward(
+        self, image: Tensor, mask_ratio: float, noise: Tensor, words: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Prediction (B, N, P) of every patch, in the scale of `target`, and mask (B, N) with 1 for removed patches.
+
+        With visual words (B, N, n) also what the word head says of them at the R removed patches of each picture, in
+        the order of their noise: negative log-likelihood and whether each is the most probable, (B, R, n).
+        """
+        latent, mask, ids_restore = self.encode(image, mask_ratio, noise)
+        features = self.decode(latent, ids_restore)
+        prediction = self.decoder_pred(features)
+        if words is None:
+            return prediction, mask
+        assert self.decoder_words is not None, "add_word_head comes first"
+        removed = ids_restore.argsort(dim=1)[:, latent.shape[1] - 1 :, None]
+        chosen = (one.gather(1, removed.expand(-1, -1, one.shape[-1])) for one in (features, words))
+        return prediction, mask, *self.decoder_words(*chosen)
+
+    def encode(self, image: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latent (B, 1 + K, D) of the class token and the kept patches, mask (B, N), and ids_restore (B, N).
+
+        Kept are the K = int(N * (1 - mask_ratio)) patches of smallest `noise` (B, N), in that order; patch n of the
+        image stands at place ids_restore[n] of the shuffled order. ConfigError for a ratio that keeps none, ValueError
+        for noise or an image of another shape.
+        """
+        self._check_shapes(image, noise)
+        keep = int(self.num_patches * (1 - mask_ratio))
+        if not 1 <= keep <= self.num_patches:
+            raise ConfigError(f"mask ratio {mask_ratio} keeps {keep} of {self.num_patches} patches; use one in [0, 1)")
+        ids_shuffle = noise.argsort(dim=1, stable=True)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        mask = (ids_restore >= keep).to(image.dtype)
+        return self._encode_kept(image, ids_shuffle[:, :keep]), mask, ids_restore
+
+    def features(self, image: Tensor) -> Tensor:
+        """Latent (B, 1 + N, D) of the class token and of all patches in row-major order, nothing masked."""
+        every = torch.arange(self.num_patches, device=image.device).expand(image.shape[0], -1)
+        return self._encode_kept(image, every)
+
+    def _encode_kept(self, image: Tensor, kept: Tensor) -> Tensor:
+        tokens = self.embed_patches(image, kept) + self.pos_embed[0, 1:][kept]
+        # Not len(image): an exported graph would keep the batch size of its example.
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(image.shape[0], -1, -1)
+        return self.norm(self.blocks(torch.cat([cls_token, tokens], dim=1)))
+
+    def embed_patches(self, image: Tensor, kept: Tensor) -> Tensor:
+        """Patch embedding (B, K, D) of the patches with index `kept` (B, K) only.
+
+        Equal to the convolution `patch_embed.proj` followed by the selection, at K / N of its cost.
+        """
+        patches = self.patchify(self.normalize(image))
+        patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        weight = rearrange(self.patch_embed.proj.weight, "d c p q -> d (p q c)")
+        return F.linear(patches, weight, self.patch_embed.proj.bias)
+
+    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Features (B, N, decoder's width) to predict from, of a latent (B, 1 + K, D): mask tokens fill the removed
+        places."""
+        tokens = self.decoder_embed(latent)
+        removed = self.num_patches + 1 - tokens.shape[1]
+        mask_tokens = self.mask_token.expand(len(tokens), removed, -1)
+        shuffled = torch.cat([tokens[:, 1:], mask_tokens], dim=1)
+        patches = shuffled.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, shuffled.shape[-1]))
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+        return self.decoder_norm(self.decoder_blocks(tokens))[:, 1:]
+
+    def _check_shapes(self, image: Tensor, noise: Tensor) -> None:
+        expected = (self.in_chans, *self.img_size)
+        if image.ndim != 4 or tuple(image.shape[1:]) != expected:
+            raise ValueError(
+                f"image of shape {tuple(image.shape)}; this model takes (B, {', '.join(map(str, expected))})"
+            )
+        if tuple(noise.shape) != (len(image), self.num_patches):
+            raise ValueError(f"mask noise of shape {tuple(noise.shape)}; expected {(len(image), self.num_patches)}")
+
+
+def mae_arguments(name: str) -> dict[str, Any]:
+    """Constructor arguments of the registered model `name`. ConfigError with the nearest names for an unknown one."""
+    if name not in MAE_MODELS:
+        raise unknown_name("MAE model", name, MAE_MODELS)
+    size = MAE_MODELS[name]
+    return {**vars(size.encoder), **{key: value for key, value in vars(size).items() if key != "encoder"}}
+
+
+def build_mae(name: str, **overrides: Any) -> MaskedAutoencoder:
+    """The registered model `name`, with constructor arguments replaced by `overrides` (img_size, in_chans, depth, ...).
+
+    ConfigError with the nearest names for an unknown model.
+    """
+    return MaskedAutoencoder(**{**mae_arguments(name), **overrides})
+
+
+def mask_noise(batch: int, num_patches: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    """Uniform noise (B, N) that orders each picture's patches; a generator on the same device makes it repeatable."""
+    return torch.rand(batch, num_patches, generator=generator, device=device)

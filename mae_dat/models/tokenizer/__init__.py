@@ -1,0 +1,72 @@
+"""Visual words: images to indices of a codebook and back. `load_tokenizer` is the door."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+from mae_dat.config.errors import CheckpointError
+from mae_dat.models.tokenizer.base import VisualTokenizer, share_changed
+from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
+from mae_dat.models.tokenizer.precision import in_precision
+from mae_dat.models.tokenizer.vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
+from mae_dat.storage.files import require_file, sha256_of
+from mae_dat.storage.released import local_path
+from mae_dat.storage.weight_files import read_weights
+
+__all__ = [
+    "VQGAN",
+    "VQGAN_PRESETS",
+    "LightConfig",
+    "LightTokenizer",
+    "VQGANConfig",
+    "VisualTokenizer",
+    "in_precision",
+    "load_tokenizer",
+    "share_changed",
+    "tokenizer_path",
+]
+
+EMBEDDED = "embedded"
+
+
+def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
+    """A frozen tokenizer: `embedded` (shipped, for 64 px), a released one's name, a light one's `.safetensors`, or a
+    VQGAN checkpoint.
+
+    A card `NAME.json` beside the file with a `sha256` is checked on every load. Raises MissingInputError,
+    CheckpointError, DownloadError.
+    """
+    path = tokenizer_path(name_or_path)
+    require_file(path, f"tokenizer (use --tokenizer {EMBEDDED} for the shipped one, or the path of a checkpoint)")
+    check_card(path)
+    file = read_weights(path, "tokenizer")
+    if file.metadata.get("tokenizer") == "light":
+        return LightTokenizer.from_file(path, file).freeze()
+    return VQGAN.from_state_dict(path, file.tensors).freeze()
+
+
+def tokenizer_path(name_or_path: str | Path) -> Path:
+    """Where the weights that `load_tokenizer` reads lie; a released one's are fetched. Raises DownloadError."""
+    return embedded_path() if str(name_or_path) == EMBEDDED else local_path(name_or_path)
+
+
+def embedded_path() -> Path:
+    """Where the shipped weights lie."""
+    return Path(str(resources.files("mae_dat.models.tokenizer") / "weights" / "light_f4_512.safetensors"))
+
+
+def check_card(path: Path) -> None:
+    """Compares a file with the `sha256` in the card beside it, if there is one. Raises CheckpointError on a
+    mismatch."""
+    card = path.with_suffix(".json")
+    if not card.is_file():
+        return
+    try:
+        facts = json.loads(card.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the card {card} of {path.name} is damaged ({error}): restore or remove it.") from error
+    expected = facts.get("sha256") if isinstance(facts, dict) else None
+    if expected and sha256_of(path) != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its sha256 is not the one in {card.name}. Install the package or copy the file again."
+        )

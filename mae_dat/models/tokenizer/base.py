@@ -1,0 +1,131 @@
+"""The one interface behind which all tokenizers stand: images in, visual words out, and back."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from mae_dat.config.errors import ConfigError, SizeError
+from mae_dat.models.tokenizer.quantize import look_up, nearest_words
+from mae_dat.runtime.world import require_compiler
+
+
+class VisualTokenizer(nn.Module, ABC):
+    """Discretizes images into visual words. Shapes: image (B, C, H, W) in [0, 1]; words (B, H / factor, W / factor),
+    int64.
+
+    A subclass sets `factor`, `in_chans`, the modules `encoder` and `decoder` and `codebook` (K, D), and maps pixels to
+    latents and quantized latents to pixels.
+    """
+
+    factor: int
+    in_chans: int = 3
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The codes, (K, D)."""
+
+    @abstractmethod
+    def latent(self, image: Tensor) -> Tensor:
+        """Pre-quantization map (B, D, h, w) of an image in [0, 1]."""
+
+    @abstractmethod
+    def pixels(self, quantized: Tensor) -> Tensor:
+        """Image, *not yet clamped* to [0, 1], from a map of codes (B, D, h, w)."""
+
+    @property
+    def num_words(self) -> int:
+        """K, the size of the vocabulary."""
+        return self.codebook.shape[0]
+
+    def words_of(self, latent: Tensor) -> Tensor:
+        """The nearest word at each place of a latent map: (B, D, h, w) -> (B, h, w)."""
+        batch, dim, height, width = latent.shape
+        flat = latent.permute(0, 2, 3, 1).reshape(-1, dim)
+        return nearest_words(flat, self.codebook).view(batch, height, width)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Visual words (B, h, w) of an image (B, C, H, W) in [0, 1]. Raises ConfigError if a side is not divisible by
+        `factor`."""
+        self.check(image)
+        with exact_float32():
+            return self.words_of(self.latent(image))
+
+    def decode(self, words: Tensor) -> Tensor:
+        """Image (B, C, H, W) in [0, 1] of visual words (B, h, w)."""
+        with exact_float32():
+            return self.pixels(look_up(words, self.codebook)).clamp(0, 1)
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Q(x) = decode(nearest_code(encode(x))), an image in [0, 1]."""
+        return self.decode(self.encode(image))
+
+    def check(self, image: Tensor) -> None:
+        """Raises ConfigError unless `image` is (B, in_chans, H, W), SizeError unless `factor` divides its sides."""
+        if image.ndim != 4 or image.shape[1] != self.in_chans:
+            raise ConfigError(
+                f"the tokenizer takes images (B, {self.in_chans}, H, W) and was given {tuple(image.shape)}; "
+                "train one for other channels with python -m mae_dat.train_tokenizer."
+            )
+        height, width = image.shape[-2:]
+        if height % self.factor or width % self.factor:
+            fitting = [max(side // self.factor, 1) * self.factor for side in (height, width)]
+            raise SizeError(
+                f"image size {height} x {width} is not divisible by the tokenizer's factor {self.factor}: "
+                f"use --input_size {fitting[0]} {fitting[1]} or other multiples of {self.factor}."
+            )
+
+    def freeze(self) -> Self:
+        """Evaluation mode and no parameter gradients, as every use but training a tokenizer wants it."""
+        return self.eval().requires_grad_(False)
+
+    def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Layers of the encoder and of the decoder that may compute in 16 bits.
+
+        Never among them: the first convolution, because a DAT step is a fraction of a grey level that bfloat16 would
+        lose there, and the ends, whose rounding would move words and pixels.
+        """
+        return [], []
+
+    def prepare(
+        self,
+        device: torch.device,
+        encoder: torch.dtype = torch.float32,
+        decoder: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ) -> Self:
+        """Moves a frozen tokenizer to its device in the form that is fastest there: channels last, the `reducible`
+        layers in these types, and, with `compiled`, norm and activation fused by torch.compile (ConfigError without a
+        C++ compiler)."""
+        self.to(device)
+        self.to(memory_format=torch.channels_last)
+        for layers, dtype in zip(self.reducible(), (encoder, decoder), strict=True):
+            for layer in layers:
+                layer.to(dtype)
+        if compiled:
+            require_compiler("--tokenizer_compile")
+            self.get_submodule("encoder").compile()
+            self.get_submodule("decoder").compile()
+        return self
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Without TF32 on NVIDIA GPUs, whatever the run has set: with it, words would differ from those of other machines.
+    Elsewhere it changes nothing."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = False
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def share_changed(words: Tensor, other: Tensor) -> Tensor:
+    """Share of words that differ, a float32 scalar in [0, 1]."""
+    return (words != other).to(torch.float32).mean()

@@ -1,0 +1,176 @@
+"""VQGANs with the published weights' key names: taming-transformers, latent-diffusion, and DAT's own (easyrobust).
+
+The configuration is read off the shapes in the checkpoint, so a file is enough; `VQGAN_PRESETS` lists the published
+ones.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mae_dat.config.errors import CheckpointError
+from mae_dat.models.tokenizer.base import VisualTokenizer
+from mae_dat.models.tokenizer.blocks import Decoder, Encoder, Upsample
+from mae_dat.storage.weight_files import check_keys
+
+# Attention is placed by resolution in taming's configurations; all published models are described at 256 px.
+_REFERENCE_RESOLUTION = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGANConfig:
+    """Architecture of a VQGAN. The default is the tokenizer of DAT's experiments, latent-diffusion's vq-f8 (67.7 M
+    parameters)."""
+
+    num_words: int = 16384
+    word_dim: int = 4
+    z_channels: int = 4
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = (32,)
+    in_chans: int = 3
+    gumbel: bool = False
+    """The quantizer scores words by a 1 x 1 convolution instead of by distance; we take its argmax, never a sample."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per word along a side."""
+        return int(2 ** (len(self.ch_mult) - 1))
+
+
+VQGAN_PRESETS: dict[str, VQGANConfig] = {
+    "vq-f8": VQGANConfig(),
+    "vq-f8-n256": VQGANConfig(num_words=256),
+    "gumbel-f8": VQGANConfig(8192, 256, 256, ch_mult=(1, 1, 2, 4), gumbel=True),
+    "imagenet-f16-1024": VQGANConfig(1024, 256, 256, ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,)),
+    "imagenet-f16-16384": VQGANConfig(16384, 256, 256, ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,)),
+    "vq-f16": VQGANConfig(16384, 8, 8, ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,)),
+}
+
+
+class NearestQuantizer(nn.Module):
+    """Holds the codebook under the published key `quantize.embedding.weight`."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.num_words, config.word_dim)
+
+
+class GumbelQuantizer(nn.Module):
+    """Holds `quantize.proj` (word scores from the latent) and `quantize.embed.weight` of taming's Gumbel models."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.z_channels, config.num_words, 1)
+        self.embed = nn.Embedding(config.num_words, config.word_dim)
+
+
+class VQGAN(VisualTokenizer):
+    """The paper's tokenizer. Pixels go in as 2x - 1 and come out as (x + 1) / 2; no position embedding, so any size
+    fits."""
+
+    def __init__(self, config: VQGANConfig = VQGANConfig()) -> None:
+        super().__init__()
+        self.config = config
+        self.factor, self.in_chans = config.factor, config.in_chans
+        levels = [
+            (config.ch * mult, _REFERENCE_RESOLUTION >> level in config.attn_resolutions)
+            for level, mult in enumerate(config.ch_mult)
+        ]
+        self.encoder = Encoder(config.in_chans, config.ch, levels, config.num_res_blocks, config.z_channels)
+        self.decoder = Decoder(config.in_chans, levels, config.num_res_blocks, config.z_channels)
+        self.quantize = GumbelQuantizer(config) if config.gumbel else NearestQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels if config.gumbel else config.word_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.word_dim, config.z_channels, 1)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes, (K, D)."""
+        if isinstance(self.quantize, GumbelQuantizer):
+            return self.quantize.embed.weight
+        assert isinstance(self.quantize, NearestQuantizer)
+        return self.quantize.embedding.weight
+
+    def latent(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> pre-quantization map (B, D, h, w)."""
+        return self.quant_conv(self.encoder(2 * image - 1))
+
+    def words_of(self, latent: Tensor) -> Tensor:
+        """(B, D, h, w) -> words (B, h, w): nearest code, or the argmax of a Gumbel model's scores."""
+        if isinstance(self.quantize, GumbelQuantizer):
+            # One sample at a time: K score maps of a batch would be gigabytes.
+            return torch.cat([self.quantize.proj(sample).argmax(1) for sample in latent.split(1)])
+        return super().words_of(latent)
+
+    def pixels(self, quantized: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, C, H, W), about [0, 1]."""
+        return (self.decoder(self.post_quant_conv(quantized)) + 1) / 2
+
+    def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """All between the first and the last convolution; of the encoder without the last norm."""
+        names = ["encoder.down", "encoder.mid"], ["decoder.mid", "decoder.up", "decoder.norm_out"]
+        encoder, decoder = ([self.get_submodule(name) for name in part] for part in names)
+        return encoder, decoder
+
+    def prepare(self, *form: Any, **more: Any) -> Self:
+        """As the base class, with the enlargements' kernels folded once."""
+        for module in self.modules():
+            if isinstance(module, Upsample):
+                module.freeze()
+        return super().prepare(*form, **more)
+
+    @classmethod
+    def from_state_dict(cls, path: Path | str, tensors: Mapping[str, Tensor]) -> Self:
+        """Builds the model that the tensors describe and loads them strictly.
+
+        `loss.*` (the training losses) and `model_ema.*` are left out. Raises CheckpointError with the missing and
+        unexpected keys.
+        """
+        kept = {key: value for key, value in tensors.items() if not key.startswith(("loss.", "model_ema."))}
+        config = read_config(path, kept)
+        with torch.device("meta"):
+            expected = cls(config).state_dict()
+        check_keys(path, expected, kept, "give a VQGAN of taming-transformers, latent-diffusion or easyrobust")
+        model = cls(config)
+        model.load_state_dict(kept)
+        return model
+
+
+def read_config(path: Path | str, tensors: Mapping[str, Tensor]) -> VQGANConfig:
+    """Reads the architecture off key names and shapes. Raises CheckpointError when these are no VQGAN's."""
+    gumbel = "quantize.proj.weight" in tensors
+    codebook_key = "quantize.embed.weight" if gumbel else "quantize.embedding.weight"
+    needed = [codebook_key, "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight"]
+    absent = [key for key in needed if key not in tensors]
+    if absent:
+        some = ", ".join(list(tensors)[:6])
+        raise CheckpointError(f"{path} is no VQGAN: missing {', '.join(absent)}; it holds {some}, ...")
+    ch, in_chans = tensors["encoder.conv_in.weight"].shape[:2]
+    levels = 1 + max(_numbers(tensors, r"encoder\.down\.(\d+)\."))
+    widths = [tensors.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
+    if any(width is None for width in widths):
+        raise CheckpointError(f"{path}: the encoder's levels are incomplete (encoder.down.N.block.0.conv1.weight).")
+    return VQGANConfig(
+        num_words=tensors[codebook_key].shape[0],
+        word_dim=tensors[codebook_key].shape[1],
+        z_channels=tensors["encoder.conv_out.weight"].shape[0],
+        ch=ch,
+        ch_mult=tuple(width.shape[0] // ch for width in widths if width is not None),
+        num_res_blocks=1 + max(_numbers(tensors, r"encoder\.down\.0\.block\.(\d+)\.")),
+        attn_resolutions=tuple(
+            _REFERENCE_RESOLUTION >> level for level in sorted(_numbers(tensors, r"encoder\.down\.(\d+)\.attn\."))
+        ),
+        in_chans=in_chans,
+        gumbel=gumbel,
+    )
+
+
+def _numbers(tensors: Mapping[str, Tensor], pattern: str) -> set[int]:
+    found = {int(match[1]) for key in tensors if (match := re.match(pattern, key))}
+    return found or ({0} if "attn" not in pattern else set())

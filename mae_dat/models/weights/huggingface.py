@@ -1,0 +1,126 @@
+"""Networks for the Hugging Face hub: `from_pretrained(FOLDER or REPOSITORY)`, `save_pretrained`, `push_to_hub`.
+
+A folder holds `config.json` (the arguments of the class), `model.safetensors` and a model card. Weights are read by our
+own loader: never a pickle, and never a part of them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from torch import Tensor
+
+from mae_dat.models.classifier import Classifier, build_classifier
+from mae_dat.models.mae import MaskedAutoencoder, mae_arguments
+from mae_dat.models.weights.load import DECODER_KEYS, load_mae, load_weights
+from mae_dat.storage.weight_files import write_weights
+
+_DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")  # the rest is for the network
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ name | default("A network of mae_dat") }}
+
+{{ description | default("Masked autoencoders and Discrete Adversarial Training (DAT).") }}
+
+Pixels are float in [0, 1], (B, C, H, W); the network normalises them itself, by the `mean` and `std` of `config.json`.
+
+```python
+from mae_dat.models.weights.huggingface import {{ class_name | default("HubClassifier") }}
+
+model = {{ class_name | default("HubClassifier") }}.from_pretrained("FOLDER or USER/NAME")
+```
+"""
+
+
+class _FromHub(PyTorchModelHubMixin, library_name="mae_dat", model_card_template=_CARD):
+    """Reads and writes weights with our own code in place of the mixin's, which takes any difference of the keys."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_weights(save_directory / SAFETENSORS_SINGLE_FILE, self.tensors(), {})  # type: ignore[attr-defined]
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **arguments: Any) -> Self:
+        options = {name: arguments.pop(name) for name in _DOWNLOAD if name in arguments}
+        file = Path(model_id) / SAFETENSORS_SINGLE_FILE
+        if not Path(model_id).is_dir():
+            file = Path(hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **options))
+        model: Any = cls(**arguments)
+        model.load_file(file)
+        return model.eval().to(map_location)
+
+
+class HubClassifier(Classifier, _FromHub, tags=["image-classification"]):
+    """A classifier that comes from and goes to the hub; the arguments are those of `build_classifier`.
+
+    `classes` are the names of its outputs, if known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        img_size: Sequence[int] | None = None,
+        in_chans: int = 3,
+        global_pool: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        size = (img_size[0], img_size[-1]) if img_size else None
+        built = build_classifier(
+            name, num_classes, size, global_pool=global_pool, in_chans=in_chans, mean=mean, std=std
+        )
+        super().__init__(built.net, built.mean.flatten().tolist(), built.std.flatten().tolist())
+        self.classes = classes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written: bare keys."""
+        return dict(self.net.state_dict())
+
+    def load_file(self, file: Path) -> None:
+        """Strictly loads the weights. Raises MissingInputError, CheckpointError."""
+        grid = getattr(getattr(self.net, "patch_embed", None), "grid_size", None)
+        load_weights(self, file, grid)
+
+
+class HubMaskedAutoencoder(MaskedAutoencoder, _FromHub, tags=["masked-autoencoder"]):
+    """A masked autoencoder that comes from and goes to the hub; `name` is one of `MAE_MODELS`.
+
+    `decoder` False: the files hold the encoder alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        img_size: Sequence[int] | None = None,
+        in_chans: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        decoder: bool = True,
+    ) -> None:
+        arguments = mae_arguments(name)
+        if img_size:
+            arguments["img_size"] = (img_size[0], img_size[-1])
+        super().__init__(**arguments, in_chans=in_chans, mean=mean, std=std)
+        self.has_decoder = decoder
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written: without a decoder that was never trained."""
+        state = self.state_dict()
+        return {key: state[key] for key in state if self.has_decoder or not key.startswith(DECODER_KEYS)}
+
+    def load_file(self, file: Path) -> None:
+        """Strictly loads the weights. Raises MissingInputError, CheckpointError."""
+        load_mae(self, file, self.has_decoder, self.grid)
+
+
+def write_card(folder: Path, kind: type, description: str, license: str | None) -> None:
+    """Writes the folder's model card, README.md, with a licence where one is named."""
+    tags = list(kind._hub_mixin_info.model_card_data.tags)  # type: ignore[attr-defined]
+    data = ModelCardData(library_name="mae_dat", license=license, tags=tags)
+    text = {"name": folder.name, "description": description, "class_name": kind.__name__}
+    ModelCard.from_template(data, template_str=_CARD, **text).save(folder / "README.md")

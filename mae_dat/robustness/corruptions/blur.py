@@ -1,0 +1,137 @@
+"""Blur: defocus, glass, motion, zoom and Gaussian. Lengths are pixels, whatever the size; zooms are factors."""
+
+import functools
+import math
+
+import cv2
+import numpy as np
+from numpy.random import RandomState
+
+from mae_dat.robustness.corruptions.pixels import Image, Levels, whole_levels
+
+DEFOCUS = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))  # radius of the disk, sigma that softens its edge
+GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))  # sigma, largest step, rounds
+MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))  # radius, sigma along the line
+MOTION_ANGLE = 45  # degrees to either side of horizontal
+ZOOM = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))  # 1 to excluded end in steps
+GAUSSIAN_SIGMA = (1, 2, 3, 4, 6)
+
+_SLACK = 1e-3  # levels; float32 sums fall short of whole levels by 1e-5, and truncation would make that a whole one
+
+
+def gaussian_blur(image: Image, severity: int, random: RandomState) -> Image:
+    """Convolves with a Gaussian."""
+    return whole_levels(smooth(image, GAUSSIAN_SIGMA[severity - 1]) + _SLACK)
+
+
+def defocus_blur(image: Image, severity: int, random: RandomState) -> Image:
+    """Convolves with a disk whose edge is softened."""
+    return whole_levels(cv2.filter2D(image.astype(np.float32), -1, _disk(*DEFOCUS[severity - 1])) + _SLACK)
+
+
+def glass_blur(image: Image, severity: int, random: RandomState) -> Image:
+    """Between two Gaussian blurs, replaces every pixel in turn by one nearby."""
+    sigma, reach, rounds = GLASS[severity - 1]
+    image = whole_levels(smooth(image, sigma) + _SLACK)
+    for _ in range(rounds):
+        image = _replaced_by_neighbours(image, reach, random)
+    return whole_levels(smooth(image, sigma) + _SLACK)
+
+
+def motion_blur(image: Image, severity: int, random: RandomState) -> Image:
+    """Smears the picture to one side along a random line."""
+    radius, sigma = MOTION[severity - 1]
+    return smear(image, radius, sigma, random.uniform(-MOTION_ANGLE, MOTION_ANGLE))
+
+
+def zoom_blur(image: Image, severity: int, random: RandomState) -> Image:
+    """Averages the picture and its enlargements, from factor 1 on: the picture itself counts twice."""
+    end, step = ZOOM[severity - 1]
+    factors = np.arange(1, end, step)
+    levels = image.astype(np.float32)
+    total = 2 * levels
+    for factor in factors[1:]:
+        cv2.add(total, enlarge(levels, factor), dst=total)
+    return whole_levels(total / (len(factors) + 1) + _SLACK)
+
+
+def smooth(levels: Levels, sigma: float) -> Levels:
+    """Gaussian of `sigma` px, cut off at 4 sigma, edges repeated, of any type of number; float32."""
+    size = 2 * int(4 * sigma + 0.5) + 1
+    return cv2.GaussianBlur(levels.astype(np.float32), (size, size), sigma, borderType=cv2.BORDER_REPLICATE)
+
+
+def enlarge(levels: Levels, factor: float) -> Levels:
+    """The middle of float32 (H, W) or (H, W, 3), linearly enlarged by `factor` to the full size.
+
+    The corners of the grids meet, as in `scipy.ndimage.zoom`.
+    """
+    rows, columns = (_zoomed_axis(length, factor) for length in levels.shape[:2])
+    warp = np.array([[columns[0], 0, columns[1]], [0, rows[0], rows[1]]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(levels, warp, levels.shape[1::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _zoomed_axis(length: int, factor: float) -> tuple[float, float]:
+    """Scale and offset from a coordinate of the enlarged axis, cut to `length`, to the one it comes from."""
+    kept = math.ceil(length / factor)
+    enlarged = round(kept * factor)
+    scale = (kept - 1) / (enlarged - 1)
+    return scale, (length - kept) // 2 + (enlarged - length) // 2 * scale
+
+
+def smear(image: Image, radius: int, sigma: float, angle: float) -> Image:
+    """ImageMagick's motion blur of uint8 (H, W) or (H, W, 3): half a Gaussian along a line at `angle` degrees.
+
+    2 radius + 1 pixels, each weighted by its place; edges repeated; rounded to the nearest level as there.
+    """
+    place = np.arange(2 * radius + 1)
+    weights = np.exp(-(place**2) / (2 * sigma**2))
+    weights /= weights.sum()
+    down = np.ceil(place * math.sin(math.radians(angle)) - 0.5).astype(int)
+    right = np.ceil(place * math.cos(math.radians(angle)) - 0.5).astype(int)
+    top, left = -down.min(), -right.min()
+    padded = cv2.copyMakeBorder(image, top, down.max(), left, right.max(), cv2.BORDER_REPLICATE).astype(np.float32)
+    total = np.full(image.shape, 0.5, dtype=np.float32)
+    height, width = image.shape[:2]
+    for weight, y, x in zip(weights, top + down, left + right, strict=True):
+        cv2.scaleAdd(padded[y : y + height, x : x + width], weight, total, dst=total)
+    return whole_levels(total)
+
+
+@functools.cache
+def _disk(radius: int, sigma: float) -> Levels:
+    """Float32 kernel (K, K). Its edge is softened within the original's grid, which cuts some of it off at radius 8 and
+    10: the picture gets a little brighter there.
+    """
+    reach, size = (8, 3) if radius <= 8 else (radius, 5)
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    disk = (x**2 + y**2 <= radius**2).astype(np.float32)
+    kernel = cv2.GaussianBlur(disk / disk.sum(), (size, size), sigma)
+    empty = max(0, reach - radius - size // 2)
+    return kernel[empty : len(kernel) - empty, empty : len(kernel) - empty]
+
+
+def _replaced_by_neighbours(image: Image, reach: int, random: RandomState) -> Image:
+    """One round of glass: from the last pixel to the first, each takes the present value of one up to `reach` away.
+
+    The original means to swap the two, but writes through a view, so that the other pixel keeps its value. A pixel
+    that takes from one already replaced has what that one took: following these links to their ends does the whole
+    round at once.
+    """
+    height, width = image.shape[:2]
+    size = height * width
+    places = np.arange(size).reshape(height, width)
+    own = places[height - reach : reach : -1, width - reach : reach : -1].ravel()
+    step_x, step_y = random.randint(-reach, reach, size=(len(own), 2)).T
+    taken = own + step_y * width + step_x
+    replaced = np.zeros(size, dtype=bool)
+    replaced[own] = True
+    again = replaced[taken] & (taken > own)
+    source = np.arange(size, 2 * size)  # from `size` on: a pixel as it was; below: a pixel once replaced
+    source[own] = taken + size * ~again
+    linked = own[again]
+    while len(linked):
+        source[linked] = source[source[linked]]
+        linked = linked[source[linked] < size]
+    return image.reshape(size, 3).take(source - size, axis=0).reshape(image.shape)

@@ -1,0 +1,83 @@
+"""Noise: Gaussian, shot, impulse and speckle. Strengths do not depend on the size of the picture."""
+
+import functools
+
+import numpy as np
+from numpy.random import RandomState
+from numpy.typing import NDArray
+from scipy.special import pdtr
+
+from mae_dat.robustness.corruptions.pixels import Image, whole_levels
+
+GAUSSIAN_DEVIATION = (0.08, 0.12, 0.18, 0.26, 0.38)  # of the range of a pixel
+SPECKLE_DEVIATION = (0.15, 0.2, 0.35, 0.45, 0.6)  # of the pixel's own value
+IMPULSE_SHARE = (0.03, 0.06, 0.09, 0.17, 0.27)  # of all values, half of them to black
+SHOT_PHOTONS = (60, 25, 12, 5, 3)  # expected at white
+
+_BITS = 32  # of a random word
+_BUCKET_BITS = 10  # its leading ones: they decide most draws by one look into a table
+_UNDECIDED = -1
+
+
+def gaussian_noise(image: Image, severity: int, random: RandomState) -> Image:
+    """Adds normal noise, independent in every value."""
+    levels = random.normal(scale=255 * GAUSSIAN_DEVIATION[severity - 1], size=image.shape)
+    levels += image
+    return whole_levels(levels)
+
+
+def speckle_noise(image: Image, severity: int, random: RandomState) -> Image:
+    """Adds normal noise in proportion to the value."""
+    levels = random.normal(loc=1, scale=SPECKLE_DEVIATION[severity - 1], size=image.shape)
+    levels *= image
+    return whole_levels(levels)
+
+
+def impulse_noise(image: Image, severity: int, random: RandomState) -> Image:
+    """Sets a share of the values to black or white, independently in every channel."""
+    hit = random.random_sample(image.shape) < IMPULSE_SHARE[severity - 1]
+    white = random.random_sample(image.shape) < 0.5
+    corrupted = image.copy()
+    np.copyto(corrupted, white.view(np.uint8) * np.uint8(255), where=hit)
+    return corrupted
+
+
+def shot_noise(image: Image, severity: int, random: RandomState) -> Image:
+    """Draws every value from a Poisson distribution: photons counted.
+
+    By inversion of the distribution function, exact to 2^-32 and five times faster than `RandomState.poisson`: the
+    one corruption whose draws are not those of the original.
+    """
+    photons = SHOT_PHOTONS[severity - 1]
+    table, thresholds, levels = _poisson(photons)
+    words = random.randint(0, 2**_BITS, size=image.shape, dtype=np.uint32)
+    bucket = image.astype(np.int32) << _BUCKET_BITS
+    bucket |= (words >> (_BITS - _BUCKET_BITS)).view(np.int32)
+    drawn = table.take(bucket)
+    undecided = np.flatnonzero(drawn == _UNDECIDED)
+    value = image.ravel()[undecided].astype(np.int64)
+    rank = np.searchsorted(thresholds, (value << _BITS) + words.ravel()[undecided], side="right")
+    drawn.ravel()[undecided] = levels[rank - photons * value]
+    return drawn.astype(np.uint8)
+
+
+@functools.cache
+def _poisson(photons: int) -> tuple[NDArray[np.int16], NDArray[np.int64], NDArray[np.int16]]:
+    """Tables that turn (value v, random word w) into a drawn level.
+
+    The second holds (v << 32) + 2^32 P(at most k photons) for all v and k < photons: the rank of (v << 32) + w in it
+    tells the count, which the third maps to a level. The first holds the level itself for every v and leading bits of
+    w, or _UNDECIDED where these do not suffice.
+    """
+    levels = (np.arange(photons + 1) / photons * 255).astype(np.int16)  # more photons than at white are white
+    cumulated = pdtr(np.arange(photons), np.arange(256)[:, None] / 255 * photons)
+    offset = np.arange(256, dtype=np.int64)[:, None] << _BITS
+    thresholds = (offset + np.ceil(cumulated * 2**_BITS).astype(np.int64)).ravel()
+    width = 2 ** (_BITS - _BUCKET_BITS)
+    first = offset + np.arange(2**_BUCKET_BITS, dtype=np.int64) * width
+    least, most = (
+        np.searchsorted(thresholds, word, side="right") - photons * np.arange(256)[:, None]
+        for word in (first, first + width - 1)
+    )
+    table = np.where(least == most, levels[least], np.int16(_UNDECIDED))
+    return table.ravel(), thresholds, levels

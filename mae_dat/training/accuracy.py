@@ -1,0 +1,50 @@
+"""Exact accuracy: integer counts over all ranks, divided once."""
+
+import torch
+from torch import Tensor, nn
+
+from mae_dat.config.errors import DataError
+from mae_dat.data.image_set import Batch
+from mae_dat.data.loader import ImageLoader
+from mae_dat.runtime.sharding import in_step, is_sharded
+from mae_dat.runtime.watchdog import beat
+from mae_dat.runtime.world import all_sum, together
+
+
+@torch.no_grad()  # what sharded weights are gathered into in inference mode could not be trained with
+def accuracy(
+    model: nn.Module, loader: ImageLoader, device: torch.device, precision: torch.dtype | None
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent and cross-entropy, from counts summed over ranks and divided once (test_acc1,
+    test_acc5, test_loss).
+
+    Images that stand in for unreadable ones (`skipped`) are not counted. Raises DataError when none is left.
+    """
+    training = model.training
+    model.eval()
+    counts = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def count() -> Tensor:
+        for batch, counted in in_step(loader, model):
+            counts.add_(_counts(model, batch, device, precision) * counted)
+            beat()
+        return counts
+
+    # In shards a rank that fails cannot wait for the others, which wait for it: it leaves, and they hear why.
+    correct, correct5, loss, total = all_sum(count() if is_sharded(model) else together(count)).tolist()
+    model.train(training)
+    if not total:
+        raise DataError("no image to evaluate could be read: check the validation folder.")
+    return {"test_acc1": 100 * correct / total, "test_acc5": 100 * correct5 / total, "test_loss": loss / total}
+
+
+def _counts(model: nn.Module, batch: Batch, device: torch.device, precision: torch.dtype | None) -> Tensor:
+    """Hits, hits among five, summed loss and images of a batch, float64 (4,)."""
+    image, label = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
+    with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+        logits = model(image).float()
+    own = batch["skipped"].to(device, non_blocking=True) == 0
+    # Chosen by a product: rows picked by a mask would have the host wait to learn how many they are.
+    hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]) & own[:, None]
+    loss = nn.functional.cross_entropy(logits, label, reduction="none").double().where(own, 0)
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum(), own.sum()])

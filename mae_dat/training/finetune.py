@@ -1,0 +1,292 @@
+"""Fine-tuning of a classifier, plainly or with DAT, and linear probes (`main_finetune.py`)."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from mae_dat.attacks.pixel import PixelAttack
+from mae_dat.config.errors import CheckpointError, DataError
+from mae_dat.config.groups import ConfigError, DataConfig, FinetuneConfig, image_size
+from mae_dat.data.image_set import ImageSet, find_split
+from mae_dat.data.loader import ImageLoader, eval_loader
+from mae_dat.data.open import image_root, open_images
+from mae_dat.data.transforms import eval_transform, finetune_transform
+from mae_dat.models.classifier import Classifier, build_classifier, fused_head
+from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
+from mae_dat.models.weights.load import load_pretrained, load_weights
+from mae_dat.runtime.console import Console, RunLog
+from mae_dat.runtime.sharding import whole
+from mae_dat.runtime.world import step_generator
+from mae_dat.training import run
+from mae_dat.training.accuracy import accuracy
+from mae_dat.training.galleries import adversary_gallery
+from mae_dat.training.loop import seed_everything
+from mae_dat.training.objectives.base import Classification, Objective, WithDAT
+from mae_dat.training.objectives.consistency import VIEWS, AugMix, ConsistentDAT
+from mae_dat.training.objectives.pixel import WithPixelAdversary
+from mae_dat.training.optim import build_optimizer, effective_lr
+from mae_dat.training.state import Training
+
+logger = logging.getLogger(__name__)
+
+SCALAR_TAGS = {
+    "train_loss": "loss",
+    "train_lr": "lr",
+    "test_acc1": "perf/test_acc1",
+    "test_acc5": "perf/test_acc5",
+    "test_loss": "perf/test_loss",
+}
+PICTURES = 6
+SLOW_LARS = 0.5  # MAE's linear probe has 6.4
+
+
+def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune") -> dict[str, float]:
+    """Fine-tunes, or goes on where the output folder stands, exports the classifier and returns its accuracy."""
+    check(config)
+    with run.place(config.run, config.launch, console) as where:
+        images, held_out = labelled_images(config)
+        classes = class_count(config, images)
+        seed_everything(config.run.seed)
+        warn_of_slow_lars(config, where.world.size)
+        model = build(config, classes, config.classifier.pretrained)
+        start(model, config)
+        if config.baselines.splits_norms:
+            split_norms(model)
+        model.to(where.device)
+        objective = objective_of(config, classes, where)
+        settings = config.classifier
+        ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
+        run.settle(model, where, ema.module if ema else None)
+        # The rate is set in every step.
+        optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
+        training = Training(model, optimizer, objective, ema)
+        loader = held_out_loader(config, held_out, where)
+        shown = [held_out[index * len(held_out) // PICTURES] for index in range(PICTURES)]
+
+        def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
+            if run.pictures_due(config.run, epoch, where):
+                run.show(draw(training, objective, shown, config, where), where, log, epoch)
+            return accuracy(training.averaged, loader, where.device, where.precision)
+
+        run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
+        averaged = training.averaged
+        assert isinstance(averaged, Classifier)
+        tensors = main_norms(fused_head(whole(averaged.net.state_dict())))
+        run.export(tensors, where, facts_of(config, images, training))
+        return accuracy(averaged, loader, where.device, where.precision)
+
+
+def objective_of(config: FinetuneConfig, classes: int, where: run.Place) -> Objective:
+    """What the flags ask to minimize: cross-entropy of the views that they name."""
+    own = config.baselines
+    if own.jsd:
+        return AugMix(config.augment, classes, own.jsd)
+    labels = Classification(config.augment, classes)
+    if own.at != "none":
+        attack = PixelAttack(own.eps, own.step, own.at_steps, own.at_norm, random_start=True)
+        return WithPixelAdversary(labels, attack, own.clean_weight)
+    if own.dat_jsd and config.dat.attack:
+        tokenizer = run.open_tokenizer(config.dat, config.data, where.device)
+        return ConsistentDAT(labels, tokenizer, config.dat.attack, own.dat_jsd)
+    return run.with_dat(labels, config.dat, config.data, where.device)
+
+
+def check(config: FinetuneConfig) -> None:
+    """Combinations that cannot work. Raises ConfigError before anything is read."""
+    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0 or config.augment.cutmix_minmax is not None
+    if mixes and config.optim.batch_size % 2:
+        raise ConfigError(
+            f"mixup and cutmix pair the images of a batch: --batch_size must be even, got {config.optim.batch_size}."
+        )
+
+
+def warn_of_slow_lars(config: FinetuneConfig, ranks: int) -> None:
+    """LARS moves a tensor by lr / 1000 of its norm, so a rate scaled down for a small batch leaves it where it is."""
+    optim = config.optim
+    batch = optim.batch_size * optim.accum_iter * ranks
+    lr = effective_lr(optim.lr, optim.blr, batch)
+    if config.classifier.opt == "lars" and lr < SLOW_LARS:
+        logger.warning(
+            "--opt lars at a peak rate of %.3g hardly moves: blr 0.1 is meant for batches of some thousand images, and "
+            "this one has %d. Give --opt sgd, or a larger --blr.",
+            lr,
+            batch,
+        )
+
+
+def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
+    """Training and validation images, with the same classes. Raises ConfigError for an unknown --aa or --remode."""
+    augment = config.augment
+    try:
+        transform = finetune_transform(
+            config.data.image_size,
+            aa=augment.aa,
+            color_jitter=augment.color_jitter,
+            crop_scale=augment.crop_scale,
+            reprob=augment.reprob,
+            remode=augment.remode,
+            recount=augment.recount,
+            views=VIEWS if config.baselines.jsd else 1,
+            resplit=augment.resplit,
+        )
+    except (AssertionError, ValueError) as error:  # timm asserts what its users write
+        raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error
+    images = run.training_images(config.data, transform, config.run.seed, labelled=True)
+    return images, held_out_images(config, images.classes)
+
+
+def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) -> ImageSet:
+    """The validation split, unaugmented."""
+    root = find_split(image_root(config.data.data_path), "val")
+    transform = run.in_channels(eval_transform(config.data.image_size), config.data)
+    images = open_images(root, transform, classes=classes, on_bad=config.data.on_bad)
+    if images.shrunk is not None:
+        logger.warning(
+            "accuracies are of the pictures in %s, shrunk to %d px and stored anew: not those of the originals.",
+            root,
+            images.shrunk,
+        )
+    return images
+
+
+def held_out_loader(config: FinetuneConfig, images: ImageSet, where: run.Place) -> ImageLoader:
+    """This rank's share of the validation images."""
+    pinned = config.data.pin_mem and where.device.type == "cuda"
+    share = (2 * config.optim.batch_size, where.world.rank, where.world.size)
+    return eval_loader(images, *share, config.data.num_workers, pinned)
+
+
+def class_count(config: FinetuneConfig, images: ImageSet) -> int:
+    """Classes of the head. Raises DataError when `--nb_classes` is below the number of class folders."""
+    wanted = config.classifier.nb_classes
+    if wanted is not None and wanted < len(images.classes):
+        raise DataError(
+            f"{images.root} has {len(images.classes)} class folders, --nb_classes is {wanted}: leave it out, or remove "
+            "folders."
+        )
+    return wanted or len(images.classes)
+
+
+def build(config: FinetuneConfig, classes: int, pretrained: bool = False) -> Classifier:
+    """The classifier that the flags describe, with timm's weights if `pretrained`.
+
+    Raises ConfigError, also where timm cannot build it.
+    """
+    settings, data = config.classifier, config.data
+    try:
+        return build_classifier(
+            settings.model,
+            classes,
+            data.image_size,
+            settings.drop_path,
+            settings.mean_pool,
+            data.in_chans,
+            pretrained,
+        )
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, data.image_size))
+        raise ConfigError(f"--model {settings.model} cannot be built for {size} px: {error}") from error
+
+
+def facts_of(config: FinetuneConfig, images: ImageSet, training: Training) -> dict[str, Any]:
+    """What it takes to rebuild the classifier, stored with its weights."""
+    settings = config.classifier
+    facts = {
+        "kind": "classifier",
+        "model": settings.model,
+        "global_pool": settings.mean_pool,
+        "classes": images.classes,
+    }
+    size = {"input_size": list(config.data.image_size), "in_chans": config.data.in_chans}
+    told = {"averaged": training.ema is not None, "steps": training.step}
+    return {**facts, **size, "nb_classes": class_count(config, images), **told}
+
+
+def draw(
+    training: Training, objective: Objective, samples: list[Any], config: FinetuneConfig, where: run.Place
+) -> dict[str, Tensor]:
+    """The adversary against the network as it is, on the same held-out pictures after every epoch, through
+    the norms of adversarial views where there are any; without DAT nothing."""
+    if not (isinstance(objective, WithDAT) and objective.ready):
+        return {}
+    image: Tensor = torch.stack([sample["image"] for sample in samples]).to(where.device)
+    label = torch.tensor([sample["label"] for sample in samples], device=where.device)
+    target = torch.nn.functional.one_hot(label, objective.objective.num_classes).float()  # type: ignore[attr-defined]
+    generator = step_generator(config.run.seed, 0, 0, where.device)
+    training.model.eval()
+    with auxiliary_norms(training.model):
+        found = objective.adversary(training.model, image, target, generator)
+    return {"adversary": adversary_gallery(image, found)}
+
+
+def start(model: Classifier, config: FinetuneConfig) -> None:
+    """What the flags start from: weights, and for a linear probe a frozen network with a new head.
+
+    Raises MissingInputError, CheckpointError, ConfigError.
+    """
+    settings = config.classifier
+    if settings.finetune:
+        start_from(model, Path(settings.finetune))
+    elif not settings.pretrained:
+        logger.info("%s starts from random weights: no --finetune, no --pretrained.", settings.model)
+    if settings.linear_probe:
+        model.make_linear_probe()
+
+
+def start_from(model: Classifier, path: Path) -> None:
+    """Pretrained weights from a folder or file. Raises MissingInputError, CheckpointError."""
+    weights, facts = run.read_export(path)
+    with run.naming("--finetune"):
+        load_pretrained(model, weights, source_grid(model, facts))
+
+
+def source_grid(model: Classifier, facts: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches in weights of ours: their number alone does not tell 4 x 16 from 8 x 8."""
+    patch = getattr(getattr(model.net, "patch_embed", None), "patch_size", None)
+    if patch is None or "input_size" not in facts:
+        return None
+    height, width = image_size(tuple(facts["input_size"]))
+    return height // patch[0], width // patch[1]
+
+
+def evaluated_config(path: Path, config: FinetuneConfig) -> tuple[FinetuneConfig, list[str] | None]:
+    """The settings to evaluate an output folder or file with, and its classes in the order of its head, if known.
+
+    What a file of ours says about itself replaces the flags; the pictures' size only where none was asked for. Raises
+    MissingInputError, CheckpointError.
+    """
+    _, facts = run.read_export(path)
+    if facts.get("kind") == "mae" or "mask_ratio" in facts:
+        raise CheckpointError(
+            f"--resume {path} is a pretraining, which has no classes yet: fine-tune it first, with --finetune {path}."
+        )
+    data, own = config.data, config.classifier
+    asked = data.input_size != DataConfig().input_size
+    size = data.input_size if asked else tuple(facts.get("input_size", data.input_size))
+    pooled = facts.get("global_pool", own.mean_pool) and not facts.get("cls_token", False)
+    classifier = dataclasses.replace(
+        own,
+        model=facts.get("model", own.model),
+        nb_classes=own.nb_classes or facts.get("nb_classes"),
+        global_pool=pooled,
+        cls_token=not pooled,
+        drop_path=0.0,
+    )
+    data = dataclasses.replace(data, input_size=size, in_chans=facts.get("in_chans", data.in_chans))
+    return dataclasses.replace(config, classifier=classifier, data=data), facts.get("classes")
+
+
+def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> Classifier:
+    """A fine-tuned classifier from an output folder or file, built by settings such as `evaluated_config` gives.
+
+    Raises CheckpointError when its head has another number of classes than the data.
+    """
+    weights, facts = run.read_export(path)
+    model = build(config, config.classifier.nb_classes or len(classes))
+    load_weights(model, weights, source_grid(model, facts))
+    return model

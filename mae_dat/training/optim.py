@@ -1,0 +1,188 @@
+"""Learning rates and optimizers with parameter groups: layer-wise decay and weight decay as in MAE's recipes."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.models.classifier import Classifier
+
+logger = logging.getLogger(__name__)
+
+FUSED_DEVICES = {"cpu", "cuda"}
+MOMENTUM = 0.9
+_STEM = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "norm_pre.")
+
+
+def effective_lr(lr: float | None, blr: float, effective_batch: int) -> float:
+    """The absolute learning rate: `lr` where given, else blr * effective batch / 256 (linear scaling)."""
+    return blr * effective_batch / 256 if lr is None else lr
+
+
+def learning_rate(
+    epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float, warmup_lr: float = 0.0
+) -> float:
+    """The rate at a fractional epoch: linear from `warmup_lr` to `lr` over the warm-up, then half a cosine to `min_lr`.
+
+    It stays at `min_lr` past the end, and is `lr` at the end of a run that is all warm-up.
+    """
+    if epoch < warmup_epochs:
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
+    if epochs <= warmup_epochs:
+        return lr
+    progress = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's rate to `lr` times its `lr_scale`; torch's own schedulers ignore the scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled for each tensor (You et al. 2017, arXiv 1708.03888), as MAE probes.
+
+    For tensors of two dimensions and more: update = (g + wd * p) * `trust` * |p| / |g + wd * p|, unscaled where either
+    norm is 0; vectors are neither decayed nor scaled. Then m = momentum * m + update and p = p - lr * m.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, trust: float = 0.001) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update, or none where `found_inf`, as in torch's fused optimizers, is 1; a closure is not called."""
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = update + group["weight_decay"] * parameter
+                    size, length = parameter.norm(), update.norm()
+                    update = update * torch.where((size > 0) & (length > 0), group["trust"] * size / length, 1.0)
+                state = self.state[parameter]
+                before = state.get("momentum_buffer", torch.zeros_like(update))
+                state["momentum_buffer"] = momentum = self._unless(before, group["momentum"] * before + update)
+                parameter.copy_(self._unless(parameter, parameter.sub(momentum, alpha=group["lr"])))
+
+    def _unless(self, before: Tensor, after: Tensor) -> Tensor:
+        spoiled: Tensor | None = getattr(self, "found_inf", None)
+        return after if spoiled is None else torch.where(spoiled > 0, before, after)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, spoiled: Tensor) -> None:
+    """One update, or none where `spoiled`, a scalar on the device, is 1. The host waits for it only where the optimizer
+    is neither fused nor Lars."""
+    if isinstance(optimizer, Lars) or all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = spoiled  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not spoiled:
+        optimizer.step()
+
+
+def build_optimizer(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    opt: str = "adamw",
+) -> torch.optim.Optimizer:
+    """AdamW (or `lars`, `sgd`) over the trainable parameters, fused where it can be; each group carries `lr_scale`.
+
+    `layer_decay` in (0, 1] scales the rate of a transformer's layers by decay^(depth + 1 - layer); None is 1. Call
+    `set_lr` in every step. ConfigError for a decay outside, or a model without trainable parameters.
+    """
+    groups = parameter_groups(model, weight_decay, layer_decay)
+    if not groups:
+        raise ConfigError("the model has no trainable parameter: nothing to optimise")
+    tensors = [tensor for group in groups for _, tensor in group["params"]]
+    fused = all(t.device.type in FUSED_DEVICES and t.is_floating_point() for t in tensors) or None
+    optimizer: torch.optim.Optimizer
+    if opt == "lars":
+        optimizer = Lars(groups, lr, weight_decay)
+    elif opt == "sgd":
+        optimizer = torch.optim.SGD(groups, lr, momentum=MOMENTUM, weight_decay=weight_decay, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+    set_lr(optimizer, lr)
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+    """Groups of (name, parameter) with `lr_scale` and `weight_decay`, in the order of their first parameter.
+
+    Weight decay spares one-dimensional parameters and those that the network names in `no_weight_decay()`: a timm
+    transformer's pos_embed and cls_token, so they are spared in fine-tuning and cls_token is decayed in pretraining.
+    """
+    net = unwrap(model)
+    scales = _layer_scales(net, layer_decay)
+    spared: Iterable[str] = getattr(net, "no_weight_decay", tuple)()
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = 0.0 if parameter.ndim <= 1 or any(fnmatch(name, rule) for rule in spared) else weight_decay
+        scale = scales.get(name, 1.0)
+        group = groups.setdefault((scale, decay), {"lr_scale": scale, "weight_decay": decay, "params": []})
+        group["params"].append((name, parameter))
+    return list(groups.values())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, torch.compile and `Classifier`, whose keys have no prefix."""
+    while True:
+        if isinstance(model, Classifier):
+            model = model.net
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _layer_scales(net: nn.Module, layer_decay: float | None) -> Mapping[str, float]:
+    """Parameter name -> scale of its learning rate; what is not named has 1."""
+    if layer_decay is None or layer_decay == 1.0:
+        return {}
+    if not 0.0 < layer_decay < 1.0:
+        raise ConfigError(f"layer decay {layer_decay}: give a number above 0 and at most 1")
+    names = [name for name, _ in net.named_parameters()]
+    if isinstance(net, VisionTransformer):
+        return vit_layer_scales(names, len(net.blocks), layer_decay)
+    if hasattr(net, "layer_scales"):
+        return net.layer_scales(layer_decay)  # type: ignore[operator]
+    if hasattr(net, "group_matcher"):
+        return _timm_layer_scales(net, layer_decay)
+    logger.warning("%s has no layers known to the layer decay: %s is not used", type(net).__name__, layer_decay)
+    return {}
+
+
+def vit_layer_scales(names: Iterable[str], depth: int, layer_decay: float) -> dict[str, float]:
+    """decay^(depth + 1 - i), with i = 0 for class token, position and patch embedding, k + 1 for block k.
+
+    The rest (the last norm, the head) has 1. timm's grouping puts a final `norm` with the last block, MAE's does not.
+    """
+
+    def layer(name: str) -> int:
+        if name.startswith(_STEM):
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+    return {name: layer_decay ** (depth + 1 - layer(name)) for name in names}
+
+
+def _timm_layer_scales(net: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Other timm models: the layers of timm's own group matcher."""
+    scale_of: dict[int, float] = {}
+    for group in param_groups_layer_decay(net, weight_decay=0.0, layer_decay=layer_decay):
+        scale_of.update({id(parameter): group["lr_scale"] for parameter in group["params"]})
+    return {name: scale_of[id(p)] for name, p in net.named_parameters() if id(p) in scale_of}

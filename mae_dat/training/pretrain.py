@@ -1,0 +1,94 @@
+"""Masked-autoencoder pretraining on any folder of images, optionally with DAT (`main_pretrain.py`)."""
+
+import torch
+from torch import Tensor
+
+from mae_dat.config.groups import PretrainConfig
+from mae_dat.config.parse import load_config
+from mae_dat.data.image_set import Batch, ImageSet, Transform
+from mae_dat.data.transforms import eval_transform, pretrain_transform
+from mae_dat.models.mae import MaskedAutoencoder, build_mae
+from mae_dat.runtime.console import Console, RunLog
+from mae_dat.runtime.world import step_generator
+from mae_dat.training import run
+from mae_dat.training.galleries import adversary_gallery, reconstruction_gallery
+from mae_dat.training.loop import seed_everything
+from mae_dat.training.objectives.base import MaskedReconstruction, Objective, WithDAT
+from mae_dat.training.optim import build_optimizer
+from mae_dat.training.state import Training
+
+SCALAR_TAGS = {"train_lr": "lr"}
+PICTURES = 6
+
+
+def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") -> None:
+    """Pretrains, or goes on where the output folder stands, and exports the autoencoder with its decoder."""
+    with run.place(config.run, config.launch, console) as where:
+        size = config.data.image_size
+        images = run.training_images(config.data, pretrain_transform(size), config.run.seed, labelled=False)
+        seed_everything(config.run.seed)
+        model = build_mae(config.mae.model, img_size=size, in_chans=config.data.in_chans).to(where.device)
+        objective = objective_of(config, model, where.device)
+        run.settle(model, where)
+        # The rate is set in every step.
+        optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
+        training = Training(model, optimizer, objective)
+        shown = fixed_images(images, run.in_channels(eval_transform(size), config.data)).to(where.device)
+
+        def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
+            if run.pictures_due(config.run, epoch, where):
+                run.show(draw(model, objective, shown, config, where), where, log, epoch)
+            return {}
+
+        run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
+        facts = {"kind": "mae", "model": config.mae.model, "input_size": list(size), "in_chans": config.data.in_chans}
+        run.export(
+            model.state_dict(), where, {**facts, "norm_pix_loss": config.mae.norm_pix_loss, "steps": training.step}
+        )
+
+
+def objective_of(config: PretrainConfig, model: MaskedAutoencoder, device: torch.device) -> Objective:
+    """Masked reconstruction of the flags' targets, with DAT or without. Where words are a target, the model gets a head
+    for them. Raises ConfigError."""
+    mae, attack = config.mae, config.dat.attack
+    if mae.target == "pixels":
+        objective = MaskedReconstruction(mae.mask_ratio, mae.norm_pix_loss)
+        return run.with_dat(objective, config.dat, config.data, device)
+    tokenizer = run.open_tokenizer(config.dat, config.data, device)
+    model.add_word_head(tokenizer.factor, tokenizer.num_words, pixels=mae.target == "both")
+    model.to(device)
+    weight = mae.words_weight if mae.target == "both" else None
+    objective = MaskedReconstruction(mae.mask_ratio, mae.norm_pix_loss, tokenizer, weight)
+    return WithDAT(objective, tokenizer, attack) if attack else objective
+
+
+def fixed_images(images: ImageSet, transform: Transform) -> Tensor:
+    """Some of the pictures, evenly spread and not augmented, for galleries."""
+    still = images.seen_through(transform)
+    count = min(PICTURES, len(still))
+    return torch.stack([still[index * len(still) // count]["image"] for index in range(count)])
+
+
+def draw(
+    model: MaskedAutoencoder, objective: Objective, image: Tensor, config: PretrainConfig, where: run.Place
+) -> dict[str, Tensor]:
+    """Galleries of the same pictures under the same mask after every epoch: reconstructions, and what the adversary
+    did."""
+    generator = step_generator(config.run.seed, 0, 0, where.device)
+    none = torch.zeros(len(image), dtype=torch.int64)
+    batch: Batch = {"image": image, "label": none, "index": none, "skipped": none}
+    _, context = objective.prepare(model, batch, generator)
+    drawn = {}
+    if config.mae.target != "words":
+        ratio, norm_pix = config.mae.mask_ratio, config.mae.norm_pix_loss
+        drawn["reconstruction"] = reconstruction_gallery(model, image, ratio, context[1], norm_pix)
+    if isinstance(objective, WithDAT) and objective.ready:
+        found = objective.adversary(model, image, context, generator)
+        drawn["adversary"] = adversary_gallery(image, found)
+    return drawn
+
+
+def main() -> None:
+    """Command line."""
+    console = run.console_for_command()
+    pretrain(load_config(PretrainConfig, run.arguments()), console)

@@ -1,0 +1,132 @@
+"""The symbolic adversary: the best words by brute force, its budget, its neighbours, and what it does to a network."""
+
+import itertools
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attack import Mosaic, generator
+from torch import Tensor
+
+from mae_dat.attacks.discrete import AttackConfig, discrete_adversary, other_words, random_words
+from mae_dat.attacks.symbolic import LossOf, change_words, nearest_codes, symbolic_words
+from mae_dat.data.generated.draw import SHAPES, draw
+from mae_dat.models.tokenizer import LightConfig, LightTokenizer, load_tokenizer, quantize
+from mae_dat.models.weights.open import open_model
+
+
+def linear_loss(weight: Tensor) -> LossOf:
+    return lambda image: (weight * image).sum()
+
+
+def changes(words: Tensor, other: Tensor) -> list[int]:
+    return (words != other).flatten(1).sum(1).tolist()
+
+
+@pytest.mark.parametrize("chunk", [2**25, 3 * 64])
+@pytest.mark.parametrize("nearest", [None, 5])
+def test_one_step_is_the_best_of_all_changes_where_the_loss_is_linear(
+    nearest: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SCORES_AT_ONCE", chunk)
+    tokenizer = Mosaic(levels=4)
+    words, weight = torch.randint(0, 64, (2, 3, 2)), torch.randn(2, 3, 12, 8)
+    loss_of = linear_loss(weight)
+    found = change_words(words, torch.ones_like(words, dtype=torch.bool), loss_of, tokenizer, 2, nearest)
+    assert changes(words, found) == [2, 2]
+    near = nearest_codes(torch.arange(64), tokenizer.codebook, nearest or 63).tolist()
+    for row in range(2):
+        before = linear_loss(weight[row])(tokenizer.decode(words[row : row + 1]))
+        gains = []
+        for place in range(6):
+            rises = []
+            for word in near[int(words[row].flatten()[place])]:
+                changed = words[row].flatten().clone()
+                changed[place] = word
+                rises.append(linear_loss(weight[row])(tokenizer.decode(changed.view(1, 3, 2))) - before)
+            gains.append(float(torch.stack(rises).max()))
+        after = linear_loss(weight[row])(tokenizer.decode(found[row : row + 1]))
+        best = max(sum(pair) for pair in itertools.combinations(gains, 2))
+        assert float(after - before) == pytest.approx(best, rel=1e-4)
+
+
+def test_nearest_codes_are_the_nearest_but_never_the_word_itself() -> None:
+    codebook = torch.randn(50, 3)
+    codebook[7] = codebook[8]  # dead codes may coincide
+    found = nearest_codes(torch.arange(50), codebook, 4)
+    distance = torch.cdist(codebook.double(), codebook.double()).fill_diagonal_(torch.inf)
+    assert torch.equal(found, distance.topk(4, largest=False).indices)
+    assert found[7, 0] == 8
+    assert nearest_codes(torch.tensor([3]), codebook, 1000).shape == (1, 49)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_steps_share_the_budget_and_keep_what_was_changed(steps: int) -> None:
+    tokenizer = LightTokenizer(LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=32)).freeze()
+    words, weight = torch.randint(0, 32, (3, 4, 5)), torch.randn(3, 3, 16, 20)
+
+    def loss_of(image: Tensor) -> Tensor:
+        seen.append(tokenizer.encode(image))
+        return (weight * image).sin().sum()
+
+    seen: list[Tensor] = []
+    found = symbolic_words(words, loss_of, tokenizer, 7, steps)
+    assert len(seen) == steps
+    assert changes(words, found) == [7, 7, 7]
+    for count in range(7):  # a smaller budget in as many steps a word: the same beginning
+        one_by_one = symbolic_words(words, loss_of, tokenizer, count, max(count, 1))
+        larger = symbolic_words(words, loss_of, tokenizer, count + 1, count + 1)
+        kept = one_by_one != words
+        assert torch.equal(one_by_one[kept], larger[kept])
+
+
+def test_without_a_gradient_no_word_changes() -> None:
+    words = torch.randint(0, 64, (2, 3, 2))
+    assert torch.equal(symbolic_words(words, lambda x: 0 * x.sum(), Mosaic(levels=4), 4), words)
+    assert torch.equal(symbolic_words(words, lambda x: x.round().sum(), Mosaic(levels=4), 4), words)
+
+
+def test_a_picture_is_attacked_alike_in_any_batch() -> None:
+    tokenizer, words, weight = load_tokenizer(), torch.randint(0, 512, (5, 8, 8)), torch.randn(3, 32, 32)
+
+    def loss_of(image: Tensor) -> Tensor:
+        return (weight * image).square().sum((1, 2, 3)).sum()
+
+    together = symbolic_words(words, loss_of, tokenizer, 12, 3)
+    alone = [symbolic_words(one, loss_of, tokenizer, 12, 3) for one in words.split(1)]
+    assert torch.equal(torch.cat(alone), together)
+
+
+def test_random_words_among_the_nearest_are_uniform() -> None:
+    codebook = torch.randn(40, 3)
+    near = nearest_codes(torch.tensor([11]), codebook, 4)[0]
+    words = torch.full((300, 20), 11)
+    drawn = other_words(words, codebook, generator(), nearest=4)
+    counts = torch.bincount(drawn.flatten(), minlength=40).float()
+    assert set(drawn.unique().tolist()) == set(near.tolist())
+    assert (counts[near] - 1500).abs().max() < 6 * (1500 * 0.75) ** 0.5
+    changed = random_words(words, codebook, 0.25, generator(), nearest=4)
+    assert changes(words, changed) == [5] * 300
+
+
+@pytest.mark.parametrize("nearest", [None, 32])
+def test_its_words_hurt_a_network_far_more_than_as_many_random_ones(nearest: int | None) -> None:
+    model = open_model(resources.files("mae_dat") / "storage" / "mae_dat_demo.safetensors")
+    drawn = [draw(0, "val", index) for index in range(40)]
+    image = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2).float() / 255
+    label = torch.tensor([sorted(SHAPES).index(SHAPES[one.shape]) for one in drawn])
+
+    def loss_of(view: Tensor) -> Tensor:
+        return F.cross_entropy(model(view), label)
+
+    rises = {}
+    for kind in ("symbolic", "random"):
+        attack = AttackConfig(kind, share=0.05, nearest=nearest)  # type: ignore[arg-type]
+        found = discrete_adversary(image, loss_of, load_tokenizer(), attack, generator())
+        assert changes(found.words, found.adversarial_words) == [13] * 40
+        with torch.no_grad():
+            rises[kind] = float(loss_of(found.adversarial) - loss_of(found.reconstruction))
+    assert rises["symbolic"] > 0.5
+    assert rises["symbolic"] > 3 * abs(rises["random"])

@@ -1,0 +1,112 @@
+"""Many arms: a row each, with differences at the same seed, and a page without a line for each of them."""
+
+from pathlib import Path
+
+import pytest
+from evaluations import evaluation
+from pages import Page
+from test_arms import DAT, PLAIN, trainings
+
+from mae_dat.robustness.report.ablation import FEW, ablation_axes, ablation_tables, many, summary, words_by_arm
+from mae_dat.robustness.report.comparison import difference_text, value_text
+from mae_dat.robustness.report.groups import arms_of
+from mae_dat.robustness.report.metrics import axes_of, scores_of
+from mae_dat.robustness.report.tables import stat_text
+from mae_dat.robustness.report.write import write_report
+from mae_dat.robustness.scores.accuracy import accuracy, category_errors
+from mae_dat.robustness.scores.results import Results, write_results
+
+ARMS = {"plain": PLAIN, "random": (701, 719, 712), "dat": DAT, "symbolic": (650, 661, 668), "augmix": (740, 700, 720)}
+
+
+@pytest.fixture
+def results() -> Results:
+    """Five arms of three seeds on clean and corrupted pictures and changed words."""
+    given = trainings(**ARMS)
+    suites = ("imagenet", "generated", "words-random", "cue-conflict")
+    other = trainings_on(given, suites)
+    for number, run in enumerate(other["training"]["runs"].values()):
+        run["cpu_seconds"] = 60.0 * (1 + number)
+    return other
+
+
+def trainings_on(given: Results, suites: tuple[str, ...]) -> Results:
+    """The same trainings, measured on suites of which each network knows a little more than the one before."""
+    found = evaluation(list(given["models"]), suites)
+    for name in found["models"]:
+        found["cells"][name]["imagenet"][""] = {**given["cells"][name]["imagenet-a"][""]}
+    found["training"] = given["training"]
+    return found
+
+
+def test_every_arm_has_a_row_of_its_numbers_and_minutes(results: Results) -> None:
+    table, against = ablation_tables(results)
+    assert [row[0] for row in table.rows] == ["plain", "random words", "DAT", "symbolic", "augmix"]
+    assert table.head[:4] == ("", "clean ↑", "ECE ↓", "corruption error ↓")
+    assert table.head[4:8] == ("noise ↓", "blur ↓", "weather ↓", "digital ↓")
+    clean = next(axis for axis in axes_of(results) if axis.key == "imagenet")
+    arms = arms_of(results)
+    assert [row[1] for row in table.rows] == [value_text(clean, arm) for arm in arms]
+    assert [row[1] for row in against.rows] == [difference_text(clean, arm, arms[0]) for arm in arms[1:]]
+    assert table.rows[0][-1] == "2.0 ± 1.0"
+    assert (1, 1) in against.best, "DAT is better than plain on clean pictures with every seed"
+    assert against.rows[1][1].endswith(" better")
+    assert against.rows[2][1].endswith(" worse")
+    assert not against.rows[3][1].endswith((" better", " worse"))
+
+
+def test_categories_are_means_of_their_corruptions(results: Results) -> None:
+    axes = ablation_axes(results)
+    for name in results["models"]:
+        own = category_errors(scores_of(results, name, "generated"))
+        assert {kind: axes[kind].numbers[name].value for kind in own} == own
+        mean = axes["corruption error"].numbers[name].value
+        assert min(own.values()) <= mean <= max(own.values())
+
+
+def test_no_measurement_of_many_networks_is_left_out() -> None:
+    """Also of checkpoints of which nothing is known but their counts, on every suite and on two of corruptions."""
+    given = evaluation([f"network {number}" for number in range(FEW + 1)])
+    for own in given["cells"].values():
+        own["cue-conflict"][""]["texture"] = 400  # the fifth would answer more cues than there are
+    shown = {axis.key for axis in ablation_axes(given).values()}
+    every = {axis.key for axis in axes_of(given)}
+    assert every - shown == {key for key in every if key.endswith("/mce-first")}
+    assert {
+        "imagenet-a",
+        "objnet-113",
+        "imagenet-c/mce",
+        "imagenet-c/mean",
+        "generated/mean",
+        "generated/blur",
+    } <= shown
+    table, _ = ablation_tables(given)
+    assert "processor minutes ↓" not in table.head
+    assert len(table.head) == 1 + len(ablation_axes(given))
+
+
+def test_what_is_better_is_said(results: Results) -> None:
+    said = " ".join(summary(results))
+    assert "Clean, beyond chance better than plain: DAT; worse than plain: symbolic." in said
+    assert "means over at least 3 seeds" in said
+
+
+def test_changed_words_have_a_column_a_share(results: Results) -> None:
+    (table,) = words_by_arm(results)
+    assert table.head == ("words changed, up to", "0 %", "1 %", "2 %", "5 %", "10 %", "20 %")
+    members = arms_of(results)[2].members.values()
+    told = stat_text((accuracy(results["cells"][name]["words-random"]["0.05"]) for name in members), 1)
+    assert table.rows[2][0] == "DAT"
+    assert table.rows[2][4] == told
+
+
+def test_the_page_of_many_arms_has_their_rows_and_no_lines(results: Results, tmp_path: Path) -> None:
+    assert many(results)
+    assert not many(trainings(**dict(list(ARMS.items())[:FEW])))
+    write_results(results, tmp_path / "results.json")
+    page = Page(write_report(results, tmp_path).read_text())
+    assert ["symbolic", *ablation_tables(results)[0].rows[3][1:]] in page.rows
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert "arms.png" in drawn
+    assert not {"gains.png", "words.png", "1-categories.png"} & drawn
+    assert ["augmix", "augmix", "2", "1.5", "15.0"] in page.rows

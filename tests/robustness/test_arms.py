@@ -1,0 +1,138 @@
+"""Trainings with several seeds in one column: means, deviations, and differences of the same seed."""
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import pytest
+from evaluations import cell, evaluation
+from pages import Page, require_self_contained
+from PIL import Image
+
+from mae_dat.robustness.report.comparison import best_of, caution, difference, headline_table, pairs_table, summary
+from mae_dat.robustness.report.groups import arms_of, twins
+from mae_dat.robustness.report.metrics import axes_of
+from mae_dat.robustness.report.render import latex_table, markdown_table
+from mae_dat.robustness.report.write import write_report
+from mae_dat.robustness.scores.results import Results, read_results, write_results
+
+PLAIN, DAT = (700, 720, 710), (741, 759, 748)  # right answers of 1,000: 41, 39 and 38 more
+
+
+def trainings(**right: tuple[int, ...]) -> Results:
+    """Arms with a run for each number of right answers, measured on one suite."""
+    names = [f"{arm} {seed}" for arm, counts in right.items() for seed in range(len(counts))]
+    given = evaluation(names, ("imagenet-a",))
+    runs = zip(names, [(arm, seed) for arm, counts in right.items() for seed in range(len(counts))], strict=True)
+    given["training"] = {
+        "runs": {
+            name: {
+                "arm": arm,
+                "label": {"dat": "DAT", "random": "random words"}.get(arm, arm),
+                "seed": seed,
+                "seconds": 90.0,
+                "curves": {
+                    "train_loss": [[1, 2.0], [2, None], [3, 1.5]],
+                    **({} if arm == "plain" else {"changed_words": [[1, 0.01], [2, 0.0375]]}),
+                },
+            }
+            for name, (arm, seed) in runs
+        },
+        "pretraining": {"train_loss": [[1, 1.0], [2, 0.5]]},
+        "seconds": 60.0,
+        "settings": {"fine-tuning": {"epochs": 2}},
+        "galleries": [],
+    }
+    for name, count in zip(names, [one for counts in right.values() for one in counts], strict=True):
+        given["cells"][name]["imagenet-a"][""] = cell(1000, 1 - count / 1000)
+    return given
+
+
+def test_seeds_stand_in_one_column_as_mean_and_deviation() -> None:
+    table = headline_table(trainings(plain=PLAIN, dat=DAT))
+    gaps = [(b - a) / 10 for a, b in zip(PLAIN, DAT, strict=True)]
+    assert table.head == ("", "plain", "DAT", "DAT − plain at the same seed")
+    assert table.rows[0][1:] == (
+        "71.0 ± 1.0",
+        f"{statistics.fmean(DAT) / 10:.1f} ± {statistics.stdev(DAT) / 10:.1f}",
+        f"+{statistics.fmean(gaps):.1f} ± {statistics.stdev(gaps):.1f} better",
+    )
+    assert table.best == {(0, 2)}
+    assert "**74.9 ± 0.9**" in markdown_table(table)
+    assert r"\textbf{74.9 $\pm$ 0.9}" in latex_table(table)
+
+
+def test_pairs_are_of_the_same_seed_whatever_their_order() -> None:
+    given = trainings(plain=PLAIN, dat=DAT)
+    order = ["dat 2", "dat 0", "plain 1", "dat 1", "plain 2", "plain 0"]
+    given["models"] = {name: given["models"][name] for name in order}
+    dat, plain = arms_of(given)
+    found = difference(axes_of(given)[0], dat, plain)
+    assert found is not None
+    assert found.spread == pytest.approx(statistics.stdev((4.1, 3.9, 3.8)))
+    half = 4.302653 * statistics.stdev((4.1, 3.9, 3.8)) / 3**0.5  # Student, two degrees of freedom
+    assert found.ends == pytest.approx((found.gap - half, found.gap + half))
+
+
+def test_examples_are_of_the_same_seed() -> None:
+    given = trainings(plain=PLAIN, random=(705,), dat=DAT)
+    assert twins(given) == ("plain 0", "dat 0")
+    del given["models"]["dat 0"]  # its network gives no gradient, say
+    assert twins(given) == ("plain 1", "dat 1")
+    for name in ("plain 1", "plain 2"):
+        del given["models"][name]
+    assert twins(given) == ("plain 0", "dat 1")
+    assert twins(evaluation(("one", "other", "third"))) == ("one", "third")
+    assert twins(evaluation(("alone",))) is None
+    assert twins(trainings(plain=PLAIN)) is None
+
+
+def test_what_scatters_is_neither_better_nor_best() -> None:
+    given = trainings(plain=PLAIN, dat=(700, 780, 740))
+    table = headline_table(given)
+    assert table.rows[0][3] == "+3.0 ± 3.0"
+    assert not table.best
+    assert "1 are undecided" in " ".join(summary(given))
+    three = trainings(plain=PLAIN, random=tuple(one + 1 for one in DAT), dat=DAT)
+    assert not headline_table(three).best or headline_table(three).best == {(0, 2)}
+    plain, random, dat = arms_of(three)
+    axis = axes_of(three)[0]
+    assert best_of(axis, [plain, dat]) is dat
+    assert best_of(axis, [dat]) is None
+    assert best_of(axis, [plain, dataclasses.replace(plain, title="twin")]) is None
+    pairs = pairs_table(three)
+    assert pairs is not None
+    assert pairs.head == ("", "DAT − random words")
+    assert pairs.rows[0][1].startswith("−0.1 ± 0.0")
+    assert random.style == 1
+
+
+def test_how_far_the_numbers_carry_is_said() -> None:
+    one, two = trainings(plain=(700,), dat=(900,)), trainings(plain=PLAIN, dat=DAT)
+    assert "One seed" in " ".join(caution(one))
+    assert headline_table(one).rows[0][3].endswith("] better")
+    assert "means over at least 3 seeds" in " ".join(summary(two))
+    assert "DAT 3.75 ± 0.00 %" in " ".join(summary(two))
+    for run in two["training"]["runs"].values():
+        if "changed_words" in run["curves"]:
+            run["curves"]["changed_words"] = [[1, 0.0]]
+    assert "Where none was changed (DAT)" in " ".join(caution(two))
+    assert not caution(evaluation())
+
+
+def test_the_page_holds_curves_runs_settings_and_galleries(tmp_path: Path) -> None:
+    given = trainings(plain=PLAIN, dat=DAT)
+    Image.new("RGB", (8, 8)).save(tmp_path / "words.png")
+    Image.new("RGB", (8, 8)).save(tmp_path.parent / "secret.png")
+    shown = ("words.png", "../secret.png", "gone.png")
+    given["training"]["galleries"] = [{"title": f"of {one}", "caption": "clean, changed", "file": one} for one in shown]
+    write_results(given, tmp_path / "results.json")
+    text = write_report(read_results(tmp_path / "results.json"), tmp_path).read_text()
+    require_self_contained(text)
+    page = Page(text)
+    assert ["DAT", "dat", "2", "1.5", "–"] in page.rows
+    assert ["epochs", "2"] in page.rows
+    assert text.count("This picture is missing") == 2
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"pretraining-train-loss.png", "fine-tuning-train-loss.png", "fine-tuning-changed-words.png"} <= drawn
+    assert "scatter between training runs" not in page.text

@@ -1,0 +1,309 @@
+"""What a run tells: lines or a bar, the time left, log.txt, and TensorBoard's scalars and pictures."""
+
+import io
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console as RichConsole
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mae_dat.config.groups import (
+    AugmentConfig,
+    ClassifierConfig,
+    DataConfig,
+    DatConfig,
+    FinetuneConfig,
+    MaskConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.models import mae
+from mae_dat.models.mae import MaeSize, ViTSize
+from mae_dat.models.tokenizer import LightConfig, LightTokenizer
+from mae_dat.runtime import console as metrics
+from mae_dat.runtime.console import Console, RunLog, duration, read_log
+from mae_dat.training.finetune import finetune
+from mae_dat.training.pretrain import pretrain
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+def run_task(console: Console, clock: Clock, total: int, seconds_each: float, done: int = 0) -> None:
+    with console.task("train", total, done=done) as task:
+        for step in range(done, total):
+            clock.now += seconds_each
+            task.advance(f"loss {step}")
+
+
+# ---- console ----
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3723, "1:02:03"), (-5, "0:00")]
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_a_file_gets_one_line_an_interval_and_the_last(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run_task(Console(interval=10), clock, 100, 1.0)
+    assert caplog.messages == [
+        f"train: step {step}/100  loss {step - 1}  {duration(100 - step)} left" for step in range(10, 101, 10)
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_task(Console(interval=10), clock, 100, 0.01)
+    assert caplog.messages == ["train: step 100/100  loss 99  0:00 left"]
+
+
+def test_the_quiet_console_says_nothing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run_task(Console(interval=1, quiet=True), clock, 10, 5.0)
+    assert not caplog.records
+
+
+def test_a_terminal_gets_a_live_bar(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    screen, console = io.StringIO(), Console()
+    console.rich = RichConsole(file=screen, force_terminal=True, width=100)
+    console.live = True
+    with caplog.at_level(logging.INFO):
+        with console.task("train", 20, done=5) as task:
+            clock.now += 10
+            task.advance("loss 0.5", count=5)
+            assert task.progress is not None
+            task.progress.refresh()
+    shown = screen.getvalue()
+    assert "train" in shown
+    assert "10/20" in shown
+    assert "loss 0.5  0:20 left" in shown
+    assert not caplog.records, "no plain lines beside the bar"
+
+
+def test_the_time_left_of_a_resumed_stage_counts_what_was_done_now(clock: Clock) -> None:
+    with Console(quiet=True).task("train", 100, done=90) as task:
+        clock.now += 4
+        task.advance(count=2)
+        assert task.left() == pytest.approx(16)
+
+
+def test_the_time_left_covers_the_planned_stages(clock: Clock) -> None:
+    console = Console({"one": 10.0, "two": 20.0, "three": 30.0}, quiet=True)
+    with console.task("one", 10) as task:
+        clock.now += 10
+        task.advance(count=5)
+        # Half of the first stage took 10 s: 10 more, and the plan's 50 at twice their length.
+        assert task.left() == pytest.approx(10 + 2 * 50)
+        clock.now += 10
+        task.advance(count=5)
+    assert console.spent == {"one": 20.0}
+    with console.task("two", 4) as task:
+        clock.now += 25
+        task.advance(count=1)
+        # The second stage is estimated at 100 s: (20 + 100) / (10 + 20) of the plan's pace for the third.
+        assert task.left() == pytest.approx(75 + 4 * 30)
+
+
+def test_without_a_plan_only_this_stage_counts(clock: Clock) -> None:
+    console = Console(quiet=True)
+    run_task(console, clock, 5, 1.0)
+    assert console.left_after("other", 10.0) == 0
+
+
+# ---- log.txt ----
+
+
+def test_records_beyond_the_resumed_step_are_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = RunLog(tmp_path)
+    for epoch in range(3):
+        log.record({"epoch": epoch, "step": 10 * (epoch + 1), "train_loss": 0.5})
+    log.close()
+    with (tmp_path / "log.txt").open("a") as file:
+        file.write('{"epoch": 3, "st')  # a kill in the middle of a write
+    with caplog.at_level(logging.WARNING):
+        log = RunLog(tmp_path, resumed_step=25)
+    assert "log.txt: a torn line was dropped" in caplog.text
+    log.record({"epoch": 2, "step": 30, "train_loss": 0.4})
+    log.close()
+    found = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [(record["epoch"], record["train_loss"]) for record in found] == [(0, 0.5), (1, 0.5), (2, 0.4)]
+    assert read_log(tmp_path / "log.txt") == found
+    assert read_log(tmp_path / "nothing.txt") == []
+
+
+def test_a_fresh_run_starts_a_fresh_log(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "step": 4}\n')
+    RunLog(tmp_path).close()
+    assert read_log(tmp_path / "log.txt") == []
+
+
+def test_a_log_torn_at_any_byte_loses_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, records = tmp_path / "log.txt", [{"step": 10, "note": "ä\n"}, {"step": 20, "loss": 1.25e-7}, {"step": 30}]
+    lines = [json.dumps(record).encode() + b"\n" for record in records]
+    whole = b"".join(lines)
+    ends = [len(b"".join(lines[:count])) for count in range(4)]
+    for torn in range(len(whole) + 1):
+        path.write_bytes(whole[:torn])
+        complete = sum(end - 1 <= torn for end in ends[1:])  # a line without its newline is complete
+        assert read_log(path) == records[:complete]
+        path.write_bytes(whole[:torn] + bytes(9))  # as a lost page leaves it
+        assert read_log(path) == records[: sum(end <= torn for end in ends[1:])]
+    path.write_bytes(b"\xff\xfe\n7\n" + whole)
+    assert read_log(path) == records
+
+
+def test_resuming_from_a_torn_log_goes_on_with_whole_lines(tmp_path: Path) -> None:
+    line = json.dumps({"step": 10, "loss": 0.5})
+    for torn in range(len(line) + 1):
+        (tmp_path / "log.txt").write_text(f"{line}\n{line.replace('10', '20')[:torn]}")
+        log = RunLog(tmp_path, resumed_step=10)
+        log.record({"step": 20, "loss": 0.25})
+        log.close()
+        assert read_log(tmp_path / "log.txt") == [{"step": 10, "loss": 0.5}, {"step": 20, "loss": 0.25}]
+
+
+def test_a_torn_tensorboard_file_leaves_every_position_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run is killed while it writes; what it goes on with is written again, what came before is there."""
+    (tmp_path / "whole").mkdir()
+    first = RunLog(tmp_path / "whole")
+    for epoch in range(1, 5):
+        first.scalars({"loss": float(epoch)}, 1000 * epoch)
+    first.close()
+    (events,) = (tmp_path / "whole").glob("events*")
+    content = events.read_bytes()
+    # TensorBoard reads files in the order of their names, which hold the second in which they were begun.
+    began = re.search(r"tfevents\.(\d+)", events.name)
+    assert began
+    earlier = events.name.replace(began[1], str(int(began[1]) - 60))
+    for torn in range(0, len(content) + 1, 23):
+        folder = tmp_path / str(torn)
+        folder.mkdir()
+        (folder / earlier).write_bytes(content[:torn])
+        log = RunLog(folder, resumed_step=20, purge_from=2001)
+        for epoch in range(3, 7):
+            log.scalars({"loss": float(epoch)}, 1000 * epoch)
+        log.close()
+        board = EventAccumulator(str(folder))
+        with caplog.at_level(logging.CRITICAL):
+            board.Reload()
+        shown = [scalar.step for scalar in board.Scalars("loss")]
+        assert shown[-4:] == [3000, 4000, 5000, 6000]
+        assert shown == [1000, 2000, 3000, 4000, 5000, 6000][-len(shown) :] or shown == [1000, 3000, 4000, 5000, 6000]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, enabled=False)
+    log.record({"epoch": 0})
+    log.scalars({"loss": 1.0}, 1000)
+    log.picture("picture", torch.zeros(3, 4, 4), 1000)
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- TensorBoard ----
+
+
+def board(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
+def curve(found: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in found.Scalars(tag)}
+
+
+def test_scalars_and_pictures_come_back(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, tmp_path / "board")
+    log.scalars({"loss": 2.0, "lr": 1e-3}, 1000)
+    log.scalars({"loss": 1.0, "lr": 1e-4}, 2000)
+    log.picture("gallery", torch.rand(3, 20, 30) * 2 - 0.5, 2000)
+    log.close()
+    found = board(tmp_path / "board")
+    assert curve(found, "loss") == {1000: 2.0, 2000: 1.0}
+    assert curve(found, "lr") == pytest.approx({1000: 1e-3, 2000: 1e-4})
+    (picture,) = found.Images("gallery")
+    assert (picture.step, picture.height, picture.width) == (2000, 20, 30)
+
+
+TINY = ViTSize(32, 8, 32, 1, 2)
+
+
+def settings(tmp_path: Path, output: str) -> dict[str, Any]:
+    root = write_image_folder(tmp_path / "images", train=16, val=10, conflict=10, silhouette=10, size=32)
+    return {
+        "run": RunConfig(str(tmp_path / output), device="cpu", precision="fp32", pictures_every=2),
+        "data": DataConfig(str(root), (32,), num_workers=0),
+        "optim": OptimConfig(batch_size=8, epochs=2, warmup_epochs=0),
+    }
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    LightTokenizer(LightConfig(width=8, encoder_blocks=1, decoder_blocks=1, num_words=16)).save(
+        tmp_path / "tokenizer.safetensors"
+    )
+    return str(tmp_path / "tokenizer.safetensors")
+
+
+def test_pretraining_writes_maes_tags_and_its_galleries(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(mae.MAE_MODELS, "mae_tiny", MaeSize(TINY, 16, 1, 2))
+    config = PretrainConfig(
+        **settings(tmp_path, "mae"), mae=MaskConfig("mae_tiny"), dat=DatConfig("released", tokenizer=tokenizer)
+    )
+    pretrain(config, Console(quiet=True))
+    found, records = board(tmp_path / "mae"), read_log(tmp_path / "mae" / "log.txt")
+    assert {"train_loss", "lr"} <= set(found.Tags()["scalars"])
+    assert curve(found, "train_loss") == pytest.approx({1000 * (r["epoch"] + 1): r["train_loss"] for r in records})
+    assert list(curve(found, "lr")) == [1000, 2000]
+    assert set(found.Tags()["images"]) == {"reconstruction", "adversary"}
+    for name in ("reconstruction", "adversary"):
+        (picture,) = found.Images(name)  # of the second epoch only: pictures_every is 2
+        assert picture.step == 2000
+        assert picture.width > 100
+        assert (tmp_path / "mae" / "pictures" / f"{name}.png").is_file()
+
+
+def test_finetuning_writes_maes_tags_and_its_gallery(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(mae.VIT_SIZES, "vit_tiny", TINY)
+    config = FinetuneConfig(
+        **settings(tmp_path, "classifier"),
+        classifier=ClassifierConfig("vit_tiny"),
+        augment=AugmentConfig(aa=None),
+        dat=DatConfig("released", tokenizer=tokenizer),
+    )
+    finetune(config, Console(quiet=True))
+    found, records = board(tmp_path / "classifier"), read_log(tmp_path / "classifier" / "log.txt")
+    tags = {"loss": "train_loss", "lr": "train_lr", "perf/test_acc1": "test_acc1", "perf/test_acc5": "test_acc5"}
+    for tag, key in {**tags, "perf/test_loss": "test_loss"}.items():
+        expected = {1000 * (record["epoch"] + 1): record[key] for record in records}
+        assert curve(found, tag) == pytest.approx(expected, rel=1e-6)
+        assert key not in found.Tags()["scalars"]
+    assert [(p.step, p.width > 100) for p in found.Images("adversary")] == [(2000, True)]

@@ -1,0 +1,184 @@
+"""Ranks that are killed, fail alone or fail amid a collective: the others are gone soon, with the right exit code."""
+
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import exit_codes, start_ranks
+from tiny_runs import draw_folder
+from torch import Tensor, nn
+
+from mae_dat.config.errors import DataError, PeerError, RetryError, StorageError
+from mae_dat.config.groups import PretrainConfig
+from mae_dat.config.parse import load_config, run_command
+from mae_dat.models import mae
+from mae_dat.models.mae import MaeSize, ViTSize
+from mae_dat.runtime import failures as peers
+from mae_dat.runtime import watchdog as watch
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.failures import is_loss, lost_peers_tell
+from mae_dat.runtime.world import process_group, world_from_environment
+from mae_dat.training.pretrain import pretrain
+
+GONE = 30.0  # seconds within which the issue wants the others gone
+CPU = torch.device("cpu")
+
+
+class _FailsBackward(torch.autograd.Function):
+    """The identity, whose gradient fails when it is asked to."""
+
+    failing = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        if _FailsBackward.failing:
+            raise ValueError("no memory left for this gradient")
+        return gradients[0]
+
+
+class _Net(nn.Module):
+    """Two layers whose gradients travel apart; the second one's is under way when the first one's fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(600, 600), nn.Linear(600, 600)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(_FailsBackward.apply(self.first(x)))
+
+
+def train_until(rank: int, victim: int, fault: str) -> None:
+    """Trains for ever, but for rank `victim`, which meets a fault at step 3."""
+
+    def run() -> None:
+        if fault.startswith("kill,"):
+            peers.GRACE_S = 1.0
+        with process_group(world_from_environment(), CPU):
+            net = nn.parallel.DistributedDataParallel(_Net(), bucket_cap_mb=1)
+            for step in range(10**6):
+                with lost_peers_tell(lambda step=step: f"at step {step}"):  # type: ignore[misc]
+                    if rank == victim and step == 3:
+                        meet(fault)
+                    if fault == "kill, others blind" and step == 3:
+                        time.sleep(60)  # as in a kernel of NCCL's, which does not see that a peer is gone
+                    net(torch.ones(1, 600)).sum().backward()
+
+    run_command(run)
+
+
+def meet(fault: str) -> None:
+    if fault == "kill, worker left" and os.fork() == 0:
+        sys.stderr.write(f"worker {os.getpid()}\n")
+        time.sleep(2 * GONE)  # with all connections of its parent
+        os._exit(0)
+    if fault.startswith("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "data":
+        raise DataError("cat.jpg cannot be read")
+    if fault == "disk":
+        raise StorageError("no space left for checkpoint-00000003.pth")
+    if fault == "bug":
+        return [][0]
+    _FailsBackward.failing = True
+
+
+@pytest.mark.parametrize(
+    ("victim", "fault", "own", "others"),
+    [
+        (0, "kill", -signal.SIGKILL, 75),
+        (1, "kill", -signal.SIGKILL, 75),
+        (2, "kill", -signal.SIGKILL, 75),
+        (0, "kill, others blind", -signal.SIGKILL, 75),
+        (1, "kill, others blind", -signal.SIGKILL, 75),
+        (1, "kill, worker left", -signal.SIGKILL, 75),
+        (1, "data", 65, 65),
+        (0, "disk", 74, 74),
+        (2, "bug", 1, 1),
+        (1, "amid backward", 1, 1),
+    ],
+)
+def test_a_ranks_fault_ends_the_others_too(victim: int, fault: str, own: int, others: int, tmp_path: Path) -> None:
+    codes = exit_codes(start_ranks(3, train_until, victim, fault, log=tmp_path / "log"), GONE + 15)  # some to start
+    assert codes == [own if rank == victim else others for rank in range(3)]
+    told = {rank: (tmp_path / f"log-{rank}").read_text() for rank in range(3)}
+    for worker in re.findall(r"worker (\d+)", told[victim]):
+        os.kill(int(worker), signal.SIGKILL)
+    messages = {
+        "kill": f"error: rank {victim} was lost at step 3; the same command goes on",
+        "kill, others blind": f"error: rank {victim} was lost; the same command goes on",
+        "kill, worker left": f"error: rank {victim} was lost; the same command goes on",
+        "data": f"error: rank {victim} stopped: cat.jpg cannot be read",
+        "disk": f"error: rank {victim} stopped: no space left for",
+        "bug": f"error: rank {victim} stopped: IndexError: list index out of range",
+        "amid backward": f"error: rank {victim} stopped: ValueError: no memory left for this gradient",
+    }
+    for rank in set(range(3)) - {victim}:
+        assert messages[fault] in told[rank]
+        assert "Traceback" not in told[rank]
+    assert ("Traceback" in told[victim]) == (fault in ("bug", "amid backward"))
+
+
+def test_what_is_no_loss_of_a_peer_stays_what_it_is() -> None:
+    assert is_loss(torch.distributed.DistNetworkError("x"))
+    assert is_loss(RuntimeError("[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"))
+    assert not is_loss(RuntimeError("shape '[3]' is invalid for input of size 4"))
+    assert not is_loss(ValueError("gloo/transport"))
+    assert not is_loss(torch.OutOfMemoryError("NCCL"))
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), lost_peers_tell():
+        raise RuntimeError("Connection closed by peer")  # not among peers: somebody else's connection
+    assert math.isclose(PeerError("x", 65).exit_code, 65)
+    assert RetryError.exit_code == 75
+
+
+# ---- a whole training, with loader workers, watchdogs and checkpoints ----
+
+
+def train_for_long(rank: int, folder: Path, output: Path) -> None:
+    mae.MAE_MODELS["mae_tiny"] = MaeSize(ViTSize(32, 8, 32, 2, 2), 16, 1, 2)
+    given = ["--model", "mae_tiny", "--input_size", "32", "--batch_size", "4", "--epochs", "9999", "--num_workers", "2"]
+    given += ["--device", "cpu", "--pictures_every", "0", "--data_path", str(folder), "--output_dir", str(output)]
+    config = load_config(PretrainConfig, given)
+    run_command(lambda: pretrain(config, Console(quiet=True)))
+
+
+def descendants(pid: int | None) -> list[int]:
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+    ]
+    return children + [one for child in children for one in descendants(child)]
+
+
+def alive(pid: int) -> bool:
+    return not watch.state_of(pid).startswith(("Z", "state unknown"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_training_whose_rank_is_killed_is_gone_entirely(victim: int, tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", train=34)
+    ranks = start_ranks(2, train_for_long, images, tmp_path / "output", log=tmp_path / "log")
+    while not list(tmp_path.glob("output/checkpoint-*.json")) and all(rank.is_alive() for rank in ranks):
+        time.sleep(0.1)
+    others = [pid for rank in ranks for pid in descendants(rank.pid)]
+    assert len(others) >= 6, "a watchdog and two workers each"
+    start = time.monotonic()
+    ranks[victim].kill()
+    codes = exit_codes(ranks, GONE)
+    assert codes[1 - victim] == 75, (tmp_path / f"log-{1 - victim}").read_text()
+    while any(map(alive, others)) and time.monotonic() - start < GONE:
+        time.sleep(0.1)
+    assert not [pid for pid in others if alive(pid)]
+    told = (tmp_path / f"log-{1 - victim}").read_text()
+    assert f"error: rank {victim} was lost at step" in told
+    assert "Traceback" not in told

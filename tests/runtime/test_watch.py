@@ -1,0 +1,181 @@
+"""The watchdog against processes that really hang: stopped, or in C code that holds the interpreter's lock."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from ranks import exit_codes, start_ranks
+
+from mae_dat.config.parse import run_command
+from mae_dat.runtime import watchdog as watch
+from mae_dat.runtime.watchdog import beat, watching
+from mae_dat.runtime.world import all_sum, process_group, world_from_environment
+
+LIMIT = 2  # seconds
+
+
+def watchdogs_of(pid: int | None) -> list[int]:
+    children = [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    return [
+        int(child) for child in children if "/mae_dat/runtime/watchdog.py" in Path(f"/proc/{child}/cmdline").read_text()
+    ]
+
+
+def hang(rank: int, how: str, folder: Path) -> None:
+    """Two ranks train; at step 3 rank 1 hangs."""
+
+    def run() -> None:
+        with process_group(world_from_environment(), torch.device("cpu")), watching(LIMIT / 60, rank):
+            for step in range(10**6):
+                beat()
+                all_sum(torch.ones(1))
+                if rank == 1 and step == 3:
+                    worker(folder)
+                    (folder / "hangs").write_text(str(os.getpid()))
+                    if how == "stopped":
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    else:
+                        re.search("(a+)+$", "a" * 64 + "b")  # longer than the universe, with the lock held
+
+    run_command(run)
+
+
+def worker(folder: Path) -> None:
+    """What a data loader forks: it outlives its parent for a moment, and must do so unhurt."""
+    parent = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == parent:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        (folder / "unhurt").touch()
+        os._exit(0)
+
+
+class Hung(NamedTuple):
+    """What became of two ranks of which the second hung."""
+
+    seconds: float
+    codes: list[int | None]
+    told: list[str]
+    watchdogs: list[int]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def hung(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Hung]:
+    """Both ways to hang, at the same time."""
+    folders = {how: tmp_path_factory.mktemp(how) for how in ("stopped", "spinning")}
+    started = {how: start_ranks(2, hang, how, folder, log=folder / "log") for how, folder in folders.items()}
+    for how, folder in folders.items():
+        while not (folder / "hangs").exists() and started[how][1].is_alive():
+            time.sleep(0.02)
+    begin = time.monotonic()
+    watchdogs = {how: [child for rank in ranks for child in watchdogs_of(rank.pid)] for how, ranks in started.items()}
+    found = {}
+    for how, folder in folders.items():
+        codes = exit_codes(started[how], 60)
+        told = [(folder / f"log-{rank}").read_text() for rank in range(2)]
+        found[how] = Hung(time.monotonic() - begin, codes, told, watchdogs[how], folder)
+    return found
+
+
+@pytest.mark.parametrize(("how", "own"), [("stopped", 75), ("spinning", -signal.SIGKILL)])
+def test_a_rank_that_hangs_is_found_and_all_are_ended(how: str, own: int, hung: dict[str, Hung]) -> None:
+    seconds, codes, told, watchdogs, folder = hung[how]
+    assert seconds < LIMIT + 5 + 5, "and some time for a busy machine"
+    assert codes == [75, own]
+    state = r"\w \(stopped\)" if how == "stopped" else r"\w \(running\)"
+    assert re.search(rf"rank 1 \(pid \d+\) made no step for {LIMIT} s \({state}\)", told[1])
+    assert re.search(r'test_watch.py", line \d+ in run', told[1])
+    assert ("does not leave by itself" in told[1]) == (how == "spinning")
+    if "rank 1 was lost" not in told[0]:  # as it hears where rank 1 is ended before its own limit has passed
+        assert re.search(r"rank 0 \(pid \d+\) made no step", told[0])
+        assert re.search(r'world.py", line \d+ in all_sum', told[0]), "the stacks of all ranks"
+    assert len(watchdogs) == 2
+    end = time.monotonic() + 10
+    while time.monotonic() < end and (any(map(running, watchdogs)) or not (folder / "unhurt").exists()):
+        time.sleep(0.05)
+    assert not any(map(running, watchdogs)), "no watchdog is left"
+    assert (folder / "unhurt").exists(), "nor was a loader's worker ended with its parent"
+
+
+def running(pid: int) -> bool:
+    try:
+        return not watch.state_of(pid).startswith(("Z", "state unknown"))
+    except ProcessLookupError:
+        return False
+
+
+SLEEPER = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(Path(watch.__file__).parents[2])!r})
+from mae_dat.runtime.watchdog import beat, watching
+with watching({LIMIT} / 60, first_minutes=float(sys.argv[1]) / 60):
+    print(flush=True)
+    for _ in range(int(sys.argv[2])):
+        time.sleep(0.2)
+        beat()
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def start(first: float, beats: int, rest: float) -> tuple["subprocess.Popen[str]", int]:
+    """A process with a watchdog (its pid comes second) that beats so often, five times a second, then rests."""
+    command = [sys.executable, "-c", SLEEPER, str(first), str(beats), str(rest)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    (watchdog,) = watchdogs_of(process.pid)
+    return process, watchdog
+
+
+def test_who_beats_is_left_alone_and_the_first_beat_may_take_longer() -> None:
+    """And a job that is suspended as a whole, longer than the limit, is not shot when it wakes."""
+    started = [start(1, 3 * LIMIT * 5, 0), start(30, 0, 2 * LIMIT), start(600, 1, 600), start(30, 20, 0)]
+    suspended = (started[-1][1], started[-1][0].pid)
+    for pid in suspended:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(LIMIT + 1.5)
+    for pid in suspended:
+        os.kill(pid, signal.SIGCONT)
+    outcomes = [(process.communicate(timeout=60), process.returncode) for process, _ in started]
+    assert [code for _, code in outcomes] == [0, 0, 75, 0]
+    assert [bool(told) for (_, told), _ in outcomes] == [False, False, True, False]
+    assert not [watchdog for _, watchdog in started if running(watchdog)]
+
+
+def test_a_scheduler_s_signals_do_not_end_the_watchdog_but_its_parent_s_end_does() -> None:
+    process, watchdog = start(30, 1, 60)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        os.kill(watchdog, number)
+    time.sleep(0.5)
+    assert running(watchdog)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 10
+    while running(watchdog) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not running(watchdog)
+
+
+def test_a_watchdog_is_started_and_removed_quickly() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    beat()  # without a watchdog nothing happens
+    begin = time.monotonic()
+    for _ in range(5):
+        with watching(1):
+            beat()
+            with watching(1):  # one is enough
+                beat()
+    assert time.monotonic() - begin < 5 * 0.5, "0.03 s each where nothing else runs"
+    time.sleep(0.1)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    with watching(0):
+        assert not watchdogs_of(os.getpid())

@@ -1,0 +1,678 @@
+"""The training loop with real images, models and signals: what it resumes, sums, refuses and reports."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import MEASURED
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mae_dat.config.errors import DataError, Interrupted, NumericsError, PeerError
+from mae_dat.config.groups import (
+    AugmentConfig,
+    ClassifierConfig,
+    DataConfig,
+    DatConfig,
+    FinetuneConfig,
+    MaskConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+)
+from mae_dat.config.parse import run_command
+from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.image_set import Batch, ImageFolder
+from mae_dat.data.loader import TrainSampler, eval_loader, steps_per_epoch, train_loader
+from mae_dat.data.transforms import eval_transform
+from mae_dat.models import mae
+from mae_dat.models.classifier import build_classifier
+from mae_dat.models.mae import MaeSize, ViTSize, build_mae
+from mae_dat.models.tokenizer import LightConfig, LightTokenizer
+from mae_dat.runtime import signals as stopping
+from mae_dat.runtime.console import Console, RunLog, read_log
+from mae_dat.runtime.world import World, process_group
+from mae_dat.storage.checkpoint import newest_checkpoint
+from mae_dat.training import loop as engine
+from mae_dat.training.accuracy import accuracy
+from mae_dat.training.finetune import finetune
+from mae_dat.training.loop import Job
+from mae_dat.training.objectives.base import Classification, MaskedReconstruction, Objective, WithDAT
+from mae_dat.training.optim import build_optimizer, learning_rate
+from mae_dat.training.pretrain import pretrain
+from mae_dat.training.state import Training
+
+SIDE = 32
+TINY = ViTSize(SIDE, 8, 32, 2, 2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """34 training pictures (4 steps of 8, two left over) and 20 for validation."""
+    return write_image_folder(
+        tmp_path_factory.mktemp("engine") / "images", train=34, val=20, conflict=10, silhouette=10, size=SIDE
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.safetensors"
+    LightTokenizer(LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=32)).save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only lose time with more
+    monkeypatch.setenv("MAE_DAT_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(mae.MAE_MODELS, "mae_tiny", MaeSize(TINY, 16, 1, 2))
+    monkeypatch.setitem(mae.VIT_SIZES, "vit_tiny", TINY)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- whole runs, stopped and resumed ----
+
+
+def run_config(output: Path) -> RunConfig:
+    return RunConfig(output_dir=str(output), device="cpu", precision="fp32", pictures_every=0)
+
+
+def data_config(folder: Path) -> DataConfig:
+    return DataConfig(data_path=str(folder), input_size=(SIDE,), num_workers=0)
+
+
+def run_mae(
+    folder: Path, output: Path, tokenizer: Path, accum_iter: int = 1, epochs: int = 2, save_minutes: float = 10
+) -> None:
+    optim = OptimConfig(batch_size=8, epochs=epochs, warmup_epochs=1, blr=0.05, accum_iter=accum_iter)
+    run = dataclasses.replace(run_config(output), save_minutes=save_minutes)
+    config = PretrainConfig(run, data_config(folder), MaskConfig("mae_tiny", 0.5, True), optim)
+    pretrain(config, Console(quiet=True))
+
+
+def run_accumulating_mae(folder: Path, output: Path, tokenizer: Path) -> None:
+    run_mae(folder, output, tokenizer, accum_iter=2, epochs=3)
+
+
+def run_classifier(folder: Path, output: Path, tokenizer: Path) -> None:
+    config = FinetuneConfig(
+        run_config(output),
+        data_config(folder),
+        ClassifierConfig("vit_tiny", drop_path=0.3, ema_decay=0.8),
+        AugmentConfig(mixup=0.8, cutmix=1.0),
+        OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
+    )
+    finetune(config, Console(quiet=True))
+
+
+def run_dat(folder: Path, output: Path, tokenizer: Path) -> None:
+    config = FinetuneConfig(
+        run_config(output),
+        data_config(folder),
+        ClassifierConfig("vit_tiny"),
+        AugmentConfig(aa=None),
+        OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
+        DatConfig("released", dat_share=0.05, tokenizer=str(tokenizer)),
+    )
+    finetune(config, Console(quiet=True))
+
+
+RUNS = {"mae": run_mae, "accumulation": run_accumulating_mae, "mixup, EMA, drop path": run_classifier, "DAT": run_dat}
+
+
+@contextlib.contextmanager
+def signal_in_step(step: int, number: int) -> Iterator[None]:
+    """Sends this process a real signal in the middle of a training step."""
+    real: Callable[..., float] = engine.train_step
+
+    def interrupted(training: Training, *rest: Any) -> float:
+        if training.step == step:
+            os.kill(os.getpid(), number)
+        return real(training, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "train_step", interrupted)
+        yield
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in record.items() if key not in MEASURED} for record in read_log(output / "log.txt")
+    ]
+
+
+def final_state(output: Path) -> dict[str, Any]:
+    found = newest_checkpoint(output)
+    assert found is not None
+    return found.load()
+
+
+def assert_equal_states(one: Any, other: Any, where: str = "state") -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal_states(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for number, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+            assert_equal_states(mine, theirs, f"{where}.{number}")
+    else:
+        assert one == other or (one != one and other != other), where
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "number"),
+    [
+        ("mae", 2, signal.SIGTERM),
+        ("accumulation", 2, signal.SIGINT),
+        ("mixup, EMA, drop path", 5, signal.SIGINT),
+        ("DAT", 5, signal.SIGUSR1),
+    ],
+)
+def test_a_stopped_run_resumes_as_if_nothing_had_happened(
+    name: str, step: int, number: int, folder: Path, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = RUNS[name]
+    train(folder, tmp_path / "whole", tokenizer)
+    handlers = signal.getsignal(number)
+    with (
+        signal_in_step(step, number),
+        pytest.raises(Interrupted, match=r"stopped at step \d of \d+.*stopped") as stopped,
+    ):
+        train(folder, tmp_path / "stopped", tokenizer)
+    assert stopped.value.exit_code == (130 if number == signal.SIGINT else 75)
+    assert signal.getsignal(number) == handlers, "the handlers from before are back"
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    between = final_state(tmp_path / "stopped")
+    assert between["step"] == step + 1
+    with caplog.at_level(logging.INFO):
+        train(folder, tmp_path / "stopped", tokenizer)
+    assert "resuming from" in caplog.text
+    whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path / "stopped")
+    assert_equal_states(resumed, whole)
+    moved = [not torch.equal(value, whole["model"][key]) for key, value in between["model"].items()]
+    assert any(moved), "the resumed part trained"
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    epochs = 3 if name == "accumulation" else 2
+    assert [record["epoch"] for record in records(tmp_path / "stopped")] == list(range(epochs))
+    for file in ("model.safetensors", "model.json"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    if name == "DAT":
+        assert resumed["objective"]["controller"]["eps"] != 0.1
+    if name.startswith("mixup"):
+        assert any(not torch.equal(value, resumed["ema"][key]) for key, value in resumed["model"].items())
+
+
+def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Copies of one request that a scheduler and a launcher send within two seconds are one request; a second Ctrl-C is
+    a second one always."""
+    real: Callable[..., float] = engine.train_step
+    stopped: list[Interrupted] = []
+    cases = {
+        "copies": (signal.SIGTERM, signal.SIGTERM, 0.0, 3),
+        "Ctrl-C twice": (signal.SIGINT, signal.SIGINT, 0.0, 2),
+        "later": (signal.SIGTERM, signal.SIGUSR2, stopping.ECHO_S + 1, 2),
+    }
+    for name, (first, second, later, saved) in cases.items():
+
+        def interrupted(training: Training, *rest: Any, case: Any = (first, second, later)) -> float:
+            if training.step == 2:
+                os.kill(os.getpid(), case[0])
+                now = time.monotonic()
+                with pytest.MonkeyPatch.context() as clock:
+                    clock.setattr(stopping.time, "monotonic", lambda: now + case[2])
+                    os.kill(os.getpid(), case[1])
+                    time.sleep(0)  # the handler runs here, at the latest
+            return real(training, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "train_step", interrupted)
+            with pytest.raises(Interrupted) as caught:
+                run_mae(folder, tmp_path / name, tokenizer, save_minutes=0)
+        stopped.append(caught.value)
+        found = newest_checkpoint(tmp_path / name)
+        assert found is not None
+        assert found.step <= saved, name
+        assert not list((tmp_path / name).glob(".*.tmp")), "what was being written is given up and cleared away"
+    assert [one.exit_code for one in stopped] == [75, 130, 75]
+    assert ["at once" in str(one) for one in stopped] == [False, True, True]
+
+
+def test_a_bad_picture_stops_the_run_between_two_steps(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """What was learned up to it is saved, and the run goes on once the picture is mended."""
+    images = write_image_folder(tmp_path / "images", train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    run_mae(images, tmp_path / "whole", tokenizer)
+    bad = TrainSampler(34, 8, 0, 1, 0, 0, 8)
+    _, index = list(bad)[2][3]  # in the third step
+    path = Path(ImageFolder(images / "train", eval_transform((SIDE, SIDE)), labelled=False).samples[index][0])
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    with pytest.raises(DataError, match=rf"{path.name}.*truncated"):
+        run_mae(images, tmp_path / "stopped", tokenizer)
+    assert final_state(tmp_path / "stopped")["step"] == 2
+    path.write_bytes(good)
+    run_mae(images, tmp_path / "stopped", tokenizer)
+    assert_equal_states(final_state(tmp_path / "stopped"), final_state(tmp_path / "whole"))
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+
+
+def test_the_best_and_every_nth_checkpoint_are_kept(folder: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(batch_size=16, epochs=7, warmup_epochs=0, lr=1e-3)
+    scores = iter([3.0, 9.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+    job = job_for(still_images(folder), tmp_path, optim, at_epoch_end=lambda *_: {"test_acc1": next(scores)})
+    run = dataclasses.replace(job.run, keep=2, keep_every=3)
+    engine.fit(training_of(classifier(), Classification(AugmentConfig(), 10)), dataclasses.replace(job, run=run))
+    manifests = {path: json.loads(path.read_text()) for path in sorted(tmp_path.glob("checkpoint-*.json"))}
+    assert {round(one["epoch"]): one["score"] for one in manifests.values()} == {2: 9.0, 3: 1.0, 6: 5.0, 7: 6.0}
+
+
+def test_a_rerun_of_a_complete_run_trains_nothing(
+    folder: Path, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_mae(folder, tmp_path, tokenizer)
+    before = {name: (tmp_path / name).read_bytes() for name in ("log.txt", "model.safetensors")}
+    with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "train_step", lambda *arguments: pytest.fail("trained"))
+        run_mae(folder, tmp_path, tokenizer)
+    assert "is complete (8 steps)" in caplog.text
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_unreadable_images_are_replaced_and_counted(
+    folder: Path, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = write_image_folder(tmp_path / "images", train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    train = sorted((images / "train").glob("*/*.png"))
+    for path in train[:2]:
+        path.write_bytes(b"")
+    optim = OptimConfig(batch_size=17, epochs=1, warmup_epochs=0)
+    data = dataclasses.replace(data_config(images), on_bad="skip")
+    config = PretrainConfig(run_config(tmp_path / "out"), data, MaskConfig("mae_tiny"), optim)
+    with caplog.at_level(logging.WARNING):
+        pretrain(config, Console(quiet=True))
+    assert records(tmp_path / "out")[0]["skipped"] == 2
+    assert "2 unreadable images were replaced" in caplog.text
+
+
+# ---- single steps ----
+
+
+def classifier(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = build_classifier("vit_tiny", 10, (SIDE, SIDE), 0.0)
+    nn.init.normal_(model.net.head.weight, std=0.05)  # its own start is near 0: no gradient below the head
+    return model
+
+
+def still_images(folder: Path) -> ImageFolder:
+    return ImageFolder(folder / "train", eval_transform((SIDE, SIDE)))
+
+
+def job_for(
+    images: ImageFolder,
+    output: Path,
+    optim: OptimConfig,
+    world: World = World(),  # noqa: B008 - immutable
+    at_epoch_end: Callable[[Training, int, RunLog], dict[str, float]] = lambda training, epoch, log: {},
+) -> Job:
+    """A job over `images` from its first step to its last; TensorBoard is left out."""
+    epoch_steps = steps_per_epoch(len(images), optim.batch_size, world.size, optim.accum_iter)
+    order = (world.rank, world.size, 0, 0, optim.epochs * epoch_steps, optim.accum_iter)
+    sampler = TrainSampler(len(images), optim.batch_size, *order)
+    output.mkdir(exist_ok=True)
+    return Job(
+        run=run_config(output),
+        optim=optim,
+        loader=train_loader(images, sampler, 0),
+        steps_per_epoch=epoch_steps,
+        world=world,
+        device=CPU,
+        precision=None,
+        console=Console(quiet=True),
+        log=RunLog(output, enabled=False),
+        title="train",
+        facts={},
+        at_epoch_end=at_epoch_end,
+        scalar_tags={},
+        name_of=lambda index: images.samples[index][0],
+    )
+
+
+def training_of(model: nn.Module, objective: Objective) -> Training:
+    return Training(model, build_optimizer(model, 0.0, 0.05), objective)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Losses, learning rates and gradients of the steps to come, as the optimizer sees them."""
+    seen: list[dict[str, Any]] = []
+    real_step, real_update = engine.train_step, engine.update
+
+    def step(training: Training, *rest: Any) -> float:
+        loss = real_step(training, *rest)
+        seen.append({"loss": loss, "lr": training.optimizer.param_groups[-1]["lr"], **gradients})
+        gradients.clear()
+        return loss
+
+    def update(training: Training, *rest: Any) -> Tensor:
+        gradients["gradient"] = flat_gradient(training.model)
+        norm = real_update(training, *rest)
+        gradients["norm"] = float(norm)
+        return norm
+
+    gradients: dict[str, Any] = {}
+    monkeypatch.setattr(engine, "train_step", step)
+    monkeypatch.setattr(engine, "update", update)
+    return seen
+
+
+def flat_gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_accumulated_batches_equal_one_large_batch(folder: Path, tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+    def train(batch_size: int, accum_iter: int) -> list[dict[str, Any]]:
+        steps.clear()
+        optim = OptimConfig(batch_size=batch_size, accum_iter=accum_iter, epochs=1, warmup_epochs=0, lr=1e-3)
+        objective = Classification(AugmentConfig(smoothing=0.1), 10)
+        engine.fit(training_of(classifier(), objective), job_for(still_images(folder), tmp_path, optim))
+        return list(steps)
+
+    whole, halves = train(8, 1), train(4, 2)
+    assert len(whole) == len(halves) == 4
+    for one, other in zip(whole, halves, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["lr"] == other["lr"]
+        torch.testing.assert_close(one["gradient"], other["gradient"], rtol=1e-3, atol=1e-5)
+        assert one["norm"] == pytest.approx(other["norm"], rel=1e-3)
+    assert (whole[0]["gradient"] - halves[0]["gradient"]).abs().max() < 1e-6
+    assert whole[0]["gradient"].abs().max() > 1e-3
+
+
+def test_the_optimizer_gets_the_schedules_rate(folder: Path, tmp_path: Path, steps: list[dict[str, Any]]) -> None:
+    optim = OptimConfig(batch_size=8, epochs=3, warmup_epochs=1.5, blr=0.01, min_lr=1e-5)
+    engine.fit(
+        training_of(classifier(), Classification(AugmentConfig(), 10)), job_for(still_images(folder), tmp_path, optim)
+    )
+    expected = [learning_rate(step / 4, 0.01 * 8 / 256, 1e-5, 1.5, 3) for step in range(12)]
+    assert [step["lr"] for step in steps] == pytest.approx(expected)
+    assert steps[0]["lr"] == 0
+    assert steps[6]["lr"] == pytest.approx(0.01 * 8 / 256)
+
+
+class _NaNAt(Classification):
+    """Not a number at one step: in the loss, or by an infinite slope only in the gradient."""
+
+    def __init__(self, step: int, kind: str = "loss", rank: int = 0) -> None:
+        super().__init__(AugmentConfig(), 10)
+        self.left, self.kind, self.bad_rank = step, kind, rank
+
+    def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
+        loss = super().loss(model, image, context)
+        self.left -= 1
+        if self.left >= 0:
+            return loss
+        return loss * math.nan if self.kind == "loss" else loss + (loss - loss.detach()).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(kind: str, folder: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(batch_size=8, epochs=2, warmup_epochs=0, lr=1e-3)
+    before: dict[str, Tensor] = {}
+    training = training_of(classifier(), _NaNAt(5, kind))
+
+    def keep(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
+        before.update({key: value.clone() for key, value in training.model.state_dict().items()})
+        return {}
+
+    images = still_images(folder)
+    job = job_for(images, tmp_path, optim, at_epoch_end=keep)
+    with pytest.raises(NumericsError, match="not finite at step 5") as error:
+        engine.fit(training, job)
+    sampler = list(TrainSampler(len(images), 8, 0, 1, 0, 5, 6))
+    for _, index in sampler[0]:
+        assert images.samples[index][0] in str(error.value), "the files are named"
+    assert training.step == 5
+    saved = final_state(tmp_path)
+    assert_equal_states(dict(saved["model"]), before)
+    # One more step was made after the epoch's end: only the batch with the fault left no mark.
+    assert_equal_states(dict(training.model.state_dict()), state_after(5, folder, tmp_path / "clean", optim))
+
+
+def state_after(count: int, folder: Path, output: Path, optim: OptimConfig) -> dict[str, Tensor]:
+    """The same run without a fault, left after `count` steps."""
+    training = training_of(classifier(), Classification(AugmentConfig(), 10))
+    real = engine.train_step
+
+    class Enough(Exception):
+        pass
+
+    def counted(training: Training, *rest: Any) -> float:
+        if training.step == count:
+            raise Enough
+        return real(training, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "train_step", counted)
+        with pytest.raises(Enough):
+            engine.fit(training, job_for(still_images(folder), output, optim))
+    return dict(training.model.state_dict())
+
+
+def test_a_loss_that_is_not_finite_has_its_exit_code(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optim = OptimConfig(batch_size=8, epochs=1, warmup_epochs=0, lr=1e-3)
+    job = job_for(still_images(folder), tmp_path, optim)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: engine.fit(training_of(classifier(), _NaNAt(1)), job))
+    assert stopped.value.code == 76
+    told = capsys.readouterr().err
+    assert told.startswith("error: not finite at step 1")
+    assert "--clip_grad" in told
+    batch = list(TrainSampler(34, 8, 0, 1, 0, 0, 2))[1]
+    assert all(still_images(folder).samples[index][0] in told for _, index in batch), "the files of the batch are named"
+    assert "Traceback" not in told
+
+
+def test_the_gradient_is_clipped_and_its_norm_logged_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    applied = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, closure: None = None) -> None:
+        tensors = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.cat([gradient.flatten() for gradient in tensors]).norm()))
+        applied(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    logged: list[float] = []
+
+    def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
+        logged.append(training.totals["grad_norm"] / 4)
+        return {}
+
+    for limit in (None, 0.05):
+        optim = OptimConfig(batch_size=8, epochs=1, warmup_epochs=0, lr=1e-6, clip_grad=limit)
+        training = training_of(classifier(), Classification(AugmentConfig(), 10))
+        engine.fit(training, job_for(still_images(folder), tmp_path / str(limit), optim, at_epoch_end=at_epoch_end))
+    assert min(norms[:4]) > 0.06
+    assert norms[4:] == pytest.approx([0.05] * 4, rel=1e-3)
+    assert logged[1] == pytest.approx(logged[0], rel=0.01), "at so small a rate both see the same gradients"
+    assert logged[0] == pytest.approx(sum(norms[:4]) / 4, rel=1e-4)
+
+
+def test_an_epochs_record_holds_means_and_what_evaluation_returns(folder: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(batch_size=8, epochs=1, warmup_epochs=0, lr=1e-3)
+    lines: list[dict[str, float]] = []
+    seen: list[float] = []
+
+    class Recording(Classification):
+        def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
+            seen.append(float((value := super().loss(model, image, context)).detach()))
+            return value
+
+    job = job_for(still_images(folder), tmp_path, optim, at_epoch_end=lambda training, epoch, log: {"test_acc1": 12.5})
+    job = dataclasses.replace(job, log=RunLog(tmp_path, enabled=True))
+    model = classifier()
+    engine.fit(training_of(model, Recording(AugmentConfig(), 10)), job)
+    job.log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert len(lines) == 1
+    assert lines[0]["train_loss"] == pytest.approx(sum(seen) / 4)
+    assert lines[0]["test_acc1"] == 12.5
+    assert (lines[0]["epoch"], lines[0]["step"], lines[0]["skipped"]) == (0, 4, 0)
+    assert lines[0]["n_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert lines[0]["train_lr"] == pytest.approx(learning_rate(0.75, 1e-3, 0, 0, 1))
+    assert model.training
+
+
+# ---- accuracy ----
+
+
+def expected_accuracy(model: nn.Module, images: ImageFolder, indices: list[int]) -> dict[str, float]:
+    """Image by image, by hand."""
+    hits, hits5, losses = 0, 0, 0.0
+    for index in indices:
+        sample = images[index]
+        logits = model(sample["image"][None])[0].double()
+        order = logits.argsort(descending=True).tolist()
+        hits += order[0] == sample["label"]
+        hits5 += sample["label"] in order[:5]
+        losses -= float(logits.log_softmax(0)[sample["label"]])
+    count = len(indices)
+    return {"test_acc1": 100 * hits / count, "test_acc5": 100 * hits5 / count, "test_loss": losses / count}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 34, 64])
+def test_accuracy_is_exact_for_any_batch_size(batch_size: int, folder: Path) -> None:
+    images, model = still_images(folder), classifier()
+    with torch.no_grad():
+        expected = expected_accuracy(model.eval(), images, list(range(34)))
+    found = accuracy(model.train(), eval_loader(images, batch_size, 0, 1, 0), CPU, None)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert 0 < found["test_acc5"] < 100
+    assert model.training, "the flag of before is back"
+
+
+def test_accuracy_leaves_replaced_images_out(tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "images", train=30, val=20, conflict=10, silhouette=10, size=SIDE)
+    images = ImageFolder(root / "val", eval_transform((SIDE, SIDE)), on_bad="skip")
+    bad = [3, 8, 9]
+    for index in bad:
+        Path(images.samples[index][0]).write_bytes(b"no picture")
+    model = classifier().eval()
+    with torch.no_grad():
+        expected = expected_accuracy(model, images, [index for index in range(20) if index not in bad])
+    assert accuracy(model, eval_loader(images, 6, 0, 1, 0), CPU, None) == pytest.approx(expected, rel=1e-5)
+    for path, _ in images.samples[1:]:
+        Path(path).write_bytes(b"no picture")
+    one = ImageFolder(root / "val", eval_transform((SIDE, SIDE)), on_bad="skip", max_skips=30)
+    loader = eval_loader(one, 4, rank=1, world_size=20, num_workers=0)  # only the image at 1, which is unreadable
+    with pytest.raises(DataError, match="no image to evaluate"):
+        accuracy(model, loader, CPU, None)
+
+
+# ---- two processes ----
+
+
+class _NoiseOfImage(MaskedReconstruction):
+    """The mask belongs to the image, so that it is the same however the batch is shared out."""
+
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
+        image, (target, noise) = super().prepare(model, batch, generator)
+        own = [torch.Generator().manual_seed(int(index)) for index in batch["index"]]
+        return image, (target, torch.stack([torch.rand(noise.shape[1], generator=one) for one in own]))
+
+
+def train_pieces(folder: Path, output: Path, tokenizer: Path, world: World, rank_size: int) -> dict[str, Any]:
+    """MAE, then MAE with DAT, then a fault on rank 1; what this rank saw of them."""
+    mae.MAE_MODELS["mae_tiny"], mae.VIT_SIZES["vit_tiny"] = MaeSize(TINY, 16, 1, 2), TINY
+    torch.set_num_threads(1)
+    optim = OptimConfig(batch_size=rank_size, epochs=1, warmup_epochs=0, lr=3e-3)
+    losses: list[float] = []
+    real = engine.train_step
+
+    def step(training: Training, model: nn.Module, *rest: Any) -> float:
+        assert isinstance(model, DistributedDataParallel) == (world.size > 1)
+        losses.append(real(training, model, *rest))
+        return losses[-1]
+
+    images = still_images(folder)
+    seen: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "train_step", step)
+        torch.manual_seed(0)
+        plain = training_of(build_mae("mae_tiny", img_size=SIDE), _NoiseOfImage(0.5, True))
+        engine.fit(plain, job_for(images, output / "plain", optim, world))
+        seen.update(losses=losses[:], weights=plain.model.state_dict())
+        if world.size == 1:
+            return seen
+        words = LightTokenizer.from_file(tokenizer, engine_weights(tokenizer)).freeze()
+        config = DatConfig("released", dat_share=0.05).attack
+        assert config is not None
+        dat = training_of(build_mae("mae_tiny", img_size=SIDE), WithDAT(_NoiseOfImage(0.5, True), words, config))
+        engine.fit(dat, job_for(images, output / "dat", optim, world))
+        seen.update(dat=dat.model.state_dict(), eps=dat.objective.state_dict()["controller"]["eps"])
+        broken = training_of(classifier(), _NaNAt(2 if world.rank == 1 else 1000))
+        try:
+            engine.fit(broken, job_for(images, output / "broken", optim, world))
+        except (NumericsError, PeerError) as error:
+            seen.update(stopped=broken.step, told=str(error))
+    return seen
+
+
+def engine_weights(path: Path) -> Any:
+    from mae_dat.storage.weight_files import read_weights
+
+    return read_weights(path)
+
+
+def one_of_two(rank: int, folder: Path, output: Path, tokenizer: Path, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = World(rank, 2, rank)
+    with process_group(world, CPU):
+        seen = train_pieces(folder, output, tokenizer, world, 4)
+    torch.save(seen, output / f"rank{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (folder, tmp_path / "two", tokenizer, port), nprocs=2)
+    ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    alone = train_pieces(folder, tmp_path / "one", tokenizer, World(), 8)
+    for name in ("weights", "dat"):
+        assert_equal_states(dict(ranks[0][name]), dict(ranks[1][name]))
+    assert ranks[0]["eps"] == ranks[1]["eps"] != 0.1
+    together = [sum(pair) / 2 for pair in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert together == pytest.approx(alone["losses"], abs=1e-5)
+    assert len(together) == 4
+    for key, value in alone["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][key], value, rtol=0, atol=2e-4)
+    assert [one["stopped"] for one in ranks] == [2, 2]
+    assert "not finite at step 2" in ranks[0]["told"]
+    assert newest_checkpoint(tmp_path / "two" / "plain") is not None
