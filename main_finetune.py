@@ -5,8 +5,8 @@ Runs as it is under python, torchrun and srun.
 
 import sys
 
-from mae_dat.config.groups import load_finetune_config
 from mae_dat.config.parse import run_command
+from mae_dat.config.runs import load_finetune_config
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ Runs as it is under python, torchrun and srun.
 
 import sys
 
-from mae_dat.config.groups import PretrainConfig
 from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.runs import PretrainConfig
 
 
 def main() -> None:

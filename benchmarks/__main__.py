@@ -24,9 +24,9 @@ from benchmarks.table import as_json, print_rows
 from benchmarks.timing import Case, Row, measure
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import load_config, nearest, run_command
+from mae_dat.runtime.console import command_arguments
+from mae_dat.runtime.device import amp_dtype, pick_device, set_float32
 from mae_dat.runtime.machine import machine, versions
-from mae_dat.runtime.world import amp_dtype, pick_device, set_float32
-from mae_dat.training.run import arguments
 
 logger = logging.getLogger("benchmarks")
 
@@ -75,7 +75,7 @@ class BenchmarkConfig:
 
 def main() -> None:
     """Measures, prints a table and writes the numbers."""
-    config = load_config(BenchmarkConfig, arguments(), __doc__ or "", program="python -m benchmarks")
+    config = load_config(BenchmarkConfig, command_arguments(), __doc__ or "", program="python -m benchmarks")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device, console = pick_device(config.device), Console(width=max(Console().width, TABLE_WIDTH))
     start, wanted = time.monotonic(), chosen(config, device)

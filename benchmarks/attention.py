@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Case, Step
-from mae_dat.runtime.world import amp_dtype
+from mae_dat.runtime.device import amp_dtype
 
 # Batch, tokens, width, heads: MAE ViT-B's encoder and decoder, ViT-B at 224 and at 512 px, the demo's ViT.
 SIZES = ((8, 50, 768, 12), (8, 197, 512, 16), (4, 197, 768, 12), (1, 1025, 768, 12), (64, 65, 128, 4))

@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.ours import make_batch
 from benchmarks.timing import Case, Step, wait_for
 from mae_dat.models.classifier import build_classifier
-from mae_dat.runtime.world import amp_dtype
+from mae_dat.runtime.device import amp_dtype
 from mae_dat.storage.checkpoint import Saver, save_checkpoint
 from mae_dat.training.optim import build_optimizer
 

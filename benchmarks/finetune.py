@@ -12,7 +12,7 @@ from benchmarks.timing import NEEDS_GPU, Case, Step
 from mae_dat.config.groups import AugmentConfig
 from mae_dat.models.classifier import build_classifier
 from mae_dat.runtime.sharding import compile_blocks
-from mae_dat.training.objectives.base import Classification
+from mae_dat.training.objectives.classification import Classification
 
 # Batch on a GPU, GFLOP an image.
 SIZES = {"vit_base_patch16": (256, 105.0), "vit_large_patch16": (128, 369.0), "vit_huge_patch14": (64, 1003.0)}

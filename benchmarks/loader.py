@@ -25,13 +25,14 @@ from benchmarks.ours import training_step
 from benchmarks.timing import Case, Step, wait_for
 from mae_dat.data.generated.draw import draw
 from mae_dat.data.image_set import Batch, as_float
-from mae_dat.data.loader import ImageLoader, TrainSampler, train_loader
+from mae_dat.data.loader import ImageLoader, train_loader
 from mae_dat.data.open import open_images
+from mae_dat.data.sampler import TrainSampler
 from mae_dat.data.shards.pack import PackConfig, pack
 from mae_dat.data.transforms import pretrain_transform
 from mae_dat.models.mae import build_mae
 from mae_dat.runtime.console import Console
-from mae_dat.training.objectives.base import MaskedReconstruction
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 IMAGES, BATCH, SIDE = 64, 32, 224
 GRAIN, QUALITY = 9.0, 95  # grey levels, JPEG

@@ -9,10 +9,12 @@ from torch import nn
 
 from mae_dat.config.groups import OptimConfig, RunConfig
 from mae_dat.data.image_set import Batch
-from mae_dat.runtime.console import Console, RunLog
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.device import amp_dtype
+from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.sharding import choose_attention, wrap
 from mae_dat.runtime.signals import StopRequest
-from mae_dat.runtime.world import World, amp_dtype
+from mae_dat.runtime.world import World
 from mae_dat.training.loop import Ahead, Job, train_step
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.optim import build_optimizer

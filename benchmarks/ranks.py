@@ -23,11 +23,13 @@ import torch
 from benchmarks import ours
 from benchmarks.ours import make_batch
 from mae_dat.models.mae import build_mae
+from mae_dat.runtime.collectives import all_sum
+from mae_dat.runtime.device import pick_device
+from mae_dat.runtime.seeds import seed_everything, step_generator, step_seed
 from mae_dat.runtime.watchdog import beat, watching
-from mae_dat.runtime.world import World, all_sum, pick_device, process_group, step_generator, step_seed
+from mae_dat.runtime.world import World, process_group
 from mae_dat.storage.checkpoint import Saver
-from mae_dat.training.loop import seed_everything
-from mae_dat.training.objectives.base import MaskedReconstruction
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 MODEL = "mae_vit_demo_patch8"
 Step = Callable[[int], object]

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from mae_dat.attacks.discrete import DiscreteAdversary, ShareController, discrete_adversary, unit
 from mae_dat.attacks.word_budget import KINDS, WordAttack, word_hits
-from mae_dat.config.groups import AttackConfig, FinetuneConfig
+from mae_dat.config.groups import AttackConfig
 from mae_dat.config.parse import load_config
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.tokenizer import VisualTokenizer, in_precision, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.precision import PRECISIONS, agreement
-from mae_dat.training.finetune import evaluated_config, held_out_images, load_classifier
+from mae_dat.robustness.evaluate_run import evaluated_config, load_classifier
+from mae_dat.training.finetune import held_out_images
 
 RADII = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 PRECISION_RADII = (0.1, 2.0)

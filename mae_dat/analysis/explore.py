@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
-from mae_dat.analysis.scorers import load_subject
 from mae_dat.analysis.views import Change, Examiner, Panel, verdict
 from mae_dat.config.errors import DataError, MissingInputError, UserError
 from mae_dat.config.groups import ConfigError
@@ -30,9 +29,10 @@ from mae_dat.data.generated import draw as generated
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.open import DEMO
 from mae_dat.models.tokenizer import load_tokenizer
+from mae_dat.models.weights.open import load_subject
 from mae_dat.robustness.corruptions import CATEGORIES, EXTRA, SEVERITIES
-from mae_dat.runtime.world import pick_device
-from mae_dat.training import run
+from mae_dat.runtime.console import command_arguments, console_for_command
+from mae_dat.runtime.device import pick_device
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -359,8 +359,8 @@ def listen(port: int) -> socket.socket:
 
 def main() -> None:
     """Command line."""
-    run.console_for_command()
-    config = load_config(ExploreConfig, run.arguments())
+    console_for_command()
+    config = load_config(ExploreConfig, command_arguments())
     application = build(load_examiners(config), find_examples(config.images))
     import uvicorn
 

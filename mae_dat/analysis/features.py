@@ -16,20 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_dat.analysis.scorers import Subject, load_subject
 from mae_dat.config.groups import ConfigError, DataConfig
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import eval_loader
-from mae_dat.data.open import image_root, open_images
+from mae_dat.data.open import image_root, in_channels, open_images
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.classifier import pool_tokens
 from mae_dat.models.mae import MaskedAutoencoder
-from mae_dat.runtime.console import Console
-from mae_dat.runtime.world import amp_dtype, pick_device
+from mae_dat.models.weights.open import Subject, load_subject
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.device import amp_dtype, pick_device
 from mae_dat.storage.files import atomic_write
 from mae_dat.storage.weight_files import write_weights
-from mae_dat.training import run
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +141,7 @@ def images_of(config: FeaturesConfig, split: str, subject: Subject) -> ImageSet:
     root = image_root(config.data_path)
     # The same labels in both splits, even where a class has no folder in one of them.
     classes = images_of(config, "train", subject).classes if split == "val" and config.knn else None
-    transform = run.in_channels(eval_transform(subject.size), DataConfig(in_chans=subject.in_chans))
+    transform = in_channels(eval_transform(subject.size), DataConfig(in_chans=subject.in_chans))
     folder = root if split == "all" else find_split(root, split)
     return open_images(folder, transform, classes, labelled=split != "all")
 
@@ -172,8 +171,8 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    console = run.console_for_command()
-    run_features(load_config(FeaturesConfig, run.arguments(), __doc__ or ""), console)
+    console = console_for_command()
+    run_features(load_config(FeaturesConfig, command_arguments(), __doc__ or ""), console)
 
 
 if __name__ == "__main__":

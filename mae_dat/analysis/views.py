@@ -15,17 +15,18 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 from torchvision.transforms import functional
 
-from mae_dat.analysis.scorers import ClassJudge, Subject
+from mae_dat.analysis.scorers import ClassJudge
 from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_adversary
 from mae_dat.config.errors import CheckpointError
 from mae_dat.config.groups import DataConfig
+from mae_dat.data.open import in_channels
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.tokenizer.base import VisualTokenizer
+from mae_dat.models.weights.open import Subject
 from mae_dat.robustness.corruptions import as_stored, corrupt, image_seed
 from mae_dat.robustness.corruptions.pixels import Image as Pixels
-from mae_dat.runtime.world import step_generator
-from mae_dat.training import run
+from mae_dat.runtime.seeds import step_generator
 from mae_dat.training.galleries import adversary_columns
 
 TOP = 5  # answers of each view
@@ -85,7 +86,7 @@ class Examiner:
             classes = [named.index_to_description(index) for index in range(IMAGENET_CLASSES)]
         self.judge = ClassJudge(self.model, classes)
         self.crop = eval_transform(subject.size)
-        self.to_pixels = run.in_channels(functional.to_tensor, DataConfig(in_chans=subject.in_chans))
+        self.to_pixels = in_channels(functional.to_tensor, DataConfig(in_chans=subject.in_chans))
         self.device = tokenizer.codebook.device
 
     def panels(self, image: Image.Image, path: Path, change: Change) -> list[Panel]:

@@ -14,42 +14,34 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mae_dat.analysis.scorers import (
-    ClassJudge,
-    Judge,
-    ReconstructionJudge,
-    Size,
-    Subject,
-    load_subject,
-    predicts_normalized,
-)
+from mae_dat.analysis.scorers import ClassJudge, Judge, ReconstructionJudge
 from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, image_size
 from mae_dat.config.parse import load_config, nearest, run_command
+from mae_dat.data.gallery import gallery, save_png, sheet
 from mae_dat.data.image_set import ImageFolder, decode
-from mae_dat.data.open import DEMO, image_root
+from mae_dat.data.open import DEMO, image_root, in_channels
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.attention import attention_layers, attention_maps, default_query
 from mae_dat.models.mae import MaskedAutoencoder, mask_noise
 from mae_dat.models.tokenizer import EMBEDDED, load_tokenizer
-from mae_dat.runtime.world import pick_device, step_generator
+from mae_dat.models.weights.open import Size, Subject, load_subject, predicts_normalized
+from mae_dat.runtime.console import command_arguments, console_for_command
+from mae_dat.runtime.device import pick_device
+from mae_dat.runtime.seeds import step_generator
 from mae_dat.storage.files import prepare_output_folder
-from mae_dat.training import run
 from mae_dat.training.galleries import (
     adversary_columns,
     attention_columns,
     changed_word_sheet,
     changed_words,
     codebook_picture,
-    gallery,
     reconstruction_columns,
-    save_png,
-    sheet,
     used_words,
     word_columns,
     word_tiles,
 )
-from mae_dat.training.objectives.base import WithDAT
+from mae_dat.training.objectives.dat import WithDAT
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +202,7 @@ def album(config: PicturesConfig) -> Iterator[Album]:
 
 def read_pages(config: PicturesConfig, size: Size, in_chans: int, device: torch.device) -> list[Page]:
     """The pictures at the size of the network, cropped as for evaluation. Raises MissingInputError, DataError."""
-    transform = run.in_channels(eval_transform(size), DataConfig(in_chans=in_chans))
+    transform = in_channels(eval_transform(size), DataConfig(in_chans=in_chans))
     path = image_root(DEMO) / "val" if config.images == DEMO else Path(config.images)
     if path.is_file():
         paths, images = [path], [transform(decode(path))]
@@ -379,8 +371,8 @@ def overview() -> str:
 
 def main() -> None:
     """Command line."""
-    run.console_for_command()
-    what, *arguments = run.arguments() or ["--help"]
+    console_for_command()
+    what, *arguments = command_arguments() or ["--help"]
     if what in ("-h", "--help"):
         print(overview())
         return

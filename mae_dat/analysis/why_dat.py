@@ -42,11 +42,12 @@ from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
 from mae_dat.robustness.network import Contender, View, open_contenders
-from mae_dat.runtime.console import Console
-from mae_dat.runtime.world import pick_device, step_generator
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.device import pick_device
+from mae_dat.runtime.seeds import step_generator
 from mae_dat.storage.files import atomic_write, prepare_output_folder
-from mae_dat.training import run
-from mae_dat.training.objectives.base import Classification, WithDAT
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT
 
 logger = logging.getLogger(__name__)
 
@@ -267,8 +268,8 @@ def compared(clean: dict[str, Moments], other: dict[str, Moments]) -> dict[str, 
 
 def main() -> None:
     """Command line."""
-    console = run.console_for_command()
-    config = load_config(AnalysisConfig, run.arguments(), __doc__ or "")
+    console = console_for_command()
+    config = load_config(AnalysisConfig, command_arguments(), __doc__ or "")
     device = pick_device(config.device)
     opened = open_contenders(config.checkpoint, config.model, config.pretrained, config.names, View(device))
     root = find_split(image_root(config.data_path), "val")

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from mae_dat.data.gallery import gallery, png_bytes
 from mae_dat.robustness.report import charts
 from mae_dat.robustness.report.charts import Series
 from mae_dat.robustness.report.figures import Picture
 from mae_dat.robustness.report.render import html_page
 from mae_dat.robustness.report.tables import Table
 from mae_dat.storage.files import atomic_write, prepare_output_folder
-from mae_dat.training.galleries import gallery, png_bytes
 
 CLEAN = "clean"
 TITLES = {

@@ -21,7 +21,7 @@ from mae_dat.attacks.symbolic import symbolic_words
 from mae_dat.config.errors import ConfigError, DataError, NumericsError
 from mae_dat.data.image_set import Batch
 from mae_dat.models.tokenizer.base import VisualTokenizer
-from mae_dat.runtime.world import all_sum
+from mae_dat.runtime.collectives import all_sum
 
 KINDS = ("symbolic", "random")
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)

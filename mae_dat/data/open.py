@@ -1,14 +1,17 @@
 """From what a user names to images: a path, an address of shards, the environment's default, or `demo` for the
 generated pictures."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mae_dat.config.errors import MissingInputError
-from mae_dat.config.groups import data_root
+from torchvision import transforms
+
+from mae_dat.config.errors import ConfigError, MissingInputError
+from mae_dat.config.groups import DataConfig, data_root
 from mae_dat.data.generated.folder import default_root, write_image_folder
-from mae_dat.data.image_set import ImageFolder, ImageSet, Transform
+from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float, find_split
 from mae_dat.data.shards.cache import is_remote, remote_root
 from mae_dat.data.shards.index import INDEX
 from mae_dat.data.shards.reader import Shards
@@ -44,3 +47,41 @@ def open_images(
 def holds_shards(root: str | os.PathLike[str]) -> bool:
     """Whether a folder is one of shards, with their index or without."""
     return (Path(root) / INDEX).is_file() or any(Path(root).glob("*.tar"))
+
+
+logger = logging.getLogger(__name__)
+
+
+def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
+    """The training split of the images that the flags or the environment name. Raises ConfigError, DataError."""
+    root = find_split(image_root(data.data_path), "train", labelled=labelled)
+    images = open_images(root, in_channels(transform, data), labelled=labelled, on_bad=data.on_bad, seed=seed)
+    if images.shrunk is not None and images.shrunk < max(data.image_size):
+        logger.warning(
+            "%s was packed with --size %d, which --input_size %d enlarges: pack the images anew, with a larger one.",
+            root,
+            images.shrunk,
+            max(data.image_size),
+        )
+    return images
+
+
+def in_channels(transform: Transform, data: DataConfig) -> Transform:
+    """The transform with `in_chans` channels: 3 for RGB, or 1 for the luminance (ITU-R 601) of what it makes.
+
+    Raises ConfigError for other numbers: a folder of pictures holds no further channels.
+    """
+    if data.in_chans not in (1, 3):
+        raise ConfigError(
+            f"--in_chans {data.in_chans}: image folders give 3 channels, or 1 (luminance); use one of these, or build "
+            "MaskedAutoencoder and your own data set in Python for other channels."
+        )
+    if data.in_chans == 3:
+        return transform
+    flow: Transform = transforms.Compose([transform, as_float, transforms.Grayscale()])
+    return flow
+
+
+def describe_images(images: ImageSet) -> str:
+    """Number and fingerprint of the images, for a checkpoint's manifest."""
+    return f"{len(images)} ({images.fingerprint()[:12]})"

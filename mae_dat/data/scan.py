@@ -22,9 +22,8 @@ from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import look_at_each
 from mae_dat.data.shards.index import INDEX
 from mae_dat.data.shards.reader import Shards
-from mae_dat.runtime.console import Console
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder, sha256_of
-from mae_dat.training import run
 
 MANIFEST = "manifest.jsonl"
 
@@ -143,8 +142,8 @@ def _manifest(config: ScanConfig) -> Path:
 
 def main() -> None:
     """Command line."""
-    console = run.console_for_command()
-    config = load_config(ScanConfig, run.arguments(), __doc__ or "")
+    console = console_for_command()
+    config = load_config(ScanConfig, command_arguments(), __doc__ or "")
     folder = Path(config.folder)
     packed = [path.parent for path in sorted([*folder.glob(INDEX), *folder.glob(f"*/{INDEX}")])]
     look = scan_shards if packed else verify if config.verify else scan

@@ -15,12 +15,12 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.detection.coco import CocoPictures
 from mae_dat.detection.detector import Detector, truth_of
-from mae_dat.models.attention import evaluating
+from mae_dat.models.modes import evaluating
 from mae_dat.robustness.corruptions import CORRUPTIONS
+from mae_dat.runtime.collectives import gather, on_all_ranks
 from mae_dat.runtime.console import Console
-from mae_dat.runtime.world import gather, together
 from mae_dat.storage.files import atomic_write
-from mae_dat.training.run import Place
+from mae_dat.training.context import RunContext
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def scores(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def average_precision(detector: Detector, loader: ImageLoader, where: Place) -> dict[str, float]:
+def average_precision(detector: Detector, loader: ImageLoader, where: RunContext) -> dict[str, float]:
     """`scores` over the loaders of all ranks. Collective."""
     pairs: list[Pair] = []
     with evaluating(detector):
@@ -65,7 +65,7 @@ def under_corruptions(
     severities: Sequence[int],
     batch_size: int,
     num_workers: int,
-    where: Place,
+    where: RunContext,
     protocol: Mapping[str, Any],
     console: Console,
 ) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def under_corruptions(
     Every cell is stored as it is done, and those that are there under the same protocol are not done again.
     """
     path = where.output / "detection.json"
-    cells = together(lambda: _stored(path, protocol))
+    cells = on_all_ranks(lambda: _stored(path, protocol))
     wanted = ["clean", *(f"{name}/{severity}" for name in CORRUPTIONS for severity in severities)]
     with console.task("corruptions", len(wanted)) as task:
         for cell in wanted:

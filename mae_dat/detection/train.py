@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes
 
 from mae_dat.config.errors import CheckpointError
-from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig, check_parts
+from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.runs import check_parts
+from mae_dat.data.gallery import gallery
 from mae_dat.data.loader import eval_loader
-from mae_dat.data.open import image_root
+from mae_dat.data.open import describe_images, image_root
 from mae_dat.detection.coco import CocoPictures, View, find_annotations
 from mae_dat.detection.detector import (
     Boxes,
@@ -32,19 +34,24 @@ from mae_dat.detection.detector import (
     padded_size,
 )
 from mae_dat.detection.measure import METRICS, average_precision, print_table, under_corruptions
-from mae_dat.models.attention import evaluating
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import VIT_SIZES
+from mae_dat.models.modes import evaluating
+from mae_dat.models.weights.open import read_export
 from mae_dat.robustness.identity import state_sha256
-from mae_dat.runtime.console import Console, RunLog
-from mae_dat.runtime.sharding import whole
-from mae_dat.runtime.world import step_generator, world_from_environment
+from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.run_log import RunLog
+from mae_dat.runtime.seeds import seed_everything, step_generator
+from mae_dat.runtime.sharding import full_state_dict
+from mae_dat.runtime.world import world_from_environment
 from mae_dat.storage.weight_files import check_keys
 from mae_dat.training import run
+from mae_dat.training.context import RunContext, prepare_model, run_context
+from mae_dat.training.export import export_model
 from mae_dat.training.finetune import start_from
-from mae_dat.training.galleries import gallery
-from mae_dat.training.loop import seed_everything
-from mae_dat.training.objectives.base import Objective, WithDAT
+from mae_dat.training.galleries import galleries_due, show_galleries
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.objectives.dat import WithDAT, with_dat
 from mae_dat.training.optim import build_optimizer
 from mae_dat.training.state import Training
 
@@ -119,13 +126,13 @@ class DetectConfig:
 
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:
     """Trains, or goes on where the output folder stands, exports the detector and returns its average precision."""
-    with run.place(config.run, config.launch, console) as where:
+    with run_context(config.run, config.launch, console) as where:
         images = pictures(config, "train")
         held_out = pictures(config, "val", images.classes)
         seed_everything(config.run.seed)
         model = build(config, len(images.classes), start=True).to(where.device)
-        objective = run.with_dat(Detection(), config.dat, config.data, where.device, pad=True)
-        run.settle(model, where)
+        objective = with_dat(Detection(), config.dat, config.data, where.device, pad=True)
+        prepare_model(model, where)
         settings = config.detector
         decay = settings.layer_decay if settings.model in VIT_SIZES else None
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, decay, opt=settings.opt)
@@ -133,15 +140,15 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
         last = config.optim.total_epochs - 1
 
         def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
-            if run.pictures_due(config.run, epoch, where):
-                run.show({"boxes": draw(model, objective, held_out, config, where)}, where, log, epoch)
+            if galleries_due(config.run, epoch, where):
+                show_galleries({"boxes": draw(model, objective, held_out, config, where)}, where, log, epoch)
             if (epoch + 1) % config.measure.eval_every and epoch != last:
                 return {}
             return {f"test_{name}": value for name, value in precision(model, held_out, config, where).items()}
 
         run.train(training, images, where, config, console, "detect", at_epoch_end, SCALAR_TAGS)
         facts = facts_of(config, images.classes)
-        run.export(whole(model.net.state_dict()), where, {**facts, "steps": training.step})
+        export_model(full_state_dict(model.net.state_dict()), where, {**facts, "steps": training.step})
         return precision(model, held_out, config, where)
 
 
@@ -150,8 +157,8 @@ def measure(config: DetectConfig, console: Console) -> dict[str, Any]:
     if config.run.resume is None:
         raise ConfigError("--eval measures the detector that --resume names: an output folder or its weights.")
     path = Path(config.run.resume)
-    with run.place(config.run, config.launch, console, training=False) as where:
-        weights, facts = run.read_export(path)
+    with run_context(config.run, config.launch, console, training=False) as where:
+        weights, facts = read_export(path)
         if facts.get("kind") != "detector":
             raise CheckpointError(f"--resume {path} is no detector of this command; train one first.")
         config = with_facts(config, facts)
@@ -165,7 +172,7 @@ def measure(config: DetectConfig, console: Console) -> dict[str, Any]:
         protocol = {
             **facts,
             "weights": state_sha256(model),
-            "pictures": run.description(held_out),
+            "pictures": describe_images(held_out),
             "severities": config.measure.severities,
             "seed": config.run.seed,
             "precision": str(where.precision),
@@ -220,7 +227,7 @@ def with_facts(config: DetectConfig, facts: dict[str, Any]) -> DetectConfig:
     return dataclasses.replace(config, detector=detector, data=data)
 
 
-def precision(model: Detector, held_out: CocoPictures, config: DetectConfig, where: run.Place) -> dict[str, float]:
+def precision(model: Detector, held_out: CocoPictures, config: DetectConfig, where: RunContext) -> dict[str, float]:
     """mAP, mAP50 and mAP75 on the validation pictures. Collective."""
     sizes = (config.optim.batch_size, where.world.rank, where.world.size, config.data.num_workers)
     return average_precision(model, eval_loader(held_out, *sizes), where)
@@ -230,7 +237,7 @@ def precision(model: Detector, held_out: CocoPictures, config: DetectConfig, whe
 
 
 def draw(
-    model: Detector, objective: Objective, held_out: CocoPictures, config: DetectConfig, where: run.Place
+    model: Detector, objective: Objective, held_out: CocoPictures, config: DetectConfig, where: RunContext
 ) -> Tensor:
     """The same held-out pictures after every epoch, with the boxes that are there and those found, and with DAT those
     found in the adversary."""
@@ -264,7 +271,7 @@ def with_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
 
 def main() -> None:
     """Command line."""
-    console = run.console_for_command()
+    console = console_for_command()
     config = load_config(DetectConfig, sys.argv[1:], __doc__ or "")
     result = measure(config, console) if config.measure.eval else detect(config, console)
     if not world_from_environment().main:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from mae_dat.config.groups import ConfigError, FinetuneConfig, PretrainConfig
+from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import flat_values, load_config, nearest, run_command
-from mae_dat.data.open import image_root
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
+from mae_dat.data.open import image_root, training_images
 from mae_dat.experiments.parallel_runs import Stage, check_jobs, train_all
 from mae_dat.experiments.pretrainings import IN_TIME, NONE, PLAIN, check_pretrainings, folder_of, pretraining, title_of
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES
@@ -29,10 +30,10 @@ from mae_dat.robustness.report.groups import arms_of
 from mae_dat.robustness.report.metrics import axes_of
 from mae_dat.robustness.scores.results import Curve, Gallery, Results, Run, Training
 from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, WORDS, Choice
-from mae_dat.runtime.console import Console, read_log
-from mae_dat.runtime.world import pick_device
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.device import pick_device
+from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.files import prepare_output_folder
-from mae_dat.training import run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ARMS = {
@@ -190,7 +191,7 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
     runs = {(arm, seed): finetune_config(config, arm, seed) for seed in config.seeds for arm in arms_to_train(config)}
     if config.measure:
         require_color(runs[config.arms[0], config.seeds[0]])
-    images = run.training_images(first.data, lambda image: torch.zeros(0), 0, labelled=False)
+    images = training_images(first.data, lambda image: torch.zeros(0), 0, labelled=False)
     console.plan = plan(config, first, runs, len(images))
     train_all(stages_of(config, runs), config.jobs, console)
     if not config.measure:
@@ -336,8 +337,8 @@ def print_numbers(results: Results, output: Path) -> None:
 
 def main(default: CompareConfig | None = None, about: str = __doc__ or "") -> None:
     """Command line."""
-    console = run.console_for_command()
-    config = load_config(CompareConfig, run.arguments(), about, default=default)
+    console = console_for_command()
+    config = load_config(CompareConfig, command_arguments(), about, default=default)
     results = compare(config, console)
     if results is not None:
         print_numbers(results, Path(config.output_dir))

@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from mae_dat.config.errors import Interrupted, RetryError, UserError
-from mae_dat.config.groups import ConfigError, FinetuneConfig, PretrainConfig
+from mae_dat.config.groups import ConfigError
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.runtime.console import Console, duration
 from mae_dat.runtime.signals import StopRequest, stop_requests
 from mae_dat.training.finetune import finetune

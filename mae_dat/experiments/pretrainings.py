@@ -3,9 +3,10 @@
 import shlex
 from pathlib import Path
 
-from mae_dat.config.groups import ATTACKS, ConfigError, PretrainConfig
+from mae_dat.config.groups import ATTACKS, ConfigError
 from mae_dat.config.parse import load_config, nearest
-from mae_dat.runtime.console import read_log
+from mae_dat.config.runs import PretrainConfig
+from mae_dat.runtime.run_log import read_log
 
 PLAIN, NONE, IN_TIME = "plain", "none", "_in_time"
 FLAGS = {

@@ -19,10 +19,9 @@ from mae_dat.robustness.network import distinct_names
 from mae_dat.robustness.report.ablation import ablation_tables, summary, words_by_arm
 from mae_dat.robustness.report.render import markdown_table, markdown_text
 from mae_dat.robustness.scores.results import Results
-from mae_dat.runtime.console import Console
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
 from mae_dat.runtime.machine import machine
 from mae_dat.storage.files import atomic_write
-from mae_dat.training import run
 
 ARMS = (
     "plain", "reconstruction", "random", "released", "symbolic", "pixel_at", "advprop", "augmix", "dat_augmix",
@@ -111,8 +110,8 @@ def write_tables(found: dict[str, Results], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    console = run.console_for_command()
-    config = load_config(ProofConfig, run.arguments() if arguments is None else arguments, __doc__ or "")
+    console = console_for_command()
+    config = load_config(ProofConfig, command_arguments() if arguments is None else arguments, __doc__ or "")
     print(f"wrote {prove(config, console)}")
 
 

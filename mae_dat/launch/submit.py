@@ -19,8 +19,9 @@ from pathlib import Path
 from submitit.core.core import Job
 
 from mae_dat.config.errors import ConfigError, Interrupted, MissingInputError, UserError
-from mae_dat.config.groups import FinetuneConfig, PretrainConfig, data_root, load_finetune_config
+from mae_dat.config.groups import data_root
 from mae_dat.config.parse import load_config, nearest
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig, load_finetune_config
 from mae_dat.launch.code_copy import code_tree, write_snapshot
 from mae_dat.launch.executors import JobConfig, ResolvedJob, batch_file, outside_other_jobs, submit
 from mae_dat.launch.follow import follow

@@ -6,8 +6,7 @@ see exactly the queries and keys that it uses, so softmax(q k^T / sqrt(d)) of wh
 Shapes: T tokens, the first `prefix` of them class and register tokens, then h x w patches in row-major order.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,20 +17,9 @@ from torch import Tensor, nn
 from mae_dat.config.errors import ConfigError
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import MaskedAutoencoder
+from mae_dat.models.modes import evaluating
 
 QUERIES = ("auto", "class", "mean")
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every submodule's training flag is as before after it."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def attention_layers(model: Classifier | MaskedAutoencoder) -> list[Attention]:

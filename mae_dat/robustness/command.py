@@ -23,10 +23,12 @@ from mae_dat.robustness.evaluation import Setting, examine, print_headline
 from mae_dat.robustness.network import Contender, View, from_callable, open_contender, open_contenders
 from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.robustness.suites.choose import Choice
-from mae_dat.runtime.console import Console
-from mae_dat.runtime.world import World, amp_dtype, from_main, pick_device, together, world_from_environment
+from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.device import amp_dtype, pick_device
+from mae_dat.runtime.world import World, world_from_environment
 from mae_dat.storage.files import prepare_output_folder
-from mae_dat.training import run
+from mae_dat.training.context import run_context
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,7 @@ def evaluate(
     ]
     wanted = SuiteConfig(data=None if data is None else str(data), **settings)
     world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
-    folder = None if output is None else from_main(lambda: prepare_output_folder(Path(output)))
+    folder = None if output is None else on_main_rank(lambda: prepare_output_folder(Path(output)))
     setting = Setting(view, folder, console or Console(quiet=True), world, batch_size, num_workers)
     asked = (suite,) if isinstance(suite, str) else tuple(suite)
     return examine(contenders, choice_of(wanted, where, batch_size), asked, setting, title)
@@ -174,10 +176,10 @@ def measure_all(config: RobustnessConfig, console: Console) -> Results:
     settings = RunConfig(
         output_dir=config.output, device=config.device, precision=config.precision, hang_minutes=config.hang_minutes
     )
-    with run.place(settings, LaunchConfig(), console, training=False) as where:
+    with run_context(settings, LaunchConfig(), console, training=False) as where:
         size = image_size(config.input_size) if config.input_size else None
         view = View(where.device, where.precision, size, config.interpolation, config.crop)
-        contenders = together(
+        contenders = on_all_ranks(
             lambda: open_contenders(config.checkpoint, config.model, config.pretrained, config.names, view)
         )
         choice = choice_of(config.suites, where.device, config.batch_size)
@@ -195,8 +197,8 @@ def first(contenders: Sequence[Contender], baseline: str | None) -> list[Contend
 
 def main() -> None:
     """Command line."""
-    console = run.console_for_command()
-    config = load_config(RobustnessConfig, run.arguments(), __doc__ or "")
+    console = console_for_command()
+    config = load_config(RobustnessConfig, command_arguments(), __doc__ or "")
     results = read_results(Path(config.recompute)) if config.recompute is not None else measure_all(config, console)
     if world_from_environment().main:
         print_headline(results)

@@ -5,17 +5,21 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import FinetuneConfig, RunConfig, load_finetune_config
+from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.groups import DataConfig, RunConfig
+from mae_dat.config.runs import FinetuneConfig, load_finetune_config
 from mae_dat.data.open import image_root
+from mae_dat.models.classifier import Classifier
+from mae_dat.models.weights.load import load_weights
+from mae_dat.models.weights.open import read_export
 from mae_dat.robustness.evaluation import Setting, examine, print_headline
 from mae_dat.robustness.network import View, open_contender
 from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, Choice
-from mae_dat.runtime.console import Console
-from mae_dat.runtime.world import together
-from mae_dat.training import run
+from mae_dat.runtime.collectives import on_all_ranks
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
 from mae_dat.training.accuracy import accuracy
-from mae_dat.training.finetune import evaluated_config, finetune, held_out_images, held_out_loader, load_classifier
+from mae_dat.training.context import run_context
+from mae_dat.training.finetune import build, finetune, held_out_images, held_out_loader, source_grid
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(folder)))
         evaluate_suites(config, console)
         return
-    with run.place(config.run, config.launch, console, training=False) as where:
+    with run_context(config.run, config.launch, console, training=False) as where:
         images = held_out_images(config, classes)
         model = load_classifier(source, config, images.classes).to(where.device)
         final = accuracy(model, held_out_loader(config, images, where), where.device, where.precision)
@@ -49,9 +53,9 @@ def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
     are the corrupted pictures, all clean ones, and conflicting ones where there are some."""
     require_color(config)
     source, suite = str(config.run.resume), config.evaluation.suite
-    with run.place(config.run, config.launch, console, training=False) as where:
+    with run_context(config.run, config.launch, console, training=False) as where:
         view = View(where.device, where.precision, config.data.image_size)
-        contender = together(lambda: open_contender(source, config.classifier.model, Path(source).stem, view))
+        contender = on_all_ranks(lambda: open_contender(source, config.classifier.model, Path(source).stem, view))
         batch_size, root = 2 * config.optim.batch_size, image_root(config.data.data_path)
         if "corruptions" in suite:
             made = (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []))
@@ -74,10 +78,48 @@ def require_color(config: FinetuneConfig) -> None:
 
 def main() -> None:
     """The command line of `main_finetune.py`: fine-tunes, or evaluates with `--eval`."""
-    console = run.console_for_command()
-    config = load_finetune_config(run.arguments())
+    console = console_for_command()
+    config = load_finetune_config(command_arguments())
     if config.evaluation.eval:
         evaluate_checkpoint(config, console)
         return
     final = finetune(config, console)
     logger.info("accuracy %.2f %% top-1, %.2f %% top-5", final["test_acc1"], final["test_acc5"])
+
+
+def evaluated_config(path: Path, config: FinetuneConfig) -> tuple[FinetuneConfig, list[str] | None]:
+    """The settings to evaluate an output folder or file with, and its classes in the order of its head, if known.
+
+    What a file of ours says about itself replaces the flags; the pictures' size only where none was asked for. Raises
+    MissingInputError, CheckpointError.
+    """
+    _, facts = read_export(path)
+    if facts.get("kind") == "mae" or "mask_ratio" in facts:
+        raise CheckpointError(
+            f"--resume {path} is a pretraining, which has no classes yet: fine-tune it first, with --finetune {path}."
+        )
+    data, own = config.data, config.classifier
+    asked = data.input_size != DataConfig().input_size
+    size = data.input_size if asked else tuple(facts.get("input_size", data.input_size))
+    pooled = facts.get("global_pool", own.mean_pool) and not facts.get("cls_token", False)
+    classifier = dataclasses.replace(
+        own,
+        model=facts.get("model", own.model),
+        nb_classes=own.nb_classes or facts.get("nb_classes"),
+        global_pool=pooled,
+        cls_token=not pooled,
+        drop_path=0.0,
+    )
+    data = dataclasses.replace(data, input_size=size, in_chans=facts.get("in_chans", data.in_chans))
+    return dataclasses.replace(config, classifier=classifier, data=data), facts.get("classes")
+
+
+def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> Classifier:
+    """A fine-tuned classifier from an output folder or file, built by settings such as `evaluated_config` gives.
+
+    Raises CheckpointError when its head has another number of classes than the data.
+    """
+    weights, facts = read_export(path)
+    model = build(config, config.classifier.nb_classes or len(classes))
+    load_weights(model, weights, source_grid(model, facts))
+    return model

@@ -15,10 +15,11 @@ from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.pixel import CHECK_PASSES, PIXEL_ATTACKS, attack_checks
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import command_line
+from mae_dat.models.modes import eval_mode
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.robustness.cache import Kept, StoredCells
 from mae_dat.robustness.examples import write_examples
-from mae_dat.robustness.measure import Found, Heard, Portion, Shares, eval_mode, measure
+from mae_dat.robustness.measure import Found, Heard, Portion, Shares, measure
 from mae_dat.robustness.network import Contender, View
 from mae_dat.robustness.plan import CHECKED_PICTURES, Entry, Plan, open_plan, print_plan, refuse_normalised, sample
 from mae_dat.robustness.report.comparison import headline_table, mixed_versions
@@ -28,10 +29,11 @@ from mae_dat.robustness.report.tables import precision_text
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.results import FORMAT, Environment, Results, Training, all_versions, write_results
 from mae_dat.robustness.suites.choose import AGREEMENT, AUTO_ATTACK, Choice
+from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.machine import machine
 from mae_dat.runtime.watchdog import beat
-from mae_dat.runtime.world import World, from_main, together
+from mae_dat.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ def _measure_group(group: Sequence[Entry], found: AllHeld, setting: Setting) -> 
     def keys(at: int) -> dict[str, dict[str, Any] | None]:
         return {entry.contender.name: entry.key(suite.portions[at], suite.prints[at]) for entry in group}
 
-    stored = from_main(
+    stored = on_main_rank(
         lambda: [{name: setting.store.read(key) for name, key in keys(at).items()} for at in range(len(suite.portions))]
     )
     todo = []
@@ -149,7 +151,7 @@ def _measure_group(group: Sequence[Entry], found: AllHeld, setting: Setting) -> 
         versions = {entry.contender.name: entry.versions for entry in group}
         for portion, new in measured:
             kept = {name: Kept(one, versions[name]) for name, one in new.items()}
-            from_main(functools.partial(_store, setting.store, keys(suite.portions.index(portion)), kept))
+            on_main_rank(functools.partial(_store, setting.store, keys(suite.portions.index(portion)), kept))
             for name, one in kept.items():
                 _add(found, name, suite.name, one)
 
@@ -193,7 +195,7 @@ def _gradient_checks(entry: Entry, setting: Setting) -> Kept:
     contender, portion = entry.contender, entry.suite.portions[0]
     key = entry.key(portion, entry.suite.prints[0])
     key = key and {**key, "cells": f"checks on {CHECKED_PICTURES} pictures"}
-    kept = from_main(lambda: setting.store.read(key))
+    kept = on_main_rank(lambda: setting.store.read(key))
     if kept is None:
         image, label = sample(portion, contender)
         generators = [image_generator(0, index) for index in range(len(image))]
@@ -207,7 +209,7 @@ def _gradient_checks(entry: Entry, setting: Setting) -> Kept:
             network = Heard(contender.network, hear)
             found = [check._asdict() for check in attack_checks(network, image, label, generators)]
         kept = Kept(found, entry.versions)
-        from_main(functools.partial(setting.store.write, key, kept))
+        on_main_rank(functools.partial(setting.store.write, key, kept))
     return kept
 
 
@@ -272,13 +274,13 @@ def examine(
     for nameless in (one.name for one in contenders if folder and one.key is None):
         logger.warning("%s cannot be told from other networks: it is measured anew by every call.", nameless)
     start = datetime.datetime.now()
-    plan = together(lambda: open_plan(contenders, choice, asked))
-    together(lambda: refuse_normalised(plan))
+    plan = on_all_ranks(lambda: open_plan(contenders, choice, asked))
+    on_all_ranks(lambda: refuse_normalised(plan))
     if setting.world.main:
         print_plan(plan)
     found = hold(plan, setting)
-    every = together(lambda: check_attacks(plan, found, setting))
-    checks = from_main(lambda: every)
+    every = on_all_ranks(lambda: check_attacks(plan, found, setting))
+    checks = on_main_rank(lambda: every)
     results = assemble(plan, found, checks, title, (datetime.datetime.now() - start).total_seconds())
     for warning in mixed_versions(results):
         logger.warning(warning)
@@ -286,9 +288,9 @@ def examine(
         results["training"] = training
     if folder:
         if pair := twins(results):
-            shown = together(lambda: write_examples(plan, pair, folder if setting.world.main else None))
-            results["examples"] = from_main(lambda: shown)
-        from_main(lambda: save(results, folder))
+            shown = on_all_ranks(lambda: write_examples(plan, pair, folder if setting.world.main else None))
+            results["examples"] = on_main_rank(lambda: shown)
+        on_main_rank(lambda: save(results, folder))
     return results
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae_dat.robustness.measure import Portion, PortionPictures, eval_mode
+from mae_dat.data.gallery import save_png
+from mae_dat.models.modes import eval_mode
+from mae_dat.robustness.measure import Portion, PortionPictures
 from mae_dat.robustness.plan import Entry, Plan
 from mae_dat.robustness.suites.imagenet import NO_CLASS
 from mae_dat.runtime.watchdog import beat
-from mae_dat.training.galleries import save_png
 
 SHOWN, LOOKED_AT = 8, 128
 SHOWN_CORRUPTIONS = ("gaussian_noise", "glass_blur", "fog", "pixelate")

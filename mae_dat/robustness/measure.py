@@ -11,7 +11,6 @@ Shapes: B batch, S cells of a portion, K outputs.
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
@@ -23,19 +22,19 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from mae_dat.config.errors import DataError, NumericsError
 from mae_dat.data.loader import batch_loader
+from mae_dat.models.modes import Network, autocast, eval_mode
 from mae_dat.robustness import corruptions as corrupting
 from mae_dat.robustness.scores.calibration import Confidences
 from mae_dat.robustness.scores.results import CellCount
 from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing
+from mae_dat.runtime.collectives import all_sum, on_all_ranks
 from mae_dat.runtime.watchdog import beat
-from mae_dat.runtime.world import World, all_sum, together
+from mae_dat.runtime.world import World
 
 # Columns of a row of counts. TEXTURE: of cue conflict. BAD: logits that are NaN or infinite.
 TOTAL, CORRECT, TOP5, TEXTURE, BAD = range(5)
 COLUMNS = 5
 
-Network = Callable[[Tensor], Tensor]
-"""Float (B, 3, H, W) in [0, 1] to logits (B, K)."""
 Adversary = Callable[[Network, Tensor, Tensor, Tensor], Tensor]
 """(network, pictures, labels (B,), image numbers (B,)) to adversarial pictures."""
 WordHits = Callable[[Network, Tensor, Tensor, Tensor], Tensor]
@@ -261,25 +260,6 @@ class Tally:
         return f"{self.portion.pictures.cell.benchmark} {cell}".strip()
 
 
-def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
-    """A block in that precision; None is float32."""
-    return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
-
-
-@contextmanager
-def eval_mode(networks: Mapping[str, Network]) -> Iterator[None]:
-    """Networks that are modules in evaluation mode; every flag is put back, also after an error."""
-    modules = [network for network in networks.values() if isinstance(network, nn.Module)]
-    flags = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
-
-
 @torch.no_grad()  # not inference mode: attacks take gradients within
 def measure(
     networks: Mapping[str, Network],
@@ -326,5 +306,5 @@ def measure(
     with eval_mode(networks):
         for at, (portion, names) in enumerate(portions):
             tallies = [Tally(name, portion, device, precision) for name in names]
-            together(functools.partial(count, portion, tallies, len(shares.batches(at))))
+            on_all_ranks(functools.partial(count, portion, tallies, len(shares.batches(at))))
             yield portion, {tally.name: tally.found(reduce) for tally in tallies}

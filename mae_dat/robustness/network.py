@@ -22,14 +22,13 @@ from mae_dat.config.groups import ConfigError, image_size
 from mae_dat.data.image_set import Size
 from mae_dat.data.transforms import usual_share
 from mae_dat.models.classifier import Classifier, pretrained_timm
-from mae_dat.models.weights.open import open_source
+from mae_dat.models.modes import eval_mode
+from mae_dat.models.weights.open import naming, open_source, read_export
 from mae_dat.robustness.identity import module_sha256, onnx_sha256, state_sha256
-from mae_dat.robustness.measure import eval_mode
 from mae_dat.robustness.scores.results import Contender as Facts
 from mae_dat.storage.files import sha256_of
 from mae_dat.storage.released import local_path
 from mae_dat.storage.weight_files import WeightsFile
-from mae_dat.training import run
 
 Network = Callable[[Tensor], Tensor]
 USUAL_SIZE = (224, 224)
@@ -141,9 +140,9 @@ def open_contender(source: str, model: str | None, name: str, view: View) -> Con
         raise ConfigError(f"--checkpoint {source}: networks of timm are named by --model {model} --pretrained.")
     if source.endswith(".onnx"):
         return _from_onnx(Path(source), name, view)
-    weights, facts = run.read_export(Path(source))
+    weights, facts = read_export(Path(source))
     told = weights._replace(metadata={"mae_dat": json.dumps(facts)}) if facts else weights
-    with run.naming(f"--checkpoint {source}"):
+    with naming(f"--checkpoint {source}"):
         opened = open_source(told, model, view.size)
     if not isinstance(opened.network, Classifier):
         raise CheckpointError(f"--checkpoint {source} is a pretraining, which has no classes yet: fine-tune it first.")

@@ -12,7 +12,8 @@ from torch import Tensor
 from mae_dat.attacks.pixel import LOOK, LOOKS, require_pixel_model
 from mae_dat.config.errors import SizeError
 from mae_dat.config.groups import ConfigError
-from mae_dat.robustness.measure import Portion, eval_mode
+from mae_dat.models.modes import eval_mode
+from mae_dat.robustness.measure import Portion
 from mae_dat.robustness.network import Contender
 from mae_dat.robustness.suites.base import Suite
 from mae_dat.robustness.suites.choose import CLEAN, NEED_GRADIENTS, Battery, Choice

@@ -165,7 +165,7 @@ _peers: _Peers | None = None
 
 
 @contextlib.contextmanager
-def lost_peers_tell(when: Callable[[], str] = str) -> Iterator[None]:
+def report_failure_to_ranks(when: Callable[[], str] = str) -> Iterator[None]:
     """Turns the failure of a collective into a PeerError with what the rank that left said, or into a RetryError.
 
     `when` tells where the run stands, such as "at step 12"; it is called only then. After an error of any kind the rest
@@ -190,7 +190,7 @@ def leaving_together() -> Iterator[None]:
     global _peers
     peers = _peers = _Peers()
     try:
-        with lost_peers_tell():
+        with report_failure_to_ranks():
             yield
             dist.destroy_process_group()
         peers.say({"bye": True})

@@ -17,12 +17,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import default_collate
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.data.image_set import Batch
-from mae_dat.data.loader import ImageLoader
-from mae_dat.runtime.world import World, cpu_has_amx, gather, require_compiler
+from mae_dat.runtime.device import cpu_has_amx, require_compiler
+from mae_dat.runtime.world import World
 
 SMALL = 0.02  # of all parameters: what is smaller is gathered with the rest, not by itself
 
@@ -174,7 +172,7 @@ def _local(tensor: Tensor) -> Tensor:
 # ---- whole states ----
 
 
-def whole(state: Any) -> Any:
+def full_state_dict(state: Any) -> Any:
     """A state dict with whole tensors in rank 0's memory instead of shards, and None on the others. Collective for
     shards.
 
@@ -184,9 +182,9 @@ def whole(state: Any) -> Any:
         gathered = state.full_tensor()
         return gathered.detach().cpu() if dist.get_rank() == 0 else None
     if isinstance(state, Mapping):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: full_state_dict(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole(value) for value in state]
+        return [full_state_dict(value) for value in state]
     return state
 
 
@@ -218,19 +216,3 @@ def _as(value: Any, example: Tensor | None) -> Any:
 
 
 # ---- evaluating together ----
-
-
-def in_step(loader: ImageLoader, model: nn.Module) -> Iterator[tuple[Batch, bool]]:
-    """The loader's batches, and whether they count. With a sharded model, whose forward pass needs all ranks, each gets
-    as many as the others: its last one again."""
-    if not is_sharded(model):
-        yield from ((batch, True) for batch in loader)
-        return
-    batches, last = iter(loader), None
-    for _ in range(max(gather(len(loader)))):
-        batch = next(batches, None)
-        if batch is None and last is None:  # fewer pictures than ranks: this one borrows a picture
-            last = default_collate([loader.dataset.dataset[0]])  # type: ignore[attr-defined]
-        last = batch or last
-        assert last is not None
-        yield last, batch is not None

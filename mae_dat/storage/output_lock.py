@@ -43,7 +43,7 @@ class _Taken(Exception):
 
 
 class Lease:
-    """The right to write into a folder, from `hold`."""
+    """The right to write into a folder, from `lock_output_folder`."""
 
     def __init__(self, folder: Path) -> None:
         attempt = Attempt.from_environment()
@@ -141,7 +141,7 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, grace: float = 10.0) -> Iterator[Lease]:
+def lock_output_folder(folder: Path, grace: float = 10.0) -> Iterator[Lease]:
     """Keeps other runs out of an existing `folder` for the length of the block; for rank 0 only.
 
     Waits `grace` seconds for a run that is just ending; after that an attempt that SLURM has started again takes over

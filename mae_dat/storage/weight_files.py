@@ -234,3 +234,6 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     if "Weights only load failed" in cause:  # torch goes on with advice to load it all the same
         cause = "it holds more than tensors, numbers and text, or is damaged, and nothing else is loaded"
     return CheckpointError(f"{path} cannot be read as weights: {cause}. Fetch or write the file again.")
+
+
+WEIGHTS = "model.safetensors"

@@ -1,6 +1,5 @@
 """Fine-tuning of a classifier, plainly or with DAT, and linear probes (`main_finetune.py`)."""
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,30 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mae_dat.attacks.pixel import PixelAttack
-from mae_dat.config.errors import CheckpointError, DataError
-from mae_dat.config.groups import ConfigError, DataConfig, FinetuneConfig, image_size
+from mae_dat.config.errors import DataError
+from mae_dat.config.groups import ConfigError, image_size
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import ImageLoader, eval_loader
-from mae_dat.data.open import image_root, open_images
+from mae_dat.data.open import image_root, in_channels, open_images, training_images
 from mae_dat.data.transforms import eval_transform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
 from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
-from mae_dat.models.weights.load import load_pretrained, load_weights
-from mae_dat.runtime.console import Console, RunLog
-from mae_dat.runtime.sharding import whole
-from mae_dat.runtime.world import step_generator
+from mae_dat.models.weights.load import load_pretrained
+from mae_dat.models.weights.open import naming, read_export
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.run_log import RunLog
+from mae_dat.runtime.seeds import seed_everything, step_generator
+from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.training import run
 from mae_dat.training.accuracy import accuracy
-from mae_dat.training.galleries import adversary_gallery
-from mae_dat.training.loop import seed_everything
-from mae_dat.training.objectives.base import Classification, Objective, WithDAT
+from mae_dat.training.context import RunContext, prepare_model, run_context
+from mae_dat.training.export import export_model
+from mae_dat.training.galleries import adversary_gallery, galleries_due, show_galleries
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.consistency import VIEWS, AugMix, ConsistentDAT
+from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.pixel import WithPixelAdversary
 from mae_dat.training.optim import build_optimizer, effective_lr
 from mae_dat.training.state import Training
@@ -48,7 +53,7 @@ SLOW_LARS = 0.5  # MAE's linear probe has 6.4
 def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune") -> dict[str, float]:
     """Fine-tunes, or goes on where the output folder stands, exports the classifier and returns its accuracy."""
     check(config)
-    with run.place(config.run, config.launch, console) as where:
+    with run_context(config.run, config.launch, console) as where:
         images, held_out = labelled_images(config)
         classes = class_count(config, images)
         seed_everything(config.run.seed)
@@ -61,7 +66,7 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         objective = objective_of(config, classes, where)
         settings = config.classifier
         ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
-        run.settle(model, where, ema.module if ema else None)
+        prepare_model(model, where, ema.module if ema else None)
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
         training = Training(model, optimizer, objective, ema)
@@ -69,19 +74,19 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         shown = [held_out[index * len(held_out) // PICTURES] for index in range(PICTURES)]
 
         def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
-            if run.pictures_due(config.run, epoch, where):
-                run.show(draw(training, objective, shown, config, where), where, log, epoch)
+            if galleries_due(config.run, epoch, where):
+                show_galleries(draw(training, objective, shown, config, where), where, log, epoch)
             return accuracy(training.averaged, loader, where.device, where.precision)
 
         run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
         averaged = training.averaged
         assert isinstance(averaged, Classifier)
-        tensors = main_norms(fused_head(whole(averaged.net.state_dict())))
-        run.export(tensors, where, facts_of(config, images, training))
+        tensors = main_norms(fused_head(full_state_dict(averaged.net.state_dict())))
+        export_model(tensors, where, facts_of(config, images, training))
         return accuracy(averaged, loader, where.device, where.precision)
 
 
-def objective_of(config: FinetuneConfig, classes: int, where: run.Place) -> Objective:
+def objective_of(config: FinetuneConfig, classes: int, where: RunContext) -> Objective:
     """What the flags ask to minimize: cross-entropy of the views that they name."""
     own = config.baselines
     if own.jsd:
@@ -91,9 +96,9 @@ def objective_of(config: FinetuneConfig, classes: int, where: run.Place) -> Obje
         attack = PixelAttack(own.eps, own.step, own.at_steps, own.at_norm, random_start=True)
         return WithPixelAdversary(labels, attack, own.clean_weight)
     if own.dat_jsd and config.dat.attack:
-        tokenizer = run.open_tokenizer(config.dat, config.data, where.device)
+        tokenizer = open_tokenizer(config.dat, config.data, where.device)
         return ConsistentDAT(labels, tokenizer, config.dat.attack, own.dat_jsd)
-    return run.with_dat(labels, config.dat, config.data, where.device)
+    return with_dat(labels, config.dat, config.data, where.device)
 
 
 def check(config: FinetuneConfig) -> None:
@@ -136,14 +141,14 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
         )
     except (AssertionError, ValueError) as error:  # timm asserts what its users write
         raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error
-    images = run.training_images(config.data, transform, config.run.seed, labelled=True)
+    images = training_images(config.data, transform, config.run.seed, labelled=True)
     return images, held_out_images(config, images.classes)
 
 
 def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) -> ImageSet:
     """The validation split, unaugmented."""
     root = find_split(image_root(config.data.data_path), "val")
-    transform = run.in_channels(eval_transform(config.data.image_size), config.data)
+    transform = in_channels(eval_transform(config.data.image_size), config.data)
     images = open_images(root, transform, classes=classes, on_bad=config.data.on_bad)
     if images.shrunk is not None:
         logger.warning(
@@ -154,7 +159,7 @@ def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) ->
     return images
 
 
-def held_out_loader(config: FinetuneConfig, images: ImageSet, where: run.Place) -> ImageLoader:
+def held_out_loader(config: FinetuneConfig, images: ImageSet, where: RunContext) -> ImageLoader:
     """This rank's share of the validation images."""
     pinned = config.data.pin_mem and where.device.type == "cuda"
     share = (2 * config.optim.batch_size, where.world.rank, where.world.size)
@@ -208,7 +213,7 @@ def facts_of(config: FinetuneConfig, images: ImageSet, training: Training) -> di
 
 
 def draw(
-    training: Training, objective: Objective, samples: list[Any], config: FinetuneConfig, where: run.Place
+    training: Training, objective: Objective, samples: list[Any], config: FinetuneConfig, where: RunContext
 ) -> dict[str, Tensor]:
     """The adversary against the network as it is, on the same held-out pictures after every epoch, through
     the norms of adversarial views where there are any; without DAT nothing."""
@@ -240,8 +245,8 @@ def start(model: Classifier, config: FinetuneConfig) -> None:
 
 def start_from(model: Classifier, path: Path) -> None:
     """Pretrained weights from a folder or file. Raises MissingInputError, CheckpointError."""
-    weights, facts = run.read_export(path)
-    with run.naming("--finetune"):
+    weights, facts = read_export(path)
+    with naming("--finetune"):
         load_pretrained(model, weights, source_grid(model, facts))
 
 
@@ -252,41 +257,3 @@ def source_grid(model: Classifier, facts: dict[str, Any]) -> tuple[int, int] | N
         return None
     height, width = image_size(tuple(facts["input_size"]))
     return height // patch[0], width // patch[1]
-
-
-def evaluated_config(path: Path, config: FinetuneConfig) -> tuple[FinetuneConfig, list[str] | None]:
-    """The settings to evaluate an output folder or file with, and its classes in the order of its head, if known.
-
-    What a file of ours says about itself replaces the flags; the pictures' size only where none was asked for. Raises
-    MissingInputError, CheckpointError.
-    """
-    _, facts = run.read_export(path)
-    if facts.get("kind") == "mae" or "mask_ratio" in facts:
-        raise CheckpointError(
-            f"--resume {path} is a pretraining, which has no classes yet: fine-tune it first, with --finetune {path}."
-        )
-    data, own = config.data, config.classifier
-    asked = data.input_size != DataConfig().input_size
-    size = data.input_size if asked else tuple(facts.get("input_size", data.input_size))
-    pooled = facts.get("global_pool", own.mean_pool) and not facts.get("cls_token", False)
-    classifier = dataclasses.replace(
-        own,
-        model=facts.get("model", own.model),
-        nb_classes=own.nb_classes or facts.get("nb_classes"),
-        global_pool=pooled,
-        cls_token=not pooled,
-        drop_path=0.0,
-    )
-    data = dataclasses.replace(data, input_size=size, in_chans=facts.get("in_chans", data.in_chans))
-    return dataclasses.replace(config, classifier=classifier, data=data), facts.get("classes")
-
-
-def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> Classifier:
-    """A fine-tuned classifier from an output folder or file, built by settings such as `evaluated_config` gives.
-
-    Raises CheckpointError when its head has another number of classes than the data.
-    """
-    weights, facts = run.read_export(path)
-    model = build(config, config.classifier.nb_classes or len(classes))
-    load_weights(model, weights, source_grid(model, facts))
-    return model

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import logging
 import math
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -24,21 +22,16 @@ from torch import Tensor, nn
 from mae_dat.config.errors import Interrupted, NumericsError, UserError
 from mae_dat.config.groups import OptimConfig, RunConfig
 from mae_dat.data.image_set import Batch, as_float
-from mae_dat.runtime.console import Console, RunLog
-from mae_dat.runtime.failures import lost_peers_tell
+from mae_dat.runtime.collectives import all_sum, failure_of, on_all_ranks, raise_on_all_ranks
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.device import peak_memory
+from mae_dat.runtime.failures import report_failure_to_ranks
+from mae_dat.runtime.run_log import RunLog
+from mae_dat.runtime.seeds import seed_everything, step_generator, step_seed
 from mae_dat.runtime.sharding import accumulating, clip_gradient, update_average, wrap
 from mae_dat.runtime.signals import StopRequest, stop_requests
 from mae_dat.runtime.watchdog import beat
-from mae_dat.runtime.world import (
-    World,
-    all_sum,
-    failure_of,
-    peak_memory,
-    raise_together,
-    step_generator,
-    step_seed,
-    together,
-)
+from mae_dat.runtime.world import World
 from mae_dat.storage.checkpoint import Saver
 from mae_dat.training.optim import effective_lr, learning_rate, set_lr, step_unless
 from mae_dat.training.state import Training
@@ -112,12 +105,12 @@ def fit(training: Training, job: Job) -> None:
     start = saved = last = time.monotonic()
     busy = time.process_time()
     updates, behind = Ahead(job), Behind(job.device)
-    raise_together(updates.failure)
+    raise_on_all_ranks(updates.failure)
     with (
         job.console.task(job.title, job.total_steps, done=first) as task,
         stop_requests() as stop,
         saving(job, stop) as saver,
-        lost_peers_tell(lambda: f"at step {training.step}"),
+        report_failure_to_ranks(lambda: f"at step {training.step}"),
     ):
         while training.step < job.total_steps:
             updates.save_due = time.monotonic() - saved > 60 * job.run.save_minutes
@@ -141,8 +134,8 @@ def fit(training: Training, job: Job) -> None:
             # Waiting for data counts as training, evaluating and saving does not.
             last, busy = time.monotonic(), time.process_time()
             if stopping:
-                together(lambda: saver.wait() if saver else None)
-                raise_together(updates.failure)
+                on_all_ranks(lambda: saver.wait() if saver else None)
+                raise_on_all_ranks(updates.failure)
                 raise Interrupted(
                     f"stopped at step {training.step} of {job.total_steps}; saved in {job.run.output_dir}. "
                     "The same command goes on.",
@@ -253,9 +246,9 @@ def read_steps(training: Training, job: Job, readings: Iterable[Reading], update
         told = reading.read()
         if told.spoiled:
             training.step = reading.step
-            raise_together(_not_finite(training, job, reading, told))
+            raise_on_all_ranks(_not_finite(training, job, reading, told))
         if told.agreed.failed:
-            raise_together(reading.failure)
+            raise_on_all_ranks(reading.failure)
         stop.agreed, updates.failed = stop.agreed or told.agreed.stop, updates.failed or told.agreed.no_data
         updates.save_agreed = updates.save_agreed or told.agreed.save
         sums = {"images": 0.0, "skipped": 0.0, "updates": 1.0, "grad_norm": told.grad_norm}
@@ -336,7 +329,7 @@ def saving(job: Job, stop: StopRequest) -> Iterator[Saver | None]:
     saver = Saver(Path(job.run.output_dir), job.run.keep, job.guard) if job.world.main else None
     try:
         yield saver
-        together(lambda: saver.wait() if saver else None)
+        on_all_ranks(lambda: saver.wait() if saver else None)
     finally:
         if saver:
             saver.close(abandon=stop.at_once)
@@ -347,17 +340,10 @@ def save(training: Training, job: Job, saver: Saver | None, facts: dict[str, Any
     state = training.state_dict()
     facts = {**facts, **job.facts, "epoch": training.step / job.steps_per_epoch}
     buffers = training.model.buffers()
-    together(lambda: saver.save(training.step, state, buffers, **facts) if saver else None)
+    on_all_ranks(lambda: saver.save(training.step, state, buffers, **facts) if saver else None)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     moved: Any = {name: value.to(device, non_blocking=True) for name, value in batch.items()}  # type: ignore[attr-defined]
     moved["image"] = as_float(moved["image"])
     return moved
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds the global generators (drop path, timm's mixup) as a function of the step."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

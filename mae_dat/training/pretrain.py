@@ -3,17 +3,22 @@
 import torch
 from torch import Tensor
 
-from mae_dat.config.groups import PretrainConfig
 from mae_dat.config.parse import load_config
+from mae_dat.config.runs import PretrainConfig
 from mae_dat.data.image_set import Batch, ImageSet, Transform
+from mae_dat.data.open import in_channels, training_images
 from mae_dat.data.transforms import eval_transform, pretrain_transform
 from mae_dat.models.mae import MaskedAutoencoder, build_mae
-from mae_dat.runtime.console import Console, RunLog
-from mae_dat.runtime.world import step_generator
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.run_log import RunLog
+from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.training import run
-from mae_dat.training.galleries import adversary_gallery, reconstruction_gallery
-from mae_dat.training.loop import seed_everything
-from mae_dat.training.objectives.base import MaskedReconstruction, Objective, WithDAT
+from mae_dat.training.context import RunContext, prepare_model, run_context
+from mae_dat.training.export import export_model
+from mae_dat.training.galleries import adversary_gallery, galleries_due, reconstruction_gallery, show_galleries
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import build_optimizer
 from mae_dat.training.state import Training
 
@@ -23,26 +28,26 @@ PICTURES = 6
 
 def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") -> None:
     """Pretrains, or goes on where the output folder stands, and exports the autoencoder with its decoder."""
-    with run.place(config.run, config.launch, console) as where:
+    with run_context(config.run, config.launch, console) as where:
         size = config.data.image_size
-        images = run.training_images(config.data, pretrain_transform(size), config.run.seed, labelled=False)
+        images = training_images(config.data, pretrain_transform(size), config.run.seed, labelled=False)
         seed_everything(config.run.seed)
         model = build_mae(config.mae.model, img_size=size, in_chans=config.data.in_chans).to(where.device)
         objective = objective_of(config, model, where.device)
-        run.settle(model, where)
+        prepare_model(model, where)
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
         training = Training(model, optimizer, objective)
-        shown = fixed_images(images, run.in_channels(eval_transform(size), config.data)).to(where.device)
+        shown = fixed_images(images, in_channels(eval_transform(size), config.data)).to(where.device)
 
         def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
-            if run.pictures_due(config.run, epoch, where):
-                run.show(draw(model, objective, shown, config, where), where, log, epoch)
+            if galleries_due(config.run, epoch, where):
+                show_galleries(draw(model, objective, shown, config, where), where, log, epoch)
             return {}
 
         run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
         facts = {"kind": "mae", "model": config.mae.model, "input_size": list(size), "in_chans": config.data.in_chans}
-        run.export(
+        export_model(
             model.state_dict(), where, {**facts, "norm_pix_loss": config.mae.norm_pix_loss, "steps": training.step}
         )
 
@@ -53,8 +58,8 @@ def objective_of(config: PretrainConfig, model: MaskedAutoencoder, device: torch
     mae, attack = config.mae, config.dat.attack
     if mae.target == "pixels":
         objective = MaskedReconstruction(mae.mask_ratio, mae.norm_pix_loss)
-        return run.with_dat(objective, config.dat, config.data, device)
-    tokenizer = run.open_tokenizer(config.dat, config.data, device)
+        return with_dat(objective, config.dat, config.data, device)
+    tokenizer = open_tokenizer(config.dat, config.data, device)
     model.add_word_head(tokenizer.factor, tokenizer.num_words, pixels=mae.target == "both")
     model.to(device)
     weight = mae.words_weight if mae.target == "both" else None
@@ -70,7 +75,7 @@ def fixed_images(images: ImageSet, transform: Transform) -> Tensor:
 
 
 def draw(
-    model: MaskedAutoencoder, objective: Objective, image: Tensor, config: PretrainConfig, where: run.Place
+    model: MaskedAutoencoder, objective: Objective, image: Tensor, config: PretrainConfig, where: RunContext
 ) -> dict[str, Tensor]:
     """Galleries of the same pictures under the same mask after every epoch: reconstructions, and what the adversary
     did."""
@@ -90,5 +95,5 @@ def draw(
 
 def main() -> None:
     """Command line."""
-    console = run.console_for_command()
-    pretrain(load_config(PretrainConfig, run.arguments()), console)
+    console = console_for_command()
+    pretrain(load_config(PretrainConfig, command_arguments()), console)

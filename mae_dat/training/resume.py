@@ -3,11 +3,20 @@ another number of ranks."""
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 from mae_dat.config.errors import CheckpointError, ConfigError
-from mae_dat.config.groups import OptimConfig
-from mae_dat.storage.checkpoint import Checkpoint
+from mae_dat.config.groups import OptimConfig, RunConfig
+from mae_dat.config.parse import flat_values
+from mae_dat.data.image_set import ImageSet
+from mae_dat.data.open import describe_images
+from mae_dat.runtime.collectives import on_all_ranks
+from mae_dat.runtime.environment import code_facts, told
+from mae_dat.runtime.world import World
+from mae_dat.storage.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, verify
+from mae_dat.training.context import RunContext
+from mae_dat.training.state import Training
 
 logger = logging.getLogger(__name__)
 
@@ -92,3 +101,57 @@ def keep_global_batch(optim: OptimConfig, found: Checkpoint | None, ranks: int) 
         *(ranks, before["ranks"], whole, kept.batch_size, kept.accum_iter, ranks),
     )
     return kept
+
+
+def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
+    """The newest valid checkpoint of the output folder; else the one that `--resume` names; else None. Raises
+    CheckpointError for one of the first format."""
+    own = newest_checkpoint(output)
+    if own and run.resume:
+        # A requeued job repeats its command line: what it has learned since counts, not where it began.
+        logger.info("%s has a checkpoint of its own, which goes before --resume %s.", output, run.resume)
+    found = own or (find_checkpoint(Path(run.resume)) if run.resume else None)
+    if found and found.manifest["version"] < 2:
+        raise CheckpointError(
+            f"{found.path} has format {found.manifest['version']}, of a version of mae_dat that counted steps "
+            f"otherwise: finish the run with that, or start a new one, in another --output_dir, from its weights with "
+            f"--finetune {found.path}."
+        )
+    return found
+
+
+def restore(training: Training, found: Checkpoint, world: World) -> None:
+    """Resumes from a checkpoint. Raises CheckpointError when it is of another model or kind of run."""
+    try:
+        # Every rank checks the file as it sees it: what rank 0 read whole may be old or torn on another machine.
+        training.load_state_dict(verify(found.path.with_suffix(".json")).load(), world.rank, world.size)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{found.path} does not fit this run: {cause}. Use the settings it was made with (config.yaml beside it), "
+            "or another --output_dir."
+        ) from error
+    logger.info("resuming from %s (epoch %.2f)", found.path, found.manifest.get("epoch", 0))
+
+
+def restore_progress(
+    training: Training, found: Checkpoint | None, config: Any, images: ImageSet, batch: int, where: RunContext
+) -> None:
+    """Brings the training to where the checkpoint, if there is one, left it; `batch` is the global one. Raises
+    ConfigError, CheckpointError."""
+    epoch_steps, which = len(images) // batch, describe_images(images)
+    training.step = config.run.start_epoch * epoch_steps
+    if found is None:
+        return
+    check_changes(found, flat_values(config), which, batch, config.run.allow_change)
+    warn_if_code_changed(found)
+    on_all_ranks(lambda: restore(training, found, where.world))
+    if (found.manifest.get("global_batch", batch), found.manifest.get("images", which)) != (batch, which):
+        training.step = round(found.manifest["epoch"] * epoch_steps)
+
+
+def warn_if_code_changed(found: Checkpoint) -> None:
+    """A note where the package's sources are not those that the checkpoint was made with."""
+    before, now = found.manifest.get("code", {}), code_facts()
+    if before and before["sha256"] != now["sha256"]:
+        logger.warning("the code has changed since the checkpoint: %s before, %s now.", told(before), told(now))

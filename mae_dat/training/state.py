@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae_dat.runtime.sharding import load_model, load_optimizer, whole
-from mae_dat.runtime.world import gather
+from mae_dat.runtime.collectives import gather
+from mae_dat.runtime.sharding import full_state_dict, load_model, load_optimizer
 from mae_dat.training.objectives.base import Objective
 
 BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
@@ -34,10 +34,10 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, whole on rank 0. Collective: what differs between ranks is gathered from all of them."""
         return {
-            "model": whole(self.model.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "model": full_state_dict(self.model.state_dict()),
+            "optimizer": full_state_dict(self.optimizer.state_dict()),
             "objective": self.objective.state_dict(),
-            "ema": whole(self.ema.module.state_dict()) if self.ema else None,
+            "ema": full_state_dict(self.ema.module.state_dict()) if self.ema else None,
             "step": self.step,
             "ranks": gather({"totals": self.totals, "heard": self.heard, "statistics": on_cpu(self._statistics())}),
         }

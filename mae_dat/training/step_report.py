@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import UserError
 from mae_dat.data.image_set import Batch
-from mae_dat.runtime.world import all_sum
+from mae_dat.runtime.collectives import all_sum
 
 LAG = {"cuda": 1}
 """Steps that the host launches before it reads one, by kind of device; 0 for others, where reading costs nothing."""

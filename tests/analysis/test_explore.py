@@ -22,7 +22,6 @@ from PIL import Image
 from tiny_models import tiny, tiny_mae
 
 from mae_dat.analysis.explore import EXAMPLES, ExploreConfig, build, find_examples, listen
-from mae_dat.analysis.scorers import Subject, load_subject
 from mae_dat.analysis.views import Change, Examiner, Panel, amplification, verdict
 from mae_dat.config.errors import CheckpointError, DataError, MissingInputError
 from mae_dat.config.groups import ConfigError
@@ -30,6 +29,7 @@ from mae_dat.config.parse import load_config
 from mae_dat.data.generated import draw as generated
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.tokenizer.base import VisualTokenizer
+from mae_dat.models.weights.open import Subject, load_subject
 from mae_dat.robustness.corruptions import as_stored, corrupt, image_seed
 
 CPU = torch.device("cpu")

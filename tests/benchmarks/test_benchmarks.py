@@ -35,8 +35,10 @@ from benchmarks.timing import NEEDS_GPU, Case, Row, Step, measure, middle_half
 from mae_dat.config.groups import AttackConfig, AugmentConfig, ConfigError
 from mae_dat.models.mae import mask_noise
 from mae_dat.models.tokenizer import VQGAN, VQGANConfig
-from mae_dat.runtime.world import step_generator
-from mae_dat.training.objectives.base import Classification, MaskedReconstruction, WithDAT
+from mae_dat.runtime.seeds import step_generator
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 CPU = torch.device("cpu")
 SMALL = VQGANConfig(64, 4, 4, ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,))

@@ -27,7 +27,7 @@ from tiny_runs import (
 
 from mae_dat.robustness.evaluate_run import main as finetune_main
 from mae_dat.robustness.scores.results import read_results
-from mae_dat.runtime.console import read_log
+from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.weight_files import read_weights
 
 

@@ -11,17 +11,9 @@ import pytest
 
 from mae_dat.config import groups as config_module
 from mae_dat.config.errors import ConfigError, MissingInputError
-from mae_dat.config.groups import (
-    AttackConfig,
-    DatConfig,
-    FinetuneConfig,
-    MaskConfig,
-    OptimConfig,
-    PretrainConfig,
-    data_root,
-    image_size,
-)
+from mae_dat.config.groups import AttackConfig, DatConfig, MaskConfig, OptimConfig, data_root, image_size
 from mae_dat.config.parse import command_line, flat_values, load_config, run_command, write_config
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 # MAE's scripts: flags and defaults that users' fingers know. What differs here is in DEVIATIONS, with the reason.

@@ -26,7 +26,8 @@ from mae_dat.data import image_set as data
 from mae_dat.data import transforms
 from mae_dat.data.decode import decode_bytes, decode_pixels
 from mae_dat.data.image_set import ImageFolder, as_float, decode, find_split
-from mae_dat.data.loader import EvalSampler, TrainSampler, epoch_order, eval_loader, steps_per_epoch, train_loader
+from mae_dat.data.loader import epoch_order, eval_loader, train_loader
+from mae_dat.data.sampler import EvalSampler, TrainSampler, steps_per_epoch
 from mae_dat.data.transforms import EraseInRange, eval_transform, finetune_transform, pretrain_transform
 
 Make = Callable[[str], Path]

@@ -19,11 +19,13 @@ from torchvision.transforms.functional import to_tensor
 from weights_server import Server, serving
 
 from mae_dat.config.errors import ConfigError, DataError, DownloadError, Interrupted, MissingInputError
-from mae_dat.config.groups import DataConfig, FinetuneConfig
+from mae_dat.config.groups import DataConfig
 from mae_dat.config.parse import load_config
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import ImageFolder, ImageSet
-from mae_dat.data.loader import TrainSampler, train_loader
-from mae_dat.data.open import image_root, open_images
+from mae_dat.data.loader import train_loader
+from mae_dat.data.open import image_root, open_images, training_images
+from mae_dat.data.sampler import TrainSampler
 from mae_dat.data.shards import cache as shard_cache
 from mae_dat.data.shards import pack as packing
 from mae_dat.data.shards import reader as shards
@@ -34,7 +36,6 @@ from mae_dat.data.transforms import pretrain_transform
 from mae_dat.robustness.suites.choose import Battery, Choice
 from mae_dat.runtime.console import Console
 from mae_dat.training.finetune import held_out_images
-from mae_dat.training.run import training_images
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,11 @@ from mae_dat.models.mae import build_mae
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer, load_tokenizer
 from mae_dat.models.tokenizer.padded import PaddedTokenizer
 from mae_dat.robustness.corruptions import CORRUPTIONS
-from mae_dat.runtime.console import Console, read_log
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training import loop as engine
-from mae_dat.training.objectives.base import WithDAT
+from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.optim import build_optimizer
 
 TINY = ["--model", "vit_demo_patch8", "--width", "16", "--anchor_size", "8", "--regions", "8", "--drop_path", "0.2"]

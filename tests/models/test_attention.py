@@ -7,9 +7,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.models.attention import attention_layers, attention_maps, attention_weights, evaluating
+from mae_dat.models.attention import attention_layers, attention_maps, attention_weights
 from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.models.mae import MaskedAutoencoder, pixel_statistics
+from mae_dat.models.modes import evaluating
 
 SIZE, PATCH, HEADS, DEPTH = (16, 24), 4, 2, 3
 GRID = (SIZE[0] // PATCH, SIZE[1] // PATCH)

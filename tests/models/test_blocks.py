@@ -25,13 +25,15 @@ from tiny_runs import one_thread
 from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError, Interrupted
-from mae_dat.config.groups import AugmentConfig, ClassifierConfig, FinetuneConfig, OptimConfig
+from mae_dat.config.groups import AugmentConfig, ClassifierConfig, OptimConfig
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models import mae
 from mae_dat.models.classifier import build_classifier
 from mae_dat.runtime import sharding as parallel
-from mae_dat.runtime.console import Console, read_log
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.device import amp_dtype, set_float32
+from mae_dat.runtime.run_log import read_log
 from mae_dat.runtime.sharding import checkpoint_blocks, compile_blocks
-from mae_dat.runtime.world import amp_dtype, set_float32
 from mae_dat.training.finetune import finetune
 
 __all__ = ["folder", "one_thread", "surroundings", "tokenizer"]

@@ -18,17 +18,18 @@ from tiny_runs import ROOT
 
 from golden_rule import fill_by_rule, rule_tensor
 from mae_dat.config.errors import CheckpointError, MissingInputError
-from mae_dat.config.groups import FinetuneConfig
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.models.mae import IMAGENET_MEAN, MaskedAutoencoder, build_mae, mask_noise
 from mae_dat.models.tokenizer import VQGAN, LightTokenizer, load_tokenizer
 from mae_dat.models.weights import torch_hub as hub
 from mae_dat.models.weights.get import main as fetch_main
+from mae_dat.models.weights.open import read_export
+from mae_dat.robustness.evaluate_run import evaluated_config
 from mae_dat.storage import registry
 from mae_dat.storage import released as store
 from mae_dat.storage.registry import released
-from mae_dat.training import run
-from mae_dat.training.finetune import evaluated_config, start_from
+from mae_dat.training.finetune import start_from
 
 NAMES = list(hub.__all__)
 TINY: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -170,7 +171,7 @@ def test_the_demo_loads_from_the_folder(demo: Path) -> None:
     image = picture()
     assert isinstance(model, Classifier)
     assert model(image).shape == (2, 10)
-    weights, facts = run.read_export(Path("mae_dat_demo"))
+    weights, facts = read_export(Path("mae_dat_demo"))
     assert facts["model"] == "vit_demo_patch8"
     assert torch.equal(model.net.state_dict()["head.weight"], weights.tensors["head.weight"])
     again = hub.mae_dat_demo(pretrained=str(demo))
@@ -286,7 +287,7 @@ def test_what_is_not_there_is_said(home: Path) -> None:
 def test_a_name_is_a_pretraining_to_start_from(home: Path) -> None:
     autoencoder = build_mae("mae_vit_demo_patch8", img_size=224)
     torch.save({"model": autoencoder.state_dict()}, home / released()["mae_vit_base_patch16"].file)
-    _, facts = run.read_export(Path("mae_vit_base_patch16"))
+    _, facts = read_export(Path("mae_vit_base_patch16"))
     assert facts == {
         "kind": "mae",
         "model": "mae_vit_base_patch16",

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_dat.attacks.discrete import AttackConfig
 from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import FinetuneConfig
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.split_norms import NORMS, SplitNorm, auxiliary_norms, main_norms, split_norms
@@ -24,10 +24,11 @@ from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.models.weights.load import load_weights
 from mae_dat.runtime.sharding import accumulating, update_average
 from mae_dat.runtime.world import World, process_group
+from mae_dat.training.context import RunContext
 from mae_dat.training.finetune import draw
-from mae_dat.training.objectives.base import Objective, WithDAT
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.pixel import WithPixelAdversary
-from mae_dat.training.run import Place
 from mae_dat.training.state import Training
 
 tokenizer = pytest.fixture(lambda: light_tokenizer())
@@ -129,7 +130,7 @@ def test_the_adversary_that_is_drawn_is_the_one_that_is_trained_on(tokenizer: Co
     for norm in splits(net):
         norm.register_forward_pre_hook(lambda one, _: passed.append(one.routed))  # type: ignore[func-returns-value]
     samples = [{"image": batch["image"][row], "label": int(batch["label"][row])} for row in range(4)]
-    where = Place(World(), torch.device("cpu"), None, Path())
+    where = RunContext(World(), torch.device("cpu"), None, Path())
     assert draw(training, objective, samples, FinetuneConfig(), where)["adversary"].ndim == 3
     assert passed
     assert all(passed)

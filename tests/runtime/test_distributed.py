@@ -7,19 +7,12 @@ import pytest
 import torch
 
 from mae_dat.config.errors import ConfigError
+from mae_dat.runtime import device
 from mae_dat.runtime import world as distributed
-from mae_dat.runtime.world import (
-    World,
-    all_mean,
-    all_sum,
-    amp_dtype,
-    barrier,
-    pick_device,
-    process_group,
-    step_generator,
-    step_seed,
-    world_from_environment,
-)
+from mae_dat.runtime.collectives import all_mean, all_sum, barrier
+from mae_dat.runtime.device import amp_dtype, pick_device
+from mae_dat.runtime.seeds import step_generator, step_seed
+from mae_dat.runtime.world import World, process_group, world_from_environment
 
 CPU = torch.device("cpu")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -76,9 +69,9 @@ def test_a_device_that_is_none_is_refused() -> None:
 def test_precision_follows_the_flag_and_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     assert amp_dtype("fp32", CPU) is None
     assert amp_dtype("bf16", CPU) is torch.bfloat16
-    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: True)
     assert amp_dtype("auto", CPU) is torch.bfloat16
-    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: False)
     assert amp_dtype("auto", CPU) is None
     for capable in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, capable=capable: capable)

@@ -17,18 +17,18 @@ from mae_dat.config.groups import (
     ClassifierConfig,
     DataConfig,
     DatConfig,
-    FinetuneConfig,
     MaskConfig,
     OptimConfig,
-    PretrainConfig,
     RunConfig,
 )
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime import console as metrics
-from mae_dat.runtime.console import Console, RunLog, duration, read_log
+from mae_dat.runtime.console import Console, duration
+from mae_dat.runtime.run_log import RunLog, read_log
 from mae_dat.training.finetune import finetune
 from mae_dat.training.pretrain import pretrain
 

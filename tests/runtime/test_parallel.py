@@ -22,13 +22,12 @@ from mae_dat.config.groups import (
     ClassifierConfig,
     DataConfig,
     DatConfig,
-    FinetuneConfig,
     LaunchConfig,
     MaskConfig,
     OptimConfig,
-    PretrainConfig,
     RunConfig,
 )
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import eval_loader
@@ -37,16 +36,17 @@ from mae_dat.models import mae
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
-from mae_dat.runtime.console import Console, read_log
-from mae_dat.runtime.sharding import blocks_of, in_step, is_sharded, load_model, shard, whole
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.run_log import read_log
+from mae_dat.runtime.sharding import blocks_of, full_state_dict, is_sharded, load_model, shard
 from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training import loop as engine
-from mae_dat.training.accuracy import accuracy
+from mae_dat.training.accuracy import accuracy, synchronized
+from mae_dat.training.context import run_context
 from mae_dat.training.finetune import finetune
-from mae_dat.training.objectives.base import Classification
+from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.pretrain import pretrain
-from mae_dat.training.run import place
 from mae_dat.training.state import Training
 
 SIDE = 32
@@ -162,7 +162,7 @@ def evaluated(rank: int, folder: Path) -> dict[str, Any]:
         for count in (19, 1):
             images.samples = images.samples[:count]
             loader = eval_loader(images, 3, rank, 2, 0)
-            found[f"batches of {count}"] = [counted for _, counted in in_step(loader, model)]
+            found[f"batches of {count}"] = [counted for _, counted in synchronized(loader, model)]
             found[f"accuracy of {count}"] = accuracy(model, loader, CPU, None)
     return found
 
@@ -174,7 +174,7 @@ def spoiled(rank: int, folder: Path, output: Path) -> dict[str, Any]:
 
     def step(training: Training, *rest: Any) -> float:
         if training.step == 2:
-            found["before"] = whole(training.model.state_dict())
+            found["before"] = full_state_dict(training.model.state_dict())
             own = [value.to_local() for value in training.model.state_dict().values()]  # type: ignore[operator]
             found["share"] = sum(map(torch.numel, own)) / sum(map(torch.numel, training.model.parameters()))
             states = [one["exp_avg"].to_local().shape for one in training.optimizer.state.values()]
@@ -183,7 +183,7 @@ def spoiled(rank: int, folder: Path, output: Path) -> dict[str, Any]:
         try:
             return real(training, *rest)
         except UserError as error:  # on both ranks alike, or the line below waits for ever
-            found.update(after=whole(training.model.state_dict()), code=error.exit_code, told=str(error))
+            found.update(after=full_state_dict(training.model.state_dict()), code=error.exit_code, told=str(error))
             raise
 
     config = FinetuneConfig(
@@ -265,10 +265,10 @@ def test_shards_learn_what_copies_do(kind: str, outputs: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_in_shards_resumes_bit_for_bit(outputs: Path) -> None:
-    whole, resumed = outputs / "dat, shards", outputs / "dat, shards then shards"
-    assert_close(resumed, whole, 0.0)
-    assert records(resumed) == records(whole)
-    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    full_state_dict, resumed = outputs / "dat, shards", outputs / "dat, shards then shards"
+    assert_close(resumed, full_state_dict, 0.0)
+    assert records(resumed) == records(full_state_dict)
+    assert (resumed / "model.safetensors").read_bytes() == (full_state_dict / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ def test_what_is_gathered_by_itself() -> None:
 
 def test_a_single_rank_says_that_it_shards_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = run_of(tmp_path, tmp_path / "output", True)
-    with place(config["run"], config["launch"], Console(quiet=True)) as where:
+    with run_context(config["run"], config["launch"], Console(quiet=True)) as where:
         assert not where.shards
     assert "--fsdp: a single rank" in caplog.text
 
@@ -340,7 +340,7 @@ def test_a_single_rank_says_that_it_shards_nothing(tmp_path: Path, caplog: pytes
 def test_a_state_without_shards_is_given_as_it_is() -> None:
     model = nn.Linear(3, 2)
     state = {"model": model.state_dict(), "list": [1, {"x": torch.ones(2)}], "step": 3}
-    given = whole(state)
+    given = full_state_dict(state)
     assert given["model"]["weight"] is state["model"]["weight"]  # type: ignore[index]
     assert given["list"][0] == 1
     assert given["step"] == 3

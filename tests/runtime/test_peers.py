@@ -16,14 +16,14 @@ from tiny_runs import draw_folder
 from torch import Tensor, nn
 
 from mae_dat.config.errors import DataError, PeerError, RetryError, StorageError
-from mae_dat.config.groups import PretrainConfig
 from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.runs import PretrainConfig
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.runtime import failures as peers
 from mae_dat.runtime import watchdog as watch
 from mae_dat.runtime.console import Console
-from mae_dat.runtime.failures import is_loss, lost_peers_tell
+from mae_dat.runtime.failures import is_loss, report_failure_to_ranks
 from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.training.pretrain import pretrain
 
@@ -67,7 +67,7 @@ def train_until(rank: int, victim: int, fault: str) -> None:
         with process_group(world_from_environment(), CPU):
             net = nn.parallel.DistributedDataParallel(_Net(), bucket_cap_mb=1)
             for step in range(10**6):
-                with lost_peers_tell(lambda step=step: f"at step {step}"):  # type: ignore[misc]
+                with report_failure_to_ranks(lambda step=step: f"at step {step}"):  # type: ignore[misc]
                     if rank == victim and step == 3:
                         meet(fault)
                     if fault == "kill, others blind" and step == 3:
@@ -135,7 +135,7 @@ def test_what_is_no_loss_of_a_peer_stays_what_it_is() -> None:
     assert not is_loss(RuntimeError("shape '[3]' is invalid for input of size 4"))
     assert not is_loss(ValueError("gloo/transport"))
     assert not is_loss(torch.OutOfMemoryError("NCCL"))
-    with pytest.raises(RuntimeError, match="Connection closed by peer"), lost_peers_tell():
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), report_failure_to_ranks():
         raise RuntimeError("Connection closed by peer")  # not among peers: somebody else's connection
     assert math.isclose(PeerError("x", 65).exit_code, 65)
     assert RetryError.exit_code == 75

@@ -15,8 +15,9 @@ from ranks import exit_codes, start_ranks
 
 from mae_dat.config.parse import run_command
 from mae_dat.runtime import watchdog as watch
+from mae_dat.runtime.collectives import all_sum
 from mae_dat.runtime.watchdog import beat, watching
-from mae_dat.runtime.world import all_sum, process_group, world_from_environment
+from mae_dat.runtime.world import process_group, world_from_environment
 
 LIMIT = 2  # seconds
 

@@ -12,7 +12,7 @@ import pytest
 from mae_dat.config.errors import OutputError, StorageError
 from mae_dat.storage.checkpoint import newest_checkpoint, save_checkpoint
 from mae_dat.storage.files import atomic_write, prepare_output_folder, storage_error
-from mae_dat.storage.output_lock import hold
+from mae_dat.storage.output_lock import lock_output_folder
 
 GOOD_NAMES = {
     "spaces": " a folder  with spaces ",
@@ -31,7 +31,7 @@ GOOD_NAMES = {
 def test_any_name_will_do(name: str, tmp_path: Path) -> None:
     folder = prepare_output_folder(tmp_path / name)
     assert not list(folder.iterdir()), "the probe is gone"
-    with hold(folder, grace=0) as lease:
+    with lock_output_folder(folder, grace=0) as lease:
         lease.check()
         save_checkpoint(folder, 7, {"step": 7}, keep=1)
         save_checkpoint(folder, 8, {"step": 8}, keep=1)
@@ -118,7 +118,7 @@ def test_a_read_only_file_system(read_only: Path) -> None:
         with pytest.raises(OutputError, match=r"Read-only file system.*--output_dir"):
             prepare_output_folder(folder)
     with pytest.raises(StorageError, match="Read-only file system"):
-        with hold(read_only):
+        with lock_output_folder(read_only):
             pass
 
 

@@ -13,7 +13,7 @@ import pytest
 from mae_dat.config.errors import NoProgressError, OutputError, StorageError
 from mae_dat.storage import output_lock as lease
 from mae_dat.storage.attempts import read_json, record_start
-from mae_dat.storage.output_lock import hold
+from mae_dat.storage.output_lock import lock_output_folder
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -61,25 +61,25 @@ def forking(script: str, folder: Path) -> str:
 
 def test_a_lease_names_its_holder_and_leaves_nothing_but_an_empty_file(tmp_path: Path) -> None:
     for _ in range(2):  # several runs in one process, one after the other
-        with hold(tmp_path, grace=0) as held:
+        with lock_output_folder(tmp_path, grace=0) as held:
             held.check()
             assert read_json(tmp_path / "lease.json")["pid"] == os.getpid()
         assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [(".lease.lock", 0)]
 
 
 def test_the_same_process_cannot_hold_a_folder_twice(tmp_path: Path) -> None:
-    with hold(tmp_path, grace=0) as held:
+    with lock_output_folder(tmp_path, grace=0) as held:
         with pytest.raises(OutputError, match=r"already writing to .*--output_dir"):
-            with hold(tmp_path / ".." / tmp_path.name, grace=0):
+            with lock_output_folder(tmp_path / ".." / tmp_path.name, grace=0):
                 pass
         held.check()
-        with hold(_made(tmp_path / "other"), grace=0):
+        with lock_output_folder(_made(tmp_path / "other"), grace=0):
             pass
         assert forking(ASK, tmp_path).startswith("73 "), "the refused attempt has not given the lock away"
     with pytest.raises(ZeroDivisionError):
-        with hold(tmp_path, grace=0):
+        with lock_output_folder(tmp_path, grace=0):
             raise ZeroDivisionError
-    with hold(tmp_path, grace=0):
+    with lock_output_folder(tmp_path, grace=0):
         pass
 
 
@@ -99,7 +99,7 @@ def _made(folder: Path) -> Path:
 
 def test_the_loser_is_told_who_holds_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
-    with hold(tmp_path, grace=0):
+    with lock_output_folder(tmp_path, grace=0):
         monkeypatch.delenv("SLURM_JOB_ID")
         told = forking(ASK, tmp_path)
         for words in ("73", str(tmp_path), "job 4242", f"process {os.getpid()} on", "since 20", "--output_dir"):
@@ -230,7 +230,7 @@ def test_a_requeued_job_takes_over_and_the_cut_off_attempt_stops(tmp_path: Path)
 
 
 def test_a_lease_file_that_somebody_deleted_changes_nothing(tmp_path: Path) -> None:
-    with hold(tmp_path, grace=0) as held:
+    with lock_output_folder(tmp_path, grace=0) as held:
         (tmp_path / "lease.json").unlink()
         held.check()
         assert forking(ASK, tmp_path).startswith(f"73 {tmp_path} is in use by another run.")
@@ -240,7 +240,7 @@ def test_a_lease_file_that_somebody_deleted_changes_nothing(tmp_path: Path) -> N
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="there is no folder"):
-        with hold(tmp_path / "absent"):
+        with lock_output_folder(tmp_path / "absent"):
             pass
 
 
@@ -256,7 +256,7 @@ def test_a_folder_can_be_held_without_locks(code: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(lease, "BEAT", 0.05)
     (tmp_path / "lease.json").write_text('{"token": "dead", "pid": 1, "host": "gone"}')
     os.utime(tmp_path / "lease.json", (0, 0))
-    with hold(tmp_path, grace=0) as held:
+    with lock_output_folder(tmp_path, grace=0) as held:
         held.check()
         seen = (tmp_path / "lease.json").stat().st_mtime
         deadline = time.monotonic() + 20

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mae_dat.config.groups import FinetuneConfig, PretrainConfig
 from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.console import Console

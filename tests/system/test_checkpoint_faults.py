@@ -27,12 +27,12 @@ from mae_dat.config.errors import CheckpointError, StorageError
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.weights.convert import ConvertConfig, convert
 from mae_dat.models.weights.load import read_source
-from mae_dat.runtime.console import RunLog
+from mae_dat.models.weights.open import read_export
+from mae_dat.runtime.run_log import RunLog
 from mae_dat.storage.checkpoint import find_checkpoint, newest_checkpoint, save_checkpoint, verify
 from mae_dat.storage.files import sha256_of
 from mae_dat.storage.host_copy import Snapshot
 from mae_dat.storage.weight_files import read_weights
-from mae_dat.training.run import read_export
 
 ROOT = Path(__file__).parents[2]
 MUTATIONS = int(os.environ.get("MAE_DAT_MUTATIONS", "2000"))  # 100000 take two minutes

@@ -24,7 +24,7 @@ from mae_dat.data import decode as decoding
 from mae_dat.data.decode import decode
 from mae_dat.data.image_set import ImageFolder, epoch_order
 from mae_dat.data.loader import batch_loader
-from mae_dat.runtime.console import read_log
+from mae_dat.runtime.run_log import read_log
 
 
 @pytest.fixture

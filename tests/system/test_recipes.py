@@ -20,19 +20,23 @@ from tiny_runs import (
     save_tokenizer,
 )
 
-from mae_dat.config.groups import FinetuneConfig, PretrainConfig
 from mae_dat.config.parse import load_config
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.transforms import finetune_transform
 from mae_dat.launch import submit as launch
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import VIT_SIZES, build_mae
 from mae_dat.models.tokenizer import VQGAN, VQGAN_PRESETS, load_tokenizer
-from mae_dat.runtime.console import read_log
+from mae_dat.robustness.evaluate_run import load_classifier
+from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.registry import find_released
 from mae_dat.training.accuracy import accuracy
-from mae_dat.training.finetune import build, check, held_out_images, load_classifier, start
-from mae_dat.training.objectives.base import Classification, MaskedReconstruction, Objective, WithDAT
+from mae_dat.training.finetune import build, check, held_out_images, start
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import build_optimizer, effective_lr
 
 # Detectors' have their own test, in test_detect.py.

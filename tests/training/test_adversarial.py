@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from mae_dat.attacks.discrete import input_gradient
 from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError, Interrupted
-from mae_dat.config.groups import FinetuneConfig
 from mae_dat.config.parse import load_config
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaskedAutoencoder
-from mae_dat.training.objectives.base import MaskedReconstruction, Objective
+from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.pixel import WithPixelAdversary, projected_gradient
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 LINF = PixelAttack(4 / 255, 2 / 255, 3, random_start=True)
 ATTACKS = {"linf": LINF, "l2": PixelAttack(0.5, 0.25, 3, "l2", random_start=True)}

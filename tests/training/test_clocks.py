@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from ranks import exit_codes, start_ranks
 
-from mae_dat.config.groups import DataConfig, MaskConfig, OptimConfig, PretrainConfig, RunConfig
+from mae_dat.config.groups import DataConfig, MaskConfig, OptimConfig, RunConfig
+from mae_dat.config.runs import PretrainConfig
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize

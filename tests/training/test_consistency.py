@@ -30,9 +30,9 @@ from mae_dat.attacks.discrete import AttackConfig
 from mae_dat.config.groups import AugmentConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.data.transforms import FinetuneTransform, finetune_transform
-from mae_dat.training.loop import seed_everything
-from mae_dat.training.objectives.base import WithDAT
+from mae_dat.runtime.seeds import seed_everything
 from mae_dat.training.objectives.consistency import VIEWS, AugMix, ConsistentDAT, jensen_shannon
+from mae_dat.training.objectives.dat import WithDAT
 
 __all__ = ["tokenizer"]  # the fixture
 

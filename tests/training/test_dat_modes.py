@@ -17,21 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mae_dat.attacks.discrete
 from mae_dat.attacks.discrete import AttackConfig, discrete_adversary, input_gradient
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import AugmentConfig, DatConfig, FinetuneConfig, LaunchConfig
+from mae_dat.config.groups import AugmentConfig, DatConfig, LaunchConfig
 from mae_dat.config.parse import load_config
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.mae import MaskedAutoencoder
+from mae_dat.models.modes import frozen
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.sharding import accumulating
 from mae_dat.runtime.world import World, process_group
-from mae_dat.training.objectives.base import (
-    Classification,
-    MaskedReconstruction,
-    WithDAT,
-    differentiated,
-    first_rows,
-    frozen,
-)
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT, first_rows
+from mae_dat.training.objectives.free_gradient import differentiated
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 SIDE, CLASSES, IMAGES = 16, 5, 16
 WIDTH = 3 * SIDE * SIDE

@@ -25,30 +25,34 @@ from mae_dat.config.groups import (
     ClassifierConfig,
     DataConfig,
     DatConfig,
-    FinetuneConfig,
     MaskConfig,
     OptimConfig,
-    PretrainConfig,
     RunConfig,
 )
 from mae_dat.config.parse import run_command
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.data.image_set import Batch, ImageFolder
-from mae_dat.data.loader import TrainSampler, eval_loader, steps_per_epoch, train_loader
+from mae_dat.data.loader import eval_loader, train_loader
+from mae_dat.data.sampler import TrainSampler, steps_per_epoch
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models import mae
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaeSize, ViTSize, build_mae
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime import signals as stopping
-from mae_dat.runtime.console import Console, RunLog, read_log
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.run_log import RunLog, read_log
 from mae_dat.runtime.world import World, process_group
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training import loop as engine
 from mae_dat.training.accuracy import accuracy
 from mae_dat.training.finetune import finetune
 from mae_dat.training.loop import Job
-from mae_dat.training.objectives.base import Classification, MaskedReconstruction, Objective, WithDAT
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import build_optimizer, learning_rate
 from mae_dat.training.pretrain import pretrain
 from mae_dat.training.state import Training

@@ -28,7 +28,10 @@ from mae_dat.config.groups import AttackConfig, AugmentConfig, OptimConfig
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.sharding import choose_attention
 from mae_dat.training import loop as engine
-from mae_dat.training.objectives.base import Classification, MaskedReconstruction, Objective, WithDAT
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 __all__ = ["one_thread"]
 

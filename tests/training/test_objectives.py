@@ -12,8 +12,11 @@ from mae_dat.config.groups import ATTACKS, AttackConfig, AugmentConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.mae import MaskedAutoencoder, masked_mse
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
-from mae_dat.training.loop import seed_everything
-from mae_dat.training.objectives.base import Classification, MaskedReconstruction, Objective, Parts, WithDAT
+from mae_dat.runtime.seeds import seed_everything
+from mae_dat.training.objectives.base import Objective, Parts
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 SIDE, CLASSES = 16, 5
 

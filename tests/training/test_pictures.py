@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dat.attacks.discrete import DiscreteAdversary
+from mae_dat.data.gallery import gallery, save_png, sheet
 from mae_dat.models.mae import MaskedAutoencoder, mask_noise
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.training.galleries import (
@@ -18,11 +19,8 @@ from mae_dat.training.galleries import (
     attention_columns,
     changed_words,
     codebook_picture,
-    gallery,
     reconstruction_columns,
     reconstruction_gallery,
-    save_png,
-    sheet,
     used_words,
     word_colors,
     word_columns,

@@ -32,9 +32,12 @@ from mae_dat.models.tokenizer import LightConfig, VisualTokenizer
 from mae_dat.models.weights.load import load_mae, load_pretrained
 from mae_dat.models.weights.open import open_model
 from mae_dat.models.word_head import WordHead
-from mae_dat.runtime.console import Console, read_log
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.weight_files import read_weights
-from mae_dat.training.objectives.base import Classification, MaskedReconstruction, WithDAT
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT
+from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 SIDE, PATCH, WORDS = 16, 8, 32
 

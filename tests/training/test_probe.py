@@ -16,7 +16,7 @@ from tiny_runs import (
 )
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import load_finetune_config
+from mae_dat.config.runs import load_finetune_config
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit, fused_head
 from mae_dat.models.mae import ViTSize
 from mae_dat.robustness.evaluate_run import main as finetune_main

@@ -11,8 +11,9 @@ from conftest import GOLDEN
 from tiny_runs import draw_folder, pretrain_in
 
 from mae_dat.config.errors import CheckpointError, ConfigError
-from mae_dat.config.groups import FinetuneConfig, OptimConfig, PretrainConfig
+from mae_dat.config.groups import OptimConfig
 from mae_dat.config.parse import flat_values
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.training.resume import FREE, SHARES, changes, check_changes, keep_global_batch
 

@@ -23,9 +23,8 @@ from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.image_set import SPLIT_NAMES, ImageFolder, epoch_order
 from mae_dat.data.loader import look_at_each
 from mae_dat.data.shards.index import Index, build_index
-from mae_dat.runtime.console import Console
+from mae_dat.runtime.console import Console, command_arguments, console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder
-from mae_dat.training import run
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +169,8 @@ def print_summary(found: dict[str, Index], out: str) -> None:
 
 def main() -> None:
     """Command line."""
-    console = run.console_for_command()
-    config = load_config(PackConfig, run.arguments(), __doc__ or "")
+    console = console_for_command()
+    config = load_config(PackConfig, command_arguments(), __doc__ or "")
     if bool(config.index) == bool(config.source and config.out):
         raise ConfigError("give a folder of images and a folder for the shards, or --index DIR alone; see --help.")
     if config.index:

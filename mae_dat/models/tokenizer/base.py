@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError, SizeError
 from mae_dat.models.tokenizer.quantize import look_up, nearest_words
-from mae_dat.runtime.world import require_compiler
+from mae_dat.runtime.device import require_compiler
 
 
 class VisualTokenizer(nn.Module, ABC):

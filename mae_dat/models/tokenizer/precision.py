@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.models.tokenizer.base import VisualTokenizer, share_changed
-from mae_dat.runtime.world import from_main
+from mae_dat.runtime.collectives import on_main_rank
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def in_precision(
     """
     if precision == "auto":
         candidates = ("fp16",) if device.type == "cuda" else ()
-        precision = from_main(lambda: quickest_exact(tokenizer, device, candidates))
+        precision = on_main_rank(lambda: quickest_exact(tokenizer, device, candidates))
     encoder, decoder = PRECISIONS[precision]
     return tokenizer.prepare(device, encoder, decoder, compiled)
 

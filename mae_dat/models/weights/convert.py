@@ -27,10 +27,10 @@ from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder
 from mae_dat.models.weights.huggingface import HubClassifier, HubMaskedAutoencoder, write_card
 from mae_dat.models.weights.load import DECODER_KEYS
-from mae_dat.models.weights.open import Blueprint, Opened, open_source
+from mae_dat.models.weights.open import Blueprint, Opened, open_source, read_export
+from mae_dat.runtime.console import command_arguments, console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.storage.weight_files import read_weights, write_weights
-from mae_dat.training import run
 
 Network = Classifier | MaskedAutoencoder
 TOLERANCE = 1e-4  # largest difference of the outputs before and after, relative to the largest output
@@ -94,7 +94,7 @@ def convert(config: ConvertConfig) -> str:
     """
     dest = Path(config.dest)
     check_destination(config)
-    weights, facts = run.read_export(Path(config.source))
+    weights, facts = read_export(Path(config.source))
     if facts:  # of a folder they need not stand in the file
         weights = weights._replace(metadata={**weights.metadata, "mae_dat": json.dumps(facts)})
     opened = open_source(weights, config.model)
@@ -332,8 +332,8 @@ WRITERS: dict[str, Callable[[Opened, Path, ConvertConfig], Written]] = {
 
 def main() -> None:
     """Command line."""
-    run.console_for_command()
-    print(convert(load_config(ConvertConfig, run.arguments(), __doc__ or "")))
+    console_for_command()
+    print(convert(load_config(ConvertConfig, command_arguments(), __doc__ or "")))
 
 
 if __name__ == "__main__":

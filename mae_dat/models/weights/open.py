@@ -3,20 +3,31 @@
 `open_model("weights.pth")` is the one line; `Blueprint` is what was found out.
 """
 
+import contextlib
+import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from mae_dat.config.errors import CheckpointError
+from mae_dat.config.errors import CheckpointError, ConfigError, MissingInputError
+from mae_dat.config.groups import image_size
 from mae_dat.models.classifier import Classifier, Grid, build_classifier
 from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder, build_mae, unknown_name
+from mae_dat.models.tokenizer import check_card
 from mae_dat.models.weights.formats import Recognized
 from mae_dat.models.weights.load import Source, load_mae, load_weights, read_source, size_of
-from mae_dat.storage.weight_files import WeightsFile
+from mae_dat.storage.checkpoint import newest_checkpoint
+from mae_dat.storage.registry import released
+from mae_dat.storage.released import local_path
+from mae_dat.storage.weight_files import WEIGHTS, WeightsFile, read_weights, unwrap
 
 
 @dataclass(frozen=True)
@@ -171,3 +182,99 @@ def _head_of(name: str, file: WeightsFile, tensors: Mapping[str, Tensor]) -> str
     if key not in tensors:
         raise CheckpointError(f"{file.source} has no classification head ({key}): fine-tune from it first.")
     return key
+
+
+logger = logging.getLogger(__name__)
+
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network in evaluation mode, what to call it, what its file says about itself, and the pictures it takes:
+    height and width in pixels, and channels."""
+
+    model: Classifier | MaskedAutoencoder
+    name: str
+    facts: dict[str, Any]
+    size: Size
+    in_chans: int
+    decoder: bool
+
+    def autoencoder(self) -> MaskedAutoencoder:
+        """The network, if it can reconstruct. Raises CheckpointError otherwise."""
+        if not isinstance(self.model, MaskedAutoencoder):
+            raise CheckpointError(f"{self.name} is a classifier and reconstructs nothing: give a pretraining.")
+        if not self.decoder:
+            raise CheckpointError(
+                f"{self.name} has no decoder, without which nothing is reconstructed: MAE's mae_pretrain_* files hold "
+                "the encoder alone. Give one with decoder, such as mae_visualize_vit_large.pth or a pretraining of "
+                "yours; the encoder's attention can be drawn."
+            )
+        return self.model
+
+
+def load_subject(
+    checkpoint: str, name: str | None, input_size: tuple[int, ...] | None, device: torch.device
+) -> Subject:
+    """The network of an output folder, of a weights file or of released weights.
+
+    `name` is the architecture and `input_size` the pictures' where the file does not say, or others are wanted. Raises
+    ConfigError, MissingInputError, CheckpointError, DownloadError.
+    """
+    if not checkpoint:
+        raise ConfigError("--checkpoint is missing: give an output folder, a weights file or a released name.")
+    weights, facts = read_export(Path(checkpoint))
+    told = weights._replace(metadata={"mae_dat": json.dumps(facts)}) if facts else weights
+    with naming("--checkpoint"):
+        opened = open_source(told, name, image_size(input_size) if input_size else None)
+    plan, model = opened.plan, opened.network
+    height, width = plan.img_size or resolve_model_data_config(model.net)["input_size"][-2:]
+    title = f"{Path(checkpoint).name} ({plan.name})"
+    return Subject(model.to(device), title, facts, (height, width), plan.in_chans, plan.decoder)
+
+
+def predicts_normalized(subject: Subject, asked: bool | None) -> bool:
+    """Whether an autoencoder predicts normalized patches: as asked, else as its file says, else not, with a warning."""
+    if asked is None and "norm_pix_loss" not in subject.facts:
+        logger.warning(
+            "%s does not say whether it was trained with --norm_pix_loss; taken as False. If its reconstructions are "
+            "grey, give --norm_pix_loss True.",
+            subject.name,
+        )
+    return bool(subject.facts.get("norm_pix_loss", False) if asked is None else asked)
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Adds the flag that named a file, such as `--finetune`, to the error of its load."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
+    """Weights from a file, an output folder of ours or by the name of released ones, and the facts stored with them or
+    in the registry (empty for another foreign file).
+
+    A folder gives its `model.safetensors`, or the model in its newest checkpoint. Raises MissingInputError,
+    CheckpointError, DownloadError.
+    """
+    entry = None if path.exists() else released().get(str(path))
+    path = local_path(path)
+    if path.is_dir() and not (path / WEIGHTS).is_file():
+        found = newest_checkpoint(path)
+        if found is None:
+            raise MissingInputError(f"{path} holds neither {WEIGHTS} nor a valid checkpoint-*.pth.")
+        state = found.load()
+        weights = unwrap(state, str(found.path))
+        return weights, dict(found.manifest.get("settings", {}))
+    file = path / WEIGHTS if path.is_dir() else path
+    check_card(file)
+    weights = read_weights(file)
+    try:
+        return weights, json.loads(weights.metadata.get("mae_dat", "{}")) or (entry.facts if entry else {})
+    except ValueError as error:
+        raise CheckpointError(f"{file}: its description is damaged ({error}).") from error

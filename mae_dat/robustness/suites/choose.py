@@ -30,9 +30,10 @@ from mae_dat.config.errors import ConfigError, DataError, MissingInputError, Siz
 from mae_dat.config.parse import nearest
 from mae_dat.data.image_set import Size, find_split, require_folder
 from mae_dat.data.open import holds_shards, open_images
+from mae_dat.models.modes import Network
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
 from mae_dat.robustness import corruptions as corrupting
-from mae_dat.robustness.measure import Adversary, Network, Portion
+from mae_dat.robustness.measure import Adversary, Portion
 from mae_dat.robustness.suites.base import Suite
 from mae_dat.robustness.suites.folders import folders_in
 from mae_dat.robustness.suites.imagenet import SYNSETS, Reading, check_classes, outputs_advice

@@ -10,7 +10,9 @@ from mae_dat.config.groups import AttackConfig, AugmentConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.split_norms import auxiliary_norms
 from mae_dat.models.tokenizer.base import VisualTokenizer
-from mae_dat.training.objectives.base import Classification, Parts, WithDAT, first_rows
+from mae_dat.training.objectives.base import Parts
+from mae_dat.training.objectives.classification import Classification
+from mae_dat.training.objectives.dat import WithDAT, first_rows
 
 VIEWS = 3  # of AugMix: the crop, and two mixtures of it
 

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from mae_dat.attacks.pixel import LossOf, PixelAttack, random_point, steps_up
 from mae_dat.data.image_set import Batch
+from mae_dat.models.modes import frozen, unwrapped
 from mae_dat.models.split_norms import auxiliary_norms
-from mae_dat.training.objectives.base import Around, Objective, Parts, frozen, unwrapped
+from mae_dat.training.objectives.base import Objective, ObjectiveWrapper, Parts
 
 
 def projected_gradient(image: Tensor, loss_of: LossOf, attack: PixelAttack, generator: torch.Generator) -> Tensor:
@@ -18,7 +19,7 @@ def projected_gradient(image: Tensor, loss_of: LossOf, attack: PixelAttack, gene
     return steps_up(start, image, loss_of, attack)
 
 
-class WithPixelAdversary(Around):
+class WithPixelAdversary(ObjectiveWrapper):
     """Adversarial training on pixels: loss = w L(clean) + L(adversarial).
 
     With w = 0 that is Madry et al. 2018. With w = 1, and a network of two sets of norms (`split_norms`), it is AdvProp

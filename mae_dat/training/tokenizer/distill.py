@@ -27,7 +27,8 @@ from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.models.tokenizer.quantize import look_up, nearness
 from mae_dat.runtime.console import Console
-from mae_dat.runtime.world import amp_dtype, pick_device, step_generator
+from mae_dat.runtime.device import amp_dtype, pick_device
+from mae_dat.runtime.seeds import step_generator
 from mae_dat.training.tokenizer.train import FoldersConfig, cosine, train_to_file
 
 # Places of a batch whose words are classified: the scores of 16,384 words at all of them would be gigabytes.

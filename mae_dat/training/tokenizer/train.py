@@ -26,17 +26,20 @@ from mae_dat.config.errors import Interrupted, NumericsError
 from mae_dat.config.groups import image_size
 from mae_dat.config.parse import command_line, load_config, run_command
 from mae_dat.data.image_set import ImageFolder, Sample, find_split
-from mae_dat.data.loader import ImageLoader, TrainSampler, eval_loader, train_loader
+from mae_dat.data.loader import ImageLoader, eval_loader, train_loader
 from mae_dat.data.open import DEMO, image_root
+from mae_dat.data.sampler import TrainSampler
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.models.tokenizer.quantize import look_up, straight_through, vq_loss
-from mae_dat.runtime.console import Console, RunLog
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.device import amp_dtype, pick_device
+from mae_dat.runtime.run_log import RunLog
+from mae_dat.runtime.seeds import step_generator
 from mae_dat.runtime.signals import stop_requests
-from mae_dat.runtime.world import amp_dtype, pick_device, step_generator
 from mae_dat.storage.checkpoint import newest_checkpoint, save_checkpoint, sweep
 from mae_dat.storage.files import prepare_output_folder, sha256_of
-from mae_dat.storage.output_lock import hold
+from mae_dat.storage.output_lock import lock_output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +298,7 @@ def train_to_file(trainer: Trainer, config: FoldersConfig, console: Console) -> 
     """Trains, or goes on where `output_dir` stands, and writes the tokenizer with its card. Raises Interrupted after a
     signal, once what was learned is saved."""
     output, data = prepare_output_folder(Path(config.output_dir)), training_folders(config)
-    with hold(output):
+    with lock_output_folder(output):
         sweep(output)
         found = newest_checkpoint(output)
         first = found.step if found else 0

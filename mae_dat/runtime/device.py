@@ -1,0 +1,79 @@
+"""The device of this process: which one, its precision, its compiler and its memory."""
+
+import contextlib
+import resource
+
+import torch
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.runtime.world import World
+
+
+def pick_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 - immutable
+    """The device to run on: `auto` takes CUDA if there is any. Raises ConfigError when CUDA is asked for and absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name} is no device: use cuda, cpu or auto.") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "--device cuda: this machine has no usable CUDA device. Use --device cpu (slow, but it works)."
+            )
+        device = torch.device("cuda", world.local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type: bfloat16 for `bf16`, and for `auto` where the hardware computes in it; None for float32."""
+    if precision in ("fp32", "tf32"):
+        return None
+    if precision == "bf16" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
+        return torch.bfloat16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
+
+
+def set_float32(precision: str) -> None:
+    """How a GPU computes in float32: matrices in TF32 for `tf32`, else exactly; convolutions always exactly, since the
+    adversary's step is a fraction of a grey level, which TF32 (cuDNN's default) blurs in a tokenizer."""
+    # By torch's older switches: its newer ones, `fp32_precision`, make the older raise, which torch.compile and
+    # torch.export read.
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def require_compiler(flag: str) -> None:
+    """Raises ConfigError about the flag that asks for torch.compile where there is no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise ConfigError(f"{flag} needs a C++ compiler such as g++: install one, or leave it out.") from error
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process had at most: of the GPU allocated, or resident in the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def cpu_has_amx() -> bool:
+    """Whether the processor has matrix units for bfloat16 (Intel's AMX)."""
+    return "amx_bf16" in _cpu_flags()
+
+
+def _cpu_has_bf16() -> bool:
+    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
+    return capability.startswith("AVX512") and "avx512_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    # torch names its checks differently from release to release; /proc is the same everywhere it matters.
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        return file.read()
+    return ""

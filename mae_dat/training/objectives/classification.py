@@ -1,0 +1,44 @@
+"""Classification with soft targets."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from mae_dat.config.groups import AugmentConfig
+from mae_dat.data.image_set import Batch
+from mae_dat.training.objectives.base import Objective
+
+
+class Classification(Objective):
+    """Cross-entropy with soft targets: mixup and cutmix where asked for, label smoothing always."""
+
+    def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
+        self.num_classes, self.smoothing = num_classes, augment.smoothing
+        self.mixup: Any = None
+        if augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None:
+            self.mixup = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                cutmix_minmax=augment.cutmix_minmax,
+                prob=augment.mixup_prob,
+                switch_prob=augment.mixup_switch_prob,
+                mode=augment.mixup_mode,
+                label_smoothing=augment.smoothing,
+                num_classes=num_classes,
+            )
+
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The (mixed) image and soft targets (B, classes). timm's mixup draws from numpy's state, which the engine
+        seeds per step."""
+        image, label = batch["image"], batch["label"]
+        if self.mixup is not None:
+            return self.mixup(image.clone(), label)
+        off = self.smoothing / self.num_classes
+        return image, F.one_hot(label, self.num_classes).float() * (1 - self.smoothing) + off
+
+    def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
+        """Mean cross-entropy against the soft targets."""
+        return F.cross_entropy(model(image).float(), context)
