@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
-from mae_dat.analysis.views import Change, Examiner, Panel, verdict
+from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction_change
 from mae_dat.config.errors import DataError, MissingInputError, UserError
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import load_config, run_command
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
+_HOST = "127.0.0.1"
 EXAMPLES = 10
-LARGEST_SHARE = 50  # percent of the words
-BLUE = "#1f5f99"  # white text on it reads well
-KINDS = {"corruption": "corruption", "random": "random words", "symbolic": "symbolic words"}
-STYLE = """
+_MAX_SHARE = 50  # percent of the words
+_BLUE = "#1f5f99"  # white text on it reads well
+_CHANGE_KINDS = {"corruption": "corruption", "random": "random words", "symbolic": "symbolic words"}
+_STYLE = """
 <style>
   body { background: #fafafa }
   .views { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 12px }
@@ -93,12 +93,13 @@ class Example(NamedTuple):
     open: Callable[[], Image.Image]
 
 
-def load_examiners(config: ExploreConfig) -> list[Examiner]:
+def load_examiners(config: ExploreConfig) -> list[ImageInspector]:
     """The classifiers that the flags name. Raises ConfigError, MissingInputError, CheckpointError, DownloadError."""
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer).to(device)
     return [
-        Examiner(load_subject(one, config.model, config.input_size, device), tokenizer) for one in config.checkpoint
+        ImageInspector(load_subject(one, config.model, config.input_size, device), tokenizer)
+        for one in config.checkpoint
     ]
 
 
@@ -137,10 +138,10 @@ def data_url(picture: Tensor | Image.Image) -> str:
 # ---- the page ----
 
 
-class Page:
+class ExplorePage:
     """One visit: the chosen picture and change, and what is drawn of it."""
 
-    def __init__(self, examiners: list[Examiner], examples: list[Example], thumbnails: list[str]) -> None:
+    def __init__(self, examiners: list[ImageInspector], examples: list[Example], thumbnails: list[str]) -> None:
         self.examiners = examiners
         self.change = Change()
         self.path, self.image = examples[0].path, examples[0].open()
@@ -192,7 +193,7 @@ class Page:
             logger.exception("the page could not show a picture")
             self.say(f"This could not be computed ({type(error).__name__}); the console says more.")
 
-    def compute(self) -> list[tuple[str, list[Panel]]]:
+    def compute(self) -> list[tuple[str, list[ImageView]]]:
         """Each classifier's name and panels."""
         image, path, change = self.image, self.path, self.change
         return [(one.name, one.panels(image, path, change)) for one in self.examiners]
@@ -207,8 +208,8 @@ class Page:
     def _draw_frame(self, examples: list[Example], thumbnails: list[str]) -> None:
         from nicegui import ui
 
-        ui.add_head_html(STYLE)
-        ui.colors(primary=BLUE)
+        ui.add_head_html(_STYLE)
+        ui.colors(primary=_BLUE)
         with ui.row().classes("w-full no-wrap max-md:flex-wrap items-start gap-6 p-2"):
             with ui.column().classes("w-80 shrink-0 gap-3"):
                 ui.label("mae_dat explore").classes("text-xl font-medium").props("role=heading aria-level=1")
@@ -246,7 +247,7 @@ class Page:
         names = {name: f"{name.replace('_', ' ')} ({group})" for group, names in CATEGORIES.items() for name in names}
         names |= {name: f"{name.replace('_', ' ')} (extra)" for name in EXTRA}
         now = self.change
-        kind = ui.toggle(KINDS, value=now.kind, on_change=lambda event: self.set(kind=event.value))
+        kind = ui.toggle(_CHANGE_KINDS, value=now.kind, on_change=lambda event: self.set(kind=event.value))
         kind.props("no-caps dense spread").classes("w-full")
         with ui.column().classes("w-full gap-1").bind_visibility_from(kind, "value", value="corruption"):
             ui.select(
@@ -269,7 +270,7 @@ class Page:
             share = ui.label().classes("small mt-2")
             slider = ui.slider(
                 min=1,
-                max=LARGEST_SHARE,
+                max=_MAX_SHARE,
                 value=round(100 * now.share),
                 on_change=lambda event: self.set(share=event.value / 100),
             ).props('aria-label="word budget"')
@@ -286,7 +287,7 @@ class Page:
         # Not below a folder: only a folder's name is taken for a class.
         await self.open(Path(event.file.name), partial(decode_bytes, content, event.file.name))
 
-    def _draw(self, found: list[tuple[str, list[Panel]]]) -> None:
+    def _draw(self, found: list[tuple[str, list[ImageView]]]) -> None:
         from nicegui import ui
 
         self.stage.clear()
@@ -294,7 +295,7 @@ class Page:
             for name, panels in found:
                 with ui.card().classes("model p-4 gap-3"):
                     ui.label(name).classes("font-medium").props("role=heading aria-level=2")
-                    ui.label(verdict(panels)).classes("verdict")
+                    ui.label(prediction_change(panels)).classes("verdict")
                     with ui.element("div").classes("views w-full"):
                         for panel in panels:
                             _draw_panel(panel)
@@ -306,7 +307,7 @@ def _draw_picture(url: str, description: str) -> None:
     ui.element("img").props.update(src=url, alt=description)
 
 
-def _draw_panel(panel: Panel) -> None:
+def _draw_panel(panel: ImageView) -> None:
     from nicegui import ui
 
     with ui.column().classes("gap-1 panel"):
@@ -321,7 +322,7 @@ def _draw_panel(panel: Panel) -> None:
             ui.linear_progress(share, show_value=False, size="4px").props("instant-feedback aria-hidden=true")
 
 
-def build(examiners: list[Examiner], examples: list[Example]) -> "FastAPI":
+def build_application(examiners: list[ImageInspector], examples: list[Example]) -> "FastAPI":
     """The web application. Raises MissingInputError without NiceGUI, DataError for an example that is no picture."""
     try:
         from fastapi import FastAPI
@@ -340,19 +341,19 @@ def build(examiners: list[Examiner], examples: list[Example]) -> "FastAPI":
 
     def show() -> None:
         # The page appears first: a large network may take longer than a browser likes to wait for one.
-        ui.timer(0, Page(examiners, examples, thumbnails).update, once=True)
+        ui.timer(0, ExplorePage(examiners, examples, thumbnails).update, once=True)
 
     application = FastAPI(openapi_url=None)
     # Another site's name that resolves to this machine does not reach the page.
-    application.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    application.add_middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])
     ui.run_with(application, root=show, title="mae_dat explore", show_welcome_message=False)
     return application
 
 
-def listen(port: int) -> socket.socket:
+def listen_locally(port: int) -> socket.socket:
     """A socket on this machine's loopback alone. Raises ConfigError for a port that is taken."""
     try:
-        return socket.create_server((HOST, port))
+        return socket.create_server((_HOST, port))
     except OSError as error:
         raise ConfigError(f"--port {port}: {error.strerror}; give another, or 0 for any that is free.") from error
 
@@ -361,11 +362,11 @@ def main() -> None:
     """Command line."""
     console_for_command()
     config = load_config(ExploreConfig, command_arguments())
-    application = build(load_examiners(config), find_examples(config.images))
+    application = build_application(load_examiners(config), find_examples(config.images))
     import uvicorn
 
-    with listen(config.port) as place:
-        print(f"Open http://{HOST}:{place.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
+    with listen_locally(config.port) as place:
+        print(f"Open http://{_HOST}:{place.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
         # From NiceGUI, which looks at every object in memory for the server that runs it, torch's old names included.
         warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
         settings = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)

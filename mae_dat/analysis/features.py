@@ -32,8 +32,8 @@ from mae_dat.storage.weight_files import write_weights
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".npz", ".safetensors")
-CHUNK = 1024  # pictures compared with the whole bank at once
+_SUFFIXES = (".npz", ".safetensors")
+_CHUNK = 1024  # pictures compared with the whole bank at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class FeaturesConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.output and Path(self.output).suffix not in SUFFIXES:
-            raise ConfigError(f"--output {self.output}: the name must end in {' or '.join(SUFFIXES)}.")
+        if self.output and Path(self.output).suffix not in _SUFFIXES:
+            raise ConfigError(f"--output {self.output}: the name must end in {' or '.join(_SUFFIXES)}.")
         if self.knn is not None and (self.knn < 1 or self.temperature <= 0 or self.pool == "tokens"):
             raise ConfigError("--knn needs at least 1 neighbour, a temperature above 0, and --pool mean or cls.")
 
@@ -79,7 +79,7 @@ class Features:
     paths: list[str]
 
 
-def features_of(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
+def model_features(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
     """A classifier's or a masked autoencoder's features of pictures (B, C, H, W) in [0, 1]; see
     `Classifier.features`."""
     if isinstance(model, MaskedAutoencoder):
@@ -89,7 +89,7 @@ def features_of(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
 
 
 @torch.inference_mode()
-def extract(subject: Subject, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
+def extract_features(subject: Subject, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
     """The features of all images, in their order, on the CPU."""
     device = next(subject.model.parameters()).device
     precision = amp_dtype(config.precision, device)
@@ -98,7 +98,7 @@ def extract(subject: Subject, images: ImageSet, config: FeaturesConfig, console:
     with console.task(f"features of {Path(images.root).name}", len(loader)) as task:
         for batch in loader:
             with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
-                found = features_of(subject.model, batch["image"].to(device, non_blocking=True), config.pool)
+                found = model_features(subject.model, batch["image"].to(device, non_blocking=True), config.pool)
             values.append(found.float().cpu())
             labels.append(batch["label"])
             task.advance("")
@@ -114,7 +114,7 @@ def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature
     if neighbours > len(bank.labels):
         raise ConfigError(f"--knn {neighbours}: there are only {len(bank.labels)} training images; give a lower one.")
     known, classes, hits = F.normalize(bank.values, dim=1), int(bank.labels.max()) + 1, torch.zeros(2)
-    for values, labels in zip(queries.values.split(CHUNK), queries.labels.split(CHUNK), strict=True):
+    for values, labels in zip(queries.values.split(_CHUNK), queries.labels.split(_CHUNK), strict=True):
         similarity, nearest = (F.normalize(values, dim=1) @ known.T).topk(neighbours, dim=1)
         votes = torch.zeros(len(values), classes)
         # Less the largest, so that no exponential overflows at a small temperature.
@@ -136,11 +136,11 @@ def save_features(found: Features, path: Path) -> None:
         np.savez(file, features=found.values.numpy(), labels=found.labels.numpy(), paths=np.array(found.paths))
 
 
-def images_of(config: FeaturesConfig, split: str, subject: Subject) -> ImageSet:
+def open_split(config: FeaturesConfig, split: str, subject: Subject) -> ImageSet:
     """A split's images, unaugmented, at the network's size; `all` takes every picture below the folder."""
     root = image_root(config.data_path)
     # The same labels in both splits, even where a class has no folder in one of them.
-    classes = images_of(config, "train", subject).classes if split == "val" and config.knn else None
+    classes = open_split(config, "train", subject).classes if split == "val" and config.knn else None
     transform = in_channels(eval_transform(subject.size), DataConfig(in_chans=subject.in_chans))
     folder = root if split == "all" else find_split(root, split)
     return open_images(folder, transform, classes, labelled=split != "all")
@@ -155,7 +155,7 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
 
     @functools.cache
     def features(split: str) -> Features:
-        return extract(subject, images_of(config, split, subject), config, console)
+        return extract_features(subject, open_split(config, split, subject), config, console)
 
     accuracy: dict[str, float] = {}
     if config.knn is not None:

@@ -20,7 +20,7 @@ from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 logger = logging.getLogger(__name__)
 
 
-class Judge(ABC):
+class Scorer(ABC):
     """The loss that an attack raises, and in words what the network makes of a view of the pictures."""
 
     objective: Objective
@@ -34,7 +34,7 @@ class Judge(ABC):
         """A few words on every picture."""
 
 
-class ClassJudge(Judge):
+class ClassScorer(Scorer):
     """A classifier, with the class of the picture's folder as target where there is one, else its own answer."""
 
     def __init__(self, model: Classifier, classes: Sequence[str] | None) -> None:
@@ -66,7 +66,7 @@ class ClassJudge(Judge):
         return self.classes[index] if self.classes else f"class {index}"
 
 
-class ReconstructionJudge(Judge):
+class ReconstructionScorer(Scorer):
     """A masked autoencoder and its reconstruction loss; one mask for all views of a picture."""
 
     def __init__(self, model: MaskedAutoencoder, mask_ratio: float, norm_pix: bool) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError
 
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
-CHANNEL_NORMS = (BATCH_NORM, nn.GroupNorm, LayerNorm2d)  # channels stand second
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_CHANNEL_NORMS = (_BATCH_NORM, nn.GroupNorm, LayerNorm2d)  # channels stand second
 LEVELS = 255
 
 
@@ -47,7 +47,7 @@ class Moments:
 def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The layers whose inputs are looked at: BatchNorm's as in the paper, of a network without them LayerNorm's or
     GroupNorm's. Raises ConfigError for a network that has none."""
-    for kinds in ((BATCH_NORM,), (nn.LayerNorm, nn.GroupNorm)):
+    for kinds in ((_BATCH_NORM,), (nn.LayerNorm, nn.GroupNorm)):
         found: dict[str, nn.Module] = {
             name: module for name, module in network.named_modules() if isinstance(module, kinds)
         }
@@ -57,12 +57,12 @@ def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def watching(layers: Mapping[str, nn.Module], found: Mapping[str, Moments]) -> Iterator[None]:
+def record_moments(layers: Mapping[str, nn.Module], found: Mapping[str, Moments]) -> Iterator[None]:
     """Adds the channels of the layers' inputs, over the forwards within the block, to the moments of the same name."""
 
     def hook(name: str, layer: nn.Module) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            second = isinstance(layer, CHANNEL_NORMS) and inputs[0].ndim > 2
+            second = isinstance(layer, _CHANNEL_NORMS) and inputs[0].ndim > 2
             found[name].add((inputs[0].transpose(1, -1) if second else inputs[0]).flatten(0, -2))
 
         return add

@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 from torchvision.transforms import functional
 
-from mae_dat.analysis.scorers import ClassJudge
+from mae_dat.analysis.scorers import ClassScorer
 from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_adversary
 from mae_dat.config.errors import CheckpointError
 from mae_dat.config.groups import DataConfig
@@ -33,7 +33,7 @@ TOP = 5  # answers of each view
 AMPLIFICATIONS = (16, 8, 4, 2, 1)
 IMAGENET_CLASSES = 1000
 
-Answers = list[tuple[str, float]]
+Predictions = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Change:
     """Of the corruption and of random words."""
 
 
-class Panel(NamedTuple):
+class ImageView(NamedTuple):
     """A view of the picture, with the classifier's first answers and their probabilities; a map has none."""
 
     title: str
@@ -68,7 +68,7 @@ class Views(NamedTuple):
     baseline: str
 
 
-class Examiner:
+class ImageInspector:
     """A classifier and a tokenizer, asked about one picture after the other."""
 
     def __init__(self, subject: Subject, tokenizer: VisualTokenizer) -> None:
@@ -84,12 +84,12 @@ class Examiner:
         if not classes and self.model.net.num_classes == IMAGENET_CLASSES:
             named = ImageNetInfo()
             classes = [named.index_to_description(index) for index in range(IMAGENET_CLASSES)]
-        self.judge = ClassJudge(self.model, classes)
+        self.judge = ClassScorer(self.model, classes)
         self.crop = eval_transform(subject.size)
         self.to_pixels = in_channels(functional.to_tensor, DataConfig(in_chans=subject.in_chans))
         self.device = tokenizer.codebook.device
 
-    def panels(self, image: Image.Image, path: Path, change: Change) -> list[Panel]:
+    def panels(self, image: Image.Image, path: Path, change: Change) -> list[ImageView]:
         """The picture, the changed one and their difference; what they look like decoded from their words, and which
         words changed.
 
@@ -99,19 +99,20 @@ class Examiner:
         views = self._corrupted(image, change) if change.kind == "corruption" else self._reworded(image, path, change)
         answers = self.answers([picture for _, picture in views.shown])
         panels = [
-            Panel(title, picture[0], answers=own) for (title, picture), own in zip(views.shown, answers, strict=True)
+            ImageView(title, picture[0], answers=own)
+            for (title, picture), own in zip(views.shown, answers, strict=True)
         ]
         if path.parent.name in self.judge.classes:
             panels[0] = panels[0]._replace(title=f"picture ({path.parent.name})")
         factor = amplification(views.found.adversarial - views.found.reconstruction)
         *_, (_, difference), (_, marked) = adversary_columns(views.found.reconstruction, views.found, factor)
         scale = f"to {views.baseline}; grey: none, black and white: {127.5 / factor:.0f} grey levels or more"
-        panels.insert(2, Panel(f"difference × {factor}", difference[0].clamp(0, 1), scale))
+        panels.insert(2, ImageView(f"difference × {factor}", difference[0].clamp(0, 1), scale))
         flips, total = int((views.found.words != views.found.adversarial_words).sum()), views.found.words.numel()
-        return [*panels, Panel("changed words", marked[0], f"dark: {flips} of {total} words ({flips / total:.1%})")]
+        return [*panels, ImageView("changed words", marked[0], f"dark: {flips} of {total} words ({flips / total:.1%})")]
 
     @torch.no_grad()
-    def answers(self, pictures: Sequence[Tensor]) -> list[Answers]:
+    def answers(self, pictures: Sequence[Tensor]) -> list[Predictions]:
         """The first answers and their probabilities to each of the pictures (1, C, H, W)."""
         shares = self.model(torch.cat(list(pictures))).float().softmax(1)
         best = shares.topk(min(TOP, shares.shape[1]), dim=1)
@@ -173,7 +174,7 @@ def amplification(difference: Tensor) -> int:
     return next((factor for factor in AMPLIFICATIONS if factor * large <= 0.5), 1)
 
 
-def verdict(panels: Sequence[Panel]) -> str:
+def prediction_change(panels: Sequence[ImageView]) -> str:
     """Whether the first answer to the changed picture is another one, in words."""
     (before, share), (after, later) = panels[0].answers[0], panels[1].answers[0]
     if before == after:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mae_dat.analysis.scorers import ClassJudge, Judge, ReconstructionJudge
+from mae_dat.analysis.scorers import ClassScorer, ReconstructionScorer, Scorer
 from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, image_size
 from mae_dat.config.parse import load_config, nearest, run_command
@@ -45,13 +45,13 @@ from mae_dat.training.objectives.dat import WithDAT
 
 logger = logging.getLogger(__name__)
 
-MOST = 24  # words on a sheet of the most used or most changed ones
-RELEASED = DatConfig("released")
+_MAX_WORDS = 24  # words on a sheet of the most used or most changed ones
+_RELEASED_DAT = DatConfig("released")
 LARGEST_CODEBOOK = 1024  # words drawn; of a larger one only those in use
 
 
 @dataclasses.dataclass(frozen=True)
-class PicturesConfig:
+class ImagesConfig:
     """Pictures: which, and where the galleries go."""
 
     images: str = DEMO
@@ -104,7 +104,7 @@ class ReconstructionConfig:
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    pictures: PicturesConfig = PicturesConfig()
+    pictures: ImagesConfig = ImagesConfig()
     masking: MaskingConfig = MaskingConfig()
 
 
@@ -116,7 +116,7 @@ class AttentionConfig:
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    pictures: PicturesConfig = PicturesConfig()
+    pictures: ImagesConfig = ImagesConfig()
     block: int | None = None
     """Block, from 1 (default: the last)."""
     query: Literal["auto", "class", "mean"] = "auto"
@@ -132,7 +132,7 @@ class WordsConfig:
     Such as: --images PHOTO_OR_FOLDER [--tokenizer FILE]
     """
 
-    pictures: PicturesConfig = PicturesConfig()
+    pictures: ImagesConfig = ImagesConfig()
     tokenizer: str = "embedded"
     """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or
     easyrobust."""
@@ -149,15 +149,15 @@ class AdversaryConfig:
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    pictures: PicturesConfig = PicturesConfig()
-    dat: DatConfig = RELEASED
+    pictures: ImagesConfig = ImagesConfig()
+    dat: DatConfig = _RELEASED_DAT
     masking: MaskingConfig = MaskingConfig()
     amplify: float = 4.0
     """Factor of the difference that is shown."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Page:
+class GalleryPage:
     """Pictures of one gallery, (B, C, H, W) in [0, 1], their files, and its number from 1 (None: the only one)."""
 
     image: Tensor
@@ -170,10 +170,10 @@ class Page:
         return ["/".join(path.parts[-2:]) for path in self.paths]
 
 
-class Album:
+class GalleryWriter:
     """Where galleries go: NAME-PAGE.png in the output folder (NAME.png where one page holds all), and TensorBoard."""
 
-    def __init__(self, config: PicturesConfig) -> None:
+    def __init__(self, config: ImagesConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self.folder = prepare_output_folder(Path(config.output_dir))
@@ -188,9 +188,9 @@ class Album:
 
 
 @contextlib.contextmanager
-def album(config: PicturesConfig) -> Iterator[Album]:
+def open_gallery_writer(config: ImagesConfig) -> Iterator[GalleryWriter]:
     """An album whose TensorBoard file is closed at the end. Raises OutputError."""
-    opened = Album(config)
+    opened = GalleryWriter(config)
     try:
         yield opened
     finally:
@@ -200,7 +200,7 @@ def album(config: PicturesConfig) -> Iterator[Album]:
 # ---- what is looked at ----
 
 
-def read_pages(config: PicturesConfig, size: Size, in_chans: int, device: torch.device) -> list[Page]:
+def read_pages(config: ImagesConfig, size: Size, in_chans: int, device: torch.device) -> list[GalleryPage]:
     """The pictures at the size of the network, cropped as for evaluation. Raises MissingInputError, DataError."""
     transform = in_channels(eval_transform(size), DataConfig(in_chans=in_chans))
     path = image_root(DEMO) / "val" if config.images == DEMO else Path(config.images)
@@ -216,7 +216,7 @@ def read_pages(config: PicturesConfig, size: Size, in_chans: int, device: torch.
         )
     starts = range(0, len(paths), config.per_page)
     return [
-        Page(
+        GalleryPage(
             torch.stack(images[start : start + config.per_page]).to(device),
             paths[start : start + config.per_page],
             start // config.per_page + 1 if len(starts) > 1 else None,
@@ -225,17 +225,17 @@ def read_pages(config: PicturesConfig, size: Size, in_chans: int, device: torch.
     ]
 
 
-def subject_of(config: CheckpointConfig, pictures: PicturesConfig, device: torch.device) -> Subject:
+def subject_of(config: CheckpointConfig, pictures: ImagesConfig, device: torch.device) -> Subject:
     """The network that the flags name."""
     return load_subject(config.checkpoint, config.model, pictures.input_size, device)
 
 
-def judge_of(subject: Subject, masking: MaskingConfig) -> Judge:
+def make_scorer(subject: Subject, masking: MaskingConfig) -> Scorer:
     """Who judges the views of a picture in an attack on this network."""
     if isinstance(subject.model, MaskedAutoencoder):
         normalized = predicts_normalized(subject, masking.norm_pix_loss)
-        return ReconstructionJudge(subject.autoencoder(), masking.mask_ratio, normalized)
-    return ClassJudge(subject.model, subject.facts.get("classes"))
+        return ReconstructionScorer(subject.autoencoder(), masking.mask_ratio, normalized)
+    return ClassScorer(subject.model, subject.facts.get("classes"))
 
 
 # ---- what is drawn ----
@@ -250,7 +250,7 @@ def draw_reconstruction(config: ReconstructionConfig) -> None:
     generator = step_generator(config.pictures.seed, 0, 0, device)
     heading = f"{subject.name}, masks of seed {config.pictures.seed}"
     pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
-    with album(config.pictures) as drawn:
+    with open_gallery_writer(config.pictures) as drawn:
         for page in pages:
             noise = mask_noise(len(page.image), model.num_patches, generator, device)
             columns = reconstruction_columns(model, page.image, config.masking.mask_ratio, noise, norm_pix)
@@ -270,7 +270,7 @@ def draw_attention(config: AttentionConfig) -> None:
     whose = "attention of the class token" if query == "class" else "mean attention of all patches"
     where = f"rollout of blocks 1 to {block}" if config.rollout else f"block {block} of {depth}"
     pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
-    with album(config.pictures) as drawn:
+    with open_gallery_writer(config.pictures) as drawn:
         for page in pages:
             maps = attention_maps(subject.model, page.image, block - 1, query, config.rollout)
             columns, captions = attention_columns(page.image, maps)
@@ -287,7 +287,7 @@ def draw_words(config: WordsConfig) -> None:
     pages = read_pages(config.pictures, image_size(size), tokenizer.in_chans, device)
     heading = f"{Path(config.tokenizer).name} tokenizer: factor {tokenizer.factor}, {tokenizer.num_words} words"
     found = []
-    with album(config.pictures) as drawn:
+    with open_gallery_writer(config.pictures) as drawn:
         for page in pages:
             found.append(tokenizer.encode(page.image))
             columns, captions = word_columns(page.image, found[-1], tokenizer)
@@ -295,8 +295,8 @@ def draw_words(config: WordsConfig) -> None:
             drawn.add("words", gallery(columns, captions, heading), page.number)
         used, shares = used_words(torch.cat(found))
         pictures = f"{sum(len(page.paths) for page in pages)} pictures"
-        texts = [f"{word}\n{share:.1%}" for word, share in zip(used[:MOST].tolist(), shares, strict=False)]
-        tiles = word_tiles(tokenizer, used[:MOST])
+        texts = [f"{word}\n{share:.1%}" for word, share in zip(used[:_MAX_WORDS].tolist(), shares, strict=False)]
+        tiles = word_tiles(tokenizer, used[:_MAX_WORDS])
         drawn.add("most_used_words", sheet(tiles, texts, f"{heading}; the most used in {pictures}"))
         whole = tokenizer.num_words <= LARGEST_CODEBOOK
         listed = torch.arange(tokenizer.num_words, device=device) if whole else used[:LARGEST_CODEBOOK]
@@ -315,11 +315,11 @@ def draw_adversary(config: AdversaryConfig) -> None:
     pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
     tokenizer = load_tokenizer(config.dat.tokenizer).to(device)
     tokenizer.check(pages[0].image)
-    judge = judge_of(subject, config.masking)
+    judge = make_scorer(subject, config.masking)
     attacked = WithDAT(judge.objective, tokenizer, attack)
     generator = step_generator(config.pictures.seed, 0, 0, device)
     found = []
-    with album(config.pictures) as drawn:
+    with open_gallery_writer(config.pictures) as drawn:
         for page in pages:
             context = judge.context(page.image, page.paths, generator)
             found.append(attacked.adversary(subject.model, page.image, context, generator))
@@ -329,14 +329,14 @@ def draw_adversary(config: AdversaryConfig) -> None:
             captions = adversary_captions(judge, page, found[-1], context)
             drawn.add("adversary", gallery(columns, captions, heading), page.number)
         before, after = (torch.cat([getattr(one, name) for one in found]) for name in ("words", "adversarial_words"))
-        if rows := changed_words(before, after, MOST):
+        if rows := changed_words(before, after, _MAX_WORDS):
             heading += "; words most often changed, what they mostly became, and in how many of their places"
             drawn.add("changed_words", changed_word_sheet(tokenizer, rows, heading))
         else:
             logger.warning("no word changed: the attack is too weak for this tokenizer; give --dat_share 0.05.")
 
 
-def adversary_captions(judge: Judge, page: Page, found: DiscreteAdversary, context: Any) -> list[list[str]]:
+def adversary_captions(judge: Scorer, page: GalleryPage, found: DiscreteAdversary, context: Any) -> list[list[str]]:
     """File and answer, the answers after reconstruction and attack, and the number of changed words."""
     views = (page.image, found.reconstruction, found.adversarial)
     answers = zip(*(judge.verdicts(view, context) for view in views), strict=True)
@@ -350,7 +350,7 @@ def adversary_captions(judge: Judge, page: Page, found: DiscreteAdversary, conte
 
 # ---- the command ----
 
-KINDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+GALLERY_KINDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "reconstruction": (ReconstructionConfig, draw_reconstruction),
     "attention": (AttentionConfig, draw_attention),
     "words": (WordsConfig, draw_words),
@@ -358,10 +358,10 @@ KINDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
 }
 
 
-def overview() -> str:
+def usage_overview() -> str:
     """The kinds of pictures, for `--help`."""
     lines = ["usage: python -m mae_dat.visualize WHAT [FLAGS]", "", (__doc__ or "").split("\n")[0], ""]
-    for what, (kind, _) in KINDS.items():
+    for what, (kind, _) in GALLERY_KINDS.items():
         first = (kind.__doc__ or "").split("\n\n")[0]
         lines.append(
             textwrap.fill(" ".join(first.split()), 100, initial_indent=f"  {what:<15}", subsequent_indent=" " * 17)
@@ -374,11 +374,11 @@ def main() -> None:
     console_for_command()
     what, *arguments = command_arguments() or ["--help"]
     if what in ("-h", "--help"):
-        print(overview())
+        print(usage_overview())
         return
-    if what not in KINDS:
-        raise ConfigError(f"no picture {what!r}: {nearest(what, list(KINDS))} WHAT comes before the flags.")
-    kind, draw = KINDS[what]
+    if what not in GALLERY_KINDS:
+        raise ConfigError(f"no picture {what!r}: {nearest(what, list(GALLERY_KINDS))} WHAT comes before the flags.")
+    kind, draw = GALLERY_KINDS[what]
     draw(load_config(kind, arguments, program=f"python -m mae_dat.visualize {what}"))
 
 

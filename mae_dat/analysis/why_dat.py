@@ -27,9 +27,9 @@ from mae_dat.analysis.statistics import (
     frechet_distance,
     norm_layers,
     power_spectrum,
-    watching,
+    record_moments,
 )
-from mae_dat.analysis.why_dat_page import CLEAN, TITLES, write_page
+from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES, write_page
 from mae_dat.attacks.discrete import image_generator, reconstruct, unit
 from mae_dat.attacks.pixel import PixelAttack, pixel_adversary
 from mae_dat.config.errors import DataError
@@ -51,13 +51,13 @@ from mae_dat.training.objectives.dat import WithDAT
 
 logger = logging.getLogger(__name__)
 
-VIEWS = tuple(view for view in TITLES if view != CLEAN)
+ANALYZED_VIEWS = tuple(view for view in VIEW_TITLES if view != CLEAN_VIEW)
 HALVES = ("even", "odd")  # of the clean pictures, which tell how far apart two samples of the same kind are
-FEWEST = 4  # two in each half: the variance of one value is 0, and nothing correlates with that
+_MIN_IMAGES = 4  # two in each half: the variance of one value is 0, and nothing correlates with that
 DISCRETE = ("reconstruction", "random", "released", "symbolic")
 MATCHED = ("pixel_length", "noise_length", "pixel_decoded")
 SPECTRUM_BINS = 16
-SHOWN = 4  # pictures in the gallery of perturbations
+_GALLERY_IMAGES = 4  # pictures in the gallery of perturbations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class AnalysisConfig:
     output_dir: str = "./output_analysis"
     limit: int | None = 256
     """Pictures, evenly spread (None: all)."""
-    views: tuple[str, ...] = VIEWS
+    views: tuple[str, ...] = ANALYZED_VIEWS
     """Of the pictures: reconstruction, random, released, symbolic, pixel, pixel_length, noise_length,
     pixel_decoded."""
     share: float = 0.05
@@ -92,15 +92,15 @@ class AnalysisConfig:
 
     def __post_init__(self) -> None:
         for view in self.views:
-            if view not in VIEWS:
-                raise ConfigError(f"--views: unknown view {view!r}: {nearest(view, VIEWS)}")
+            if view not in ANALYZED_VIEWS:
+                raise ConfigError(f"--views: unknown view {view!r}: {nearest(view, ANALYZED_VIEWS)}")
         if set(MATCHED) & set(self.views) and "released" not in self.views:
             raise ConfigError(f"--views {', '.join(MATCHED)} need released, whose length they take.")
-        if self.limit is not None and self.limit < FEWEST:
-            raise ConfigError(f"--limit must be at least {FEWEST}, got {self.limit}.")
+        if self.limit is not None and self.limit < _MIN_IMAGES:
+            raise ConfigError(f"--limit must be at least {_MIN_IMAGES}, got {self.limit}.")
 
 
-class Seen(NamedTuple):
+class ViewSums(NamedTuple):
     """What is gathered of one view of the pictures by one network."""
 
     layers: dict[str, Moments]
@@ -109,44 +109,47 @@ class Seen(NamedTuple):
     spectrum: Tensor
 
 
-def analyse(
+def analyze_network(
     contender: Contender, images: ImageSet, config: AnalysisConfig, console: Console
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One network's views in numbers (see `told`), and the first pictures of each. Raises ConfigError for a network
-    that is no `Classifier` or has no layer to look at, DataError for fewer than 4 pictures."""
+    """Analyze one network: its views in numbers (see `summarize_views`) and the first images of each view.
+
+    Raises ConfigError for a network that is no `Classifier` or has no normalization layer, DataError for fewer than 4
+    images.
+    """
     network = contender.network
     if not isinstance(network, Classifier):
         raise ConfigError(f"{contender.name} is {contender.facts['architecture']}: its layers cannot be looked into.")
     layers, count = norm_layers(network), min(config.limit or len(images), len(images))
-    if count < FEWEST:
-        raise DataError(f"{images.root} has {count} pictures: statistics of two halves take at least {FEWEST}.")
+    if count < _MIN_IMAGES:
+        raise DataError(f"{images.root} has {count} pictures: statistics of two halves take at least {_MIN_IMAGES}.")
     seen = {
-        view: Seen({name: Moments() for name in layers}, [], {}, torch.zeros(SPECTRUM_BINS, dtype=torch.float64))
-        for view in (CLEAN, *HALVES, *config.views)
+        view: ViewSums({name: Moments() for name in layers}, [], {}, torch.zeros(SPECTRUM_BINS, dtype=torch.float64))
+        for view in (CLEAN_VIEW, *HALVES, *config.views)
     }
     chosen = [number * len(images) // count for number in range(count)]
     batches = [chosen[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
-    adversaries = Adversaries(network, load_tokenizer(config.tokenizer).to(contender.device), config)
+    adversaries = AdversarialViews(network, load_tokenizer(config.tokenizer).to(contender.device), config)
     shown: dict[str, Tensor] = {}
     done = 0
     with console.task(f"analysis of {contender.name}", len(batches)) as task:
         for batch in batch_loader(images, batches, config.num_workers):
             image, label = batch["image"].to(contender.device), batch["label"].to(contender.device)
             views = adversaries.views(image, label, batch["index"].tolist())
-            shown = shown or {view: picture[:SHOWN].cpu() for view, (picture, _) in views.items()}
+            shown = shown or {view: picture[:_GALLERY_IMAGES].cpu() for view, (picture, _) in views.items()}
             for view, (picture, own) in views.items():
-                look(network, layers, seen[view], picture, image, label)
-                add(seen[view].sums, {name: value * len(image) for name, value in own.items()})
+                _look(network, layers, seen[view], picture, image, label)
+                _add(seen[view].sums, {name: value * len(image) for name, value in own.items()})
             for place, half in enumerate(HALVES):
                 start = (place + done) % 2
                 if len(one := image[start::2]):
-                    look(network, layers, seen[half], one, one, label[start::2])
+                    _look(network, layers, seen[half], one, one, label[start::2])
             done += len(image)
             task.advance("")
-    return {"name": contender.name, "facts": contender.facts, **told(seen, len(layers))}, shown
+    return {"name": contender.name, "facts": contender.facts, **summarize_views(seen, len(layers))}, shown
 
 
-class Adversaries:
+class AdversarialViews:
     """The views of a batch of pictures, (B, 3, H, W) in [0, 1], made against one network."""
 
     def __init__(self, network: Classifier, tokenizer: VisualTokenizer, config: AnalysisConfig) -> None:
@@ -162,13 +165,13 @@ class Adversaries:
     def views(self, image: Tensor, label: Tensor, indices: list[int]) -> dict[str, tuple[Tensor, dict[str, float]]]:
         """Each view, with what is known of it besides as means over the batch: of discrete ones `words`, the share
         that changed, and `length_decoded`, of the change from Q(x). The clean pictures come first."""
-        found: dict[str, tuple[Tensor, dict[str, float]]] = {CLEAN: (image, {})}
+        found: dict[str, tuple[Tensor, dict[str, float]]] = {CLEAN_VIEW: (image, {})}
         target = F.one_hot(label, self.classes).float()
         decoded = reconstruct(self.tokenizer, image)
         for kind, attack in self.attacks.items():
             generator = step_generator(self.config.seed, indices[0], 0, image.device)
             result = attack.adversary(self.network, image, target, generator)
-            length = float(lengths(result.adversarial - decoded).mean())
+            length = float(l2_lengths(result.adversarial - decoded).mean())
             found[kind] = (result.adversarial, {"words": float(result.changed), "length_decoded": length})
         eps, steps = self.config.pixel_eps, self.config.pixel_steps
         asked = self.config.views
@@ -177,16 +180,16 @@ class Adversaries:
             found["pixel"] = (self._pixel(image, label, usual, indices), {})
         if "released" in found:
             changed = found["released"][0]
-            length_B111 = lengths(changed - image)
+            length_B111 = l2_lengths(changed - image)
             if "pixel_length" in asked:
                 found["pixel_length"] = (self._as_long(image, label, length_B111, indices), {})
             if "noise_length" in asked:
                 noise = torch.stack([torch.randn(image.shape[1:], generator=one) for one in self._chance(indices)])
                 found["noise_length"] = ((image + length_B111 * unit(noise.to(image.device))).clamp(0, 1), {})
             if "pixel_decoded" in asked:
-                view = self._as_long(decoded, label, lengths(changed - decoded), indices)
-                found["pixel_decoded"] = (view, {"length_decoded": float(lengths(view - decoded).mean())})
-        return {view: found[view] for view in (CLEAN, *VIEWS) if view in found}
+                view = self._as_long(decoded, label, l2_lengths(changed - decoded), indices)
+                found["pixel_decoded"] = (view, {"length_decoded": float(l2_lengths(view - decoded).mean())})
+        return {view: found[view] for view in (CLEAN_VIEW, *ANALYZED_VIEWS) if view in found}
 
     def _pixel(self, image: Tensor, label: Tensor, attack: PixelAttack, indices: list[int]) -> Tensor:
         return pixel_adversary(self.network, image, label, attack, self._chance(indices))
@@ -196,63 +199,63 @@ class Adversaries:
         longest, steps = float(length_B111.max()), self.config.pixel_steps
         attack = PixelAttack(longest, 2.5 * longest / steps, steps, "l2", random_start=True)
         delta = self._pixel(image, label, attack, indices) - image
-        return (image + delta * (length_B111 / lengths(delta)).clamp(max=1)).clamp(0, 1)
+        return (image + delta * (length_B111 / l2_lengths(delta)).clamp(max=1)).clamp(0, 1)
 
     def _chance(self, indices: list[int]) -> list[torch.Generator]:
         return [image_generator(self.config.seed, index) for index in indices]
 
 
-def lengths(delta: Tensor) -> Tensor:
+def l2_lengths(delta: Tensor) -> Tensor:
     """L2 norms of perturbations (B, C, H, W), (B, 1, 1, 1)."""
     return torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
 
 
 @torch.no_grad()
-def look(
-    network: Classifier, layers: dict[str, nn.Module], seen: Seen, picture: Tensor, clean: Tensor, label: Tensor
+def _look(
+    network: Classifier, layers: dict[str, nn.Module], seen: ViewSums, picture: Tensor, clean: Tensor, label: Tensor
 ) -> None:
     """Adds a view's statistics, features, answers and looks."""
-    with watching(layers, seen.layers):
+    with record_moments(layers, seen.layers):
         logits = network(picture).float()
     seen.features.append(network.features(picture).float().cpu())
     delta = picture - clean
     numbers = {
         "correct": logits.argmax(1) == label,
         "loss": F.cross_entropy(logits, label, reduction="none"),
-        "length": lengths(delta),
+        "length": l2_lengths(delta),
         "largest": delta.flatten(1).abs().amax(1),
         "colors": distinct_colors(picture),
     }
-    add(seen.sums, {"images": len(picture), **{name: float(value.sum()) for name, value in numbers.items()}})
+    _add(seen.sums, {"images": len(picture), **{name: float(value.sum()) for name, value in numbers.items()}})
     seen.spectrum.add_(len(picture) * power_spectrum(delta, SPECTRUM_BINS).cpu())
 
 
-def add(sums: dict[str, float], more: dict[str, float]) -> None:
+def _add(sums: dict[str, float], more: dict[str, float]) -> None:
     """Adds numbers to those of the same name."""
     for name, value in more.items():
         sums[name] = sums.get(name, 0.0) + value
 
 
-def told(seen: dict[str, Seen], layers: int) -> dict[str, Any]:
+def summarize_views(seen: dict[str, ViewSums], layers: int) -> dict[str, Any]:
     """Means over the pictures of each view (`length`: L2 from the clean picture, `length_decoded` from Q(x), `largest`:
     Linf, of pixels in [0, 1]; `words`: share changed), the correlations of Fig. 2 layer by layer and their means, and
     the Frechet distance of its features from the clean ones. `halves` holds the correlations between two halves of the
     clean pictures."""
     found: dict[str, Any] = {}
-    for view in (CLEAN, *(name for name in VIEWS if name in seen)):
+    for view in (CLEAN_VIEW, *(name for name in ANALYZED_VIEWS if name in seen)):
         one = seen[view]
         images = one.sums["images"]
         means = {name: value / images for name, value in one.sums.items() if name != "images"}
         found[view] = {"images": int(images), **means}
-        if view != CLEAN:
-            found[view] |= compared(seen[CLEAN].layers, one.layers)
-            found[view]["frechet"] = frechet_distance(torch.cat(seen[CLEAN].features), torch.cat(one.features))
+        if view != CLEAN_VIEW:
+            found[view] |= mean_correlations(seen[CLEAN_VIEW].layers, one.layers)
+            found[view]["frechet"] = frechet_distance(torch.cat(seen[CLEAN_VIEW].features), torch.cat(one.features))
             found[view]["spectrum"] = (one.spectrum / images).tolist()
     first, second = (seen[half].layers for half in HALVES)
-    return {"views": found, "halves": compared(first, second), "layers": layers}
+    return {"views": found, "halves": mean_correlations(first, second), "layers": layers}
 
 
-def compared(clean: dict[str, Moments], other: dict[str, Moments]) -> dict[str, Any]:
+def mean_correlations(clean: dict[str, Moments], other: dict[str, Moments]) -> dict[str, Any]:
     """Pearson's r layer by layer, and the means over the layers; None where a layer's channels are all alike, which
     leaves the layer out of the mean. Raises ConfigError where that leaves none."""
     by_layer = correlations(clean, other)
@@ -279,7 +282,7 @@ def main() -> None:
         seen = contender.facts
         transform = EvalTransform(contender.size, seen["interpolation"], seen.get("crop"))
         images = open_images(root, transform, classes=classes)
-        facts, pictures = analyse(contender, images, config, console)
+        facts, pictures = analyze_network(contender, images, config, console)
         networks.append(facts)
         shown[contender.name] = pictures
     results = {"command": command_line(), "settings": dataclasses.asdict(config), "networks": networks}

@@ -15,9 +15,9 @@ from mae_dat.robustness.report.render import html_page
 from mae_dat.robustness.report.tables import Table
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
-CLEAN = "clean"
-TITLES = {
-    CLEAN: "clean",
+CLEAN_VIEW = "clean"
+VIEW_TITLES = {
+    CLEAN_VIEW: "clean",
     "reconstruction": "decoded from its words",
     "random": "random words",
     "released": "DAT",
@@ -32,7 +32,7 @@ AMPLIFY = 4
 
 
 @dataclass(frozen=True)
-class Dots:
+class DotFigure:
     """A figure of one number of each view: its file, the number's key, axis and caption."""
 
     file: str
@@ -42,9 +42,9 @@ class Dots:
     log: bool = False
 
 
-INSIDE = (
+_STATISTICS_FIGURES = (
     *(
-        Dots(
+        DotFigure(
             f"correlation_{of}.png",
             key,
             f"correlation of channel {of} with clean",
@@ -52,7 +52,7 @@ INSIDE = (
         )
         for key, of in (("correlation_mean", "means"), ("correlation_variance", "variances"))
     ),
-    Dots(
+    DotFigure(
         "frechet.png",
         "frechet",
         "Fréchet distance from clean",
@@ -60,11 +60,13 @@ INSIDE = (
         log=True,
     ),
 )
-LOOKS = (Dots("colors.png", "colors", "different 8-bit colours a picture", "Number of colours (the paper's Fig. 3)."),)
+_APPEARANCE_FIGURES = (
+    DotFigure("colors.png", "colors", "different 8-bit colours a picture", "Number of colours (the paper's Fig. 3)."),
+)
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page."""
 
     title: str
@@ -78,15 +80,17 @@ def write_page(results: Mapping[str, Any], shown: Mapping[str, Mapping[str, Tens
     prepare_output_folder(output / "figures")
     networks = results["networks"]
     sections = [
-        Section("Statistics inside the network", figures(networks, INSIDE), (correlation_table(networks),)),
-        Section(
-            "What the changes look like",
-            (*figures(networks, LOOKS), *spectrum_pictures(networks)),
-            (look_table(networks),),
+        PageSection(
+            "Statistics inside the network", dot_figures(networks, _STATISTICS_FIGURES), (correlation_table(networks),)
         ),
-        Section("Pictures", tuple(perturbation_picture(name, views) for name, views in shown.items())),
+        PageSection(
+            "What the changes look like",
+            (*dot_figures(networks, _APPEARANCE_FIGURES), *spectrum_figures(networks)),
+            (appearance_table(networks),),
+        ),
+        PageSection("Pictures", tuple(perturbation_figure(name, views) for name, views in shown.items())),
     ]
-    page = html_page("explanation.html.j2", results=results, summary=summary(networks), sections=sections)
+    page = html_page("explanation.html.j2", results=results, summary=summary_sentences(networks), sections=sections)
     for picture in (picture for section in sections for picture in section.pictures):
         _write(output / "figures" / picture.name, picture.png)
     _write(output / "analysis.html", page.encode())
@@ -98,17 +102,17 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def summary(networks: Sequence[Mapping[str, Any]]) -> list[str]:
+def summary_sentences(networks: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the numbers say of each network, in a sentence, and how to read them."""
     told = []
     for network in networks:
         views = network["views"]
         parts = [
-            f"{TITLES[view]} {views[view]['correlation_mean']:.3f} and {views[view]['correlation_variance']:.3f}"
+            f"{VIEW_TITLES[view]} {views[view]['correlation_mean']:.3f} and {views[view]['correlation_variance']:.3f}"
             for view in ("released", "symbolic", "pixel", "pixel_length")
             if view in views
         ]
-        images = views[CLEAN]["images"]
+        images = views[CLEAN_VIEW]["images"]
         told.append(
             f"{network['name']}: over {images} pictures and {network['layers']} layers, channel means and variances "
             f"correlate with those of the clean pictures by {'; '.join(parts)} (1: the same)."
@@ -128,12 +132,12 @@ def correlation_table(networks: Sequence[Mapping[str, Any]]) -> Table:
         breaks.append(len(rows))
         halves = network["halves"]
         for view, one in network["views"].items():
-            compared = one if view != CLEAN else {**halves, "frechet": None}
+            compared = one if view != CLEAN_VIEW else {**halves, "frechet": None}
             distance = "–" if compared["frechet"] is None else f"{compared['frechet']:.2f}"
             rows.append(
                 (
                     network["name"],
-                    TITLES[view] if view != CLEAN else "clean, one half against the other",
+                    VIEW_TITLES[view] if view != CLEAN_VIEW else "clean, one half against the other",
                     f"{100 * one['correct']:.1f}",
                     f"{one['loss']:.2f}",
                     f"{compared['correlation_mean']:.4f}",
@@ -150,7 +154,7 @@ def correlation_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     return Table("correlations", "Correlations", head, tuple(rows), notes, 2, frozenset(breaks[1:]))
 
 
-def look_table(networks: Sequence[Mapping[str, Any]]) -> Table:
+def appearance_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     """Fig. 3 in numbers."""
     rows: list[tuple[str, ...]] = []
     breaks: list[int] = []
@@ -160,7 +164,7 @@ def look_table(networks: Sequence[Mapping[str, Any]]) -> Table:
             words = f"{100 * one['words']:.1f}" if "words" in one else "–"
             own = f"{one['length_decoded']:.2f}" if "length_decoded" in one else "–"
             numbers = (f"{one['length']:.2f}", own, f"{255 * one['largest']:.0f}", f"{one['colors']:.0f}", words)
-            rows.append((network["name"], TITLES[view], *numbers))
+            rows.append((network["name"], VIEW_TITLES[view], *numbers))
     lengths = ("L2 length", "of it from the decoded picture", "largest change (of 255)")
     head = ("network", "pictures", *lengths, "colours", "changed words (%)")
     notes = (
@@ -170,11 +174,11 @@ def look_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     return Table("looks", "Looks", head, tuple(rows), notes, 2, frozenset(breaks[1:]))
 
 
-def figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[Dots]) -> tuple[Picture, ...]:
+def dot_figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[DotFigure]) -> tuple[Picture, ...]:
     """Dots of a number by view, one colour a network."""
     found = []
     for one in shown:
-        views = [view for view in TITLES if one.key in networks[0]["views"].get(view, {})]
+        views = [view for view in VIEW_TITLES if one.key in networks[0]["views"].get(view, {})]
         series = [
             Series(
                 network["name"],
@@ -183,33 +187,33 @@ def figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[Dots]) -> tup
             )
             for style, network in enumerate(networks)
         ]
-        png = charts.dot_plot([TITLES[view] for view in views], series, one.axis, log=one.log)
+        png = charts.dot_plot([VIEW_TITLES[view] for view in views], series, one.axis, log=one.log)
         found.append(Picture(one.file, png, one.caption, one.caption))
     return tuple(found)
 
 
-def spectrum_pictures(networks: Sequence[Mapping[str, Any]]) -> tuple[Picture, ...]:
+def spectrum_figures(networks: Sequence[Mapping[str, Any]]) -> tuple[Picture, ...]:
     """One chart a network: power of the change by spatial frequency."""
     found = []
     for number, network in enumerate(networks):
         series = []
-        for style, (view, one) in enumerate(item for item in network["views"].items() if item[0] != CLEAN):
+        for style, (view, one) in enumerate(item for item in network["views"].items() if item[0] != CLEAN_VIEW):
             power = one["spectrum"]
             points = tuple(((k + 0.5) / (2 * len(power)), max(p, FLOOR), 0.0) for k, p in enumerate(power))
-            series.append(Series(TITLES[view], style, points))
+            series.append(Series(VIEW_TITLES[view], style, points))
         png = charts.spectrum_plot(series, "power of the change", "cycles a pixel")
         caption = f"{network['name']}: at which spatial frequencies the pictures were changed (the paper's Fig. 3)."
         found.append(Picture(f"spectrum_{number}.png", png, caption, caption))
     return tuple(found)
 
 
-def perturbation_picture(name: str, views: Mapping[str, Tensor]) -> Picture:
+def perturbation_figure(name: str, views: Mapping[str, Tensor]) -> Picture:
     """The pictures and, below each other, their changes around grey."""
-    clean = views[CLEAN]
+    clean = views[CLEAN_VIEW]
     columns = []
     for view, picture in views.items():
         change = (0.5 + AMPLIFY * (picture - clean)).clamp(0, 1)
-        columns.append((TITLES[view], picture if view == CLEAN else change))
+        columns.append((VIEW_TITLES[view], picture if view == CLEAN_VIEW else change))
     heading = f"{name}: the clean picture and what each attack changed, times {AMPLIFY}"
     image = gallery(columns, heading=heading, cell=112)
     file = "".join(letter if letter.isalnum() else "_" for letter in name)

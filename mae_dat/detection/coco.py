@@ -27,7 +27,7 @@ from mae_dat.data.decode import decode
 from mae_dat.data.image_set import SPLIT_NAMES, Batch, ImageSet, Sample, Size, log, require_folder
 from mae_dat.robustness.corruptions import corrupt, image_seed
 
-PADDING = -1  # label of the rows that fill a batch up
+PADDING_LABEL = -1  # label of the rows that fill a batch up
 OVERHANG = 1.0  # pixels that a box may leave its picture by: COCO's own do, by rounding
 
 
@@ -48,7 +48,7 @@ class BoxBatch(Batch):
     crowd: Tensor
 
 
-class Split(NamedTuple):
+class CocoSplit(NamedTuple):
     """Where a split lies: its JSON, the folder that its file names are relative to, and what these start with."""
 
     annotations: Path
@@ -70,16 +70,16 @@ class Scene:
 # ---- from COCO's JSON to scenes ----
 
 
-def find_annotations(root: str | os.PathLike[str], split: str) -> Split:
+def find_annotations(root: str | os.PathLike[str], split: str) -> CocoSplit:
     """The JSON of a split, "train" or "val", below `root`, in one of the usual layouts. Raises MissingInputError."""
     require_folder(root)
     root = Path(root)
     for name in (split, *SPLIT_NAMES[split], *(["valid"] if split == "val" else [])):
         for found in (
-            Split(root / "annotations" / f"{name}.json", root / name),
-            Split(root / "annotations" / f"instances_{name}2017.json", root / f"{name}2017"),
-            Split(root / name / "_annotations.coco.json", root / name),
-            Split(root / "boxes.json", root, f"{name}/"),
+            CocoSplit(root / "annotations" / f"{name}.json", root / name),
+            CocoSplit(root / "annotations" / f"instances_{name}2017.json", root / f"{name}2017"),
+            CocoSplit(root / name / "_annotations.coco.json", root / name),
+            CocoSplit(root / "boxes.json", root, f"{name}/"),
         ):
             if found.annotations.is_file():
                 return found
@@ -89,7 +89,7 @@ def find_annotations(root: str | os.PathLike[str], split: str) -> Split:
     )
 
 
-def read_scenes(split: Split, classes: Sequence[str] = (), skip: bool = False) -> tuple[list[Scene], list[str]]:
+def read_scenes(split: CocoSplit, classes: Sequence[str] = (), skip: bool = False) -> tuple[list[Scene], list[str]]:
     """The scenes of a split and its class names, in the order of their ids, or as `classes` gives them.
 
     Raises DataError for what cannot be trained on: broken JSON, a missing picture, a box that is degenerate or leaves
@@ -191,7 +191,7 @@ def _scene(path: str, size: Size, rows: list[tuple[list[float], int, bool]]) -> 
 # ---- what the network sees ----
 
 
-class View:
+class BoxTransform:
     """A picture and its boxes at the size of the network: fitted in whole, centred, black around.
 
     In training (`scale`: the range of the jitter, such as (0.5, 2.0)) first flipped by chance, scaled and cropped; a
@@ -222,7 +222,7 @@ class View:
         return v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), truth
 
 
-class CocoPictures(ImageSet):
+class CocoImages(ImageSet):
     """Pictures with boxes; `classes[label - 1]` is a label's name. Raises what `read_scenes` does.
 
     `corrupted` gives the same pictures as a corruption leaves them, at their own size, before they are fitted.
@@ -231,7 +231,7 @@ class CocoPictures(ImageSet):
     corruption: tuple[str, int] | None = None
 
     def __init__(
-        self, split: Split, view: View, classes: Sequence[str] = (), on_bad: str = "fail", seed: int = 0
+        self, split: CocoSplit, view: BoxTransform, classes: Sequence[str] = (), on_bad: str = "fail", seed: int = 0
     ) -> None:
         super().__init__(split.folder, v2.functional.to_image, on_bad, seed)
         self.view = view  # in the place of the transform, which knows no boxes
@@ -255,7 +255,7 @@ class CocoPictures(ImageSet):
 
     def label(self, index: int) -> int:
         """A picture as a whole has none."""
-        return PADDING
+        return PADDING_LABEL
 
     def name_of(self, index: int) -> str:
         """The path."""
@@ -285,10 +285,10 @@ class CocoPictures(ImageSet):
         missing = self.most - len(truth["labels"])
         return BoxSample(
             image=image,
-            label=PADDING,
+            label=PADDING_LABEL,
             index=index,
             skipped=skipped,
             boxes=torch.cat([truth["boxes"].as_subclass(Tensor), torch.zeros(missing, 4)]),
-            labels=torch.cat([truth["labels"], torch.full((missing,), PADDING)]),
+            labels=torch.cat([truth["labels"], torch.full((missing,), PADDING_LABEL)]),
             crowd=torch.cat([truth["crowd"], torch.zeros(missing, dtype=torch.bool)]),
         )

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torchvision
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
@@ -21,10 +20,9 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
 
 from mae_dat.config.errors import ConfigError, MissingInputError
-from mae_dat.data.image_set import Batch, Size
+from mae_dat.data.image_set import Size
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import VIT_SIZES, pixel_statistics, unknown_name
-from mae_dat.training.objectives.base import Objective, Parts
 from mae_dat.training.optim import vit_layer_scales
 
 Boxes = dict[str, Tensor]
@@ -219,43 +217,6 @@ def from_torchvision(name: str, classes: int, size: Size, pretrained: bool) -> D
     except OSError as error:
         raise MissingInputError(f"weights of {name}'s backbone cannot be had: {error}. Check the network.") from error
     return Detector(net)
-
-
-class Detection(Objective):
-    """The total loss of a detector: the sum of its parts, which is also what an adversary raises.
-
-    torchvision samples anchors and regions by chance. Every view of a batch, clean, attacked or adversarial, starts
-    from the same random state, so that they differ in their pixels alone.
-    """
-
-    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """The image, with (the boxes and labels of each picture, without its crowds; a seed)."""
-        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        return batch["image"], (truth_of(batch), seed)
-
-    def parts(self, model: nn.Module, image: Tensor, context: tuple[list[Boxes], int]) -> Parts:
-        """The detector's losses by name, float32 scalars, and as `loss` their sum."""
-        truth, seed = context
-        with torch.random.fork_rng([image.device] if image.is_cuda else []):
-            torch.manual_seed(seed)
-            losses = {name: one.float() for name, one in model(image, truth).items()}
-        return {"loss": torch.stack([*losses.values()]).sum(), **losses}
-
-    def loss(self, model: nn.Module, image: Tensor, context: tuple[list[Boxes], int]) -> Tensor:
-        """Their sum."""
-        return self.parts(model, image, context)["loss"]
-
-
-def truth_of(batch: Any, crowd: bool = False) -> list[dict[str, Tensor]]:
-    """Boxes and labels of each picture of a `BoxBatch`, without the rows that fill it up; crowds are left out, or with
-    `crowd` flagged as `iscrowd`."""
-    rows = zip(batch["boxes"], batch["labels"], batch["crowd"], strict=True)
-    found = []
-    for boxes, labels, crowds in rows:
-        kept = (labels > 0) & (~crowds | crowd)
-        one = {"boxes": boxes[kept], "labels": labels[kept]}
-        found.append({**one, "iscrowd": crowds[kept].long()} if crowd else one)
-    return found
 
 
 def check_model(name: str, finetune: str | None, pretrained: bool) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.data.loader import ImageLoader, eval_loader
-from mae_dat.detection.coco import CocoPictures
-from mae_dat.detection.detector import Detector, truth_of
+from mae_dat.detection.coco import CocoImages
+from mae_dat.detection.detector import Detector
+from mae_dat.detection.objective import ground_truth
 from mae_dat.models.modes import evaluating
 from mae_dat.robustness.corruptions import CORRUPTIONS
 from mae_dat.runtime.collectives import gather, on_all_ranks
@@ -24,12 +25,12 @@ from mae_dat.training.context import RunContext
 
 logger = logging.getLogger(__name__)
 
-Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
+DetectionPair = tuple[dict[str, Tensor], dict[str, Tensor]]
 """What was found in a picture and what is there, as torchmetrics takes them."""
-METRICS = ("map", "map_50", "map_75")
+DETECTION_METRICS = ("map", "map_50", "map_75")
 
 
-def scores(pairs: Sequence[Pair]) -> dict[str, float]:
+def coco_scores(pairs: Sequence[DetectionPair]) -> dict[str, float]:
     """mAP (IoU 0.50 to 0.95), mAP at 0.50 and at 0.75, shares in [0, 1]. Raises ConfigError without pycocotools."""
     try:
         from torchmetrics.detection import MeanAveragePrecision
@@ -39,29 +40,29 @@ def scores(pairs: Sequence[Pair]) -> dict[str, float]:
         raise ConfigError("mAP needs two more packages: pip install 'mae_dat[detection]'.") from error
     metric.update([found for found, _ in pairs], [there for _, there in pairs])
     result = metric.compute()
-    return {name: float(result[name]) for name in METRICS}
+    return {name: float(result[name]) for name in DETECTION_METRICS}
 
 
 @torch.no_grad()
 def average_precision(detector: Detector, loader: ImageLoader, where: RunContext) -> dict[str, float]:
-    """`scores` over the loaders of all ranks. Collective."""
-    pairs: list[Pair] = []
+    """`coco_scores` over the loaders of all ranks. Collective."""
+    pairs: list[DetectionPair] = []
     with evaluating(detector):
         for batch in loader:
             image = batch["image"].to(where.device)
             with torch.autocast(where.device.type, where.precision or torch.bfloat16, enabled=bool(where.precision)):
                 found = detector(image)
-            there = truth_of(batch, crowd=True)
+            there = ground_truth(batch, crowd=True)
             for one, truth, skipped in zip(found, there, batch["skipped"].tolist(), strict=True):
                 if not skipped:
                     pairs.append(({name: value.float().cpu() for name, value in one.items()}, truth))
     pairs = [pair for rank in gather(pairs) for pair in rank]
-    return scores([({**one, "labels": one["labels"].long()}, truth) for one, truth in pairs])
+    return coco_scores([({**one, "labels": one["labels"].long()}, truth) for one, truth in pairs])
 
 
-def under_corruptions(
+def measure_corruptions(
     detector: Detector,
-    pictures: CocoPictures,
+    pictures: CocoImages,
     severities: Sequence[int],
     batch_size: int,
     num_workers: int,
@@ -86,10 +87,10 @@ def under_corruptions(
                 if where.world.main:
                     _store(path, protocol, cells)
             task.advance(f"{cell} mAP {100 * cells[cell]['map']:.1f}")
-    return {"protocol": dict(protocol), **summary(cells), "cells": cells}
+    return {"protocol": dict(protocol), **corruption_summary(cells), "cells": cells}
 
 
-def summary(cells: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def corruption_summary(cells: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Clean mAP (`clean`), its mean over corruptions and severities (`mpc`), and their ratio (`rpc`), nan where clean
     is 0."""
     clean = cells["clean"]["map"]
@@ -108,12 +109,12 @@ def _stored(path: Path, protocol: Mapping[str, Any]) -> dict[str, dict[str, floa
 
 
 def _store(path: Path, protocol: Mapping[str, Any], cells: Mapping[str, Mapping[str, float]]) -> None:
-    complete = summary(cells) if len(cells) > 1 else {}
+    complete = corruption_summary(cells) if len(cells) > 1 else {}
     with atomic_write(path) as file:
         file.write(json.dumps({"protocol": dict(protocol), **complete, "cells": cells}, indent=1).encode() + b"\n")
 
 
-def print_table(result: Mapping[str, Any], severities: Sequence[int]) -> None:
+def print_corruption_table(result: Mapping[str, Any], severities: Sequence[int]) -> None:
     """mAP in percent, a corruption a row and a severity a column, with the means below."""
     cells = result["cells"]
     print(f"{'mAP in %':20}" + "".join(f"{severity:>7}" for severity in severities) + f"{'mean':>8}")
@@ -121,5 +122,5 @@ def print_table(result: Mapping[str, Any], severities: Sequence[int]) -> None:
         row = [100 * cells[f"{name}/{severity}"]["map"] for severity in severities]
         print(f"{name:20}" + "".join(f"{value:7.1f}" for value in row) + f"{statistics.fmean(row):8.1f}")
     clean = cells["clean"]
-    told = ", ".join(f"{name} {100 * clean[name]:.1f}" for name in METRICS)
+    told = ", ".join(f"{name} {100 * clean[name]:.1f}" for name in DETECTION_METRICS)
     print(f"clean: {told}; mPC {100 * result['mpc']:.1f}, rPC {100 * result['rpc']:.0f} %")

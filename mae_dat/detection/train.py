@@ -23,17 +23,10 @@ from mae_dat.config.runs import check_parts
 from mae_dat.data.gallery import gallery
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
-from mae_dat.detection.coco import CocoPictures, View, find_annotations
-from mae_dat.detection.detector import (
-    Boxes,
-    Detection,
-    Detector,
-    check_model,
-    from_torchvision,
-    on_transformer,
-    padded_size,
-)
-from mae_dat.detection.measure import METRICS, average_precision, print_table, under_corruptions
+from mae_dat.detection.coco import BoxTransform, CocoImages, find_annotations
+from mae_dat.detection.detector import Boxes, Detector, check_model, from_torchvision, on_transformer, padded_size
+from mae_dat.detection.measure import DETECTION_METRICS, average_precision, measure_corruptions, print_corruption_table
+from mae_dat.detection.objective import DetectionObjective
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import VIT_SIZES
 from mae_dat.models.modes import evaluating
@@ -57,10 +50,14 @@ from mae_dat.training.state import Training
 
 logger = logging.getLogger(__name__)
 
-SCALAR_TAGS = {"train_loss": "loss", "train_lr": "lr", **{f"test_{name}": f"perf/test_{name}" for name in METRICS}}
-PICTURES = 4
+_SCALAR_TAGS = {
+    "train_loss": "loss",
+    "train_lr": "lr",
+    **{f"test_{name}": f"perf/test_{name}" for name in DETECTION_METRICS},
+}
+_GALLERY_IMAGES = 4
 SHOWN_SCORE, CELL = 0.5, 384
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
+_BOX_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +124,11 @@ class DetectConfig:
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:
     """Trains, or goes on where the output folder stands, exports the detector and returns its average precision."""
     with run_context(config.run, config.launch, console) as where:
-        images = pictures(config, "train")
-        held_out = pictures(config, "val", images.classes)
+        images = open_coco_images(config, "train")
+        held_out = open_coco_images(config, "val", images.classes)
         seed_everything(config.run.seed)
-        model = build(config, len(images.classes), start=True).to(where.device)
-        objective = with_dat(Detection(), config.dat, config.data, where.device, pad=True)
+        model = build_detector(config, len(images.classes), start=True).to(where.device)
+        objective = with_dat(DetectionObjective(), config.dat, config.data, where.device, pad=True)
         prepare_model(model, where)
         settings = config.detector
         decay = settings.layer_decay if settings.model in VIT_SIZES else None
@@ -141,18 +138,20 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
 
         def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(config.run, epoch, where):
-                show_galleries({"boxes": draw(model, objective, held_out, config, where)}, where, log, epoch)
+                show_galleries({"boxes": draw_detections(model, objective, held_out, config, where)}, where, log, epoch)
             if (epoch + 1) % config.measure.eval_every and epoch != last:
                 return {}
-            return {f"test_{name}": value for name, value in precision(model, held_out, config, where).items()}
+            return {
+                f"test_{name}": value for name, value in validation_precision(model, held_out, config, where).items()
+            }
 
-        run.train(training, images, where, config, console, "detect", at_epoch_end, SCALAR_TAGS)
-        facts = facts_of(config, images.classes)
+        run.train(training, images, where, config, console, "detect", at_epoch_end, _SCALAR_TAGS)
+        facts = detector_facts(config, images.classes)
         export_model(full_state_dict(model.net.state_dict()), where, {**facts, "steps": training.step})
-        return precision(model, held_out, config, where)
+        return validation_precision(model, held_out, config, where)
 
 
-def measure(config: DetectConfig, console: Console) -> dict[str, Any]:
+def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
     """Average precision of the detector that `--resume` names: clean, and with `--corruptions` under them."""
     if config.run.resume is None:
         raise ConfigError("--eval measures the detector that --resume names: an output folder or its weights.")
@@ -162,13 +161,13 @@ def measure(config: DetectConfig, console: Console) -> dict[str, Any]:
         if facts.get("kind") != "detector":
             raise CheckpointError(f"--resume {path} is no detector of this command; train one first.")
         config = with_facts(config, facts)
-        model = build(config, len(facts["classes"]))
+        model = build_detector(config, len(facts["classes"]))
         check_keys(weights.source, model.net.state_dict(), weights.tensors, "give weights of this command")
         model.net.load_state_dict(weights.tensors)
         model.to(where.device)
-        held_out = pictures(config, "val", facts["classes"])
+        held_out = open_coco_images(config, "val", facts["classes"])
         if not config.measure.corruptions:
-            return precision(model, held_out, config, where)
+            return validation_precision(model, held_out, config, where)
         protocol = {
             **facts,
             "weights": state_sha256(model),
@@ -178,21 +177,23 @@ def measure(config: DetectConfig, console: Console) -> dict[str, Any]:
             "precision": str(where.precision),
         }
         sizes = (config.optim.batch_size, config.data.num_workers)
-        return under_corruptions(model, held_out, config.measure.severities, *sizes, where, protocol, console)
+        return measure_corruptions(model, held_out, config.measure.severities, *sizes, where, protocol, console)
 
 
-def pictures(config: DetectConfig, split: Literal["train", "val"], classes: list[str] | None = None) -> CocoPictures:
+def open_coco_images(
+    config: DetectConfig, split: Literal["train", "val"], classes: list[str] | None = None
+) -> CocoImages:
     """A split of the data: augmented for training, as it is (and limited) for validation."""
     if config.data.in_chans != 3:
         raise ConfigError(f"detectors take 3 channels, not --in_chans {config.data.in_chans}.")
     training = split == "train"
-    view = View(config.data.image_size, config.detector.scale_jitter if training else None)
+    view = BoxTransform(config.data.image_size, config.detector.scale_jitter if training else None)
     found = find_annotations(image_root(config.data.data_path), split)
-    images = CocoPictures(found, view, classes or (), config.data.on_bad, config.run.seed)
+    images = CocoImages(found, view, classes or (), config.data.on_bad, config.run.seed)
     return images if training else images.limited(config.measure.limit)
 
 
-def build(config: DetectConfig, classes: int, start: bool = False) -> Detector:
+def build_detector(config: DetectConfig, classes: int, start: bool = False) -> Detector:
     """The detector that the flags describe; with `start` from the weights that they name."""
     settings, size = config.detector, config.data.image_size
     if settings.model not in VIT_SIZES:
@@ -206,7 +207,7 @@ def build(config: DetectConfig, classes: int, start: bool = False) -> Detector:
     return on_transformer(classifier, settings.model, classes, size, *own)
 
 
-def facts_of(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
+def detector_facts(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
     """What it takes to rebuild the detector, stored with its weights."""
     settings = config.detector
     own = {"kind": "detector", "model": settings.model, "classes": classes}
@@ -227,7 +228,9 @@ def with_facts(config: DetectConfig, facts: dict[str, Any]) -> DetectConfig:
     return dataclasses.replace(config, detector=detector, data=data)
 
 
-def precision(model: Detector, held_out: CocoPictures, config: DetectConfig, where: RunContext) -> dict[str, float]:
+def validation_precision(
+    model: Detector, held_out: CocoImages, config: DetectConfig, where: RunContext
+) -> dict[str, float]:
     """mAP, mAP50 and mAP75 on the validation pictures. Collective."""
     sizes = (config.optim.batch_size, where.world.rank, where.world.size, config.data.num_workers)
     return average_precision(model, eval_loader(held_out, *sizes), where)
@@ -236,12 +239,14 @@ def precision(model: Detector, held_out: CocoPictures, config: DetectConfig, whe
 # ---- pictures ----
 
 
-def draw(
-    model: Detector, objective: Objective, held_out: CocoPictures, config: DetectConfig, where: RunContext
+def draw_detections(
+    model: Detector, objective: Objective, held_out: CocoImages, config: DetectConfig, where: RunContext
 ) -> Tensor:
     """The same held-out pictures after every epoch, with the boxes that are there and those found, and with DAT those
     found in the adversary."""
-    batch: Any = torch.utils.data.default_collate([held_out.limited(PICTURES)[index] for index in range(PICTURES)])
+    batch: Any = torch.utils.data.default_collate(
+        [held_out.limited(_GALLERY_IMAGES)[index] for index in range(_GALLERY_IMAGES)]
+    )
     generator = step_generator(config.run.seed, 0, 0, where.device)
     batch = {name: value.to(where.device) for name, value in batch.items()}
     image, context = objective.prepare(model, batch, generator)
@@ -249,13 +254,13 @@ def draw(
     with evaluating(model):
         if isinstance(objective, WithDAT) and objective.ready:
             views["found in the adversary"] = objective.adversary(model, image, context, generator).adversarial
-        columns = [("truth", with_boxes(image, context[0], held_out.classes))]
+        columns = [("truth", draw_boxes(image, context[0], held_out.classes))]
         with torch.no_grad():
-            columns += [(name, with_boxes(view, model(view), held_out.classes)) for name, view in views.items()]
+            columns += [(name, draw_boxes(view, model(view), held_out.classes)) for name, view in views.items()]
     return gallery(columns, cell=CELL)
 
 
-def with_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
+def draw_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1], enlarged, with named boxes; of what was found, those of a score of 0.5 and
     above."""
     scale = max(1, round(CELL / image.shape[-1]))
@@ -263,7 +268,10 @@ def with_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
     for one, found in zip(nn.functional.interpolate(image.cpu(), scale_factor=scale), boxes, strict=True):
         kept = found["scores"] >= SHOWN_SCORE if "scores" in found else torch.ones_like(found["labels"]).bool()
         labels = [label - 1 for label in found["labels"][kept].tolist()]
-        names, colors = [classes[label] for label in labels], [COLORS[label % len(COLORS)] for label in labels]
+        names, colors = (
+            [classes[label] for label in labels],
+            [_BOX_COLORS[label % len(_BOX_COLORS)] for label in labels],
+        )
         where = scale * found["boxes"][kept].cpu()
         drawn.append(draw_bounding_boxes(one, where, names, colors, width=2) if names else one)
     return torch.stack(drawn)
@@ -273,18 +281,18 @@ def main() -> None:
     """Command line."""
     console = console_for_command()
     config = load_config(DetectConfig, sys.argv[1:], __doc__ or "")
-    result = measure(config, console) if config.measure.eval else detect(config, console)
+    result = measure_detector(config, console) if config.measure.eval else detect(config, console)
     if not world_from_environment().main:
         return
     if config.measure.eval and config.measure.corruptions:
-        print_table(result, config.measure.severities)
+        print_corruption_table(result, config.measure.severities)
     else:
         print_scores(result)
 
 
 def print_scores(result: dict[str, float]) -> None:
     """One line."""
-    print(", ".join(f"{name} {100 * result[name]:.1f} %" for name in METRICS))
+    print(", ".join(f"{name} {100 * result[name]:.1f} %" for name in DETECTION_METRICS))
 
 
 if __name__ == "__main__":

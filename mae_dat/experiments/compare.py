@@ -36,7 +36,7 @@ from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.files import prepare_output_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ARMS = {
+GROUP_TITLES = {
     "plain": "plain",
     "reconstruction": "reconstructions",
     "random": "random words",
@@ -55,7 +55,7 @@ ARMS = {
     "dat_augmix": "DAT with AugMix and JSD",
 }
 # Of arms that are not simply a kind of --dat.
-FLAGS = {
+GROUP_FLAGS = {
     "plain": "--dat none",
     "at_image": "--dat released --dat_at image",
     "free": "--dat released --dat_free",
@@ -70,10 +70,10 @@ FLAGS = {
 }
 # Passes through the network and the tokenizer beside a plain step's, measured on two cores; only the time left depends
 # on them. Of the cheaper forms of released they are counted.
-COST = {"plain": 1.0, "reconstruction": 2.4, "random": 2.4, "released": 3.6, "paper": 2.6, "symbolic": 3.6}
-COST |= {"at_image": 3.2, "free": 3.0, "free_at_image": 2.5, "fifth": 1.6, "dat_jsd": 4.6, "split_norms": 3.6}
+GROUP_COSTS = {"plain": 1.0, "reconstruction": 2.4, "random": 2.4, "released": 3.6, "paper": 2.6, "symbolic": 3.6}
+GROUP_COSTS |= {"at_image": 3.2, "free": 3.0, "free_at_image": 2.5, "fifth": 1.6, "dat_jsd": 4.6, "split_norms": 3.6}
 # Passes of the network alone: 3 a view that is learned from, 2 a step of an attack.
-COST |= {"pixel_at": 3.0, "advprop": 4.0, "augmix": 3.0, "dat_augmix": 5.0}
+GROUP_COSTS |= {"pixel_at": 3.0, "advprop": 4.0, "augmix": 3.0, "dat_augmix": 5.0}
 PRETRAIN_COST = 0.5
 MEASURE_COST, CORRUPT_COST = 0.2, 1.0
 
@@ -125,8 +125,8 @@ class CompareConfig:
         check_pretrainings(self.pretrainings)
         check_jobs(self.jobs)
         for arm in (*self.arms, *self.cross_arms):
-            if arm not in ARMS:
-                raise ConfigError(f"unknown arm {arm!r}: {nearest(arm, list(ARMS))}")
+            if arm not in GROUP_TITLES:
+                raise ConfigError(f"unknown arm {arm!r}: {nearest(arm, list(GROUP_TITLES))}")
 
 
 def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
@@ -135,50 +135,50 @@ def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
     return pretraining(Path(config.output_dir), recipe, name)
 
 
-def arms_to_train(config: CompareConfig) -> list[str]:
+def groups_to_train(config: CompareConfig) -> list[str]:
     """All arms, those after another pretraining as `PRETRAINING-ARM`."""
     others = [name for name in config.pretrainings if name != PLAIN]
     return [*config.arms, *(f"{name}-{arm}" for name in others for arm in config.cross_arms or config.arms)]
 
 
-def parts_of(arm: str) -> tuple[str, str]:
+def split_group_name(arm: str) -> tuple[str, str]:
     """Pretraining and arm."""
     name, _, own = arm.rpartition("-")
     return name or PLAIN, own
 
 
-def label_of(arm: str) -> str:
+def group_label(arm: str) -> str:
     """What the report calls an arm."""
-    name, own = parts_of(arm)
+    name, own = split_group_name(arm)
     if name in (PLAIN, NONE):
-        return ARMS[own] + (", not pretrained" if name == NONE else "")
-    return f"{ARMS[own]}, pretrained with {title_of(name)}"
+        return GROUP_TITLES[own] + (", not pretrained" if name == NONE else "")
+    return f"{GROUP_TITLES[own]}, pretrained with {title_of(name)}"
 
 
 def finetune_config(config: CompareConfig, arm: str, seed: int) -> FinetuneConfig:
     """One fine-tuning."""
-    output, (name, kind) = Path(config.output_dir), parts_of(arm)
+    output, (name, kind) = Path(config.output_dir), split_group_name(arm)
     own = ["--data_path", config.data_path, "--output_dir", str(output / f"{arm}-seed{seed}"), "--seed", str(seed)]
     start = [] if name == NONE else ["--finetune", str(folder_of(output, name))]
-    flags = [*shlex.split(config.finetune_flags), *own, *start, *FLAGS.get(kind, f"--dat {kind}").split()]
+    flags = [*shlex.split(config.finetune_flags), *own, *start, *GROUP_FLAGS.get(kind, f"--dat {kind}").split()]
     return load_config(FinetuneConfig, ["--config", config.finetune, *flags])
 
 
-def stages_of(config: CompareConfig, runs: dict[tuple[str, int], FinetuneConfig]) -> list[Stage]:
+def _training_stages(config: CompareConfig, runs: dict[tuple[str, int], FinetuneConfig]) -> list[Stage]:
     """All trainings, pretrainings first."""
     stages = []
-    for name in pretrained(config):
+    for name in _pretraining_names(config):
         before = [PLAIN, name.removesuffix(IN_TIME)] if name.endswith(IN_TIME) else []
-        after = tuple(map(pretrain_stage, before))
-        stages.append(Stage(pretrain_stage(name), functools.partial(pretrain_config, config, name), after))
+        after = tuple(map(_pretraining_title, before))
+        stages.append(Stage(_pretraining_title(name), functools.partial(pretrain_config, config, name), after))
     for arm, seed in runs:
-        name, _ = parts_of(arm)
-        after = () if name == NONE else (pretrain_stage(name),)
-        stages.append(Stage(stage(arm, seed), functools.partial(finetune_config, config, arm, seed), after))
+        name, _ = split_group_name(arm)
+        after = () if name == NONE else (_pretraining_title(name),)
+        stages.append(Stage(_run_title(arm, seed), functools.partial(finetune_config, config, arm, seed), after))
     return stages
 
 
-def pretrained(config: CompareConfig) -> list[str]:
+def _pretraining_names(config: CompareConfig) -> list[str]:
     """The pretrainings that are one."""
     return [name for name in config.pretrainings if name != NONE]
 
@@ -188,43 +188,45 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
     the output folder."""
     prepare_output_folder(Path(config.output_dir))
     first = pretrain_config(config)
-    runs = {(arm, seed): finetune_config(config, arm, seed) for seed in config.seeds for arm in arms_to_train(config)}
+    runs = {(arm, seed): finetune_config(config, arm, seed) for seed in config.seeds for arm in groups_to_train(config)}
     if config.measure:
         require_color(runs[config.arms[0], config.seeds[0]])
     images = training_images(first.data, lambda image: torch.zeros(0), 0, labelled=False)
-    console.plan = plan(config, first, runs, len(images))
-    train_all(stages_of(config, runs), config.jobs, console)
+    console.plan = _stage_costs(config, first, runs, len(images))
+    train_all(_training_stages(config, runs), config.jobs, console)
     if not config.measure:
         return None
-    return report(config, first, runs, console)
+    return measure_and_report(config, first, runs, console)
 
 
-def stage(arm: str, seed: int) -> str:
+def _run_title(arm: str, seed: int) -> str:
     """Title of a run on the progress bar."""
-    return f"{label_of(arm)}, seed {seed}"
+    return f"{group_label(arm)}, seed {seed}"
 
 
-def pretrain_stage(name: str) -> str:
+def _pretraining_title(name: str) -> str:
     """Title of a pretraining on the progress bar."""
     return "pretrain" if name == PLAIN else f"pretrain, {title_of(name)}"
 
 
-def plan(
+def _stage_costs(
     config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig], count: int
 ) -> dict[str, float]:
     """Relative times of the stages, for the time left; the measured pace turns them into seconds."""
     # A pretraining in plain's time costs what plain costs, and one with words as a target little more.
-    costs = {name: PRETRAIN_COST * COST.get(name.removesuffix("_words"), 1.0) for name in pretrained(config)}
-    seconds = {pretrain_stage(name): cost * first.optim.epochs * count / 200 for name, cost in costs.items()}
+    costs = {
+        name: PRETRAIN_COST * GROUP_COSTS.get(name.removesuffix("_words"), 1.0) for name in _pretraining_names(config)
+    }
+    seconds = {_pretraining_title(name): cost * first.optim.epochs * count / 200 for name, cost in costs.items()}
     for (arm, seed), one in runs.items():
-        seconds[stage(arm, seed)] = COST[parts_of(arm)[1]] * one.optim.epochs * count / 200
+        seconds[_run_title(arm, seed)] = GROUP_COSTS[split_group_name(arm)[1]] * one.optim.epochs * count / 200
     if config.measure:
         cells = len(CORRUPTIONS) * len(SEVERITIES)
         seconds["measure"] = (config.limit or count // 4) * cells * (MEASURE_COST * len(runs) + CORRUPT_COST) / 200
     return seconds
 
 
-def report(
+def measure_and_report(
     config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig], console: Console
 ) -> Results:
     """Measures all classifiers on the same pictures, or takes what is stored, and writes the report."""
@@ -232,26 +234,28 @@ def report(
     device = pick_device(any_run.run.device)
     view = View(device, size=any_run.data.image_size)
     networks = [
-        open_contender(one.run.output_dir, one.classifier.model, stage(arm, seed), view)
+        open_contender(one.run.output_dir, one.classifier.model, _run_title(arm, seed), view)
         for (arm, seed), one in runs.items()
     ]
     root = image_root(config.data_path)
     choice = Choice(root, limit=config.limit, whole_clean=True, tokenizer=any_run.dat.tokenizer, device=device)
     asked = config.suite or (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []), *WORDS)
     setting = Setting(view, Path(config.output_dir), console, batch_size=64, num_workers=any_run.data.num_workers)
-    return examine(networks, choice, asked, setting, config.title, training_of(config, first, runs))
+    return examine(networks, choice, asked, setting, config.title, _collect_training(config, first, runs))
 
 
-def training_of(config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig]) -> Training:
+def _collect_training(
+    config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig]
+) -> Training:
     """Settings, curves, times and pictures of all runs, from their folders."""
     settings = {"comparison": dataclasses.asdict(config), "pretraining": flat_values(first)}
-    for name in pretrained(config)[1:]:
+    for name in _pretraining_names(config)[1:]:
         settings[f"pretraining with {title_of(name)}"] = flat_values(pretrain_config(config, name))
     found: dict[str, Run] = {}
     for (arm, seed), one in runs.items():
-        folder, label = Path(one.run.output_dir), label_of(arm)
-        time = spent(folder)
-        found[stage(arm, seed)] = {
+        folder, label = Path(one.run.output_dir), group_label(arm)
+        time = _seconds_spent(folder)
+        found[_run_title(arm, seed)] = {
             "arm": arm,
             "label": label,
             "seed": seed,
@@ -261,20 +265,22 @@ def training_of(config: CompareConfig, first: PretrainConfig, runs: dict[tuple[s
         }
         if seed == config.seeds[0]:
             settings[f"fine-tuning, {label}"] = flat_values(one)
-    settings = {stage: {key: _plain(value) for key, value in own.items()} for stage, own in settings.items()}
+    settings = {_run_title: {key: _plain(value) for key, value in own.items()} for _run_title, own in settings.items()}
     begun = Path(first.run.output_dir)
-    folders = {pretrain_stage(name): folder_of(Path(config.output_dir), name) for name in pretrained(config)}
+    folders = {
+        _pretraining_title(name): folder_of(Path(config.output_dir), name) for name in _pretraining_names(config)
+    }
     return {
         "runs": found,
         "pretraining": training_curves(begun),
-        "seconds": spent(begun)["seconds"],
-        "cpu_seconds": {name: spent(folder).get("cpu_seconds", 0.0) for name, folder in folders.items()},
+        "seconds": _seconds_spent(begun)["seconds"],
+        "cpu_seconds": {name: _seconds_spent(folder).get("cpu_seconds", 0.0) for name, folder in folders.items()},
         "settings": settings,
-        "galleries": galleries(config),
+        "galleries": training_galleries(config),
     }
 
 
-def spent(folder: Path) -> dict[str, float]:
+def _seconds_spent(folder: Path) -> dict[str, float]:
     """Seconds of a training by the clock and by the processor, from `log.txt`."""
     records = read_log(folder / "log.txt")
     return {key: sum(record.get(key, 0.0) for record in records) for key in ("seconds", "cpu_seconds")}
@@ -304,7 +310,7 @@ def training_curves(folder: Path) -> dict[str, Curve]:
     return curves
 
 
-def galleries(config: CompareConfig) -> list[Gallery]:
+def training_galleries(config: CompareConfig) -> list[Gallery]:
     """The pictures that the runs drew after their last epoch."""
     output, seed = Path(config.output_dir), config.seeds[0]
     wanted: list[Gallery] = [
@@ -315,10 +321,10 @@ def galleries(config: CompareConfig) -> list[Gallery]:
             "file": "pretrain/pictures/reconstruction.png",
         }
     ]
-    for arm in arms_to_train(config):
+    for arm in groups_to_train(config):
         wanted.append(
             {
-                "title": f"Visual words: {label_of(arm)}",
+                "title": f"Visual words: {group_label(arm)}",
                 "caption": "A held-out picture, the same decoded from its words, after the attack on the trained "
                 "network, the difference it made (amplified), and the words that changed (dark).",
                 "file": f"{arm}-seed{seed}/pictures/adversary.png",

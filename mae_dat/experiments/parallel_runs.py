@@ -40,7 +40,7 @@ class Stage:
     """Titles of stages that come before."""
 
 
-def train(config: PretrainConfig | FinetuneConfig, title: str, console: Console) -> None:
+def run_training(config: PretrainConfig | FinetuneConfig, title: str, console: Console) -> None:
     """One training, or the rest of it."""
     if isinstance(config, PretrainConfig):
         pretrain(config, console, title)
@@ -56,7 +56,7 @@ def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
     """
     if jobs == 1:
         for stage in stages:
-            train(stage.settings(), stage.title, console)
+            run_training(stage.settings(), stage.title, console)
             console.passed(stage.title)
         return
     left, done = list(stages), set[str]()
@@ -143,7 +143,7 @@ def serve(line: Connection, threads: int, level: int) -> None:
             return
         outcome: tuple[str, int] | None = None
         try:
-            train(config, title, console)
+            run_training(config, title, console)
         except UserError as error:
             outcome = str(error), error.exit_code
         except KeyboardInterrupt:  # outside its steps, where nothing is to be saved

@@ -23,7 +23,7 @@ from mae_dat.runtime.console import Console, command_arguments, console_for_comm
 from mae_dat.runtime.machine import machine
 from mae_dat.storage.files import atomic_write
 
-ARMS = (
+PROOF_GROUPS = (
     "plain", "reconstruction", "random", "released", "symbolic", "pixel_at", "advprop", "augmix", "dat_augmix",
 )  # fmt: skip
 QUICK_PICTURES = {"train": 32, "val": 20, "conflict": 20, "silhouette": 0, "size": 32}
@@ -37,7 +37,7 @@ class ProofConfig:
     data_paths: tuple[str, ...] = ("demo",)
     """Folders with train/CLASS/* and val/CLASS/*, or `demo` for the generated pictures."""
     output_dir: str = "output/proof"
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = PROOF_GROUPS
     """After the plain pretraining; as in mae_dat.compare."""
     pretrainings: tuple[str, ...] = (PLAIN, NONE, "released")
     """As in mae_dat.compare: plain first, none, with --dat released, ..."""

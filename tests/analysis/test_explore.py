@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from tiny_models import tiny, tiny_mae
 
-from mae_dat.analysis.explore import EXAMPLES, ExploreConfig, build, find_examples, listen
-from mae_dat.analysis.views import Change, Examiner, Panel, amplification, verdict
+from mae_dat.analysis.explore import EXAMPLES, ExploreConfig, build_application, find_examples, listen_locally
+from mae_dat.analysis.views import Change, ImageInspector, ImageView, amplification, prediction_change
 from mae_dat.config.errors import CheckpointError, DataError, MissingInputError
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import load_config
@@ -42,7 +42,7 @@ def picture(index: int = 3, size: int = 64) -> Image.Image:
     return Image.fromarray(generated.draw(0, "val", index, size=size).image)
 
 
-def pixels(panel: Panel) -> np.ndarray:
+def pixels(panel: ImageView) -> np.ndarray:
     return panel.picture.mul(255).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -52,14 +52,14 @@ def tokenizer() -> VisualTokenizer:
 
 
 @pytest.fixture(scope="module")
-def examiner(tokenizer: VisualTokenizer) -> Examiner:
-    return Examiner(load_subject("mae_dat_demo", None, None, CPU), tokenizer)
+def examiner(tokenizer: VisualTokenizer) -> ImageInspector:
+    return ImageInspector(load_subject("mae_dat_demo", None, None, CPU), tokenizer)
 
 
 # ---- what is computed ----
 
 
-def test_a_corruption_ends_as_a_stored_file_does(examiner: Examiner) -> None:
+def test_a_corruption_ends_as_a_stored_file_does(examiner: ImageInspector) -> None:
     image, change = picture(), Change("corruption", "fog", 4, seed=5)
     before, after, difference, decoded, after_decoded, words = examiner.panels(image, STAR, change)
     expected = as_stored(corrupt(np.asarray(image), "fog", 4, image_seed(5, 0, "fog", 4)))
@@ -80,7 +80,7 @@ def test_a_corruption_ends_as_a_stored_file_does(examiner: Examiner) -> None:
     assert not words.answers
 
 
-def test_answers_are_the_networks_first_five(examiner: Examiner) -> None:
+def test_answers_are_the_networks_first_five(examiner: ImageInspector) -> None:
     for panel in examiner.panels(picture(), STAR, Change("random")):
         if panel.answers:
             with torch.no_grad():
@@ -92,7 +92,7 @@ def test_answers_are_the_networks_first_five(examiner: Examiner) -> None:
 
 @pytest.mark.parametrize("kind", ["random", "symbolic"])
 @pytest.mark.parametrize("share", [0.01, 0.25])
-def test_a_budget_is_so_many_words(examiner: Examiner, kind: Any, share: float) -> None:
+def test_a_budget_is_so_many_words(examiner: ImageInspector, kind: Any, share: float) -> None:
     panels = examiner.panels(picture(), STAR, Change(kind, share=share))
     count = round(share * 256)
     assert panels[-1].caption == f"dark: {count} of 256 words ({count / 256:.1%})"
@@ -102,7 +102,7 @@ def test_a_budget_is_so_many_words(examiner: Examiner, kind: Any, share: float) 
     assert "to the decoded picture" in panels[2].caption
 
 
-def test_chance_is_the_seeds(examiner: Examiner) -> None:
+def test_chance_is_the_seeds(examiner: ImageInspector) -> None:
     for change in (Change("random"), Change("corruption", "shot_noise")):
         one, same, other = (
             examiner.panels(picture(), STAR, Change(change.kind, change.corruption, seed=seed))[1].picture
@@ -112,7 +112,7 @@ def test_chance_is_the_seeds(examiner: Examiner) -> None:
         assert not torch.equal(one, other)
 
 
-def test_the_symbolic_adversary_is_stronger_than_chance(examiner: Examiner) -> None:
+def test_the_symbolic_adversary_is_stronger_than_chance(examiner: ImageInspector) -> None:
     def share_of_star(kind: Any, path: Path = STAR) -> float:
         after = examiner.panels(picture(), path, Change(kind, share=0.1))[1].picture[None]
         with torch.no_grad():
@@ -124,7 +124,7 @@ def test_the_symbolic_adversary_is_stronger_than_chance(examiner: Examiner) -> N
     assert share_of_star("symbolic", Path("heart/x.png")) > share_of_star("symbolic")
 
 
-def test_a_photo_is_cropped_as_for_evaluation(examiner: Examiner) -> None:
+def test_a_photo_is_cropped_as_for_evaluation(examiner: ImageInspector) -> None:
     panels = examiner.panels(picture(size=300).resize((400, 300)), STRANGER, Change())
     assert panels[0].title == "picture"
     assert {tuple(panel.picture.shape) for panel in panels} == {(3, 64, 64)}
@@ -141,26 +141,26 @@ def test_the_difference_is_amplified_as_far_as_it_can_be_shown(largest: float, f
 
 
 def test_verdicts() -> None:
-    first, same = (Panel("", torch.zeros(3, 1, 1), answers=[("star", share)]) for share in (0.6, 0.4))
+    first, same = (ImageView("", torch.zeros(3, 1, 1), answers=[("star", share)]) for share in (0.6, 0.4))
     other = first._replace(answers=[("moon", 0.5)])
-    assert verdict([first, same]) == "The answer stays: star 60% → 40%"
-    assert verdict([first, other]) == "The answer changes: star 60% → moon 50%"
+    assert prediction_change([first, same]) == "The answer stays: star 60% → 40%"
+    assert prediction_change([first, other]) == "The answer changes: star 60% → moon 50%"
 
 
 def test_imagenet_classes_have_names(tokenizer: VisualTokenizer) -> None:
-    examiner = Examiner(Subject(tiny(1000), "x", {}, (64, 64), 3, False), tokenizer)
+    examiner = ImageInspector(Subject(tiny(1000), "x", {}, (64, 64), 3, False), tokenizer)
     assert examiner.judge.name_of(0).startswith("tench")
-    assert Examiner(Subject(tiny(10), "x", {}, (64, 64), 3, False), tokenizer).judge.name_of(3) == "class 3"
+    assert ImageInspector(Subject(tiny(10), "x", {}, (64, 64), 3, False), tokenizer).judge.name_of(3) == "class 3"
 
 
 def test_what_cannot_be_examined(tokenizer: VisualTokenizer) -> None:
     with pytest.raises(CheckpointError, match=r"pre\.pth is a pretraining and has no answers"):
-        Examiner(Subject(tiny_mae(), "pre.pth", {}, (64, 64), 3, True), tokenizer)
+        ImageInspector(Subject(tiny_mae(), "pre.pth", {}, (64, 64), 3, True), tokenizer)
     with pytest.raises(ConfigError, match="not divisible by the tokenizer's factor 4"):
-        Examiner(Subject(tiny(), "x", {}, (62, 62), 3, False), tokenizer)
+        ImageInspector(Subject(tiny(), "x", {}, (62, 62), 3, False), tokenizer)
     with pytest.raises(ConfigError, match="train one for other channels"):
-        Examiner(Subject(tiny(channels=1), "x", {}, (64, 64), 1, False), tokenizer)
-    small = Examiner(Subject(tiny(img_size=16), "x", {}, (16, 16), 3, False), tokenizer)
+        ImageInspector(Subject(tiny(channels=1), "x", {}, (64, 64), 1, False), tokenizer)
+    small = ImageInspector(Subject(tiny(img_size=16), "x", {}, (16, 16), 3, False), tokenizer)
     with pytest.raises(DataError, match="at least 32 px"):
         small.panels(picture(), STAR, Change())
     assert len(small.panels(picture(), STAR, Change("random"))) == 5
@@ -182,17 +182,17 @@ def test_examples(tmp_path: Path) -> None:
     assert [example.path for example in find_examples(str(found[1].path))] == [found[1].path]
     (tmp_path / "letter.png").write_text("dear reader")
     with pytest.raises(DataError, match=r"--images: .*letter\.png: it is not a picture that can be read$"):
-        build([], find_examples(str(tmp_path / "letter.png")))
+        build_application([], find_examples(str(tmp_path / "letter.png")))
     with pytest.raises(MissingInputError, match="nothing"):
         find_examples(str(tmp_path / "nothing"))
 
 
 def test_only_this_machine_is_served() -> None:
-    with listen(0) as place:
+    with listen_locally(0) as place:
         host, port = place.getsockname()
         assert host == "127.0.0.1"
         with pytest.raises(ConfigError, match=f"--port {port}: .*in use"):
-            listen(port)
+            listen_locally(port)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_flags_that_cannot_be(arguments: list[str], told: str) -> None:
 def test_without_nicegui_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nicegui", None)
     with pytest.raises(MissingInputError, match=re.escape('pip install "mae_dat[explore]"')):
-        build([], [])
+        build_application([], [])
 
 
 # ---- in a browser ----

@@ -15,7 +15,7 @@ from tiny_runs import (
     pretrain_in,
 )
 
-from mae_dat.analysis.features import Features, FeaturesConfig, features_of, knn_accuracy, main
+from mae_dat.analysis.features import Features, FeaturesConfig, knn_accuracy, main, model_features
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit
@@ -77,11 +77,11 @@ def test_a_masked_autoencoders_features_are_those_of_its_encoder() -> None:
     image = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         latent = mae.features(image)
-        assert torch.equal(features_of(mae, image, "cls"), latent[:, 0])
-        torch.testing.assert_close(features_of(mae, image, "mean"), latent[:, 1:].mean(1))
-        assert torch.equal(features_of(mae, image, "tokens"), latent[:, 1:])
+        assert torch.equal(model_features(mae, image, "cls"), latent[:, 0])
+        torch.testing.assert_close(model_features(mae, image, "mean"), latent[:, 1:].mean(1))
+        assert torch.equal(model_features(mae, image, "tokens"), latent[:, 1:])
     with pytest.raises(ConfigError, match="unknown pool"):
-        features_of(mae, image, "max")
+        model_features(mae, image, "max")
 
 
 def test_neighbours_vote_by_similarity_and_not_by_number() -> None:

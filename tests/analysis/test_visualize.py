@@ -217,7 +217,7 @@ def test_help_needs_no_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         monkeypatch.setattr("sys.argv", ["visualize", *arguments])
         visualize.main()
         told = capsys.readouterr().out
-        assert all(what in told for what in visualize.KINDS)
+        assert all(what in told for what in visualize.GALLERY_KINDS)
     monkeypatch.setattr("sys.argv", ["visualize", "attention", "--help"])
     with pytest.raises(SystemExit):
         visualize.main()

@@ -26,10 +26,11 @@ from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.errors import DataError, Interrupted, MissingInputError
 from mae_dat.config.groups import AttackConfig, ConfigError
 from mae_dat.config.parse import load_config
-from mae_dat.detection.coco import PADDING, CocoPictures, Split, View, find_annotations
-from mae_dat.detection.detector import Detection, Detector, SimpleFeaturePyramid, from_torchvision, truth_of
-from mae_dat.detection.measure import scores, summary
-from mae_dat.detection.train import DetectConfig, build, detect, measure, pictures
+from mae_dat.detection.coco import PADDING_LABEL, BoxTransform, CocoImages, CocoSplit, find_annotations
+from mae_dat.detection.detector import Detector, SimpleFeaturePyramid, from_torchvision
+from mae_dat.detection.measure import coco_scores, corruption_summary
+from mae_dat.detection.objective import DetectionObjective, ground_truth
+from mae_dat.detection.train import DetectConfig, build_detector, detect, measure_detector, open_coco_images
 from mae_dat.models.mae import build_mae
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer, load_tokenizer
 from mae_dat.models.tokenizer.padded import PaddedTokenizer
@@ -104,26 +105,26 @@ COCO: dict[str, Any] = {
 }
 
 
-def coco_file(tmp_path: Path, folder: Path, change: Callable[[Any], object] = lambda content: None) -> Split:
+def coco_file(tmp_path: Path, folder: Path, change: Callable[[Any], object] = lambda content: None) -> CocoSplit:
     content = json.loads(json.dumps(COCO))
     change(content)
     path = tmp_path / "coco.json"
     path.write_text(json.dumps(content))
-    return Split(path, folder)
+    return CocoSplit(path, folder)
 
 
 def test_coco_ids_become_labels_crowds_are_flagged_and_empty_pictures_stay(tmp_path: Path, folder: Path) -> None:
-    images = CocoPictures(coco_file(tmp_path, folder), View((32, 32)))
+    images = CocoImages(coco_file(tmp_path, folder), BoxTransform((32, 32)))
     assert images.classes == ["early", "late"]
     full, empty = images[0], images[1]
     assert full["labels"].tolist() == [2, 1]
     assert full["crowd"].tolist() == [False, True]
     # The second leaves its picture by half a pixel, as rounding does.
     assert full["boxes"].tolist() == [[4, 6, 14, 18], [20, 20, 32, 32]]
-    assert empty["labels"].tolist() == [PADDING, PADDING]
+    assert empty["labels"].tolist() == [PADDING_LABEL, PADDING_LABEL]
     batch = default_collate([full, empty])
-    assert [one["labels"].tolist() for one in truth_of(batch)] == [[2], []]
-    assert [one["iscrowd"].tolist() for one in truth_of(batch, crowd=True)] == [[0, 1], []]
+    assert [one["labels"].tolist() for one in ground_truth(batch)] == [[2], []]
+    assert [one["iscrowd"].tolist() for one in ground_truth(batch, crowd=True)] == [[0, 1], []]
 
 
 def setting(where: str, **values: Any) -> Callable[[Any], object]:
@@ -149,14 +150,14 @@ def test_what_is_wrong_with_the_data_is_told_before_training(
     tmp_path: Path, folder: Path, change: Callable[[Any], object], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        CocoPictures(coco_file(tmp_path, folder, change), View((32, 32)))
+        CocoImages(coco_file(tmp_path, folder, change), BoxTransform((32, 32)))
 
 
 def test_bad_boxes_are_left_out_and_told_where_asked_for(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     split = coco_file(tmp_path, folder, setting("annotations", bbox=[4, 6, 0, 12]))
-    images = CocoPictures(split, View((32, 32)), on_bad="skip")
+    images = CocoImages(split, BoxTransform((32, 32)), on_bad="skip")
     assert images[0]["labels"].tolist() == [1]
     assert "1 entries left out" in caplog.text
 
@@ -164,11 +165,11 @@ def test_bad_boxes_are_left_out_and_told_where_asked_for(
 def test_a_picture_of_another_size_than_its_json_says_and_a_class_unknown_to_training(
     tmp_path: Path, folder: Path
 ) -> None:
-    images = CocoPictures(coco_file(tmp_path, folder, setting("images", width=64)), View((32, 32)))
+    images = CocoImages(coco_file(tmp_path, folder, setting("images", width=64)), BoxTransform((32, 32)))
     with pytest.raises(DataError, match="its JSON says"):
         images[0]
     with pytest.raises(DataError, match="'late' is unknown to training"):
-        CocoPictures(coco_file(tmp_path, folder), View((32, 32)), classes=["early"])
+        CocoImages(coco_file(tmp_path, folder), BoxTransform((32, 32)), classes=["early"])
 
 
 def test_layouts_of_coco_and_their_absence(tmp_path: Path) -> None:
@@ -193,20 +194,20 @@ def test_boxes_move_with_their_pixels(tmp_path: Path) -> None:
         "categories": [{"id": 1, "name": "thing"}],
     }
     (tmp_path / "coco.json").write_text(json.dumps(content))
-    split = Split(tmp_path / "coco.json", tmp_path)
-    augmented = CocoPictures(split, View((48, 64), (0.7, 1.5)))
-    plain = CocoPictures(split, View((48, 64)))
+    split = CocoSplit(tmp_path / "coco.json", tmp_path)
+    augmented = CocoImages(split, BoxTransform((48, 64), (0.7, 1.5)))
+    plain = CocoImages(split, BoxTransform((48, 64)))
     seen = []
     for sample in (plain[0], *(augmented[(epoch, 0)] for epoch in range(12))):
         assert sample["image"].shape == (3, 48, 64)
-        if sample["labels"].tolist() == [PADDING]:
+        if sample["labels"].tolist() == [PADDING_LABEL]:
             continue
         rows, columns = (sample["image"][0] > 0.5).nonzero().unbind(1)
         extent = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
         assert (extent - sample["boxes"][0]).abs().max() <= 1.0
         seen.append(tuple(sample["boxes"][0].tolist()))
     assert len(set(seen)) > 8  # that it is augmented at all
-    again = CocoPictures(split, View((48, 64), (0.7, 1.5)))[(3, 0)]
+    again = CocoImages(split, BoxTransform((48, 64), (0.7, 1.5)))[(3, 0)]
     assert torch.equal(again["image"], augmented[(3, 0)]["image"])
 
 
@@ -226,7 +227,7 @@ def test_detector_starts_from_a_pretraining(tmp_path: Path, folder: Path) -> Non
     source = build_mae("mae_vit_demo_patch8").state_dict()
     torch.save({"model": source}, tmp_path / "mae.pth")
     config = config_for(folder, tmp_path, "--finetune", str(tmp_path / "mae.pth"), "--input_size", "40", "80")
-    trunk: Any = build(config, 3, start=True).net.backbone.trunk  # type: ignore[union-attr]
+    trunk: Any = build_detector(config, 3, start=True).net.backbone.trunk  # type: ignore[union-attr]
     own = trunk.state_dict()
     assert own["pos_embed"].shape == (1, 1 + 8 * 12, 128)  # padded to 64 x 96 inside
     shared = [name for name in own if name != "pos_embed"]
@@ -257,9 +258,9 @@ def frozen(module: nn.Module) -> nn.Module:
 
 def batch_of(folder: Path, tmp_path: Path, *flags: str, count: int = 4) -> tuple[Any, Detector]:
     config = config_for(folder, tmp_path, *flags)
-    images = pictures(config, "train")
+    images = open_coco_images(config, "train")
     torch.manual_seed(0)
-    return default_collate([images[index] for index in range(count)]), build(config, len(images.classes))
+    return default_collate([images[index] for index in range(count)]), build_detector(config, len(images.classes))
 
 
 @pytest.mark.parametrize("kind", ["released", "symbolic"])
@@ -272,7 +273,7 @@ def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> N
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tokenizer = PaddedTokenizer(load_tokenizer("embedded"), (30, 31))
     attack = AttackConfig(kind, eps=0.5, share=0.1 if kind == "symbolic" else None, random_start=0.0)
-    objective = WithDAT(Detection(), tokenizer, attack)
+    objective = WithDAT(DetectionObjective(), tokenizer, attack)
     image, context = objective.prepare(model, batch, torch.Generator().manual_seed(0))
 
     def found_by(objective: WithDAT) -> DiscreteAdversary:
@@ -283,7 +284,7 @@ def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> N
     assert found.words.shape == (12, 8, 8)
     assert 0.005 < float(found.changed) < 0.15
     if kind == "symbolic":
-        chance = found_by(WithDAT(Detection(), tokenizer, replace(attack, kind="random")))
+        chance = found_by(WithDAT(DetectionObjective(), tokenizer, replace(attack, kind="random")))
         with torch.no_grad():
             views = (found.reconstruction, found.adversarial, chance.adversarial)
             clean, attacked, random = (float(objective.loss(model, view, context)) for view in views)
@@ -306,7 +307,7 @@ def test_every_form_of_the_step_trains_every_parameter(folder: Path, trained: Pa
     batch, model = batch_of(folder, trained)
     attack = config_for(folder, trained, "--dat", *flags).dat.attack
     assert attack is not None
-    objective = WithDAT(Detection(), load_tokenizer("embedded"), attack)
+    objective = WithDAT(DetectionObjective(), load_tokenizer("embedded"), attack)
     parts = objective(model.train(), batch, torch.Generator().manual_seed(0))
     parts["loss"].backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -318,7 +319,7 @@ def test_every_form_of_the_step_trains_every_parameter(folder: Path, trained: Pa
 def test_views_of_a_batch_share_their_chance(folder: Path, tmp_path: Path) -> None:
     """torchvision's sampling and drop path: the same picture has the same loss, and the global generator is left."""
     batch, model = batch_of(folder, tmp_path)
-    objective = Detection()
+    objective = DetectionObjective()
     image, context = objective.prepare(model.train(), batch, torch.Generator().manual_seed(0))
     state = torch.get_rng_state()
     one, other = objective.loss(model, image, context), objective.loss(model, image, context)
@@ -337,11 +338,11 @@ def test_frozen_batch_norm_stays_frozen_and_evaluation_gives_losses_too() -> Non
     batch: Any = {
         "image": torch.rand(2, 3, 64, 64),
         "boxes": torch.tensor([[[8.0, 8, 40, 48]], [[0.0, 0, 0, 0]]]),
-        "labels": torch.tensor([[1], [PADDING]]),
+        "labels": torch.tensor([[1], [PADDING_LABEL]]),
         "crowd": torch.zeros(2, 1, dtype=torch.bool),
     }
     model.eval()
-    loss = Detection()(model, batch, torch.Generator().manual_seed(0))["loss"]
+    loss = DetectionObjective()(model, batch, torch.Generator().manual_seed(0))["loss"]
     loss.backward()
     assert loss.isfinite()
     assert not any(module.training for module in model.modules())
@@ -378,9 +379,9 @@ def test_perfect_predictions_have_an_average_precision_of_one() -> None:
     boxes = torch.tensor([[2.0, 2, 20, 20], [30, 30, 60, 50]])
     there = {"boxes": boxes, "labels": torch.tensor([1, 2]), "iscrowd": torch.tensor([0, 0])}
     found = {"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.9, 0.8])}
-    assert scores([(found, there)]) == {"map": 1.0, "map_50": 1.0, "map_75": 1.0}
+    assert coco_scores([(found, there)]) == {"map": 1.0, "map_50": 1.0, "map_75": 1.0}
     shifted = {**found, "boxes": boxes + torch.tensor([6.0, 0, 6, 0])}  # IoU 0.5 and 0.67
-    result = scores([(shifted, there)])
+    result = coco_scores([(shifted, there)])
     assert result["map_50"] == pytest.approx(1.0)
     assert result["map_75"] == 0
     # What is found in a crowd is neither right nor wrong.
@@ -388,15 +389,15 @@ def test_perfect_predictions_have_an_average_precision_of_one() -> None:
     extra["scores"] = torch.tensor([0.7, 0.8, 0.9])
     crowd = torch.cat([boxes, torch.tensor([[0.0, 0, 25, 25]])])
     flagged = {"boxes": crowd, "labels": torch.tensor([1, 2, 1]), "iscrowd": torch.tensor([0, 0, 1])}
-    assert scores([(extra, {name: value[:2] for name, value in flagged.items()})])["map"] < 1
-    assert scores([(extra, flagged)])["map"] == 1
+    assert coco_scores([(extra, {name: value[:2] for name, value in flagged.items()})])["map"] < 1
+    assert coco_scores([(extra, flagged)])["map"] == 1
 
 
 def test_corruptions_are_measured_stored_and_not_done_twice(folder: Path, trained: Path, tmp_path: Path) -> None:
     """mPC and rPC from a stored file, through the command; the second time nothing is measured but what was lost."""
     given = ["--eval", "--corruptions", "--severities", "3", "--limit", "2", "--resume", str(trained)]
     config = config_for(folder, tmp_path, *given)
-    result = measure(config, Console(quiet=True))
+    result = measure_detector(config, Console(quiet=True))
     path = tmp_path / "detection.json"
     stored = json.loads(path.read_text())
     assert set(stored["cells"]) == {"clean", *(f"{name}/3" for name in CORRUPTIONS)}
@@ -404,10 +405,10 @@ def test_corruptions_are_measured_stored_and_not_done_twice(folder: Path, traine
     del stored["cells"]["fog/3"]
     stored["cells"]["snow/3"]["map"] = 0.25  # to be found again
     path.write_text(json.dumps(stored))
-    again = measure(config, Console(quiet=True))["cells"]
+    again = measure_detector(config, Console(quiet=True))["cells"]
     assert again["snow/3"]["map"] == 0.25
     assert again["fog/3"] == result["cells"]["fog/3"]
-    images = pictures(config, "val")
+    images = open_coco_images(config, "val")
     one, other = images.corrupted("fog", 3)[0]["image"], images.corrupted("fog", 3)[0]["image"]
     assert torch.equal(one, other)
     assert not torch.equal(one, images[0]["image"])
@@ -415,7 +416,7 @@ def test_corruptions_are_measured_stored_and_not_done_twice(folder: Path, traine
 
 def test_mpc_is_a_mean_over_corruptions_and_severities() -> None:
     cells = {"clean": {"map": 0.5}, "fog/1": {"map": 0.4}, "fog/5": {"map": 0.1}, "snow/1": {"map": 0.1}}
-    assert summary(cells) == pytest.approx({"clean": 0.5, "mpc": 0.2, "rpc": 0.4})
+    assert corruption_summary(cells) == pytest.approx({"clean": 0.5, "mpc": 0.2, "rpc": 0.4})
 
 
 # ---- runs ----
@@ -451,7 +452,7 @@ def test_resume_amid_an_epoch_is_bitwise(folder: Path, tmp_path: Path, monkeypat
 def test_recipes_are_read_and_built(name: str) -> None:
     config = load_config(DetectConfig, ["--config", str(ROOT / "configs" / f"{name}.yaml")])
     with torch.device("meta"):
-        model = build(config, 3)
+        model = build_detector(config, 3)
         groups = build_optimizer(model, 0.0, 0.1, config.detector.layer_decay).param_groups
     scales = {group["lr_scale"] for group in groups}
     assert max(scales) == 1.0

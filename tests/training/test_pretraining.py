@@ -25,7 +25,7 @@ from torch import Tensor
 from mae_dat.attacks.discrete import discrete_adversary
 from mae_dat.config.errors import ConfigError, Interrupted
 from mae_dat.config.groups import AttackConfig, AugmentConfig, DatConfig, MaskConfig
-from mae_dat.experiments.compare import CompareConfig, arms_to_train, compare, label_of, pretrain_config
+from mae_dat.experiments.compare import CompareConfig, compare, group_label, groups_to_train, pretrain_config
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaskedAutoencoder, build_mae, masked_mse
 from mae_dat.models.tokenizer import LightConfig, VisualTokenizer
@@ -429,7 +429,7 @@ def test_pretrainings_are_compared_for_the_same_steps_and_the_same_time(
 
 
 def runs_of(config: CompareConfig) -> list[str]:
-    return [f"{arm}-seed0" for arm in arms_to_train(config)]
+    return [f"{arm}-seed0" for arm in groups_to_train(config)]
 
 
 def test_pretrainings_that_cannot_be_compared_are_refused() -> None:
@@ -439,5 +439,5 @@ def test_pretrainings_that_cannot_be_compared_are_refused() -> None:
         CompareConfig(pretrainings=("released",))
     with pytest.raises(ConfigError, match="released_in_time needs plain and released before it"):
         CompareConfig(pretrainings=("plain", "released_in_time"))
-    assert label_of("released_in_time-random") == "random words, pretrained with DAT in the plain one's time"
-    assert label_of("random") == "random words"
+    assert group_label("released_in_time-random") == "random words, pretrained with DAT in the plain one's time"
+    assert group_label("random") == "random words"

@@ -15,8 +15,8 @@ from tiny_runs import (
 )
 
 from mae_dat.analysis.statistics import Moments
-from mae_dat.analysis.why_dat import AnalysisConfig, analyse, compared, main
-from mae_dat.analysis.why_dat_page import CLEAN, TITLES
+from mae_dat.analysis.why_dat import AnalysisConfig, analyze_network, main, mean_correlations
+from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES
 from mae_dat.config.errors import ConfigError
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.transforms import eval_transform
@@ -38,22 +38,22 @@ def analysed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> 
     model = build_classifier(network, len(held_out.classes), 64).eval()
     torch.nn.init.normal_(model.net.get_classifier().weight, std=0.1)
     contender = from_callable(model, "tiny", View(torch.device("cpu"), size=(64, 64)))
-    return analyse(contender, held_out, dataclasses.replace(SETTINGS, **changes), Console(quiet=True))[0]
+    return analyze_network(contender, held_out, dataclasses.replace(SETTINGS, **changes), Console(quiet=True))[0]
 
 
 def test_views_are_compared_with_the_clean_pictures_at_the_lengths_that_they_promise(images: Path) -> None:
     found = analysed(images)
     views = found["views"]
-    assert list(views) == list(TITLES)
+    assert list(views) == list(VIEW_TITLES)
     assert all(one["images"] == 12 for one in views.values())
-    assert views[CLEAN]["length"] == 0
+    assert views[CLEAN_VIEW]["length"] == 0
     assert views["reconstruction"]["words"] == 0
     assert views["symbolic"]["words"] == pytest.approx(views["random"]["words"]) == pytest.approx(0.05, abs=0.005)
     assert views["pixel"]["largest"] == pytest.approx(4 / 255, rel=1e-3)
     # Clamping to [0, 1] can only shorten a change.
     for view in ("pixel_length", "noise_length"):
         assert 0.5 * views["released"]["length"] < views[view]["length"] <= 1.0001 * views["released"]["length"]
-    assert views["pixel"]["loss"] > views[CLEAN]["loss"]
+    assert views["pixel"]["loss"] > views[CLEAN_VIEW]["loss"]
     assert views["symbolic"]["loss"] > views["random"]["loss"]
     assert all(-1 <= one["correlation_mean"] <= 1 and one["frechet"] > 0 for one in list(views.values())[1:])
     assert found == analysed(images), "the same numbers for the same seed"
@@ -81,11 +81,11 @@ def test_a_layer_whose_channels_are_alike_is_left_out_of_the_mean() -> None:
     flat.add(torch.ones(4, 3))
     first.add(torch.rand(8, 3))
     second.add(torch.rand(8, 3))
-    both = compared({"a": first, "b": flat}, {"a": second, "b": flat})
+    both = mean_correlations({"a": first, "b": flat}, {"a": second, "b": flat})
     assert both["by_layer"]["b"] == {"mean": None, "variance": None}
     assert both["correlation_mean"] == both["by_layer"]["a"]["mean"]
     with pytest.raises(ConfigError, match="no layer has channels that differ by their mean"):
-        compared({"b": flat}, {"b": flat})
+        mean_correlations({"b": flat}, {"b": flat})
 
 
 def test_a_network_with_batch_norms_is_looked_at_there(images: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_command_writes_numbers_page_and_figures(
     outcome = outcome_of(main, [*given, *few], monkeypatch, capsys)
     assert outcome.code == 0, outcome.stderr
     numbers = json.loads((output / "analysis.json").read_text())["networks"][0]["views"]
-    assert list(numbers) == [CLEAN, "released", "pixel"]
+    assert list(numbers) == [CLEAN_VIEW, "released", "pixel"]
     page = (output / "analysis.html").read_text()
     assert f"{numbers['pixel']['correlation_mean']:.4f}" in page
     assert "a &lt;b&gt;" in page

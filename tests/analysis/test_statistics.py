@@ -14,7 +14,7 @@ from mae_dat.analysis.statistics import (
     frechet_distance,
     norm_layers,
     power_spectrum,
-    watching,
+    record_moments,
 )
 from mae_dat.config.errors import ConfigError
 
@@ -34,7 +34,7 @@ def test_a_batch_norm_is_watched_as_it_counts_itself() -> None:
     image = torch.rand(8, 3, 9, 9)
     layers = norm_layers(network)
     found = {name: Moments() for name in layers}
-    with watching(layers, found):
+    with record_moments(layers, found):
         network(image)
     own = network[1]
     assert isinstance(own, nn.BatchNorm2d)
@@ -53,7 +53,7 @@ def test_channels_are_found_wherever_a_norm_has_them(layer: nn.Module, shape: tu
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = {"0": Moments()}
     network = nn.Sequential(layer)
-    with watching(norm_layers(network), found):
+    with record_moments(norm_layers(network), found):
         network(values)
     channels = values.movedim(1, -1) if len(shape) == 4 else values
     torch.testing.assert_close(found["0"].mean.float(), channels.reshape(-1, 6).mean(0))
