@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import Case, Step
-from mae_dat.data.generated.draw import draw
+from mae_dat.data.generated.draw import draw_image
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_stored, corrupt
 
 GOAL = 5.0  # times as fast over the 15 together
@@ -40,7 +40,7 @@ def stored(act: Corrupt, image: np.ndarray, name: str, severity: int) -> object:
 def builder(act: Corrupt, names: Sequence[str]) -> Step:
     """One picture through the corruptions `names`; a step returns its processor time."""
     cv2.setNumThreads(1)
-    image = draw(0, "val", 0, size=224).image
+    image = draw_image(0, "val", 0, size=224).image
     for name in names:
         act(image, name, 1)  # tables are built, numba compiles
 

@@ -26,7 +26,7 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.timing import Case, Step, middle_half, peak_memory, restart_peak, wait_for
 from mae_dat.config.parse import load_config, run_command
-from mae_dat.data.generated.draw import draw
+from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from mae_dat.robustness.measure import measure as measure_cells
@@ -64,7 +64,7 @@ def stored_set(cells: int, images: int) -> Path:
     """An ImageNet-C of so many cells and pictures, in a folder that goes with this process."""
     root = tempfile.TemporaryDirectory(prefix="imagenet-c-")
     atexit.register(root.cleanup)
-    pictures = [draw(0, "val", index, size=224).image for index in range(images)]
+    pictures = [draw_image(0, "val", index, size=224).image for index in range(images)]
     places = [(name, severity) for severity in SEVERITIES for name in CORRUPTIONS][:cells]
     for name, severity in places:
         for index, picture in enumerate(pictures):

@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks.ours import training_step
 from benchmarks.timing import Case, Step, wait_for
-from mae_dat.data.generated.draw import draw
+from mae_dat.data.generated.draw import draw_image
 from mae_dat.data.image_set import Batch, as_float
 from mae_dat.data.loader import ImageLoader, train_loader
 from mae_dat.data.open import open_images
@@ -49,7 +49,7 @@ def pictures() -> tuple[Path, Path]:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     grain = np.random.default_rng(0)
     for index in range(IMAGES):
-        smooth = draw(0, "train", index, size=500).image[:375]
+        smooth = draw_image(0, "train", index, size=500).image[:375]
         noisy = smooth + grain.normal(0, GRAIN, (*smooth.shape[:2], 1))
         path = root / "originals" / "train" / f"{index % 10}" / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from mae_dat.attacks.discrete import project, unit
+from mae_dat.attacks.gradient import project, unit
 from mae_dat.models.mae import MaskedAutoencoder, masked_mse
 from mae_dat.models.tokenizer import VQGAN_PRESETS, VQGANConfig
 

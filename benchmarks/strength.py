@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_dat.attacks.discrete import DiscreteAdversary, ShareController, discrete_adversary, unit
-from mae_dat.attacks.word_budget import KINDS, WordAttack, word_hits
+from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
+from mae_dat.attacks.gradient import unit
+from mae_dat.attacks.share_controller import ShareController
+from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WordAttack, word_hits
 from mae_dat.config.groups import AttackConfig
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
@@ -71,7 +73,7 @@ def attacked(attack: AttackConfig, share: float, run: Callable[[AttackConfig], D
     if not attack.moves_pixels:
         return run(attack)
     controller = ShareController(attack)
-    controller.find(lambda eps: float(run(dataclasses.replace(attack, eps=eps)).changed))
+    controller.find(lambda eps: float(run(dataclasses.replace(attack, eps=eps)).changed_share))
     return run(controller.apply(attack))
 
 
@@ -111,7 +113,7 @@ def curves(model: nn.Module, image: Tensor, label: Tensor, tokenizer: VisualToke
     """Prints the accuracy when up to a share of the words are changed (mae_dat.attacks.word_budget)."""
     attack, index = WordAttack(), torch.arange(len(image))
     print(f"\n{'right with up to so many words':30}" + "".join(f"{share:>8.0%}" for share in attack.shares))
-    for kind in KINDS:
+    for kind in WORD_ATTACK_KINDS:
         hits = word_hits(model, tokenizer, image, label, index, kind, attack).float().mean(1)
         print(f"{kind:30}" + "".join(f"{share:>8.1%}" for share in hits.tolist()))
 
@@ -153,7 +155,7 @@ def main() -> None:
         with torch.no_grad():
             moved = share_changed(words, tokenizer.encode((reconstruction + eps * direction).clamp(0, 1)))
         level = 255 * eps / image[0].numel() ** 0.5
-        print(f"{eps:6.2f} {found.changed:23.2%} {moved:23.2%} {level:27.2f}")
+        print(f"{eps:6.2f} {found.changed_share:23.2%} {moved:23.2%} {level:27.2f}")
     damage(model, image, label, tokenizer)
     curves(model, image, label, tokenizer)
 

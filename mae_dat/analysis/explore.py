@@ -24,10 +24,11 @@ from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction
 from mae_dat.config.errors import DataError, MissingInputError, UserError
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import load_config, run_command
-from mae_dat.data.decode import ADVICE, MAX_BYTES, decode, decode_bytes
+from mae_dat.data.decode import ADVICE, MAX_BYTES, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.open import DEMO
+from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.weights.open import load_subject
 from mae_dat.robustness.corruptions import CATEGORIES, EXTRA, SEVERITIES
@@ -113,9 +114,8 @@ def find_examples(images: str) -> list[Example]:
     paths = [Path(images)]
     if not paths[0].is_file():
         paths = [Path(path) for path, *_ in ImageFolder(paths[0], functional.to_tensor, labelled=False).samples]
-    count = min(EXAMPLES, len(paths))
-    chosen = [paths[index * len(paths) // count] for index in range(count)]
-    return [Example(path, partial(decode, path)) for path in chosen]
+    chosen = [paths[index] for index in evenly_spaced(len(paths), EXAMPLES)]
+    return [Example(path, partial(decode_file, path)) for path in chosen]
 
 
 def _reason(error: UserError) -> str:
@@ -124,7 +124,7 @@ def _reason(error: UserError) -> str:
 
 
 def _generated(index: int) -> Image.Image:
-    return Image.fromarray(generated.draw(0, "val", index).image)
+    return Image.fromarray(generated.draw_image(0, "val", index).image)
 
 
 def data_url(picture: Tensor | Image.Image) -> str:

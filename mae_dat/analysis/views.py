@@ -18,8 +18,7 @@ from torchvision.transforms import functional
 from mae_dat.analysis.scorers import ClassScorer
 from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_adversary
 from mae_dat.config.errors import CheckpointError
-from mae_dat.config.groups import DataConfig
-from mae_dat.data.open import in_channels
+from mae_dat.data.open import with_channels
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.tokenizer.base import VisualTokenizer
@@ -86,7 +85,7 @@ class ImageInspector:
             classes = [named.index_to_description(index) for index in range(IMAGENET_CLASSES)]
         self.judge = ClassScorer(self.model, classes)
         self.crop = eval_transform(subject.size)
-        self.to_pixels = in_channels(functional.to_tensor, DataConfig(in_chans=subject.in_chans))
+        self.to_pixels = with_channels(functional.to_tensor, subject.in_chans)
         self.device = tokenizer.codebook.device
 
     def panels(self, image: Image.Image, path: Path, change: Change) -> list[ImageView]:

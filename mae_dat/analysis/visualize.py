@@ -16,11 +16,13 @@ from torch import Tensor
 
 from mae_dat.analysis.scorers import ClassScorer, ReconstructionScorer, Scorer
 from mae_dat.attacks.discrete import DiscreteAdversary
-from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, image_size
+from mae_dat.config.groups import ConfigError, DatConfig, image_size
 from mae_dat.config.parse import load_config, nearest, run_command
-from mae_dat.data.gallery import gallery, save_png, sheet
-from mae_dat.data.image_set import ImageFolder, decode
-from mae_dat.data.open import DEMO, image_root, in_channels
+from mae_dat.data.decode import decode_file
+from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
+from mae_dat.data.image_set import ImageFolder
+from mae_dat.data.open import DEMO, image_root, with_channels
+from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.attention import attention_layers, attention_maps, default_query
 from mae_dat.models.mae import MaskedAutoencoder, mask_noise
@@ -202,14 +204,13 @@ def open_gallery_writer(config: ImagesConfig) -> Iterator[GalleryWriter]:
 
 def read_pages(config: ImagesConfig, size: Size, in_chans: int, device: torch.device) -> list[GalleryPage]:
     """The pictures at the size of the network, cropped as for evaluation. Raises MissingInputError, DataError."""
-    transform = in_channels(eval_transform(size), DataConfig(in_chans=in_chans))
+    transform = with_channels(eval_transform(size), in_chans)
     path = image_root(DEMO) / "val" if config.images == DEMO else Path(config.images)
     if path.is_file():
-        paths, images = [path], [transform(decode(path))]
+        paths, images = [path], [transform(decode_file(path))]
     else:
         folder = ImageFolder(path, transform, labelled=False)
-        count = min(config.limit or len(folder), len(folder))
-        chosen = [index * len(folder) // count for index in range(count)]
+        chosen = evenly_spaced(len(folder), config.limit or len(folder))
         paths, images = (
             [Path(folder.samples[index][0]) for index in chosen],
             [folder[index]["image"] for index in chosen],
@@ -255,7 +256,7 @@ def draw_reconstruction(config: ReconstructionConfig) -> None:
             noise = mask_noise(len(page.image), model.num_patches, generator, device)
             columns = reconstruction_columns(model, page.image, config.masking.mask_ratio, noise, norm_pix)
             captions = [["", "", name] for name in page.names]
-            drawn.add("reconstruction", gallery(columns, captions, heading), page.number)
+            drawn.add("reconstruction", draw_gallery(columns, captions, heading), page.number)
 
 
 def draw_attention(config: AttentionConfig) -> None:
@@ -276,7 +277,7 @@ def draw_attention(config: AttentionConfig) -> None:
             columns, captions = attention_columns(page.image, maps)
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
             heading = f"{subject.name}: {whose}, {where}"
-            drawn.add("attention", gallery(columns, captions, heading, cell=192), page.number)
+            drawn.add("attention", draw_gallery(columns, captions, heading, cell=192), page.number)
 
 
 def draw_words(config: WordsConfig) -> None:
@@ -292,17 +293,17 @@ def draw_words(config: WordsConfig) -> None:
             found.append(tokenizer.encode(page.image))
             columns, captions = word_columns(page.image, found[-1], tokenizer)
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
-            drawn.add("words", gallery(columns, captions, heading), page.number)
+            drawn.add("words", draw_gallery(columns, captions, heading), page.number)
         used, shares = used_words(torch.cat(found))
         pictures = f"{sum(len(page.paths) for page in pages)} pictures"
         texts = [f"{word}\n{share:.1%}" for word, share in zip(used[:_MAX_WORDS].tolist(), shares, strict=False)]
         tiles = word_tiles(tokenizer, used[:_MAX_WORDS])
-        drawn.add("most_used_words", sheet(tiles, texts, f"{heading}; the most used in {pictures}"))
+        drawn.add("most_used_words", draw_sheet(tiles, texts, f"{heading}; the most used in {pictures}"))
         whole = tokenizer.num_words <= LARGEST_CODEBOOK
         listed = torch.arange(tokenizer.num_words, device=device) if whole else used[:LARGEST_CODEBOOK]
         order = "all, by index" if whole else f"the {len(listed)} most used in {pictures}"
         book = codebook_picture(word_tiles(tokenizer, listed))
-        drawn.add("codebook", gallery([("", book)], heading=f"{heading}; {order}", cell=1))
+        drawn.add("codebook", draw_gallery([("", book)], heading=f"{heading}; {order}", cell=1))
 
 
 def draw_adversary(config: AdversaryConfig) -> None:
@@ -327,7 +328,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
             eps = f", eps {attacked.strength().eps:.3g}" if attack.moves_pixels else ""
             heading = f"{subject.name}, attacked by --dat {config.dat.dat}{eps}"
             captions = adversary_captions(judge, page, found[-1], context)
-            drawn.add("adversary", gallery(columns, captions, heading), page.number)
+            drawn.add("adversary", draw_gallery(columns, captions, heading), page.number)
         before, after = (torch.cat([getattr(one, name) for one in found]) for name in ("words", "adversarial_words"))
         if rows := changed_words(before, after, _MAX_WORDS):
             heading += "; words most often changed, what they mostly became, and in how many of their places"

@@ -30,7 +30,8 @@ from mae_dat.analysis.statistics import (
     record_moments,
 )
 from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES, write_page
-from mae_dat.attacks.discrete import image_generator, reconstruct, unit
+from mae_dat.attacks.discrete import image_generator, reconstruct
+from mae_dat.attacks.gradient import unit
 from mae_dat.attacks.pixel import PixelAttack, pixel_adversary
 from mae_dat.config.errors import DataError
 from mae_dat.config.groups import AttackConfig, AugmentConfig, ConfigError
@@ -38,6 +39,7 @@ from mae_dat.config.parse import command_line, load_config, nearest, run_command
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import batch_loader
 from mae_dat.data.open import image_root, open_images
+from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
@@ -127,7 +129,7 @@ def analyze_network(
         view: ViewSums({name: Moments() for name in layers}, [], {}, torch.zeros(SPECTRUM_BINS, dtype=torch.float64))
         for view in (CLEAN_VIEW, *HALVES, *config.views)
     }
-    chosen = [number * len(images) // count for number in range(count)]
+    chosen = evenly_spaced(len(images), count)
     batches = [chosen[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
     adversaries = AdversarialViews(network, load_tokenizer(config.tokenizer).to(contender.device), config)
     shown: dict[str, Tensor] = {}
@@ -172,7 +174,7 @@ class AdversarialViews:
             generator = step_generator(self.config.seed, indices[0], 0, image.device)
             result = attack.adversary(self.network, image, target, generator)
             length = float(l2_lengths(result.adversarial - decoded).mean())
-            found[kind] = (result.adversarial, {"words": float(result.changed), "length_decoded": length})
+            found[kind] = (result.adversarial, {"words": float(result.changed_share), "length_decoded": length})
         eps, steps = self.config.pixel_eps, self.config.pixel_steps
         asked = self.config.views
         if "pixel" in asked:

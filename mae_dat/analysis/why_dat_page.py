@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mae_dat.data.gallery import gallery, png_bytes
+from mae_dat.data.gallery import draw_gallery, encode_png
 from mae_dat.robustness.report import charts
 from mae_dat.robustness.report.charts import Series
 from mae_dat.robustness.report.figures import Picture
@@ -215,6 +215,6 @@ def perturbation_figure(name: str, views: Mapping[str, Tensor]) -> Picture:
         change = (0.5 + AMPLIFY * (picture - clean)).clamp(0, 1)
         columns.append((VIEW_TITLES[view], picture if view == CLEAN_VIEW else change))
     heading = f"{name}: the clean picture and what each attack changed, times {AMPLIFY}"
-    image = gallery(columns, heading=heading, cell=112)
+    image = draw_gallery(columns, heading=heading, cell=112)
     file = "".join(letter if letter.isalnum() else "_" for letter in name)
-    return Picture(f"changes_{file}.png", png_bytes(image), heading, heading)
+    return Picture(f"changes_{file}.png", encode_png(image), heading, heading)

@@ -11,22 +11,21 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from mae_dat.attacks.gradient import LossFn, input_gradient, project, require_pixels, unit
+from mae_dat.attacks.share_controller import ShareController
 from mae_dat.attacks.symbolic import nearest_codes, symbolic_words
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import PUBLISHED_EPS, AttackConfig
+from mae_dat.config.groups import AttackConfig
 from mae_dat.models.tokenizer.base import VisualTokenizer, share_changed
 
 __all__ = ["AttackConfig", "DiscreteAdversary", "ShareController", "discrete_adversary", "random_words"]
 
 logger = logging.getLogger(__name__)
-
-LossOf = Callable[[Tensor], Tensor]
 
 
 class DiscreteAdversary:
@@ -58,20 +57,20 @@ class DiscreteAdversary:
         return self._words if isinstance(self._words, Tensor) else self._words(len(self.adversarial_words))
 
     @property
-    def changed(self) -> Tensor:
+    def changed_share(self) -> Tensor:
         """Share of words that the attack changed, a scalar in [0, 1]."""
         return share_changed(self.words, self.adversarial_words)
 
-    def changed_in(self, pictures: int) -> Tensor:
-        """`changed`; counted in so many pictures of the batch alone where the words of more had to be encoded."""
+    def changed_share_in_first(self, pictures: int) -> Tensor:
+        """`changed_share`; counted in so many pictures of the batch alone where the words of more had to be encoded."""
         if isinstance(self._words, Tensor):
-            return self.changed
+            return self.changed_share
         return share_changed(self._words(pictures), self.adversarial_words[:pictures])
 
 
 def discrete_adversary(
     image: Tensor,
-    loss_of: LossOf,
+    loss_of: LossFn,
     tokenizer: VisualTokenizer,
     config: AttackConfig,
     generator: torch.Generator,
@@ -97,7 +96,7 @@ def discrete_adversary(
     image = image.detach().float()
     if config.kind == "released":
         return _released(image, loss_of, tokenizer, config, generator, gradient, words)
-    words = encode(tokenizer, image) if words is None else words
+    words = encode_words(tokenizer, image) if words is None else words
     if config.kind == "paper":
         return _paper(image, loss_of, tokenizer, config, words)
     return _replaced(words, loss_of, tokenizer, config, generator)
@@ -105,7 +104,7 @@ def discrete_adversary(
 
 def _released(
     image: Tensor,
-    loss_of: LossOf,
+    loss_of: LossFn,
     tokenizer: VisualTokenizer,
     config: AttackConfig,
     generator: torch.Generator,
@@ -114,34 +113,34 @@ def _released(
 ) -> DiscreteAdversary:
     """The released code's attack: unit-norm steps in an L2 ball around Q(x), or around x itself, then Q of the end."""
     at_image = config.at == "image"
-    center = image if at_image else decode(tokenizer, encode(tokenizer, image) if words is None else words)
+    center = image if at_image else decode_words(tokenizer, encode_words(tokenizer, image) if words is None else words)
     point = random_start(center, config, generator)
     for _ in range(config.steps):
         direction = unit(input_gradient(point, loss_of) if gradient is None else gradient)
         delta = project(point + config.eps * direction - center, config.eps)
         point = (center + delta).clamp(0, 1)
-    changed = encode(tokenizer, point)
+    changed = encode_words(tokenizer, point)
     return DiscreteAdversary(
         (lambda: reconstruct(tokenizer, image)) if at_image else center,
-        decode(tokenizer, changed),
+        decode_words(tokenizer, changed),
         # Q(x) has words of its own, not always those of x: only against them is a change the attack's doing.
-        lambda pictures: encode(tokenizer, center[:pictures]),
+        lambda pictures: encode_words(tokenizer, center[:pictures]),
         changed,
     )
 
 
 def _paper(
-    image: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, words: Tensor
+    image: Tensor, loss_of: LossFn, tokenizer: VisualTokenizer, config: AttackConfig, words: Tensor
 ) -> DiscreteAdversary:
     """Algorithm 1: Q(x + alpha * gradient), the gradient of each sample's own loss taken at Q(x)."""
-    reconstruction = decode(tokenizer, words)
+    reconstruction = decode_words(tokenizer, words)
     gradient = input_gradient(reconstruction, loss_of) * len(image)  # of the sample's loss, not of the batch's mean
-    changed = encode(tokenizer, (image + config.eps * gradient).clamp(0, 1))
-    return DiscreteAdversary(reconstruction, decode(tokenizer, changed), words, changed)
+    changed = encode_words(tokenizer, (image + config.eps * gradient).clamp(0, 1))
+    return DiscreteAdversary(reconstruction, decode_words(tokenizer, changed), words, changed)
 
 
 def _replaced(
-    words: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
+    words: Tensor, loss_of: LossFn, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
 ) -> DiscreteAdversary:
     """A share of the words replaced by those that raise the loss to first order; or, as baselines, at random, or
     none."""
@@ -151,18 +150,18 @@ def _replaced(
         changed = symbolic_words(words, loss_of, tokenizer, count, config.steps, config.nearest)
     elif config.kind == "random":
         changed = random_words(words, tokenizer.codebook, config.word_share, generator, config.nearest)
-    return DiscreteAdversary(lambda: decode(tokenizer, words), decode(tokenizer, changed), words, changed)
+    return DiscreteAdversary(lambda: decode_words(tokenizer, words), decode_words(tokenizer, changed), words, changed)
 
 
 @torch.no_grad()
-def encode(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
+def encode_words(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
     """Words of the image, outside autocast: a step is a fraction of a grey level, and bfloat16 would lose it."""
     with torch.autocast(image.device.type, enabled=False):
         return tokenizer.encode(image)
 
 
 @torch.no_grad()
-def decode(tokenizer: VisualTokenizer, words: Tensor) -> Tensor:
+def decode_words(tokenizer: VisualTokenizer, words: Tensor) -> Tensor:
     """The image of the words, outside autocast."""
     with torch.autocast(words.device.type, enabled=False):
         return tokenizer.decode(words)
@@ -170,24 +169,7 @@ def decode(tokenizer: VisualTokenizer, words: Tensor) -> Tensor:
 
 def reconstruct(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
     """Q(x)."""
-    return decode(tokenizer, encode(tokenizer, image))
-
-
-def require_pixels(image: Tensor) -> None:
-    """Raises ValueError when pixels leave [0, 1] by more than 1e-6, or are not finite. Waits for the image."""
-    low, high = image.detach().aminmax()
-    if not (low >= -1e-6 and high <= 1 + 1e-6):
-        raise ValueError(
-            f"the attack takes pixels in [0, 1], got [{low:.4g}, {high:.4g}]: leave the normalization to the model."
-        )
-
-
-def input_gradient(image: Tensor, loss_of: LossOf) -> Tensor:
-    """dL/dimage in float32. Only the input's gradient is asked for: parameters keep theirs, and DDP sees nothing."""
-    with torch.enable_grad():
-        image = image.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(image), image)
-    return gradient.float()
+    return decode_words(tokenizer, encode_words(tokenizer, image))
 
 
 def random_start(center: Tensor, config: AttackConfig, generator: torch.Generator) -> Tensor:
@@ -199,20 +181,6 @@ def random_start(center: Tensor, config: AttackConfig, generator: torch.Generato
     starts = torch.rand((), generator=generator, device=center.device) < config.random_start
     noise = torch.randn(center.shape, generator=generator, device=center.device)
     return torch.where(starts, (center + config.eps * unit(noise)).clamp(0, 1), center)
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x|_2 per sample."""
-    return x / (_norm(x) + 1e-10)
-
-
-def project(delta: Tensor, radius: float) -> Tensor:
-    """Projects each sample's delta into the L2 ball: delta * min(1, radius / |delta|_2)."""
-    return delta * (radius / (_norm(delta) + 1e-10)).clamp(max=1)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
 def random_words(
@@ -239,78 +207,3 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     """The chance of one picture, on the CPU: the same whatever batch, rank or worker it comes in."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
-
-class ShareController:
-    """Holds the share of changed words at a target by adjusting eps, which does not carry over between sizes and
-    tokenizers.
-
-    The strength is found on the first batch, then followed: log eps moves by a small part of the log ratio of target
-    and running share, and by half of it while the share is off by more than a factor of 2 (`paper` in the first steps,
-    where a gradient that is not normalized grows a thousandfold with the classification head).
-    """
-
-    GAIN, FAST_GAIN = 0.05, 0.5
-    SMOOTHING = 0.9
-    LARGEST = 1e12  # without any gradient no strength is enough: infinity times zero would end as NaN pixels
-    DOUBLINGS, LEAPS, BISECTIONS = 12, 7, 6  # by 1.1e12 in all; a leap of 16 is bisected to 1.04
-
-    def __init__(self, config: AttackConfig) -> None:
-        assert config.share is not None
-        self.target = config.share
-        self.eps = PUBLISHED_EPS if math.isnan(config.eps) else config.eps
-        self.average: float | None = None
-
-    def apply(self, config: AttackConfig) -> AttackConfig:
-        """The attack with the strength of now."""
-        return replace(config, eps=self.eps)
-
-    def find(self, share_at: Callable[[float], float]) -> None:
-        """Searches eps on a first batch: goes up or down until the target is bracketed, then bisects in log eps.
-
-        Out of reach, it warns, and eps is the smallest of those that come nearest.
-        """
-        tried = {self.eps: share_at(self.eps)}
-        up = tried[self.eps] < self.target
-        last = self.eps
-        for factor in (2.0,) * self.DOUBLINGS + (16.0,) * self.LEAPS:
-            last, before = last * factor if up else last / factor, last
-            tried[last] = share_at(last)
-            if (tried[last] < self.target) != up:
-                break
-        else:
-            self.eps = min(tried, key=lambda eps: (abs(tried[eps] - self.target), eps))
-            logger.warning(
-                "no strength from eps %.3g to %.3g changes %.1f %% of the words; eps %.3g comes nearest, with %.2f %%. "
-                "A loss without gradient, as of a network that is still constant, is followed once it has one; "
-                "otherwise give another --dat_share.",
-                min(tried),
-                max(tried),
-                100 * self.target,
-                self.eps,
-                100 * tried[self.eps],
-            )
-            return
-        low, high = sorted((before, last))
-        for _ in range(self.BISECTIONS):
-            middle = (low * high) ** 0.5
-            low, high = (middle, high) if share_at(middle) < self.target else (low, middle)
-        self.eps = (low * high) ** 0.5
-
-    def observe(self, share: float) -> None:
-        """Follows the share measured in a step."""
-        near = self.target / 2 <= share <= 2 * self.target
-        if self.average is None or not near:
-            self.average = share
-        self.average = self.SMOOTHING * self.average + (1 - self.SMOOTHING) * share
-        ratio = min(max(self.target / max(self.average, self.target / 4), 0.25), 4.0)
-        self.eps = min(self.eps * ratio ** (self.GAIN if near else self.FAST_GAIN), self.LARGEST)
-
-    def state_dict(self) -> dict[str, float | None]:
-        """For a checkpoint."""
-        return {"eps": self.eps, "average": self.average}
-
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """From a checkpoint."""
-        assert state["eps"] is not None
-        self.eps, self.average = state["eps"], state["average"]

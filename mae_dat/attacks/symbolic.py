@@ -7,20 +7,17 @@ the gradient at that place's code: of all words the best for each place, of all 
 Shapes: words (B, h, w); N is the places of all pictures, K the vocabulary, D the dimension of a code.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from mae_dat.attacks.gradient import LossFn
 from mae_dat.models.tokenizer.base import VisualTokenizer, exact_float32
 from mae_dat.models.tokenizer.quantize import look_up, nearness, rows_at_once, straight_through
-
-LossOf = Callable[[Tensor], Tensor]
 
 
 def symbolic_words(
     words: Tensor,
-    loss_of: LossOf,
+    loss_of: LossFn,
     tokenizer: VisualTokenizer,
     count: int,
     steps: int = 1,
@@ -40,7 +37,7 @@ def symbolic_words(
 
 
 def change_words(
-    words: Tensor, free: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer, count: int, nearest: int | None = None
+    words: Tensor, free: Tensor, loss_of: LossFn, tokenizer: VisualTokenizer, count: int, nearest: int | None = None
 ) -> Tensor:
     """One step: the `count` best places among those that are `free`, bool (B, h, w), each with its best word.
 
@@ -56,7 +53,7 @@ def change_words(
     return flat.scatter(1, places, chosen).view_as(words)
 
 
-def code_gradient(words: Tensor, loss_of: LossOf, tokenizer: VisualTokenizer) -> Tensor:
+def code_gradient(words: Tensor, loss_of: LossFn, tokenizer: VisualTokenizer) -> Tensor:
     """dL/de at the code of every place, (B, h, w, D), through the decoder; it runs in float32."""
     with torch.enable_grad(), exact_float32():
         codes = look_up(words, tokenizer.codebook).detach().requires_grad_()

@@ -16,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_dat.attacks.discrete import image_generator, other_words, require_pixels
+from mae_dat.attacks.discrete import image_generator, other_words
+from mae_dat.attacks.gradient import require_pixels
 from mae_dat.attacks.symbolic import symbolic_words
 from mae_dat.config.errors import ConfigError, DataError, NumericsError
 from mae_dat.data.image_set import Batch
 from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.runtime.collectives import all_sum
 
-KINDS = ("symbolic", "random")
-SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
+WORD_ATTACK_KINDS = ("symbolic", "random")
+WORD_SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 
-Curve = dict[str, dict[str, int]]
+WordCurve = dict[str, dict[str, int]]
 """Share as text (JSON keys are text) -> `correct` of `total` pictures."""
 
 
@@ -34,7 +35,7 @@ Curve = dict[str, dict[str, int]]
 class WordAttack:
     """What is measured, and how hard the adversary tries."""
 
-    shares: tuple[float, ...] = SHARES
+    shares: tuple[float, ...] = WORD_SHARES
     """Budgets, rising from 0: shares of a picture's words."""
     steps: int = 2
     """Gradients that the symbolic adversary takes from one share to the next."""
@@ -68,21 +69,21 @@ def word_accuracy(
     attack: WordAttack,
     device: torch.device,
     reduce: Callable[[Tensor], Tensor] = all_sum,
-) -> dict[str, Curve]:
+) -> dict[str, WordCurve]:
     """The curve of each kind, from integer counts; `reduce` sums them over ranks, each with its own pictures.
 
     The model runs in evaluation mode and gets its flags back. Pictures that stand in for unreadable ones (`skipped`)
     are not counted. Raises DataError when none is left, ConfigError (size, shares), NumericsError (NaN or
     infinite logits).
     """
-    counts = torch.zeros(len(KINDS) + 1, len(attack.shares), dtype=torch.int64, device=device)
+    counts = torch.zeros(len(WORD_ATTACK_KINDS) + 1, len(attack.shares), dtype=torch.int64, device=device)
     flags = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         for batch in batches:
             own = batch["skipped"] == 0
             image, label, index = batch["image"][own].to(device), batch["label"][own].to(device), batch["index"][own]
-            for row, kind in enumerate(KINDS if len(image) else ()):
+            for row, kind in enumerate(WORD_ATTACK_KINDS if len(image) else ()):
                 counts[row] += word_hits(model, tokenizer, image, label, index, kind, attack).sum(1)
             counts[-1] += len(image)
     finally:
@@ -94,7 +95,7 @@ def word_accuracy(
     shares = [f"{share:g}" for share in attack.shares]
     return {
         kind: {share: {"correct": hits, "total": total[0]} for share, hits in zip(shares, row, strict=True)}
-        for kind, row in zip(KINDS, correct, strict=True)
+        for kind, row in zip(WORD_ATTACK_KINDS, correct, strict=True)
     }
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 28  # of a picture's file
 RETRIES = 3
-PAUSE_SECONDS = 0.5  # before the first of them, doubled for each further
+_PAUSE_S = 0.5  # before the first of them, doubled for each further
 # What a network file system gets over.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO}
 _FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's markers of a frame, which tells the size
@@ -34,7 +34,7 @@ ADVICE = "delete or replace it, or pass --on_bad skip"
 Result = TypeVar("Result")
 
 
-def persistently(read: Callable[[], Result], what: str) -> Result:
+def with_retries(read: Callable[[], Result], what: str) -> Result:
     """What `read` returns, tried again after I/O errors that may pass (a file server that restarts).
 
     Raises StorageError naming `what` after 3 further failures, with longer and longer pauses between them.
@@ -49,7 +49,7 @@ def persistently(read: Callable[[], Result], what: str) -> Result:
         if failures < RETRIES:
             log.warning("%s: %s; trying again", what, cause.strerror)
             # The share of chance keeps a hundred ranks from asking at once; the run's own generators are left alone.
-            time.sleep(PAUSE_SECONDS * 2**failures * random.SystemRandom().uniform(0.5, 1.5))
+            time.sleep(_PAUSE_S * 2**failures * random.SystemRandom().uniform(0.5, 1.5))
     raise StorageError(
         f"{what}: {cause.strerror}, {RETRIES + 1} times in a row; check the disk or the file server, then start again"
     ) from cause
@@ -65,12 +65,12 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
             return file.read()
 
     try:
-        return persistently(read, str(path))
+        return with_retries(read, str(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {ADVICE}") from error
 
 
-def decode(path: str | os.PathLike[str]) -> Image.Image:
+def decode_file(path: str | os.PathLike[str]) -> Image.Image:
     """The picture in `path` as 8-bit RGB; see `decode_bytes`. Raises DataError, StorageError."""
     return decode_bytes(read_bytes(path), str(path))
 

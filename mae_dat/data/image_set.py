@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError, MissingInputError
-from mae_dat.data.decode import decode, decode_pixels, read_bytes
+from mae_dat.data.decode import decode_file, decode_pixels, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ LAYOUT = "expected one folder per class: {root}/<class>/*.jpg"
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 
 Transform = Callable[[Image.Image], Tensor]
-Size = tuple[int, int]  # height, width
+ImageSize = tuple[int, int]  # height, width
 
 
 class PixelTransform:
@@ -69,7 +69,7 @@ def as_float(image: Tensor) -> Tensor:
 # ---- folders ----
 
 
-def visible(folder: str) -> list[os.DirEntry[str]]:
+def visible_entries(folder: str) -> list[os.DirEntry[str]]:
     """The entries of a folder by name, without dot files: .ipynb_checkpoints is no class, ._x.jpg no picture."""
     try:
         with os.scandir(folder) as entries:
@@ -78,21 +78,21 @@ def visible(folder: str) -> list[os.DirEntry[str]]:
         raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); check its permissions") from error
 
 
-def walk_pictures(folder: str, seen: set[str]) -> Iterator[str]:
+def walk_images(folder: str, seen: set[str]) -> Iterator[str]:
     """Paths of all pictures below `folder`, sorted, without the folders in `seen` (real paths): links may loop."""
-    for entry in visible(folder):
+    for entry in visible_entries(folder):
         if entry.is_dir():
             real = os.path.realpath(entry.path)
             if real not in seen:
                 seen.add(real)
-                yield from walk_pictures(entry.path, seen)
+                yield from walk_images(entry.path, seen)
         elif entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
             yield entry.path
 
 
 def _class_folders(root: str) -> tuple[dict[str, str], set[str]]:
     """Class names to paths, and the real paths that were seen. A link to a class that is there already is left out."""
-    folders = [entry for entry in visible(root) if entry.is_dir()]
+    folders = [entry for entry in visible_entries(root) if entry.is_dir()]
     found: dict[str, str] = {}
     seen = {os.path.realpath(root)}
     for entry in sorted(folders, key=lambda entry: entry.is_symlink()):  # a link must not take a real folder's place
@@ -174,7 +174,7 @@ class ImageSet(Dataset[Sample]):
     """
 
     classes: list[str]
-    shrunk: int | None = None
+    packed_size: int | None = None
     """Shorter side in pixels that larger pictures were shrunk to when they were packed."""
 
     def __init__(
@@ -199,13 +199,13 @@ class ImageSet(Dataset[Sample]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def picture(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         """The decoded picture, RGB. Raises DataError, StorageError."""
         raise NotImplementedError
 
-    def pixels(self, index: int) -> np.ndarray:
-        """The pixels of `picture`, uint8 (H, W, 3)."""
-        return np.array(self.picture(index))
+    def load_pixels(self, index: int) -> np.ndarray:
+        """The pixels of `load_image`, uint8 (H, W, 3)."""
+        return np.array(self.load_image(index))
 
     def label(self, index: int) -> int:
         """The number of its class; -1 if unlabelled."""
@@ -225,13 +225,13 @@ class ImageSet(Dataset[Sample]):
         function of its arguments."""
         return epoch_order(len(self), seed, epoch)
 
-    def seen_through(self, transform: Transform) -> Self:
+    def with_transform(self, transform: Transform) -> Self:
         """The same images with another transform."""
         other = copy.copy(self)
         other.transform = transform
         return other
 
-    def sample(self, picture: Any, index: int, skipped: int) -> Sample:
+    def make_sample(self, picture: Any, index: int, skipped: int) -> Sample:
         """What becomes of a decoded picture (or of its pixels, for a `PixelTransform`), with the sample's own
         chance."""
         return Sample(image=self.transform(picture), label=self.label(index), index=index, skipped=skipped)
@@ -243,14 +243,14 @@ class ImageSet(Dataset[Sample]):
             index = (start + tries) % len(self)
             try:
                 fast = isinstance(self.transform, PixelTransform)
-                picture = self.pixels(index) if fast else self.picture(index)
+                picture = self.load_pixels(index) if fast else self.load_image(index)
             except DataError as error:
                 if self.on_bad == "fail":
                     raise
                 log.warning("skipped: %s", error)
                 continue
             with _seeded(self.seed, epoch, start):
-                return self.sample(picture, index, int(tries > 0))
+                return self.make_sample(picture, index, int(tries > 0))
         raise DataError(f"{self.root}: {tries + 1} bad images in a row, from {self.name_of(start)}; repair it")
 
 
@@ -276,7 +276,7 @@ class ImageFolder(ImageSet):
         if labelled:
             self.samples = self._labelled_samples()
         else:
-            self.samples = [(path, -1) for path in walk_pictures(self.root, {os.path.realpath(self.root)})]
+            self.samples = [(path, -1) for path in walk_images(self.root, {os.path.realpath(self.root)})]
         if not self.samples:
             raise DataError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)}); check the path")
 
@@ -291,7 +291,7 @@ class ImageFolder(ImageSet):
         samples: list[tuple[str, int]] = []
         for name, folder in found.items():
             label, before = self.classes.index(name), len(samples)
-            samples += [(path, label) for path in walk_pictures(folder, seen)]
+            samples += [(path, label) for path in walk_images(folder, seen)]
             if len(samples) == before:
                 raise DataError(f"the class {folder} has no image; delete the folder or fill it; {layout}")
         return samples
@@ -299,11 +299,11 @@ class ImageFolder(ImageSet):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def picture(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         """As the base class."""
-        return decode(self.samples[index][0])
+        return decode_file(self.samples[index][0])
 
-    def pixels(self, index: int) -> np.ndarray:
+    def load_pixels(self, index: int) -> np.ndarray:
         """As the base class."""
         path = self.samples[index][0]
         return decode_pixels(read_bytes(path), path)

@@ -63,13 +63,13 @@ class ImageLoader(DataLoader[Any]):
     """A DataLoader of `Batch` that raises a worker's UserError as it is, and RetryError when a worker was killed."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in noticing_killed_workers(super().__iter__):
+        for batch in detect_killed_workers(super().__iter__):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
 
 
-def noticing_killed_workers(start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+def detect_killed_workers(start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     """What a DataLoader's iterator gives; RetryError with the likely cause if one of its workers was killed.
 
     torch tells of a killed worker from a handler of SIGCHLD, whatever the main thread is doing: amid a backward pass,
@@ -90,8 +90,8 @@ def noticing_killed_workers(start: Callable[[], Iterator[Any]]) -> Iterator[Any]
             raise
         raise RetryError(
             f"a loader's worker was killed ({', '.join(map(_end_of, dead))}), most likely for want of memory: "
-            f"{memory()}. Lower --num_workers, ask for more memory (submit.py --mem_gb), or enlarge /dev/shm (docker "
-            "run --shm-size=8g)."
+            f"{_free_memory()}. Lower --num_workers, ask for more memory (submit.py --mem_gb), or enlarge /dev/shm "
+            "(docker run --shm-size=8g)."
         ) from error
 
 
@@ -101,7 +101,7 @@ def _end_of(worker: BaseProcess) -> str:
     return f"pid {worker.pid}: " + (signal.Signals(-code).name if code < 0 else f"exit code {code}")
 
 
-def memory() -> str:
+def _free_memory() -> str:
     """What is free now, for messages."""
     told = []
     with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as file:
@@ -113,7 +113,7 @@ def memory() -> str:
     return ", ".join(told) or "how much is free is not known"
 
 
-def cores() -> int:
+def _available_cores() -> int:
     """Cores that this process may use: more workers would only take turns on them, and torch warns of them."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
@@ -121,7 +121,7 @@ def cores() -> int:
 
 
 def _loader(dataset: Dataset[Sample], num_workers: int, pin_memory: bool, **sampling: Any) -> ImageLoader:
-    num_workers = min(num_workers, cores())
+    num_workers = min(num_workers, _available_cores())
     return ImageLoader(
         _ErrorsAsValues(dataset),
         num_workers=num_workers,
@@ -169,10 +169,10 @@ class _Looks(Dataset[Any]):
             return error
 
 
-def look_at_each(items: Sequence[Any], look: Callable[[Any], Any], num_workers: int) -> Iterator[Any]:
+def map_in_workers(items: Sequence[Any], look: Callable[[Any], Any], num_workers: int) -> Iterator[Any]:
     """What `look` says of each item, in their order, by worker processes, no more than there are cores; its DataError
     comes as a value, other UserErrors are raised."""
-    num_workers = min(num_workers, cores())
+    num_workers = min(num_workers, _available_cores())
     loader: DataLoader[Any] = DataLoader(
         _Looks(items, look),
         batch_size=None,
@@ -180,7 +180,7 @@ def look_at_each(items: Sequence[Any], look: Callable[[Any], Any], num_workers: 
         num_workers=num_workers,
         worker_init_fn=functools.partial(_start_worker, _exiting()) if num_workers else None,
     )
-    for found in noticing_killed_workers(loader.__iter__):
+    for found in detect_killed_workers(loader.__iter__):
         if isinstance(found, UserError) and not isinstance(found, DataError):
             raise found
         yield found

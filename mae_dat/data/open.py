@@ -10,10 +10,10 @@ from torchvision import transforms
 
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.groups import DataConfig, data_root
-from mae_dat.data.generated.folder import default_root, write_image_folder
+from mae_dat.data.generated.folder import generated_root, write_image_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float, find_split
 from mae_dat.data.shards.cache import is_remote, remote_root
-from mae_dat.data.shards.index import INDEX
+from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.data.shards.reader import Shards
 
 DEMO = "demo"
@@ -25,7 +25,7 @@ def image_root(data_path: str | None) -> Path:
     root = data_root(data_path)
     if is_remote(root):
         return remote_root(root)
-    return write_image_folder(default_root()) if root == DEMO else Path(root)
+    return write_image_folder(generated_root()) if root == DEMO else Path(root)
 
 
 def open_images(
@@ -37,7 +37,7 @@ def open_images(
     seed: int = 0,
 ) -> ImageSet:
     """The images of one split: `Shards` where the folder holds some, else an `ImageFolder`. Raises what these raise."""
-    if (Path(root) / INDEX).is_file():
+    if (Path(root) / INDEX_FILE).is_file():
         return Shards(root, transform, classes, on_bad, labelled, seed)
     if holds_shards(root):
         raise MissingInputError(f"{root} holds shards without their index: python -m mae_dat.pack --index {root}")
@@ -46,7 +46,7 @@ def open_images(
 
 def holds_shards(root: str | os.PathLike[str]) -> bool:
     """Whether a folder is one of shards, with their index or without."""
-    return (Path(root) / INDEX).is_file() or any(Path(root).glob("*.tar"))
+    return (Path(root) / INDEX_FILE).is_file() or any(Path(root).glob("*.tar"))
 
 
 logger = logging.getLogger(__name__)
@@ -55,28 +55,29 @@ logger = logging.getLogger(__name__)
 def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
     """The training split of the images that the flags or the environment name. Raises ConfigError, DataError."""
     root = find_split(image_root(data.data_path), "train", labelled=labelled)
-    images = open_images(root, in_channels(transform, data), labelled=labelled, on_bad=data.on_bad, seed=seed)
-    if images.shrunk is not None and images.shrunk < max(data.image_size):
+    transform = with_channels(transform, data.in_chans)
+    images = open_images(root, transform, labelled=labelled, on_bad=data.on_bad, seed=seed)
+    if images.packed_size is not None and images.packed_size < max(data.image_size):
         logger.warning(
             "%s was packed with --size %d, which --input_size %d enlarges: pack the images anew, with a larger one.",
             root,
-            images.shrunk,
+            images.packed_size,
             max(data.image_size),
         )
     return images
 
 
-def in_channels(transform: Transform, data: DataConfig) -> Transform:
+def with_channels(transform: Transform, in_chans: int) -> Transform:
     """The transform with `in_chans` channels: 3 for RGB, or 1 for the luminance (ITU-R 601) of what it makes.
 
     Raises ConfigError for other numbers: a folder of pictures holds no further channels.
     """
-    if data.in_chans not in (1, 3):
+    if in_chans not in (1, 3):
         raise ConfigError(
-            f"--in_chans {data.in_chans}: image folders give 3 channels, or 1 (luminance); use one of these, or build "
+            f"--in_chans {in_chans}: image folders give 3 channels, or 1 (luminance); use one of these, or build "
             "MaskedAutoencoder and your own data set in Python for other channels."
         )
-    if data.in_chans == 3:
+    if in_chans == 3:
         return transform
     flow: Transform = transforms.Compose([transform, as_float, transforms.Grayscale()])
     return flow

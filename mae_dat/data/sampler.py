@@ -10,6 +10,12 @@ from mae_dat.config.errors import DataError
 from mae_dat.data.image_set import epoch_order
 
 
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Return `count` indices (all of them if there are fewer) that are spread evenly over range(length), from 0 on."""
+    count = min(count, length)
+    return [index * length // count for index in range(count)]
+
+
 def steps_per_epoch(length: int, batch_size: int, world_size: int, accum_iter: int = 1) -> int:
     """Whole updates in an epoch, each of batch_size x accum_iter x world_size images; the rest is dropped. DataError if
     there is none."""

@@ -19,8 +19,8 @@ from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.image_set import ImageFolder
-from mae_dat.data.loader import look_at_each
-from mae_dat.data.shards.index import INDEX
+from mae_dat.data.loader import map_in_workers
+from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.data.shards.reader import Shards
 from mae_dat.runtime.console import Console, command_arguments, console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder, sha256_of
@@ -42,7 +42,7 @@ class ScanConfig:
     """Processes that read and decode."""
 
 
-def shown(results: Iterator[Any], count: int, console: Console) -> Iterator[Any]:
+def _with_progress(results: Iterator[Any], count: int, console: Console) -> Iterator[Any]:
     """The results, with a bar."""
     with console.task("scan", count) as task:
         for result in results:
@@ -50,7 +50,7 @@ def shown(results: Iterator[Any], count: int, console: Console) -> Iterator[Any]
             yield result
 
 
-def facts_of(root: Path, name: str) -> dict[str, Any]:
+def manifest_entry(root: Path, name: str) -> dict[str, Any]:
     """A line of the manifest. Raises DataError, StorageError."""
     content = read_bytes(root / name)
     width, height = decode_bytes(content, str(root / name)).size
@@ -66,7 +66,11 @@ def scan(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
     root = Path(config.folder)
     names = _names(root)
     prepare_output_folder(_manifest(config).parent, "another place with --manifest FILE")
-    found = list(shown(look_at_each(names, lambda name: facts_of(root, name), config.num_workers), len(names), console))
+    found = list(
+        _with_progress(
+            map_in_workers(names, lambda name: manifest_entry(root, name), config.num_workers), len(names), console
+        )
+    )
     faults = [str(one) for one in found if isinstance(one, DataError)]
     with atomic_write(_manifest(config)) as file:
         for one in found:
@@ -75,7 +79,7 @@ def scan(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
     return len(names), faults
 
 
-def verify(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
+def verify_manifest(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
     """Compares all files with the manifest; returns how many it lists and what is wrong. Raises DataError for a damaged
     manifest, MissingInputError, StorageError."""
     root, path = Path(config.folder), _manifest(config)
@@ -94,7 +98,7 @@ def verify(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
         return "" if found == expected[name] else f"{root / name}: not the file that was scanned: its sha256 is {found}"
 
     there = set(_names(root))
-    results = shown(look_at_each(sorted(expected), look, config.num_workers), len(expected), console)
+    results = _with_progress(map_in_workers(sorted(expected), look, config.num_workers), len(expected), console)
     faults = [str(one) for one in results if one]
     return len(expected), faults + [f"{root / name}: not in {path}" for name in sorted(there - set(expected))]
 
@@ -116,7 +120,7 @@ def scan_shards(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
         return [] if config.verify else _bad_pictures(images, number)
 
     count = len(images.index.shards)
-    results = shown(look_at_each(range(count), look, config.num_workers), count, console)
+    results = _with_progress(map_in_workers(range(count), look, config.num_workers), count, console)
     return len(images), [fault for faults in results for fault in faults]
 
 
@@ -124,7 +128,7 @@ def _bad_pictures(images: Shards, number: int) -> list[str]:
     faults = []
     for index in range(int(images.starts[number]), int(images.starts[number + 1])):
         try:
-            images.picture(index)
+            images.load_image(index)
         except DataError as error:
             faults.append(str(error))
     return faults
@@ -145,8 +149,8 @@ def main() -> None:
     console = console_for_command()
     config = load_config(ScanConfig, command_arguments(), __doc__ or "")
     folder = Path(config.folder)
-    packed = [path.parent for path in sorted([*folder.glob(INDEX), *folder.glob(f"*/{INDEX}")])]
-    look = scan_shards if packed else verify if config.verify else scan
+    packed = [path.parent for path in sorted([*folder.glob(INDEX_FILE), *folder.glob(f"*/{INDEX_FILE}")])]
+    look = scan_shards if packed else verify_manifest if config.verify else scan
     bad = 0
     for one in packed or [folder]:
         count, faults = look(dataclasses.replace(config, folder=str(one)), console)

@@ -18,19 +18,19 @@ from torch.nn.functional import interpolate
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from mae_dat.data.image_set import PixelTransform, Size, Transform, as_float
+from mae_dat.data.image_set import ImageSize, PixelTransform, Transform, as_float
 
 Step = Callable[[Image.Image], Image.Image]
 NOT_IN_AUGMIX = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
 
 
-def _crop_ratio(size_HW: Size) -> tuple[float, float]:
+def _crop_ratio(size_HW: ImageSize) -> tuple[float, float]:
     """Aspect ratios (width / height) from 3/4 to 4/3, relative to the target's own."""
     aspect = size_HW[1] / size_HW[0]
     return (3 / 4 * aspect, 4 / 3 * aspect)
 
 
-def pretrain_transform(size_HW: Size) -> Transform:
+def pretrain_transform(size_HW: ImageSize) -> Transform:
     """MAE's pretraining augmentation: a random crop of 20 to 100 % of the area, bicubic, and a flip; uint8."""
     return PretrainTransform(size_HW)
 
@@ -38,7 +38,7 @@ def pretrain_transform(size_HW: Size) -> Transform:
 class PretrainTransform(PixelTransform):
     """See `pretrain_transform`."""
 
-    def __init__(self, size_HW: Size) -> None:
+    def __init__(self, size_HW: ImageSize) -> None:
         self.size_HW, self.ratio = size_HW, list(_crop_ratio(size_HW))
 
     def __call__(self, picture: Image.Image | np.ndarray) -> Tensor:
@@ -53,7 +53,7 @@ def _channels_first(picture: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(picture) if isinstance(picture, Image.Image) else picture).permute(2, 0, 1)
 
 
-def crop_resized(image: Tensor, crop: tuple[int, int, int, int], size_HW: Size) -> Tensor:
+def crop_resized(image: Tensor, crop: tuple[int, int, int, int], size_HW: ImageSize) -> Tensor:
     """The part (top, left, height, width) of uint8 (3, H, W), resized by an antialiased bicubic filter.
 
     PIL's own filter, of which it differs by a hundredth of a grey level on average, in a fifth of the time.
@@ -90,7 +90,7 @@ class EraseInRange:
 
 
 def finetune_transform(
-    size_HW: Size,
+    size_HW: ImageSize,
     aa: str | None = "rand-m9-mstd0.5-inc1",
     color_jitter: float | None = None,
     reprob: float = 0.25,
@@ -142,7 +142,7 @@ class FinetuneTransform(PixelTransform):
 
     def __init__(
         self,
-        size_HW: Size,
+        size_HW: ImageSize,
         crop: RandomResizedCropAndInterpolation,
         flips: Sequence[Step],
         augment: Sequence[Step],
@@ -172,7 +172,7 @@ class FinetuneTransform(PixelTransform):
         return erase(image) if erase else image
 
 
-def usual_share(size_HW: Size) -> float:
+def default_crop_pct(size_HW: ImageSize) -> float:
     """The crop's side over the resized picture's, where nothing else is asked: as MAE evaluates."""
     return 224 / 256 if max(size_HW) <= 224 else 1.0
 
@@ -182,17 +182,17 @@ class EvalTransform:
     size is resized and cropped like any other."""
 
     def __init__(
-        self, size_HW: Size, interpolation: str = "bicubic", share: float | None = None, keep: bool = True
+        self, size_HW: ImageSize, interpolation: str = "bicubic", share: float | None = None, keep: bool = True
     ) -> None:
         self.size_HW, self.keep = size_HW, keep
         self.interpolation = transforms.InterpolationMode(interpolation)
-        share = share or usual_share(size_HW)
+        share = share or default_crop_pct(size_HW)
         self.cover_HW = (int(size_HW[0] / share), int(size_HW[1] / share))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return functional.to_tensor(self.picture(image))
+        return functional.to_tensor(self.resize_and_crop(image))
 
-    def picture(self, image: Image.Image) -> Image.Image:
+    def resize_and_crop(self, image: Image.Image) -> Image.Image:
         """The picture that becomes the tensor, 8 bits a channel."""
         width, height = image.size
         if (height, width) != self.size_HW or not self.keep:
@@ -206,7 +206,7 @@ class EvalTransform:
         return image
 
 
-def eval_transform(size_HW: Size) -> Transform:
+def eval_transform(size_HW: ImageSize) -> Transform:
     """Resize (bicubic) and centre crop: up to 224 the crop is 7/8 of the resized image (256 for 224), above all of it.
 
     An image that already has the target size passes unchanged.

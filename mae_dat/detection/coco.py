@@ -23,8 +23,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from mae_dat.config.errors import DataError, MissingInputError
-from mae_dat.data.decode import decode
-from mae_dat.data.image_set import SPLIT_NAMES, Batch, ImageSet, Sample, Size, log, require_folder
+from mae_dat.data.decode import decode_file
+from mae_dat.data.image_set import SPLIT_NAMES, Batch, ImageSet, ImageSize, Sample, log, require_folder
+from mae_dat.data.sampler import evenly_spaced
 from mae_dat.robustness.corruptions import corrupt, image_seed
 
 PADDING_LABEL = -1  # label of the rows that fill a batch up
@@ -61,7 +62,7 @@ class Scene:
     """A picture's file, its (height, width) by the JSON, and its boxes (N, 4), labels (N,) and crowd flags (N,)."""
 
     path: str
-    size: Size
+    size: ImageSize
     boxes: Tensor
     labels: Tensor
     crowd: Tensor
@@ -158,7 +159,7 @@ def _labels_of(names: Mapping[Any, str], classes: Sequence[str], problems: _Prob
     return {number: known.index(name) + 1 for number, name in names.items() if name in known}
 
 
-def _problem(entry: Mapping[str, Any], sizes: Mapping[Any, Size], labels: Mapping[Any, int]) -> str | None:
+def _problem(entry: Mapping[str, Any], sizes: Mapping[Any, ImageSize], labels: Mapping[Any, int]) -> str | None:
     """What is wrong with an annotation, in words, or None."""
     who, box = f"annotation {entry.get('id')}", entry["bbox"]
     if entry["image_id"] not in sizes:
@@ -176,13 +177,13 @@ def _problem(entry: Mapping[str, Any], sizes: Mapping[Any, Size], labels: Mappin
     return None if row[2] > row[0] and row[3] > row[1] else f"{who} has the box {box}, beside its picture"
 
 
-def _inside(box: Sequence[float], size: Size) -> list[float]:
+def _inside(box: Sequence[float], size: ImageSize) -> list[float]:
     """(x, y, width, height) -> (x0, y0, x1, y1) within the picture."""
     (x, y, across, down), (height, width) = box, size
     return [max(x, 0.0), max(y, 0.0), min(x + across, float(width)), min(y + down, float(height))]
 
 
-def _scene(path: str, size: Size, rows: list[tuple[list[float], int, bool]]) -> Scene:
+def _scene(path: str, size: ImageSize, rows: list[tuple[list[float], int, bool]]) -> Scene:
     boxes = torch.tensor([row[0] for row in rows], dtype=torch.float32).view(-1, 4)
     labels, crowd = torch.tensor([row[1:] for row in rows], dtype=torch.int64).view(-1, 2).unbind(1)
     return Scene(path, size, boxes, labels, crowd.bool())
@@ -198,7 +199,7 @@ class BoxTransform:
     box of which less than a pixel is left is gone.
     """
 
-    def __init__(self, size: Size, scale: tuple[float, float] | None = None) -> None:
+    def __init__(self, size: ImageSize, scale: tuple[float, float] | None = None) -> None:
         self.size, self.scale = size, scale
 
     def __call__(self, picture: Image.Image, scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
@@ -241,10 +242,10 @@ class CocoImages(ImageSet):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def picture(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         """As the base class; DataError also where its size is not what the JSON says, for then the boxes are wrong."""
         scene = self.scenes[index]
-        picture = decode(scene.path)
+        picture = decode_file(scene.path)
         if picture.size != scene.size[::-1]:
             raise DataError(f"{scene.path} has {picture.size} pixels, its JSON says {scene.size[::-1]}; repair one.")
         if self.corruption is None:
@@ -275,11 +276,10 @@ class CocoImages(ImageSet):
     def limited(self, count: int | None) -> Self:
         """`count` of the pictures, evenly spread; all if None."""
         other = copy.copy(self)
-        count = min(count or len(self), len(self))
-        other.scenes = [self.scenes[place * len(self) // count] for place in range(count)]
+        other.scenes = [self.scenes[index] for index in evenly_spaced(len(self), count or len(self))]
         return other
 
-    def sample(self, picture: Image.Image, index: int, skipped: int) -> BoxSample:
+    def make_sample(self, picture: Image.Image, index: int, skipped: int) -> BoxSample:
         """As the base class, with the boxes."""
         image, truth = self.view(picture, self.scenes[index])
         missing = self.most - len(truth["labels"])

@@ -20,7 +20,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
 
 from mae_dat.config.errors import ConfigError, MissingInputError
-from mae_dat.data.image_set import Size
+from mae_dat.data.image_set import ImageSize
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import VIT_SIZES, pixel_statistics, unknown_name
 from mae_dat.training.optim import vit_layer_scales
@@ -163,14 +163,14 @@ def divisor(name: str) -> int:
     return patch * 2 ** (LEVELS - 1 - doublings(patch))
 
 
-def padded_size(name: str, size: Size) -> Size:
+def padded_size(name: str, size: ImageSize) -> ImageSize:
     """The (height, width) that the network sees."""
     height, width = (math.ceil(side / divisor(name)) * divisor(name) for side in size)
     return height, width
 
 
 def on_transformer(
-    classifier: Classifier, name: str, classes: int, size: Size, width: int, anchor: float, regions: int
+    classifier: Classifier, name: str, classes: int, size: ImageSize, width: int, anchor: float, regions: int
 ) -> Detector:
     """Faster R-CNN on the network of a mean-pooling classifier `name`, built for `padded_size` and with its weights,
     without head and last norm.
@@ -203,7 +203,7 @@ def on_transformer(
     return Detector(net)
 
 
-def from_torchvision(name: str, classes: int, size: Size, pretrained: bool) -> Detector:
+def from_torchvision(name: str, classes: int, size: ImageSize, pretrained: bool) -> Detector:
     """torchvision's detector `name`, with its ImageNet weights for the backbone if `pretrained`: its BatchNorm is then
     frozen and stays so. Raises ConfigError for another name, MissingInputError without network."""
     if name not in TORCHVISION:

@@ -20,7 +20,7 @@ from mae_dat.config.errors import CheckpointError
 from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.config.runs import check_parts
-from mae_dat.data.gallery import gallery
+from mae_dat.data.gallery import draw_gallery
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
 from mae_dat.detection.coco import BoxTransform, CocoImages, find_annotations
@@ -252,12 +252,12 @@ def draw_detections(
     image, context = objective.prepare(model, batch, generator)
     views = {"found": image}
     with evaluating(model):
-        if isinstance(objective, WithDAT) and objective.ready:
+        if isinstance(objective, WithDAT) and objective.strength_is_known:
             views["found in the adversary"] = objective.adversary(model, image, context, generator).adversarial
         columns = [("truth", draw_boxes(image, context[0], held_out.classes))]
         with torch.no_grad():
             columns += [(name, draw_boxes(view, model(view), held_out.classes)) for name, view in views.items()]
-    return gallery(columns, cell=CELL)
+    return draw_gallery(columns, cell=CELL)
 
 
 def draw_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mae_dat.attacks.checks import CHECK_PASSES, attack_checks
 from mae_dat.attacks.discrete import image_generator
-from mae_dat.attacks.pixel import CHECK_PASSES, PIXEL_ATTACKS, attack_checks
+from mae_dat.attacks.pixel import PIXEL_ATTACKS
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import command_line
 from mae_dat.models.modes import eval_mode

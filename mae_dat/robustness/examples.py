@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.data.gallery import save_png
+from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import eval_mode
 from mae_dat.robustness.measure import Portion, PortionPictures
 from mae_dat.robustness.plan import Entry, Plan
@@ -71,8 +72,7 @@ def _cells(plan: Plan, pair: tuple[str, str]) -> Iterator[tuple[list[Entry], Por
 def _differing(entries: list[Entry], portion: Portion, row: int) -> Iterator[tuple[Tensor, str, dict[str, str]]]:
     """A picture (3, H, W) that the first network alone has right, and one that the second has, with their answers."""
     pictures, made = portion.pictures, PortionPictures([portion])
-    count = min(LOOKED_AT, len(pictures))
-    chosen = [index * len(pictures) // count for index in range(count)]
+    chosen = evenly_spaced(len(pictures), LOOKED_AT)
     image = torch.stack([_heard(made[0, index]["pictures"][row]) for index in chosen]).float() / 255
     index = torch.tensor(chosen)
     answers, right = [], []

@@ -97,7 +97,7 @@ class PortionPictures(Dataset[Any]):
 def _prepared(pictures: BenchmarkSet, index: int) -> Image.Image:
     prepare = pictures.transform
     assert isinstance(prepare, Preprocessing)
-    return prepare.picture(pictures.picture(index))
+    return prepare.picture(pictures.load_image(index))
 
 
 def corrupted(pixels: corrupting.Image, number: int, portion: Portion) -> list[corrupting.Image]:

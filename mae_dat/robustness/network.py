@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mae_dat.attacks.pixel import require_undeclared
+from mae_dat.attacks.checks import require_no_declared_normalization
 from mae_dat.config.errors import CheckpointError, MissingInputError, NumericsError
 from mae_dat.config.groups import ConfigError, image_size
-from mae_dat.data.image_set import Size
-from mae_dat.data.transforms import usual_share
+from mae_dat.data.image_set import ImageSize
+from mae_dat.data.transforms import default_crop_pct
 from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.models.modes import eval_mode
 from mae_dat.models.weights.open import naming, open_source, read_export
@@ -42,7 +42,7 @@ class View:
     device: torch.device
     precision: torch.dtype | None = None
     """Of autocast; None for float32."""
-    size: Size | None = None
+    size: ImageSize | None = None
     interpolation: str | None = None
     crop: float | None = None
     """The crop's side over the resized picture's, above 0 and at most 1."""
@@ -54,7 +54,7 @@ class View:
     def cropped(self, facts: Facts) -> Facts:
         """The facts with the crop, where it is not the usual one."""
         height, width = facts["size"]
-        usual = self.crop is None or abs(self.crop - usual_share((height, width))) < 1e-3
+        usual = self.crop is None or abs(self.crop - default_crop_pct((height, width))) < 1e-3
         return facts if usual or self.crop is None else {**facts, "crop": self.crop}
 
 
@@ -76,7 +76,7 @@ class Contender:
     """Of the packages that it needs beside those of `mae_dat.runtime.machine`."""
 
     @property
-    def size(self) -> Size:
+    def size(self) -> ImageSize:
         """Height and width of its input."""
         height, width = self.facts["size"]
         return height, width
@@ -162,7 +162,7 @@ def _classifier(
     source: str,
     architecture: str,
     view: View,
-    size: Size | None = None,
+    size: ImageSize | None = None,
     told: Mapping[str, Any] | None = None,
     weights: WeightsFile | None = None,
 ) -> Contender:
@@ -264,7 +264,7 @@ def _filled(image: Tensor, batch: int | None) -> Tensor:
 def _probed(network: Network, facts: Facts, classes: Sequence[str] | None, view: View) -> Contender:
     """The contender, after two blank pictures have gone through it."""
     name, size = facts["title"], image_size(tuple(facts["size"]))
-    require_undeclared(network)
+    require_no_declared_normalization(network)
     blank = torch.zeros(2, 3, *size, device=view.device)
     refused = f"{name} does not take pictures of {len(blank)} x 3 x {size[0]} x {size[1]}"
     try:

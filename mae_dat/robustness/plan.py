@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae_dat.attacks.pixel import LOOK, LOOKS, require_pixel_model
+from mae_dat.attacks.checks import MAX_PROBES, PROBE_SIZE, require_pixel_model
 from mae_dat.config.errors import SizeError
 from mae_dat.config.groups import ConfigError
+from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import eval_mode
 from mae_dat.robustness.measure import Portion
 from mae_dat.robustness.network import Contender
@@ -121,8 +122,8 @@ def refuse_normalised(plan: Plan) -> None:
 
 def _looks(portion: Portion, contender: Contender) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
     pictures, reading = portion.pictures, portion.pictures.reading.to(contender.device)
-    chosen = spread(LOOK * LOOKS, len(pictures))
-    times = -(-len(chosen) // LOOK)
+    chosen = evenly_spaced(len(pictures), PROBE_SIZE * MAX_PROBES)
+    times = -(-len(chosen) // PROBE_SIZE)
     for start in range(times):
         index = chosen[start::times]
         image = torch.stack([pictures[one]["image"] for one in index]).to(contender.device)
@@ -133,15 +134,9 @@ def _right(pictures: BenchmarkSet, reading: Reading, index: Tensor, logits: Tens
     return pictures.right(reading.answers(logits), index)
 
 
-def spread(count: int, of: int) -> list[int]:
-    """Up to `count` indices, evenly spread over so many."""
-    count = min(count, of)
-    return [index * of // count for index in range(count)]
-
-
 def sample(portion: Portion, contender: Contender) -> tuple[Tensor, Tensor]:
     """Up to 64 pictures of a portion, evenly spread over it, and their labels, on the network's device."""
-    chosen = [portion.pictures[index] for index in spread(CHECKED_PICTURES, len(portion.pictures))]
+    chosen = [portion.pictures[index] for index in evenly_spaced(len(portion.pictures), CHECKED_PICTURES)]
     labels = torch.tensor([one["label"] for one in chosen])
     return torch.stack([one["image"] for one in chosen]).to(contender.device), labels.to(contender.device)
 

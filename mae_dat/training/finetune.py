@@ -14,7 +14,7 @@ from mae_dat.config.groups import ConfigError, image_size
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import ImageLoader, eval_loader
-from mae_dat.data.open import image_root, in_channels, open_images, training_images
+from mae_dat.data.open import image_root, open_images, training_images, with_channels
 from mae_dat.data.transforms import eval_transform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
 from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
@@ -31,7 +31,7 @@ from mae_dat.training.export import export_model
 from mae_dat.training.galleries import adversary_gallery, galleries_due, show_galleries
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
-from mae_dat.training.objectives.consistency import VIEWS, AugMix, ConsistentDAT
+from mae_dat.training.objectives.consistency import AUGMIX_VIEWS, AugMix, ConsistentDAT
 from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.pixel import WithPixelAdversary
 from mae_dat.training.optim import build_optimizer, effective_lr
@@ -136,7 +136,7 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
             reprob=augment.reprob,
             remode=augment.remode,
             recount=augment.recount,
-            views=VIEWS if config.baselines.jsd else 1,
+            views=AUGMIX_VIEWS if config.baselines.jsd else 1,
             resplit=augment.resplit,
         )
     except (AssertionError, ValueError) as error:  # timm asserts what its users write
@@ -148,13 +148,13 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
 def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) -> ImageSet:
     """The validation split, unaugmented."""
     root = find_split(image_root(config.data.data_path), "val")
-    transform = in_channels(eval_transform(config.data.image_size), config.data)
+    transform = with_channels(eval_transform(config.data.image_size), config.data.in_chans)
     images = open_images(root, transform, classes=classes, on_bad=config.data.on_bad)
-    if images.shrunk is not None:
+    if images.packed_size is not None:
         logger.warning(
             "accuracies are of the pictures in %s, shrunk to %d px and stored anew: not those of the originals.",
             root,
-            images.shrunk,
+            images.packed_size,
         )
     return images
 
@@ -217,7 +217,7 @@ def draw(
 ) -> dict[str, Tensor]:
     """The adversary against the network as it is, on the same held-out pictures after every epoch, through
     the norms of adversarial views where there are any; without DAT nothing."""
-    if not (isinstance(objective, WithDAT) and objective.ready):
+    if not (isinstance(objective, WithDAT) and objective.strength_is_known):
         return {}
     image: Tensor = torch.stack([sample["image"] for sample in samples]).to(where.device)
     label = torch.tensor([sample["label"] for sample in samples], device=where.device)

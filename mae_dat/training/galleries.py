@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.groups import RunConfig
-from mae_dat.data.gallery import Column, _enlarged, _grey, gallery, overlay, save_png, sheet
+from mae_dat.data.gallery import Column, draw_gallery, draw_sheet, enlarge, luminance, overlay, save_png
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import evaluating
 from mae_dat.models.tokenizer.base import VisualTokenizer
@@ -31,7 +31,7 @@ def reconstruction_gallery(
     model: MaskedAutoencoder, image: Tensor, mask_ratio: float, noise: Tensor, norm_pix: bool
 ) -> Tensor:
     """The drawn `reconstruction_columns`, (3, height, width) in [0, 1]."""
-    return gallery(reconstruction_columns(model, image, mask_ratio, noise, norm_pix))
+    return draw_gallery(reconstruction_columns(model, image, mask_ratio, noise, norm_pix))
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def word_columns(image: Tensor, words: Tensor, tokenizer: VisualTokenizer) -> tu
         ["", f"{-10 * math.log10(error):.1f} dB", "", f"{len(one.unique())} words in {one.numel()} places"]
         for error, one in zip(errors.tolist(), words, strict=True)
     ]
-    index_map = _enlarged(word_colors(words), image)
+    index_map = enlarge(word_colors(words), image)
     titles = ("picture", "decoded from its words", "each word drawn alone", "index map\n(a colour a word)")
     return list(zip(titles, (image, decoded, alone, index_map), strict=True)), captions
 
@@ -128,15 +128,15 @@ def codebook_picture(tiles: Tensor, cell: int = 24) -> Tensor:
 
 def adversary_gallery(image: Tensor, found: DiscreteAdversary) -> Tensor:
     """The drawn `adversary_columns`, (3, height, width) in [0, 1]."""
-    return gallery(adversary_columns(image, found))
+    return draw_gallery(adversary_columns(image, found))
 
 
 def adversary_columns(image: Tensor, found: DiscreteAdversary, amplify: float = 4) -> list[Column]:
     """Clean / reconstruction from its words / adversarial / their difference, amplified around grey / changed words
     (dark, over the pale picture), (B, C, H, W)."""
     changed = (found.words != found.adversarial_words).float().unsqueeze(1)
-    shown = _enlarged(changed, image)
-    pale = (0.7 + 0.3 * _grey(image)).expand(-1, 3, -1, -1)
+    shown = enlarge(changed, image)
+    pale = (0.7 + 0.3 * luminance(image)).expand(-1, 3, -1, -1)
     marked = torch.where(shown > 0, torch.tensor(CHANGED).view(3, 1, 1), pale)
     difference = 0.5 + amplify * (found.adversarial - found.reconstruction)
     return [
@@ -144,7 +144,7 @@ def adversary_columns(image: Tensor, found: DiscreteAdversary, amplify: float = 
         ("words, decoded", found.reconstruction),
         ("adversarial", found.adversarial),
         (f"difference × {amplify:g}\n(to the decoded)", difference),
-        (f"changed words ({float(found.changed):.1%})", marked),
+        (f"changed words ({float(found.changed_share):.1%})", marked),
     ]
 
 
@@ -167,7 +167,7 @@ def changed_word_sheet(tokenizer: VisualTokenizer, rows: Sequence[tuple[int, int
     before, after = (word_tiles(tokenizer, listed[:, side]) for side in (0, 1))
     both = torch.cat([before, torch.ones_like(before[..., :1]), after], -1)
     texts = [f"{word} → {other}\n{times} of {places}" for word, other, times, places in rows]
-    return sheet(both, texts, heading)
+    return draw_sheet(both, texts, heading)
 
 
 def used_words(words: Tensor) -> tuple[Tensor, list[float]]:

@@ -6,7 +6,8 @@ from torch import Tensor
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import PretrainConfig
 from mae_dat.data.image_set import Batch, ImageSet, Transform
-from mae_dat.data.open import in_channels, training_images
+from mae_dat.data.open import training_images, with_channels
+from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import eval_transform, pretrain_transform
 from mae_dat.models.mae import MaskedAutoencoder, build_mae
 from mae_dat.runtime.console import Console, command_arguments, console_for_command
@@ -38,7 +39,7 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
         training = Training(model, optimizer, objective)
-        shown = fixed_images(images, in_channels(eval_transform(size), config.data)).to(where.device)
+        shown = fixed_images(images, with_channels(eval_transform(size), config.data.in_chans)).to(where.device)
 
         def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(config.run, epoch, where):
@@ -69,9 +70,8 @@ def objective_of(config: PretrainConfig, model: MaskedAutoencoder, device: torch
 
 def fixed_images(images: ImageSet, transform: Transform) -> Tensor:
     """Some of the pictures, evenly spread and not augmented, for galleries."""
-    still = images.seen_through(transform)
-    count = min(PICTURES, len(still))
-    return torch.stack([still[index * len(still) // count]["image"] for index in range(count)])
+    still = images.with_transform(transform)
+    return torch.stack([still[index]["image"] for index in evenly_spaced(len(still), PICTURES)])
 
 
 def draw(
@@ -87,7 +87,7 @@ def draw(
     if config.mae.target != "words":
         ratio, norm_pix = config.mae.mask_ratio, config.mae.norm_pix_loss
         drawn["reconstruction"] = reconstruction_gallery(model, image, ratio, context[1], norm_pix)
-    if isinstance(objective, WithDAT) and objective.ready:
+    if isinstance(objective, WithDAT) and objective.strength_is_known:
         found = objective.adversary(model, image, context, generator)
         drawn["adversary"] = adversary_gallery(image, found)
     return drawn

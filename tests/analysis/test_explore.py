@@ -39,7 +39,7 @@ STRANGER = Path("photo.png")
 
 
 def picture(index: int = 3, size: int = 64) -> Image.Image:
-    return Image.fromarray(generated.draw(0, "val", index, size=size).image)
+    return Image.fromarray(generated.draw_image(0, "val", index, size=size).image)
 
 
 def pixels(panel: ImageView) -> np.ndarray:

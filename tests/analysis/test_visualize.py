@@ -85,13 +85,13 @@ def drawn(folder: Path) -> dict[str, np.ndarray]:
 def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """All texts of the galleries drawn from now on: titles, captions and headings."""
     told: list[str] = []
-    gallery = visualize.gallery
+    gallery = visualize.draw_gallery
 
     def listening(columns: list[tuple[str, torch.Tensor]], captions: object = (), heading: str = "", **more: int):  # type: ignore[no-untyped-def]
         told.extend([heading, *(title for title, _ in columns), *(text for row in captions for text in row)])  # type: ignore[attr-defined]
         return gallery(columns, captions, heading, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(visualize, "gallery", listening)
+    monkeypatch.setattr(visualize, "draw_gallery", listening)
     return told
 
 

@@ -13,20 +13,12 @@ from test_tokenizer import golden_image, golden_vqgan, pictures
 from torch import Tensor, nn
 
 from golden_rule import rule_tensor
-from mae_dat.attacks.discrete import (
-    AttackConfig,
-    DiscreteAdversary,
-    ShareController,
-    discrete_adversary,
-    input_gradient,
-    project,
-    random_start,
-    random_words,
-    unit,
-)
+from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_adversary, random_start, random_words
+from mae_dat.attacks.gradient import input_gradient, project, unit
+from mae_dat.attacks.share_controller import ShareController
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import ATTACKS
-from mae_dat.data.generated.draw import draw
+from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -86,7 +78,7 @@ def soft_cross_entropy(net: nn.Module, target: Tensor) -> LossOf:
 def trained_classifier() -> tuple[nn.Module, Tensor, Tensor]:
     """A small network that tells five shapes apart, with the 100 pictures (32 px) that it knows."""
     torch.manual_seed(0)
-    drawn = [draw(0, "train", index, size=32) for index in range(200) if index % 10 < 5]
+    drawn = [draw_image(0, "train", index, size=32) for index in range(200) if index % 10 < 5]
     image = torch.from_numpy(np.stack([picture.image for picture in drawn])).permute(0, 3, 1, 2).float() / 255
     label = torch.tensor([picture.shape for picture in drawn])
     net = nn.Sequential(
@@ -114,7 +106,7 @@ def test_the_released_step_reproduces_the_reference(golden: Golden, name: str, e
     found = discrete_adversary(image, loss_of, golden_vqgan(), AttackConfig(eps=eps, random_start=0.0), generator())
     assert loss_of(image).item() == pytest.approx(float(recorded["loss_clean"]), rel=1e-5)
     assert int((found.words != found.adversarial_words).sum()) == changed
-    assert found.changed.item() == changed / 256
+    assert found.changed_share.item() == changed / 256
     assert loss_of(found.adversarial).item() == pytest.approx(float(recorded[f"loss_adv_{name}"]), rel=1e-5)
     # Recorded in half precision.
     reference = torch.from_numpy(recorded[f"advrec_{name}"]).float()
@@ -236,7 +228,7 @@ def test_a_reconstruction_changes_no_word_and_asks_for_no_loss() -> None:
     found = discrete_adversary(image, never, tokenizer, AttackConfig("reconstruction", share=0.5), generator())
     assert torch.equal(found.adversarial, tokenizer.reconstruct(image))
     assert torch.equal(found.adversarial_words, tokenizer.encode(image))
-    assert found.changed == 0
+    assert found.changed_share == 0
 
 
 def test_an_attack_works_where_gradients_are_off() -> None:
@@ -244,7 +236,7 @@ def test_an_attack_works_where_gradients_are_off() -> None:
     loss_of = soft_cross_entropy(golden_classifier(), torch.arange(2))
     with torch.no_grad():
         found = discrete_adversary(image, loss_of, Mosaic(), config, generator())
-    assert found.changed > 0
+    assert found.changed_share > 0
 
 
 @pytest.mark.parametrize("bad", [-0.01, 1.01])
@@ -271,7 +263,7 @@ def test_the_papers_step_is_alpha_times_each_samples_own_gradient() -> None:
     assert torch.equal(found.adversarial_words, expected)
     assert torch.equal(found.words, tokenizer.encode(image))
     assert torch.equal(found.adversarial, tokenizer.decode(expected))
-    assert 0 < found.changed < 1
+    assert 0 < found.changed_share < 1
     for row in range(4):  # the size of the batch does not matter
         alone = discrete_adversary(
             image[row : row + 1], soft_cross_entropy(net, label[row : row + 1]), tokenizer, config, generator()
@@ -308,7 +300,7 @@ def test_the_random_kind_decodes_what_it_changed() -> None:
     image, tokenizer = torch.rand(2, 3, 16, 16), Mosaic()
     config = AttackConfig(kind="random", share=0.25)
     found = discrete_adversary(image, lambda x: x.sum(), tokenizer, config, generator())
-    assert found.changed.item() == 0.25
+    assert found.changed_share.item() == 0.25
     assert torch.equal(found.adversarial, tokenizer.decode(found.adversarial_words))
     assert torch.equal(found.reconstruction, tokenizer.reconstruct(image))
 
@@ -332,11 +324,11 @@ def test_an_attack_raises_the_loss_where_chance_does_not(kind: str) -> None:
     config = AttackConfig(kind=kind, eps=2.0 if kind == "released" else 20.0, random_start=0.0)  # type: ignore[arg-type]
     found = discrete_adversary(image, loss_of, tokenizer, config, generator())
     clean, attacked = loss_of(found.reconstruction).item(), loss_of(found.adversarial).item()
-    assert found.changed > 0.005
+    assert found.changed_share > 0.005
     radius = float((found.adversarial - found.reconstruction).flatten(1).norm(dim=1).max())
     assert attacked > clean + 0.2
     assert attacked - clean > 3 * abs(mean_loss_of_noise(found, radius, loss_of, tokenizer) - clean)
-    share = AttackConfig(kind="random", share=float(found.changed))
+    share = AttackConfig(kind="random", share=float(found.changed_share))
     chance = discrete_adversary(image, loss_of, tokenizer, share, generator())
     assert loss_of(chance.adversarial).item() < attacked
 
@@ -365,7 +357,7 @@ def test_find_reaches_the_target_on_the_embedded_tokenizer() -> None:
 
     def share_at(eps: float) -> float:
         attack = dataclasses.replace(config, eps=eps)
-        return discrete_adversary(image, loss_of, tokenizer, attack, generator()).changed.item()
+        return discrete_adversary(image, loss_of, tokenizer, attack, generator()).changed_share.item()
 
     controller.find(share_at)
     assert share_at(controller.eps) == pytest.approx(target, rel=0.25)

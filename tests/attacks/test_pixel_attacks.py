@@ -11,18 +11,11 @@ import torch.nn.functional as F
 from test_attack import Mixed, golden_classifier, trained_classifier
 from torch import Tensor, nn
 
-from mae_dat.attacks.discrete import image_generator, require_pixels
-from mae_dat.attacks.pixel import (
-    PIXEL_ATTACKS,
-    PixelAttack,
-    attack_checks,
-    auto_attack,
-    into_ball,
-    loss_gradient,
-    pixel_adversary,
-    require_pixel_model,
-    require_undeclared,
-)
+from mae_dat.attacks.auto_attack import auto_attack
+from mae_dat.attacks.checks import attack_checks, require_no_declared_normalization, require_pixel_model
+from mae_dat.attacks.discrete import image_generator
+from mae_dat.attacks.gradient import require_pixels
+from mae_dat.attacks.pixel import PIXEL_ATTACKS, PixelAttack, loss_gradient, pixel_adversary, project_into_ball
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.models.classifier import Classifier
 
@@ -76,7 +69,7 @@ def test_no_adversary_leaves_its_ball_or_the_range_by_a_single_bit(norm: str, ep
     far = image + 3 * torch.randn(image.shape)
     near = image + eps * torch.randn(image.shape).sign()
     for point in (far, near, image):
-        found = into_ball(point, image, attack)
+        found = project_into_ball(point, image, attack)
         assert found.min() >= 0
         assert found.max() <= 1
         delta = (found.double() - image.double()).flatten(1)
@@ -84,7 +77,7 @@ def test_no_adversary_leaves_its_ball_or_the_range_by_a_single_bit(norm: str, ep
         assert (size <= eps).all()
         if point is not image:
             assert (size > 0.99 * eps).all() or norm == "l2"  # clamping to [0, 1] shortens an L2 step
-    assert torch.equal(into_ball(image, image, attack), image)
+    assert torch.equal(project_into_ball(image, image, attack), image)
 
 
 @pytest.mark.parametrize("name", [*PIXEL_ATTACKS, "restarts"])
@@ -189,8 +182,8 @@ def test_a_model_of_other_pictures_is_refused() -> None:
     look(strict, image, label)
     bare = timm.create_model("test_resnet", num_classes=5)
     with pytest.raises(ConfigError, match=r"normalised by mean \(0.5, 0.5, 0.5\)|normalised by mean \(0.485"):
-        require_undeclared(bare)
-    require_undeclared(Classifier(bare, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        require_no_declared_normalization(bare)
+    require_no_declared_normalization(Classifier(bare, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 def partly_right(pixels_alone: float, normalised_alone: float, seed: int) -> tuple[nn.Module, Tensor, Tensor]:

@@ -11,13 +11,13 @@ from test_attack import Mosaic, generator
 from torch import Tensor
 
 from mae_dat.attacks.discrete import AttackConfig, discrete_adversary, other_words, random_words
-from mae_dat.attacks.symbolic import LossOf, change_words, nearest_codes, symbolic_words
-from mae_dat.data.generated.draw import SHAPES, draw
+from mae_dat.attacks.symbolic import LossFn, change_words, nearest_codes, symbolic_words
+from mae_dat.data.generated.draw import SHAPES, draw_image
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer, load_tokenizer, quantize
 from mae_dat.models.weights.open import open_model
 
 
-def linear_loss(weight: Tensor) -> LossOf:
+def linear_loss(weight: Tensor) -> LossFn:
     return lambda image: (weight * image).sum()
 
 
@@ -114,7 +114,7 @@ def test_random_words_among_the_nearest_are_uniform() -> None:
 @pytest.mark.parametrize("nearest", [None, 32])
 def test_its_words_hurt_a_network_far_more_than_as_many_random_ones(nearest: int | None) -> None:
     model = open_model(resources.files("mae_dat") / "storage" / "mae_dat_demo.safetensors")
-    drawn = [draw(0, "val", index) for index in range(40)]
+    drawn = [draw_image(0, "val", index) for index in range(40)]
     image = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2).float() / 255
     label = torch.tensor([sorted(SHAPES).index(SHAPES[one.shape]) for one in drawn])
 

@@ -8,7 +8,7 @@ import torch
 from test_attack import Mosaic, trained_classifier
 from torch import Tensor, nn
 
-from mae_dat.attacks.word_budget import KINDS, Curve, WordAttack, word_accuracy, word_hits
+from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WordAttack, WordCurve, word_accuracy, word_hits
 from mae_dat.config.errors import ConfigError, DataError, NumericsError
 from mae_dat.data.image_set import Batch
 
@@ -34,12 +34,12 @@ def batches(sizes: int, chosen: slice = slice(None), skipped: tuple[int, ...] = 
 
 def measured(
     sizes: int = 30, attack: WordAttack = ATTACK, chosen: slice = slice(None), **more: object
-) -> dict[str, Curve]:
+) -> dict[str, WordCurve]:
     net, _, _ = trained_classifier()
     return word_accuracy(net, Mosaic(), batches(sizes, chosen, **more), attack, CPU)  # type: ignore[arg-type]
 
 
-def correct(curve: Curve) -> list[int]:
+def correct(curve: WordCurve) -> list[int]:
     return [count["correct"] for count in curve.values()]
 
 
@@ -62,7 +62,7 @@ def test_counts_are_the_same_for_any_batch_and_any_number_of_ranks() -> None:
     assert all(measured(size) == whole for size in (1, 4, 7))
     for ranks in (2, 3, 7):
         shared = [measured(5, chosen=slice(rank, None, ranks)) for rank in range(ranks)]
-        for kind in KINDS:
+        for kind in WORD_ATTACK_KINDS:
             assert [sum(each) for each in zip(*(correct(one[kind]) for one in shared), strict=True)] == correct(
                 whole[kind]
             )
@@ -88,7 +88,7 @@ class RecordingMosaic(Mosaic):
 
 
 @pytest.mark.parametrize("nearest", [None, 6])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WORD_ATTACK_KINDS)
 def test_budgets_are_kept_to_the_word_and_nested(kind: str, nearest: int | None) -> None:
     net, image, label = trained_classifier()
     tokenizer, attack = RecordingMosaic(), WordAttack(SHARES, steps=3, nearest=nearest)

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import to_tensor
 from mae_dat.config.errors import DataError, StorageError
 from mae_dat.data import decode as decoding
 from mae_dat.data.shards import index as shard_index
-from mae_dat.data.shards.index import INDEX, build_index, read_index
+from mae_dat.data.shards.index import INDEX_FILE, build_index, read_index
 from mae_dat.data.shards.reader import Shards
 
 Make = Callable[[tarfile.TarFile], None]
@@ -171,7 +171,7 @@ def test_a_hostile_archive_is_refused_and_nothing_leaves_it(case: str, tmp_path:
     assert not Path("/tmp/escaped.png").exists()
     assert not Path("/escaped").exists()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 << 10  # in KiB
-    assert not (folder / INDEX).exists()
+    assert not (folder / INDEX_FILE).exists()
 
 
 def test_there_are_as_many_as_promised() -> None:
@@ -192,7 +192,7 @@ def test_what_is_odd_but_harmless_is_read(tmp_path: Path) -> None:
     assert index.label.tolist() == [-1, 1, -1]
     index.write(tmp_path)
     images = Shards(tmp_path, to_tensor, labelled=False)
-    assert [images.picture(number).size for number in range(3)] == [(12, 12)] * 3
+    assert [images.load_image(number).size for number in range(3)] == [(12, 12)] * 3
 
 
 def test_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def good(tmp_path: Path) -> Path:
 
 
 def test_no_mutation_of_an_index_is_loaded(good: Path) -> None:
-    path, chance = good / INDEX, random.Random(0)
+    path, chance = good / INDEX_FILE, random.Random(0)
     whole, refused = path.read_bytes(), 0
     for _ in range(300):
         damaged = bytearray(whole)
@@ -325,7 +325,7 @@ def test_a_bad_picture_is_named_by_shard_and_member_or_skipped(content: bytes, c
 def test_a_file_server_that_comes_back_is_waited_for(
     number: int, good: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(decoding, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(decoding, "_PAUSE_S", 0.001)
     failing, read = [3], os.pread
 
     def pread(descriptor: int, count: int, offset: int) -> bytes:

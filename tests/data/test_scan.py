@@ -103,7 +103,7 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
         (folder / "class1" / name).unlink()
     config = ScanConfig(str(folder), num_workers=0)
     assert scan.scan(config, QUIET) == (60, [])
-    assert scan.verify(config, QUIET) == (60, [])
+    assert scan.verify_manifest(config, QUIET) == (60, [])
     chance, paths = random.Random(0), sorted(folder.rglob("*.jpg"))
     silent = 0
     for number in range(300):
@@ -113,21 +113,21 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
         damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
         with contextlib.suppress(DataError):  # what decoding alone would have seen
-            scan.facts_of(folder, str(path.relative_to(folder)))
+            scan.manifest_entry(folder, str(path.relative_to(folder)))
             silent += 1
         if number % 60 == 59:  # all sixty are damaged now
-            assert len(scan.verify(config, QUIET)[1]) == 60
-            assert all("not the file that was scanned" in fault for fault in scan.verify(config, QUIET)[1])
+            assert len(scan.verify_manifest(config, QUIET)[1]) == 60
+            assert all("not the file that was scanned" in fault for fault in scan.verify_manifest(config, QUIET)[1])
             for seed, one in enumerate(sorted(folder.rglob("*.jpg"), key=lambda path: path.name)):
                 one.write_bytes(picture(seed, quality=80))
-            assert scan.verify(config, QUIET) == (60, [])
+            assert scan.verify_manifest(config, QUIET) == (60, [])
     assert silent > 200, "decoding alone would not have seen them"
 
 
 def test_a_place_that_takes_no_manifest_is_told_before_anything_is_decoded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "look_at_each", lambda *_: pytest.fail("it decodes"))
+    monkeypatch.setattr(scan, "map_in_workers", lambda *_: pytest.fail("it decodes"))
     with pytest.raises(OutputError, match=r"/proc/nobody: .* Choose another place with --manifest FILE\."):
         scan.scan(ScanConfig(str(folder), manifest="/proc/nobody/manifest.jsonl"), QUIET)
 
@@ -135,20 +135,20 @@ def test_a_place_that_takes_no_manifest_is_told_before_anything_is_decoded(
 def test_files_that_are_gone_or_new_are_named(folder: Path) -> None:
     config = ScanConfig(str(folder), verify=True, num_workers=0)
     with pytest.raises(MissingInputError, match="no such manifest"):
-        scan.verify(config, QUIET)
+        scan.verify_manifest(config, QUIET)
     scan.scan(config, QUIET)
     for name in BAD:
         (folder / "class1" / name).unlink()
     (folder / "class0" / "00.jpg").unlink()
     (folder / "class2" / "new.jpg").write_bytes(picture(0))
-    faults = scan.verify(config, QUIET)[1]
+    faults = scan.verify_manifest(config, QUIET)[1]
     assert len(faults) == 2
     assert "00.jpg: cannot be read (No such file" in faults[0]
     assert "new.jpg: not in" in faults[1]
     manifest = folder / "manifest.jsonl"
     manifest.write_bytes(manifest.read_bytes()[:-30])
     with pytest.raises(DataError, match=r"manifest.jsonl, line 60, is damaged"):
-        scan.verify(config, QUIET)
+        scan.verify_manifest(config, QUIET)
 
 
 def test_a_disk_that_stays_away_is_no_bad_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_a_disk_that_stays_away_is_no_bad_picture(folder: Path, monkeypatch: pyt
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(decoding, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(decoding, "_PAUSE_S", 0.0)
     monkeypatch.setattr(decoding, "open", broken, raising=False)
     with pytest.raises(StorageError, match="4 times in a row"):
         scan.scan(ScanConfig(str(folder), num_workers=1), QUIET)

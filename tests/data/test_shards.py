@@ -29,9 +29,9 @@ from mae_dat.data.sampler import TrainSampler
 from mae_dat.data.shards import cache as shard_cache
 from mae_dat.data.shards import pack as packing
 from mae_dat.data.shards import reader as shards
-from mae_dat.data.shards.index import INDEX, build_index, read_index
+from mae_dat.data.shards.index import INDEX_FILE, build_index, read_index
 from mae_dat.data.shards.pack import PackConfig, pack
-from mae_dat.data.shards.reader import Shards, lanes, shard_order
+from mae_dat.data.shards.reader import Shards, count_lanes, shard_order
 from mae_dat.data.transforms import pretrain_transform
 from mae_dat.robustness.suites.choose import Battery, Choice
 from mae_dat.runtime.console import Console
@@ -59,8 +59,8 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(4096, 1000, 64), (96, 1000, 32), (96, 3, 2), (7, 1000, 1), (64, 64, 64), (8, 1, 1)],
 )
 def test_lanes_divide_the_batch(batch: int, count: int, expected: int) -> None:
-    assert lanes(batch, count) == expected
-    assert batch % lanes(batch, count) == 0
+    assert count_lanes(batch, count) == expected
+    assert batch % count_lanes(batch, count) == 0
 
 
 @pytest.mark.parametrize("images", [[10] * 32, [7, 3, 12, 1, 30, 8, 8, 5, 9, 2, 40, 6], [50]])
@@ -71,7 +71,7 @@ def test_the_order_is_pure_and_takes_no_image_twice(images: list[int], batch: in
     assert len(order) % batch == 0
     assert len(order.unique()) == len(order)
     assert 0 <= order.min() <= order.max() < sum(images)
-    count = lanes(batch, len(images))
+    count = count_lanes(batch, len(images))
     assert len(order) > sum(images) - batch - count, "no more is dropped than a batch and the remainder of the lanes"
     assert not torch.equal(order, shard_order(images, 1, 4, batch))
     assert not torch.equal(order, shard_order(images, 2, 3, batch))
@@ -113,7 +113,7 @@ def test_unequal_shards_are_shared_at_the_cuts_alone() -> None:
 
 def content(images: ImageSet) -> dict[bytes, str]:
     """Class by pixels."""
-    return {images.picture(index).tobytes(): images.classes[images.label(index)] for index in range(len(images))}
+    return {images.load_image(index).tobytes(): images.classes[images.label(index)] for index in range(len(images))}
 
 
 def test_shards_hold_what_the_folder_holds(folder: Path, packed: Path) -> None:
@@ -186,7 +186,7 @@ def test_webdataset_reads_our_shards(packed: Path) -> None:
     assert len(found) == len(ours) == 48
     for number, sample in enumerate(found):
         assert sample["cls"] == ours.label(number)
-        assert np.array_equal(sample["png"], np.asarray(ours.picture(number)))
+        assert np.array_equal(sample["png"], np.asarray(ours.load_image(number)))
 
 
 def test_webdatasets_shards_are_read_with_names_from_a_list(
@@ -238,8 +238,8 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     assert f"next: python main_pretrain.py --data_path {out}" in told.out
     assert "left out" in told.err
     images = open_images(image_root(str(out)), to_tensor, labelled=False)
-    assert sorted(images.picture(index).size for index in range(3)) == [(10, 10), (20, 100), (30, 20)]
-    assert images.shrunk == 20
+    assert sorted(images.load_image(index).size for index in range(3)) == [(10, 10), (20, 100), (30, 20)]
+    assert images.packed_size == 20
     with pytest.raises(DataError, match="pretraining only"):
         open_images(out, to_tensor)
     again = outcome_of(packing.main, given, monkeypatch, capsys)
@@ -260,7 +260,7 @@ def test_pictures_that_were_shrunk_too_much_are_told_of(
         assert (f"packed with --size 24, which --input_size {size} enlarges" in caplog.text) == told
     caplog.clear()
     given = ["--data_path", str(out), "--input_size", "24"]
-    assert held_out_images(load_config(FinetuneConfig, given)).shrunk == 24
+    assert held_out_images(load_config(FinetuneConfig, given)).packed_size == 24
     assert "shrunk to 24 px and stored anew" in caplog.text
     clean = Battery(Choice(out), 10).sets("clean")[0]
     assert clean.protocol["folder"] == "shards, shrunk to 24 px"
@@ -340,7 +340,7 @@ def test_shards_come_from_a_server_once_and_the_cache_stays_small(
     largest = max(shard.bytes for shard in far.index.shards)
     monkeypatch.setenv("MAE_DAT_SHARDS_GB", str(3 * largest / 1e9))
     assert content(Shards(root / "val", to_tensor)) == content(Shards(packed / "val", to_tensor))
-    assert sum(path.stat().st_size for path in shard_cache.cache().rglob("*.tar")) <= 3 * largest
+    assert sum(path.stat().st_size for path in shard_cache.cache_folder().rglob("*.tar")) <= 3 * largest
     assert content(far) == content(near), "what was open stays readable, what is gone comes back"
 
 
@@ -350,11 +350,11 @@ def test_a_shard_that_is_not_the_indexs_is_refused(server: Server) -> None:
     page = server.pages[f"/data/train/{images.index.shards[0].name}"]
     page.content = bytes([page.content[0] ^ 1]) + page.content[1:]
     with pytest.raises(DataError, match="not the shard of the index"):
-        images.picture(0)
+        images.load_image(0)
     assert not list(root.rglob("*.tar"))
     server.pages.pop(f"/data/train/{images.index.shards[1].name}")
     with pytest.raises(DownloadError, match="HTTP 404"):
-        images.picture(images.index.shards[0].images)
+        images.load_image(images.index.shards[0].images)
 
 
 def test_other_stores_are_read_through_webdataset(
@@ -387,4 +387,4 @@ def test_a_server_without_shards_is_named(server: Server, tmp_path: Path) -> Non
         with pytest.raises(DownloadError, match="(?s)gave no index of shards.*HTTP 404"):
             image_root(f"{server.url}/nothing")
     assert not list((tmp_path / "home").rglob("train")), "no empty split is left behind"
-    assert INDEX == shard_cache._INDEX
+    assert INDEX_FILE == shard_cache._INDEX

@@ -282,7 +282,7 @@ def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> N
     found = found_by(objective)
     assert found.adversarial.shape == image.shape == (12, 3, 30, 31)
     assert found.words.shape == (12, 8, 8)
-    assert 0.005 < float(found.changed) < 0.15
+    assert 0.005 < float(found.changed_share) < 0.15
     if kind == "symbolic":
         chance = found_by(WithDAT(DetectionObjective(), tokenizer, replace(attack, kind="random")))
         with torch.no_grad():

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from golden_rule import rule_tensor
 from mae_dat.config.errors import CheckpointError, ConfigError, MissingInputError
-from mae_dat.data.generated.draw import draw
+from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.tokenizer import (
     VQGAN,
     VQGAN_PRESETS,
@@ -61,7 +61,7 @@ def golden_image(arrays: dict[str, np.ndarray]) -> Tensor:
 
 def pictures(count: int, seed: int = 0, size: int = 64) -> Tensor:
     """Generated validation pictures, (count, 3, size, size) in [0, 1]."""
-    images = np.stack([draw(seed, "val", index, size=size).image for index in range(count)])
+    images = np.stack([draw_image(seed, "val", index, size=size).image for index in range(count)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 

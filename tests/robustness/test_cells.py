@@ -14,7 +14,7 @@ import torch
 from test_robustness import Linear, own  # noqa: F401 - own is a fixture
 from torch import Tensor, nn
 
-from mae_dat.attacks.pixel import CHECK_PASSES
+from mae_dat.attacks.checks import CHECK_PASSES
 from mae_dat.config.errors import ConfigError, NumericsError
 from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.evaluation import Setting, check_attacks, print_headline

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_tensor
 from mae_dat.config.errors import DataError, RetryError, StorageError, UserError
 from mae_dat.config.parse import run_command
 from mae_dat.data import decode as decoding
-from mae_dat.data.decode import decode
+from mae_dat.data.decode import decode_file
 from mae_dat.data.image_set import ImageFolder, epoch_order
 from mae_dat.data.loader import batch_loader
 from mae_dat.runtime.run_log import read_log
@@ -55,7 +55,7 @@ def test_a_passing_fault_of_the_disk_is_waited_for(
     path, pauses = next(images.rglob("*.png")), []
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(decoding, "open", flaky(3, number), raising=False)
-    assert decode(path).size == (32, 32)
+    assert decode_file(path).size == (32, 32)
     assert caplog.text.count(f"{path}: {os.strerror(number)}; trying again") == 3
     assert [0.5 <= pause / (0.5 * 2**attempt) <= 1.5 for attempt, pause in enumerate(pauses)] == [True] * 3
 
@@ -64,7 +64,7 @@ def test_a_disk_that_stays_away_stops_the_run_even_if_bad_pictures_are_skipped(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = ImageFolder(images / "train", to_tensor, on_bad="skip")
-    monkeypatch.setattr(decoding, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(decoding, "_PAUSE_S", 0.0)
     monkeypatch.setattr(decoding, "open", flaky(4, errno.EIO), raising=False)
     with pytest.raises(StorageError, match=r"\.png: Input/output error, 4 times in a row") as caught:
         folder[0]
@@ -76,14 +76,14 @@ def test_a_fault_that_stays_is_not_waited_for(images: Path, monkeypatch: pytest.
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
     monkeypatch.setattr(decoding, "open", flaky(1, errno.EACCES), raising=False)
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
-        decode(next(images.rglob("*.png")))
+        decode_file(next(images.rglob("*.png")))
 
 
 def test_a_file_too_large_for_a_picture_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "x.jpg").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(DataError, match="more than the 256 MiB allowed"):
-        decode(tmp_path / "x.jpg")
+        decode_file(tmp_path / "x.jpg")
 
 
 # ---- a worker that is killed ----
@@ -94,7 +94,7 @@ def test_a_killed_worker_is_told_of_and_the_run_goes_on_as_if_nothing_had_happen
 ) -> None:
     flags = ["--num_workers", "2", "--epochs", "2"]
     pretrain_in(tmp_path / "whole", images, *flags)
-    main, read, pixels = os.getpid(), [0], ImageFolder.pixels
+    main, read, pixels = os.getpid(), [0], ImageFolder.load_pixels
 
     def deadly(folder: ImageFolder, index: int) -> np.ndarray:
         if os.getpid() != main:
@@ -105,7 +105,7 @@ def test_a_killed_worker_is_told_of_and_the_run_goes_on_as_if_nothing_had_happen
         return pixels(folder, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageFolder, "pixels", deadly)
+        patch.setattr(ImageFolder, "load_pixels", deadly)
         with pytest.raises(RetryError, match=r"worker was killed .*/dev/shm\. Lower --num_workers") as caught:
             pretrain_in(tmp_path / "parts", images, *flags)
     assert time.time() - float((tmp_path / "killed").read_text()) < 10

@@ -27,7 +27,7 @@ from test_engine import final_state, signal_in_step
 from tiny_runs import draw_folder, finetune_in, save_tokenizer
 from torch import Tensor, nn
 
-from mae_dat.attacks.discrete import input_gradient
+from mae_dat.attacks.gradient import input_gradient
 from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError, Interrupted
 from mae_dat.config.parse import load_config

@@ -31,7 +31,7 @@ from mae_dat.config.groups import AugmentConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.data.transforms import FinetuneTransform, finetune_transform
 from mae_dat.runtime.seeds import seed_everything
-from mae_dat.training.objectives.consistency import VIEWS, AugMix, ConsistentDAT, jensen_shannon
+from mae_dat.training.objectives.consistency import AUGMIX_VIEWS, AugMix, ConsistentDAT, jensen_shannon
 from mae_dat.training.objectives.dat import WithDAT
 
 __all__ = ["tokenizer"]  # the fixture
@@ -42,10 +42,10 @@ __all__ = ["tokenizer"]  # the fixture
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
 def test_loss_and_divergence_are_timms(scale: float) -> None:
-    logits = scale * torch.randn(VIEWS * 6, 7, generator=generator())
+    logits = scale * torch.randn(AUGMIX_VIEWS * 6, 7, generator=generator())
     target = torch.arange(6)
-    expected = JsdCrossEntropy(VIEWS, alpha=12, smoothing=0)(logits, target)
-    views = logits.chunk(VIEWS)
+    expected = JsdCrossEntropy(AUGMIX_VIEWS, alpha=12, smoothing=0)(logits, target)
+    views = logits.chunk(AUGMIX_VIEWS)
     torch.testing.assert_close(F.cross_entropy(views[0], target) + 12 * jensen_shannon(views), expected)
 
 
@@ -81,13 +81,13 @@ def seeded(transform: object) -> Tensor:
 
 def test_the_views_are_one_crop_and_two_mixtures_of_it() -> None:
     plain = seeded(finetune_transform((32, 32), aa=None, reprob=0))
-    views = seeded(finetune_transform((32, 32), aa="augmix-m3-w3", reprob=0, views=VIEWS))
-    assert views.shape == (VIEWS, 3, 32, 32)
+    views = seeded(finetune_transform((32, 32), aa="augmix-m3-w3", reprob=0, views=AUGMIX_VIEWS))
+    assert views.shape == (AUGMIX_VIEWS, 3, 32, 32)
     assert views.dtype == torch.uint8
     assert torch.equal(views[0], plain)
     assert not torch.equal(views[1], views[0])
     assert not torch.equal(views[2], views[1])
-    assert torch.equal(views, seeded(finetune_transform((32, 32), aa="augmix-m3-w3", reprob=0, views=VIEWS)))
+    assert torch.equal(views, seeded(finetune_transform((32, 32), aa="augmix-m3-w3", reprob=0, views=AUGMIX_VIEWS)))
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0", "v0"])
@@ -107,13 +107,15 @@ def test_the_strongest_posterization_leaves_a_bit(policy: str, monkeypatch: pyte
 
 def test_a_single_view_is_the_first_mixture() -> None:
     single = seeded(finetune_transform((32, 32), aa="augmix-m3-w3", reprob=0))
-    assert torch.equal(single, seeded(finetune_transform((32, 32), aa="augmix-m3-w3", reprob=0, views=VIEWS))[1])
+    assert torch.equal(single, seeded(finetune_transform((32, 32), aa="augmix-m3-w3", reprob=0, views=AUGMIX_VIEWS))[1])
 
 
 @pytest.mark.parametrize("resplit", [True, False])
 def test_resplit_spares_the_clean_view_from_erasing(resplit: bool) -> None:
     plain = seeded(finetune_transform((32, 32), aa=None, reprob=0))
-    views = seeded(finetune_transform((32, 32), aa=None, reprob=1.0, remode="const", views=VIEWS, resplit=resplit))
+    views = seeded(
+        finetune_transform((32, 32), aa=None, reprob=1.0, remode="const", views=AUGMIX_VIEWS, resplit=resplit)
+    )
     assert [torch.equal(view, plain) for view in views] == [resplit, False, False]
 
 
@@ -131,7 +133,7 @@ def test_augmix_has_the_papers_operations_and_none_of_imagenet_c() -> None:
 
 def batch_of_views() -> Batch:
     batch = batch_of(6)
-    batch["image"] = torch.stack([batch_of(6, seed)["image"] for seed in range(VIEWS)], 1)
+    batch["image"] = torch.stack([batch_of(6, seed)["image"] for seed in range(AUGMIX_VIEWS)], 1)
     return batch
 
 
@@ -139,8 +141,8 @@ def test_augmixs_loss_is_timms_of_one_pass() -> None:
     batch, model = batch_of_views(), SmallNet().eval()
     parts = AugMix(AugmentConfig(smoothing=0.1), CLASSES, 12.0)(model, batch, generator())
     assert [tuple(seen.shape[:1]) for seen in model.seen] == [(18,)]
-    logits = model(torch.cat([batch["image"][:, view] for view in range(VIEWS)]))
-    torch.testing.assert_close(parts["loss"], JsdCrossEntropy(VIEWS, 12, 0.1)(logits, batch["label"]))
+    logits = model(torch.cat([batch["image"][:, view] for view in range(AUGMIX_VIEWS)]))
+    torch.testing.assert_close(parts["loss"], JsdCrossEntropy(AUGMIX_VIEWS, 12, 0.1)(logits, batch["label"]))
     torch.testing.assert_close(parts["loss_clean"] + 12 * parts["jsd"], parts["loss"])
 
 

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_dat.attacks.discrete
-from mae_dat.attacks.discrete import AttackConfig, discrete_adversary, input_gradient
+from mae_dat.attacks.discrete import AttackConfig, discrete_adversary
+from mae_dat.attacks.gradient import input_gradient
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import AugmentConfig, DatConfig, LaunchConfig
 from mae_dat.config.parse import load_config
@@ -28,7 +29,7 @@ from mae_dat.runtime.sharding import accumulating
 from mae_dat.runtime.world import World, process_group
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT, first_rows
-from mae_dat.training.objectives.free_gradient import differentiated
+from mae_dat.training.objectives.free_gradient import loss_and_gradient
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 SIDE, CLASSES, IMAGES = 16, 5, 16
@@ -189,8 +190,8 @@ def test_at_the_image_the_step_goes_from_the_image(tokenizer: CountedTokenizer) 
     assert torch.equal(found.words, tokenizer.encode(image))
     assert torch.equal(found.reconstruction, tokenizer.reconstruct(image))
     assert torch.equal(found.adversarial, tokenizer.decode(expected))
-    assert 0 < found.changed < 1
-    assert torch.equal(found.changed_in(4), (found.words != expected)[:4].float().mean())
+    assert 0 < found.changed_share < 1
+    assert torch.equal(found.changed_share_in_first(4), (found.words != expected)[:4].float().mean())
 
 
 # ---- free ----
@@ -207,7 +208,7 @@ def test_free_attacks_with_the_clean_passes_gradient(tokenizer: CountedTokenizer
     gradient = input_gradient(image, lambda x: objective.loss(model, x, context))
     found = discrete_adversary(image, _never, tokenizer, attack, generator(), gradient)
     assert torch.equal(model.seen[1], found.adversarial)
-    assert found.changed > 0
+    assert found.changed_share > 0
 
 
 def _never(image: Tensor) -> Tensor:
@@ -251,7 +252,7 @@ def test_frees_gradient_is_that_of_both_losses(kind: str, precision: str, tokeni
 def test_a_known_gradient_is_handed_on_times_its_factor_and_once() -> None:
     model, batch = SmallNet().eval(), batch_of()
     model.conv.requires_grad_(False)
-    loss, gradient = differentiated(lambda x: F.cross_entropy(model(x), batch["label"]), batch["image"], model)
+    loss, gradient = loss_and_gradient(lambda x: F.cross_entropy(model(x), batch["label"]), batch["image"], model)
     assert gradient.shape == batch["image"].shape
     assert not batch["image"].requires_grad
     (3 * loss).backward()
@@ -297,9 +298,9 @@ def test_a_share_takes_its_own_masks_and_targets(tokenizer: CountedTokenizer) ->
 def test_a_target_share_is_counted_in_more_pictures(tokenizer: CountedTokenizer) -> None:
     held, logged = (WithDAT(labels(), tokenizer, AttackConfig(share=share)) for share in (0.1, None))
     batches = [torch.empty(count, 3, 32, 32) for count in (1, 4, 64, 256)]  # 64 words each
-    assert [held.counted(one) for one in batches] == [1, 2, 8, 32]
-    assert [logged.counted(one) for one in batches] == [1, 1, 4, 8]
-    assert logged.counted(torch.empty(32, 3, 112, 112)) == 1
+    assert [held.counted_images(one) for one in batches] == [1, 2, 8, 32]
+    assert [logged.counted_images(one) for one in batches] == [1, 1, 4, 8]
+    assert logged.counted_images(torch.empty(32, 3, 112, 112)) == 1
     objective = WithDAT(labels(), tokenizer, AttackConfig(eps=3.0, share=0.1))
     objective(linear_net(), batch_of(), generator())  # finds the strength
     before = tokenizer.encoded

@@ -227,9 +227,9 @@ def test_an_attack_that_changes_nothing_is_warned_about(
 def test_the_strength_is_found_once_and_then_followed(batch: Batch, tokenizer: LightTokenizer) -> None:
     objective = WithDAT(plain_labels(), tokenizer, AttackConfig(eps=0.01, share=0.25, random_start=0.0))
     model = SmallNet()
-    assert not objective.ready
+    assert not objective.strength_is_known
     shares = [float(run(objective, model, batch)["changed_words"]) for _ in range(5)]
-    assert objective.ready
+    assert objective.strength_is_known
     assert shares == pytest.approx([0.25] * 5, abs=0.1)
     assert objective.strength().eps != 0.01
     searched = len(model.seen)
@@ -244,13 +244,13 @@ def test_the_controllers_state_survives_a_checkpoint(batch: Batch, tokenizer: Li
     objective, model = fresh(), SmallNet().eval()
     untouched = fresh()
     untouched.load_state_dict(objective.state_dict())
-    assert not untouched.ready, "a strength that was never found is not restored"
+    assert not untouched.strength_is_known, "a strength that was never found is not restored"
     for _ in range(3):
         run(objective, model, batch)
     objective.idle_steps = 2
     restored = fresh()
     restored.load_state_dict(objective.state_dict())
-    assert restored.ready
+    assert restored.strength_is_known
     assert restored.strength() == objective.strength()
     assert restored.idle_steps == 2
     one, other = run(objective, model, batch), run(restored, model, batch)
@@ -260,5 +260,5 @@ def test_the_controllers_state_survives_a_checkpoint(batch: Batch, tokenizer: Li
 
 def test_random_words_need_no_controller(batch: Batch, tokenizer: LightTokenizer) -> None:
     objective = WithDAT(plain_labels(), tokenizer, AttackConfig("random", share=0.25))
-    assert objective.ready
+    assert objective.strength_is_known
     assert float(run(objective, SmallNet(), batch)["changed_words"]) == 0.25

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dat.attacks.discrete import DiscreteAdversary
-from mae_dat.data.gallery import gallery, save_png, sheet
+from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
 from mae_dat.models.mae import MaskedAutoencoder, mask_noise
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.training.galleries import (
@@ -135,13 +135,13 @@ def cell_centres(drawn: Tensor, rows: int, width: int) -> Tensor:
 def test_drawing_keeps_the_layout_and_the_colours() -> None:
     colors = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 1, 0], [0, 1, 1], [1, 0, 1]]])
     columns = [(f"column {x}", colors[:, x, :, None, None].expand(2, 3, 8, 8)) for x in range(3)]
-    drawn = gallery(columns)
+    drawn = draw_gallery(columns)
     torch.testing.assert_close(cell_centres(drawn, 2, 3), colors, atol=0.02, rtol=0)
 
 
 def test_values_beyond_the_range_are_clipped() -> None:
     picture = torch.tensor([2.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
-    drawn = gallery([("one", picture)])
+    drawn = draw_gallery([("one", picture)])
     assert cell_centres(drawn, 1, 1)[0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.02)
 
 
@@ -150,7 +150,7 @@ def test_values_beyond_the_range_are_clipped() -> None:
 )
 def test_any_number_of_channels_can_be_shown(channels: int, shown: tuple[float, ...]) -> None:
     values = torch.tensor([0.6, 0.2, 0.9, 0.4])[:channels].view(1, channels, 1, 1)
-    drawn = gallery([("one", values.expand(1, channels, 8, 8))])
+    drawn = draw_gallery([("one", values.expand(1, channels, 8, 8))])
     middle = drawn[:, drawn.shape[1] * 2 // 3, drawn.shape[2] // 2]
     assert middle.tolist() == pytest.approx(shown, abs=0.01)
 
@@ -167,7 +167,7 @@ def test_a_picture_is_written_as_it_is(tmp_path: Path) -> None:
 
 def test_pixels_are_enlarged_by_whole_numbers() -> None:
     picture = torch.rand(1, 3, 8, 12)
-    drawn = gallery([("", picture)], cell=60)
+    drawn = draw_gallery([("", picture)], cell=60)
     assert drawn.shape == (3, 8 * 5 + 8 + 8 + 4, 12 * 5 + 8 + 8), "a margin of 8 pixels, and 4 where titles would be"
     rows, columns = 12 + 5 * torch.arange(8), 8 + 5 * torch.arange(12)
     for inside in (0, 4):
@@ -177,13 +177,13 @@ def test_pixels_are_enlarged_by_whole_numbers() -> None:
 
 def test_captions_and_heading_take_their_own_place() -> None:
     picture = torch.zeros(2, 3, 8, 8)
-    plain = gallery([("one", picture), ("two", picture)])
-    told = gallery([("one", picture), ("two", picture)], [["a", "b\nc"], ["", "d"]], "a heading")
+    plain = draw_gallery([("one", picture), ("two", picture)])
+    told = draw_gallery([("one", picture), ("two", picture)], [["a", "b\nc"], ["", "d"]], "a heading")
     assert told.shape[2] == plain.shape[2]
     assert told.shape[1] > plain.shape[1] + 4 * 20, "two lines under each row"
     black = [int((drawn.amax(0) == 0).sum()) for drawn in (plain, told)]
     assert black[1] > black[0] >= 4 * 224 * 224, "no picture is covered; what is new is ink beside them"
-    numbered = sheet(torch.zeros(5, 3, 4, 4), list("abcde"), across=3, cell=40)
+    numbered = draw_sheet(torch.zeros(5, 3, 4, 4), list("abcde"), across=3, cell=40)
     filled = (numbered == 0).all(0).float()
     assert filled.sum() >= 5 * 40 * 40, "all five, and the sixth place is left white"
     assert filled[:, -40:].sum() < 1.5 * 40 * 40
@@ -191,7 +191,7 @@ def test_captions_and_heading_take_their_own_place() -> None:
 
 def test_long_names_lose_their_middle_and_dollars_are_no_formula() -> None:
     picture = torch.zeros(1, 3, 8, 8)
-    drawn = gallery([("", picture)], [["folder/" + "x" * 200 + "/$1$.jpg"]])
+    drawn = draw_gallery([("", picture)], [["folder/" + "x" * 200 + "/$1$.jpg"]])
     assert (drawn[:, 12 + 224 :, :4] == 1).all(), "no ink at the page's edge"
     assert (drawn[:, 12 + 224 :, -4:] == 1).all()
 

@@ -30,7 +30,7 @@ SUPERSAMPLING = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """One picture with its ground truth.
 
     `image` uint8 (H, W, 3); `mask` bool (H, W), true on the object; `box` the mask's extent in pixels; `shape` and
@@ -249,7 +249,9 @@ def _extent(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def draw(seed: int, split: str, index: int, variant: str = "iid", rho: float = 0.9, size: int = 64) -> Picture:
+def draw_image(
+    seed: int, split: str, index: int, variant: str = "iid", rho: float = 0.9, size: int = 64
+) -> GeneratedImage:
     """The picture of this (seed, split, index); its class is `index % 10`.
 
     The variants of one index share pose and outline, so that they can be compared picture by picture. `rho` in [0, 1]
@@ -266,4 +268,4 @@ def draw(seed: int, split: str, index: int, variant: str = "iid", rho: float = 0
     cover = _coverage(SHAPES[shape], pose, size)
     pixels = _silhouette(cover, rng) if texture < 0 else _scene(TEXTURES[texture], cover, pose, size, rng)
     mask = np.asarray(cover) >= 128
-    return Picture(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), mask, _extent(mask), shape, texture)
+    return GeneratedImage(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), mask, _extent(mask), shape, texture)

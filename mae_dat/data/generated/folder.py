@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mae_dat.config.errors import OutputError
-from mae_dat.data.generated.draw import DRAWING_VERSION, SHAPES, TEXTURES, Picture, draw
+from mae_dat.data.generated.draw import DRAWING_VERSION, SHAPES, TEXTURES, GeneratedImage, draw_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FolderSettings:
         return {split: count for split, count in counts.items() if count > 0}
 
 
-def default_root(settings: FolderSettings | None = None) -> Path:
+def generated_root(settings: FolderSettings | None = None) -> Path:
     """Where the pictures of these settings live: `generated-<hash>` in $MAE_DAT_HOME or else ~/.cache/mae_dat."""
     home = Path(os.environ.get("MAE_DAT_HOME") or Path.home() / ".cache" / "mae_dat")
     text = json.dumps((settings or FolderSettings()).as_json(), sort_keys=True)
@@ -104,7 +104,7 @@ def _is_complete(root: Path, settings: FolderSettings) -> bool:
 def _is_of_this_code(root: Path, settings: FolderSettings) -> bool:
     with Image.open(root / "train" / SHAPES[0] / "00000.png") as first:
         return np.array_equal(
-            np.asarray(first), draw(settings.seed, "train", 0, rho=settings.rho, size=settings.size).image
+            np.asarray(first), draw_image(settings.seed, "train", 0, rho=settings.rho, size=settings.size).image
         )
 
 
@@ -124,7 +124,7 @@ def _write_splits(root: Path, settings: FolderSettings) -> None:
         # conflict and silhouette pictures are variants of the val pictures, so that they compare one to one
         source, variant = (split, "iid") if split in ("train", "val") else ("val", split)
         for index in range(count):
-            picture = draw(settings.seed, source, index, variant, settings.rho, settings.size)
+            picture = draw_image(settings.seed, source, index, variant, settings.rho, settings.size)
             name = SHAPES[picture.shape]
             prefix = f"{name}-{TEXTURES[picture.texture]}-" if variant == "conflict" else ""
             file = f"{split}/{name}/{prefix}{index:05d}.png"
@@ -135,7 +135,7 @@ def _write_splits(root: Path, settings: FolderSettings) -> None:
     (root / "settings.json").write_text(json.dumps(settings.as_json(), indent=2))
 
 
-def _annotate(coco: dict[str, list[dict[str, object]]], file: str, picture: Picture) -> None:
+def _annotate(coco: dict[str, list[dict[str, object]]], file: str, picture: GeneratedImage) -> None:
     """Add one picture to a COCO dataset: its size, its class (ids from 1) and its box as (x, y, width, height)."""
     number = len(coco["images"]) + 1
     height, width = picture.mask.shape

@@ -34,7 +34,7 @@ def is_remote(path: str) -> bool:
     return True
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """The folder of downloaded shards."""
     return Path(os.environ.get("MAE_DAT_HOME") or Path.home() / ".cache" / "mae_dat") / "shards"
 
@@ -47,7 +47,7 @@ def remote_root(url: str) -> Path:
     url = url.rstrip("/")
     if url.startswith("http://"):
         logger.warning("%s is not encrypted: who is on the way can change the pictures. Better https.", url)
-    root = cache() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    root = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
     reasons = []
     for split in ("train", "val", ""):
         source, folder = f"{url}/{split}".rstrip("/"), root / split
@@ -128,7 +128,7 @@ def _make_room(size: int) -> None:
         limit = float(os.environ.get(LIMIT_VARIABLE, LIMIT_GB)) * 1e9
     except ValueError as error:
         raise ConfigError(f"{LIMIT_VARIABLE} must be a number of GB, not {os.environ[LIMIT_VARIABLE]!r}.") from error
-    kept = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in cache().glob("**/*.tar"))
+    kept = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in cache_folder().glob("**/*.tar"))
     total = sum(length for _, length, _ in kept) + size
     for _, length, path in kept:
         if total <= limit:

@@ -29,7 +29,7 @@ from mae_dat.storage.weight_files import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
-INDEX = "index.safetensors"
+INDEX_FILE = "index.safetensors"
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBERS = 1_000_000
 _TEXT_BYTES = 1 << 20  # of a .cls or .json, and of what tar needs besides the files: long names and the like
@@ -47,7 +47,7 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Index:
+class ShardIndex:
     """Where the pictures of a folder of shards lie: `offset` and `size` in bytes and `label`, each int64 (N,), the
     pictures of one shard after those of another."""
 
@@ -56,40 +56,40 @@ class Index:
     offset: Tensor
     size: Tensor
     label: Tensor
-    shrunk: int | None = None
+    packed_size: int | None = None
     """Shorter side in pixels that larger pictures were shrunk to, and stored anew, when they were packed."""
 
     def write(self, folder: Path) -> None:
         """Writes it beside the shards, atomically. Raises StorageError."""
         shards = [dataclasses.asdict(one) for one in self.shards]
-        facts = {"kind": "shards", "classes": self.classes, "shards": shards, "shrunk": self.shrunk}
+        facts = {"kind": "shards", "classes": self.classes, "shards": shards, "shrunk": self.packed_size}
         tensors = {"offset": self.offset, "size": self.size, "label": self.label}
-        write_weights(folder / INDEX, tensors, {"mae_dat": json.dumps({**facts, "sha256": self.sha256()})})
+        write_weights(folder / INDEX_FILE, tensors, {"mae_dat": json.dumps({**facts, "sha256": self.sha256()})})
 
     def sha256(self) -> str:
         """Of all that it says: a label that rots on disk would be learned in silence."""
         facts: list[Any] = [self.classes, [dataclasses.astuple(one) for one in self.shards]]
-        if self.shrunk is not None:
-            facts.append(self.shrunk)
+        if self.packed_size is not None:
+            facts.append(self.packed_size)
         told = hashlib.sha256(json.dumps(facts).encode())
         for part in (self.offset, self.size, self.label):
             told.update(part.numpy().tobytes())
         return told.hexdigest()
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path) -> ShardIndex:
     """The index of a folder of shards. Raises DataError for one that is damaged or says what cannot be."""
-    path, advice = folder / INDEX, f"write it anew: python -m mae_dat.pack --index {folder}"
+    path, advice = folder / INDEX_FILE, f"write it anew: python -m mae_dat.pack --index {folder}"
     try:
         found = read_weights(path)
         facts, tensors = found.facts, found.tensors
         shards = [Shard(**one) for one in facts["shards"]]
-        index = Index(shards, facts["classes"], **tensors, shrunk=facts.get("shrunk"))
+        index = ShardIndex(shards, facts["classes"], **tensors, packed_size=facts.get("shrunk"))
         sound = (
             all(_NAME.fullmatch(one.name) for one in index.shards)
             and all(part.dtype == torch.int64 for part in tensors.values())
             and {sum(one.images for one in index.shards)} == {len(part) for part in tensors.values()}
-            and (index.shrunk is None or (type(index.shrunk) is int and index.shrunk > 0))
+            and (index.packed_size is None or (type(index.packed_size) is int and index.packed_size > 0))
             and facts["sha256"] == index.sha256()
         )
         if sound and len(index.offset):
@@ -121,11 +121,11 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-def build_index(folder: Path, classes: Sequence[str] | None = None) -> Index:
+def build_index(folder: Path, classes: Sequence[str] | None = None) -> ShardIndex:
     """The index of the *.tar files in a folder, from their headers.
 
     Classes are called by their numbers, unless `classes` names them. Raises DataError, naming shard and member, for
-    what is torn and for archives that no one writes in good faith: see `members`.
+    what is torn and for archives that no one writes in good faith: see `archive_members`.
     """
     paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     if not paths:
@@ -143,10 +143,10 @@ def build_index(folder: Path, classes: Sequence[str] | None = None) -> Index:
     if classes is not None and highest >= len(classes):
         raise DataError(f"{folder} has the label {highest}, but there are {len(classes)} classes (counted from 0)")
     names = list(classes) if classes is not None else [str(number) for number in range(highest + 1)] or None
-    return Index(shards, names, offset, size, label)
+    return ShardIndex(shards, names, offset, size, label)
 
 
-def members(path: Path) -> Iterator[tarfile.TarInfo]:
+def archive_members(path: Path) -> Iterator[tarfile.TarInfo]:
     """The files in an archive, with their offsets; only headers are read.
 
     Folders and WebDataset's own `__*__` entries are passed over. DataError for links, devices and sparse files, for
@@ -204,7 +204,7 @@ def _fault(member: tarfile.TarInfo) -> str:
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
     """Offset, size and label (-1 without) of each picture. A key is all up to the first dot of the file's name."""
     key, picture, label = "", (0, 0), -1
-    for member in members(path):
+    for member in archive_members(path):
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
         stem, _, extension = name.partition(".")
         if folder + slash + stem != key:

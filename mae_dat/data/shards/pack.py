@@ -21,8 +21,8 @@ from mae_dat.config.errors import ConfigError, DataError, OutputError
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.image_set import SPLIT_NAMES, ImageFolder, epoch_order
-from mae_dat.data.loader import look_at_each
-from mae_dat.data.shards.index import Index, build_index
+from mae_dat.data.loader import map_in_workers
+from mae_dat.data.shards.index import ShardIndex, build_index
 from mae_dat.runtime.console import Console, command_arguments, console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
@@ -60,17 +60,17 @@ class PackConfig:
             raise ConfigError("--shard_mb and --size must be above 0, --quality from 1 to 100.")
 
 
-def checked(path: str, size: int | None, quality: int) -> tuple[bytes, str]:
+def _file_to_pack(path: str, size: int | None, quality: int) -> tuple[bytes, str]:
     """A picture's file and suffix, after decoding it; if it is larger than `size`, a smaller JPEG. Raises DataError,
     StorageError."""
     content = read_bytes(path)
     picture = decode_bytes(content, path)
     if size is None or min(picture.size) <= size:
         return content, Path(path).suffix[1:].lower()
-    return shrunk(picture, size, quality), "jpg"
+    return _shrink_to_jpeg(picture, size, quality), "jpg"
 
 
-def shrunk(picture: Image.Image, size: int, quality: int) -> bytes:
+def _shrink_to_jpeg(picture: Image.Image, size: int, quality: int) -> bytes:
     """The picture as a JPEG with a shorter side of `size` pixels."""
     factor = size / min(picture.size)
     width, height = (max(size, round(side * factor)) for side in picture.size)
@@ -79,7 +79,7 @@ def shrunk(picture: Image.Image, size: int, quality: int) -> bytes:
     return content.getvalue()
 
 
-def pack(config: PackConfig, console: Console) -> dict[str, Index]:
+def pack(config: PackConfig, console: Console) -> dict[str, ShardIndex]:
     """Writes the shards of every split, with their index last; returns the indices by split ("" for a folder without
     splits). Raises DataError, MissingInputError, OutputError, StorageError."""
     source, out = Path(config.source), Path(config.out)
@@ -92,7 +92,7 @@ def pack(config: PackConfig, console: Console) -> dict[str, Index]:
         images = ImageFolder(source / name, lambda image: torch.zeros(0), labelled=config.labelled and name != "")
         folder = prepare_output_folder(out / name)
         _write_shards(images, folder, name or "images", config, console)
-        done[name] = dataclasses.replace(build_index(folder, images.classes or None), shrunk=config.size)
+        done[name] = dataclasses.replace(build_index(folder, images.classes or None), packed_size=config.size)
         done[name].write(folder)
     return done
 
@@ -104,7 +104,7 @@ def _write_shards(images: ImageFolder, folder: Path, name: str, config: PackConf
         raise ConfigError("packing needs the package webdataset: pip install 'mae_dat[shards]'.") from error
     order = epoch_order(len(images), seed=0, epoch=0).tolist()  # neighbours in a folder are of one class
     paths = [images.name_of(index) for index in order]
-    found = look_at_each(paths, lambda path: checked(path, config.size, config.quality), config.num_workers)
+    found = map_in_workers(paths, lambda path: _file_to_pack(path, config.size, config.quality), config.num_workers)
     with console.task(f"pack {name}", len(order)) as task:
         samples = _samples(images, order, found, config.on_bad)
         sample = next(samples, None)
@@ -136,7 +136,7 @@ def _samples(
         yield {"__key__": f"{index:08d}-{stem}", suffix: content, **number}
 
 
-def index_there(config: PackConfig) -> dict[str, Index]:
+def index_existing(config: PackConfig) -> dict[str, ShardIndex]:
     """Writes the index of the shards in `--index`, or in each of its splits; returns them as `pack` does. Raises
     DataError, StorageError."""
     assert config.index
@@ -155,7 +155,7 @@ def index_there(config: PackConfig) -> dict[str, Index]:
     return found
 
 
-def print_summary(found: dict[str, Index], out: str) -> None:
+def print_summary(found: dict[str, ShardIndex], out: str) -> None:
     """What was written, and what to type next."""
     for split, index in found.items():
         size = sum(shard.bytes for shard in index.shards)
@@ -174,7 +174,7 @@ def main() -> None:
     if bool(config.index) == bool(config.source and config.out):
         raise ConfigError("give a folder of images and a folder for the shards, or --index DIR alone; see --help.")
     if config.index:
-        print_summary(index_there(config), config.index)
+        print_summary(index_existing(config), config.index)
     else:
         print_summary(pack(config, console), config.out)
 

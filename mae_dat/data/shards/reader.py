@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dat.config.errors import DataError, UserError
-from mae_dat.data.decode import ADVICE, decode_bytes, decode_pixels, persistently
+from mae_dat.data.decode import ADVICE, decode_bytes, decode_pixels, with_retries
 from mae_dat.data.image_set import ImageSet, Transform, epoch_order
 from mae_dat.data.shards.cache import download_shard, origin_of
 from mae_dat.data.shards.index import BLOCK, Shard, read_index
@@ -28,7 +28,7 @@ _OPEN_FILES = 80  # more than there are lanes
 # ---- the order of samples ----
 
 
-def lanes(batch_size: int, shards: int) -> int:
+def count_lanes(batch_size: int, shards: int) -> int:
     """How many shards a global batch draws from at a time: the largest power of two that divides the batch, up to 64
     and to the number of shards."""
     count = 1
@@ -40,12 +40,12 @@ def lanes(batch_size: int, shards: int) -> int:
 def shard_order(images: Sequence[int], seed: int, epoch: int, batch_size: int) -> Tensor:
     """The indices of an epoch over shards of so many images each, int64 (N // batch_size * batch_size,).
 
-    Shards in random order, with a random order inside each, make one row of images; it is cut into `lanes` equal
+    Shards in random order, with a random order inside each, make one row of images; it is cut into `count_lanes` equal
     pieces, and every global batch takes equally many images of each lane, lane after lane. A rank's part of a global
     batch is contiguous, so ranks own whole lanes: they read different shards (but for those at a cut, of which each
     side reads its part), and a batch's images do not depend on the number of ranks.
     """
-    count = lanes(batch_size, len(images))
+    count = count_lanes(batch_size, len(images))
     starts = torch.tensor([0, *images]).cumsum(0)
     row = torch.cat(
         [
@@ -81,7 +81,7 @@ class Shards(ImageSet):
     ) -> None:
         super().__init__(root, transform, on_bad, seed, max_skips)
         self.index = read_index(Path(root))
-        self.shrunk = self.index.shrunk
+        self.packed_size = self.index.packed_size
         self.starts = torch.tensor([0, *(shard.images for shard in self.index.shards)]).cumsum(0)
         if len(self) == 0:
             raise DataError(f"{root}: the shards hold no images; check the path")
@@ -117,11 +117,11 @@ class Shards(ImageSet):
         """As the base class."""
         return int(self.labels[index])
 
-    def picture(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         """As the base class."""
         return decode_bytes(*self._file(index))
 
-    def pixels(self, index: int) -> np.ndarray:
+    def load_pixels(self, index: int) -> np.ndarray:
         """As the base class."""
         return decode_pixels(*self._file(index))
 
@@ -131,7 +131,7 @@ class Shards(ImageSet):
         place = f"{Path(self.root) / self.index.shards[number].name} at byte {offset}"
         try:
             # The member's header lies before it, and must be there: an index of other shards would give any bytes.
-            read = persistently(lambda: self._read(number, offset - BLOCK, size + BLOCK), place)
+            read = with_retries(lambda: self._read(number, offset - BLOCK, size + BLOCK), place)
             header = tarfile.TarInfo.frombuf(read[:BLOCK], "utf-8", "surrogateescape")
         except OSError as error:
             raise DataError(f"{place}: cannot be read ({error.strerror}); {ADVICE}") from error

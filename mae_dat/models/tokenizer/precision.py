@@ -100,7 +100,7 @@ def quickest_exact(tokenizer: VisualTokenizer, device: torch.device, candidates:
 
 def drawn_pictures(tokenizer: VisualTokenizer, count: int = 4) -> Tensor:
     """Generated pictures (count, C, H, H) in [0, 1] of 32 words a side."""
-    from mae_dat.data.generated.draw import draw  # with Pillow, which nothing else here needs
+    from mae_dat.data.generated.draw import draw_image  # with Pillow, which nothing else here needs
 
-    images = np.stack([draw(0, "val", index, size=32 * tokenizer.factor).image for index in range(count)])
+    images = np.stack([draw_image(0, "val", index, size=32 * tokenizer.factor).image for index in range(count)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float()[:, : tokenizer.in_chans] / 255

@@ -16,19 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mae_dat.attacks.auto_attack import AUTO_ATTACK_EPS, auto_attack, require_auto_attack
 from mae_dat.attacks.discrete import image_generator
-from mae_dat.attacks.pixel import (
-    AUTO_ATTACK_EPS,
-    PIXEL_ATTACKS,
-    PixelAttack,
-    auto_attack,
-    pixel_adversary,
-    require_auto_attack,
-)
-from mae_dat.attacks.word_budget import KINDS, SHARES, WordAttack, word_hits
+from mae_dat.attacks.pixel import PIXEL_ATTACKS, PixelAttack, pixel_adversary
+from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WORD_SHARES, WordAttack, word_hits
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError, SizeError, UserError
 from mae_dat.config.parse import nearest
-from mae_dat.data.image_set import Size, find_split, require_folder
+from mae_dat.data.image_set import ImageSize, find_split, require_folder
 from mae_dat.data.open import holds_shards, open_images
 from mae_dat.models.modes import Network
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
@@ -221,7 +215,7 @@ class Battery:
 
     # ---- suites ----
 
-    def suite(self, name: str, size_HW: Size, interpolation: str, crop: float | None = None) -> Suite:
+    def suite(self, name: str, size_HW: ImageSize, interpolation: str, crop: float | None = None) -> Suite:
         """A suite for a network of this input. Raises what opening raises, and SizeError where it cannot be made."""
 
         def see(pictures: BenchmarkSet) -> BenchmarkSet:
@@ -259,7 +253,7 @@ class Battery:
         portion = Portion(_named(pictures, AGREEMENT), against_float32=True)
         return Suite(AGREEMENT, "bf16 as fp32", (portion,), official=False, made={"seed": str(self.choice.seed)})
 
-    def _generated(self, clean: BenchmarkSet, size_HW: Size, numbered: dict[str, str]) -> Suite:
+    def _generated(self, clean: BenchmarkSet, size_HW: ImageSize, numbered: dict[str, str]) -> Suite:
         try:
             corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
         except DataError as error:
@@ -291,12 +285,12 @@ class Battery:
         with torch.enable_grad():
             return auto_attack(network, image, label, seed=self.choice.seed)  # type: ignore[arg-type]
 
-    def _word_attack(self, size_HW: Size) -> WordAttack:
+    def _word_attack(self, size_HW: ImageSize) -> WordAttack:
         """Shares that are different numbers of words at this size."""
         tokenizer = self.tokenizer
         tokenizer.check(torch.zeros(1, 3, *size_HW))
         places = (size_HW[0] // tokenizer.factor) * (size_HW[1] // tokenizer.factor)
-        different = {round(share * places): share for share in reversed(SHARES)}
+        different = {round(share * places): share for share in reversed(WORD_SHARES)}
         return WordAttack(tuple(sorted(different.values())), seed=self.choice.seed)
 
     def _words(self, name: str, clean: BenchmarkSet, attack: WordAttack) -> Portion:
@@ -323,7 +317,7 @@ class Battery:
         return sha256_of(tokenizer_path(self.choice.tokenizer))
 
 
-assert set(WORDS.values()) == set(KINDS)
+assert set(WORDS.values()) == set(WORD_ATTACK_KINDS)
 
 
 def _stored(pictures: BenchmarkSet) -> Portion:
@@ -341,11 +335,11 @@ def _named(pictures: BenchmarkSet, name: str) -> BenchmarkSet:
     return other
 
 
-def seen_at(pictures: BenchmarkSet, size_HW: Size, interpolation: str, crop: float | None) -> BenchmarkSet:
+def seen_at(pictures: BenchmarkSet, size_HW: ImageSize, interpolation: str, crop: float | None) -> BenchmarkSet:
     """The same pictures for a network of another input."""
     assert isinstance(pictures.transform, Preprocessing)
     prepare = dataclasses.replace(pictures.transform, size_HW=size_HW, interpolation=interpolation, crop=crop)
-    other = pictures.seen_through(prepare)
+    other = pictures.with_transform(prepare)
     other.protocol = {**pictures.protocol, "preprocessing": str(prepare)}
     return other
 

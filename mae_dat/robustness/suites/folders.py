@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError
-from mae_dat.data.image_set import visible
+from mae_dat.data.image_set import visible_entries
 from mae_dat.robustness.corruptions import CATEGORIES
 
 SEVERITY_FOLDERS = ("1", "2", "3", "4", "5")
@@ -36,11 +36,11 @@ class Expected(NamedTuple):
 
 def folders_in(root: str) -> dict[str, str]:
     """Names and paths of the folders in a folder."""
-    return {entry.name: entry.path for entry in visible(root) if entry.is_dir()}
+    return {entry.name: entry.path for entry in visible_entries(root) if entry.is_dir()}
 
 
 def _pictures_in(root: str) -> list[str]:
-    return [entry.name for entry in visible(root) if not entry.is_dir() and _is_picture(entry.name)]
+    return [entry.name for entry in visible_entries(root) if not entry.is_dir() and _is_picture(entry.name)]
 
 
 def _is_picture(name: str) -> bool:
@@ -68,7 +68,7 @@ def list_pictures(root: str, expected: Expected) -> Listing:
         raise DataError(f"{root}: pictures lie beside the class folders ({_some(stray)}); move or delete them")
     listing: Listing = []
     for name in own:
-        entries = visible(found[name])
+        entries = visible_entries(found[name])
         if folders := [entry.name for entry in entries if entry.is_dir()]:
             raise DataError(f"{found[name]}: holds folders ({_some(folders)}) where {expected.title} has pictures")
         label = expected.labels[name]

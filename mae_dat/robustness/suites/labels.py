@@ -12,7 +12,7 @@ from torch import Tensor, tensor
 
 from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.data.generated.draw import SHAPES, TEXTURES
-from mae_dat.data.image_set import walk_pictures
+from mae_dat.data.image_set import walk_images
 from mae_dat.robustness.suites.folders import Listing
 from mae_dat.robustness.suites.imagenet import NO_CLASS, SIXTEEN, SYNSETS, Reading, reading
 
@@ -95,7 +95,7 @@ def read_conflicts(folder: Path, classes: Sequence[str]) -> tuple[Listing, Tenso
     owner = dict(zip(TEXTURES, SHAPES, strict=True)) if drawn else {name: name for name in classes}
     number = {name: i for i, name in enumerate(classes)}
     listing, cues = [], []
-    for path in walk_pictures(str(folder), {os.path.realpath(folder)}):
+    for path in walk_images(str(folder), {os.path.realpath(folder)}):
         shape, texture = _cues_in(path, classes, owner)
         told = number[shape], number[owner[texture]]
         if told[0] != told[1]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from mae_dat.config.errors import ConfigError, DataError
-from mae_dat.data.decode import ADVICE, decode, read_bytes
-from mae_dat.data.image_set import ImageFolder, ImageSet, Size, require_folder
+from mae_dat.data.decode import ADVICE, decode_file, read_bytes
+from mae_dat.data.image_set import ImageFolder, ImageSet, ImageSize, require_folder
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES
 from mae_dat.robustness.suites.folders import (
@@ -153,7 +153,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 class Preprocessing:
     """From a decoded picture to the network's input; as text it is part of a result's key."""
 
-    size_HW: Size
+    size_HW: ImageSize
     interpolation: str = "bicubic"
     side: int | None = None
     border: int = 0
@@ -173,7 +173,7 @@ class Preprocessing:
         # What is stored at one size is never cropped.
         stored = self.side is not None
         share = 1.0 if stored else self.crop
-        return EvalTransform(self.size_HW, self.interpolation, share, keep=stored or self.keep).picture(image)
+        return EvalTransform(self.size_HW, self.interpolation, share, keep=stored or self.keep).resize_and_crop(image)
 
     def __str__(self) -> str:
         size, side = f"{self.size_HW[0]} x {self.size_HW[1]}", self.side
@@ -220,11 +220,11 @@ class BenchmarkSet(ImageSet):
         """The path."""
         return f"{self.root}/{self.listing[index][0]}"
 
-    def picture(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         """As the base class; DataError also for a picture of another size than the set is stored at."""
         path = self.name_of(index)
         with _nothing_skipped():
-            picture = decode(path)
+            picture = decode_file(path)
         if self.side is not None:
             check_size(path, picture.size, self.side)
         return picture
@@ -268,17 +268,17 @@ class CustomSet(BenchmarkSet):
         targets = torch.tensor([label for _, label in listing])[:, None]
         super().__init__(cell, images.root, listing, targets, reading, prepare)
         self.images = images
-        if images.shrunk is not None:
-            self.protocol["folder"] = f"shards, shrunk to {images.shrunk} px"
+        if images.packed_size is not None:
+            self.protocol["folder"] = f"shards, shrunk to {images.packed_size} px"
 
     def name_of(self, index: int) -> str:
         """As the image set names it."""
         return self.images.name_of(int(self.listing[index][0]))
 
-    def picture(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         """As the base class."""
         with _nothing_skipped():
-            return self.images.picture(int(self.listing[index][0]))
+            return self.images.load_image(int(self.listing[index][0]))
 
     def fingerprint(self) -> str:
         """Of the image set, of which of its pictures are taken, and of some of their bytes."""
@@ -300,7 +300,7 @@ def _nothing_skipped() -> Iterator[None]:
 def open_benchmark(
     benchmark: str | Benchmark,
     folder: str | Path,
-    size_HW: Size,
+    size_HW: ImageSize,
     interpolation: str = "bicubic",
     partial: bool = False,
     subset: Collection[str] | None = None,

@@ -40,7 +40,7 @@ class Objective(ABC):
         """The loss of one batch."""
         return self.parts(model, *self.prepare(model, batch, generator))
 
-    def words_by(self, tokenizer: VisualTokenizer, context: Any) -> Tensor | None:
+    def known_words(self, tokenizer: VisualTokenizer, context: Any) -> Tensor | None:
         """Words (B, h, w) of the image where `prepare` has had this tokenizer find them."""
         return None
 

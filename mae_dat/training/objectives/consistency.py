@@ -14,7 +14,7 @@ from mae_dat.training.objectives.base import Parts
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT, first_rows
 
-VIEWS = 3  # of AugMix: the crop, and two mixtures of it
+AUGMIX_VIEWS = 3  # of AugMix: the crop, and two mixtures of it
 
 
 def jensen_shannon(logits: Sequence[Tensor]) -> Tensor:
@@ -62,11 +62,11 @@ class ConsistentDAT(WithDAT):
         image, target = self.prepare(model, batch, generator)
         clean = model(image).float()
         parts = {"loss_clean": F.cross_entropy(clean, target)} if self.attack.clean_weight else {}
-        attacked, target = first_rows((image, target), self.attacked(image))
+        attacked, target = first_rows((image, target), self.attack_count(image))
         with auxiliary_norms(model):
             found = self.adversary(model, attacked, target, generator)
             adversarial = model(found.adversarial).float()
         parts["loss_adversarial"] = F.cross_entropy(adversarial, target)
         divergence = jensen_shannon([clean[: len(attacked)], model(found.reconstruction), adversarial])
         loss = torch.stack([*parts.values(), self.weight * divergence]).sum()
-        return {"loss": loss, **parts, "jsd": divergence, **self.told(found)}
+        return {"loss": loss, **parts, "jsd": divergence, **self.attack_metrics(found)}

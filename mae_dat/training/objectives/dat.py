@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae_dat.attacks.discrete import DiscreteAdversary, ShareController, discrete_adversary
+from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
+from mae_dat.attacks.share_controller import ShareController
 from mae_dat.config.groups import AttackConfig, DataConfig, DatConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.modes import frozen, unwrapped
@@ -19,7 +20,7 @@ from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.models.tokenizer.padded import PaddedTokenizer
 from mae_dat.runtime.collectives import all_mean
 from mae_dat.training.objectives.base import Objective, ObjectiveWrapper, Parts
-from mae_dat.training.objectives.free_gradient import differentiated
+from mae_dat.training.objectives.free_gradient import loss_and_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class WithDAT(ObjectiveWrapper):
     def __init__(self, objective: Objective, tokenizer: VisualTokenizer, attack: AttackConfig) -> None:
         self.objective, self.tokenizer, self.attack = objective, tokenizer, attack
         self.controller = ShareController(attack) if attack.share is not None and attack.moves_pixels else None
-        self.found = self.checked = False
+        self.strength_is_known = self.controller is None  # the search for it needs a batch
+        self.checked = False
         self.idle_steps = 0
         self.ramp = 1.0
 
@@ -52,23 +54,23 @@ class WithDAT(ObjectiveWrapper):
         """One DAT step; parts: loss, loss_clean, loss_adversarial, changed_words (share), eps."""
         image, context = self.prepare(model, batch, generator)
         clean, told, gradient = self.clean_loss(model, image, context)
-        image, context, gradient = first_rows((image, context, gradient), self.attacked(image))
+        image, context, gradient = first_rows((image, context, gradient), self.attack_count(image))
         with auxiliary_norms(model):
-            found = self.adversary(model, image, context, generator, gradient)
-            parts = {**clean, "loss_adversarial": self.loss(model, found.adversarial, context)}
-        return {"loss": torch.stack([*parts.values()]).sum(), **parts, **told, **self.told(found)}
+            adversary = self.adversary(model, image, context, generator, gradient)
+            parts = {**clean, "loss_adversarial": self.loss(model, adversary.adversarial, context)}
+        return {"loss": torch.stack([*parts.values()]).sum(), **parts, **told, **self.attack_metrics(adversary)}
 
-    def attacked(self, image: Tensor) -> int:
+    def attack_count(self, image: Tensor) -> int:
         """How many pictures of a batch are attacked."""
         return max(1, round(self.attack.batch_share * len(image)))
 
-    def told(self, found: DiscreteAdversary) -> Parts:
+    def attack_metrics(self, adversary: DiscreteAdversary) -> Parts:
         """What to log of an attack: changed_words (share), eps, and the ramp of a warm-up."""
-        changed = all_mean(found.changed_in(self.counted(found.adversarial)))
+        changed = all_mean(adversary.changed_share_in_first(self.counted_images(adversary.adversarial)))
         ramp = {"dat_ramp": torch.full_like(changed, self.ramp)} if self.attack.warmup else {}
         return {"changed_words": changed, "eps": torch.full_like(changed, self.strength().eps), **ramp}
 
-    def counted(self, image: Tensor) -> int:
+    def counted_images(self, image: Tensor) -> int:
         """In how many of a batch's pictures changed words are counted: to encode Q(x) again for all would cost a sixth
         of both reconstructions. A target share is held by more words than a log needs."""
         least, enough, most = (1 / 8, 512, 1 / 2) if self.controller else (1 / 32, 256, 1 / 4)
@@ -90,7 +92,7 @@ class WithDAT(ObjectiveWrapper):
             told.update(self.objective.parts(inner, view, context))
             return told.pop("loss")
 
-        loss, gradient = differentiated(loss_of, image, inner)
+        loss, gradient = loss_and_gradient(loss_of, image, inner)
         return {"loss_clean": loss}, told, gradient
 
     def adversary(
@@ -105,7 +107,7 @@ class WithDAT(ObjectiveWrapper):
         module: DDP's hooks see nothing of it."""
         inner, check = unwrapped(model), image.device.type == "cpu" or not self.checked
         self.checked = True
-        words = self.objective.words_by(self.tokenizer, context)
+        words = self.objective.known_words(self.tokenizer, context)
 
         def attack_with(config: AttackConfig, source: torch.Generator) -> DiscreteAdversary:
             def loss_of(view: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ class WithDAT(ObjectiveWrapper):
             with frozen(inner):
                 return discrete_adversary(image, loss_of, self.tokenizer, config, source, gradient, check, words)
 
-        if self.controller and not self.found:
+        if self.controller and not self.strength_is_known:
             self.find_strength(self.controller, attack_with, generator)
         return attack_with(self.strength(), generator)
 
@@ -130,17 +132,12 @@ class WithDAT(ObjectiveWrapper):
 
         def share_at(eps: float) -> float:
             config = dataclasses.replace(self.attack, eps=eps)
-            return float(all_mean(attack_with(config, _restarted(generator, state)).changed))
+            return float(all_mean(attack_with(config, _restarted(generator, state)).changed_share))
 
         controller.find(share_at)
         told = (controller.eps, 100 * share_at(controller.eps), 100 * controller.target)
         logger.info("eps %.4g changes %.1f %% of the words at the start (wanted: %.1f %%)", *told)
-        self.found = True
-
-    @property
-    def ready(self) -> bool:
-        """Whether the strength is known: always, but for a target share before the first step."""
-        return self.found or self.controller is None
+        self.strength_is_known = True
 
     def strength(self) -> AttackConfig:
         """The attack as it stands now, with the controller's eps and so far as it is warmed up."""
@@ -166,7 +163,7 @@ class WithDAT(ObjectiveWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state and the wrapped objective's."""
-        own = {"controller": self.controller.state_dict()} if self.controller and self.found else {}
+        own = {"controller": self.controller.state_dict()} if self.controller and self.strength_is_known else {}
         return {**own, **super().state_dict(), "idle_steps": self.idle_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -175,7 +172,7 @@ class WithDAT(ObjectiveWrapper):
         self.idle_steps = state["idle_steps"]
         if self.controller and "controller" in state:
             self.controller.load_state_dict(state["controller"])
-            self.found = True
+            self.strength_is_known = True
 
 
 def first_rows(value: Any, count: int) -> Any:

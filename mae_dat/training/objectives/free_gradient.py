@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-def differentiated(loss_of: Callable[[Tensor], Tensor], image: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(loss_of: Callable[[Tensor], Tensor], image: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
     """A loss and its gradient at the image, from one backward pass that serves the model's parameters too.
 
     Their gradients wait in the loss, and are handed on when the sum that it is part of is differentiated: DDP,

@@ -5,18 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae_dat.attacks.pixel import LossOf, PixelAttack, random_point, steps_up
+from mae_dat.attacks.gradient import LossFn
+from mae_dat.attacks.pixel import PixelAttack, gradient_ascent, random_point
 from mae_dat.data.image_set import Batch
 from mae_dat.models.modes import frozen, unwrapped
 from mae_dat.models.split_norms import auxiliary_norms
 from mae_dat.training.objectives.base import Objective, ObjectiveWrapper, Parts
 
 
-def projected_gradient(image: Tensor, loss_of: LossOf, attack: PixelAttack, generator: torch.Generator) -> Tensor:
+def projected_gradient(image: Tensor, loss_of: LossFn, attack: PixelAttack, generator: torch.Generator) -> Tensor:
     """Pictures in [0, 1] in the ball around `image`, after steps up the gradient of `loss_of`, an image's scalar loss;
     `generator`, on its device, draws the start."""
     start = random_point(image, attack, generator) if attack.random_start else image
-    return steps_up(start, image, loss_of, attack)
+    return gradient_ascent(start, image, loss_of, attack)
 
 
 class WithPixelAdversary(ObjectiveWrapper):

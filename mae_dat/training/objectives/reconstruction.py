@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae_dat.attacks.discrete import encode
+from mae_dat.attacks.discrete import encode_words
 from mae_dat.data.image_set import Batch
 from mae_dat.models.mae import MaskedAutoencoder, mask_noise, masked_mse
 from mae_dat.models.modes import unwrapped
@@ -37,7 +37,7 @@ class MaskedReconstruction(Objective):
         image, inner = batch["image"], unwrapped(model)
         assert isinstance(inner, MaskedAutoencoder)
         noise = mask_noise(len(image), inner.num_patches, generator, image.device)
-        words = (encode(self.tokenizer, image),) if self.tokenizer else ()
+        words = (encode_words(self.tokenizer, image),) if self.tokenizer else ()
         return image, (inner.target(image, self.norm_pix), noise, *words)
 
     def loss(self, model: nn.Module, image: Tensor, context: tuple[Tensor, ...]) -> Tensor:
@@ -59,6 +59,6 @@ class MaskedReconstruction(Objective):
         of_pixels = masked_mse(prediction.float(), target, mask)
         return {"loss": of_pixels + self.words_weight * of_words, "loss_pixels": of_pixels, **told}
 
-    def words_by(self, tokenizer: VisualTokenizer, context: tuple[Tensor, ...]) -> Tensor | None:
+    def known_words(self, tokenizer: VisualTokenizer, context: tuple[Tensor, ...]) -> Tensor | None:
         """The words that are a target, if they are this tokenizer's."""
         return context[2] if tokenizer is self.tokenizer else None

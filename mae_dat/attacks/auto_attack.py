@@ -1,0 +1,66 @@
+"""AutoAttack (Croce and Hein 2020) from the parts of torchattacks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mae_dat.attacks.gradient import require_pixels
+from mae_dat.attacks.pixel import Norm, _logits
+from mae_dat.config.errors import ConfigError, MissingInputError
+
+AUTO_ATTACK_EPS = 4 / 255  # RobustBench's, for ImageNet
+
+
+def auto_attack(
+    model: nn.Module, image: Tensor, label: Tensor, eps: float = AUTO_ATTACK_EPS, norm: Norm = "linf", seed: int = 0
+) -> Tensor:
+    """The standard AutoAttack (Croce and Hein 2020): APGD-CE, targeted APGD and FAB (9 targets), Square.
+
+    Put together from the parts of `torchattacks` with the original's settings: its own `AutoAttack` stops after 10
+    steps of 100. It draws for the whole batch, so that the batch belongs to the result. Raises MissingInputError
+    without that package, ValueError for pixels outside [0, 1], ConfigError for fewer than 4 classes.
+    """
+    require_pixels(image)
+    classes = _logits(model, image[:1]).shape[1]
+    require_auto_attack(classes)
+    from torchattacks import APGD, APGDT, FAB, MultiAttack, Square
+
+    shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed}
+    targets = {"n_classes": min(10, classes)}
+    devices = [image.device] if image.is_cuda else []
+    with _untouched(model), torch.random.fork_rng(devices), torch.autocast(image.device.type, enabled=False):
+        parts = [
+            APGD(model, steps=100, loss="ce", **shared),
+            APGDT(model, steps=100, **targets, **shared),
+            FAB(model, steps=100, multi_targeted=True, **targets, **shared),
+            Square(model, n_queries=5000, resc_schedule=False, **shared),
+        ]
+        return MultiAttack(parts)(image.float().contiguous(), label).detach()  # FAB takes views of it
+
+
+def require_auto_attack(classes: int) -> None:
+    """Raises MissingInputError without torchattacks, ConfigError for fewer than 4 classes."""
+    if find_spec("torchattacks") is None:
+        raise MissingInputError('AutoAttack needs torchattacks: pip install "mae_dat[autoattack]"')
+    if classes < 4:
+        raise ConfigError(f"AutoAttack compares the four highest logits, and this model has {classes} classes.")
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Others' code may call `backward` and `eval`: no parameter takes a gradient, every flag comes back."""
+    training = {part: part.training for part in model.modules()}
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in learned:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in learned:
+            weight.requires_grad_(True)
+        for part, flag in training.items():
+            part.training = flag
