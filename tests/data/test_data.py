@@ -24,9 +24,9 @@ from torchvision.transforms.functional import to_tensor
 from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.data import image_set as data
 from mae_dat.data import transforms
-from mae_dat.data.decode import decode_bytes, decode_pixels
-from mae_dat.data.image_set import ImageFolder, as_float, decode, find_split
-from mae_dat.data.loader import epoch_order, eval_loader, train_loader
+from mae_dat.data.decode import decode_bytes, decode_file, decode_pixels
+from mae_dat.data.image_set import ImageFolder, as_float, epoch_order, find_split
+from mae_dat.data.loader import eval_loader, train_loader
 from mae_dat.data.sampler import EvalSampler, TrainSampler, steps_per_epoch
 from mae_dat.data.transforms import EraseInRange, eval_transform, finetune_transform, pretrain_transform
 
@@ -85,7 +85,7 @@ def test_every_mode_has_defined_pixels(
     picture: Image.Image, suffix: str, options: dict[str, int], expected: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
     picture.save(tmp_path / f"x.{suffix}", **options)
-    decoded = decode(tmp_path / f"x.{suffix}")
+    decoded = decode_file(tmp_path / f"x.{suffix}")
     assert decoded.mode == "RGB"
     assert [tuple(pixel) for pixel in np.asarray(decoded)[0].tolist()] == expected
 
@@ -94,7 +94,7 @@ def test_an_orientation_tag_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(20, 24).save(tmp_path / "x.png", exif=exif)
-    assert decode(tmp_path / "x.png").size == (24, 20)
+    assert decode_file(tmp_path / "x.png").size == (24, 20)
 
 
 def bad_file(kind: str, path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_bad_file_is_named_with_cause_and_fix(kind: str, cause: str, tmp_path:
     path = tmp_path / "x.jpg"
     bad_file(kind, path)
     with pytest.raises(DataError, match=re.escape(cause)) as caught:
-        decode(path)
+        decode_file(path)
     assert str(path) in str(caught.value)
     assert "--on_bad skip" in str(caught.value)
 
@@ -145,7 +145,7 @@ def test_a_huge_picture_is_refused_from_its_header(size: tuple[int, int], tmp_pa
     header = b"IHDR" + struct.pack(">II", *size) + small[24:29]
     path.write_bytes(small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:])
     with pytest.raises(DataError, match="megapixels"):  # there are no pixels to decode
-        decode(path)
+        decode_file(path)
 
 
 def encoded(picture: Image.Image, **options: Any) -> bytes:
