@@ -25,8 +25,9 @@ from benchmarks.timing import Case, Row, measure
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import load_config, nearest, run_command
 from mae_dat.runtime.console import command_arguments
-from mae_dat.runtime.device import amp_dtype, pick_device, set_float32
-from mae_dat.runtime.machine import machine, versions
+from mae_dat.runtime.device import amp_dtype, pick_device, set_float32_precision
+from mae_dat.runtime.environment import dependency_versions
+from mae_dat.runtime.machine import hardware_facts
 
 logger = logging.getLogger("benchmarks")
 
@@ -79,7 +80,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device, console = pick_device(config.device), Console(width=max(Console().width, TABLE_WIDTH))
     start, wanted = time.monotonic(), chosen(config, device)
-    set_float32("auto")
+    set_float32_precision("auto")
     facts = surroundings(device)
     print_surroundings(facts, console)
     rows: list[Row] = []
@@ -112,7 +113,12 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     """Machine, versions, load and matrix rates; `rate` is that of the precision that our training steps compute in."""
     load = busy_with_others()
     rates = matrix_rates(device)
-    facts = {"machine": machine(), "versions": versions(), "device": str(device), "time": time.strftime("%F %T")}
+    facts = {
+        "machine": hardware_facts(),
+        "versions": dependency_versions(),
+        "device": str(device),
+        "time": time.strftime("%F %T"),
+    }
     busy = load > 0.3 * (os.cpu_count() or 1)
     ours = "bf16" if amp_dtype("auto", device) else "fp32"
     return {**facts, "load": load, "matrix_rates": rates, "precision": ours, "rate": rates[ours], "busy": busy}

@@ -1,6 +1,6 @@
 """A layer of attention, forward and backward: softmax(q k^T) v step by step against torch's fused kernel, and on a GPU
 each of the fused kernels against the one that torch takes by itself. What is faster decides
-`mae_dat.runtime.sharding.choose_attention`."""
+`mae_dat.runtime.blocks.choose_attention`."""
 
 import contextlib
 from functools import partial

@@ -14,7 +14,7 @@ from benchmarks.timing import NEEDS_GPU, Case, Step
 from mae_dat.config.groups import AttackConfig, AugmentConfig
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.tokenizer import VQGAN, LightConfig, LightTokenizer, VisualTokenizer, VQGANConfig, in_precision
-from mae_dat.runtime.sharding import compile_blocks
+from mae_dat.runtime.blocks import compile_blocks
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT
 

@@ -11,7 +11,7 @@ from benchmarks.plain import Trainer, finetuning_step
 from benchmarks.timing import NEEDS_GPU, Case, Step
 from mae_dat.config.groups import AugmentConfig
 from mae_dat.models.classifier import build_classifier
-from mae_dat.runtime.sharding import compile_blocks
+from mae_dat.runtime.blocks import compile_blocks
 from mae_dat.training.objectives.classification import Classification
 
 # Batch on a GPU, GFLOP an image.

@@ -9,7 +9,7 @@ from benchmarks.ours import make_batch, training_step
 from benchmarks.plain import Trainer, mae_step
 from benchmarks.timing import NEEDS_GPU, Case, Step
 from mae_dat.models.mae import build_mae, mask_noise
-from mae_dat.runtime.sharding import compile_blocks
+from mae_dat.runtime.blocks import compile_blocks
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 # Batch on a GPU, GFLOP an image, goals on a GPU: times the reference, share of the matrix rate.

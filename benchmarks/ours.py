@@ -9,10 +9,11 @@ from torch import nn
 
 from mae_dat.config.groups import OptimConfig, RunConfig
 from mae_dat.data.image_set import Batch
+from mae_dat.runtime.blocks import choose_attention
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.device import amp_dtype
 from mae_dat.runtime.run_log import RunLog
-from mae_dat.runtime.sharding import choose_attention, wrap
+from mae_dat.runtime.sharding import wrap_model
 from mae_dat.runtime.signals import StopRequest
 from mae_dat.runtime.world import World
 from mae_dat.training.loop import Ahead, Job, train_step
@@ -65,5 +66,5 @@ def training_step(
         scalar_tags={},
     )
     training = Training(model, build_optimizer(model, 1e-4, 0.05, betas=(0.9, 0.95)), objective)
-    updates, behind, stop, wrapped = Ahead(job), Behind(device), StopRequest(), wrap(model, world, device)
+    updates, behind, stop, wrapped = Ahead(job), Behind(device), StopRequest(), wrap_model(model, world, device)
     return lambda: train_step(training, wrapped, updates, job, stop, None, behind)

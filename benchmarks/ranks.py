@@ -26,7 +26,7 @@ from mae_dat.models.mae import build_mae
 from mae_dat.runtime.collectives import all_sum
 from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.seeds import seed_everything, step_generator, step_seed
-from mae_dat.runtime.watchdog import beat, watching
+from mae_dat.runtime.watchdog import heartbeat, watchdog
 from mae_dat.runtime.world import World, process_group
 from mae_dat.storage.checkpoint import Saver
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
@@ -53,7 +53,7 @@ def resuming_step(world: World, device: torch.device, saver: Saver) -> Step:
         saver.check()
         (all_sum(torch.zeros(3, device=device)) > 0).tolist()
         saver.before_change()
-        beat()
+        heartbeat()
 
     return step
 
@@ -79,7 +79,7 @@ def rank_main(rank: int, size: int, port: int, arguments: argparse.Namespace, fo
     device = pick_device(arguments.device, world)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    with process_group(world, device), watching(15, rank), tempfile.TemporaryDirectory() as folder:
+    with process_group(world, device), watchdog(15, rank), tempfile.TemporaryDirectory() as folder:
         steps = seconds_of(mae_step(world, device, arguments.batch), arguments.rounds, device)
         extra = seconds_of(resuming_step(world, device, Saver(Path(folder))), 20 * arguments.rounds, device)
     if rank == 0:

@@ -19,7 +19,7 @@ import torch
 from mae_dat.config.errors import Interrupted, RetryError, UserError
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
-from mae_dat.runtime.console import Console, duration
+from mae_dat.runtime.console import Console, format_duration
 from mae_dat.runtime.signals import StopRequest, stop_requests
 from mae_dat.training.finetune import finetune
 from mae_dat.training.pretrain import pretrain
@@ -57,7 +57,7 @@ def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
     if jobs == 1:
         for stage in stages:
             run_training(stage.settings(), stage.title, console)
-            console.passed(stage.title)
+            console.end_stage(stage.title)
         return
     left, done = list(stages), set[str]()
     start, cost = time.monotonic(), dict(console.plan)
@@ -76,21 +76,21 @@ def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
                 idle.append(helper)
                 _tell(title, len(done), len(stages), _time_left(time.monotonic() - start, cost, done))
     for stage in stages:
-        console.passed(stage.title)
+        console.end_stage(stage.title)
 
 
 def _heard(lines: Sequence[Connection], stop: StopRequest) -> list[Connection]:
     """The trainings that ended, or Interrupted."""
     ready: list[Connection] = []
     while not ready:
-        if stop.asked:
+        if stop.signal:
             raise Interrupted("stopped; every training was asked to save. The same command goes on.", stop.exit_code)
         ready = [line for line in wait(lines, timeout=1.0) if isinstance(line, Connection)]
     return ready
 
 
 def _tell(title: str, done: int, total: int, seconds: float | None) -> None:
-    left = f"  {duration(seconds)} left" if seconds is not None and done < total else ""
+    left = f"  {format_duration(seconds)} left" if seconds is not None and done < total else ""
     logger.info("%d of %d trainings done: %s%s", done, total, title, left)
 
 

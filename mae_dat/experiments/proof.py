@@ -20,7 +20,7 @@ from mae_dat.robustness.report.ablation import ablation_tables, summary, words_b
 from mae_dat.robustness.report.render import markdown_table, markdown_text
 from mae_dat.robustness.scores.results import Results
 from mae_dat.runtime.console import Console, command_arguments, console_for_command
-from mae_dat.runtime.machine import machine
+from mae_dat.runtime.machine import hardware_facts
 from mae_dat.storage.files import atomic_write
 
 PROOF_GROUPS = (
@@ -100,7 +100,11 @@ def prove(config: ProofConfig, console: Console) -> Path:
 
 def write_tables(found: dict[str, Results], path: Path) -> None:
     """The tables of all data sets as Markdown. Raises StorageError."""
-    parts = ["# Results", f"    {command_line()}", markdown_text(", ".join(f"{k}: {v}" for k, v in machine().items()))]
+    parts = [
+        "# Results",
+        f"    {command_line()}",
+        markdown_text(", ".join(f"{k}: {v}" for k, v in hardware_facts().items())),
+    ]
     for name, results in found.items():
         parts += [f"## {markdown_text(name)}", markdown_text(" ".join(summary(results)))]
         parts += [markdown_table(table, level=3) for table in (*ablation_tables(results), *words_by_arm(results))]

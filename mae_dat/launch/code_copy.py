@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.config.errors import ConfigError, OutputError
-from mae_dat.runtime.environment import CODE_FILE, PACKAGE, code_facts, git, git_state, tree_hash
+from mae_dat.runtime.environment import CODE_FILE, PACKAGE_FOLDER, code_facts, git_state, run_git, tree_hash
 from mae_dat.storage.files import prepare_output_folder, storage_error
 
 PATCH_FILE = "code.patch"
@@ -60,15 +60,15 @@ def code_tree(folder: Path, results: Sequence[Path] = ()) -> CodeTree:
     """
     folder = folder.resolve()
     try:
-        root = Path(os.fsdecode(git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
-        listed = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+        root = Path(os.fsdecode(run_git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
+        listed = run_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
         found = {name: root / name for name in map(os.fsdecode, listed.split(b"\0")) if name}
         state = git_state(root)
     except (OSError, subprocess.SubprocessError):
         root, state = folder, None
         found = {str(path.relative_to(root)): path for path in _sources(root)}
-    if root != PACKAGE.parent:
-        found |= {str(path.relative_to(PACKAGE.parent)): path for path in _sources(PACKAGE)}
+    if root != PACKAGE_FOLDER.parent:
+        found |= {str(path.relative_to(PACKAGE_FOLDER.parent)): path for path in _sources(PACKAGE_FOLDER)}
     outside = [one.resolve() for one in results if not root.is_relative_to(one.resolve())]
     found = {name: path for name, path in found.items() if not any(path.is_relative_to(one) for one in outside)}
     sizes = {name: path.stat().st_size for name, path in found.items() if path.is_file()}
@@ -123,12 +123,12 @@ def _write(tree: CodeTree, temporary: Path, parent: Path, command: str) -> Path:
         commit, dirty = tree.state or (None, None)
         facts: dict[str, Any] = {"commit": commit, "dirty": dirty, "sha256": sha256, "files": len(tree.files)}
         stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        if tree.root != PACKAGE.parent:
+        if tree.root != PACKAGE_FOLDER.parent:
             facts["package"] = code_facts()
         facts |= {"too_large": tree.too_large, "first_submitted": stamp, "command": command}
         (temporary / CODE_FILE).write_text(json.dumps(facts, indent=1) + "\n")
         if dirty:
-            (temporary / PATCH_FILE).write_bytes(git(tree.root, "diff", "HEAD", "--binary"))
+            (temporary / PATCH_FILE).write_bytes(run_git(tree.root, "diff", "HEAD", "--binary"))
         temporary.chmod(0o755)
         try:
             temporary.rename(target)

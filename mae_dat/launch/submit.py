@@ -26,7 +26,7 @@ from mae_dat.launch.code_copy import code_tree, write_snapshot
 from mae_dat.launch.executors import JobConfig, ResolvedJob, batch_file, outside_other_jobs, submit
 from mae_dat.launch.follow import follow
 from mae_dat.launch.task import ScriptTask
-from mae_dat.runtime.environment import PACKAGE
+from mae_dat.runtime.environment import PACKAGE_FOLDER
 from mae_dat.storage.files import prepare_output_folder
 from mae_dat.storage.registry import released
 
@@ -108,8 +108,8 @@ def _existing_script(path: Path) -> Path:
 
 
 def _existing_module(name: str) -> str:
-    files = [path for path in PACKAGE.glob("*.py") if "__main__" in path.read_text()]
-    packages = [path.parent for path in PACKAGE.glob("*/__main__.py")]
+    files = [path for path in PACKAGE_FOLDER.glob("*.py") if "__main__" in path.read_text()]
+    packages = [path.parent for path in PACKAGE_FOLDER.glob("*/__main__.py")]
     known = sorted(f"mae_dat.{path.stem}" for path in (*files, *packages))
     if name not in known:
         raise MissingInputError(f"no such module: -m {name}: {nearest(name, known)}")
@@ -182,10 +182,10 @@ def copied(launch: ResolvedJob, tasks: Sequence[ScriptTask], command: str) -> tu
     """
     task = tasks[0]
     if launch.config.no_snapshot:
-        return PACKAGE.parent, list(tasks)
+        return PACKAGE_FOLDER.parent, list(tasks)
     settings = script_settings(task)
     results = [launch.folder, *([Path(settings.run.output_dir)] if settings else [])]
-    tree = code_tree(PACKAGE.parent if task.module else Path(task.script).resolve().parent, results)
+    tree = code_tree(PACKAGE_FOLDER.parent if task.module else Path(task.script).resolve().parent, results)
     for name in tree.too_large:
         logger.warning("%s is too large for a file of code and is not copied", name)
     script = task.script if task.module else tree.add(Path(task.script))

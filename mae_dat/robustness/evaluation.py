@@ -32,8 +32,8 @@ from mae_dat.robustness.scores.results import FORMAT, Environment, Results, Trai
 from mae_dat.robustness.suites.choose import AGREEMENT, AUTO_ATTACK, Choice
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console
-from mae_dat.runtime.machine import machine
-from mae_dat.runtime.watchdog import beat
+from mae_dat.runtime.machine import hardware_facts
+from mae_dat.runtime.watchdog import heartbeat
 from mae_dat.runtime.world import World
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def hold(plan: Plan, setting: Setting) -> AllHeld:
             groups.setdefault(entry.suite.preprocessing, []).append(entry)
         for group in groups.values():
             _measure_group(group, found, setting)
-        setting.console.passed(name)
+        setting.console.end_stage(name)
     return found
 
 
@@ -204,7 +204,7 @@ def _gradient_checks(entry: Entry, setting: Setting) -> Kept:
         with eval_mode({"": contender.network}), setting.console.task(title, CHECK_PASSES, "pass") as task:
 
             def hear() -> None:
-                beat()
+                heartbeat()
                 task.advance()
 
             network = Heard(contender.network, hear)
@@ -235,7 +235,7 @@ def assemble(plan: Plan, found: AllHeld, checks: dict[str, dict[str, Any]], titl
         "command": command_line(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
-        "machine": machine(),
+        "machine": hardware_facts(),
         "versions": all_versions(under),
         "measured_under": under,
         "models": {one.name: one.facts for one in plan.contenders},

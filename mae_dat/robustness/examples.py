@@ -13,7 +13,7 @@ from mae_dat.models.modes import eval_mode
 from mae_dat.robustness.measure import Portion, PortionPictures
 from mae_dat.robustness.plan import Entry, Plan
 from mae_dat.robustness.suites.imagenet import NO_CLASS
-from mae_dat.runtime.watchdog import beat
+from mae_dat.runtime.watchdog import heartbeat
 
 SHOWN, LOOKED_AT = 8, 128
 SHOWN_CORRUPTIONS = ("gaussian_noise", "glass_blur", "fog", "pixelate")
@@ -92,7 +92,7 @@ def _differing(entries: list[Entry], portion: Portion, row: int) -> Iterator[tup
 
 def _heard(found: Tensor) -> Tensor:
     """The same, once the watchdog knows of it."""
-    beat()
+    heartbeat()
     return found
 
 

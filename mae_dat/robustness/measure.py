@@ -28,7 +28,7 @@ from mae_dat.robustness.scores.calibration import Confidences
 from mae_dat.robustness.scores.results import CellCount
 from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing
 from mae_dat.runtime.collectives import all_sum, on_all_ranks
-from mae_dat.runtime.watchdog import beat
+from mae_dat.runtime.watchdog import heartbeat
 from mae_dat.runtime.world import World
 
 # Columns of a row of counts. TEXTURE: of cue conflict. BAD: logits that are NaN or infinite.
@@ -285,7 +285,7 @@ def measure(
     stream: Iterator[Any] = iter(loader)
 
     def tell(portion: Portion, count: int) -> None:
-        beat()
+        heartbeat()
         progress(portion, count)
 
     def count(portion: Portion, tallies: Sequence[Tally], steps: int) -> None:

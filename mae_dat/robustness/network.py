@@ -73,7 +73,7 @@ class Contender:
     identity: dict[str, str] | None = field(default_factory=dict)
     """What its results are stored under beside its facts; None where it cannot be told from another network."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the packages that it needs beside those of `mae_dat.runtime.machine`."""
+    """Of the packages that it needs beside those of `mae_dat.runtime.environment`."""
 
     @property
     def size(self) -> ImageSize:

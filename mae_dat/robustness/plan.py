@@ -20,7 +20,7 @@ from mae_dat.robustness.suites.base import Suite
 from mae_dat.robustness.suites.choose import CLEAN, NEED_GRADIENTS, Battery, Choice
 from mae_dat.robustness.suites.imagenet import Reading
 from mae_dat.robustness.suites.sets import BENCHMARKS, BenchmarkSet
-from mae_dat.runtime.machine import own_versions, version, versions
+from mae_dat.runtime.environment import dependency_versions, installed_version, toolkit_version
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ class Entry:
     @property
     def versions(self) -> dict[str, str]:
         """Of what measures it now."""
-        packages = {name: version(name) for name in self.suite.packages}
-        return {**own_versions(), **versions(), **packages, **self.contender.versions}
+        packages = {name: installed_version(name) for name in self.suite.packages}
+        return {**toolkit_version(), **dependency_versions(), **packages, **self.contender.versions}
 
     def key(self, portion: Portion, fingerprint: str) -> dict[str, Any] | None:
         """What a portion's numbers are stored under; None where the network cannot be told from another."""

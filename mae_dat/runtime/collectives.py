@@ -50,7 +50,7 @@ def raise_on_all_ranks(failure: UserError | None) -> None:
             raise PeerError(f"rank {rank} stopped: {one[0]}", one[1])
 
 
-def failure_of(act: Callable[[], object]) -> UserError | None:
+def catch_user_error(act: Callable[[], object]) -> UserError | None:
     """The UserError that an act raises, if it does."""
     try:
         act()
@@ -62,7 +62,7 @@ def failure_of(act: Callable[[], object]) -> UserError | None:
 def on_all_ranks(act: Callable[[], T]) -> T:
     """Acts on every rank; a UserError of one of them is raised on all. Collective."""
     results: list[T] = []
-    raise_on_all_ranks(failure_of(lambda: results.append(act())))
+    raise_on_all_ranks(catch_user_error(lambda: results.append(act())))
     return results[0]
 
 

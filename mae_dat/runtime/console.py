@@ -1,4 +1,4 @@
-"""What a run tells: a live bar or plain lines, `log.txt` in JSON lines, TensorBoard scalars and pictures."""
+"""The progress and the log of a command: a live progress bar on a terminal, or plain lines in a file."""
 
 import logging
 import sys
@@ -16,8 +16,8 @@ from mae_dat.runtime.world import world_from_environment
 logger = logging.getLogger(__name__)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as `1:02:03` or `2:03`."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -26,19 +26,21 @@ def duration(seconds: float) -> str:
 class Console:
     """Progress of one or several stages: a live bar on a terminal, one plain line every `interval` seconds in a file.
 
-    `plan` gives the expected seconds of every stage of a longer job by title; the time left then covers the stages to
-    come, corrected by how much the finished ones deviated. With `quiet` (ranks above 0) nothing is shown.
+    `plan` gives the expected seconds of every stage of a longer job by title. The remaining time then covers the later
+    stages, corrected by how much the finished ones deviated from the plan. With `quiet` (ranks above 0) nothing is
+    shown.
     """
 
     def __init__(self, plan: Mapping[str, float] | None = None, interval: float = 10.0, quiet: bool = False) -> None:
         self.plan = dict(plan or {})
-        self.spent: dict[str, float] = {}
+        self.seconds_spent: dict[str, float] = {}
+        """Measured seconds of the stages that ran, by title."""
         self.interval, self.quiet = interval, quiet
         self.rich = RichConsole(stderr=True)
         self.live = self.rich.is_terminal and not quiet
 
     def start_logging(self, level: int = logging.INFO) -> None:
-        """Sends the log to the terminal above the bar, or as plain lines to standard error. Warnings only where
+        """Send the log to the terminal above the bar, or as plain lines to standard error; only warnings where
         `quiet`."""
         if self.live:
             handler: logging.Handler = RichHandler(
@@ -50,32 +52,32 @@ class Console:
         logging.basicConfig(level=logging.WARNING if self.quiet else level, handlers=[handler], force=True)
         logging.getLogger("timm").setLevel(logging.WARNING)
 
-    def task(self, title: str, total: int, unit: str = "step", done: int = 0) -> "Task":
-        """A stage of `total` units, `done` of them before now (a resumed run)."""
-        return Task(self, title, total, unit, done)
+    def task(self, title: str, total: int, unit: str = "step", completed: int = 0) -> "Task":
+        """Return a stage of `total` units, of which a resumed run has `completed` already."""
+        return Task(self, title=title, total=total, unit=unit, completed=completed)
 
-    def passed(self, title: str) -> None:
-        """A stage is over; one that had nothing left to do says nothing about the pace."""
-        if title not in self.spent:
+    def end_stage(self, title: str) -> None:
+        """Mark a stage as over; one that had nothing left to do is removed from the plan, since it was not measured."""
+        if title not in self.seconds_spent:
             self.plan.pop(title, None)
 
-    def left_after(self, title: str, stage_seconds: float) -> float:
-        """Expected seconds of the stages still to come once `title`, estimated at `stage_seconds`, is over."""
-        measured = {**self.spent, title: stage_seconds}
-        known = [name for name in measured if name in self.plan]
-        pace = (
-            sum(measured[name] for name in known) / max(sum(self.plan[name] for name in known), 1e-9) if known else 1.0
-        )
+    def seconds_left_after(self, title: str, stage_seconds: float) -> float:
+        """Estimate the seconds of the later stages once the stage `title`, estimated at `stage_seconds`, is over."""
+        measured = {**self.seconds_spent, title: stage_seconds}
+        planned = [name for name in measured if name in self.plan]
+        pace = 1.0
+        if planned:
+            pace = sum(measured[name] for name in planned) / max(sum(self.plan[name] for name in planned), 1e-9)
         return pace * sum(seconds for name, seconds in self.plan.items() if name not in measured)
 
 
 class Task:
     """One stage, used as a context manager; call `advance` after every unit of work."""
 
-    def __init__(self, console: Console, title: str, total: int, unit: str, done: int) -> None:
+    def __init__(self, console: Console, title: str, total: int, unit: str, completed: int) -> None:
         self.console, self.title, self.total, self.unit = console, title, total, unit
-        self.first = self.done = done
-        self.start = self.shown = time.monotonic()
+        self.first = self.completed = completed
+        self.start = self.last_line = time.monotonic()
         self.progress: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -87,39 +89,40 @@ class Task:
                 TextColumn("{task.fields[note]}"),
             )
             self.progress = Progress(*columns, console=self.console.rich, transient=True)
-            self.bar = self.progress.add_task(self.title, total=self.total, completed=self.done, note="")
+            self.bar = self.progress.add_task(self.title, total=self.total, completed=self.completed, note="")
             self.progress.start()
-        self.start = self.shown = time.monotonic()
+        self.start = self.last_line = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.console.spent[self.title] = time.monotonic() - self.start
+        self.console.seconds_spent[self.title] = time.monotonic() - self.start
         if self.progress:
             self.progress.stop()
 
-    def left(self) -> float:
-        """Expected seconds to the end of this stage, and of the plan's later ones."""
+    def seconds_left(self) -> float:
+        """Estimate the seconds to the end of this stage and of the plan's later ones."""
         elapsed = time.monotonic() - self.start
-        expected = elapsed * (self.total - self.first) / max(self.done - self.first, 1)
-        return expected - elapsed + self.console.left_after(self.title, expected)
+        expected = elapsed * (self.total - self.first) / max(self.completed - self.first, 1)
+        return expected - elapsed + self.console.seconds_left_after(self.title, expected)
 
     def advance(self, note: str = "", count: int = 1) -> None:
-        """Marks `count` units as done and shows `note` (loss, rate) with the time left."""
-        self.done += count
-        left = f"{duration(self.left())} left" if self.done > self.first else ""
+        """Mark `count` more units as completed and show `note` (loss, rate) with the remaining time."""
+        self.completed += count
+        remaining = f"{format_duration(self.seconds_left())} left" if self.completed > self.first else ""
         if self.progress:
-            self.progress.update(self.bar, completed=self.done, note=f"{note}  {left}")
+            self.progress.update(self.bar, completed=self.completed, note=f"{note}  {remaining}")
             return
         now = time.monotonic()
-        if not self.console.quiet and (now - self.shown >= self.console.interval or self.done == self.total):
-            self.shown = now
-            logger.info("%s: %s %d/%d  %s  %s", self.title, self.unit, self.done, self.total, note, left)
+        due = now - self.last_line >= self.console.interval or self.completed == self.total
+        if due and not self.console.quiet:
+            self.last_line = now
+            logger.info("%s: %s %d/%d  %s  %s", self.title, self.unit, self.completed, self.total, note, remaining)
 
 
 def console_for_command() -> Console:
-    """A console that logs; only warnings on ranks above 0."""
+    """Set up logging for a command and return its console; only warnings on ranks above 0."""
     console = Console(quiet=not world_from_environment().main)
     console.start_logging()
     logging.captureWarnings(True)
@@ -127,5 +130,5 @@ def console_for_command() -> Console:
 
 
 def command_arguments() -> list[str]:
-    """The command line after the script's name."""
+    """Return the command line after the script's name."""
     return sys.argv[1:]

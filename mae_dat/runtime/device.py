@@ -36,7 +36,7 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
 
 
-def set_float32(precision: str) -> None:
+def set_float32_precision(precision: str) -> None:
     """How a GPU computes in float32: matrices in TF32 for `tf32`, else exactly; convolutions always exactly, since the
     adversary's step is a fraction of a grey level, which TF32 (cuDNN's default) blurs in a tokenizer."""
     # By torch's older switches: its newer ones, `fp32_precision`, make the older raise, which torch.compile and

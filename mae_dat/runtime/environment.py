@@ -8,13 +8,15 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
 
 CODE_FILE = "code.json"
-PACKAGE = Path(__file__).parents[1]
+PACKAGE_FOLDER = Path(__file__).parents[1]
 
 
 class CodeFacts(TypedDict):
@@ -31,17 +33,17 @@ class CodeFacts(TypedDict):
 @functools.cache
 def code_facts() -> CodeFacts:
     """The facts of the package that this process has imported."""
-    return facts_of(PACKAGE)
+    return package_code_facts(PACKAGE_FOLDER)
 
 
-def told(facts: CodeFacts) -> str:
+def describe_code(facts: CodeFacts) -> str:
     """The facts in words: the commit where git knew it, otherwise the hash."""
     if facts["commit"] is None:
         return f"sources {facts['sha256'][:12]}"
     return f"commit {facts['commit']}{' with changes' if facts['dirty'] else ''}"
 
 
-def facts_of(package: Path) -> CodeFacts:
+def package_code_facts(package: Path) -> CodeFacts:
     """The facts of a package's folder."""
     sources = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
     commit, dirty = _recorded(package.parent / CODE_FILE) or git_state(package) or (None, None)
@@ -60,14 +62,16 @@ def _recorded(path: Path) -> tuple[str | None, bool | None] | None:
 def git_state(folder: Path) -> tuple[str, bool] | None:
     """(commit, dirty) of the files that git knows below `folder`; None when it knows none, or there is no git."""
     try:
-        if not git(folder, "ls-files", "--", "."):
+        if not run_git(folder, "ls-files", "--", "."):
             return None  # an environment inside somebody's repository
-        return git(folder, "rev-parse", "HEAD").decode().strip(), bool(git(folder, "status", "--porcelain", "--", "."))
+        return run_git(folder, "rev-parse", "HEAD").decode().strip(), bool(
+            run_git(folder, "status", "--porcelain", "--", ".")
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def git(folder: Path, *words: str) -> bytes:
+def run_git(folder: Path, *words: str) -> bytes:
     """What git prints, asked in `folder`. Raises OSError without git, SubprocessError when it refuses."""
     # Without optional locks, `status` takes none and disturbs nobody.
     command = ["git", "--no-optional-locks", "-C", str(folder), *words]
@@ -84,3 +88,31 @@ def tree_hash(files: Iterable[tuple[str, Path]]) -> str:
             continue
         digest.update(os.fsencode(name) + b"\0" + hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+
+COMMIT_KEY = "mae_dat's code"  # among the versions; equal sources compute the same, whatever their commit
+
+
+PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
+
+
+def dependency_versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}}
+
+
+def toolkit_version() -> dict[str, str]:
+    """Of this package: its release with a hash of its sources, and its commit."""
+    facts = code_facts()
+    return {
+        "mae_dat": f"{installed_version('mae_dat')}, sources {facts['sha256'][:12]}",
+        COMMIT_KEY: describe_code(facts),
+    }
+
+
+def installed_version(package: str) -> str:
+    """An installed package's version."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

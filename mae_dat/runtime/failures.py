@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mae_dat.config.errors import ConfigError, PeerError, RetryError, UserError
-from mae_dat.runtime.rendezvous import listen, read_line, send_line
+from mae_dat.runtime.rendezvous import open_server, receive_message, send_message
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ _SIGNS = ("gloo/transport", "gloo::", "Connection closed by peer", "Connection r
 Word = dict[str, Any]
 
 
-def is_loss(error: BaseException) -> bool:
+def is_connection_loss(error: BaseException) -> bool:
     """Whether a collective failed because a peer, or the way to it, is gone."""
     if isinstance(error, dist.DistError):
         return True
     return type(error) is RuntimeError and any(sign in str(error) for sign in _SIGNS)
 
 
-def error_of(word: Word, when: str = "") -> UserError:
+def error_from_report(word: Word, when: str = "") -> UserError:
     """What a rank raises for the failure of another one: PeerError, or RetryError where that one was killed."""
     if "code" in word:
         return PeerError(f"rank {word['rank']} stopped: {word['message']}", word["code"])
@@ -65,7 +65,7 @@ class _Peers:
         if self.rank:
             self.ends[0] = _connect(json.loads(store.get("mae_dat/hub")), self.rank)
         else:
-            server, token = listen([0], self.size), secrets.token_hex(16)
+            server, token = open_server([0], self.size), secrets.token_hex(16)
             address = {"host": os.environ["MASTER_ADDR"], "port": server.getsockname()[1]}
             store.set("mae_dat/hub", json.dumps({**address, "token": token}))
             self.ends.update(_accept(server, token, self.size))
@@ -83,7 +83,7 @@ class _Peers:
         """Tells the others of a failure, or with {"bye": True} that this rank leaves as it should."""
         for end in self.ends.values():
             with contextlib.suppress(OSError):
-                send_line(end, word)
+                send_message(end, word)
 
     def leave(self) -> None:
         """Closes the connections."""
@@ -114,7 +114,7 @@ class _Peers:
     def _end_if_stuck(self, word: Word) -> None:
         """Ends this process if it still waits for the peer that is gone: NCCL's kernels wait for ever."""
         if not self.leaving.wait(GRACE_S):
-            error = error_of(word)
+            error = error_from_report(word)
             sys.stderr.write(f"error: {error}\n")
             _leave_at_once(error.exit_code)
 
@@ -123,7 +123,7 @@ def _connect(hub: dict[str, Any], rank: int) -> socket.socket:
     address = (hub["host"], hub["port"])
     try:
         end = socket.create_connection(address, timeout=GRACE_S)
-        send_line(end, {"rank": rank, "token": hub["token"]})
+        send_message(end, {"rank": rank, "token": hub["token"]})
     except OSError as error:
         raise ConfigError(f"rank {rank} cannot connect to rank 0 at {address[0]}:{address[1]}: {error}") from error
     return end
@@ -136,7 +136,7 @@ def _accept(server: socket.socket, token: str, size: int) -> dict[int, socket.so
         while len(ends) < size - 1:
             end, _ = server.accept()
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                told = read_line(end)
+                told = receive_message(end)
                 if told["token"] == token:
                     ends[int(told["rank"])] = end
     if missing := set(range(1, size)) - set(ends):
@@ -148,7 +148,7 @@ def _accept(server: socket.socket, token: str, size: int) -> dict[int, socket.so
 
 def _hear(end: socket.socket, rank: int) -> Word:
     try:
-        word: Word = read_line(end)
+        word: Word = receive_message(end)
         return word
     except (OSError, ValueError):
         return {"rank": rank}
@@ -165,7 +165,7 @@ _peers: _Peers | None = None
 
 
 @contextlib.contextmanager
-def report_failure_to_ranks(when: Callable[[], str] = str) -> Iterator[None]:
+def explain_rank_failure(when: Callable[[], str] = str) -> Iterator[None]:
     """Turns the failure of a collective into a PeerError with what the rank that left said, or into a RetryError.
 
     `when` tells where the run stands, such as "at step 12"; it is called only then. After an error of any kind the rest
@@ -177,20 +177,20 @@ def report_failure_to_ranks(when: Callable[[], str] = str) -> Iterator[None]:
         if _peers is None:
             raise
         _peers.leaving.set()
-        if not is_loss(error):
+        if not is_connection_loss(error):
             raise
         _peers.heard.wait(WORD_S)
         cause = (str(error).splitlines() or [""])[0][:200]
-        raise error_of(_peers.word or {"cause": cause}, when()) from error
+        raise error_from_report(_peers.word or {"cause": cause}, when()) from error
 
 
 @contextlib.contextmanager
-def leaving_together() -> Iterator[None]:
+def report_failure_to_ranks() -> Iterator[None]:
     """Around all that a rank does in the process group, which it leaves at the end, after an error without waiting."""
     global _peers
     peers = _peers = _Peers()
     try:
-        with report_failure_to_ranks():
+        with explain_rank_failure():
             yield
             dist.destroy_process_group()
         peers.say({"bye": True})

@@ -2,37 +2,12 @@
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from mae_dat.runtime.environment import code_facts, told
 
-COMMIT = "mae_dat's code"  # among the versions; equal sources compute the same, whatever their commit
-PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def own_versions() -> dict[str, str]:
-    """Of this package: its release with a hash of its sources, and its commit."""
-    facts = code_facts()
-    return {"mae_dat": f"{version('mae_dat')}, sources {facts['sha256'][:12]}", COMMIT: told(facts)}
-
-
-def version(package: str) -> str:
-    """An installed package's version."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def machine() -> dict[str, str]:
+def hardware_facts() -> dict[str, str]:
     """The hardware, as far as it shapes times and numerics."""
     facts = {"system": f"{platform.system()} {platform.machine()}", "cores": str(os.cpu_count())}
     cpu = Path("/proc/cpuinfo")

@@ -31,18 +31,20 @@ TOLD = 30.0  # seconds between two messages while waiting
 LONGEST = 4096
 
 
-def ports_of(base: int) -> list[int]:
+def candidate_ports(base: int) -> list[int]:
     """The ports to try: `base`, then seven in 20000..31999, below those that the system gives to clients."""
     return [base, *[20000 + (base + step * STRIDE) % 12000 for step in range(1, PORTS)]]
 
 
-def token_of_job(size: int) -> str:
+def job_token(size: int) -> str:
     """What tells this job's ranks from another's: the same on all of them, another after a requeue."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "MASTER_PORT")
     return "/".join(["mae_dat", *[os.environ.get(name, "") for name in names], str(os.getuid()), str(size)])
 
 
-def join(rank: int, size: int, host: str, ports: Sequence[int], token: str, patience: float = PATIENCE) -> TCPStore:
+def join_ranks(
+    rank: int, size: int, host: str, ports: Sequence[int], token: str, patience: float = PATIENCE
+) -> TCPStore:
     """The store that all `size` ranks share, once they are all there. Raises ConfigError after `patience` seconds."""
     deadline = time.monotonic() + patience
     if rank:
@@ -80,7 +82,7 @@ def _listed(ranks: Sequence[int]) -> str:
 @contextlib.contextmanager
 def _answering(ports: Sequence[int], token: str, store_port: int, size: int) -> Iterator[int]:
     """Tells those who ask in the name of this job where the store is; yields the port that it answers on."""
-    server = listen(ports, size)
+    server = open_server(ports, size)
     claims: dict[int, str] = {}
 
     def serve() -> None:
@@ -91,12 +93,12 @@ def _answering(ports: Sequence[int], token: str, store_port: int, size: int) -> 
                 return
             with caller, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 caller.settimeout(ANSWER)
-                asked = read_line(caller)
+                asked = receive_message(caller)
                 if asked["token"] != token:
                     continue
                 # Two jobs started by hand on the same port look alike, but each rank is there only once.
                 ours = claims.setdefault(int(asked["rank"]), asked["who"]) == asked["who"]
-                send_line(caller, {"token": token, "port": store_port if ours else None})
+                send_message(caller, {"token": token, "port": store_port if ours else None})
 
     threading.Thread(target=serve, daemon=True, name="rendezvous").start()
     try:
@@ -107,7 +109,7 @@ def _answering(ports: Sequence[int], token: str, store_port: int, size: int) -> 
         server.close()
 
 
-def listen(ports: Sequence[int], callers: int) -> socket.socket:
+def open_server(ports: Sequence[int], callers: int) -> socket.socket:
     """A server on the first free one of `ports` (0: any), for so many callers at once. Raises ConfigError."""
     both = socket.has_dualstack_ipv6()
     family, address = (socket.AF_INET6, "::") if both else (socket.AF_INET, "")
@@ -154,16 +156,16 @@ def _connect(host: str, port: int) -> TCPStore:
 
 def _ask(host: str, port: int, question: dict[str, Any]) -> dict[str, Any]:
     with socket.create_connection((host, port), timeout=ANSWER) as connection:
-        send_line(connection, question)
-        return read_line(connection)
+        send_message(connection, question)
+        return receive_message(connection)
 
 
-def send_line(connection: socket.socket, value: dict[str, Any]) -> None:
+def send_message(connection: socket.socket, value: dict[str, Any]) -> None:
     """A value as one line of JSON. Raises OSError."""
     connection.sendall(json.dumps(value).encode() + b"\n")
 
 
-def read_line(connection: socket.socket) -> Any:
+def receive_message(connection: socket.socket) -> Any:
     """The first line of JSON, within ANSWER seconds. Raises OSError, ValueError for anything else."""
     deadline, line = time.monotonic() + ANSWER, b""
     while b"\n" not in line:

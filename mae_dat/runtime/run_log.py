@@ -57,8 +57,8 @@ class RunLog:
                 for tag, value in values.items():
                     self.writer.add_scalar(tag, value, position)
 
-    def picture(self, tag: str, image_CHW: Tensor, step: int) -> None:
-        """A TensorBoard picture, pixels in [0, 1]."""
+    def image(self, tag: str, image_CHW: Tensor, step: int) -> None:
+        """Write an image to TensorBoard; pixels in [0, 1]."""
         if self.writer is not None:
             with self._told():
                 self.writer.add_image(tag, image_CHW.clamp(0, 1), step)

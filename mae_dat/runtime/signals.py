@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
+from signal import Signals
 from types import FrameType
 
 from mae_dat.config.errors import Interrupted, RetryError
@@ -16,16 +17,19 @@ ECHO_S = 2.0  # a scheduler signals every process, and a launcher passes its own
 
 
 class StopRequest:
-    """`asked`: this process got a signal. `agreed`: all ranks know."""
+    """A request to save and stop."""
 
-    asked: signal.Signals | None = None
-    agreed = False
-    at_once = False
+    signal: Signals | None = None
+    """The first signal that this process got; None while there is none."""
+    all_ranks_stop = False
+    """Whether all ranks know that at least one of them got a signal, and stop together after the same step."""
+    immediate = False
+    """Whether a second signal asked to stop without saving."""
 
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C; after a scheduler's signal, or a peer's, 75: start the same command again."""
-        return Interrupted.exit_code if self.asked == signal.SIGINT else RetryError.exit_code
+        return Interrupted.exit_code if self.signal == signal.SIGINT else RetryError.exit_code
 
 
 @contextlib.contextmanager
@@ -38,11 +42,11 @@ def stop_requests() -> Iterator[StopRequest]:
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal first
         name = signal.Signals(number)
-        if stop.asked is None:
-            stop.asked, first = name, time.monotonic()
+        if stop.signal is None:
+            stop.signal, first = name, time.monotonic()
             logger.warning("%s: saving after this step, then stopping. A second one stops at once.", name.name)
         elif number == signal.SIGINT or time.monotonic() - first > ECHO_S:
-            stop.at_once = True
+            stop.immediate = True
             raise Interrupted(f"{name.name}: stopped at once, at the last checkpoint.", stop.exit_code)
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}

@@ -27,7 +27,7 @@ DEAF_TO = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal
 _beats = -1
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """Tells the watchdog, if there is one, that a step is done."""
     if _beats >= 0:
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
@@ -35,8 +35,8 @@ def beat() -> None:
 
 
 @contextlib.contextmanager
-def watching(minutes: float, rank: int = 0, first_minutes: float = FIRST_MINUTES) -> Iterator[None]:
-    """Ends this process with code 75, its stacks in stderr, after so long without a `beat`; 0 is never.
+def watchdog(minutes: float, rank: int = 0, first_minutes: float = FIRST_MINUTES) -> Iterator[None]:
+    """Ends this process with code 75, its stacks in stderr, after so long without a `heartbeat`; 0 is never.
 
     The first beat may take `first_minutes`, or `minutes` if that is more. SIGQUIT shows the stacks at any time.
     """
@@ -98,7 +98,7 @@ def main() -> None:
 
 def end(pid: int, who: str, quiet: int) -> None:
     """Has the stacks of the process written, tells it to leave, and kills it if it does not."""
-    tell(f"\n{who} made no step for {quiet} s ({state_of(pid)}): its stacks follow, then it is ended.\n")
+    tell(f"\n{who} made no step for {quiet} s ({process_state(pid)}): its stacks follow, then it is ended.\n")
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, STACKS_SIGNAL)
         os.kill(pid, signal.SIGCONT)
@@ -113,7 +113,7 @@ def end(pid: int, who: str, quiet: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def state_of(pid: int) -> str:
+def process_state(pid: int) -> str:
     """The kernel's word for what a process is doing: running, sleeping, stopped, in a disk's or network's wait."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
         return next(line.partition(":")[2].strip() for line in file if line.startswith("State"))

@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from mae_dat.runtime.failures import leaving_together
-from mae_dat.runtime.rendezvous import join, ports_of, token_of_job
+from mae_dat.runtime.failures import report_failure_to_ranks
+from mae_dat.runtime.rendezvous import candidate_ports, job_token, join_ranks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     else:
         store = _store(world)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, device_id=own)
-    with leaving_together():
+    with report_failure_to_ranks():
         yield
 
 
@@ -68,7 +68,7 @@ def _store(world: World) -> dist.Store:
     env = os.environ
     host = env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     base = int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 12000)
-    return join(world.rank, world.size, host, ports_of(base), token_of_job(world.size))
+    return join_ranks(world.rank, world.size, host, candidate_ports(base), job_token(world.size))
 
 
 def _first_host(nodelist: str) -> str:

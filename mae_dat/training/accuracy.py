@@ -11,7 +11,7 @@ from mae_dat.data.image_set import Batch
 from mae_dat.data.loader import ImageLoader
 from mae_dat.runtime.collectives import all_sum, gather, on_all_ranks
 from mae_dat.runtime.sharding import is_sharded
-from mae_dat.runtime.watchdog import beat
+from mae_dat.runtime.watchdog import heartbeat
 
 
 @torch.no_grad()  # what sharded weights are gathered into in inference mode could not be trained with
@@ -30,7 +30,7 @@ def accuracy(
     def count() -> Tensor:
         for batch, counted in synchronized(loader, model):
             counts.add_(_counts(model, batch, device, precision) * counted)
-            beat()
+            heartbeat()
         return counts
 
     # In shards a rank that fails cannot wait for the others, which wait for it: it leaves, and they hear why.

@@ -12,11 +12,12 @@ from torch import nn
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import LaunchConfig, RunConfig
+from mae_dat.runtime.blocks import checkpoint_blocks, choose_attention, compile_blocks
 from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.console import Console
-from mae_dat.runtime.device import amp_dtype, pick_device, set_float32
-from mae_dat.runtime.sharding import checkpoint_blocks, choose_attention, compile_blocks, shard
-from mae_dat.runtime.watchdog import watching
+from mae_dat.runtime.device import amp_dtype, pick_device, set_float32_precision
+from mae_dat.runtime.sharding import shard_model
+from mae_dat.runtime.watchdog import watchdog
 from mae_dat.runtime.world import World, process_group, world_from_environment
 from mae_dat.storage.checkpoint import sweep
 from mae_dat.storage.files import prepare_output_folder
@@ -64,7 +65,7 @@ def run_context(run: RunConfig, launch: LaunchConfig, console: Console, training
     if run.compile and fsdp:
         raise ConfigError("--compile does not go with --fsdp: leave out one of them.")
     device = pick_device(run.device, world)
-    set_float32(run.precision)
+    set_float32_precision(run.precision)
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -79,7 +80,7 @@ def run_context(run: RunConfig, launch: LaunchConfig, console: Console, training
                 sweep(output)
 
         on_main_rank(prepare)
-        stack.enter_context(watching(run.hang_minutes, world.rank))
+        stack.enter_context(watchdog(run.hang_minutes, world.rank))
         yield RunContext(
             world,
             device,
@@ -101,4 +102,4 @@ def prepare_model(model: nn.Module, where: RunContext, copy: nn.Module | None = 
         compile_blocks(model)
     for one in (model, copy):
         if one is not None and where.shards:
-            shard(one, where.world, where.device)
+            shard_model(one, where.world, where.device)

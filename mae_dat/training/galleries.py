@@ -191,4 +191,4 @@ def show_galleries(pictures: Mapping[str, Tensor], where: RunContext, log: RunLo
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
         save_png(picture, folder / f"{name}.png")
-        log.picture(name, picture, 1000 * (epoch + 1))
+        log.image(name, picture, 1000 * (epoch + 1))

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from mae_dat.config.errors import Interrupted, NumericsError, UserError
 from mae_dat.config.groups import OptimConfig, RunConfig
 from mae_dat.data.image_set import Batch, as_float
-from mae_dat.runtime.collectives import all_sum, failure_of, on_all_ranks, raise_on_all_ranks
+from mae_dat.runtime.collectives import all_sum, catch_user_error, on_all_ranks, raise_on_all_ranks
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.device import peak_memory
-from mae_dat.runtime.failures import report_failure_to_ranks
+from mae_dat.runtime.failures import explain_rank_failure
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator, step_seed
-from mae_dat.runtime.sharding import accumulating, clip_gradient, update_average, wrap
+from mae_dat.runtime.sharding import no_gradient_sync, wrap_model
 from mae_dat.runtime.signals import StopRequest, stop_requests
-from mae_dat.runtime.watchdog import beat
+from mae_dat.runtime.watchdog import heartbeat
 from mae_dat.runtime.world import World
 from mae_dat.storage.checkpoint import Saver
-from mae_dat.training.optim import effective_lr, learning_rate, set_lr, step_unless
+from mae_dat.training.optim import clip_gradient, effective_lr, learning_rate, set_lr, step_unless, update_average
 from mae_dat.training.state import Training
 from mae_dat.training.step_report import Asked, Behind, Reading, Seen, Told, lag_of
 
@@ -99,7 +99,7 @@ def fit(training: Training, job: Job) -> None:
             job.optim.warmup_epochs,
             job.optim.epochs,
         )
-    model = wrap(training.model, job.world, job.device)
+    model = wrap_model(training.model, job.world, job.device)
     model.train()
     first = training.step
     start = saved = last = time.monotonic()
@@ -107,15 +107,15 @@ def fit(training: Training, job: Job) -> None:
     updates, behind = Ahead(job), Behind(job.device)
     raise_on_all_ranks(updates.failure)
     with (
-        job.console.task(job.title, job.total_steps, done=first) as task,
+        job.console.task(job.title, job.total_steps, completed=first) as task,
         stop_requests() as stop,
         saving(job, stop) as saver,
-        report_failure_to_ranks(lambda: f"at step {training.step}"),
+        explain_rank_failure(lambda: f"at step {training.step}"),
     ):
         while training.step < job.total_steps:
             updates.save_due = time.monotonic() - saved > 60 * job.run.save_minutes
             loss = train_step(training, model, updates, job, stop, saver, behind)
-            beat()
+            heartbeat()
             now = time.monotonic()
             training.totals["seconds"] = training.totals.get("seconds", 0.0) + now - last
             training.totals["cpu_seconds"] = training.totals.get("cpu_seconds", 0.0) + time.process_time() - busy
@@ -123,11 +123,11 @@ def fit(training: Training, job: Job) -> None:
             lr = training.optimizer.param_groups[-1]["lr"]
             task.advance(f"{rate:.0f} images/s  loss {loss:.4f}  lr {lr:.2e}")
             epoch_over = training.step % job.steps_per_epoch == 0
-            if epoch_over or stop.agreed or updates.failed or updates.save_agreed:
+            if epoch_over or stop.all_ranks_stop or updates.failed or updates.save_agreed:
                 # What is evaluated and saved is only what the host knows to be sound.
                 read_steps(training, job, behind.due(0), updates, stop)
             facts = end_epoch(training, job) if epoch_over else {}
-            stopping = stop.agreed or updates.failed
+            stopping = stop.all_ranks_stop or updates.failed
             if facts or stopping or updates.save_agreed:
                 save(training, job, saver, facts)
                 saved, updates.save_agreed = time.monotonic(), False
@@ -204,14 +204,14 @@ def train_step(
         seed_everything(step_seed(job.run.seed, micro, job.world.rank))
         generator = step_generator(job.run.seed, micro, job.world.rank, job.device)
         alone = job.world.size == 1 or number == accum - 1
-        with contextlib.nullcontext() if alone else accumulating(model):
+        with contextlib.nullcontext() if alone else no_gradient_sync(model):
             with torch.autocast(job.device.type, job.precision or torch.bfloat16, enabled=job.precision is not None):
                 parts = training.objective(model, _to_device(batch, job.device), generator)
             (parts["loss"] / accum).backward()
         seen.append(Seen.of(batch, parts))
     updates.fetch()
-    failure = failure_of(saver.check) if saver else None
-    asked = Asked(failure is not None, stop.asked is not None, updates.failure is not None, updates.save_due)
+    failure = catch_user_error(saver.check) if saver else None
+    asked = Asked(failure is not None, stop.signal is not None, updates.failure is not None, updates.save_due)
     every = behind.agree(seen, asked)
     norm = update(training, job, behind, saver)
     behind.add(training.step, seen, failure, norm, every)
@@ -249,7 +249,10 @@ def read_steps(training: Training, job: Job, readings: Iterable[Reading], update
             raise_on_all_ranks(_not_finite(training, job, reading, told))
         if told.agreed.failed:
             raise_on_all_ranks(reading.failure)
-        stop.agreed, updates.failed = stop.agreed or told.agreed.stop, updates.failed or told.agreed.no_data
+        stop.all_ranks_stop, updates.failed = (
+            stop.all_ranks_stop or told.agreed.stop,
+            updates.failed or told.agreed.no_data,
+        )
         updates.save_agreed = updates.save_agreed or told.agreed.save
         sums = {"images": 0.0, "skipped": 0.0, "updates": 1.0, "grad_norm": told.grad_norm}
         for micro, facts in zip(reading.seen, told.parts, strict=True):
@@ -332,7 +335,7 @@ def saving(job: Job, stop: StopRequest) -> Iterator[Saver | None]:
         on_all_ranks(lambda: saver.wait() if saver else None)
     finally:
         if saver:
-            saver.close(abandon=stop.at_once)
+            saver.close(abandon=stop.immediate)
 
 
 def save(training: Training, job: Job, saver: Saver | None, facts: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.models.classifier import Classifier
@@ -186,3 +187,29 @@ def _timm_layer_scales(net: nn.Module, layer_decay: float) -> dict[str, float]:
     for group in param_groups_layer_decay(net, weight_decay=0.0, layer_decay=layer_decay):
         scale_of.update({id(parameter): group["lr_scale"] for parameter in group["params"]})
     return {name: scale_of[id(p)] for name, p in net.named_parameters() if id(p) in scale_of}
+
+
+def clip_gradient(model: nn.Module, limit: float | None) -> Tensor:
+    """Scales the gradient to a norm of at most `limit` (None: leaves it); returns the norm from before, over all
+    shards, a scalar on the device."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def update_average(ema: Any, model: nn.Module, step: int, skip_update: Tensor) -> None:
+    """timm's ModelEmaV3.update, also on shards; the average of the weights stays as it is where
+    `skip_update`, a scalar on the device, is 1."""
+    weight = (1.0 - ema.get_decay(step)) * (1.0 - skip_update)
+    for mean, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            _local(mean).lerp_(_local(value), weight.to(mean.dtype))
+        else:
+            mean.copy_(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

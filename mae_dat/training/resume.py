@@ -12,7 +12,7 @@ from mae_dat.config.parse import flat_values
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.open import describe_images
 from mae_dat.runtime.collectives import on_all_ranks
-from mae_dat.runtime.environment import code_facts, told
+from mae_dat.runtime.environment import code_facts, describe_code
 from mae_dat.runtime.world import World
 from mae_dat.storage.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, verify
 from mae_dat.training.context import RunContext
@@ -65,14 +65,14 @@ def check_changes(found: Checkpoint, now: dict[str, Any], images: str, batch: in
         for name, (old, new) in changed.items()
     ]
     refused = [name for name in changed if name not in free and name not in allowed]
-    told = "\n".join([f"{found.path} was made with other settings:", *lines])
+    describe_code = "\n".join([f"{found.path} was made with other settings:", *lines])
     if refused:
         raise ConfigError(
-            f"{told}\nTo go on all the same repeat the command with --allow_change {' '.join(refused)}; "
+            f"{describe_code}\nTo go on all the same repeat the command with --allow_change {' '.join(refused)}; "
             "to start anew choose another --output_dir."
         )
     if lines:
-        logger.warning("%s", told)
+        logger.warning("%s", describe_code)
 
 
 def keep_global_batch(optim: OptimConfig, found: Checkpoint | None, ranks: int) -> OptimConfig:
@@ -154,4 +154,6 @@ def warn_if_code_changed(found: Checkpoint) -> None:
     """A note where the package's sources are not those that the checkpoint was made with."""
     before, now = found.manifest.get("code", {}), code_facts()
     if before and before["sha256"] != now["sha256"]:
-        logger.warning("the code has changed since the checkpoint: %s before, %s now.", told(before), told(now))
+        logger.warning(
+            "the code has changed since the checkpoint: %s before, %s now.", describe_code(before), describe_code(now)
+        )

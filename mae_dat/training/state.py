@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_dat.runtime.collectives import gather
-from mae_dat.runtime.sharding import full_state_dict, load_model, load_optimizer
+from mae_dat.runtime.sharding import full_state_dict, load_model_state, load_optimizer_state
 from mae_dat.training.objectives.base import Objective
 
 BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
@@ -45,11 +45,11 @@ class Training:
     def load_state_dict(self, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
         """From a checkpoint. What differed between the ranks goes back to each of them; with another number of ranks
         now, rank 0 gets the sums, and all the mean of BatchNorm's statistics."""
-        load_model(self.model, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        load_model_state(self.model, state["model"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         if self.ema:
-            load_model(self.ema.module, state["ema"] or state["model"])
+            load_model_state(self.ema.module, state["ema"] or state["model"])
         self.step = state["step"]
         told = state["ranks"]
         self.heard = told[rank if len(told) == ranks else 0].get("heard", [])

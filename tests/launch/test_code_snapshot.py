@@ -11,7 +11,7 @@ import pytest
 from mae_dat.config.errors import ConfigError, OutputError
 from mae_dat.launch import code_copy as code_snapshot
 from mae_dat.launch.code_copy import code_tree, write_snapshot
-from mae_dat.runtime.environment import CODE_FILE, code_facts, facts_of
+from mae_dat.runtime.environment import CODE_FILE, code_facts, package_code_facts
 
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
 ODD = "a b ü\n.py"
@@ -46,7 +46,7 @@ def test_a_snapshot_is_what_git_knows_and_the_package(repository: Path, tmp_path
     assert copy.name == tree.name
     assert (copy / "changed.txt").read_text() == "2\n"
     assert (copy / "below" / ODD).read_text() == "1\n"
-    assert facts_of(copy / "mae_dat") == code_facts()
+    assert package_code_facts(copy / "mae_dat") == code_facts()
     facts = json.loads((copy / CODE_FILE).read_text())
     assert (facts["command"], facts["dirty"], len(facts["commit"])) == ("python submit.py x", True, 40)
     patch = (copy / "code.patch").read_text()

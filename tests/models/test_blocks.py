@@ -30,10 +30,10 @@ from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models import mae
 from mae_dat.models.classifier import build_classifier
 from mae_dat.runtime import sharding as parallel
+from mae_dat.runtime.blocks import checkpoint_blocks, choose_attention, compile_blocks, model_blocks
 from mae_dat.runtime.console import Console
-from mae_dat.runtime.device import amp_dtype, set_float32
+from mae_dat.runtime.device import amp_dtype, set_float32_precision
 from mae_dat.runtime.run_log import read_log
-from mae_dat.runtime.sharding import checkpoint_blocks, compile_blocks
 from mae_dat.training.finetune import finetune
 
 __all__ = ["folder", "one_thread", "surroundings", "tokenizer"]
@@ -64,7 +64,7 @@ def test_attention_step_by_step_gives_the_same_gradients(name: str, monkeypatch:
         torch.manual_seed(0)
         model = build_classifier(name, 10, (224, 224), 0.0)
         if chosen:
-            parallel.choose_attention(model, CPU, precision)
+            choose_attention(model, CPU, precision)
         assert {one.fused_attn for one in model.modules() if hasattr(one, "fused_attn")} == {not chosen}
         with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
             found.append(gradients(model, image))
@@ -82,7 +82,7 @@ def test_elsewhere_attention_stays_fused(
 ) -> None:
     monkeypatch.setattr(parallel, "cpu_has_amx", lambda: amx)
     model = build_classifier("vit_tiny_patch16_224", 10, (224, 224), 0.0)
-    parallel.choose_attention(model, torch.device(device), torch.bfloat16 if precision else None)
+    choose_attention(model, torch.device(device), torch.bfloat16 if precision else None)
     assert all(one.fused_attn for one in model.modules() if hasattr(one, "fused_attn"))
 
 
@@ -107,7 +107,7 @@ def test_checkpointed_blocks_give_the_same_gradients(name: str, precision: torch
             mae.build_mae(name, img_size=SIDE) if pretraining else build_classifier(name, 10, (SIDE, SIDE), 0.3)
         )
         keys = list(model.state_dict())
-        parts, ran = list(parallel.blocks_of(model)[0].children()), []
+        parts, ran = list(model_blocks(model)[0].children()), []
         for part in parts if again else ():
             part.register_forward_pre_hook(lambda part, _, ran=ran: ran.append(part))
         if again:
@@ -183,7 +183,7 @@ def float32_as_before() -> Iterator[None]:
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "tf32", "fp32"])
 def test_tf32_is_used_only_where_it_is_asked_for(precision: str, float32_as_before: None) -> None:
-    set_float32(precision)
+    set_float32_precision(precision)
     assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
     assert not torch.backends.cudnn.allow_tf32
     if precision in ("tf32", "fp32"):

@@ -22,13 +22,14 @@ from mae_dat.models.classifier import build_classifier
 from mae_dat.models.split_norms import NORMS, SplitNorm, auxiliary_norms, main_norms, split_norms
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.models.weights.load import load_weights
-from mae_dat.runtime.sharding import accumulating, update_average
+from mae_dat.runtime.sharding import no_gradient_sync
 from mae_dat.runtime.world import World, process_group
 from mae_dat.training.context import RunContext
 from mae_dat.training.finetune import draw
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.pixel import WithPixelAdversary
+from mae_dat.training.optim import update_average
 from mae_dat.training.state import Training
 
 tokenizer = pytest.fixture(lambda: light_tokenizer())
@@ -201,7 +202,7 @@ def trained(rank: int) -> list[nn.Module]:
     for objective in objectives():
         net = split(conv_net())
         spread = DistributedDataParallel(net, broadcast_buffers=False)
-        with accumulating(spread):
+        with no_gradient_sync(spread):
             step(spread, objective, batch_of(seed=rank))
         step(spread, objective, batch_of(seed=rank + 2))
         nets.append(net)

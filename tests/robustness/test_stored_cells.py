@@ -29,7 +29,7 @@ from mae_dat.robustness.report.tables import calibration_table
 from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.robustness.suites.choose import Battery, Choice
 from mae_dat.runtime import environment as provenance
-from mae_dat.runtime.machine import COMMIT
+from mae_dat.runtime.environment import COMMIT_KEY
 from mae_dat.storage.weight_files import write_weights
 
 CPU = torch.device("cpu")
@@ -227,11 +227,11 @@ def test_a_report_tells_every_version_that_measured_it(
     assert first["versions"]["mae_dat"].endswith(provenance.code_facts()["sha256"][:12])
     assert not [one for one in summary(first) if "versions" in one]
     elsewhere = {"commit": "f" * 40, "dirty": False, "sha256": provenance.code_facts()["sha256"]}
-    monkeypatch.setattr("mae_dat.runtime.machine.code_facts", lambda: elsewhere)
+    monkeypatch.setattr("mae_dat.runtime.environment.code_facts", lambda: elsewhere)
     again = evaluate(Linear(), ("clean", "generated"), own, **options)
-    assert "f" * 40 in again["versions"][COMMIT]
+    assert "f" * 40 in again["versions"][COMMIT_KEY]
     assert mixed_versions(again) == [], "another commit of the same sources"
-    monkeypatch.setattr("mae_dat.runtime.machine.code_facts", lambda: {**elsewhere, "sha256": "0" * 64})
+    monkeypatch.setattr("mae_dat.runtime.environment.code_facts", lambda: {**elsewhere, "sha256": "0" * 64})
     mixed = evaluate(Linear(), ("clean", "generated", "fgsm-1/255"), own, **options)
     assert mixed["cells"]["Linear"]["generated"] == again["cells"]["Linear"]["generated"]
     old, new = mixed["versions"]["mae_dat"].split(" and ")

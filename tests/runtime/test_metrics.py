@@ -27,7 +27,7 @@ from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime import console as metrics
-from mae_dat.runtime.console import Console, duration
+from mae_dat.runtime.console import Console, format_duration
 from mae_dat.runtime.run_log import RunLog, read_log
 from mae_dat.training.finetune import finetune
 from mae_dat.training.pretrain import pretrain
@@ -50,7 +50,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def run_task(console: Console, clock: Clock, total: int, seconds_each: float, done: int = 0) -> None:
-    with console.task("train", total, done=done) as task:
+    with console.task("train", total, completed=done) as task:
         for step in range(done, total):
             clock.now += seconds_each
             task.advance(f"loss {step}")
@@ -63,14 +63,14 @@ def run_task(console: Console, clock: Clock, total: int, seconds_each: float, do
     ("seconds", "shown"), [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3723, "1:02:03"), (-5, "0:00")]
 )
 def test_durations(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
+    assert format_duration(seconds) == shown
 
 
 def test_a_file_gets_one_line_an_interval_and_the_last(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run_task(Console(interval=10), clock, 100, 1.0)
     assert caplog.messages == [
-        f"train: step {step}/100  loss {step - 1}  {duration(100 - step)} left" for step in range(10, 101, 10)
+        f"train: step {step}/100  loss {step - 1}  {format_duration(100 - step)} left" for step in range(10, 101, 10)
     ]
     caplog.clear()
     with caplog.at_level(logging.INFO):
@@ -89,7 +89,7 @@ def test_a_terminal_gets_a_live_bar(clock: Clock, caplog: pytest.LogCaptureFixtu
     console.rich = RichConsole(file=screen, force_terminal=True, width=100)
     console.live = True
     with caplog.at_level(logging.INFO):
-        with console.task("train", 20, done=5) as task:
+        with console.task("train", 20, completed=5) as task:
             clock.now += 10
             task.advance("loss 0.5", count=5)
             assert task.progress is not None
@@ -102,10 +102,10 @@ def test_a_terminal_gets_a_live_bar(clock: Clock, caplog: pytest.LogCaptureFixtu
 
 
 def test_the_time_left_of_a_resumed_stage_counts_what_was_done_now(clock: Clock) -> None:
-    with Console(quiet=True).task("train", 100, done=90) as task:
+    with Console(quiet=True).task("train", 100, completed=90) as task:
         clock.now += 4
         task.advance(count=2)
-        assert task.left() == pytest.approx(16)
+        assert task.seconds_left() == pytest.approx(16)
 
 
 def test_the_time_left_covers_the_planned_stages(clock: Clock) -> None:
@@ -114,21 +114,21 @@ def test_the_time_left_covers_the_planned_stages(clock: Clock) -> None:
         clock.now += 10
         task.advance(count=5)
         # Half of the first stage took 10 s: 10 more, and the plan's 50 at twice their length.
-        assert task.left() == pytest.approx(10 + 2 * 50)
+        assert task.seconds_left() == pytest.approx(10 + 2 * 50)
         clock.now += 10
         task.advance(count=5)
-    assert console.spent == {"one": 20.0}
+    assert console.seconds_spent == {"one": 20.0}
     with console.task("two", 4) as task:
         clock.now += 25
         task.advance(count=1)
         # The second stage is estimated at 100 s: (20 + 100) / (10 + 20) of the plan's pace for the third.
-        assert task.left() == pytest.approx(75 + 4 * 30)
+        assert task.seconds_left() == pytest.approx(75 + 4 * 30)
 
 
 def test_without_a_plan_only_this_stage_counts(clock: Clock) -> None:
     console = Console(quiet=True)
     run_task(console, clock, 5, 1.0)
-    assert console.left_after("other", 10.0) == 0
+    assert console.seconds_left_after("other", 10.0) == 0
 
 
 # ---- log.txt ----
@@ -218,7 +218,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path, enabled=False)
     log.record({"epoch": 0})
     log.scalars({"loss": 1.0}, 1000)
-    log.picture("picture", torch.zeros(3, 4, 4), 1000)
+    log.image("picture", torch.zeros(3, 4, 4), 1000)
     log.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -240,7 +240,7 @@ def test_scalars_and_pictures_come_back(tmp_path: Path) -> None:
     log = RunLog(tmp_path, tmp_path / "board")
     log.scalars({"loss": 2.0, "lr": 1e-3}, 1000)
     log.scalars({"loss": 1.0, "lr": 1e-4}, 2000)
-    log.picture("gallery", torch.rand(3, 20, 30) * 2 - 0.5, 2000)
+    log.image("gallery", torch.rand(3, 20, 30) * 2 - 0.5, 2000)
     log.close()
     found = board(tmp_path / "board")
     assert curve(found, "loss") == {1000: 2.0, 2000: 1.0}

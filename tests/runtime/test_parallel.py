@@ -36,9 +36,10 @@ from mae_dat.models import mae
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
+from mae_dat.runtime.blocks import model_blocks
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.run_log import read_log
-from mae_dat.runtime.sharding import blocks_of, full_state_dict, is_sharded, load_model, shard
+from mae_dat.runtime.sharding import full_state_dict, is_sharded, load_model_state, shard_model
 from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training import loop as engine
@@ -157,7 +158,7 @@ def evaluated(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with process_group(world_from_environment(), CPU):
         model = labelling_model()
-        shard(model, world_from_environment(), CPU)
+        shard_model(model, world_from_environment(), CPU)
         images = ImageFolder(folder / "val", eval_transform((SIDE, SIDE)))
         for count in (19, 1):
             images.samples = images.samples[:count]
@@ -318,11 +319,11 @@ def test_nan_on_one_rank_stops_all_shards_before_the_weights_change(outputs: Pat
 def test_what_is_gathered_by_itself() -> None:
     small_models()
     vit = build_classifier("vit_tiny", 10, (SIDE, SIDE), 0.0)
-    assert [type(block).__name__ for block in blocks_of(vit)] == ["Block", "Block"]
+    assert [type(block).__name__ for block in model_blocks(vit)] == ["Block", "Block"]
     autoencoder = mae.build_mae("mae_tiny", img_size=SIDE)
-    assert len(blocks_of(autoencoder)) == 3, "of the encoder and of the decoder"
+    assert len(model_blocks(autoencoder)) == 3, "of the encoder and of the decoder"
     resnet = build_classifier("resnet18", 10, (SIDE, SIDE), 0.0)
-    blocks = blocks_of(resnet)
+    blocks = model_blocks(resnet)
     assert sum(p.numel() for block in blocks for p in block.parameters()) > 0.9 * sum(
         p.numel() for p in resnet.parameters()
     )
@@ -345,4 +346,4 @@ def test_a_state_without_shards_is_given_as_it_is() -> None:
     assert given["list"][0] == 1
     assert given["step"] == 3
     with pytest.raises(RuntimeError, match="Missing key"):
-        load_model(model, {"weight": torch.zeros(2, 3)})
+        load_model_state(model, {"weight": torch.zeros(2, 3)})

@@ -23,7 +23,7 @@ from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.runtime import failures as peers
 from mae_dat.runtime import watchdog as watch
 from mae_dat.runtime.console import Console
-from mae_dat.runtime.failures import is_loss, report_failure_to_ranks
+from mae_dat.runtime.failures import explain_rank_failure, is_connection_loss
 from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.training.pretrain import pretrain
 
@@ -67,7 +67,7 @@ def train_until(rank: int, victim: int, fault: str) -> None:
         with process_group(world_from_environment(), CPU):
             net = nn.parallel.DistributedDataParallel(_Net(), bucket_cap_mb=1)
             for step in range(10**6):
-                with report_failure_to_ranks(lambda step=step: f"at step {step}"):  # type: ignore[misc]
+                with explain_rank_failure(lambda step=step: f"at step {step}"):  # type: ignore[misc]
                     if rank == victim and step == 3:
                         meet(fault)
                     if fault == "kill, others blind" and step == 3:
@@ -130,12 +130,14 @@ def test_a_ranks_fault_ends_the_others_too(victim: int, fault: str, own: int, ot
 
 
 def test_what_is_no_loss_of_a_peer_stays_what_it_is() -> None:
-    assert is_loss(torch.distributed.DistNetworkError("x"))
-    assert is_loss(RuntimeError("[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"))
-    assert not is_loss(RuntimeError("shape '[3]' is invalid for input of size 4"))
-    assert not is_loss(ValueError("gloo/transport"))
-    assert not is_loss(torch.OutOfMemoryError("NCCL"))
-    with pytest.raises(RuntimeError, match="Connection closed by peer"), report_failure_to_ranks():
+    assert is_connection_loss(torch.distributed.DistNetworkError("x"))
+    assert is_connection_loss(
+        RuntimeError("[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
+    )
+    assert not is_connection_loss(RuntimeError("shape '[3]' is invalid for input of size 4"))
+    assert not is_connection_loss(ValueError("gloo/transport"))
+    assert not is_connection_loss(torch.OutOfMemoryError("NCCL"))
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), explain_rank_failure():
         raise RuntimeError("Connection closed by peer")  # not among peers: somebody else's connection
     assert math.isclose(PeerError("x", 65).exit_code, 65)
     assert RetryError.exit_code == 75
@@ -160,7 +162,7 @@ def descendants(pid: int | None) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    return not watch.state_of(pid).startswith(("Z", "state unknown"))
+    return not watch.process_state(pid).startswith(("Z", "state unknown"))
 
 
 @pytest.mark.slow

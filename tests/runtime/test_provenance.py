@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_dat.runtime.environment import CODE_FILE, code_facts, facts_of, told, tree_hash
+from mae_dat.runtime.environment import CODE_FILE, code_facts, describe_code, package_code_facts, tree_hash
 
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
 
@@ -27,49 +27,49 @@ def head(folder: Path) -> str:
 
 
 def test_git_tells_the_commit_and_whether_files_changed_since(package: Path) -> None:
-    before = facts_of(package)
+    before = package_code_facts(package)
     assert (before["commit"], before["dirty"]) == (head(package), False)
     (package.parent / "notes.txt").write_text("beside the package")
-    assert facts_of(package) == before
+    assert package_code_facts(package) == before
     (package / "module.py").write_text("x = 2\n")
-    after = facts_of(package)
+    after = package_code_facts(package)
     assert (after["commit"], after["dirty"]) == (before["commit"], True)
     assert after["sha256"] != before["sha256"]
 
 
 def test_the_facts_in_words_name_a_commit_or_the_hash() -> None:
-    assert told({"commit": "abc", "dirty": False, "sha256": "f" * 64}) == "commit abc"
-    assert told({"commit": "abc", "dirty": True, "sha256": "f" * 64}) == "commit abc with changes"
-    assert told({"commit": None, "dirty": None, "sha256": "f" * 64}) == "sources ffffffffffff"
+    assert describe_code({"commit": "abc", "dirty": False, "sha256": "f" * 64}) == "commit abc"
+    assert describe_code({"commit": "abc", "dirty": True, "sha256": "f" * 64}) == "commit abc with changes"
+    assert describe_code({"commit": None, "dirty": None, "sha256": "f" * 64}) == "sources ffffffffffff"
 
 
 def test_a_new_file_counts_as_a_change(package: Path) -> None:
-    before = facts_of(package)
+    before = package_code_facts(package)
     (package / "new.py").touch()
-    after = facts_of(package)
+    after = package_code_facts(package)
     assert after["dirty"]
     assert after["sha256"] != before["sha256"]
 
 
 def test_a_snapshot_says_where_it_came_from(package: Path) -> None:
-    sha256 = facts_of(package)["sha256"]
+    sha256 = package_code_facts(package)["sha256"]
     (package.parent / CODE_FILE).write_text(json.dumps({"commit": "abc", "dirty": True}))
-    assert facts_of(package) == {"commit": "abc", "dirty": True, "sha256": sha256}
+    assert package_code_facts(package) == {"commit": "abc", "dirty": True, "sha256": sha256}
     own = {"commit": "def", "dirty": False}
     (package.parent / CODE_FILE).write_text(json.dumps({"commit": "abc", "dirty": True, "package": own}))
-    assert facts_of(package) == {**own, "sha256": sha256}
+    assert package_code_facts(package) == {**own, "sha256": sha256}
 
 
 @pytest.mark.parametrize("note", ["", "[]", "{}", '{"commit": 1', "\0"])
 def test_a_damaged_note_is_passed_over(package: Path, note: str) -> None:
-    before = facts_of(package)
+    before = package_code_facts(package)
     (package.parent / CODE_FILE).write_text(note)
-    assert facts_of(package) == before
+    assert package_code_facts(package) == before
 
 
 def test_outside_git_only_the_sources_are_known(tmp_path: Path) -> None:
     (tmp_path / "module.py").write_text("x = 1\n")
-    facts = facts_of(tmp_path)
+    facts = package_code_facts(tmp_path)
     assert (facts["commit"], facts["dirty"]) == (None, None)
     assert facts["sha256"] == tree_hash([("module.py", tmp_path / "module.py")])
 
@@ -79,13 +79,13 @@ def test_an_environment_inside_a_repository_is_not_of_it(package: Path) -> None:
     installed = package.parent / "venv" / "package"
     installed.mkdir(parents=True)
     (installed / "module.py").write_text("x = 1\n")
-    assert facts_of(installed)["commit"] is None
-    assert facts_of(installed)["sha256"] == facts_of(package)["sha256"]
+    assert package_code_facts(installed)["commit"] is None
+    assert package_code_facts(installed)["sha256"] == package_code_facts(package)["sha256"]
 
 
 def test_without_git_nothing_fails(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert facts_of(package)["commit"] is None
+    assert package_code_facts(package)["commit"] is None
 
 
 def test_the_hash_depends_on_names_and_contents_not_on_the_order(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.runtime import rendezvous
-from mae_dat.runtime.rendezvous import join, ports_of, token_of_job
+from mae_dat.runtime.rendezvous import candidate_ports, job_token, join_ranks
 
 HOST = "127.0.0.1"
 
@@ -27,7 +27,7 @@ def ports() -> list[int]:
 def join_all(size: int, ports: list[int], token: str, patience: float = 20) -> list[TCPStore]:
     """Every rank's store; the ranks are threads here, since all that they share is the network."""
     with ThreadPoolExecutor(size) as pool:
-        tasks = [pool.submit(join, rank, size, HOST, ports, token, patience) for rank in reversed(range(size))]
+        tasks = [pool.submit(join_ranks, rank, size, HOST, ports, token, patience) for rank in reversed(range(size))]
         return [task.result() for task in reversed(tasks)]
 
 
@@ -70,9 +70,9 @@ def test_ranks_pass_over_ports_that_are_taken(ports: list[int], monkeypatch: pyt
 def test_two_jobs_on_the_same_ports_do_not_mix(ports: list[int]) -> None:
     """The second job's ranks come while the first one still waits for its own."""
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(join, 0, 2, HOST, ports, "one", 20)
+        first = pool.submit(join_ranks, 0, 2, HOST, ports, "one", 20)
         other = join_all(3, ports, "other")
-        late = join(1, 2, HOST, ports, "one", 20)
+        late = join_ranks(1, 2, HOST, ports, "one", 20)
     assert_shared([first.result(), late])
     assert_shared(other)
     late.set("whose", "one")
@@ -82,10 +82,10 @@ def test_two_jobs_on_the_same_ports_do_not_mix(ports: list[int]) -> None:
 def test_two_jobs_that_look_alike_do_not_mix(ports: list[int]) -> None:
     """Started by hand with the same MASTER_PORT: a rank that the first job has already belongs to the second."""
     with ThreadPoolExecutor(1) as pool:
-        one = pool.submit(join, 0, 3, HOST, ports, "same", 20)
-        early = join(1, 3, HOST, ports, "same", 20)
+        one = pool.submit(join_ranks, 0, 3, HOST, ports, "same", 20)
+        early = join_ranks(1, 3, HOST, ports, "same", 20)
         other = join_all(2, ports, "same")
-        late = join(2, 3, HOST, ports, "same", 20)
+        late = join_ranks(2, 3, HOST, ports, "same", 20)
     assert_shared([one.result(), early, late])
     assert_shared(other)
     early.set("whose", "one")
@@ -97,8 +97,8 @@ def test_a_rank_that_never_comes_is_named(
 ) -> None:
     monkeypatch.setattr(rendezvous, "TOLD", 0.2)
     with ThreadPoolExecutor(1) as pool:
-        task = pool.submit(join, 0, 3, HOST, ports, "job", 1.0)
-        join(1, 3, HOST, ports, "job")
+        task = pool.submit(join_ranks, 0, 3, HOST, ports, "job", 1.0)
+        join_ranks(1, 3, HOST, ports, "job")
         with pytest.raises(ConfigError, match=rf"waited at {HOST}:{ports[0]}, and rank 2 of 3 never came"):
             task.result()
     assert f"waiting at {HOST}:{ports[0]} for rank 2 of 3" in caplog.text
@@ -109,23 +109,23 @@ def test_an_unreachable_rank_0_is_named(
 ) -> None:
     monkeypatch.setattr(rendezvous, "TOLD", 0.2)
     with pytest.raises(ConfigError, match=rf"rank 1 found no rank 0 of this job at {HOST}, port {ports[0]}, .*refused"):
-        join(1, 2, HOST, ports, "job", 0.5)
+        join_ranks(1, 2, HOST, ports, "job", 0.5)
     assert f"looking for rank 0 at {HOST}" in caplog.text
     with pytest.raises(ConfigError, match=r"at no-such-host\.invalid, .*MASTER_ADDR"):
-        join(1, 2, "no-such-host.invalid", ports[:1], "job", 0.1)
+        join_ranks(1, 2, "no-such-host.invalid", ports[:1], "job", 0.1)
     with stranger(ports[0], b""), pytest.raises(ConfigError, match=f"all of the ports {ports[0]} are taken"):
-        join(0, 2, HOST, ports[:1], "job")
+        join_ranks(0, 2, HOST, ports[:1], "job")
 
 
 def test_ports_and_tokens_are_the_same_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for base in (29500, 20000, 65535, 1):
-        ports = ports_of(base)
+        ports = candidate_ports(base)
         assert ports[0] == base
         assert len(set(ports)) == 8
         assert all(20000 <= port < 32000 for port in ports[1:])
     for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-        before = token_of_job(2)
+        before = job_token(2)
         monkeypatch.setenv(name, "7")
-        assert token_of_job(2) != before
-    assert token_of_job(2) != token_of_job(3)
+        assert job_token(2) != before
+    assert job_token(2) != job_token(3)

@@ -16,7 +16,7 @@ from ranks import exit_codes, start_ranks
 from mae_dat.config.parse import run_command
 from mae_dat.runtime import watchdog as watch
 from mae_dat.runtime.collectives import all_sum
-from mae_dat.runtime.watchdog import beat, watching
+from mae_dat.runtime.watchdog import heartbeat, watchdog
 from mae_dat.runtime.world import process_group, world_from_environment
 
 LIMIT = 2  # seconds
@@ -33,9 +33,9 @@ def hang(rank: int, how: str, folder: Path) -> None:
     """Two ranks train; at step 3 rank 1 hangs."""
 
     def run() -> None:
-        with process_group(world_from_environment(), torch.device("cpu")), watching(LIMIT / 60, rank):
+        with process_group(world_from_environment(), torch.device("cpu")), watchdog(LIMIT / 60, rank):
             for step in range(10**6):
-                beat()
+                heartbeat()
                 all_sum(torch.ones(1))
                 if rank == 1 and step == 3:
                     worker(folder)
@@ -109,7 +109,7 @@ def test_a_rank_that_hangs_is_found_and_all_are_ended(how: str, own: int, hung: 
 
 def running(pid: int) -> bool:
     try:
-        return not watch.state_of(pid).startswith(("Z", "state unknown"))
+        return not watch.process_state(pid).startswith(("Z", "state unknown"))
     except ProcessLookupError:
         return False
 
@@ -168,15 +168,15 @@ def test_a_scheduler_s_signals_do_not_end_the_watchdog_but_its_parent_s_end_does
 
 def test_a_watchdog_is_started_and_removed_quickly() -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
-    beat()  # without a watchdog nothing happens
+    heartbeat()  # without a watchdog nothing happens
     begin = time.monotonic()
     for _ in range(5):
-        with watching(1):
-            beat()
-            with watching(1):  # one is enough
-                beat()
+        with watchdog(1):
+            heartbeat()
+            with watchdog(1):  # one is enough
+                heartbeat()
     assert time.monotonic() - begin < 5 * 0.5, "0.03 s each where nothing else runs"
     time.sleep(0.1)
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    with watching(0):
+    with watchdog(0):
         assert not watchdogs_of(os.getpid())

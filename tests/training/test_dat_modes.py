@@ -25,7 +25,7 @@ from mae_dat.data.image_set import Batch
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import frozen
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
-from mae_dat.runtime.sharding import accumulating
+from mae_dat.runtime.sharding import no_gradient_sync
 from mae_dat.runtime.world import World, process_group
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT, first_rows
@@ -376,7 +376,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     with process_group(World(rank, 2, rank), torch.device("cpu")):
         model = SmallNet().eval()
         spread, (free, exact) = DistributedDataParallel(model), two_objectives()
-        with accumulating(spread):
+        with no_gradient_sync(spread):
             free(spread, batch_of(seed=rank), generator(rank))["loss"].backward()
         exact(spread, batch_of(seed=rank), generator(rank))["loss"].backward()
         free(spread, batch_of(seed=rank + 2), generator(rank))["loss"].backward()

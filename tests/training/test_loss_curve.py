@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from golden_rule import fill_by_rule
 from mae_dat.config.groups import AttackConfig, AugmentConfig, OptimConfig
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
-from mae_dat.runtime.sharding import choose_attention
+from mae_dat.runtime.blocks import choose_attention
 from mae_dat.training import loop as engine
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification

@@ -33,12 +33,11 @@ from mae_dat.config.errors import DataError, Interrupted, NumericsError, PeerErr
 from mae_dat.config.groups import AugmentConfig, OptimConfig
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.sampler import TrainSampler
-from mae_dat.runtime.sharding import update_average
 from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.training import loop as engine
 from mae_dat.training import step_report as readback
 from mae_dat.training.objectives.classification import Classification
-from mae_dat.training.optim import build_optimizer, step_unless
+from mae_dat.training.optim import build_optimizer, step_unless, update_average
 from mae_dat.training.step_report import Asked, Behind, Seen
 
 __all__ = ["folder", "one_thread", "surroundings", "tokenizer"]

@@ -25,7 +25,7 @@ from mae_dat.robustness.report.published import COLUMNS, UNSURE, Published, publ
 from mae_dat.robustness.report.tables import NOTHING, Table, stat_text
 from mae_dat.robustness.scores.accuracy import Stat
 from mae_dat.robustness.scores.results import Results, Run
-from mae_dat.runtime.machine import COMMIT
+from mae_dat.runtime.environment import COMMIT_KEY
 
 ARROWS = {+1: " ↑", -1: " ↓", 0: ""}
 DOUBT = "‡"
@@ -208,7 +208,7 @@ def mixed_versions(results: Results) -> list[str]:
     """A warning, where numbers that stand side by side were measured under several versions."""
     under = results.get("measured_under", [])
     values: dict[str, set[str]] = {}
-    for name, value in (item for one in under for item in one["versions"].items() if item[0] != COMMIT):
+    for name, value in (item for one in under for item in one["versions"].items() if item[0] != COMMIT_KEY):
         values.setdefault(name, set()).add(value)
     mixed = [f"{name} {results['versions'][name]}" for name, several in values.items() if len(several) > 1]
     if values and not all(one["versions"] for one in under):

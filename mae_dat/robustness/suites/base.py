@@ -20,7 +20,7 @@ class Suite:
     made: dict[str, str] = dataclasses.field(default_factory=dict)
     """What was done to the pictures: part of the protocol."""
     packages: tuple[str, ...] = ()
-    """That it needs beside those of `mae_dat.runtime.machine`."""
+    """That it needs beside those of `mae_dat.runtime.environment`."""
 
     @property
     def preprocessing(self) -> str:

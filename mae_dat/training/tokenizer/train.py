@@ -316,7 +316,7 @@ def train_steps(trainer: Trainer, data: JoinedFolders, first: int, config: Folde
     sampler = TrainSampler(len(data), config.batch_size, 0, 1, config.seed, first, config.steps)
     loader = train_loader(data, sampler, config.num_workers, pin_memory=device.type == "cuda")
     log, start = RunLog(output, resumed_step=first), time.monotonic()
-    with console.task("train the tokenizer", config.steps, done=first) as task, stop_requests() as stop:
+    with console.task("train the tokenizer", config.steps, completed=first) as task, stop_requests() as stop:
         for step, batch in enumerate(loader, first):
             facts = trainer.step(step, batch["image"].to(device))
             rate = config.batch_size * (step + 1 - first) / (time.monotonic() - start)
@@ -324,9 +324,9 @@ def train_steps(trainer: Trainer, data: JoinedFolders, first: int, config: Folde
             if (step + 1) % 100 == 0:
                 log.record({"step": step + 1, **facts})
                 log.scalars({f"tokenizer/{key}": value for key, value in facts.items()}, step + 1)
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked:
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.signal:
                 save_checkpoint(output, step + 1, trainer.state())
-            if stop.asked:
+            if stop.signal:
                 raise Interrupted(f"stopped at step {step + 1}; saved in {output}.", stop.exit_code)
     log.close()
 
