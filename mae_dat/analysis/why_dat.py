@@ -43,7 +43,8 @@ from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
-from mae_dat.robustness.network import Contender, View, open_contenders
+from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
+from mae_dat.robustness.open_networks import open_networks
 from mae_dat.runtime.console import Console, command_arguments, console_for_command
 from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.seeds import step_generator
@@ -112,14 +113,14 @@ class ViewSums(NamedTuple):
 
 
 def analyze_network(
-    contender: Contender, images: ImageSet, config: AnalysisConfig, console: Console
+    contender: EvaluatedNetwork, images: ImageSet, config: AnalysisConfig, console: Console
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Analyze one network: its views in numbers (see `summarize_views`) and the first images of each view.
 
     Raises ConfigError for a network that is no `Classifier` or has no normalization layer, DataError for fewer than 4
     images.
     """
-    network = contender.network
+    network = contender.model
     if not isinstance(network, Classifier):
         raise ConfigError(f"{contender.name} is {contender.facts['architecture']}: its layers cannot be looked into.")
     layers, count = norm_layers(network), min(config.limit or len(images), len(images))
@@ -276,7 +277,7 @@ def main() -> None:
     console = console_for_command()
     config = load_config(AnalysisConfig, command_arguments(), __doc__ or "")
     device = pick_device(config.device)
-    opened = open_contenders(config.checkpoint, config.model, config.pretrained, config.names, View(device))
+    opened = open_networks(config.checkpoint, config.model, config.pretrained, config.names, EvalOptions(device))
     root = find_split(image_root(config.data_path), "val")
     networks, shown = [], {}
     for contender in opened:

@@ -31,7 +31,7 @@ from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import VIT_SIZES
 from mae_dat.models.modes import evaluating
 from mae_dat.models.weights.open import read_export
-from mae_dat.robustness.identity import state_sha256
+from mae_dat.robustness.fingerprints import state_sha256
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator

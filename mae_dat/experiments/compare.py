@@ -24,7 +24,8 @@ from mae_dat.experiments.pretrainings import IN_TIME, NONE, PLAIN, check_pretrai
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from mae_dat.robustness.evaluate_run import require_color
 from mae_dat.robustness.evaluation import Setting, examine
-from mae_dat.robustness.network import View, open_contender
+from mae_dat.robustness.network import EvalOptions
+from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.report.comparison import caution, value_text
 from mae_dat.robustness.report.groups import arms_of
 from mae_dat.robustness.report.metrics import axes_of
@@ -232,9 +233,9 @@ def measure_and_report(
     """Measures all classifiers on the same pictures, or takes what is stored, and writes the report."""
     any_run = next(iter(runs.values()))
     device = pick_device(any_run.run.device)
-    view = View(device, size=any_run.data.image_size)
+    view = EvalOptions(device, size=any_run.data.image_size)
     networks = [
-        open_contender(one.run.output_dir, one.classifier.model, _run_title(arm, seed), view)
+        open_network(one.run.output_dir, one.classifier.model, _run_title(arm, seed), view)
         for (arm, seed), one in runs.items()
     ]
     root = image_root(config.data_path)

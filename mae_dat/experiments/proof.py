@@ -15,7 +15,7 @@ from mae_dat.config.parse import command_line, load_config, run_command
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.experiments.compare import CONFIGS, CompareConfig, compare
 from mae_dat.experiments.pretrainings import NONE, PLAIN
-from mae_dat.robustness.network import distinct_names
+from mae_dat.robustness.open_networks import distinct_names
 from mae_dat.robustness.report.ablation import ablation_tables, summary, words_by_arm
 from mae_dat.robustness.report.render import markdown_table, markdown_text
 from mae_dat.robustness.scores.results import Results

@@ -20,7 +20,8 @@ from mae_dat.config.groups import ConfigError, LaunchConfig, RunConfig, image_si
 from mae_dat.config.parse import load_config, nearest, run_command
 from mae_dat.data.open import image_root
 from mae_dat.robustness.evaluation import Setting, examine, print_headline
-from mae_dat.robustness.network import Contender, View, from_callable, open_contender, open_contenders
+from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
+from mae_dat.robustness.open_networks import open_callable, open_network, open_networks
 from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.robustness.suites.choose import Choice
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
@@ -131,12 +132,12 @@ def evaluate(
     """
     where = pick_device(str(device))
     sizes = size if size is None or isinstance(size, tuple) else (size, size)
-    view = View(where, amp_dtype(precision, where), sizes, interpolation, crop)
+    view = EvalOptions(where, amp_dtype(precision, where), sizes, interpolation, crop)
     named = models if isinstance(models, Mapping) else {_title_of(models): models}
     contenders = [
-        open_contender(str(one), None, name, view)
+        open_network(str(one), None, name, view)
         if isinstance(one, str | Path)
-        else from_callable(one, name, view, classes)
+        else open_callable(one, name, view, classes)
         for name, one in named.items()
     ]
     wanted = SuiteConfig(data=None if data is None else str(data), **settings)
@@ -178,16 +179,16 @@ def measure_all(config: RobustnessConfig, console: Console) -> Results:
     )
     with run_context(settings, LaunchConfig(), console, training=False) as where:
         size = image_size(config.input_size) if config.input_size else None
-        view = View(where.device, where.precision, size, config.interpolation, config.crop)
+        view = EvalOptions(where.device, where.precision, size, config.interpolation, config.crop)
         contenders = on_all_ranks(
-            lambda: open_contenders(config.checkpoint, config.model, config.pretrained, config.names, view)
+            lambda: open_networks(config.checkpoint, config.model, config.pretrained, config.names, view)
         )
         choice = choice_of(config.suites, where.device, config.batch_size)
         setting = Setting(view, where.output, console, where.world, config.batch_size, config.num_workers)
         return examine(first(contenders, config.baseline), choice, config.suites.suite, setting, config.title)
 
 
-def first(contenders: Sequence[Contender], baseline: str | None) -> list[Contender]:
+def first(contenders: Sequence[EvaluatedNetwork], baseline: str | None) -> list[EvaluatedNetwork]:
     """The contenders, the baseline before the others. Raises ConfigError for a name that none has."""
     names = [one.name for one in contenders]
     if baseline is not None and baseline not in names:

@@ -13,7 +13,8 @@ from mae_dat.models.classifier import Classifier
 from mae_dat.models.weights.load import load_weights
 from mae_dat.models.weights.open import read_export
 from mae_dat.robustness.evaluation import Setting, examine, print_headline
-from mae_dat.robustness.network import View, open_contender
+from mae_dat.robustness.network import EvalOptions
+from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, Choice
 from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.console import Console, command_arguments, console_for_command
@@ -54,8 +55,8 @@ def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
     require_color(config)
     source, suite = str(config.run.resume), config.evaluation.suite
     with run_context(config.run, config.launch, console, training=False) as where:
-        view = View(where.device, where.precision, config.data.image_size)
-        contender = on_all_ranks(lambda: open_contender(source, config.classifier.model, Path(source).stem, view))
+        view = EvalOptions(where.device, where.precision, config.data.image_size)
+        contender = on_all_ranks(lambda: open_network(source, config.classifier.model, Path(source).stem, view))
         batch_size, root = 2 * config.optim.batch_size, image_root(config.data.data_path)
         if "corruptions" in suite:
             made = (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []))

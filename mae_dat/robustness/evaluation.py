@@ -21,7 +21,7 @@ from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.robustness.cache import Kept, StoredCells
 from mae_dat.robustness.examples import write_examples
 from mae_dat.robustness.measure import Found, Heard, Portion, Shares, measure
-from mae_dat.robustness.network import Contender, View
+from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.plan import CHECKED_PICTURES, Entry, Plan, open_plan, print_plan, refuse_normalised, sample
 from mae_dat.robustness.report.comparison import headline_table, mixed_versions
 from mae_dat.robustness.report.groups import titles_of, twins
@@ -48,7 +48,7 @@ CORRUPTION_PASSES = 10  # the same for a corruption at five severities, of a sma
 class Setting:
     """Where and how to measure; none of it changes a count."""
 
-    view: View
+    view: EvalOptions
     folder: Path | None
     """Where results, report and cells go."""
     console: Console
@@ -127,7 +127,7 @@ def _measure_group(group: Sequence[Entry], found: AllHeld, setting: Setting) -> 
     if not todo:
         logger.info("%s: measured before", suite.name)
         return
-    networks = {entry.contender.name: entry.contender.network for entry in group}
+    networks = {entry.contender.name: entry.contender.model for entry in group}
     shares = Shares([portion for portion, _ in todo], world, setting.batch_size)
     total = sum(len(batch) for at in range(len(todo)) for batch in shares.batches(at))
     passes = 0
@@ -201,13 +201,13 @@ def _gradient_checks(entry: Entry, setting: Setting) -> Kept:
         image, label = sample(portion, contender)
         generators = [image_generator(0, index) for index in range(len(image))]
         title = f"do gradients lead an attack on {contender.name}?"
-        with eval_mode({"": contender.network}), setting.console.task(title, CHECK_PASSES, "pass") as task:
+        with eval_mode({"": contender.model}), setting.console.task(title, CHECK_PASSES, "pass") as task:
 
             def hear() -> None:
                 heartbeat()
                 task.advance()
 
-            network = Heard(contender.network, hear)
+            network = Heard(contender.model, hear)
             found = [check._asdict() for check in attack_checks(network, image, label, generators)]
         kept = Kept(found, entry.versions)
         on_main_rank(functools.partial(setting.store.write, key, kept))
@@ -262,7 +262,7 @@ def assemble(plan: Plan, found: AllHeld, checks: dict[str, dict[str, Any]], titl
 
 @exact_float32()
 def examine(
-    contenders: Sequence[Contender],
+    contenders: Sequence[EvaluatedNetwork],
     choice: Choice,
     asked: Sequence[str],
     setting: Setting,

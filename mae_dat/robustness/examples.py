@@ -76,9 +76,9 @@ def _differing(entries: list[Entry], portion: Portion, row: int) -> Iterator[tup
     image = torch.stack([_heard(made[0, index]["pictures"][row]) for index in chosen]).float() / 255
     index = torch.tensor(chosen)
     answers, right = [], []
-    with eval_mode({entry.contender.name: entry.contender.network for entry in entries}):
+    with eval_mode({entry.contender.name: entry.contender.model for entry in entries}):
         for entry in entries:
-            network, device = entry.contender.network, entry.contender.device
+            network, device = entry.contender.model, entry.contender.device
             logits = torch.cat([_heard(network(part.to(device)).float().cpu()) for part in image.split(16)])
             answers.append(pictures.reading.answers(logits))
             right.append(pictures.right(answers[-1], index))

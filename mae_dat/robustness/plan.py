@@ -15,7 +15,7 @@ from mae_dat.config.groups import ConfigError
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import eval_mode
 from mae_dat.robustness.measure import Portion
-from mae_dat.robustness.network import Contender
+from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.suites.base import Suite
 from mae_dat.robustness.suites.choose import CLEAN, NEED_GRADIENTS, Battery, Choice
 from mae_dat.robustness.suites.imagenet import Reading
@@ -31,7 +31,7 @@ CHECKED_PICTURES = 64
 class Entry:
     """One suite as one network sees it."""
 
-    contender: Contender
+    contender: EvaluatedNetwork
     suite: Suite
 
     @property
@@ -53,7 +53,7 @@ class Entry:
 class Plan:
     """What will be measured, all of it opened, and why the rest will not."""
 
-    contenders: list[Contender]
+    contenders: list[EvaluatedNetwork]
     entries: list[Entry]
     lacking: dict[str, str]
     battery: Battery
@@ -70,7 +70,7 @@ class Plan:
         return [entry for entry in self.entries if entry.suite.name == name]
 
 
-def open_plan(contenders: Sequence[Contender], choice: Choice, asked: Sequence[str]) -> Plan:
+def open_plan(contenders: Sequence[EvaluatedNetwork], choice: Choice, asked: Sequence[str]) -> Plan:
     """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together; a suite
     of `all` that cannot be made at a network's size is not measured."""
     first = contenders[0]
@@ -116,11 +116,11 @@ def refuse_normalised(plan: Plan) -> None:
     first = {entry.contender.name: entry for entry in reversed(plan.entries)}
     for contender in plan.contenders:
         if contender.facts["normalization"] == "inside" and contender.name in first:
-            with torch.no_grad(), eval_mode({"": contender.network}):
-                require_pixel_model(contender.network, _looks(first[contender.name].suite.portions[0], contender))
+            with torch.no_grad(), eval_mode({"": contender.model}):
+                require_pixel_model(contender.model, _looks(first[contender.name].suite.portions[0], contender))
 
 
-def _looks(portion: Portion, contender: Contender) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+def _looks(portion: Portion, contender: EvaluatedNetwork) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
     pictures, reading = portion.pictures, portion.pictures.reading.to(contender.device)
     chosen = evenly_spaced(len(pictures), PROBE_SIZE * MAX_PROBES)
     times = -(-len(chosen) // PROBE_SIZE)
@@ -134,7 +134,7 @@ def _right(pictures: BenchmarkSet, reading: Reading, index: Tensor, logits: Tens
     return pictures.right(reading.answers(logits), index)
 
 
-def sample(portion: Portion, contender: Contender) -> tuple[Tensor, Tensor]:
+def sample(portion: Portion, contender: EvaluatedNetwork) -> tuple[Tensor, Tensor]:
     """Up to 64 pictures of a portion, evenly spread over it, and their labels, on the network's device."""
     chosen = [portion.pictures[index] for index in evenly_spaced(len(portion.pictures), CHECKED_PICTURES)]
     labels = torch.tensor([one["label"] for one in chosen])

@@ -21,7 +21,8 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.classifier import build_classifier
-from mae_dat.robustness.network import View, from_callable
+from mae_dat.robustness.network import EvalOptions
+from mae_dat.robustness.open_networks import open_callable
 from mae_dat.runtime.console import Console
 
 SETTINGS = AnalysisConfig(limit=12, batch_size=8, num_workers=0, pixel_steps=2)
@@ -37,7 +38,7 @@ def analysed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> 
     held_out = ImageFolder(images / "val", eval_transform((64, 64)))
     model = build_classifier(network, len(held_out.classes), 64).eval()
     torch.nn.init.normal_(model.net.get_classifier().weight, std=0.1)
-    contender = from_callable(model, "tiny", View(torch.device("cpu"), size=(64, 64)))
+    contender = open_callable(model, "tiny", EvalOptions(torch.device("cpu"), size=(64, 64)))
     return analyze_network(contender, held_out, dataclasses.replace(SETTINGS, **changes), Console(quiet=True))[0]
 
 

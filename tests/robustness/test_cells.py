@@ -20,7 +20,8 @@ from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.evaluation import Setting, check_attacks, print_headline
 from mae_dat.robustness.examples import write_examples
 from mae_dat.robustness.measure import Portion, Shares, measure
-from mae_dat.robustness.network import View, from_callable
+from mae_dat.robustness.network import EvalOptions
+from mae_dat.robustness.open_networks import open_callable
 from mae_dat.robustness.plan import open_plan
 from mae_dat.robustness.report.tables import precision_text
 from mae_dat.robustness.suites.choose import Battery, Choice
@@ -121,8 +122,8 @@ def test_a_look_for_examples_beats_on_every_rank(own: Path, beats: list[int], tm
     without = count_of(beats)
     evaluate(networks, "clean", own, size=32, output=tmp_path)
     assert count_of(beats) == without + 20 + 2 * 2
-    view = View(CPU, size=(32, 32))
-    plan = open_plan([from_callable(one, name, view) for name, one in networks.items()], Choice(own), ["clean"])
+    view = EvalOptions(CPU, size=(32, 32))
+    plan = open_plan([open_callable(one, name, view) for name, one in networks.items()], Choice(own), ["clean"])
     files = sorted(tmp_path.rglob("*"))
     assert write_examples(plan, ("one", "other"), None) == write_examples(plan, ("one", "other"), tmp_path) != []
     assert sorted(tmp_path.rglob("*")) == files
@@ -131,8 +132,8 @@ def test_a_look_for_examples_beats_on_every_rank(own: Path, beats: list[int], tm
 
 def test_autoattacks_gradients_are_checked_too(own: Path) -> None:  # noqa: F811
     pytest.importorskip("torchattacks")
-    view = View(CPU, size=(32, 32))
-    plan = open_plan([from_callable(Linear(), "net", view)], Choice(own), ["autoattack-4/255"])
+    view = EvalOptions(CPU, size=(32, 32))
+    plan = open_plan([open_callable(Linear(), "net", view)], Choice(own), ["autoattack-4/255"])
     (found,) = check_attacks(plan, {}, Setting(view, None, Console(quiet=True)))["net"].values()
     assert {check["name"] for check in found} >= {"gradients", "PGD beats FGSM"}
 
@@ -199,5 +200,5 @@ def test_what_cannot_work_is_said_before_anything_is_read(own: Path) -> None:  #
             evaluate(Linear(), "clean", own, size=32, **setting)
     damaged = Linear()
     damaged[2].weight.data.fill_(torch.nan)
-    with pytest.raises(NumericsError, match="gives NaN or infinite logits for a blank picture"):
+    with pytest.raises(NumericsError, match="gives NaN or infinite logits for a blank image"):
         evaluate(damaged, "clean", own, size=32)

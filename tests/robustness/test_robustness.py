@@ -547,7 +547,7 @@ def test_onnx_files_count_as_the_network_that_they_were(own: Path, tmp_path: Pat
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(CheckpointError, match=r"bad\.onnx cannot be run as ONNX"):
         evaluate(tmp_path / "bad.onnx", "clean", own)
-    with pytest.raises(ConfigError, match="does not take pictures of 2 x 3 x 48 x 48"):
+    with pytest.raises(ConfigError, match="does not take images of 2 x 3 x 48 x 48"):
         evaluate(file, "clean", own, size=48)
 
 
@@ -557,7 +557,7 @@ def test_onnx_files_of_a_fixed_batch_are_run_at_it_or_refused_with_the_fix(own: 
     for batch in (1, 3, 8):
         file = write_onnx(network, tmp_path / "fixed.onnx", batch)
         assert cells(evaluate({"onnx": file}, "clean", own, batch_size=7), "clean", "onnx") == expected
-    with pytest.raises(ConfigError, match=r"does not take pictures of 2 x 3 x 32 x 32.*with a dynamic batch axis"):
+    with pytest.raises(ConfigError, match=r"does not take images of 2 x 3 x 32 x 32.*with a dynamic batch axis"):
         evaluate(write_onnx(network, tmp_path / "traced.onnx", flat=1), "clean", own)
 
 
@@ -706,7 +706,7 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
         evaluate(Linear(), "clean", own, size=32, classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="do not have the same classes"):
         evaluate({"a": Linear(10), "b": Linear(11)}, "clean", own, size=32)
-    with pytest.raises(ConfigError, match="gives .* for 2 pictures"):
+    with pytest.raises(ConfigError, match="gives .* for 2 images"):
         evaluate(lambda image: image, "clean", own, size=32)
     bare = Linear()
     bare.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # type: ignore[assignment]

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from mae_dat.models.tokenizer import embedded_path
 from mae_dat.robustness.command import evaluate
-from mae_dat.robustness.identity import module_sha256
+from mae_dat.robustness.fingerprints import module_sha256
 from mae_dat.robustness.measure import PortionPictures
-from mae_dat.robustness.network import View, open_contender
+from mae_dat.robustness.network import EvalOptions
+from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.report.comparison import mixed_versions, summary
 from mae_dat.robustness.report.metrics import axes_of
 from mae_dat.robustness.report.render import counts_csv
@@ -183,7 +184,7 @@ def test_a_graph_is_known_by_the_files_beside_it_too(own: Path, tmp_path: Path) 
     path, known = tmp_path / "m.onnx", []
     for seed in (0, 1):
         content = onnx.load(write_onnx(Linear(10, seed), path))
-        whole = open_contender(str(path), None, "net", View(CPU)).facts["sha256"]
+        whole = open_network(str(path), None, "net", EvalOptions(CPU)).facts["sha256"]
         (tmp_path / "m.onnx.data").unlink(missing_ok=True)
         onnx.save_model(content, path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
         assert (tmp_path / "m.onnx.data").is_file()
@@ -306,10 +307,10 @@ def test_the_average_of_an_interrupted_run_is_called_so(own: Path, tmp_path: Pat
         folder = tmp_path / f"decay {decay}"
         flags = ["--model", "vit_demo_patch8", "--batch_size", "10", "--epochs", "1"]
         finetune_in(folder, tmp_path / "data", *flags, *(["--ema_decay", decay] if decay else []))
-        view = View(CPU)
-        exported = open_contender(str(folder), None, "net", view)
+        view = EvalOptions(CPU)
+        exported = open_network(str(folder), None, "net", view)
         (folder / "model.safetensors").unlink()
-        found = open_contender(str(folder), None, "net", view)
+        found = open_network(str(folder), None, "net", view)
         assert (exported.facts["averaged"], found.facts["averaged"]) == ((True, True) if decay else (False, None))
         picture = torch.rand(1, 3, 32, 32)
-        assert torch.equal(found.network(picture), exported.network(picture))
+        assert torch.equal(found.model(picture), exported.model(picture))

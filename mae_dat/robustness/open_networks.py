@@ -1,0 +1,196 @@
+"""Open the networks of an evaluation: from an output folder, a weights file of any format, a released name, a timm
+name, an ONNX file, or, from Python, any callable."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from mae_dat.config.errors import CheckpointError
+from mae_dat.config.groups import ConfigError
+from mae_dat.data.image_set import ImageSize
+from mae_dat.models.classifier import Classifier, pretrained_timm
+from mae_dat.models.modes import Network, eval_mode
+from mae_dat.models.weights.open import naming, open_source, read_export
+from mae_dat.robustness.fingerprints import module_sha256, state_sha256
+from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, probe_network
+from mae_dat.robustness.onnx_network import open_onnx
+from mae_dat.robustness.scores.results import Contender as Facts
+from mae_dat.storage.files import sha256_of
+from mae_dat.storage.weight_files import WeightsFile
+
+TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:", "timm/")
+
+
+def open_networks(
+    sources: Sequence[str], models: Sequence[str], pretrained: bool, names: Sequence[str], options: EvalOptions
+) -> list[EvaluatedNetwork]:
+    """Open the networks of a command line, in its order.
+
+    `sources` are what `open_network` takes; `models` name the architecture where a source does not (one for all, or
+    one each). With `pretrained`, `models` are timm models instead, opened after the sources. `names` are the titles;
+    by default those of `distinct_names`.
+
+    Raises ConfigError, MissingInputError, CheckpointError, DownloadError.
+    """
+    if pretrained and not models:
+        raise ConfigError("--pretrained needs --model: timm's name of a network.")
+    if not pretrained and len(models) not in (0, 1, len(sources)):
+        raise ConfigError(f"--model: give one name for all or one for each --checkpoint, not {len(models)}.")
+    titles = _titles([*sources, *(models if pretrained else ())], names)
+    architectures: list[str | None]
+    if pretrained or not models:
+        architectures = [None] * len(sources)
+    else:
+        architectures = [*models] * (len(sources) if len(models) == 1 else 1)
+    opened = [
+        open_network(source, architecture, title, options)
+        for source, architecture, title in zip(sources, architectures, titles[: len(sources)], strict=True)
+    ]
+    if pretrained:
+        titles_of_models = titles[len(sources) :]
+        opened += [_open_timm(model, title, options) for model, title in zip(models, titles_of_models, strict=True)]
+    return opened
+
+
+def _titles(sources: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return a distinct title for each source. Raises ConfigError."""
+    if not sources:
+        raise ConfigError("nothing to evaluate: give --checkpoint A [B ...], or --model NAME --pretrained.")
+    if names and len(names) != len(sources):
+        raise ConfigError(f"--names: {len(names)} names for {len(sources)} networks.")
+    titles = list(names) or distinct_names(sources)
+    if not all(title.strip() for title in titles):
+        raise ConfigError("--names: a network needs a name that can be seen.")
+    if len(set(titles)) < len(titles):
+        raise ConfigError(f"two networks would have the same name ({', '.join(titles)}): give --names.")
+    return titles
+
+
+def distinct_names(sources: Sequence[str]) -> list[str]:
+    """Return a short name for each source: its file's or folder's, with as many parent folders as distinguish them."""
+    parts = [Path(source).with_suffix("").parts if Path(source).is_file() else Path(source).parts for source in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(part[-depth:]) for part in parts]
+        if len(set(short)) == len(short):
+            break
+    return short
+
+
+def open_network(source: str, model: str | None, name: str, options: EvalOptions) -> EvaluatedNetwork:
+    """Open the classifier in an output folder, a weights file, an ONNX file or a released name.
+
+    `model` names the architecture if the file does not. Raises MissingInputError, CheckpointError (also for a
+    pretraining), ConfigError, DownloadError.
+    """
+    if source.startswith(TIMM_PREFIXES) and not Path(source).exists():
+        model = f"hf-hub:{source}" if source.startswith("timm/") else source
+        raise ConfigError(f"--checkpoint {source}: networks of timm are named by --model {model} --pretrained.")
+    if source.endswith(".onnx"):
+        return open_onnx(Path(source), name, options)
+    weights, export_facts = read_export(Path(source))
+    described = weights._replace(metadata={"mae_dat": json.dumps(export_facts)}) if export_facts else weights
+    with naming(f"--checkpoint {source}"):
+        opened = open_source(described, model, options.size)
+    if not isinstance(opened.network, Classifier):
+        raise CheckpointError(f"--checkpoint {source} is a pretraining, which has no classes yet: fine-tune it first.")
+    return _classifier_network(
+        opened.network,
+        name=name,
+        source=source,
+        architecture=opened.plan.name,
+        options=options,
+        size=opened.plan.img_size,
+        export_facts=export_facts,
+        weights=weights,
+    )
+
+
+def _open_timm(model: str, name: str, options: EvalOptions) -> EvaluatedNetwork:
+    """Open timm's `model` with timm's own weights, and its own crop unless another one is requested."""
+    network = pretrained_timm(model, options.size)
+    crop = options.crop or resolve_model_data_config(network.net)["crop_pct"]
+    return _classifier_network(
+        network, name=name, source=f"timm {model}", architecture=model, options=replace(options, crop=crop)
+    )
+
+
+def _classifier_network(
+    network: Classifier,
+    *,
+    name: str,
+    source: str,
+    architecture: str,
+    options: EvalOptions,
+    size: ImageSize | None = None,
+    export_facts: Mapping[str, Any] | None = None,
+    weights: WeightsFile | None = None,
+) -> EvaluatedNetwork:
+    """Return an evaluated network from a classifier of ours.
+
+    `export_facts` is what the source records about itself: its classes, and whether its weights are a moving average.
+    """
+    export_facts = export_facts or {}
+    timm_settings = resolve_model_data_config(network.net)
+    path = Path(weights.source) if weights else None
+    averaged = any(wrapper.startswith("the average") for wrapper in weights.wrappers) if weights else False
+    facts: Facts = {
+        "title": name,
+        "source": source,
+        "sha256": sha256_of(path) if path and path.is_file() else state_sha256(network),
+        "architecture": architecture,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "size": list(options.size or size or timm_settings["input_size"][-2:]),
+        "normalization": f"mean {_format_numbers(network.mean)}, std {_format_numbers(network.std)}",
+        "interpolation": options.interpolation or timm_settings["interpolation"],
+        "precision": options.precision_name,
+        "averaged": averaged or export_facts.get("averaged"),
+    }
+    network = network.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return probe_network(network.eval(), facts, export_facts.get("classes"), options)
+
+
+def _format_numbers(values: Tensor) -> str:
+    return " ".join(f"{value:.6g}" for value in values.flatten().tolist())
+
+
+def open_callable(
+    network: Network, name: str, options: EvalOptions, classes: Sequence[str] | None = None
+) -> EvaluatedNetwork:
+    """Return an evaluated network from a callable of pixels in [0, 1]; a module is moved to the device.
+
+    Raises ConfigError if it fails on a blank image, or declares that it takes normalized ones.
+    """
+    module = network if isinstance(network, nn.Module) else None
+    with eval_mode({name: network}):
+        sha256 = module_sha256(module) if module else None
+    identity = {"code": sha256} if sha256 else None
+    if isinstance(network, Classifier):
+        opened = _classifier_network(
+            network,
+            name=name,
+            source="Python",
+            architecture=type(network.net).__name__,
+            options=options,
+            export_facts={"classes": classes},
+        )
+        return replace(opened, identity=identity)
+    facts: Facts = {
+        "title": name,
+        "source": "callable",
+        "sha256": state_sha256(module) if module and module.state_dict() else None,
+        "architecture": type(network).__name__ if module else getattr(network, "__name__", type(network).__name__),
+        "parameters": sum(parameter.numel() for parameter in module.parameters()) if module else 0,
+        "size": list(options.size or DEFAULT_SIZE),
+        "normalization": "inside",
+        "interpolation": options.interpolation or "bicubic",
+        "precision": options.precision_name,
+        "averaged": None,
+    }
+    opened = probe_network(module.to(options.device) if module else network, facts, classes, options)
+    return replace(opened, identity=identity)
