@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## the whole toolkit on generated images in 10 to 20 minutes: output/demo/report.html
-	$(BIN)/python -m mae_dat.demo
+	$(BIN)/python -m mae_dat demo
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ def main() -> None:
     load_finetune_config(sys.argv[1:])
     from mae_dat.robustness.evaluate_run import main as command
 
-    command()
+    command(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def main() -> None:
     load_config(PretrainConfig, sys.argv[1:])
     from mae_dat.training.pretrain import main as command
 
-    command()
+    command(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import sys
 
+from mae_dat.cli import COMMANDS
 from mae_dat.launch.submit import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(commands=COMMANDS))

@@ -117,7 +117,7 @@ class Run:
 
 
 def ours(work: Work, model: Classifier) -> Run:
-    """As `python -m mae_dat.robustness` does it."""
+    """As `python -m mae_dat robustness` does it."""
     network, found = Timed(model), Run()
     start = time.perf_counter()
     battery = Battery(Choice(stored_set(work.cells, work.images), partial=True), len(SYNSETS))

@@ -20,8 +20,8 @@ def first_step_is_done():
     raise SystemExit
 mae_dat.training.loop.beat = first_step_is_done
 recipe = ["--config", "configs/demo_pretrain.yaml", "--data_path", "demo"]
-sys.argv = ["main_pretrain.py", *recipe, "--output_dir", sys.argv[1], "--device", sys.argv[2]]
-mae_dat.training.pretrain.main()
+arguments = [*recipe, "--output_dir", sys.argv[1], "--device", sys.argv[2]]
+mae_dat.training.pretrain.main(arguments)
 """
 
 

@@ -1,7 +1,7 @@
 """A local page: drop a picture, corrupt it or change its visual words, and see what one or several classifiers make of
 it.
 
-`python -m mae_dat.explore [--checkpoint OUT_A OUT_B]` serves it to this machine alone, and the page loads nothing from
+`python -m mae_dat explore [--checkpoint OUT_A OUT_B]` serves it to this machine alone, and the page loads nothing from
 elsewhere. `panels` computes; here it is drawn, by NiceGUI.
 """
 
@@ -11,7 +11,7 @@ import io
 import logging
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,7 @@ from torchvision.transforms import functional
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction_change
 from mae_dat.config.errors import DataError, MissingInputError, UserError
 from mae_dat.config.groups import ConfigError
-from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.parse import load_config
 from mae_dat.data.decode import ADVICE, MAX_BYTES, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated
 from mae_dat.data.image_set import ImageFolder
@@ -32,7 +32,7 @@ from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.weights.open import load_subject
 from mae_dat.robustness.corruptions import CATEGORIES, EXTRA, SEVERITIES
-from mae_dat.runtime.console import command_arguments, console_for_command
+from mae_dat.runtime.console import console_for_command
 from mae_dat.runtime.device import pick_device
 
 if TYPE_CHECKING:
@@ -358,10 +358,10 @@ def listen_locally(port: int) -> socket.socket:
         raise ConfigError(f"--port {port}: {error.strerror}; give another, or 0 for any that is free.") from error
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console_for_command()
-    config = load_config(ExploreConfig, command_arguments())
+    config = load_config(ExploreConfig, arguments)
     application = build_application(load_examiners(config), find_examples(config.images))
     import uvicorn
 
@@ -374,7 +374,3 @@ def main() -> None:
             uvicorn.Server(settings).run([place])
         except KeyboardInterrupt:
             print("ended.")
-
-
-if __name__ == "__main__":
-    run_command(main)

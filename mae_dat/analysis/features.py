@@ -1,6 +1,6 @@
 """Features of images by any network, to a file, and how well their nearest neighbours classify.
 
-`python -m mae_dat.features --checkpoint OUT --data_path DIR --knn 20 --output features.npz`: a pretraining or a
+`python -m mae_dat features --checkpoint OUT --data_path DIR --knn 20 --output features.npz`: a pretraining or a
 classifier, without training anything. One process on one device.
 """
 
@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_dat.config.groups import ConfigError
-from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.parse import load_config
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import image_root, open_images, with_channels
@@ -25,7 +26,7 @@ from mae_dat.data.transforms import eval_transform
 from mae_dat.models.classifier import pool_tokens
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.weights.open import Subject, load_subject
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, pick_device
 from mae_dat.storage.files import atomic_write
 from mae_dat.storage.weight_files import write_weights
@@ -169,11 +170,7 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
     return accuracy
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    run_features(load_config(FeaturesConfig, command_arguments(), __doc__ or ""), console)
-
-
-if __name__ == "__main__":
-    run_command(main)
+    run_features(load_config(FeaturesConfig, arguments, __doc__ or ""), console)

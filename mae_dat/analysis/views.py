@@ -1,6 +1,6 @@
 """One picture, corrupted or with some of its visual words changed, and what a classifier answers before and after.
 
-What `mae_dat.explore` shows, without the page. Pictures are (C, H, W) in [0, 1].
+What `python -m mae_dat explore` shows, without the page. Pictures are (C, H, W) in [0, 1].
 """
 
 import math
@@ -75,7 +75,7 @@ class ImageInspector:
         if not isinstance(subject.model, Classifier):
             raise CheckpointError(
                 f"{subject.name} is a pretraining and has no answers: give a classifier. What it reconstructs is drawn "
-                "by python -m mae_dat.visualize reconstruction."
+                "by python -m mae_dat visualize reconstruction."
             )
         self.name, self.model, self.size, self.tokenizer = subject.name, subject.model, subject.size, tokenizer
         tokenizer.check(torch.zeros(1, subject.in_chans, *subject.size))

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from mae_dat.analysis.scorers import ClassScorer, ReconstructionScorer, Scorer
 from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.groups import ConfigError, DatConfig, image_size
-from mae_dat.config.parse import load_config, nearest, run_command
+from mae_dat.config.parse import load_config, nearest
 from mae_dat.data.decode import decode_file
 from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
 from mae_dat.data.image_set import ImageFolder
@@ -28,7 +28,7 @@ from mae_dat.models.attention import attention_layers, attention_maps, default_q
 from mae_dat.models.mae import MaskedAutoencoder, mask_noise
 from mae_dat.models.tokenizer import EMBEDDED, load_tokenizer
 from mae_dat.models.weights.open import Size, Subject, load_subject, predicts_normalized
-from mae_dat.runtime.console import command_arguments, console_for_command
+from mae_dat.runtime.console import console_for_command
 from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.seeds import step_generator
 from mae_dat.storage.files import prepare_output_folder
@@ -361,27 +361,23 @@ GALLERY_KINDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
 
 def usage_overview() -> str:
     """The kinds of pictures, for `--help`."""
-    lines = ["usage: python -m mae_dat.visualize WHAT [FLAGS]", "", (__doc__ or "").split("\n")[0], ""]
+    lines = ["usage: python -m mae_dat visualize WHAT [FLAGS]", "", (__doc__ or "").split("\n")[0], ""]
     for what, (kind, _) in GALLERY_KINDS.items():
         first = (kind.__doc__ or "").split("\n\n")[0]
         lines.append(
             textwrap.fill(" ".join(first.split()), 100, initial_indent=f"  {what:<15}", subsequent_indent=" " * 17)
         )
-    return "\n".join([*lines, "", "The flags of each: python -m mae_dat.visualize WHAT --help"])
+    return "\n".join([*lines, "", "The flags of each: python -m mae_dat visualize WHAT --help"])
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console_for_command()
-    what, *arguments = command_arguments() or ["--help"]
+    what, *arguments = arguments or ["--help"]
     if what in ("-h", "--help"):
         print(usage_overview())
         return
     if what not in GALLERY_KINDS:
         raise ConfigError(f"no picture {what!r}: {nearest(what, list(GALLERY_KINDS))} WHAT comes before the flags.")
     kind, draw = GALLERY_KINDS[what]
-    draw(load_config(kind, arguments, program=f"python -m mae_dat.visualize {what}"))
-
-
-if __name__ == "__main__":
-    run_command(main)
+    draw(load_config(kind, arguments, program=f"python -m mae_dat visualize {what}"))

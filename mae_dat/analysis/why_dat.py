@@ -1,4 +1,4 @@
-"""Why discrete adversaries help, as Mao et al. 2022 explain it: `python -m mae_dat.analysis --checkpoint A [B ...]
+"""Why discrete adversaries help, as Mao et al. 2022 explain it: `python -m mae_dat analysis --checkpoint A [B ...]
 --data_path DIR --output_dir OUT`.
 
 For each network, its own discrete and pixel adversaries on held-out pictures: how far the statistics inside the network
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from mae_dat.attacks.gradient import unit
 from mae_dat.attacks.pixel import PixelAttack, pixel_adversary
 from mae_dat.config.errors import DataError
 from mae_dat.config.groups import AttackConfig, AugmentConfig, ConfigError
-from mae_dat.config.parse import command_line, load_config, nearest, run_command
+from mae_dat.config.parse import command_line, load_config, nearest
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import batch_loader
 from mae_dat.data.open import image_root, open_images
@@ -45,7 +46,7 @@ from mae_dat.models.classifier import Classifier
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.open_networks import open_networks
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.seeds import step_generator
 from mae_dat.storage.files import atomic_write, prepare_output_folder
@@ -272,10 +273,10 @@ def mean_correlations(clean: dict[str, Moments], other: dict[str, Moments]) -> d
     return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": named}
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    config = load_config(AnalysisConfig, command_arguments(), __doc__ or "")
+    config = load_config(AnalysisConfig, arguments, __doc__ or "")
     device = pick_device(config.device)
     opened = open_networks(config.checkpoint, config.model, config.pretrained, config.names, EvalOptions(device))
     root = find_split(image_root(config.data_path), "val")
@@ -293,7 +294,3 @@ def main() -> None:
     with atomic_write(output / "analysis.json") as file:
         file.write((json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     logger.info("wrote %s", write_page(results, shown, output))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,5 @@
-"""The page of `mae_dat.analysis`: tables and figures of clean, discrete-adversarial and pixel-adversarial pictures."""
+"""The page of `python -m mae_dat analysis`: clean, discrete-adversarial and pixel-adversarial images in tables and
+figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class PageSection:
 
 
 def write_page(results: Mapping[str, Any], shown: Mapping[str, Mapping[str, Tensor]], output: Path) -> Path:
-    """analysis.html and figures/*.png in `output`, from the numbers of `mae_dat.analysis` and each network's first
+    """analysis.html and figures/*.png in `output`, from the numbers of the analysis and each network's first
     pictures of every view, (B, 3, H, W) in [0, 1]. Returns the page's path."""
     prepare_output_folder(output / "figures")
     networks = results["networks"]

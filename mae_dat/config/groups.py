@@ -143,8 +143,8 @@ class DataConfig:
     """Data: DIR/{train,val}/CLASS/*.jpg; for pretraining any folder of images."""
 
     data_path: str | None = None
-    """Folder of images or of shards (mae_dat.pack), the https:// address of shards, or `demo` for the generated ones
-    (default: the environment variable MAE_DAT_DATA)."""
+    """Folder of images or of shards (`python -m mae_dat pack`), the https:// address of shards, or `demo` for the
+    generated ones (default: the environment variable MAE_DAT_DATA)."""
     input_size: tuple[int, ...] = (224,)
     """Side, or height and width, in pixels."""
     in_chans: int = 3
@@ -375,7 +375,8 @@ class ClassifierConfig:
     cls_token: bool = False
     """... or, with --cls_token, the class token."""
     finetune: str | None = None
-    """Weights to start from: a pretraining folder of ours, a weights file, or a released name (mae_dat.fetch)."""
+    """Weights to start from: a pretraining folder of ours, a weights file, or a released name (`python -m mae_dat
+    fetch` lists them)."""
     pretrained: bool = False
     """Start from timm's weights for a timm model."""
     linear_probe: bool = False
@@ -443,7 +444,7 @@ class EvalConfig:
     """Accepted for MAE's sake; evaluation is always shared by the ranks and exact."""
     suite: tuple[str, ...] = ("clean",)
     """With --eval: clean accuracy; `corruptions`, also 15 corruptions x 5 severities and a report; or the suites of
-    mae_dat.robustness."""
+    `python -m mae_dat robustness`."""
     limit: int | None = None
     """Images per corruption (default: all of the validation split)."""
 

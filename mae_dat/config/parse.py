@@ -60,15 +60,17 @@ def load_config(
 
 
 def _command_name() -> str:
-    """The running command as it is typed: `main_pretrain.py`, or `python -m mae_dat.compare` for one of our modules."""
-    script = _script()
-    return f"python -m mae_dat.{script.stem}" if script.parent == PACKAGE else script.name
+    """Return the running command as the user types it: `main_pretrain.py`, or `python -m mae_dat compare`."""
+    words, _ = _running_command()
+    return words[-1] if words[-1].endswith(".py") else shlex.join(words)
 
 
-def _script() -> Path:
-    """The file that runs, or the package whose `__main__.py` it is."""
-    script = Path(sys.argv[0])
-    return script.parent if script.name == "__main__.py" else script
+def _running_command() -> tuple[list[str], list[str]]:
+    """Return the words that start the running command, such as `python -m mae_dat compare`, and its arguments."""
+    script, arguments = Path(sys.argv[0]), sys.argv[1:]
+    if script.parent == PACKAGE and script.name == "__main__.py":
+        return ["python", "-m", "mae_dat", *arguments[:1]], arguments[1:]
+    return ["python", script.name], arguments
 
 
 def _accepted(parse: Callable[..., Any], words: list[str]) -> bool:
@@ -151,13 +153,13 @@ def write_config(config: Any, path: Path) -> None:
     path.write_text(f"# {command_line()}\n" + yaml.safe_dump(values, sort_keys=False))
 
 
-def command_line(module: str = "") -> str:
-    """The command that runs, for logs, cards and reports; a file of this package is named as its module."""
-    script = _script()
-    if not module and script.parent.name == "mae_dat":
-        module = f"mae_dat.{script.stem}"
-    start = ["python", "-m", module] if module else ["python", script.name]
-    return shlex.join([*start, *sys.argv[1:]])
+def command_line(command: str = "") -> str:
+    """Return the running command with its arguments, for logs, cards and reports.
+
+    `command` names one of `python -m mae_dat COMMAND` where the process was started in another way.
+    """
+    words, arguments = _running_command()
+    return shlex.join([*(["python", "-m", "mae_dat", command] if command else words), *arguments])
 
 
 def run_command(main: Callable[[], None]) -> None:

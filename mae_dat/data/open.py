@@ -40,7 +40,7 @@ def open_images(
     if (Path(root) / INDEX_FILE).is_file():
         return Shards(root, transform, classes, on_bad, labelled, seed)
     if holds_shards(root):
-        raise MissingInputError(f"{root} holds shards without their index: python -m mae_dat.pack --index {root}")
+        raise MissingInputError(f"{root} holds shards without their index: python -m mae_dat pack --index {root}")
     return ImageFolder(root, transform, classes, on_bad, labelled, seed)
 
 

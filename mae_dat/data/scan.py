@@ -1,14 +1,14 @@
 """Decodes every image of a folder once, names the bad ones, and writes a manifest by which later changes are found.
 
-`python -m mae_dat.scan DIR` writes DIR/manifest.jsonl (size, sha256, width and height of each image);
-`python -m mae_dat.scan DIR --verify` compares the files with it: most flipped bits give a picture that decodes, to
+`python -m mae_dat scan DIR` writes DIR/manifest.jsonl (size, sha256, width and height of each image);
+`python -m mae_dat scan DIR --verify` compares the files with it: most flipped bits give a picture that decodes, to
 other pixels. Shards are compared with their index in both cases. The exit code is 65 if anything is wrong.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +16,13 @@ import torch
 import tyro
 
 from mae_dat.config.errors import DataError, MissingInputError
-from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.parse import load_config
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import map_in_workers
 from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.data.shards.reader import Shards
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder, sha256_of
 
 MANIFEST = "manifest.jsonl"
@@ -85,7 +85,7 @@ def verify_manifest(config: ScanConfig, console: Console) -> tuple[int, list[str
     root, path = Path(config.folder), _manifest(config)
     expected: dict[str, str] = {}
     if not path.is_file():
-        raise MissingInputError(f"{path}: no such manifest; python -m mae_dat.scan {root} writes it.")
+        raise MissingInputError(f"{path}: no such manifest; python -m mae_dat scan {root} writes it.")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             facts = json.loads(line)
@@ -144,10 +144,10 @@ def _manifest(config: ScanConfig) -> Path:
     return Path(config.manifest) if config.manifest else Path(config.folder) / MANIFEST
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    config = load_config(ScanConfig, command_arguments(), __doc__ or "")
+    config = load_config(ScanConfig, arguments, __doc__ or "")
     folder = Path(config.folder)
     packed = [path.parent for path in sorted([*folder.glob(INDEX_FILE), *folder.glob(f"*/{INDEX_FILE}")])]
     look = scan_shards if packed else verify_manifest if config.verify else scan
@@ -160,7 +160,3 @@ def main() -> None:
         bad += len(faults)
     if bad:
         raise DataError(f"{config.folder} has {bad} faults, listed above: delete or replace these files.")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Trains an object detector, plainly or with DAT, and measures it: `python -m mae_dat.detect --data_path DIR ...
+"""Trains an object detector, plainly or with DAT, and measures it: `python -m mae_dat detect --data_path DIR ...
 --output_dir OUT`.
 
 DIR holds COCO's format (docs/detection.md). The adversary of `--dat` raises the detector's total loss. A rerun of the
@@ -7,7 +7,7 @@ same command resumes. `--eval --resume OUT` measures, with `--corruptions` under
 
 import dataclasses
 import logging
-import sys
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from mae_dat.config.errors import CheckpointError
 from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig
-from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.parse import load_config
 from mae_dat.config.runs import check_parts
 from mae_dat.data.gallery import draw_gallery
 from mae_dat.data.loader import eval_loader
@@ -68,7 +68,8 @@ class DetectorConfig:
     """Any box detector of torchvision, or vit_{base,large}_patch16, vit_huge_patch14, vit_demo_patch8 with a simple
     feature pyramid."""
     finetune: str | None = None
-    """Weights for the transformer: a pretraining folder of ours, a weights file, or a released name (mae_dat.fetch)."""
+    """Weights for the transformer: a pretraining folder of ours, a weights file, or a released name (`python -m mae_dat
+    fetch` lists them)."""
     pretrained: bool = False
     """Start a torchvision detector from its backbone's ImageNet weights, with frozen BatchNorm."""
     width: int = 256
@@ -277,10 +278,10 @@ def draw_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
     return torch.stack(drawn)
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    config = load_config(DetectConfig, sys.argv[1:], __doc__ or "")
+    config = load_config(DetectConfig, arguments, __doc__ or "")
     result = measure_detector(config, console) if config.measure.eval else detect(config, console)
     if not world_from_environment().main:
         return
@@ -293,7 +294,3 @@ def main() -> None:
 def print_scores(result: dict[str, float]) -> None:
     """One line."""
     print(", ".join(f"{name} {100 * result[name]:.1f} %" for name in DETECTION_METRICS))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,7 +1,7 @@
 """A comparison, from images to a report: pretrain, fine-tune every arm with every seed, measure all on the same
 pictures.
 
-`python -m mae_dat.compare --data_path DIR --output_dir OUT`. Every run has a folder of its own below OUT and resumes
+`python -m mae_dat compare --data_path DIR --output_dir OUT`. Every run has a folder of its own below OUT and resumes
 there, so an interrupted comparison goes on where it stood, and several processes can share the seeds before a last one
 measures.
 """
@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mae_dat.config.groups import ConfigError
-from mae_dat.config.parse import flat_values, load_config, nearest, run_command
+from mae_dat.config.parse import flat_values, load_config, nearest
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.open import image_root, training_images
 from mae_dat.experiments.parallel_runs import Stage, check_jobs, train_all
@@ -31,7 +32,7 @@ from mae_dat.robustness.report.groups import arms_of
 from mae_dat.robustness.report.metrics import axes_of
 from mae_dat.robustness.scores.results import Curve, Gallery, Results, Run, Training
 from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, WORDS, Choice
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.files import prepare_output_folder
@@ -109,7 +110,7 @@ class CompareConfig:
     """Images for each corruption and severity, and under attack (None: all of the validation split). Clean accuracy and
     shape bias are of all."""
     suite: tuple[str, ...] = ()
-    """As for mae_dat.robustness (default: clean, generated, words-random, words-symbolic, and conflict if it is there).
+    """As --suite of robustness (default: clean, generated, words-random, words-symbolic, and conflict if it is there).
     """
     measure: bool = True
     """Measure and report in the end, in float32 whatever the recipe's --precision; --no_measure trains only."""
@@ -342,14 +343,10 @@ def print_numbers(results: Results, output: Path) -> None:
         print(f"  {arm.title:<16} " + "   ".join(f"{axis.title} {value_text(axis, arm)}" for axis in axes))
 
 
-def main(default: CompareConfig | None = None, about: str = __doc__ or "") -> None:
-    """Command line."""
+def main(arguments: Sequence[str], default: CompareConfig | None = None, about: str = __doc__ or "") -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    config = load_config(CompareConfig, command_arguments(), about, default=default)
+    config = load_config(CompareConfig, arguments, about, default=default)
     results = compare(config, console)
     if results is not None:
         print_numbers(results, Path(config.output_dir))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -5,7 +5,8 @@ corrupted and with conflicting textures, and writes output/demo/report.html. A s
 stopped.
 """
 
-from mae_dat.config.parse import run_command
+from collections.abc import Sequence
+
 from mae_dat.experiments import compare
 from mae_dat.experiments.compare import CONFIGS, CompareConfig
 
@@ -21,10 +22,6 @@ DEFAULTS = CompareConfig(
 )
 
 
-def main() -> None:
-    """Command line."""
-    compare.main(DEFAULTS, __doc__ or "")
-
-
-if __name__ == "__main__":
-    run_command(main)
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
+    compare.main(arguments, DEFAULTS, __doc__ or "")

@@ -1,7 +1,7 @@
 """The proof: every adversary and baseline, after several pretrainings, with several seeds, on several data sets, in one
 command.
 
-`python -m mae_dat.proof --data_paths A B --output_dir OUT` leaves a comparison with its report in a folder of OUT for
+`python -m mae_dat proof --data_paths A B --output_dir OUT` leaves a comparison with its report in a folder of OUT for
 each data set, and the tables of all of them in OUT/results.md. A second call goes on where the first one stopped.
 `--quick` shows in minutes that all of it works, on a few generated pictures.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae_dat.config.groups import ConfigError
-from mae_dat.config.parse import command_line, load_config, run_command
+from mae_dat.config.parse import command_line, load_config
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.experiments.compare import CONFIGS, CompareConfig, compare
 from mae_dat.experiments.pretrainings import NONE, PLAIN
@@ -19,7 +19,7 @@ from mae_dat.robustness.open_networks import distinct_names
 from mae_dat.robustness.report.ablation import ablation_tables, summary, words_by_arm
 from mae_dat.robustness.report.render import markdown_table, markdown_text
 from mae_dat.robustness.scores.results import Results
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.machine import hardware_facts
 from mae_dat.storage.files import atomic_write
 
@@ -112,12 +112,8 @@ def write_tables(found: dict[str, Results], path: Path) -> None:
         file.write(("\n\n".join(parts) + "\n").encode())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    config = load_config(ProofConfig, command_arguments() if arguments is None else arguments, __doc__ or "")
+    config = load_config(ProofConfig, arguments, __doc__ or "")
     print(f"wrote {prove(config, console)}")
-
-
-if __name__ == "__main__":
-    run_command(main)

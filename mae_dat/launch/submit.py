@@ -12,7 +12,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def _flag_names() -> dict[str, bool]:
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split into launcher flags and [script, script flags...]; the first word that is no flag or value is the script,
-    or `-m` with the module after it.
+    or `-m` with `mae_dat` and a command after it.
 
     ConfigError for a flag before the script that the launcher does not have.
     """
@@ -64,7 +64,7 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="submit.py",
-        usage="submit.py [launcher flags] SCRIPT.py [script flags]   or, for SCRIPT.py, -m mae_dat.MODULE",
+        usage="submit.py [launcher flags] SCRIPT.py [script flags]   or, for SCRIPT.py, -m mae_dat COMMAND",
         description="Submit a training script to SLURM, or run it on this machine in the background.",
         epilog="Everything after the script goes to the script. Jobs that are preempted, run out of time or lose a "
         "node queue again and go on from the newest checkpoint in the script's output folder.",
@@ -78,17 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> tuple[JobConfig, ScriptTask]:
-    """Read the command line. ConfigError for a mistyped flag or no script, MissingInputError if there is no such file.
+def parse(argv: Sequence[str], commands: Collection[str] = ()) -> tuple[JobConfig, ScriptTask]:
+    """Read the command line; `commands` are those of `python -m mae_dat`, which `-m` may name.
 
-    A value of the wrong type ends the program with exit code 2 and a message.
+    Raises ConfigError for a mistyped flag or no script, MissingInputError if there is no such file or command. A value
+    of the wrong type ends the program with exit code 2 and a message.
     """
     flags, rest = split_command(argv)
     config = JobConfig(**vars(_parser().parse_args(flags)))
     if not rest or rest == ["-m"]:
         raise ConfigError("no script: submit.py [launcher flags] SCRIPT.py [script flags]")
     if rest[0] == "-m":
-        script, rest = _existing_module(rest[1]), rest[1:]
+        script, rest = _existing_module(rest[1:3], commands), rest[1:]
     else:
         script = str(_existing_script(Path(rest[0])))
     names = _flag_names()
@@ -107,13 +108,12 @@ def _existing_script(path: Path) -> Path:
     raise MissingInputError(f"no such script: {path}: {nearest(str(path), scripts) if scripts else 'wrong folder?'}")
 
 
-def _existing_module(name: str) -> str:
-    files = [path for path in PACKAGE_FOLDER.glob("*.py") if "__main__" in path.read_text()]
-    packages = [path.parent for path in PACKAGE_FOLDER.glob("*/__main__.py")]
-    known = sorted(f"mae_dat.{path.stem}" for path in (*files, *packages))
-    if name not in known:
-        raise MissingInputError(f"no such module: -m {name}: {nearest(name, known)}")
-    return name
+def _existing_module(words: Sequence[str], commands: Collection[str]) -> str:
+    if words[0] != PACKAGE_FOLDER.name or words[1:2] == []:
+        raise MissingInputError(f"no such module: -m {words[0]}: use -m {PACKAGE_FOLDER.name} COMMAND.")
+    if words[1] not in commands:
+        raise MissingInputError(f"no such command: -m {' '.join(words)}: {nearest(words[1], sorted(commands))}")
+    return words[0]
 
 
 def script_settings(task: ScriptTask) -> Settings | None:
@@ -250,12 +250,12 @@ def wait_for(jobs: Sequence[Job[int]], launch: ResolvedJob, tasks: Sequence[Scri
         return Interrupted.exit_code
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of submit.py; returns the exit code."""
+def main(argv: Sequence[str] | None = None, commands: Collection[str] = ()) -> int:
+    """Run submit.py and return the exit code; `commands` are those of `python -m mae_dat`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     argv = sys.argv[1:] if argv is None else argv
     try:
-        config, task = parse(argv)
+        config, task = parse(argv, commands)
         launch = config.resolve()
         tasks = tasks_of(launch, task)
         command = shlex.join(["python", "submit.py", *argv])

@@ -1,6 +1,6 @@
 """Every robustness benchmark, exact, in one command: from checkpoints to results.json and a report.
 
-`python -m mae_dat.robustness --checkpoint A B --suite all --data ROOT --output OUT` measures what lies in ROOT and says
+`python -m mae_dat robustness --checkpoint A B --suite all --data ROOT --output OUT` measures what lies in ROOT and says
 what does not: ImageNet's benchmarks in folders of their usual names, or ROOT/val/CLASS/*.jpg for other classes. Several
 networks become columns side by side. Interrupted, the same command goes on where it stopped. `--recompute
 OUT/results.json` prints the numbers again from the counts alone.
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mae_dat.config.groups import ConfigError, LaunchConfig, RunConfig, image_size
-from mae_dat.config.parse import load_config, nearest, run_command
+from mae_dat.config.parse import load_config, nearest
 from mae_dat.data.open import image_root
 from mae_dat.robustness.evaluation import Setting, examine, print_headline
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
@@ -25,7 +25,7 @@ from mae_dat.robustness.open_networks import open_callable, open_network, open_n
 from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.robustness.suites.choose import Choice
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, pick_device
 from mae_dat.runtime.world import World, world_from_environment
 from mae_dat.storage.files import prepare_output_folder
@@ -66,7 +66,7 @@ class RobustnessConfig:
     """Which networks, and where to."""
 
     checkpoint: tuple[str, ...] = ()
-    """Output folders, weights files, released names (mae_dat.fetch) or .onnx files."""
+    """Output folders, weights files, released names (`python -m mae_dat fetch`) or .onnx files."""
     model: tuple[str, ...] = ()
     """Architecture where a file does not say: one for all, or one each. With --pretrained: timm's names,
     hf-hub:OWNER/NAME too."""
@@ -196,14 +196,10 @@ def first(contenders: Sequence[EvaluatedNetwork], baseline: str | None) -> list[
     return sorted(contenders, key=lambda one: one.name != (baseline or names[0]))
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    config = load_config(RobustnessConfig, command_arguments(), __doc__ or "")
+    config = load_config(RobustnessConfig, arguments, __doc__ or "")
     results = read_results(Path(config.recompute)) if config.recompute is not None else measure_all(config, console)
     if world_from_environment().main:
         print_headline(results)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,8 +1,9 @@
 """From trained classifiers to results and a report: `main_finetune.py --eval --resume OUT [--suite corruptions]`, or
-`--suite` with names of mae_dat.robustness."""
+`--suite` with names of its suites."""
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from mae_dat.config.errors import CheckpointError, ConfigError
@@ -17,7 +18,7 @@ from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, Choice
 from mae_dat.runtime.collectives import on_all_ranks
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.training.accuracy import accuracy
 from mae_dat.training.context import run_context
 from mae_dat.training.finetune import build, finetune, held_out_images, held_out_loader, source_grid
@@ -50,7 +51,7 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
 
 
 def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
-    """The suites of mae_dat.robustness, for the classifier of --resume on the benchmarks of --data_path; `corruptions`
+    """Measure the suites, for the classifier of --resume on the benchmarks of --data_path; `corruptions`
     are the corrupted pictures, all clean ones, and conflicting ones where there are some."""
     require_color(config)
     source, suite = str(config.run.resume), config.evaluation.suite
@@ -77,10 +78,10 @@ def require_color(config: FinetuneConfig) -> None:
         raise ConfigError(f"corruptions are defined for colour pictures, not for --in_chans {config.data.in_chans}.")
 
 
-def main() -> None:
-    """The command line of `main_finetune.py`: fine-tunes, or evaluates with `--eval`."""
+def main(arguments: Sequence[str]) -> None:
+    """Run `main_finetune.py` with its arguments: fine-tune, or evaluate with `--eval`."""
     console = console_for_command()
-    config = load_finetune_config(command_arguments())
+    config = load_finetune_config(arguments)
     if config.evaluation.eval:
         evaluate_checkpoint(config, console)
         return

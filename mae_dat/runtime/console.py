@@ -127,8 +127,3 @@ def console_for_command() -> Console:
     console.start_logging()
     logging.captureWarnings(True)
     return console
-
-
-def command_arguments() -> list[str]:
-    """Return the command line after the script's name."""
-    return sys.argv[1:]

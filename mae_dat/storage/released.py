@@ -44,7 +44,7 @@ def local_path(name_or_path: str | Path) -> Path:
         return fetch(released()[name])
     if not path.exists() and not path.suffix and len(path.parts) == 1:
         hint = nearest(name, list(released()))
-        known = hint if hint.startswith("did") else "`python -m mae_dat.fetch` lists the released weights."
+        known = hint if hint.startswith("did") else "`python -m mae_dat fetch` lists the released weights."
         raise MissingInputError(f"no such file or folder, and no released weights of that name: {name}; {known}")
     return path
 
@@ -206,7 +206,7 @@ def _download_from_any(entry: Released, path: Path, trust: bool) -> None:
             if not url.startswith("https://") and not (trust or known):
                 raise UrlFailedError(
                     "not encrypted and without a known sha256: anyone on the way could change it. To take it all "
-                    f"the same: python -m mae_dat.fetch {entry.name} --trust"
+                    f"the same: python -m mae_dat fetch {entry.name} --trust"
                 )
             logger.info("%s: from %s", entry.name, urllib.parse.urlsplit(url).netloc)
             download(url, partial, entry.name)
@@ -228,7 +228,7 @@ def _download_from_any(entry: Released, path: Path, trust: bool) -> None:
             _say_first_use(entry, sha256, card)
         return
     raise DownloadError(
-        f"{entry.name} could not be downloaded.{''.join(reasons)}\nWithout a network: run `python -m mae_dat.fetch "
+        f"{entry.name} could not be downloaded.{''.join(reasons)}\nWithout a network: run `python -m mae_dat fetch "
         f"{entry.name} --mirror DIR` where there is one, copy DIR here and set {MIRROR_VARIABLE}=DIR. Or put the file "
         f"here by hand, as {path}; it is described at {entry.origin}."
     )

@@ -1,5 +1,7 @@
 """Masked-autoencoder pretraining on any folder of images, optionally with DAT (`main_pretrain.py`)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from mae_dat.data.open import training_images, with_channels
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import eval_transform, pretrain_transform
 from mae_dat.models.mae import MaskedAutoencoder, build_mae
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.training import run
@@ -93,7 +95,7 @@ def draw(
     return drawn
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    pretrain(load_config(PretrainConfig, command_arguments()), console)
+    pretrain(load_config(PretrainConfig, arguments), console)

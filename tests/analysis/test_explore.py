@@ -272,7 +272,7 @@ class Visitor:
 def server(tmp_path: Path) -> Iterator[tuple[str, Callable[[], tuple[int, str]]]]:
     """The running command: its address, and what ends it as Ctrl-C does and gives its exit code and messages."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    command = [sys.executable, "-m", "mae_dat.explore", "--checkpoint", "mae_dat_demo", "mae_dat_demo"]
+    command = [sys.executable, "-m", "mae_dat", "explore", "--checkpoint", "mae_dat_demo", "mae_dat_demo"]
     with open(tmp_path / "stderr", "w+") as messages:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True, env=environment)
 

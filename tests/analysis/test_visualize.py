@@ -214,13 +214,11 @@ def test_other_sizes_and_tokenizers_fit(draw: Draw, classifier: Path, tmp_path: 
 
 def test_help_needs_no_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--help"]):
-        monkeypatch.setattr("sys.argv", ["visualize", *arguments])
-        visualize.main()
+        visualize.main(arguments)
         told = capsys.readouterr().out
         assert all(what in told for what in visualize.GALLERY_KINDS)
-    monkeypatch.setattr("sys.argv", ["visualize", "attention", "--help"])
     with pytest.raises(SystemExit):
-        visualize.main()
+        visualize.main(["attention", "--help"])
     assert "--rollout" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ import pytest
 from mae_dat.config import groups as config_module
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.groups import AttackConfig, DatConfig, MaskConfig, OptimConfig, data_root, image_size
-from mae_dat.config.parse import command_line, flat_values, load_config, run_command, write_config
+from mae_dat.config.parse import PACKAGE, command_line, flat_values, load_config, run_command, write_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -304,15 +304,17 @@ def test_a_value_out_of_its_range_is_refused_by_name(flag: str, value: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("arguments", "text"),
     [
-        ("/a/mae_dat/demo.py", "python -m mae_dat.demo --seeds 1"),
-        ("/a/main_pretrain.py", "python main_pretrain.py --seeds 1"),
+        ([str(PACKAGE / "__main__.py"), "demo"], "python -m mae_dat demo --seeds 1"),
+        (["/a/main_pretrain.py"], "python main_pretrain.py --seeds 1"),
     ],
 )
-def test_the_command_is_told_as_it_can_be_given(script: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [script, "--seeds", "1"])
-    assert command_line() == said
+def test_the_command_is_logged_as_it_can_be_typed(
+    arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1"])
+    assert command_line() == text
 
 
 @pytest.mark.parametrize(

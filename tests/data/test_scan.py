@@ -85,16 +85,16 @@ def folder(tmp_path: Path) -> Path:
 def test_every_kind_of_bad_picture_is_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["scan", str(folder), "--num_workers", "2"])
+    arguments = [str(folder), "--num_workers", "2"]
     with pytest.raises(DataError, match=f"has {len(BAD)} faults"):
-        scan.main()
+        scan.main(arguments)
     told = capsys.readouterr().out
     assert [name for name in BAD if f"/{name}: " not in told] == []
     assert f"{60 + len(BAD)} images, {len(BAD)} faults" in told
     assert len((folder / "manifest.jsonl").read_text().splitlines()) == 60
     for name in BAD:
         (folder / "class1" / name).unlink()
-    scan.main()
+    scan.main(arguments)
     assert "60 images, 0 faults" in capsys.readouterr().out
 
 
@@ -171,13 +171,13 @@ def test_shards_are_held_against_their_index(
     for name in BAD:
         (tmp_path / "source" / "train" / "class1" / name).unlink()
     pack(PackConfig(str(tmp_path / "source"), str(tmp_path / "out"), shard_mb=0.05, num_workers=0), QUIET)
-    monkeypatch.setattr("sys.argv", ["scan", str(tmp_path / "out"), "--num_workers", "0"])
-    scan.main()
+    arguments = [str(tmp_path / "out"), "--num_workers", "0"]
+    scan.main(arguments)
     assert "60 images, 0 faults" in capsys.readouterr().out
     shard = sorted((tmp_path / "out" / "train").glob("*.tar"))[1]
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DataError, match="has 1 faults"):
-        scan.main()
+        scan.main(arguments)
     assert f"{shard}: not the file of the index" in capsys.readouterr().out

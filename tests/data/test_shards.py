@@ -201,12 +201,10 @@ def test_webdatasets_shards_are_read_with_names_from_a_list(
             image = {"png" if index % 2 else "PNG": Path(path).read_bytes()}
             number = {"json": {"label": label, "text": "a picture"}} if index % 3 else {"cls": label}
             writer.write({"__key__": f"{'long/' * 20}a{index:04d}", "txt": "words", **image, **number})
-    with pytest.raises(MissingInputError, match=r"without their index: python -m mae_dat.pack --index"):
+    with pytest.raises(MissingInputError, match=r"without their index: python -m mae_dat pack --index"):
         open_images(tmp_path / "val", to_tensor)
     (tmp_path / "names.txt").write_text("\n".join(there.classes))
-    given = ["pack", "--index", str(tmp_path), "--classes", str(tmp_path / "names.txt")]
-    monkeypatch.setattr("sys.argv", given)
-    packing.main()
+    packing.main(["--index", str(tmp_path), "--classes", str(tmp_path / "names.txt")])
     assert "val: 20 images of 10 classes in 3 shards" in (told := capsys.readouterr().out)
     assert told.endswith(f"--data_path {tmp_path}\n")
     here = open_images(tmp_path / "val", to_tensor)
@@ -231,8 +229,7 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     assert failed.code == 65
     assert "bad.jpg: it is a web page" in failed.stderr
     assert not list(out.glob("*.tar"))
-    monkeypatch.setattr("sys.argv", ["pack", *given, "--on_bad", "skip"])
-    packing.main()
+    packing.main([*given, "--on_bad", "skip"])
     told = capsys.readouterr()
     assert "3 images in 1 shards" in told.out
     assert f"next: python main_pretrain.py --data_path {out}" in told.out

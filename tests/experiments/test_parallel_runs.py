@@ -73,7 +73,7 @@ def test_a_killed_process_is_told_and_may_be_tried_again(tmp_path: Path) -> None
 def begin(output: Path, data: Path) -> subprocess.Popen[str]:
     """A comparison of two arms, two at a time, amid its first step."""
     flags = " ".join(FINETUNE[2:-2]) + " --epochs 1000"
-    command = [sys.executable, "-m", "mae_dat.compare", "--data_path", str(data), "--output_dir", str(output)]
+    command = [sys.executable, "-m", "mae_dat", "compare", "--data_path", str(data), "--output_dir", str(output)]
     command += ["--arms", "plain", "random", "--seeds", "0", "--jobs", "2", "--no_measure"]
     command += [f"--pretrain_flags={' '.join(PRETRAIN[2:])}", f"--finetune_flags={flags}"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mae_dat.cli import COMMANDS
 from mae_dat.config.errors import ConfigError, MissingInputError, NoProgressError, OutputError, UserError
 from mae_dat.launch import executors as cluster
 from mae_dat.launch import submit as launch
@@ -162,11 +163,14 @@ def test_everything_after_the_script_is_the_scripts(script: Path, caplog: pytest
 
 
 def test_a_module_of_the_package_is_a_script_too() -> None:
-    config, task = launch.parse(["--dry_run", "-m", "mae_dat.compare", "--seeds", "0"])
-    assert task.command == [sys.executable, "-P", "-m", "mae_dat.compare", "--seeds", "0"]
+    config, task = launch.parse(["--dry_run", "-m", "mae_dat", "compare", "--seeds", "0"], COMMANDS)
+    assert task.command == [sys.executable, "-P", "-m", "mae_dat", "compare", "--seeds", "0"]
     assert config.dry_run
-    with pytest.raises(MissingInputError, match=r"-m mae_dat.compar: did you mean mae_dat.compare"):
-        launch.parse(["-m", "mae_dat.compar"])
+    with pytest.raises(MissingInputError, match=r"-m mae_dat compar: did you mean compare"):
+        launch.parse(["-m", "mae_dat", "compar"], COMMANDS)
+    for words in (["mae_dat.compare"], ["mae_dat"], ["other", "compare"]):
+        with pytest.raises(MissingInputError, match="use -m mae_dat COMMAND"):
+            launch.parse(["-m", *words], COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Networks rebuilt from their files alone, and conversions: what comes out gives the same outputs elsewhere."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,8 +304,7 @@ def test_the_command(
     fine_tuned: tuple[Classifier, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     dest = str(tmp_path / "out.safetensors")
-    monkeypatch.setattr(sys, "argv", ["convert.py", fine_tuned[1], dest, "--to", "timm"])
-    converting.main()
+    converting.main([fine_tuned[1], dest, "--to", "timm"])
     said = capsys.readouterr()
     assert "MAE fine-tuned, mean pooling; vit_demo_patch8, 64 x 64 px, 7 classes" in said.out
     assert f"checkpoint_path={dest!r}" in said.out

@@ -336,9 +336,8 @@ def test_a_name_is_a_tokenizer(home: Path) -> None:
 
 
 def command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    monkeypatch.setattr(sys, "argv", ["fetch", *arguments])
     monkeypatch.setenv("COLUMNS", "200")
-    fetch_main()
+    fetch_main(arguments)
     return capsys.readouterr().out
 
 
@@ -363,7 +362,7 @@ def test_the_command_lists_tells_and_finds(
 def test_the_command_fails_without_a_network_and_says_how_to_go_on(home: Path) -> None:
     environment = {**os.environ, "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
     done = subprocess.run(
-        [sys.executable, "-m", "mae_dat.fetch", "vqgan_f16_1024", "--mirror", str(home.parent / "mirror")],
+        [sys.executable, "-m", "mae_dat", "fetch", "vqgan_f16_1024", "--mirror", str(home.parent / "mirror")],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -130,8 +130,7 @@ def saved(path: Path, classes: int = 1000, names: list[str] | None = None, side:
 
 def printed(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command shows on its standard output."""
-    monkeypatch.setattr(sys, "argv", ["robustness.py", *arguments])
-    robustness.main()
+    robustness.main(arguments)
     return capsys.readouterr().out
 
 
@@ -407,8 +406,7 @@ def test_logits_that_are_not_finite_stop_an_evaluation_in_their_batch(
 
 
 def _two_ranks(rank: int, arguments: list[str]) -> None:
-    sys.argv = ["robustness.py", *arguments]
-    robustness.main()
+    robustness.main(arguments)
 
 
 @pytest.mark.slow
@@ -873,7 +871,7 @@ def test_examples_are_pictures_on_which_the_networks_differ(own: Path, tmp_path:
 @pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_stopped(own: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "net.safetensors", 10)
-    given = ["-m", "mae_dat.robustness", "--checkpoint", str(file), "--data", str(own), "--num_workers", "1"]
+    given = ["-m", "mae_dat", "robustness", "--checkpoint", str(file), "--data", str(own), "--num_workers", "1"]
     given += ["--suite", "clean", "generated", "--device", "cpu", "--precision", "fp32"]
     given += ["--output", str(tmp_path / "out")]
     command = subprocess.Popen([sys.executable, *given], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)

@@ -366,7 +366,7 @@ def test_a_file_put_there_by_hand_is_taken_and_recorded(home: Path) -> None:
 
 def test_plain_http_without_a_known_hash_is_not_even_asked(server: Server) -> None:
     one = entry(server.page("/w", CONTENT), sha256=None)
-    with pytest.raises(DownloadError, match="not encrypted.*mae_dat.fetch tiny --trust"):
+    with pytest.raises(DownloadError, match="not encrypted.*python -m mae_dat fetch tiny --trust"):
         fetch(one)
     assert not server.requests
     assert fetch(one, trust=True).is_file()
@@ -405,7 +405,13 @@ def test_a_redirect_to_another_host_is_followed_and_checked(server: Server) -> N
 def test_no_network_is_said_with_the_way_out(home: Path) -> None:
     with pytest.raises(DownloadError) as error:
         fetch(entry("https://nowhere.invalid/w", "https://127.0.0.1:9/w"))
-    for part in ("nowhere.invalid", "refused", "mae_dat.fetch tiny --mirror DIR", "MAE_DAT_MIRROR=DIR", str(home)):
+    for part in (
+        "nowhere.invalid",
+        "refused",
+        "python -m mae_dat fetch tiny --mirror DIR",
+        "MAE_DAT_MIRROR=DIR",
+        str(home),
+    ):
         assert part in str(error.value)
 
 

@@ -72,7 +72,7 @@ Command = Callable[..., Outcome]
 
 
 def outcome_of(
-    main: Callable[[], None],
+    main: Callable[[Sequence[str]], None],
     arguments: Sequence[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -81,7 +81,7 @@ def outcome_of(
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
     code = 0
     try:
-        run_command(main)
+        run_command(lambda: main(arguments))
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     return Outcome(code, capsys.readouterr().err)

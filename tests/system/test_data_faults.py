@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -170,8 +169,7 @@ def finetune_on_rank(rank: int, arguments: list[str]) -> None:
     """The command, as a process of its own would run it."""
     from mae_dat.robustness.evaluate_run import main
 
-    sys.argv = ["main_finetune.py", *arguments]
-    run_command(main)
+    run_command(lambda: main(arguments))
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_a_run_leaves_a_tokenizer_and_its_card(trained: Path) -> None:
     card = json.loads((trained / "tokenizer.json").read_text())
     assert card["sha256"] == sha256_of(path)
     assert card["settings"]["steps"] == 12
-    assert card["command"].startswith("python -m mae_dat.train_tokenizer")
+    assert card["command"].startswith("python -m mae_dat train_tokenizer")
     (facts,) = card["held_out"].values()
     assert list(card["held_out"]) == ["demo/val"]
     assert facts["pictures"] == 10
@@ -152,7 +152,7 @@ def test_folders_that_do_not_exist(config: TokenizerConfig, tmp_path: Path) -> N
 
 
 def test_help_names_the_settings() -> None:
-    command = [sys.executable, "-m", "mae_dat.train_tokenizer", "--help"]
+    command = [sys.executable, "-m", "mae_dat", "train_tokenizer", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for flag in ("--data_path", "--val_path", "--output_dir", "--factor", "--num_words", "--steps"):
         assert flag in done.stdout

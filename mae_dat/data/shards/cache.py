@@ -67,7 +67,7 @@ def remote_root(url: str) -> Path:
                     (folder / f".{_INDEX}.lock").unlink()
                     folder.rmdir()  # or the split would seem to be there
     if not any(root.glob(f"**/{_INDEX}")):
-        raise DownloadError(f"{url} gave no index of shards; python -m mae_dat.pack writes it.{''.join(reasons)}")
+        raise DownloadError(f"{url} gave no index of shards; python -m mae_dat pack writes it.{''.join(reasons)}")
     return root
 
 

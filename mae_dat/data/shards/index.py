@@ -79,7 +79,7 @@ class ShardIndex:
 
 def read_index(folder: Path) -> ShardIndex:
     """The index of a folder of shards. Raises DataError for one that is damaged or says what cannot be."""
-    path, advice = folder / INDEX_FILE, f"write it anew: python -m mae_dat.pack --index {folder}"
+    path, advice = folder / INDEX_FILE, f"write it anew: python -m mae_dat pack --index {folder}"
     try:
         found = read_weights(path)
         facts, tensors = found.facts, found.tensors

@@ -1,6 +1,6 @@
 """Packs a folder of images into tar shards, for data beyond one disk or on a network file system.
 
-`python -m mae_dat.pack DIR OUT` writes OUT/train and OUT/val from DIR/train/CLASS/* and DIR/val/CLASS/*, or OUT from
+`python -m mae_dat pack DIR OUT` writes OUT/train and OUT/val from DIR/train/CLASS/* and DIR/val/CLASS/*, or OUT from
 any folder of unlabelled images, in random order and with every image decoded once. `--index DIR` only writes the index
 of shards that are there already.
 """
@@ -18,12 +18,12 @@ import tyro
 from PIL import Image
 
 from mae_dat.config.errors import ConfigError, DataError, OutputError
-from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.parse import load_config
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.image_set import SPLIT_NAMES, ImageFolder, epoch_order
 from mae_dat.data.loader import map_in_workers
 from mae_dat.data.shards.index import ShardIndex, build_index
-from mae_dat.runtime.console import Console, command_arguments, console_for_command
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 logger = logging.getLogger(__name__)
@@ -167,17 +167,13 @@ def print_summary(found: dict[str, ShardIndex], out: str) -> None:
         print(f"next: python main_pretrain.py --data_path {out}")
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = console_for_command()
-    config = load_config(PackConfig, command_arguments(), __doc__ or "")
+    config = load_config(PackConfig, arguments, __doc__ or "")
     if bool(config.index) == bool(config.source and config.out):
         raise ConfigError("give a folder of images and a folder for the shards, or --index DIR alone; see --help.")
     if config.index:
         print_summary(index_existing(config), config.index)
     else:
         print_summary(pack(config, console), config.out)
-
-
-if __name__ == "__main__":
-    run_command(main)

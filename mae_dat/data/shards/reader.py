@@ -156,7 +156,7 @@ class Shards(ImageSet):
             return f"{path} at byte {offset}"
 
     def _advice(self) -> str:
-        return f"fetch the shard again, or write the index anew: python -m mae_dat.pack --index {self.root}"
+        return f"fetch the shard again, or write the index anew: python -m mae_dat pack --index {self.root}"
 
     def _read(self, number: int, offset: int, count: int) -> bytes:
         """Bytes of a shard. Raises OSError, and DataError if the shard is not of the length that the index tells."""

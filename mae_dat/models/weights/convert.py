@@ -1,6 +1,6 @@
 """Converts weights, so that they work where you want them.
 
-`python -m mae_dat.convert SOURCE DEST --to timm`. SOURCE is any file or output folder that this project loads: MAE,
+`python -m mae_dat convert SOURCE DEST --to timm`. SOURCE is any file or output folder that this project loads: MAE,
 Hugging Face ViTMAE, timm, DeiT, easyrobust, our own. What was written is loaded again, as its users will, and compared
 with the source before the command ends.
 """
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from mae_dat.config.errors import CheckpointError, MissingInputError, OutputError
 from mae_dat.config.groups import ConfigError
-from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.parse import load_config
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder
 from mae_dat.models.weights.huggingface import HubClassifier, HubMaskedAutoencoder, write_card
 from mae_dat.models.weights.load import DECODER_KEYS
 from mae_dat.models.weights.open import Blueprint, Opened, open_source, read_export
-from mae_dat.runtime.console import command_arguments, console_for_command
+from mae_dat.runtime.console import console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.storage.weight_files import read_weights, write_weights
 
@@ -330,11 +330,7 @@ WRITERS: dict[str, Callable[[Opened, Path, ConvertConfig], Written]] = {
 }
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console_for_command()
-    print(convert(load_config(ConvertConfig, command_arguments(), __doc__ or "")))
-
-
-if __name__ == "__main__":
-    run_command(main)
+    print(convert(load_config(ConvertConfig, arguments, __doc__ or "")))

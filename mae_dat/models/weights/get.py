@@ -5,7 +5,7 @@ For a machine without network: --mirror DIR where there is one, copy DIR, and se
 
 import dataclasses
 import logging
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.parse import load_config
 from mae_dat.storage.registry import Released, find_released, released
 from mae_dat.storage.released import fetch, find_local, store
 
@@ -66,11 +66,11 @@ def details(entry: Released) -> str:
     return "\n".join(f"{key:<11} {value}" for key, value in facts.items() if value)
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     screen = Console()
-    config = load_config(FetchConfig, sys.argv[1:], __doc__ or "")
+    config = load_config(FetchConfig, arguments, __doc__ or "")
     entries = {name: find_released(name) for name in config.names}
     if not entries:
         screen.print(table(released()))
@@ -85,7 +85,3 @@ def main() -> None:
         else:
             path = fetch(entry, config.trust, Path(config.mirror) if config.mirror else None)
             screen.print(f"{name}: {path}", soft_wrap=True, highlight=False)
-
-
-if __name__ == "__main__":
-    run_command(main)

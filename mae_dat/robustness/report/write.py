@@ -1,17 +1,15 @@
 """The report of an evaluation: report.html (one self-contained page), report.md, report.tex, report.csv and
 figures/*.png, all from its results alone.
 
-`python -m mae_dat.scorecard OUT` makes them again from OUT/results.json. The same results give the same files.
+`python -m mae_dat scorecard OUT` makes them again from OUT/results.json. The same results give the same files.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_dat.config.errors import UserError
 from mae_dat.robustness.report import ablation, comparison, figures, tables
 from mae_dat.robustness.report import render as typeset
 from mae_dat.robustness.report.figures import Picture
@@ -153,19 +151,10 @@ def _picture(file: str, alt: str, folder: Path) -> Picture | None:
     return Picture(path.name, png, alt, alt) if png.startswith(PNG_SIGNATURE) else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the report again from a folder's results.json; returns the exit code."""
+def main(arguments: Sequence[str]) -> None:
+    """Make the report again from the results.json of a folder."""
     about = "Make report.html, report.md, report.tex and report.csv from the results.json of an evaluation."
-    parser = argparse.ArgumentParser(prog="python -m mae_dat.scorecard", description=about)
+    parser = argparse.ArgumentParser(prog="python -m mae_dat scorecard", description=about)
     parser.add_argument("folder", type=Path, help="holds results.json; the report is written there")
     options = parser.parse_args(arguments)
-    try:
-        print(write_report(read_results(options.folder / "results.json"), options.folder))
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return fault.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    print(write_report(read_results(options.folder / "results.json"), options.folder))

@@ -1,4 +1,4 @@
-"""Trains a light student of any tokenizer: `python -m mae_dat.distill_tokenizer --teacher FILE --data_path DIR ...
+"""Trains a light student of any tokenizer: `python -m mae_dat distill_tokenizer --teacher FILE --data_path DIR ...
 --output_dir OUT`.
 
 The student keeps its teacher's codebook, so that words mean the same: its encoder learns to say the teacher's words,
@@ -10,8 +10,8 @@ PSNR to the teacher's reconstructions, and the cost of both. A rerun of the same
 import dataclasses
 import math
 import statistics
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_dat.config.errors import NumericsError
-from mae_dat.config.parse import load_config, run_command
+from mae_dat.config.parse import load_config
 from mae_dat.data.loader import ImageLoader
 from mae_dat.models.tokenizer import VQGAN, VisualTokenizer, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.base import exact_float32
@@ -39,7 +39,7 @@ _PLACES = 2048
 class DistillConfig(FoldersConfig):
     """Training of a student. Factor, words and channels are the teacher's."""
 
-    module = "mae_dat.distill_tokenizer"
+    command = "distill_tokenizer"
     teacher: str = "embedded"
     """As --tokenizer of the training commands: `embedded`, a released name, or a file."""
     width: int = 32
@@ -178,13 +178,9 @@ def sum_of_psnr(image: Tensor, other: Tensor) -> float:
     return float((-10 * (image - other).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).sum())
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = Console()
     console.start_logging()
-    config = load_config(DistillConfig, sys.argv[1:], __doc__ or "")
+    config = load_config(DistillConfig, arguments, __doc__ or "")
     train_to_file(StudentTrainer(config, pick_device(config.device)), config, console)
-
-
-if __name__ == "__main__":
-    run_command(main)

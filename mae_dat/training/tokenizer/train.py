@@ -1,4 +1,4 @@
-"""Trains a light tokenizer on any folders of images: `python -m mae_dat.train_tokenizer --data_path DIR ...
+"""Trains a light tokenizer on any folders of images: `python -m mae_dat train_tokenizer --data_path DIR ...
 --output_dir OUT`.
 
 Reconstruction + vector quantization + a PatchGAN (Esser et al. 2021, eqs. 4-7, without the perceptual term, whose
@@ -11,8 +11,8 @@ import dataclasses
 import json
 import logging
 import math
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from mae_dat.config.errors import Interrupted, NumericsError
 from mae_dat.config.groups import image_size
-from mae_dat.config.parse import command_line, load_config, run_command
+from mae_dat.config.parse import command_line, load_config
 from mae_dat.data.image_set import ImageFolder, Sample, find_split
 from mae_dat.data.loader import ImageLoader, eval_loader, train_loader
 from mae_dat.data.open import DEMO, image_root
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 class FoldersConfig:
     """What every training of a light tokenizer needs: pictures, steps, place."""
 
-    module: ClassVar[str]
+    command: ClassVar[str]
     """Of the command."""
     data_path: tuple[str, ...] = ("demo",)
     """Folders of images, or `demo` for the generated ones; DIR/train is taken where it exists."""
@@ -79,7 +79,7 @@ class FoldersConfig:
 class TokenizerConfig(FoldersConfig):
     """Training of a light tokenizer. The defaults made the embedded one."""
 
-    module = "mae_dat.train_tokenizer"
+    command = "train_tokenizer"
     factor: int = 4
     """Pixels per word along a side."""
     num_words: int = 512
@@ -342,7 +342,7 @@ def export(config: FoldersConfig, trainer: Trainer, output: Path, seconds: float
         logger.info("held out, %s: %s", root, facts)
     card = {
         "sha256": sha256_of(path),
-        "command": command_line(config.module),
+        "command": command_line(config.command),
         "settings": dataclasses.asdict(config),
         "held_out": held_out,
         "seconds_of_the_last_session": round(seconds),
@@ -353,12 +353,8 @@ def export(config: FoldersConfig, trainer: Trainer, output: Path, seconds: float
     return path
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
     console = Console()
     console.start_logging()
-    train(load_config(TokenizerConfig, sys.argv[1:], __doc__ or ""), console)
-
-
-if __name__ == "__main__":
-    run_command(main)
+    train(load_config(TokenizerConfig, arguments, __doc__ or ""), console)
