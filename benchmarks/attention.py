@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Case, Step
+from mae_dat.models.modes import autocast
 from mae_dat.runtime.device import amp_dtype
 
 # Batch, tokens, width, heads: MAE ViT-B's encoder and decoder, ViT-B at 224 and at 512 px, the demo's ViT.
@@ -38,7 +39,7 @@ def layer(
 
     def step() -> None:
         chosen = contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel)
-        with chosen, torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+        with chosen, autocast(device, precision):
             attention(x).sum().backward()
 
     return step

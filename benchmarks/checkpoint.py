@@ -18,6 +18,7 @@ from torch import nn
 from benchmarks.ours import make_batch
 from benchmarks.timing import Case, Step, wait_for
 from mae_dat.models.classifier import build_classifier
+from mae_dat.models.modes import autocast
 from mae_dat.runtime.device import amp_dtype
 from mae_dat.storage.checkpoint import Saver, save_checkpoint
 from mae_dat.training.optim import build_optimizer
@@ -40,7 +41,7 @@ class Run:
     def step(self, before_change: Callable[[], Any]) -> None:
         """A step that calls `before_change` in front of the update."""
         precision = amp_dtype("auto", self.device)
-        with torch.autocast(self.device.type, precision or torch.bfloat16, enabled=precision is not None):
+        with autocast(self.device, precision):
             loss = nn.functional.cross_entropy(self.model(self.batch["image"]), self.batch["label"])
         loss.backward()
         before_change()

@@ -25,6 +25,7 @@ from mae_dat.data.open import image_root, open_images, with_channels
 from mae_dat.data.transforms import eval_transform
 from mae_dat.models.classifier import pool_tokens
 from mae_dat.models.mae import MaskedAutoencoder
+from mae_dat.models.modes import autocast
 from mae_dat.models.weights.open import Subject, load_subject
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, pick_device
@@ -98,7 +99,7 @@ def extract_features(subject: Subject, images: ImageSet, config: FeaturesConfig,
     values, labels = [], []
     with console.task(f"features of {Path(images.root).name}", len(loader)) as task:
         for batch in loader:
-            with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+            with autocast(device, precision):
                 found = model_features(subject.model, batch["image"].to(device, non_blocking=True), config.pool)
             values.append(found.float().cpu())
             labels.append(batch["label"])

@@ -1,7 +1,5 @@
 """AutoAttack (Croce and Hein 2020) from the parts of torchattacks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from mae_dat.attacks.gradient import require_pixels
 from mae_dat.attacks.pixel import Norm, _logits
 from mae_dat.config.errors import ConfigError, MissingInputError
+from mae_dat.models.modes import frozen_parameters, restore_training_flags
 
 AUTO_ATTACK_EPS = 4 / 255  # RobustBench's, for ImageNet
 
@@ -32,7 +31,13 @@ def auto_attack(
     shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed}
     targets = {"n_classes": min(10, classes)}
     devices = [image.device] if image.is_cuda else []
-    with _untouched(model), torch.random.fork_rng(devices), torch.autocast(image.device.type, enabled=False):
+    # The package calls `backward` and `eval`: no parameter may get a gradient, and every training flag is restored.
+    with (
+        restore_training_flags(model),
+        frozen_parameters(model),
+        torch.random.fork_rng(devices),
+        torch.autocast(image.device.type, enabled=False),
+    ):
         parts = [
             APGD(model, steps=100, loss="ce", **shared),
             APGDT(model, steps=100, **targets, **shared),
@@ -48,19 +53,3 @@ def require_auto_attack(classes: int) -> None:
         raise MissingInputError('AutoAttack needs torchattacks: pip install "mae_dat[autoattack]"')
     if classes < 4:
         raise ConfigError(f"AutoAttack compares the four highest logits, and this model has {classes} classes.")
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Others' code may call `backward` and `eval`: no parameter takes a gradient, every flag comes back."""
-    training = {part: part.training for part in model.modules()}
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
-    try:
-        for weight in learned:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in learned:
-            weight.requires_grad_(True)
-        for part, flag in training.items():
-            part.training = flag

@@ -21,6 +21,7 @@ from mae_dat.attacks.gradient import require_pixels
 from mae_dat.attacks.symbolic import symbolic_words
 from mae_dat.config.errors import ConfigError, DataError, NumericsError
 from mae_dat.data.image_set import Batch
+from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.runtime.collectives import all_sum
 
@@ -77,18 +78,13 @@ def word_accuracy(
     infinite logits).
     """
     counts = torch.zeros(len(WORD_ATTACK_KINDS) + 1, len(attack.shares), dtype=torch.int64, device=device)
-    flags = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             own = batch["skipped"] == 0
             image, label, index = batch["image"][own].to(device), batch["label"][own].to(device), batch["index"][own]
             for row, kind in enumerate(WORD_ATTACK_KINDS if len(image) else ()):
                 counts[row] += word_hits(model, tokenizer, image, label, index, kind, attack).sum(1)
             counts[-1] += len(image)
-    finally:
-        for part, flag in flags:
-            part.training = flag
     *correct, total = reduce(counts).tolist()
     if not total[0]:
         raise DataError("no image to attack could be read: check the validation folder.")

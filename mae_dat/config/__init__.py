@@ -1,0 +1,1 @@
+"""Every flag and YAML setting, their parsing, and the errors that reach users; free of torch."""

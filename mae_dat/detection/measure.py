@@ -14,9 +14,9 @@ from torch import Tensor
 from mae_dat.config.errors import ConfigError
 from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.detection.coco import CocoImages
-from mae_dat.detection.detector import Detector
 from mae_dat.detection.objective import ground_truth
-from mae_dat.models.modes import evaluating
+from mae_dat.models.detector import Detector
+from mae_dat.models.modes import autocast, evaluation_mode
 from mae_dat.robustness.corruptions import CORRUPTIONS
 from mae_dat.runtime.collectives import gather, on_all_ranks
 from mae_dat.runtime.console import Console
@@ -47,10 +47,10 @@ def coco_scores(pairs: Sequence[DetectionPair]) -> dict[str, float]:
 def average_precision(detector: Detector, loader: ImageLoader, where: RunContext) -> dict[str, float]:
     """`coco_scores` over the loaders of all ranks. Collective."""
     pairs: list[DetectionPair] = []
-    with evaluating(detector):
+    with evaluation_mode(detector):
         for batch in loader:
             image = batch["image"].to(where.device)
-            with torch.autocast(where.device.type, where.precision or torch.bfloat16, enabled=bool(where.precision)):
+            with autocast(where.device, where.precision):
                 found = detector(image)
             there = ground_truth(batch, crowd=True)
             for one, truth, skipped in zip(found, there, batch["skipped"].tolist(), strict=True):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_dat.data.image_set import Batch
-from mae_dat.detection.detector import Boxes
+from mae_dat.models.detector import Boxes
 from mae_dat.training.objectives.base import Objective, Parts
 
 

@@ -24,12 +24,11 @@ from mae_dat.data.gallery import draw_gallery
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
 from mae_dat.detection.coco import BoxTransform, CocoImages, find_annotations
-from mae_dat.detection.detector import Boxes, Detector, check_model, from_torchvision, on_transformer, padded_size
 from mae_dat.detection.measure import DETECTION_METRICS, average_precision, measure_corruptions, print_corruption_table
 from mae_dat.detection.objective import DetectionObjective
-from mae_dat.models.classifier import build_classifier
+from mae_dat.models.detector import Boxes, Detector, build_detector, build_trunk
 from mae_dat.models.mae import VIT_SIZES
-from mae_dat.models.modes import evaluating
+from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.weights.open import read_export
 from mae_dat.robustness.fingerprints import state_sha256
 from mae_dat.runtime.console import Console, console_for_command
@@ -60,6 +59,16 @@ SHOWN_SCORE, CELL = 0.5, 384
 _BOX_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
 
 
+def _check_model(name: str, finetune: str | None, pretrained: bool) -> None:
+    """Raise ConfigError if the weights do not fit the model."""
+    if finetune and name not in VIT_SIZES:
+        raise ConfigError(
+            f"--finetune starts a vision transformer ({', '.join(VIT_SIZES)}), not {name}: use --pretrained for that."
+        )
+    if pretrained and name in VIT_SIZES:
+        raise ConfigError(f"{name} has no weights of its own: give --finetune FILE, or a torchvision detector's name.")
+
+
 @dataclasses.dataclass(frozen=True)
 class DetectorConfig:
     """Model: a torchvision detector, or Faster R-CNN on one of MAE's vision transformers."""
@@ -86,7 +95,7 @@ class DetectorConfig:
     """Range of the random scale in training; 1 1 for none."""
 
     def __post_init__(self) -> None:
-        check_model(self.model, self.finetune, self.pretrained)
+        _check_model(self.model, self.finetune, self.pretrained)
         if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             raise ConfigError(f"--scale_jitter takes two positive factors, smaller first, got {self.scale_jitter}.")
 
@@ -128,7 +137,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
         images = open_coco_images(config, "train")
         held_out = open_coco_images(config, "val", images.classes)
         seed_everything(config.run.seed)
-        model = build_detector(config, len(images.classes), start=True).to(where.device)
+        model = build_configured_detector(config, len(images.classes), start=True).to(where.device)
         objective = with_dat(DetectionObjective(), config.dat, config.data, where.device, pad=True)
         prepare_model(model, where)
         settings = config.detector
@@ -162,7 +171,7 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
         if facts.get("kind") != "detector":
             raise CheckpointError(f"--resume {path} is no detector of this command; train one first.")
         config = with_facts(config, facts)
-        model = build_detector(config, len(facts["classes"]))
+        model = build_configured_detector(config, len(facts["classes"]))
         check_keys(weights.source, model.net.state_dict(), weights.tensors, "give weights of this command")
         model.net.load_state_dict(weights.tensors)
         model.to(where.device)
@@ -194,18 +203,26 @@ def open_coco_images(
     return images if training else images.limited(config.measure.limit)
 
 
-def build_detector(config: DetectConfig, classes: int, start: bool = False) -> Detector:
+def build_configured_detector(config: DetectConfig, classes: int, start: bool = False) -> Detector:
     """The detector that the flags describe; with `start` from the weights that they name."""
     settings, size = config.detector, config.data.image_size
-    if settings.model not in VIT_SIZES:
-        return from_torchvision(settings.model, classes, size, settings.pretrained and start)
-    classifier = build_classifier(settings.model, 1, padded_size(settings.model, size), settings.drop_path)
-    if start and settings.finetune:
-        start_from(classifier, Path(settings.finetune))
-    elif start:
-        logger.info("%s starts from random weights: no --finetune.", settings.model)
-    own = (settings.width, settings.anchor_size, settings.regions)
-    return on_transformer(classifier, settings.model, classes, size, *own)
+    trunk = None
+    if settings.model in VIT_SIZES:
+        trunk = build_trunk(settings.model, size, settings.drop_path)
+        if start and settings.finetune:
+            start_from(trunk, Path(settings.finetune))
+        elif start:
+            logger.info("%s starts from random weights: no --finetune.", settings.model)
+    return build_detector(
+        settings.model,
+        classes,
+        size,
+        width=settings.width,
+        anchor_size=settings.anchor_size,
+        regions=settings.regions,
+        pretrained_backbone=settings.pretrained and start,
+        trunk=trunk,
+    )
 
 
 def detector_facts(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
@@ -252,7 +269,7 @@ def draw_detections(
     batch = {name: value.to(where.device) for name, value in batch.items()}
     image, context = objective.prepare(model, batch, generator)
     views = {"found": image}
-    with evaluating(model):
+    with evaluation_mode(model):
         if isinstance(objective, WithDAT) and objective.strength_is_known:
             views["found in the adversary"] = objective.adversary(model, image, context, generator).adversarial
         columns = [("truth", draw_boxes(image, context[0], held_out.classes))]

@@ -1,0 +1,1 @@
+"""Whole experiments: trainings side by side, the proof and the demo."""

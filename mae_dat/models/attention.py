@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mae_dat.config.errors import ConfigError
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import MaskedAutoencoder
-from mae_dat.models.modes import evaluating
+from mae_dat.models.modes import evaluation_mode
 
 QUERIES = ("auto", "class", "mean")
 
@@ -54,7 +54,7 @@ def attention_weights(model: Classifier | MaskedAutoencoder, image: Tensor, bloc
         for block, name in places
     ]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluation_mode(model):
             model.features(image) if isinstance(model, MaskedAutoencoder) else model(image)
     finally:
         for hook in hooks:

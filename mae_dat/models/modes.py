@@ -1,64 +1,68 @@
-"""Modes of a model: evaluation, frozen weights, autocast; each restores what it found."""
+"""Modes of a model: evaluation, frozen parameters, precision. Every context manager restores what it changes."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every submodule's training flag is as before after it."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
 Network = Callable[[Tensor], Tensor]
-"""Float (B, 3, H, W) in [0, 1] to logits (B, K)."""
+"""Float images (B, C, H, W) in [0, 1] to logits (B, K)."""
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> torch.autocast:
-    """A block in that precision; None is float32."""
+    """Return the context manager in which operations compute in `precision`; None is float32."""
+    # torch.autocast requires a 16-bit type even where it is disabled.
     return torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None)
 
 
-@contextmanager
-def eval_mode(networks: Mapping[str, Network]) -> Iterator[None]:
-    """Networks that are modules in evaluation mode; every flag is put back, also after an error."""
-    modules = [network for network in networks.values() if isinstance(network, nn.Module)]
-    flags = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
+@contextlib.contextmanager
+def restore_training_flags(*models: object) -> Iterator[None]:
+    """Restore every submodule's training flag after the block, also after an error.
+
+    Flags are restored one by one: `model.train()` would also switch parts that were in evaluation mode before, such as
+    a frozen BatchNorm. Models that are no `nn.Module` are ignored.
+    """
+    flags = {part: part.training for model in models if isinstance(model, nn.Module) for part in model.modules()}
     try:
         yield
     finally:
-        for part, flag in flags:
+        for part, flag in flags.items():
             part.training = flag
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """The module inside DistributedDataParallel, or the model itself."""
-    return getattr(model, "module", model)
+@contextlib.contextmanager
+def evaluation_mode(*models: object) -> Iterator[None]:
+    """Put models into evaluation mode inside the block (see `restore_training_flags`)."""
+    with restore_training_flags(*models):
+        for model in models:
+            if isinstance(model, nn.Module):
+                model.eval()
+        yield
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model's parameters without gradients: a compiled model would compute them for an attack too, and any model
-    keeps its activations for them. Shards stay as they are: they take the flag over when they are first gathered."""
-    weights = [one for one in model.parameters() if one.requires_grad and not isinstance(one, DTensor)]
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Exclude the model's parameters from gradients inside the block.
+
+    An attack needs gradients of the image alone. A compiled model would compute those of its parameters too, and every
+    model would keep activations for them.
+    """
+    # Sharded parameters (FSDP) keep their flag: they take it over when they are gathered for the first time.
+    parameters = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and not isinstance(parameter, DTensor)
+    ]
     try:
-        for weight in weights:
-            weight.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         yield
     finally:
-        for weight in weights:
-            weight.requires_grad_(True)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def unwrap_ddp(model: nn.Module) -> Any:
+    """Return the module inside DistributedDataParallel, or the model itself."""
+    return getattr(model, "module", model)

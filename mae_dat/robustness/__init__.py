@@ -1,0 +1,1 @@
+"""Measure classifiers on robustness benchmarks and report the results."""

@@ -16,7 +16,7 @@ from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.pixel import PIXEL_ATTACKS
 from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import command_line
-from mae_dat.models.modes import eval_mode
+from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.robustness.cache import Kept, StoredCells
 from mae_dat.robustness.examples import write_examples
@@ -201,7 +201,7 @@ def _gradient_checks(entry: Entry, setting: Setting) -> Kept:
         image, label = sample(portion, contender)
         generators = [image_generator(0, index) for index in range(len(image))]
         title = f"do gradients lead an attack on {contender.name}?"
-        with eval_mode({"": contender.model}), setting.console.task(title, CHECK_PASSES, "pass") as task:
+        with evaluation_mode(contender.model), setting.console.task(title, CHECK_PASSES, "pass") as task:
 
             def hear() -> None:
                 heartbeat()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mae_dat.data.gallery import save_png
 from mae_dat.data.sampler import evenly_spaced
-from mae_dat.models.modes import eval_mode
+from mae_dat.models.modes import evaluation_mode
 from mae_dat.robustness.measure import Portion, PortionPictures
 from mae_dat.robustness.plan import Entry, Plan
 from mae_dat.robustness.suites.imagenet import NO_CLASS
@@ -76,7 +76,7 @@ def _differing(entries: list[Entry], portion: Portion, row: int) -> Iterator[tup
     image = torch.stack([_heard(made[0, index]["pictures"][row]) for index in chosen]).float() / 255
     index = torch.tensor(chosen)
     answers, right = [], []
-    with eval_mode({entry.contender.name: entry.contender.model for entry in entries}):
+    with evaluation_mode(*(entry.contender.model for entry in entries)):
         for entry in entries:
             network, device = entry.contender.model, entry.contender.device
             logits = torch.cat([_heard(network(part.to(device)).float().cpu()) for part in image.split(16)])

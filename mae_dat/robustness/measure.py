@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from mae_dat.config.errors import DataError, NumericsError
 from mae_dat.data.loader import batch_loader
-from mae_dat.models.modes import Network, autocast, eval_mode
+from mae_dat.models.modes import Network, autocast, evaluation_mode
 from mae_dat.robustness import corruptions as corrupting
 from mae_dat.robustness.scores.calibration import Confidences
 from mae_dat.robustness.scores.results import CellCount
@@ -303,7 +303,7 @@ def measure(
                 if True in [tally.alarm.raised() for tally in tallies]:  # which `found` says, on all ranks
                     return
 
-    with eval_mode(networks):
+    with evaluation_mode(*networks.values()):
         for at, (portion, names) in enumerate(portions):
             tallies = [Tally(name, portion, device, precision) for name in names]
             on_all_ranks(functools.partial(count, portion, tallies, len(shares.batches(at))))

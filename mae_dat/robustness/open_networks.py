@@ -15,7 +15,7 @@ from mae_dat.config.errors import CheckpointError
 from mae_dat.config.groups import ConfigError
 from mae_dat.data.image_set import ImageSize
 from mae_dat.models.classifier import Classifier, pretrained_timm
-from mae_dat.models.modes import Network, eval_mode
+from mae_dat.models.modes import Network, evaluation_mode
 from mae_dat.models.weights.open import naming, open_source, read_export
 from mae_dat.robustness.fingerprints import module_sha256, state_sha256
 from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, probe_network
@@ -167,7 +167,7 @@ def open_callable(
     Raises ConfigError if it fails on a blank image, or declares that it takes normalized ones.
     """
     module = network if isinstance(network, nn.Module) else None
-    with eval_mode({name: network}):
+    with evaluation_mode(network):
         sha256 = module_sha256(module) if module else None
     identity = {"code": sha256} if sha256 else None
     if isinstance(network, Classifier):

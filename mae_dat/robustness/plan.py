@@ -13,7 +13,7 @@ from mae_dat.attacks.checks import MAX_PROBES, PROBE_SIZE, require_pixel_model
 from mae_dat.config.errors import SizeError
 from mae_dat.config.groups import ConfigError
 from mae_dat.data.sampler import evenly_spaced
-from mae_dat.models.modes import eval_mode
+from mae_dat.models.modes import evaluation_mode
 from mae_dat.robustness.measure import Portion
 from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.suites.base import Suite
@@ -116,7 +116,7 @@ def refuse_normalised(plan: Plan) -> None:
     first = {entry.contender.name: entry for entry in reversed(plan.entries)}
     for contender in plan.contenders:
         if contender.facts["normalization"] == "inside" and contender.name in first:
-            with torch.no_grad(), eval_mode({"": contender.model}):
+            with torch.no_grad(), evaluation_mode(contender.model):
                 require_pixel_model(contender.model, _looks(first[contender.name].suite.portions[0], contender))
 
 

@@ -1,0 +1,1 @@
+"""This process, its device and its ranks: collectives, seeds, sharding, failures, signals, console, log."""

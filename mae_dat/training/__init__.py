@@ -1,0 +1,1 @@
+"""Optimize an objective exactly and resumably: pretraining, fine-tuning and the loop that they share."""

@@ -9,6 +9,7 @@ from torch.utils.data import default_collate
 from mae_dat.config.errors import DataError
 from mae_dat.data.image_set import Batch
 from mae_dat.data.loader import ImageLoader
+from mae_dat.models.modes import autocast
 from mae_dat.runtime.collectives import all_sum, gather, on_all_ranks
 from mae_dat.runtime.sharding import is_sharded
 from mae_dat.runtime.watchdog import heartbeat
@@ -44,7 +45,7 @@ def accuracy(
 def _counts(model: nn.Module, batch: Batch, device: torch.device, precision: torch.dtype | None) -> Tensor:
     """Hits, hits among five, summed loss and images of a batch, float64 (4,)."""
     image, label = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
-    with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
+    with autocast(device, precision):
         logits = model(image).float()
     own = batch["skipped"].to(device, non_blocking=True) == 0
     # Chosen by a product: rows picked by a mask would have the host wait to learn how many they are.

@@ -16,7 +16,7 @@ from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.groups import RunConfig
 from mae_dat.data.gallery import Column, draw_gallery, draw_sheet, enlarge, luminance, overlay, save_png
 from mae_dat.models.mae import MaskedAutoencoder
-from mae_dat.models.modes import evaluating
+from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.training.context import RunContext
@@ -42,7 +42,7 @@ def reconstruction_columns(
 
     With `norm_pix` the prediction is de-normalized by the true patches' mean and deviation, and the title says so.
     """
-    with evaluating(model):
+    with evaluation_mode(model):
         prediction, mask = model(image, mask_ratio, noise)
     drawn = model.prediction_to_image(prediction.float(), image, norm_pix)
     removed = model.unpatchify(mask.unsqueeze(-1).expand(-1, -1, prediction.shape[-1]))

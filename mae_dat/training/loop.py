@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mae_dat.config.errors import Interrupted, NumericsError, UserError
 from mae_dat.config.groups import OptimConfig, RunConfig
 from mae_dat.data.image_set import Batch, as_float
+from mae_dat.models.modes import autocast
 from mae_dat.runtime.collectives import all_sum, catch_user_error, on_all_ranks, raise_on_all_ranks
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.device import peak_memory
@@ -205,7 +206,7 @@ def train_step(
         generator = step_generator(job.run.seed, micro, job.world.rank, job.device)
         alone = job.world.size == 1 or number == accum - 1
         with contextlib.nullcontext() if alone else no_gradient_sync(model):
-            with torch.autocast(job.device.type, job.precision or torch.bfloat16, enabled=job.precision is not None):
+            with autocast(job.device, job.precision):
                 parts = training.objective(model, _to_device(batch, job.device), generator)
             (parts["loss"] / accum).backward()
         seen.append(Seen.of(batch, parts))

@@ -159,8 +159,13 @@ def _layer_scales(net: nn.Module, layer_decay: float | None) -> Mapping[str, flo
     names = [name for name, _ in net.named_parameters()]
     if isinstance(net, VisionTransformer):
         return vit_layer_scales(names, len(net.blocks), layer_decay)
-    if hasattr(net, "layer_scales"):
-        return net.layer_scales(layer_decay)  # type: ignore[operator]
+    if hasattr(net, "transformer_inside"):  # a detector, whose other parts have a scale of 1
+        if (found := net.transformer_inside()) is None:  # type: ignore[operator]
+            return {}
+        prefix, transformer = found
+        names = [name for name, _ in transformer.named_parameters()]
+        scales = vit_layer_scales(names, len(transformer.blocks), layer_decay)
+        return {f"{prefix}.{name}": scale for name, scale in scales.items()}
     if hasattr(net, "group_matcher"):
         return _timm_layer_scales(net, layer_decay)
     logger.warning("%s has no layers known to the layer decay: %s is not used", type(net).__name__, layer_decay)

@@ -27,10 +27,10 @@ from mae_dat.config.errors import DataError, Interrupted, MissingInputError
 from mae_dat.config.groups import AttackConfig, ConfigError
 from mae_dat.config.parse import load_config
 from mae_dat.detection.coco import PADDING_LABEL, BoxTransform, CocoImages, CocoSplit, find_annotations
-from mae_dat.detection.detector import Detector, SimpleFeaturePyramid, from_torchvision
 from mae_dat.detection.measure import coco_scores, corruption_summary
 from mae_dat.detection.objective import DetectionObjective, ground_truth
-from mae_dat.detection.train import DetectConfig, build_detector, detect, measure_detector, open_coco_images
+from mae_dat.detection.train import DetectConfig, build_configured_detector, detect, measure_detector, open_coco_images
+from mae_dat.models.detector import Detector, SimpleFeaturePyramid, build_detector
 from mae_dat.models.mae import build_mae
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer, load_tokenizer
 from mae_dat.models.tokenizer.padded import PaddedTokenizer
@@ -227,7 +227,7 @@ def test_detector_starts_from_a_pretraining(tmp_path: Path, folder: Path) -> Non
     source = build_mae("mae_vit_demo_patch8").state_dict()
     torch.save({"model": source}, tmp_path / "mae.pth")
     config = config_for(folder, tmp_path, "--finetune", str(tmp_path / "mae.pth"), "--input_size", "40", "80")
-    trunk: Any = build_detector(config, 3, start=True).net.backbone.trunk  # type: ignore[union-attr]
+    trunk: Any = build_configured_detector(config, 3, start=True).net.backbone.trunk  # type: ignore[union-attr]
     own = trunk.state_dict()
     assert own["pos_embed"].shape == (1, 1 + 8 * 12, 128)  # padded to 64 x 96 inside
     shared = [name for name in own if name != "pos_embed"]
@@ -237,7 +237,7 @@ def test_detector_starts_from_a_pretraining(tmp_path: Path, folder: Path) -> Non
 
 def test_torchvision_names_and_what_does_not_go_together(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fasterrcnn_resnet50_fpn"):
-        from_torchvision("fasterrcnn_resnet50", 3, (64, 64), False)
+        build_detector("fasterrcnn_resnet50", 3, (64, 64))
     for flags in (["--pretrained"], ["--model", "fcos_resnet50_fpn", "--finetune", "x"], ["--scale_jitter", "2", "1"]):
         with pytest.raises((ConfigError, SystemExit)):
             config_for(folder, tmp_path, *flags)
@@ -260,7 +260,9 @@ def batch_of(folder: Path, tmp_path: Path, *flags: str, count: int = 4) -> tuple
     config = config_for(folder, tmp_path, *flags)
     images = open_coco_images(config, "train")
     torch.manual_seed(0)
-    return default_collate([images[index] for index in range(count)]), build_detector(config, len(images.classes))
+    return default_collate([images[index] for index in range(count)]), build_configured_detector(
+        config, len(images.classes)
+    )
 
 
 @pytest.mark.parametrize("kind", ["released", "symbolic"])
@@ -332,7 +334,7 @@ def test_views_of_a_batch_share_their_chance(folder: Path, tmp_path: Path) -> No
 
 def test_frozen_batch_norm_stays_frozen_and_evaluation_gives_losses_too() -> None:
     torch.manual_seed(0)
-    model = Detector(frozen(from_torchvision("fasterrcnn_mobilenet_v3_large_320_fpn", 2, (64, 64), False).net))
+    model = Detector(frozen(build_detector("fasterrcnn_mobilenet_v3_large_320_fpn", 2, (64, 64)).net))
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     assert any(name.endswith("running_mean") for name in buffers)
     batch: Any = {
@@ -352,7 +354,7 @@ def test_frozen_batch_norm_stays_frozen_and_evaluation_gives_losses_too() -> Non
 @pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
 def test_boxes_are_computed_in_float32_under_autocast(name: str) -> None:
     torch.manual_seed(0)
-    model = from_torchvision(name, 2, (64, 64), False).eval()
+    model = build_detector(name, 2, (64, 64)).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         (found,) = model(torch.rand(1, 3, 64, 64))
     assert len(found["boxes"]) > 0
@@ -452,7 +454,7 @@ def test_resume_amid_an_epoch_is_bitwise(folder: Path, tmp_path: Path, monkeypat
 def test_recipes_are_read_and_built(name: str) -> None:
     config = load_config(DetectConfig, ["--config", str(ROOT / "configs" / f"{name}.yaml")])
     with torch.device("meta"):
-        model = build_detector(config, 3)
+        model = build_configured_detector(config, 3)
         groups = build_optimizer(model, 0.0, 0.1, config.detector.layer_decay).param_groups
     scales = {group["lr_scale"] for group in groups}
     assert max(scales) == 1.0

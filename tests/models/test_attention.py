@@ -10,7 +10,7 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.models.attention import attention_layers, attention_maps, attention_weights
 from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.models.mae import MaskedAutoencoder, pixel_statistics
-from mae_dat.models.modes import evaluating
+from mae_dat.models.modes import evaluation_mode
 
 SIZE, PATCH, HEADS, DEPTH = (16, 24), 4, 2, 3
 GRID = (SIZE[0] // PATCH, SIZE[1] // PATCH)
@@ -125,7 +125,7 @@ def test_what_cannot_be_looked_at_is_refused(image: Tensor) -> None:
 def test_evaluation_mode_ends_with_its_block() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Dropout())
     model[1].eval()
-    with pytest.raises(KeyError), evaluating(model):
+    with pytest.raises(KeyError), evaluation_mode(model):
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert [module.training for module in model.modules()] == [True, True, False]

@@ -23,7 +23,7 @@ from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.mae import MaskedAutoencoder
-from mae_dat.models.modes import frozen
+from mae_dat.models.modes import frozen_parameters
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.sharding import no_gradient_sync
 from mae_dat.runtime.world import World, process_group
@@ -169,7 +169,7 @@ def test_the_attack_sees_parameters_that_need_no_gradient(tokenizer: CountedToke
     learning = [True, False, True, True]
     assert asked == [learning, [False] * 4, learning]
     assert [weight.grad is not None for weight in model.parameters()] == learning
-    with pytest.raises(ValueError, match="not today"), frozen(model):
+    with pytest.raises(ValueError, match="not today"), frozen_parameters(model):
         raise ValueError("not today")
     assert [weight.requires_grad for weight in model.parameters()] == learning
 

@@ -1,0 +1,1 @@
+"""Images that are drawn instead of collected, for demos and tests."""

@@ -1,0 +1,1 @@
+"""Images packed into few large files: writing, indexing, caching and reading them."""

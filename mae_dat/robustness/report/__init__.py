@@ -1,0 +1,1 @@
+"""From results.json to tables, charts and pages; free of torch."""

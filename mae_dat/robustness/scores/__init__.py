@@ -1,0 +1,1 @@
+"""Scores computed from counts: accuracy, corruption error, calibration, and the file that holds them."""

@@ -1,0 +1,1 @@
+"""The benchmarks: which exist, what their folders and labels look like, and which ones a run measures."""

@@ -1,0 +1,1 @@
+"""What a training minimizes: from a batch to a loss and its named parts."""

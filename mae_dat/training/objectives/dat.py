@@ -13,7 +13,7 @@ from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
 from mae_dat.attacks.share_controller import ShareController
 from mae_dat.config.groups import AttackConfig, DataConfig, DatConfig
 from mae_dat.data.image_set import Batch
-from mae_dat.models.modes import frozen, unwrapped
+from mae_dat.models.modes import frozen_parameters, unwrap_ddp
 from mae_dat.models.split_norms import auxiliary_norms
 from mae_dat.models.tokenizer import in_precision, load_tokenizer
 from mae_dat.models.tokenizer.base import VisualTokenizer
@@ -86,7 +86,7 @@ class WithDAT(ObjectiveWrapper):
         if not self.attack.free:
             told = self.objective.parts(model, image, context)
             return {"loss_clean": told.pop("loss")}, told, None
-        inner, told = unwrapped(model), {}
+        inner, told = unwrap_ddp(model), {}
 
         def loss_of(view: Tensor) -> Tensor:
             told.update(self.objective.parts(inner, view, context))
@@ -105,7 +105,7 @@ class WithDAT(ObjectiveWrapper):
     ) -> DiscreteAdversary:
         """The attack on this batch, with the `gradient` at its images if that is known already. It runs on the bare
         module: DDP's hooks see nothing of it."""
-        inner, check = unwrapped(model), image.device.type == "cpu" or not self.checked
+        inner, check = unwrap_ddp(model), image.device.type == "cpu" or not self.checked
         self.checked = True
         words = self.objective.known_words(self.tokenizer, context)
 
@@ -113,7 +113,7 @@ class WithDAT(ObjectiveWrapper):
             def loss_of(view: Tensor) -> Tensor:
                 return self.loss(inner, view, context)
 
-            with frozen(inner):
+            with frozen_parameters(inner):
                 return discrete_adversary(image, loss_of, self.tokenizer, config, source, gradient, check, words)
 
         if self.controller and not self.strength_is_known:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mae_dat.attacks.gradient import LossFn
 from mae_dat.attacks.pixel import PixelAttack, gradient_ascent, random_point
 from mae_dat.data.image_set import Batch
-from mae_dat.models.modes import frozen, unwrapped
+from mae_dat.models.modes import frozen_parameters, unwrap_ddp
 from mae_dat.models.split_norms import auxiliary_norms
 from mae_dat.training.objectives.base import Objective, ObjectiveWrapper, Parts
 
@@ -42,6 +42,6 @@ class WithPixelAdversary(ObjectiveWrapper):
 
     def adversary(self, model: nn.Module, image: Tensor, context: Any, generator: torch.Generator) -> Tensor:
         """The pictures that the attack makes of this batch. It runs on the bare module: DDP's hooks see nothing."""
-        inner = unwrapped(model)
-        with frozen(inner):
+        inner = unwrap_ddp(model)
+        with frozen_parameters(inner):
             return projected_gradient(image, lambda view: self.loss(inner, view, context), self.attack, generator)

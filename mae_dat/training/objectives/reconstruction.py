@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mae_dat.attacks.discrete import encode_words
 from mae_dat.data.image_set import Batch
 from mae_dat.models.mae import MaskedAutoencoder, mask_noise, masked_mse
-from mae_dat.models.modes import unwrapped
+from mae_dat.models.modes import unwrap_ddp
 from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.training.objectives.base import Objective, Parts
 
@@ -34,7 +34,7 @@ class MaskedReconstruction(Objective):
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
         """The image, with (target patches (B, N, P) of the clean picture, mask noise (B, N), its words (B, h, w) where
         they are a target)."""
-        image, inner = batch["image"], unwrapped(model)
+        image, inner = batch["image"], unwrap_ddp(model)
         assert isinstance(inner, MaskedAutoencoder)
         noise = mask_noise(len(image), inner.num_patches, generator, image.device)
         words = (encode_words(self.tokenizer, image),) if self.tokenizer else ()
@@ -50,7 +50,7 @@ class MaskedReconstruction(Objective):
         if not words:
             prediction, mask = model(image, self.mask_ratio, noise)
             return {"loss": masked_mse(prediction.float(), target, mask)}
-        by_patch = unwrapped(model).patch_words(words[0])
+        by_patch = unwrap_ddp(model).patch_words(words[0])
         prediction, mask, surprise, best = model(image, self.mask_ratio, noise, by_patch)
         of_words = surprise.mean()
         told = {"loss_words": of_words, "word_accuracy": best.mean()}

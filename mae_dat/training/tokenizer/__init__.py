@@ -1,0 +1,1 @@
+"""Train visual tokenizers, from scratch or by distillation."""

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae_dat.config.errors import NumericsError
 from mae_dat.config.parse import load_config
 from mae_dat.data.loader import ImageLoader
+from mae_dat.models.modes import autocast
 from mae_dat.models.tokenizer import VQGAN, VisualTokenizer, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
@@ -99,7 +100,7 @@ class StudentTrainer:
             words = self.teacher.words_of(target)
             quantized = look_up(words, student.codes)
             drawing = self.teacher.pixels(quantized).clamp(0, 1)
-        with torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None):
+        with autocast(self.device, self.precision):
             latent, output = student.latent(image).float(), student.pixels(quantized).float()
         # A Gumbel model's words are no nearest codes: its student aims at the codes themselves.
         target = target if self.by_distance else quantized

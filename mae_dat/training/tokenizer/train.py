@@ -30,6 +30,7 @@ from mae_dat.data.loader import ImageLoader, eval_loader, train_loader
 from mae_dat.data.open import DEMO, image_root
 from mae_dat.data.sampler import TrainSampler
 from mae_dat.data.transforms import eval_transform
+from mae_dat.models.modes import autocast
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.models.tokenizer.quantize import look_up, straight_through, vq_loss
 from mae_dat.runtime.console import Console
@@ -151,7 +152,7 @@ class TokenizerTrainer:
         config, tokenizer = self.config, self.tokenizer.train()
         for group in self.optimizer.param_groups:
             group["lr"] = cosine(step, config.steps, config.lr)
-        with torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None):
+        with autocast(self.device, self.precision):
             latent = tokenizer.latent(image).float()
             self.restart_codes(step, latent.detach())
             words = tokenizer.words_of(latent.detach())
@@ -191,7 +192,7 @@ class TokenizerTrainer:
     def judge_step(self, image: Tensor, output: Tensor) -> None:
         """One update of the PatchGAN discriminator with the hinge loss."""
         self.discriminator.train()
-        with torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None):
+        with autocast(self.device, self.precision):
             real, fake = self.discriminator(2 * image - 1).float(), self.discriminator(2 * output - 1).float()
         self.judge.zero_grad(set_to_none=True)
         ((1 - real).relu().mean() + (1 + fake).relu().mean()).div(2).backward()
