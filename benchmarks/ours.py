@@ -19,7 +19,7 @@ from mae_dat.runtime.world import World
 from mae_dat.training.loop import Ahead, Job, train_step
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.optim import build_optimizer
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 from mae_dat.training.step_report import Behind
 
 CLASSES = 1000
@@ -65,6 +65,6 @@ def training_step(
         at_epoch_end=lambda training, epoch, log: {},
         scalar_tags={},
     )
-    training = Training(model, build_optimizer(model, 1e-4, 0.05, betas=(0.9, 0.95)), objective)
+    training = TrainingState(model, build_optimizer(model, 1e-4, 0.05, betas=(0.9, 0.95)), objective)
     updates, behind, stop, wrapped = Ahead(job), Behind(device), StopRequest(), wrap_model(model, world, device)
     return lambda: train_step(training, wrapped, updates, job, stop, None, behind)

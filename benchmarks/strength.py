@@ -137,7 +137,7 @@ def main() -> None:
     config, classes = evaluated_config(
         options.classifier, load_config(FinetuneConfig, ["--data_path", options.data_path])
     )
-    images = held_out_images(config, classes)
+    images = held_out_images(config.data, classes)
     model = load_classifier(options.classifier, config, images.classes).eval()
     chosen = [images[index * len(images) // options.images] for index in range(options.images)]
     image = torch.stack([one["image"] for one in chosen])

@@ -36,8 +36,8 @@ from mae_dat.training.galleries import (
     adversary_columns,
     attention_columns,
     changed_word_sheet,
-    changed_words,
     codebook_picture,
+    most_changed_words,
     reconstruction_columns,
     used_words,
     word_columns,
@@ -330,7 +330,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
             captions = adversary_captions(judge, page, found[-1], context)
             drawn.add("adversary", draw_gallery(columns, captions, heading), page.number)
         before, after = (torch.cat([getattr(one, name) for one in found]) for name in ("words", "adversarial_words"))
-        if rows := changed_words(before, after, _MAX_WORDS):
+        if rows := most_changed_words(before, after, _MAX_WORDS):
             heading += "; words most often changed, what they mostly became, and in how many of their places"
             drawn.add("changed_words", changed_word_sheet(tokenizer, rows, heading))
         else:

@@ -44,13 +44,13 @@ def coco_scores(pairs: Sequence[DetectionPair]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def average_precision(detector: Detector, loader: ImageLoader, where: RunContext) -> dict[str, float]:
+def average_precision(detector: Detector, loader: ImageLoader, context: RunContext) -> dict[str, float]:
     """`coco_scores` over the loaders of all ranks. Collective."""
     pairs: list[DetectionPair] = []
     with evaluation_mode(detector):
         for batch in loader:
-            image = batch["image"].to(where.device)
-            with autocast(where.device, where.precision):
+            image = batch["image"].to(context.device)
+            with autocast(context.device, context.precision):
                 found = detector(image)
             there = ground_truth(batch, crowd=True)
             for one, truth, skipped in zip(found, there, batch["skipped"].tolist(), strict=True):
@@ -66,7 +66,7 @@ def measure_corruptions(
     severities: Sequence[int],
     batch_size: int,
     num_workers: int,
-    where: RunContext,
+    context: RunContext,
     protocol: Mapping[str, Any],
     console: Console,
 ) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def measure_corruptions(
 
     Every cell is stored as it is done, and those that are there under the same protocol are not done again.
     """
-    path = where.output / "detection.json"
+    path = context.output / "detection.json"
     cells = on_all_ranks(lambda: _stored(path, protocol))
     wanted = ["clean", *(f"{name}/{severity}" for name in CORRUPTIONS for severity in severities)]
     with console.task("corruptions", len(wanted)) as task:
@@ -82,9 +82,9 @@ def measure_corruptions(
             if cell not in cells:
                 name, _, severity = cell.partition("/")
                 shown = pictures if cell == "clean" else pictures.corrupted(name, int(severity))
-                loader = eval_loader(shown, batch_size, where.world.rank, where.world.size, num_workers)
-                cells[cell] = average_precision(detector, loader, where)
-                if where.world.main:
+                loader = eval_loader(shown, batch_size, context.world.rank, context.world.size, num_workers)
+                cells[cell] = average_precision(detector, loader, context)
+                if context.world.main:
                     _store(path, protocol, cells)
             task.advance(f"{cell} mAP {100 * cells[cell]['map']:.1f}")
     return {"protocol": dict(protocol), **corruption_summary(cells), "cells": cells}

@@ -40,12 +40,12 @@ from mae_dat.storage.weight_files import check_keys
 from mae_dat.training import run
 from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.export import export_model
-from mae_dat.training.finetune import start_from
+from mae_dat.training.finetune import initialize_from
 from mae_dat.training.galleries import galleries_due, show_galleries
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.dat import WithDAT, with_dat
 from mae_dat.training.optim import build_optimizer
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -133,32 +133,34 @@ class DetectConfig:
 
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:
     """Trains, or goes on where the output folder stands, exports the detector and returns its average precision."""
-    with run_context(config.run, config.launch, console) as where:
+    with run_context(config.run, config.launch, console) as context:
         images = open_coco_images(config, "train")
         held_out = open_coco_images(config, "val", images.classes)
         seed_everything(config.run.seed)
-        model = build_configured_detector(config, len(images.classes), start=True).to(where.device)
-        objective = with_dat(DetectionObjective(), config.dat, config.data, where.device, pad=True)
-        prepare_model(model, where)
+        model = build_configured_detector(config, len(images.classes), start=True).to(context.device)
+        objective = with_dat(DetectionObjective(), config.dat, config.data, context.device, pad=True)
+        prepare_model(model, context)
         settings = config.detector
         decay = settings.layer_decay if settings.model in VIT_SIZES else None
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, decay, opt=settings.opt)
-        training = Training(model, optimizer, objective)
+        training = TrainingState(model, optimizer, objective)
         last = config.optim.total_epochs - 1
 
-        def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
-            if galleries_due(config.run, epoch, where):
-                show_galleries({"boxes": draw_detections(model, objective, held_out, config, where)}, where, log, epoch)
+        def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
+            if galleries_due(config.run, epoch, context):
+                show_galleries(
+                    {"boxes": draw_detections(model, objective, held_out, config, context)}, context, log, epoch
+                )
             if (epoch + 1) % config.measure.eval_every and epoch != last:
                 return {}
             return {
-                f"test_{name}": value for name, value in validation_precision(model, held_out, config, where).items()
+                f"test_{name}": value for name, value in validation_precision(model, held_out, config, context).items()
             }
 
-        run.train(training, images, where, config, console, "detect", at_epoch_end, _SCALAR_TAGS)
+        run.train(training, images, context, config, console, "detect", at_epoch_end, _SCALAR_TAGS)
         facts = detector_facts(config, images.classes)
-        export_model(full_state_dict(model.net.state_dict()), where, {**facts, "steps": training.step})
-        return validation_precision(model, held_out, config, where)
+        export_model(full_state_dict(model.net.state_dict()), context, {**facts, "steps": training.step})
+        return validation_precision(model, held_out, config, context)
 
 
 def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
     if config.run.resume is None:
         raise ConfigError("--eval measures the detector that --resume names: an output folder or its weights.")
     path = Path(config.run.resume)
-    with run_context(config.run, config.launch, console, training=False) as where:
+    with run_context(config.run, config.launch, console, training=False) as context:
         weights, facts = read_export(path)
         if facts.get("kind") != "detector":
             raise CheckpointError(f"--resume {path} is no detector of this command; train one first.")
@@ -174,20 +176,20 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
         model = build_configured_detector(config, len(facts["classes"]))
         check_keys(weights.source, model.net.state_dict(), weights.tensors, "give weights of this command")
         model.net.load_state_dict(weights.tensors)
-        model.to(where.device)
+        model.to(context.device)
         held_out = open_coco_images(config, "val", facts["classes"])
         if not config.measure.corruptions:
-            return validation_precision(model, held_out, config, where)
+            return validation_precision(model, held_out, config, context)
         protocol = {
             **facts,
             "weights": state_sha256(model),
             "pictures": describe_images(held_out),
             "severities": config.measure.severities,
             "seed": config.run.seed,
-            "precision": str(where.precision),
+            "precision": str(context.precision),
         }
         sizes = (config.optim.batch_size, config.data.num_workers)
-        return measure_corruptions(model, held_out, config.measure.severities, *sizes, where, protocol, console)
+        return measure_corruptions(model, held_out, config.measure.severities, *sizes, context, protocol, console)
 
 
 def open_coco_images(
@@ -210,7 +212,7 @@ def build_configured_detector(config: DetectConfig, classes: int, start: bool = 
     if settings.model in VIT_SIZES:
         trunk = build_trunk(settings.model, size, settings.drop_path)
         if start and settings.finetune:
-            start_from(trunk, Path(settings.finetune))
+            initialize_from(trunk, Path(settings.finetune))
         elif start:
             logger.info("%s starts from random weights: no --finetune.", settings.model)
     return build_detector(
@@ -247,32 +249,32 @@ def with_facts(config: DetectConfig, facts: dict[str, Any]) -> DetectConfig:
 
 
 def validation_precision(
-    model: Detector, held_out: CocoImages, config: DetectConfig, where: RunContext
+    model: Detector, held_out: CocoImages, config: DetectConfig, context: RunContext
 ) -> dict[str, float]:
     """mAP, mAP50 and mAP75 on the validation pictures. Collective."""
-    sizes = (config.optim.batch_size, where.world.rank, where.world.size, config.data.num_workers)
-    return average_precision(model, eval_loader(held_out, *sizes), where)
+    sizes = (config.optim.batch_size, context.world.rank, context.world.size, config.data.num_workers)
+    return average_precision(model, eval_loader(held_out, *sizes), context)
 
 
 # ---- pictures ----
 
 
 def draw_detections(
-    model: Detector, objective: Objective, held_out: CocoImages, config: DetectConfig, where: RunContext
+    model: Detector, objective: Objective, held_out: CocoImages, config: DetectConfig, context: RunContext
 ) -> Tensor:
     """The same held-out pictures after every epoch, with the boxes that are there and those found, and with DAT those
     found in the adversary."""
     batch: Any = torch.utils.data.default_collate(
         [held_out.limited(_GALLERY_IMAGES)[index] for index in range(_GALLERY_IMAGES)]
     )
-    generator = step_generator(config.run.seed, 0, 0, where.device)
-    batch = {name: value.to(where.device) for name, value in batch.items()}
-    image, context = objective.prepare(model, batch, generator)
+    generator = step_generator(config.run.seed, 0, 0, context.device)
+    batch = {name: value.to(context.device) for name, value in batch.items()}
+    image, view_context = objective.prepare(model, batch, generator)
     views = {"found": image}
     with evaluation_mode(model):
         if isinstance(objective, WithDAT) and objective.strength_is_known:
-            views["found in the adversary"] = objective.adversary(model, image, context, generator).adversarial
-        columns = [("truth", draw_boxes(image, context[0], held_out.classes))]
+            views["found in the adversary"] = objective.adversary(model, image, view_context, generator).adversarial
+        columns = [("truth", draw_boxes(image, view_context[0], held_out.classes))]
         with torch.no_grad():
             columns += [(name, draw_boxes(view, model(view), held_out.classes)) for name, view in views.items()]
     return draw_gallery(columns, cell=CELL)

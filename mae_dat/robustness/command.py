@@ -177,14 +177,14 @@ def measure_all(config: RobustnessConfig, console: Console) -> Results:
     settings = RunConfig(
         output_dir=config.output, device=config.device, precision=config.precision, hang_minutes=config.hang_minutes
     )
-    with run_context(settings, LaunchConfig(), console, training=False) as where:
+    with run_context(settings, LaunchConfig(), console, training=False) as context:
         size = image_size(config.input_size) if config.input_size else None
-        view = EvalOptions(where.device, where.precision, size, config.interpolation, config.crop)
+        view = EvalOptions(context.device, context.precision, size, config.interpolation, config.crop)
         contenders = on_all_ranks(
             lambda: open_networks(config.checkpoint, config.model, config.pretrained, config.names, view)
         )
-        choice = choice_of(config.suites, where.device, config.batch_size)
-        setting = Setting(view, where.output, console, where.world, config.batch_size, config.num_workers)
+        choice = choice_of(config.suites, context.device, config.batch_size)
+        setting = Setting(view, context.output, console, context.world, config.batch_size, config.num_workers)
         return examine(first(contenders, config.baseline), choice, config.suites.suite, setting, config.title)
 
 

@@ -19,9 +19,15 @@ from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, Choice
 from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.console import Console, console_for_command
-from mae_dat.training.accuracy import accuracy
+from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import run_context
-from mae_dat.training.finetune import build, finetune, held_out_images, held_out_loader, source_grid
+from mae_dat.training.finetune import (
+    build_configured_classifier,
+    finetune,
+    held_out_images,
+    held_out_loader,
+    source_grid,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +49,11 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(folder)))
         evaluate_suites(config, console)
         return
-    with run_context(config.run, config.launch, console, training=False) as where:
-        images = held_out_images(config, classes)
-        model = load_classifier(source, config, images.classes).to(where.device)
-        final = accuracy(model, held_out_loader(config, images, where), where.device, where.precision)
+    with run_context(config.run, config.launch, console, training=False) as context:
+        images = held_out_images(config.data, classes)
+        model = load_classifier(source, config, images.classes).to(context.device)
+        loader = held_out_loader(images, 2 * config.optim.batch_size, config.data, context)
+        final = evaluate_accuracy(model, loader, context.device, context.precision)
         logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
 
 
@@ -55,8 +62,8 @@ def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
     are the corrupted pictures, all clean ones, and conflicting ones where there are some."""
     require_color(config)
     source, suite = str(config.run.resume), config.evaluation.suite
-    with run_context(config.run, config.launch, console, training=False) as where:
-        view = EvalOptions(where.device, where.precision, config.data.image_size)
+    with run_context(config.run, config.launch, console, training=False) as context:
+        view = EvalOptions(context.device, context.precision, config.data.image_size)
         contender = on_all_ranks(lambda: open_network(source, config.classifier.model, Path(source).stem, view))
         batch_size, root = 2 * config.optim.batch_size, image_root(config.data.data_path)
         if "corruptions" in suite:
@@ -64,11 +71,11 @@ def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
             suite = (*made, *(name for name in suite if name not in (*made, "corruptions")))
         choice = Choice(
             root, limit=config.evaluation.limit, whole_clean=True, seed=config.run.seed,
-            tokenizer=config.dat.tokenizer, batch_size=batch_size, device=where.device,
+            tokenizer=config.dat.tokenizer, batch_size=batch_size, device=context.device,
         )  # fmt: skip
-        setting = Setting(view, where.output, console, where.world, batch_size, config.data.num_workers)
+        setting = Setting(view, context.output, console, context.world, batch_size, config.data.num_workers)
         results = examine([contender], choice, suite, setting, f"Robustness of {contender.name}")
-        if where.world.main:
+        if context.world.main:
             print_headline(results)
 
 
@@ -122,6 +129,6 @@ def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> C
     Raises CheckpointError when its head has another number of classes than the data.
     """
     weights, facts = read_export(path)
-    model = build(config, config.classifier.nb_classes or len(classes))
+    model = build_configured_classifier(config.classifier, config.data, config.classifier.nb_classes or len(classes))
     load_weights(model, weights, source_grid(model, facts))
     return model

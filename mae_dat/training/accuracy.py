@@ -16,7 +16,7 @@ from mae_dat.runtime.watchdog import heartbeat
 
 
 @torch.no_grad()  # what sharded weights are gathered into in inference mode could not be trained with
-def accuracy(
+def evaluate_accuracy(
     model: nn.Module, loader: ImageLoader, device: torch.device, precision: torch.dtype | None
 ) -> dict[str, float]:
     """Top-1 and top-5 in percent and cross-entropy, from counts summed over ranks and divided once (test_acc1,

@@ -93,13 +93,13 @@ def run_context(run: RunConfig, launch: LaunchConfig, console: Console, training
         )
 
 
-def prepare_model(model: nn.Module, where: RunContext, copy: nn.Module | None = None) -> None:
+def prepare_model(model: nn.Module, context: RunContext, copy: nn.Module | None = None) -> None:
     """Makes of a model, and of its averaged copy, what the flags ask; the optimizer comes after. Raises ConfigError."""
-    choose_attention(model, where.device, where.precision)
-    if where.checkpointed:
+    choose_attention(model, context.device, context.precision)
+    if context.checkpointed:
         checkpoint_blocks(model)
-    if where.compiled:
+    if context.compiled:
         compile_blocks(model)
     for one in (model, copy):
-        if one is not None and where.shards:
-            shard_model(one, where.world, where.device)
+        if one is not None and context.shards:
+            shard_model(one, context.world, context.device)

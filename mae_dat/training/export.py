@@ -15,15 +15,15 @@ from mae_dat.training.context import RunContext
 logger = logging.getLogger(__name__)
 
 
-def export_model(tensors: Mapping[str, Tensor], where: RunContext, facts: dict[str, Any]) -> None:
+def export_model(tensors: Mapping[str, Tensor], context: RunContext, facts: dict[str, Any]) -> None:
     """Writes `model.safetensors` (bare keys, what it takes to rebuild the model inside) and its card with the sha256.
 
     Nothing is written when the file there is of the same facts and steps: a rerun of a complete run changes nothing.
     """
     tensors = full_state_dict(tensors)
-    path = where.output / WEIGHTS
+    path = context.output / WEIGHTS
     card = path.with_suffix(".json")
-    if not where.world.main:
+    if not context.world.main:
         return
     if path.is_file() and card.is_file() and facts.items() <= json.loads(card.read_text()).items():
         return

@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import DataError
-from mae_dat.config.groups import ConfigError, image_size
+from mae_dat.config.groups import (
+    AugmentConfig,
+    ClassifierConfig,
+    ConfigError,
+    DataConfig,
+    OptimConfig,
+    image_size,
+)
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import ImageLoader, eval_loader
@@ -25,7 +32,7 @@ from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.training import run
-from mae_dat.training.accuracy import accuracy
+from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.export import export_model
 from mae_dat.training.galleries import adversary_gallery, galleries_due, show_galleries
@@ -35,58 +42,59 @@ from mae_dat.training.objectives.consistency import AUGMIX_VIEWS, AugMix, Consis
 from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.pixel import WithPixelAdversary
 from mae_dat.training.optim import build_optimizer, effective_lr
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-SCALAR_TAGS = {
+_SCALAR_TAGS = {
     "train_loss": "loss",
     "train_lr": "lr",
     "test_acc1": "perf/test_acc1",
     "test_acc5": "perf/test_acc5",
     "test_loss": "perf/test_loss",
 }
-PICTURES = 6
-SLOW_LARS = 0.5  # MAE's linear probe has 6.4
+_GALLERY_IMAGES = 6
+_SLOW_LARS = 0.5  # MAE's linear probe has 6.4
 
 
 def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune") -> dict[str, float]:
     """Fine-tunes, or goes on where the output folder stands, exports the classifier and returns its accuracy."""
-    check(config)
-    with run_context(config.run, config.launch, console) as where:
+    check_mixup(config.augment, config.optim.batch_size)
+    with run_context(config.run, config.launch, console) as context:
         images, held_out = labelled_images(config)
-        classes = class_count(config, images)
+        classes = class_count(config.classifier.nb_classes, images)
         seed_everything(config.run.seed)
-        warn_of_slow_lars(config, where.world.size)
-        model = build(config, classes, config.classifier.pretrained)
-        start(model, config)
+        settings = config.classifier
+        warn_of_slow_lars(settings.opt, config.optim, context.world.size)
+        model = build_configured_classifier(settings, config.data, classes, settings.pretrained)
+        initialize(model, settings)
         if config.baselines.splits_norms:
             split_norms(model)
-        model.to(where.device)
-        objective = objective_of(config, classes, where)
-        settings = config.classifier
+        model.to(context.device)
+        objective = classification_objective(config, classes, context)
         ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
-        prepare_model(model, where, ema.module if ema else None)
+        prepare_model(model, context, ema.module if ema else None)
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
-        training = Training(model, optimizer, objective, ema)
-        loader = held_out_loader(config, held_out, where)
-        shown = [held_out[index * len(held_out) // PICTURES] for index in range(PICTURES)]
+        training = TrainingState(model, optimizer, objective, ema)
+        loader = held_out_loader(held_out, 2 * config.optim.batch_size, config.data, context)
+        shown = [held_out[index * len(held_out) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
 
-        def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
-            if galleries_due(config.run, epoch, where):
-                show_galleries(draw(training, objective, shown, config, where), where, log, epoch)
-            return accuracy(training.averaged, loader, where.device, where.precision)
+        def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
+            if galleries_due(config.run, epoch, context):
+                drawn = draw_held_out_adversary(training.model, objective, shown, config.run.seed, context.device)
+                show_galleries(drawn, context, log, epoch)
+            return evaluate_accuracy(training.averaged, loader, context.device, context.precision)
 
-        run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
+        run.train(training, images, context, config, console, title, at_epoch_end, _SCALAR_TAGS)
         averaged = training.averaged
         assert isinstance(averaged, Classifier)
         tensors = main_norms(fused_head(full_state_dict(averaged.net.state_dict())))
-        export_model(tensors, where, facts_of(config, images, training))
-        return accuracy(averaged, loader, where.device, where.precision)
+        export_model(tensors, context, export_facts(config, images, training))
+        return evaluate_accuracy(averaged, loader, context.device, context.precision)
 
 
-def objective_of(config: FinetuneConfig, classes: int, where: RunContext) -> Objective:
+def classification_objective(config: FinetuneConfig, classes: int, context: RunContext) -> Objective:
     """What the flags ask to minimize: cross-entropy of the views that they name."""
     own = config.baselines
     if own.jsd:
@@ -96,26 +104,24 @@ def objective_of(config: FinetuneConfig, classes: int, where: RunContext) -> Obj
         attack = PixelAttack(own.eps, own.step, own.at_steps, own.at_norm, random_start=True)
         return WithPixelAdversary(labels, attack, own.clean_weight)
     if own.dat_jsd and config.dat.attack:
-        tokenizer = open_tokenizer(config.dat, config.data, where.device)
+        tokenizer = open_tokenizer(config.dat, config.data, context.device)
         return ConsistentDAT(labels, tokenizer, config.dat.attack, own.dat_jsd)
-    return with_dat(labels, config.dat, config.data, where.device)
+    return with_dat(labels, config.dat, config.data, context.device)
 
 
-def check(config: FinetuneConfig) -> None:
-    """Combinations that cannot work. Raises ConfigError before anything is read."""
-    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0 or config.augment.cutmix_minmax is not None
-    if mixes and config.optim.batch_size % 2:
-        raise ConfigError(
-            f"mixup and cutmix pair the images of a batch: --batch_size must be even, got {config.optim.batch_size}."
-        )
+def check_mixup(augment: AugmentConfig, batch_size: int) -> None:
+    """Check that mixup and cutmix can pair the images of a batch. Raises ConfigError before anything is read."""
+    mixes = augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None
+    if mixes and batch_size % 2:
+        raise ConfigError(f"mixup and cutmix pair the images of a batch: --batch_size must be even, got {batch_size}.")
 
 
-def warn_of_slow_lars(config: FinetuneConfig, ranks: int) -> None:
-    """LARS moves a tensor by lr / 1000 of its norm, so a rate scaled down for a small batch leaves it where it is."""
-    optim = config.optim
+def warn_of_slow_lars(opt: str, optim: OptimConfig, ranks: int) -> None:
+    """Warn where LARS would hardly train: it moves a tensor by lr / 1000 of its norm, and a rate that is scaled down
+    for a small batch leaves the tensor where it is."""
     batch = optim.batch_size * optim.accum_iter * ranks
     lr = effective_lr(optim.lr, optim.blr, batch)
-    if config.classifier.opt == "lars" and lr < SLOW_LARS:
+    if opt == "lars" and lr < _SLOW_LARS:
         logger.warning(
             "--opt lars at a peak rate of %.3g hardly moves: blr 0.1 is meant for batches of some thousand images, and "
             "this one has %d. Give --opt sgd, or a larger --blr.",
@@ -142,14 +148,14 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
     except (AssertionError, ValueError) as error:  # timm asserts what its users write
         raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error
     images = training_images(config.data, transform, config.run.seed, labelled=True)
-    return images, held_out_images(config, images.classes)
+    return images, held_out_images(config.data, images.classes)
 
 
-def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) -> ImageSet:
-    """The validation split, unaugmented."""
-    root = find_split(image_root(config.data.data_path), "val")
-    transform = with_channels(eval_transform(config.data.image_size), config.data.in_chans)
-    images = open_images(root, transform, classes=classes, on_bad=config.data.on_bad)
+def held_out_images(data: DataConfig, classes: list[str] | None = None) -> ImageSet:
+    """Open the validation split, without augmentation."""
+    root = find_split(image_root(data.data_path), "val")
+    transform = with_channels(eval_transform(data.image_size), data.in_chans)
+    images = open_images(root, transform, classes=classes, on_bad=data.on_bad)
     if images.packed_size is not None:
         logger.warning(
             "accuracies are of the pictures in %s, shrunk to %d px and stored anew: not those of the originals.",
@@ -159,46 +165,54 @@ def held_out_images(config: FinetuneConfig, classes: list[str] | None = None) ->
     return images
 
 
-def held_out_loader(config: FinetuneConfig, images: ImageSet, where: RunContext) -> ImageLoader:
-    """This rank's share of the validation images."""
-    pinned = config.data.pin_mem and where.device.type == "cuda"
-    share = (2 * config.optim.batch_size, where.world.rank, where.world.size)
-    return eval_loader(images, *share, config.data.num_workers, pinned)
+def held_out_loader(images: ImageSet, batch_size: int, data: DataConfig, context: RunContext) -> ImageLoader:
+    """Return a loader of this rank's share of the validation images."""
+    return eval_loader(
+        images,
+        batch_size,
+        rank=context.world.rank,
+        world_size=context.world.size,
+        num_workers=data.num_workers,
+        pin_memory=data.pin_mem and context.device.type == "cuda",
+    )
 
 
-def class_count(config: FinetuneConfig, images: ImageSet) -> int:
-    """Classes of the head. Raises DataError when `--nb_classes` is below the number of class folders."""
-    wanted = config.classifier.nb_classes
-    if wanted is not None and wanted < len(images.classes):
+def class_count(nb_classes: int | None, images: ImageSet) -> int:
+    """Return the number of classes of the head: `--nb_classes`, by default one for each class folder.
+
+    Raises DataError when `--nb_classes` is below the number of class folders.
+    """
+    folders = len(images.classes)
+    if nb_classes is not None and nb_classes < folders:
         raise DataError(
-            f"{images.root} has {len(images.classes)} class folders, --nb_classes is {wanted}: leave it out, or remove "
-            "folders."
+            f"{images.root} has {folders} class folders, --nb_classes is {nb_classes}: leave it out, or remove folders."
         )
-    return wanted or len(images.classes)
+    return nb_classes or folders
 
 
-def build(config: FinetuneConfig, classes: int, pretrained: bool = False) -> Classifier:
-    """The classifier that the flags describe, with timm's weights if `pretrained`.
+def build_configured_classifier(
+    settings: ClassifierConfig, data: DataConfig, classes: int, pretrained: bool = False
+) -> Classifier:
+    """Build the classifier that the flags describe, with timm's weights if `pretrained`.
 
     Raises ConfigError, also where timm cannot build it.
     """
-    settings, data = config.classifier, config.data
     try:
         return build_classifier(
             settings.model,
             classes,
             data.image_size,
-            settings.drop_path,
-            settings.mean_pool,
-            data.in_chans,
-            pretrained,
+            drop_path=settings.drop_path,
+            global_pool=settings.mean_pool,
+            in_chans=data.in_chans,
+            pretrained=pretrained,
         )
     except (AssertionError, RuntimeError, ValueError) as error:
         size = " x ".join(map(str, data.image_size))
         raise ConfigError(f"--model {settings.model} cannot be built for {size} px: {error}") from error
 
 
-def facts_of(config: FinetuneConfig, images: ImageSet, training: Training) -> dict[str, Any]:
+def export_facts(config: FinetuneConfig, images: ImageSet, training: TrainingState) -> dict[str, Any]:
     """What it takes to rebuild the classifier, stored with its weights."""
     settings = config.classifier
     facts = {
@@ -209,41 +223,43 @@ def facts_of(config: FinetuneConfig, images: ImageSet, training: Training) -> di
     }
     size = {"input_size": list(config.data.image_size), "in_chans": config.data.in_chans}
     told = {"averaged": training.ema is not None, "steps": training.step}
-    return {**facts, **size, "nb_classes": class_count(config, images), **told}
+    return {**facts, **size, "nb_classes": class_count(settings.nb_classes, images), **told}
 
 
-def draw(
-    training: Training, objective: Objective, samples: list[Any], config: FinetuneConfig, where: RunContext
+def draw_held_out_adversary(
+    model: nn.Module, objective: Objective, samples: list[Any], seed: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """The adversary against the network as it is, on the same held-out pictures after every epoch, through
-    the norms of adversarial views where there are any; without DAT nothing."""
+    """Draw the adversary of the current model on held-out images, the same after every epoch, as a gallery (3, H, W) in
+    [0, 1]; without DAT none.
+
+    The adversary uses the norms of adversarial views where the model has them.
+    """
     if not (isinstance(objective, WithDAT) and objective.strength_is_known):
         return {}
-    image: Tensor = torch.stack([sample["image"] for sample in samples]).to(where.device)
-    label = torch.tensor([sample["label"] for sample in samples], device=where.device)
+    image: Tensor = torch.stack([sample["image"] for sample in samples]).to(device)
+    label = torch.tensor([sample["label"] for sample in samples], device=device)
     target = torch.nn.functional.one_hot(label, objective.objective.num_classes).float()  # type: ignore[attr-defined]
-    generator = step_generator(config.run.seed, 0, 0, where.device)
-    training.model.eval()
-    with auxiliary_norms(training.model):
-        found = objective.adversary(training.model, image, target, generator)
-    return {"adversary": adversary_gallery(image, found)}
+    generator = step_generator(seed, 0, 0, device)
+    model.eval()
+    with auxiliary_norms(model):
+        adversary = objective.adversary(model, image, target, generator)
+    return {"adversary": adversary_gallery(image, adversary)}
 
 
-def start(model: Classifier, config: FinetuneConfig) -> None:
-    """What the flags start from: weights, and for a linear probe a frozen network with a new head.
+def initialize(model: Classifier, settings: ClassifierConfig) -> None:
+    """Load the weights that the flags start from; for a linear probe freeze them and put a new head on top.
 
     Raises MissingInputError, CheckpointError, ConfigError.
     """
-    settings = config.classifier
     if settings.finetune:
-        start_from(model, Path(settings.finetune))
+        initialize_from(model, Path(settings.finetune))
     elif not settings.pretrained:
         logger.info("%s starts from random weights: no --finetune, no --pretrained.", settings.model)
     if settings.linear_probe:
         model.make_linear_probe()
 
 
-def start_from(model: Classifier, path: Path) -> None:
+def initialize_from(model: Classifier, path: Path) -> None:
     """Pretrained weights from a folder or file. Raises MissingInputError, CheckpointError."""
     weights, facts = read_export(path)
     with naming("--finetune"):

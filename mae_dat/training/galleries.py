@@ -149,7 +149,7 @@ def adversary_columns(image: Tensor, found: DiscreteAdversary, amplify: float = 
 
 
 @torch.no_grad()
-def changed_words(words: Tensor, adversarial_words: Tensor, most: int) -> list[tuple[int, int, int, int]]:
+def most_changed_words(words: Tensor, adversarial_words: Tensor, most: int) -> list[tuple[int, int, int, int]]:
     """The `most` often changed words of two maps of the same shape: word, what it became most often, how many times it
     was changed, and in how many places it stood."""
     before, after = words.flatten(), adversarial_words.flatten()
@@ -162,7 +162,7 @@ def changed_words(words: Tensor, adversarial_words: Tensor, most: int) -> list[t
 
 
 def changed_word_sheet(tokenizer: VisualTokenizer, rows: Sequence[tuple[int, int, int, int]], heading: str) -> Tensor:
-    """The words of `changed_words` and what they became, side by side, (3, height, width) in [0, 1]."""
+    """The words of `most_changed_words` and what they became, side by side, (3, height, width) in [0, 1]."""
     listed = torch.tensor(rows, device=tokenizer.codebook.device)
     before, after = (word_tiles(tokenizer, listed[:, side]) for side in (0, 1))
     both = torch.cat([before, torch.ones_like(before[..., :1]), after], -1)
@@ -177,17 +177,17 @@ def used_words(words: Tensor) -> tuple[Tensor, list[float]]:
     return used[order], (counts[order] / words.numel()).tolist()
 
 
-def galleries_due(run: RunConfig, epoch: int, where: RunContext) -> bool:
+def galleries_due(run: RunConfig, epoch: int, context: RunContext) -> bool:
     """Whether this rank draws after this epoch: rank 0, and with a sharded model all of them."""
     turn = run.pictures_every and (epoch + 1) % run.pictures_every == 0
-    return bool(turn) and (where.world.main or where.shards)
+    return bool(turn) and (context.world.main or context.shards)
 
 
-def show_galleries(pictures: Mapping[str, Tensor], where: RunContext, log: RunLog, epoch: int) -> None:
+def show_galleries(pictures: Mapping[str, Tensor], context: RunContext, log: RunLog, epoch: int) -> None:
     """Galleries by name, (3, H, W) in [0, 1]: the newest of each as pictures/NAME.png, all of them in TensorBoard."""
-    if not where.world.main:
+    if not context.world.main:
         return
-    folder = where.output / "pictures"
+    folder = context.output / "pictures"
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
         save_png(picture, folder / f"{name}.png")

@@ -35,7 +35,7 @@ from mae_dat.runtime.watchdog import heartbeat
 from mae_dat.runtime.world import World
 from mae_dat.storage.checkpoint import Saver
 from mae_dat.training.optim import clip_gradient, effective_lr, learning_rate, set_lr, step_unless, update_average
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 from mae_dat.training.step_report import Asked, Behind, Reading, Seen, Told, lag_of
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Job:
     title: str
     facts: dict[str, Any]
     """Configuration and origin of the run, kept in every checkpoint's manifest."""
-    at_epoch_end: Callable[[Training, int, RunLog], dict[str, float]]
+    at_epoch_end: Callable[[TrainingState, int, RunLog], dict[str, float]]
     """Evaluates and draws after an epoch (given its number); what it returns joins the epoch's record."""
     scalar_tags: dict[str, str]
     """TensorBoard tag of each key of an epoch's record, on the axis of thousandths of an epoch."""
@@ -83,7 +83,7 @@ class Job:
         return effective_lr(self.optim.lr, self.optim.blr, self.effective_batch)
 
 
-def fit(training: Training, job: Job) -> None:
+def fit(training: TrainingState, job: Job) -> None:
     """Trains to the end. Raises Interrupted after a signal, NumericsError on a loss that is not finite, and the
     UserError of a loader or a save, on every rank alike; all of them keep what was learned."""
     logger.info(
@@ -179,7 +179,7 @@ class Ahead:
 
 
 def train_step(
-    training: Training,
+    training: TrainingState,
     model: nn.Module,
     updates: Ahead,
     job: Job,
@@ -220,7 +220,7 @@ def train_step(
     return read_steps(training, job, behind.due(), updates, stop)
 
 
-def update(training: Training, job: Job, behind: Behind, saver: Saver | None) -> Tensor:
+def update(training: TrainingState, job: Job, behind: Behind, saver: Saver | None) -> Tensor:
     """Clips and applies the gathered gradient, unless this step is spoiled or one before it was; returns the norm from
     before clipping, on the device.
 
@@ -237,7 +237,9 @@ def update(training: Training, job: Job, behind: Behind, saver: Saver | None) ->
     return norm
 
 
-def read_steps(training: Training, job: Job, readings: Iterable[Reading], updates: Ahead, stop: StopRequest) -> float:
+def read_steps(
+    training: TrainingState, job: Job, readings: Iterable[Reading], updates: Ahead, stop: StopRequest
+) -> float:
     """Takes note of steps: sums, what the ranks agreed on. Returns this rank's mean loss in the last of them, or nan.
 
     Raises, on all ranks, what a step failed by; `training.step` is then the number of sound updates.
@@ -267,7 +269,7 @@ def read_steps(training: Training, job: Job, readings: Iterable[Reading], update
     return loss
 
 
-def _not_finite(training: Training, job: Job, reading: Reading, told: Told) -> NumericsError | None:
+def _not_finite(training: TrainingState, job: Job, reading: Reading, told: Told) -> NumericsError | None:
     """This rank's error: about its first micro-batch whose loss is not finite; None where that happened on others only;
     about the last one where no loss is at fault but the gradient."""
     at_fault = [number for number, facts in enumerate(told.parts) if not math.isfinite(facts["loss"])]
@@ -284,7 +286,7 @@ def _not_finite(training: Training, job: Job, reading: Reading, told: Told) -> N
     )
 
 
-def end_epoch(training: Training, job: Job) -> dict[str, Any]:
+def end_epoch(training: TrainingState, job: Job) -> dict[str, Any]:
     """Averages the epoch over images and ranks, evaluates, and writes the record; returns what its checkpoint is kept
     by."""
     epoch = training.step // job.steps_per_epoch - 1
@@ -339,7 +341,7 @@ def saving(job: Job, stop: StopRequest) -> Iterator[Saver | None]:
             saver.close(abandon=stop.immediate)
 
 
-def save(training: Training, job: Job, saver: Saver | None, facts: dict[str, Any]) -> None:
+def save(training: TrainingState, job: Job, saver: Saver | None, facts: dict[str, Any]) -> None:
     """Begins to write a checkpoint, on rank 0. Collective."""
     state = training.state_dict()
     facts = {**facts, **job.facts, "epoch": training.step / job.steps_per_epoch}

@@ -123,7 +123,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
     Weight decay spares one-dimensional parameters and those that the network names in `no_weight_decay()`: a timm
     transformer's pos_embed and cls_token, so they are spared in fine-tuning and cls_token is decayed in pretraining.
     """
-    net = unwrap(model)
+    net = inner_module(model)
     scales = _layer_scales(net, layer_decay)
     spared: Iterable[str] = getattr(net, "no_weight_decay", tuple)()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -137,7 +137,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
     return list(groups.values())
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def inner_module(model: nn.Module) -> nn.Module:
     """The network inside DistributedDataParallel, torch.compile and `Classifier`, whose keys have no prefix."""
     while True:
         if isinstance(model, Classifier):

@@ -23,39 +23,39 @@ from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import build_optimizer
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 
-SCALAR_TAGS = {"train_lr": "lr"}
-PICTURES = 6
+_SCALAR_TAGS = {"train_lr": "lr"}
+_GALLERY_IMAGES = 6
 
 
 def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") -> None:
     """Pretrains, or goes on where the output folder stands, and exports the autoencoder with its decoder."""
-    with run_context(config.run, config.launch, console) as where:
+    with run_context(config.run, config.launch, console) as context:
         size = config.data.image_size
         images = training_images(config.data, pretrain_transform(size), config.run.seed, labelled=False)
         seed_everything(config.run.seed)
-        model = build_mae(config.mae.model, img_size=size, in_chans=config.data.in_chans).to(where.device)
-        objective = objective_of(config, model, where.device)
-        prepare_model(model, where)
+        model = build_mae(config.mae.model, img_size=size, in_chans=config.data.in_chans).to(context.device)
+        objective = pretraining_objective(config, model, context.device)
+        prepare_model(model, context)
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
-        training = Training(model, optimizer, objective)
-        shown = fixed_images(images, with_channels(eval_transform(size), config.data.in_chans)).to(where.device)
+        training = TrainingState(model, optimizer, objective)
+        shown = fixed_images(images, with_channels(eval_transform(size), config.data.in_chans)).to(context.device)
 
-        def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
-            if galleries_due(config.run, epoch, where):
-                show_galleries(draw(model, objective, shown, config, where), where, log, epoch)
+        def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
+            if galleries_due(config.run, epoch, context):
+                show_galleries(draw_galleries(model, objective, shown, config, context), context, log, epoch)
             return {}
 
-        run.train(training, images, where, config, console, title, at_epoch_end, SCALAR_TAGS)
+        run.train(training, images, context, config, console, title, at_epoch_end, _SCALAR_TAGS)
         facts = {"kind": "mae", "model": config.mae.model, "input_size": list(size), "in_chans": config.data.in_chans}
         export_model(
-            model.state_dict(), where, {**facts, "norm_pix_loss": config.mae.norm_pix_loss, "steps": training.step}
+            model.state_dict(), context, {**facts, "norm_pix_loss": config.mae.norm_pix_loss, "steps": training.step}
         )
 
 
-def objective_of(config: PretrainConfig, model: MaskedAutoencoder, device: torch.device) -> Objective:
+def pretraining_objective(config: PretrainConfig, model: MaskedAutoencoder, device: torch.device) -> Objective:
     """Masked reconstruction of the flags' targets, with DAT or without. Where words are a target, the model gets a head
     for them. Raises ConfigError."""
     mae, attack = config.mae, config.dat.attack
@@ -73,24 +73,24 @@ def objective_of(config: PretrainConfig, model: MaskedAutoencoder, device: torch
 def fixed_images(images: ImageSet, transform: Transform) -> Tensor:
     """Some of the pictures, evenly spread and not augmented, for galleries."""
     still = images.with_transform(transform)
-    return torch.stack([still[index]["image"] for index in evenly_spaced(len(still), PICTURES)])
+    return torch.stack([still[index]["image"] for index in evenly_spaced(len(still), _GALLERY_IMAGES)])
 
 
-def draw(
-    model: MaskedAutoencoder, objective: Objective, image: Tensor, config: PretrainConfig, where: RunContext
+def draw_galleries(
+    model: MaskedAutoencoder, objective: Objective, image: Tensor, config: PretrainConfig, context: RunContext
 ) -> dict[str, Tensor]:
     """Galleries of the same pictures under the same mask after every epoch: reconstructions, and what the adversary
     did."""
-    generator = step_generator(config.run.seed, 0, 0, where.device)
+    generator = step_generator(config.run.seed, 0, 0, context.device)
     none = torch.zeros(len(image), dtype=torch.int64)
     batch: Batch = {"image": image, "label": none, "index": none, "skipped": none}
-    _, context = objective.prepare(model, batch, generator)
+    _, view_context = objective.prepare(model, batch, generator)
     drawn = {}
     if config.mae.target != "words":
         ratio, norm_pix = config.mae.mask_ratio, config.mae.norm_pix_loss
-        drawn["reconstruction"] = reconstruction_gallery(model, image, ratio, context[1], norm_pix)
+        drawn["reconstruction"] = reconstruction_gallery(model, image, ratio, view_context[1], norm_pix)
     if isinstance(objective, WithDAT) and objective.strength_is_known:
-        found = objective.adversary(model, image, context, generator)
+        found = objective.adversary(model, image, view_context, generator)
         drawn["adversary"] = adversary_gallery(image, found)
     return drawn
 

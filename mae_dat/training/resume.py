@@ -16,12 +16,12 @@ from mae_dat.runtime.environment import code_facts, describe_code
 from mae_dat.runtime.world import World
 from mae_dat.storage.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, verify
 from mae_dat.training.context import RunContext
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 # Settings that may change on the way: they say where and how a run is computed, not what. All others change the result.
-FREE = {
+FREE_SETTINGS = {
     *("output_dir", "log_dir", "resume", "start_epoch", "deterministic", "save_minutes", "keep", "keep_every"),
     "checkpoint_activations",
     *("allow_change", "hang_minutes", "pictures_every"),
@@ -29,7 +29,7 @@ FREE = {
     *("eval", "dist_eval", "suite", "limit"),
     *("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url"),
 }
-SHARES = {"batch_size", "accum_iter"}  # free as long as their product with the ranks, the global batch, is kept
+BATCH_SETTINGS = {"batch_size", "accum_iter"}  # free as long as their product with the ranks, the global batch, is kept
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -57,7 +57,7 @@ def check_changes(found: Checkpoint, now: dict[str, Any], images: str, batch: in
         raise ConfigError(f"--allow_change {' '.join(unknown)}: no such setting; see --help.")
     changed = changes(before, now)
     same_batch = found.manifest.get("global_batch", batch) == batch
-    free = FREE | (SHARES if same_batch else set())
+    free = FREE_SETTINGS | (BATCH_SETTINGS if same_batch else set())
     if found.manifest.get("images", images) != images:
         changed["images"] = (found.manifest["images"], images)
     lines = [
@@ -82,9 +82,12 @@ def keep_global_batch(optim: OptimConfig, found: Checkpoint | None, ranks: int) 
     for than when the checkpoint was made, it is left as it is.
     """
     before = found.manifest if found else {}
-    asked = {name: before.get("settings", {}).get(name) for name in SHARES}
+    asked = {name: before.get("settings", {}).get(name) for name in BATCH_SETTINGS}
     whole: int = before.get("global_batch", 0)
-    if asked != {name: getattr(optim, name) for name in SHARES} or whole == optim.batch_size * optim.accum_iter * ranks:
+    if (
+        asked != {name: getattr(optim, name) for name in BATCH_SETTINGS}
+        or whole == optim.batch_size * optim.accum_iter * ranks
+    ):
         return optim
     share, rest = divmod(whole, ranks)
     sizes = [size for size in range(min(optim.batch_size, share), 0, -1) if share % size == 0]
@@ -120,7 +123,7 @@ def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
     return found
 
 
-def restore(training: Training, found: Checkpoint, world: World) -> None:
+def restore(training: TrainingState, found: Checkpoint, world: World) -> None:
     """Resumes from a checkpoint. Raises CheckpointError when it is of another model or kind of run."""
     try:
         # Every rank checks the file as it sees it: what rank 0 read whole may be old or torn on another machine.
@@ -135,7 +138,7 @@ def restore(training: Training, found: Checkpoint, world: World) -> None:
 
 
 def restore_progress(
-    training: Training, found: Checkpoint | None, config: Any, images: ImageSet, batch: int, where: RunContext
+    training: TrainingState, found: Checkpoint | None, config: Any, images: ImageSet, batch: int, context: RunContext
 ) -> None:
     """Brings the training to where the checkpoint, if there is one, left it; `batch` is the global one. Raises
     ConfigError, CheckpointError."""
@@ -145,7 +148,7 @@ def restore_progress(
         return
     check_changes(found, flat_values(config), which, batch, config.run.allow_change)
     warn_if_code_changed(found)
-    on_all_ranks(lambda: restore(training, found, where.world))
+    on_all_ranks(lambda: restore(training, found, context.world))
     if (found.manifest.get("global_batch", batch), found.manifest.get("images", which)) != (batch, which):
         training.step = round(found.manifest["epoch"] * epoch_steps)
 

@@ -23,39 +23,41 @@ from mae_dat.training import loop as engine
 from mae_dat.training.context import RunContext
 from mae_dat.training.loop import Job
 from mae_dat.training.resume import checkpoint_to_resume, keep_global_batch, restore_progress
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    training: Training,
+    training: TrainingState,
     images: ImageSet,
-    where: RunContext,
+    context: RunContext,
     config: Any,
     console: Console,
     title: str,
-    at_epoch_end: Callable[[Training, int, RunLog], dict[str, float]],
+    at_epoch_end: Callable[[TrainingState, int, RunLog], dict[str, float]],
     scalar_tags: dict[str, str],
 ) -> None:
     """Resumes or starts, and trains to the end. `config` has the groups run, data and optim."""
     run: RunConfig = config.run
-    world = where.world
-    found = on_main_rank(lambda: checkpoint_to_resume(run, where.output))
+    world = context.world
+    found = on_main_rank(lambda: checkpoint_to_resume(run, context.output))
     optim = keep_global_batch(config.optim, found, world.size)
     shares = (optim.batch_size, world.size, optim.accum_iter)
     epoch_steps = steps_per_epoch(len(images), *shares)
-    restore_progress(training, found, config, images, math.prod(shares), where)
+    restore_progress(training, found, config, images, math.prod(shares), context)
     total = optim.total_epochs * epoch_steps
     if training.step >= total:
         logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, training.step)
         return
-    on_main_rank(lambda: begin(config, where.output, training.step))
+    on_main_rank(lambda: begin(config, context.output, training.step))
     order = (world.rank, world.size, run.seed, training.step, total, optim.accum_iter, images.order)
     sampler = TrainSampler(len(images), optim.batch_size, *order)
-    loader = train_loader(images, sampler, config.data.num_workers, config.data.pin_mem and where.device.type == "cuda")
+    loader = train_loader(
+        images, sampler, config.data.num_workers, config.data.pin_mem and context.device.type == "cuda"
+    )
     again = 1000 * training.step // epoch_steps + 1
-    log = RunLog(where.output, log_folder(run), training.step, enabled=world.main, purge_from=again)
+    log = RunLog(context.output, log_folder(run), training.step, enabled=world.main, purge_from=again)
     facts = {
         "settings": flat_values(config),
         "images": describe_images(images),
@@ -69,8 +71,8 @@ def train(
         loader=loader,
         steps_per_epoch=epoch_steps,
         world=world,
-        device=where.device,
-        precision=where.precision,
+        device=context.device,
+        precision=context.precision,
         console=console,
         log=log,
         title=title,
@@ -78,7 +80,7 @@ def train(
         at_epoch_end=at_epoch_end,
         scalar_tags=scalar_tags,
         name_of=images.name_of,
-        guard=where.lease.check if where.lease else None,
+        guard=context.lease.check if context.lease else None,
     )
     try:
         engine.fit(training, job)

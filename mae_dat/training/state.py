@@ -11,11 +11,11 @@ from mae_dat.runtime.collectives import gather
 from mae_dat.runtime.sharding import full_state_dict, load_model_state, load_optimizer_state
 from mae_dat.training.objectives.base import Objective
 
-BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
+_BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
-class Training:
+class TrainingState:
     """All that changes during a run, and exactly what a checkpoint holds."""
 
     model: nn.Module
@@ -66,7 +66,7 @@ class Training:
         """Running statistics of BatchNorm, which each rank gathers from its own images."""
         networks = {"model": self.model, **({"ema": self.ema.module} if self.ema else {})}
         buffers = {f"{name}.{key}": value for name, one in networks.items() for key, value in one.named_buffers()}
-        return {name: value for name, value in buffers.items() if name.rpartition(".")[2] in BATCH_NORM}
+        return {name: value for name, value in buffers.items() if name.rpartition(".")[2] in _BATCH_NORM}
 
     @property
     def averaged(self) -> nn.Module:

@@ -257,7 +257,7 @@ def test_pictures_that_were_shrunk_too_much_are_told_of(
         assert (f"packed with --size 24, which --input_size {size} enlarges" in caplog.text) == told
     caplog.clear()
     given = ["--data_path", str(out), "--input_size", "24"]
-    assert held_out_images(load_config(FinetuneConfig, given)).packed_size == 24
+    assert held_out_images(load_config(FinetuneConfig, given).data).packed_size == 24
     assert "shrunk to 24 px and stored anew" in caplog.text
     clean = Battery(Choice(out), 10).sets("clean")[0]
     assert clean.protocol["folder"] == "shards, shrunk to 24 px"

@@ -29,7 +29,7 @@ from mae_dat.robustness.evaluate_run import evaluated_config
 from mae_dat.storage import registry
 from mae_dat.storage import released as store
 from mae_dat.storage.registry import released
-from mae_dat.training.finetune import start_from
+from mae_dat.training.finetune import initialize_from
 
 NAMES = list(hub.__all__)
 TINY: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -296,7 +296,7 @@ def test_a_name_is_a_pretraining_to_start_from(home: Path) -> None:
         "norm_pix_loss": True,
     }
     model = build_classifier("vit_demo_patch8", 5)
-    start_from(model, Path("mae_vit_base_patch16"))
+    initialize_from(model, Path("mae_vit_base_patch16"))
     assert torch.equal(model.net.blocks[0].attn.qkv.weight, autoencoder.blocks[0].attn.qkv.weight)
     with pytest.raises(CheckpointError, match="pretraining, which has no classes"):
         evaluated_config(Path("mae_vit_base_patch16"), FinetuneConfig())

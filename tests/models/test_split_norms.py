@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_dat.attacks.discrete import AttackConfig
 from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.split_norms import NORMS, SplitNorm, auxiliary_norms, main_norms, split_norms
@@ -24,13 +23,11 @@ from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.models.weights.load import load_weights
 from mae_dat.runtime.sharding import no_gradient_sync
 from mae_dat.runtime.world import World, process_group
-from mae_dat.training.context import RunContext
-from mae_dat.training.finetune import draw
+from mae_dat.training.finetune import draw_held_out_adversary
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.pixel import WithPixelAdversary
 from mae_dat.training.optim import update_average
-from mae_dat.training.state import Training
 
 tokenizer = pytest.fixture(lambda: light_tokenizer())
 ATTACK = PixelAttack(0.1, 0.05, 2, random_start=True)
@@ -126,13 +123,11 @@ def test_the_adversary_that_is_drawn_is_the_one_that_is_trained_on(tokenizer: Co
     """After an epoch, too, it attacks the auxiliary norms."""
     net, batch = split(conv_net()), batch_of(4)
     objective = WithDAT(labels(), tokenizer, AttackConfig(eps=3.0))
-    training = Training(net, torch.optim.SGD(net.parameters(), 0.1), objective)
     passed: list[bool] = []
     for norm in splits(net):
         norm.register_forward_pre_hook(lambda one, _: passed.append(one.routed))  # type: ignore[func-returns-value]
     samples = [{"image": batch["image"][row], "label": int(batch["label"][row])} for row in range(4)]
-    where = RunContext(World(), torch.device("cpu"), None, Path())
-    assert draw(training, objective, samples, FinetuneConfig(), where)["adversary"].ndim == 3
+    assert draw_held_out_adversary(net, objective, samples, 0, torch.device("cpu"))["adversary"].ndim == 3
     assert passed
     assert all(passed)
     assert not any(norm.routed for norm in splits(net))

@@ -43,12 +43,12 @@ from mae_dat.runtime.sharding import full_state_dict, is_sharded, load_model_sta
 from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training import loop as engine
-from mae_dat.training.accuracy import accuracy, synchronized
+from mae_dat.training.accuracy import evaluate_accuracy, synchronized
 from mae_dat.training.context import run_context
 from mae_dat.training.finetune import finetune
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.pretrain import pretrain
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 
 SIDE = 32
 TINY = ViTSize(SIDE, 8, 32, 2, 2)
@@ -117,7 +117,7 @@ def stopping_at(step: int, rank: int) -> Iterator[None]:
     """Sends this rank, if it is rank 1, a signal in the middle of a step."""
     real: Callable[..., float] = engine.train_step
 
-    def interrupted(training: Training, *rest: Any) -> float:
+    def interrupted(training: TrainingState, *rest: Any) -> float:
         if training.step == step and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(training, *rest)
@@ -164,7 +164,7 @@ def evaluated(rank: int, folder: Path) -> dict[str, Any]:
             images.samples = images.samples[:count]
             loader = eval_loader(images, 3, rank, 2, 0)
             found[f"batches of {count}"] = [counted for _, counted in synchronized(loader, model)]
-            found[f"accuracy of {count}"] = accuracy(model, loader, CPU, None)
+            found[f"accuracy of {count}"] = evaluate_accuracy(model, loader, CPU, None)
     return found
 
 
@@ -173,7 +173,7 @@ def spoiled(rank: int, folder: Path, output: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     real = engine.train_step
 
-    def step(training: Training, *rest: Any) -> float:
+    def step(training: TrainingState, *rest: Any) -> float:
         if training.step == 2:
             found["before"] = full_state_dict(training.model.state_dict())
             own = [value.to_local() for value in training.model.state_dict().values()]  # type: ignore[operator]
@@ -297,7 +297,7 @@ def test_accuracy_of_shards_is_exact_with_uneven_shares(outputs: Path) -> None:
     assert [one["batches of 1"] for one in ranks] == [[True], [False]]
     for count in (19, 1):
         images.samples = images.samples[:count]
-        expected = accuracy(model, eval_loader(images, 5, 0, 1, 0), CPU, None)
+        expected = evaluate_accuracy(model, eval_loader(images, 5, 0, 1, 0), CPU, None)
         assert ranks[0][f"accuracy of {count}"] == ranks[1][f"accuracy of {count}"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -333,8 +333,8 @@ def test_what_is_gathered_by_itself() -> None:
 
 def test_a_single_rank_says_that_it_shards_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = run_of(tmp_path, tmp_path / "output", True)
-    with run_context(config["run"], config["launch"], Console(quiet=True)) as where:
-        assert not where.shards
+    with run_context(config["run"], config["launch"], Console(quiet=True)) as context:
+        assert not context.shards
     assert "--fsdp: a single rank" in caplog.text
 
 

@@ -33,7 +33,7 @@ from mae_dat.robustness import evaluate_run as evaluate
 from mae_dat.runtime.watchdog import STACKS_S, STACKS_SIGNAL
 from mae_dat.training import loop as engine
 from mae_dat.training import pretrain
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 
 TINY = ViTSize(32, 8, 32, 2, 2)
 PATIENCE_S = 120  # an attempt is a matter of two seconds, of ten on a busy machine
@@ -120,11 +120,11 @@ def tell_progress(folder: Path, rank: int) -> None:
     joined, steps = folder / f"joined-{rank}", folder / f"steps-{rank}.txt"
     real_fit, real_step = engine.fit, engine.train_step
 
-    def fit(training: Training, *rest: Any) -> None:
+    def fit(training: TrainingState, *rest: Any) -> None:
         joined.touch()
         real_fit(training, *rest)
 
-    def step(training: Training, *rest: Any) -> float:
+    def step(training: TrainingState, *rest: Any) -> float:
         loss = real_step(training, *rest)
         with steps.open("a") as file:
             file.write(f"{training.step}\n")

@@ -31,8 +31,8 @@ from mae_dat.models.tokenizer import VQGAN, VQGAN_PRESETS, load_tokenizer
 from mae_dat.robustness.evaluate_run import load_classifier
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.registry import find_released
-from mae_dat.training.accuracy import accuracy
-from mae_dat.training.finetune import build, check, held_out_images, start
+from mae_dat.training.accuracy import evaluate_accuracy
+from mae_dat.training.finetune import build_configured_classifier, check_mixup, held_out_images, initialize
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT
@@ -140,8 +140,8 @@ def test_a_recipe_builds_its_parts(path: Path) -> None:
 def classifier_parts(config: FinetuneConfig) -> tuple[Classifier, torch.optim.Optimizer]:
     """Network and optimizer for 1000 classes, and checks of what they start from and of the augmentation."""
     augment, chosen = config.augment, config.classifier
-    check(config)
-    model = build(config, 1000)
+    check_mixup(config.augment, config.optim.batch_size)
+    model = build_configured_classifier(config.classifier, config.data, 1000)
     if chosen.pretrained:
         assert chosen.model in timm.list_pretrained()
     elif chosen.finetune:
@@ -246,13 +246,16 @@ def test_timm_weights_are_the_start_when_asked_for(
     overlay = {"file": str(tmp_path / "weights.pth")}
     monkeypatch.setattr(timm, "create_model", lambda name, **kw: create(name, pretrained_cfg_overlay=overlay, **kw))
     config = load_config(FinetuneConfig, ["--model", "test_resnet", "--pretrained"])
-    net = build(config, 7, pretrained=True).net
+    net = build_configured_classifier(config.classifier, config.data, 7, pretrained=True).net
     assert torch.equal(net.conv1[0].weight, trained.conv1[0].weight)
     assert net.fc.out_features == 7
     with caplog.at_level("INFO"):
-        start(build(config, 7), config)
+        initialize(build_configured_classifier(config.classifier, config.data, 7), config.classifier)
         assert not caplog.messages
-        start(build(config, 7), load_config(FinetuneConfig, ["--model", "test_resnet"]))
+        initialize(
+            build_configured_classifier(config.classifier, config.data, 7),
+            load_config(FinetuneConfig, ["--model", "test_resnet"]).classifier,
+        )
     assert "test_resnet starts from random weights" in caplog.text
 
 
@@ -264,8 +267,8 @@ def test_ranks_evaluate_and_export_the_same_batchnorm(images: Path, tmp_path: Pa
     done = run_script(*torchrun, "main_finetune.py", *flags, "--batch_size", "4", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     config = load_config(FinetuneConfig, [*flags, "--num_workers", "0"])
-    held_out = held_out_images(config)
+    held_out = held_out_images(config.data)
     model = load_classifier(tmp_path / "out", config, held_out.classes)
-    alone = accuracy(model, eval_loader(held_out, 8, 0, 1, 0), torch.device("cpu"), None)
+    alone = evaluate_accuracy(model, eval_loader(held_out, 8, 0, 1, 0), torch.device("cpu"), None)
     record = read_log(tmp_path / "out" / "log.txt")[-1]
     assert record["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-5)

@@ -46,7 +46,7 @@ from mae_dat.runtime.run_log import RunLog, read_log
 from mae_dat.runtime.world import World, process_group
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training import loop as engine
-from mae_dat.training.accuracy import accuracy
+from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.finetune import finetune
 from mae_dat.training.loop import Job
 from mae_dat.training.objectives.base import Objective
@@ -55,7 +55,7 @@ from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import build_optimizer, learning_rate
 from mae_dat.training.pretrain import pretrain
-from mae_dat.training.state import Training
+from mae_dat.training.state import TrainingState
 
 SIDE = 32
 TINY = ViTSize(SIDE, 8, 32, 2, 2)
@@ -144,7 +144,7 @@ def signal_in_step(step: int, number: int) -> Iterator[None]:
     """Sends this process a real signal in the middle of a training step."""
     real: Callable[..., float] = engine.train_step
 
-    def interrupted(training: Training, *rest: Any) -> float:
+    def interrupted(training: TrainingState, *rest: Any) -> float:
         if training.step == step:
             os.kill(os.getpid(), number)
         return real(training, *rest)
@@ -237,7 +237,7 @@ def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: 
     }
     for name, (first, second, later, saved) in cases.items():
 
-        def interrupted(training: Training, *rest: Any, case: Any = (first, second, later)) -> float:
+        def interrupted(training: TrainingState, *rest: Any, case: Any = (first, second, later)) -> float:
             if training.step == 2:
                 os.kill(os.getpid(), case[0])
                 now = time.monotonic()
@@ -335,7 +335,7 @@ def job_for(
     output: Path,
     optim: OptimConfig,
     world: World = World(),  # noqa: B008 - immutable
-    at_epoch_end: Callable[[Training, int, RunLog], dict[str, float]] = lambda training, epoch, log: {},
+    at_epoch_end: Callable[[TrainingState, int, RunLog], dict[str, float]] = lambda training, epoch, log: {},
 ) -> Job:
     """A job over `images` from its first step to its last; TensorBoard is left out."""
     epoch_steps = steps_per_epoch(len(images), optim.batch_size, world.size, optim.accum_iter)
@@ -360,8 +360,8 @@ def job_for(
     )
 
 
-def training_of(model: nn.Module, objective: Objective) -> Training:
-    return Training(model, build_optimizer(model, 0.0, 0.05), objective)
+def training_of(model: nn.Module, objective: Objective) -> TrainingState:
+    return TrainingState(model, build_optimizer(model, 0.0, 0.05), objective)
 
 
 @pytest.fixture
@@ -370,13 +370,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     real_step, real_update = engine.train_step, engine.update
 
-    def step(training: Training, *rest: Any) -> float:
+    def step(training: TrainingState, *rest: Any) -> float:
         loss = real_step(training, *rest)
         seen.append({"loss": loss, "lr": training.optimizer.param_groups[-1]["lr"], **gradients})
         gradients.clear()
         return loss
 
-    def update(training: Training, *rest: Any) -> Tensor:
+    def update(training: TrainingState, *rest: Any) -> Tensor:
         gradients["gradient"] = flat_gradient(training.model)
         norm = real_update(training, *rest)
         gradients["norm"] = float(norm)
@@ -443,7 +443,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(kind: str, fo
     before: dict[str, Tensor] = {}
     training = training_of(classifier(), _NaNAt(5, kind))
 
-    def keep(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
+    def keep(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
         before.update({key: value.clone() for key, value in training.model.state_dict().items()})
         return {}
 
@@ -469,7 +469,7 @@ def state_after(count: int, folder: Path, output: Path, optim: OptimConfig) -> d
     class Enough(Exception):
         pass
 
-    def counted(training: Training, *rest: Any) -> float:
+    def counted(training: TrainingState, *rest: Any) -> float:
         if training.step == count:
             raise Enough
         return real(training, *rest)
@@ -511,7 +511,7 @@ def test_the_gradient_is_clipped_and_its_norm_logged_before(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     logged: list[float] = []
 
-    def at_epoch_end(training: Training, epoch: int, log: RunLog) -> dict[str, float]:
+    def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
         logged.append(training.totals["grad_norm"] / 4)
         return {}
 
@@ -572,7 +572,7 @@ def test_accuracy_is_exact_for_any_batch_size(batch_size: int, folder: Path) -> 
     images, model = still_images(folder), classifier()
     with torch.no_grad():
         expected = expected_accuracy(model.eval(), images, list(range(34)))
-    found = accuracy(model.train(), eval_loader(images, batch_size, 0, 1, 0), CPU, None)
+    found = evaluate_accuracy(model.train(), eval_loader(images, batch_size, 0, 1, 0), CPU, None)
     assert found == pytest.approx(expected, rel=1e-5)
     assert 0 < found["test_acc5"] < 100
     assert model.training, "the flag of before is back"
@@ -587,13 +587,13 @@ def test_accuracy_leaves_replaced_images_out(tmp_path: Path) -> None:
     model = classifier().eval()
     with torch.no_grad():
         expected = expected_accuracy(model, images, [index for index in range(20) if index not in bad])
-    assert accuracy(model, eval_loader(images, 6, 0, 1, 0), CPU, None) == pytest.approx(expected, rel=1e-5)
+    assert evaluate_accuracy(model, eval_loader(images, 6, 0, 1, 0), CPU, None) == pytest.approx(expected, rel=1e-5)
     for path, _ in images.samples[1:]:
         Path(path).write_bytes(b"no picture")
     one = ImageFolder(root / "val", eval_transform((SIDE, SIDE)), on_bad="skip", max_skips=30)
     loader = eval_loader(one, 4, rank=1, world_size=20, num_workers=0)  # only the image at 1, which is unreadable
     with pytest.raises(DataError, match="no image to evaluate"):
-        accuracy(model, loader, CPU, None)
+        evaluate_accuracy(model, loader, CPU, None)
 
 
 # ---- two processes ----
@@ -616,7 +616,7 @@ def train_pieces(folder: Path, output: Path, tokenizer: Path, world: World, rank
     losses: list[float] = []
     real = engine.train_step
 
-    def step(training: Training, model: nn.Module, *rest: Any) -> float:
+    def step(training: TrainingState, model: nn.Module, *rest: Any) -> float:
         assert isinstance(model, DistributedDataParallel) == (world.size > 1)
         losses.append(real(training, model, *rest))
         return losses[-1]

@@ -12,7 +12,7 @@ from torch import nn
 from mae_dat.config.errors import ConfigError
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit
 from mae_dat.models.mae import MaskedAutoencoder, ViTSize
-from mae_dat.training.optim import build_optimizer, effective_lr, learning_rate, parameter_groups, set_lr, unwrap
+from mae_dat.training.optim import build_optimizer, effective_lr, inner_module, learning_rate, parameter_groups, set_lr
 
 TINY = ViTSize(64, 8, 48, 4, 4)
 
@@ -144,8 +144,8 @@ def test_a_network_without_layers_says_that_the_decay_is_not_used(caplog: pytest
 
 def test_unwrap_finds_the_network() -> None:
     model = tiny()
-    assert unwrap(torch.compile(model, backend="eager")) is model.net
-    assert unwrap(model.net) is model.net
+    assert inner_module(torch.compile(model, backend="eager")) is model.net
+    assert inner_module(model.net) is model.net
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -17,8 +17,8 @@ from mae_dat.training.galleries import (
     adversary_columns,
     adversary_gallery,
     attention_columns,
-    changed_words,
     codebook_picture,
+    most_changed_words,
     reconstruction_columns,
     reconstruction_gallery,
     used_words,
@@ -247,9 +247,9 @@ def test_the_codebook_is_laid_out_by_rows() -> None:
 def test_words_are_counted() -> None:
     words = torch.tensor([[[5, 5, 5], [2, 2, 9]]])
     after = torch.tensor([[[7, 7, 8], [2, 1, 9]]])
-    assert changed_words(words, after, 9) == [(5, 7, 3, 3), (2, 1, 1, 2)]
-    assert changed_words(words, after, 1) == [(5, 7, 3, 3)]
-    assert changed_words(words, words, 9) == []
+    assert most_changed_words(words, after, 9) == [(5, 7, 3, 3), (2, 1, 1, 2)]
+    assert most_changed_words(words, after, 1) == [(5, 7, 3, 3)]
+    assert most_changed_words(words, words, 9) == []
     used, shares = used_words(words)
     assert used.tolist() == [5, 2, 9]
     assert shares == pytest.approx([1 / 2, 1 / 3, 1 / 6])

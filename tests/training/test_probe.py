@@ -156,10 +156,15 @@ def test_a_probe_is_trained_exported_and_evaluated(
 
 def test_a_rate_at_which_lars_stands_still_is_told(caplog: pytest.LogCaptureFixture) -> None:
     flags = ["--linear_probe", "--accum_iter", "4"]
-    warn_of_slow_lars(load_finetune_config(flags), ranks=8)
-    warn_of_slow_lars(load_finetune_config([*flags, "--opt", "sgd", "--batch_size", "8"]), ranks=1)
+
+    def warn(flags: list[str], ranks: int) -> None:
+        config = load_finetune_config(flags)
+        warn_of_slow_lars(config.classifier.opt, config.optim, ranks)
+
+    warn(flags, ranks=8)
+    warn([*flags, "--opt", "sgd", "--batch_size", "8"], ranks=1)
     assert not caplog.messages
-    warn_of_slow_lars(load_finetune_config([*flags, "--batch_size", "8"]), ranks=1)
+    warn([*flags, "--batch_size", "8"], ranks=1)
     assert "0.0125 hardly moves" in caplog.text
 
 

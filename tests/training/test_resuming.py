@@ -15,7 +15,7 @@ from mae_dat.config.groups import OptimConfig
 from mae_dat.config.parse import flat_values
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.storage.checkpoint import Checkpoint
-from mae_dat.training.resume import FREE, SHARES, changes, check_changes, keep_global_batch
+from mae_dat.training.resume import BATCH_SETTINGS, FREE_SETTINGS, changes, check_changes, keep_global_batch
 
 # Every other setting changes the result; a new one must be put into one of the two lists by its author.
 CHANGES_THE_RESULT = {
@@ -51,8 +51,8 @@ def checkpoint(settings: dict[str, Any], **facts: Any) -> Checkpoint:
 
 
 def test_every_setting_is_of_one_kind() -> None:
-    assert not CHANGES_THE_RESULT & (FREE | SHARES)
-    assert set(PRETRAINING) | set(FINE_TUNING) == CHANGES_THE_RESULT | FREE | SHARES
+    assert not CHANGES_THE_RESULT & (FREE_SETTINGS | BATCH_SETTINGS)
+    assert set(PRETRAINING) | set(FINE_TUNING) == CHANGES_THE_RESULT | FREE_SETTINGS | BATCH_SETTINGS
 
 
 def test_what_is_the_same_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -69,12 +69,12 @@ def other(value: Any) -> Any:
     return not value if isinstance(value, bool) else ["another"] if value in ((), []) else f"not {value}"
 
 
-@pytest.mark.parametrize("name", sorted(CHANGES_THE_RESULT | FREE | SHARES))
+@pytest.mark.parametrize("name", sorted(CHANGES_THE_RESULT | FREE_SETTINGS | BATCH_SETTINGS))
 def test_each_setting_changed_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
     settings = FINE_TUNING if name in FINE_TUNING else PRETRAINING
     now = {**settings, name: other(settings[name])}
     found = checkpoint(settings, images="100 (ab)", global_batch=64)
-    if name in FREE | SHARES:
+    if name in FREE_SETTINGS | BATCH_SETTINGS:
         check_changes(found, now, "100 (ab)", 64, ())
     else:
         with pytest.raises(ConfigError, match=rf"(?s)--{name}: .* now  \(changes the result\).*--allow_change {name};"):
@@ -87,7 +87,7 @@ def test_each_setting_changed_alone(name: str, caplog: pytest.LogCaptureFixture)
 
 def test_another_global_batch_or_other_images_change_the_result() -> None:
     found = checkpoint(FINE_TUNING, images="100 (ab)", global_batch=64)
-    for name in SHARES:
+    for name in BATCH_SETTINGS:
         now = {**FINE_TUNING, name: 7}
         with pytest.raises(ConfigError, match=f"--allow_change {name};"):
             check_changes(found, now, "100 (ab)", 56, ())

@@ -26,7 +26,7 @@ from mae_dat.models.tokenizer import LightTokenizer, load_tokenizer
 from mae_dat.runtime.console import Console
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.storage.files import sha256_of
-from mae_dat.training.tokenizer.train import TokenizerConfig, TokenizerTrainer, cosine, train
+from mae_dat.training.tokenizer.train import TokenizerConfig, TokenizerTrainer, cosine, train_tokenizer
 
 TINY = TokenizerConfig(
     input_size=(32,), width=16, encoder_blocks=1, decoder_blocks=1, num_words=64, steps=12, batch_size=8
@@ -58,7 +58,7 @@ def trained(config: TokenizerConfig, tmp_path_factory: pytest.TempPathFactory) -
     """The output folder of an uninterrupted run."""
     torch.manual_seed(5)
     output = tmp_path_factory.mktemp("trained")
-    train(dataclasses.replace(config, output_dir=str(output)), Console(quiet=True))
+    train_tokenizer(dataclasses.replace(config, output_dir=str(output)), Console(quiet=True))
     return output
 
 
@@ -102,7 +102,7 @@ def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 6
-    train(dataclasses.replace(config, output_dir=str(tmp_path)), Console(quiet=True))
+    train_tokenizer(dataclasses.replace(config, output_dir=str(tmp_path)), Console(quiet=True))
     name = "tokenizer.safetensors"
     assert sha256_of(tmp_path / name) == sha256_of(trained / name)
 
@@ -121,26 +121,26 @@ def test_a_signalled_run_saves_and_ends_bitwise_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(TokenizerTrainer, "step", interrupted)
         with pytest.raises(Interrupted, match="stopped at step 5") as stopped:
-            train(short, Console(quiet=True))
+            train_tokenizer(short, Console(quiet=True))
     assert stopped.value.exit_code == 75
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 5
-    train(short, Console(quiet=True))
+    train_tokenizer(short, Console(quiet=True))
     name = "tokenizer.safetensors"
     assert sha256_of(tmp_path / name) == sha256_of(trained / name)
 
 
 def test_a_finished_run_is_not_trained_again(trained: Path, config: TokenizerConfig, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    train(dataclasses.replace(config, output_dir=str(tmp_path)), Console(quiet=True))
+    train_tokenizer(dataclasses.replace(config, output_dir=str(tmp_path)), Console(quiet=True))
     name = "tokenizer.safetensors"
     assert sha256_of(tmp_path / name) == sha256_of(trained / name)
 
 
 def test_another_seed_gives_another_tokenizer(trained: Path, config: TokenizerConfig, tmp_path: Path) -> None:
     short = dataclasses.replace(config, output_dir=str(tmp_path), val_path=(), seed=1)
-    train(short, Console(quiet=True))
+    train_tokenizer(short, Console(quiet=True))
     name = "tokenizer.safetensors"
     assert sha256_of(tmp_path / name) != sha256_of(trained / name)
 
@@ -148,7 +148,7 @@ def test_another_seed_gives_another_tokenizer(trained: Path, config: TokenizerCo
 def test_folders_that_do_not_exist(config: TokenizerConfig, tmp_path: Path) -> None:
     wrong = dataclasses.replace(config, data_path=(str(tmp_path / "absent"),), output_dir=str(tmp_path / "out"))
     with pytest.raises(MissingInputError, match="absent"):
-        train(wrong, Console(quiet=True))
+        train_tokenizer(wrong, Console(quiet=True))
 
 
 def test_help_names_the_settings() -> None:

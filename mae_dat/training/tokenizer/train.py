@@ -215,7 +215,7 @@ class TokenizerTrainer:
 
     def measure(self, loader: ImageLoader) -> dict[str, float]:
         """Figures on held-out pictures."""
-        return measure(self.tokenizer, loader, self.device)
+        return measure_reconstruction(self.tokenizer, loader, self.device)
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 200) -> float:
@@ -226,7 +226,7 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 200) -> float:
 
 
 @torch.no_grad()
-def measure(tokenizer: LightTokenizer, loader: ImageLoader, device: torch.device) -> dict[str, float]:
+def measure_reconstruction(tokenizer: LightTokenizer, loader: ImageLoader, device: torch.device) -> dict[str, float]:
     """PSNR in dB (mean over pictures, pixels in [0, 1]), L1, and the share of the codebook in use on held-out
     pictures."""
     tokenizer.eval()
@@ -276,7 +276,7 @@ class JoinedFolders(Dataset[Sample]):
 
 
 def training_folders(config: FoldersConfig) -> JoinedFolders:
-    """All pictures to train on; of a root with a `train` folder, those in it."""
+    """All pictures to train on; of a root with a `train_tokenizer` folder, those in it."""
     roots = [find_split(image_root(path), "train", labelled=False) for path in config.data_path]
     transform = train_transform(config.image_size)
     return JoinedFolders(
@@ -290,7 +290,7 @@ def held_out_folder(config: FoldersConfig, path: str) -> ImageFolder:
     return ImageFolder(root, eval_transform(config.image_size), labelled=False, on_bad=config.on_bad)
 
 
-def train(config: TokenizerConfig, console: Console) -> Path:
+def train_tokenizer(config: TokenizerConfig, console: Console) -> Path:
     """Trains a tokenizer and writes it with its card."""
     return train_to_file(TokenizerTrainer(config, pick_device(config.device)), config, console)
 
@@ -358,4 +358,4 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command with its arguments."""
     console = Console()
     console.start_logging()
-    train(load_config(TokenizerConfig, arguments, __doc__ or ""), console)
+    train_tokenizer(load_config(TokenizerConfig, arguments, __doc__ or ""), console)
