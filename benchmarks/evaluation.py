@@ -30,7 +30,7 @@ from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from mae_dat.robustness.measure import measure as measure_cells
-from mae_dat.robustness.suites.choose import Battery, Choice
+from mae_dat.robustness.suites.choose import Battery, SuiteSettings
 from mae_dat.robustness.suites.imagenet import SYNSETS
 from mae_dat.runtime.console import command_arguments
 from mae_dat.runtime.device import amp_dtype, pick_device
@@ -120,7 +120,7 @@ def ours(work: Work, model: Classifier) -> Run:
     """As `python -m mae_dat robustness` does it."""
     network, found = Timed(model), Run()
     start = time.perf_counter()
-    battery = Battery(Choice(stored_set(work.cells, work.images), partial=True), len(SYNSETS))
+    battery = Battery(SuiteSettings(stored_set(work.cells, work.images), partial=True), len(SYNSETS))
     portions = sorted(battery.suite("imagenet-c", (224, 224), "bicubic").portions, key=lambda one: one.pictures.root)
     measured = measure_cells(
         {"net": network},

@@ -24,14 +24,14 @@ from mae_dat.experiments.parallel_runs import Stage, check_jobs, train_all
 from mae_dat.experiments.pretrainings import IN_TIME, NONE, PLAIN, check_pretrainings, folder_of, pretraining, title_of
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from mae_dat.robustness.evaluate_run import require_color
-from mae_dat.robustness.evaluation import Setting, examine
+from mae_dat.robustness.evaluation import EvaluationSetup, run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.report.comparison import caution, value_text
 from mae_dat.robustness.report.groups import arms_of
 from mae_dat.robustness.report.metrics import axes_of
 from mae_dat.robustness.scores.results import Curve, Gallery, Results, Run, Training
-from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, WORDS, Choice
+from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, WORDS, SuiteSettings
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.run_log import read_log
@@ -121,7 +121,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
             raise ConfigError("a comparison needs at least one of --arms and one of --seeds.")
-        Choice(Path(), limit=self.limit)  # refuses what it cannot be
+        SuiteSettings(Path(), limit=self.limit)  # refuses what it cannot be
         if PLAIN not in self.pretrainings[:1]:
             raise ConfigError(f"--pretrainings begins with {PLAIN}, which all others are held against.")
         check_pretrainings(self.pretrainings)
@@ -240,10 +240,12 @@ def measure_and_report(
         for (arm, seed), one in runs.items()
     ]
     root = image_root(config.data_path)
-    choice = Choice(root, limit=config.limit, whole_clean=True, tokenizer=any_run.dat.tokenizer, device=device)
+    choice = SuiteSettings(root, limit=config.limit, whole_clean=True, tokenizer=any_run.dat.tokenizer, device=device)
     asked = config.suite or (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []), *WORDS)
-    setting = Setting(view, Path(config.output_dir), console, batch_size=64, num_workers=any_run.data.num_workers)
-    return examine(networks, choice, asked, setting, config.title, _collect_training(config, first, runs))
+    setting = EvaluationSetup(
+        view, Path(config.output_dir), console, batch_size=64, num_workers=any_run.data.num_workers
+    )
+    return run_evaluation(networks, choice, asked, setting, config.title, _collect_training(config, first, runs))
 
 
 def _collect_training(

@@ -27,7 +27,7 @@ class Kept(NamedTuple):
     versions: dict[str, str]
 
 
-class StoredCells:
+class MeasurementCache:
     """Results below `folder`; without a folder, or for a key of None, nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:

@@ -19,11 +19,11 @@ from torch import nn
 from mae_dat.config.groups import ConfigError, LaunchConfig, RunConfig, image_size
 from mae_dat.config.parse import load_config, nearest
 from mae_dat.data.open import image_root
-from mae_dat.robustness.evaluation import Setting, examine, print_headline
+from mae_dat.robustness.evaluation import EvaluationSetup, print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.open_networks import open_callable, open_network, open_networks
 from mae_dat.robustness.scores.results import Results, read_results
-from mae_dat.robustness.suites.choose import Choice
+from mae_dat.robustness.suites.choose import SuiteSettings
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, pick_device
@@ -143,9 +143,9 @@ def evaluate(
     wanted = SuiteConfig(data=None if data is None else str(data), **settings)
     world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
     folder = None if output is None else on_main_rank(lambda: prepare_output_folder(Path(output)))
-    setting = Setting(view, folder, console or Console(quiet=True), world, batch_size, num_workers)
+    setting = EvaluationSetup(view, folder, console or Console(quiet=True), world, batch_size, num_workers)
     asked = (suite,) if isinstance(suite, str) else tuple(suite)
-    return examine(contenders, choice_of(wanted, where, batch_size), asked, setting, title)
+    return run_evaluation(contenders, choice_of(wanted, where, batch_size), asked, setting, title)
 
 
 def _title_of(model: Any) -> str:
@@ -157,9 +157,9 @@ def _title_of(model: Any) -> str:
 # ---- the command ----
 
 
-def choice_of(wanted: SuiteConfig, device: torch.device, batch_size: int) -> Choice:
+def choice_of(wanted: SuiteConfig, device: torch.device, batch_size: int) -> SuiteSettings:
     """The pictures that the flags mean."""
-    return Choice(
+    return SuiteSettings(
         root=image_root(wanted.data),
         partial=wanted.partial,
         subset=Path(wanted.subset) if wanted.subset else None,
@@ -184,8 +184,8 @@ def measure_all(config: RobustnessConfig, console: Console) -> Results:
             lambda: open_networks(config.checkpoint, config.model, config.pretrained, config.names, view)
         )
         choice = choice_of(config.suites, context.device, config.batch_size)
-        setting = Setting(view, context.output, console, context.world, config.batch_size, config.num_workers)
-        return examine(first(contenders, config.baseline), choice, config.suites.suite, setting, config.title)
+        setting = EvaluationSetup(view, context.output, console, context.world, config.batch_size, config.num_workers)
+        return run_evaluation(first(contenders, config.baseline), choice, config.suites.suite, setting, config.title)
 
 
 def first(contenders: Sequence[EvaluatedNetwork], baseline: str | None) -> list[EvaluatedNetwork]:

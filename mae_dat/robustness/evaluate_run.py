@@ -13,10 +13,10 @@ from mae_dat.data.open import image_root
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.weights.load import load_weights
 from mae_dat.models.weights.open import read_export
-from mae_dat.robustness.evaluation import Setting, examine, print_headline
+from mae_dat.robustness.evaluation import EvaluationSetup, print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
-from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, Choice
+from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, SuiteSettings
 from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.training.accuracy import evaluate_accuracy
@@ -69,12 +69,12 @@ def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
         if "corruptions" in suite:
             made = (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []))
             suite = (*made, *(name for name in suite if name not in (*made, "corruptions")))
-        choice = Choice(
+        choice = SuiteSettings(
             root, limit=config.evaluation.limit, whole_clean=True, seed=config.run.seed,
             tokenizer=config.dat.tokenizer, batch_size=batch_size, device=context.device,
         )  # fmt: skip
-        setting = Setting(view, context.output, console, context.world, batch_size, config.data.num_workers)
-        results = examine([contender], choice, suite, setting, f"Robustness of {contender.name}")
+        setting = EvaluationSetup(view, context.output, console, context.world, batch_size, config.data.num_workers)
+        results = run_evaluation([contender], choice, suite, setting, f"Robustness of {contender.name}")
         if context.world.main:
             print_headline(results)
 

@@ -18,18 +18,18 @@ from mae_dat.config.groups import ConfigError
 from mae_dat.config.parse import command_line
 from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.tokenizer.base import exact_float32
-from mae_dat.robustness.cache import Kept, StoredCells
+from mae_dat.robustness.cache import Kept, MeasurementCache
 from mae_dat.robustness.examples import write_examples
-from mae_dat.robustness.measure import Found, Heard, Portion, Shares, measure
+from mae_dat.robustness.measure import Found, ImagePass, MonitoredNetwork, PassSampler, measure
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
-from mae_dat.robustness.plan import CHECKED_PICTURES, Entry, Plan, open_plan, print_plan, refuse_normalised, sample
+from mae_dat.robustness.plan import CHECKED_PICTURES, Plan, SuiteRun, open_plan, print_plan, refuse_normalised, sample
 from mae_dat.robustness.report.comparison import headline_table, mixed_versions
 from mae_dat.robustness.report.groups import titles_of, twins
 from mae_dat.robustness.report.metrics import GRADIENTS, common_subset
 from mae_dat.robustness.report.tables import precision_text
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.results import FORMAT, Environment, Results, Training, all_versions, write_results
-from mae_dat.robustness.suites.choose import AGREEMENT, AUTO_ATTACK, Choice
+from mae_dat.robustness.suites.choose import AGREEMENT, AUTO_ATTACK, SuiteSettings
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.machine import hardware_facts
@@ -45,7 +45,7 @@ CORRUPTION_PASSES = 10  # the same for a corruption at five severities, of a sma
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class EvaluationSetup:
     """Where and how to measure; none of it changes a count."""
 
     view: EvalOptions
@@ -64,9 +64,9 @@ class Setting:
             )
 
     @functools.cached_property
-    def store(self) -> StoredCells:
+    def store(self) -> MeasurementCache:
         """What was measured before."""
-        return StoredCells(self.folder / "cells" if self.folder else None)
+        return MeasurementCache(self.folder / "cells" if self.folder else None)
 
 
 # ---- measuring ----
@@ -83,13 +83,13 @@ AllHeld = dict[tuple[str, str], Held]
 """By network and suite."""
 
 
-def hold(plan: Plan, setting: Setting) -> AllHeld:
+def hold(plan: Plan, setting: EvaluationSetup) -> AllHeld:
     """Measures everything, or takes what is stored."""
     found: AllHeld = {}
     stages = {name: plan.of(name) for name in plan.names} | ({AGREEMENT: plan.agreements} if plan.agreements else {})
     setting.console.plan = {name: _cost(entries) for name, entries in stages.items()}
     for name, entries in stages.items():
-        groups: dict[str, list[Entry]] = {}
+        groups: dict[str, list[SuiteRun]] = {}
         for entry in entries:  # networks of the same input look at the same pictures, read once
             groups.setdefault(entry.suite.preprocessing, []).append(entry)
         for group in groups.values():
@@ -98,7 +98,7 @@ def hold(plan: Plan, setting: Setting) -> AllHeld:
     return found
 
 
-def _cost(entries: Sequence[Entry]) -> float:
+def _cost(entries: Sequence[SuiteRun]) -> float:
     """Forward passes of a suite, roughly."""
     passes = 0
     for entry in entries:
@@ -108,7 +108,7 @@ def _cost(entries: Sequence[Entry]) -> float:
     return float(passes)
 
 
-def _measure_group(group: Sequence[Entry], found: AllHeld, setting: Setting) -> None:
+def _measure_group(group: Sequence[SuiteRun], found: AllHeld, setting: EvaluationSetup) -> None:
     suite, world = group[0].suite, setting.world
 
     def keys(at: int) -> dict[str, dict[str, Any] | None]:
@@ -128,12 +128,12 @@ def _measure_group(group: Sequence[Entry], found: AllHeld, setting: Setting) -> 
         logger.info("%s: measured before", suite.name)
         return
     networks = {entry.contender.name: entry.contender.model for entry in group}
-    shares = Shares([portion for portion, _ in todo], world, setting.batch_size)
+    shares = PassSampler([portion for portion, _ in todo], world, setting.batch_size)
     total = sum(len(batch) for at in range(len(todo)) for batch in shares.batches(at))
     passes = 0
     with setting.console.task(suite.name, total, "picture") as task:
 
-        def progress(portion: Portion, count: int) -> None:
+        def progress(portion: ImagePass, count: int) -> None:
             nonlocal passes
             passes += count == 0
             cell = portion.corruption or portion.cells[0] if len(suite.portions) > 1 else ""
@@ -157,7 +157,7 @@ def _measure_group(group: Sequence[Entry], found: AllHeld, setting: Setting) -> 
                 _add(found, name, suite.name, one)
 
 
-def _store(store: StoredCells, keys: Mapping[str, dict[str, Any] | None], new: Mapping[str, Kept]) -> None:
+def _store(store: MeasurementCache, keys: Mapping[str, dict[str, Any] | None], new: Mapping[str, Kept]) -> None:
     for name, one in new.items():
         store.write(keys[name], one)
 
@@ -172,7 +172,7 @@ def _add(found: AllHeld, network: str, suite: str, new: Kept) -> None:
 # ---- after ----
 
 
-def check_attacks(plan: Plan, found: AllHeld, setting: Setting) -> dict[str, dict[str, Any]]:
+def check_attacks(plan: Plan, found: AllHeld, setting: EvaluationSetup) -> dict[str, dict[str, Any]]:
     """Whether the attacks can be believed, by network and attack; `found` learns under which versions that was seen.
     Every rank asks: a waiting one would seem to hang."""
     checks: dict[str, dict[str, Any]] = {}
@@ -192,7 +192,7 @@ def check_attacks(plan: Plan, found: AllHeld, setting: Setting) -> dict[str, dic
     return checks
 
 
-def _gradient_checks(entry: Entry, setting: Setting) -> Kept:
+def _gradient_checks(entry: SuiteRun, setting: EvaluationSetup) -> Kept:
     contender, portion = entry.contender, entry.suite.portions[0]
     key = entry.key(portion, entry.suite.prints[0])
     key = key and {**key, "cells": f"checks on {CHECKED_PICTURES} pictures"}
@@ -207,7 +207,7 @@ def _gradient_checks(entry: Entry, setting: Setting) -> Kept:
                 heartbeat()
                 task.advance()
 
-            network = Heard(contender.model, hear)
+            network = MonitoredNetwork(contender.model, hear)
             found = [check._asdict() for check in attack_checks(network, image, label, generators)]
         kept = Kept(found, entry.versions)
         on_main_rank(functools.partial(setting.store.write, key, kept))
@@ -261,11 +261,11 @@ def assemble(plan: Plan, found: AllHeld, checks: dict[str, dict[str, Any]], titl
 
 
 @exact_float32()
-def examine(
+def run_evaluation(
     contenders: Sequence[EvaluatedNetwork],
-    choice: Choice,
+    choice: SuiteSettings,
     asked: Sequence[str],
-    setting: Setting,
+    setting: EvaluationSetup,
     title: str,
     training: Training | None = None,
 ) -> Results:

@@ -10,8 +10,8 @@ from torch import Tensor
 from mae_dat.data.gallery import save_png
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import evaluation_mode
-from mae_dat.robustness.measure import Portion, PortionPictures
-from mae_dat.robustness.plan import Entry, Plan
+from mae_dat.robustness.measure import ImagePass, PassImages
+from mae_dat.robustness.plan import Plan, SuiteRun
 from mae_dat.robustness.suites.imagenet import NO_CLASS
 from mae_dat.runtime.watchdog import heartbeat
 
@@ -52,7 +52,7 @@ def _save(image: Tensor, folder: Path | None, file: str) -> None:
         save_png(image, folder / file)
 
 
-def _cells(plan: Plan, pair: tuple[str, str]) -> Iterator[tuple[list[Entry], Portion, int]]:
+def _cells(plan: Plan, pair: tuple[str, str]) -> Iterator[tuple[list[SuiteRun], ImagePass, int]]:
     """Cells to look at, corrupted ones first: the two networks' entries, the portion, the row in it."""
     for corrupted in (True, False):
         for name in plan.names:
@@ -69,9 +69,9 @@ def _cells(plan: Plan, pair: tuple[str, str]) -> Iterator[tuple[list[Entry], Por
                         yield entries, portion, row
 
 
-def _differing(entries: list[Entry], portion: Portion, row: int) -> Iterator[tuple[Tensor, str, dict[str, str]]]:
+def _differing(entries: list[SuiteRun], portion: ImagePass, row: int) -> Iterator[tuple[Tensor, str, dict[str, str]]]:
     """A picture (3, H, W) that the first network alone has right, and one that the second has, with their answers."""
-    pictures, made = portion.pictures, PortionPictures([portion])
+    pictures, made = portion.pictures, PassImages([portion])
     chosen = evenly_spaced(len(pictures), LOOKED_AT)
     image = torch.stack([_heard(made[0, index]["pictures"][row]) for index in chosen]).float() / 255
     index = torch.tensor(chosen)

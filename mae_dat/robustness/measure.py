@@ -1,6 +1,6 @@
 """Measuring cells: integer counts of networks on pictures that are read once for all of them.
 
-A cell is one measurement: a suite, its corruption at a severity, or its share of changed words. A `Portion` holds the
+A cell is one measurement: a suite, its corruption at a severity, or its share of changed words. A `ImagePass` holds the
 cells that are made of the same pictures. Workers hand over uint8, and counts stay on the device until a portion is
 done; then they are summed over ranks. So they depend neither on batches nor on workers nor on ranks, except where a
 network's own arithmetic does.
@@ -42,7 +42,7 @@ WordHits = Callable[[Network, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Portion:
+class ImagePass:
     """The cells that one reading of some pictures gives, in the order of the S axis."""
 
     pictures: BenchmarkSet
@@ -78,10 +78,10 @@ class _Item(TypedDict):
     number: int
 
 
-class PortionPictures(Dataset[Any]):
+class PassImages(Dataset[Any]):
     """What networks get to see, as an `_Item`; keys are (portion, index)."""
 
-    def __init__(self, portions: Sequence[Portion]) -> None:
+    def __init__(self, portions: Sequence[ImagePass]) -> None:
         # Workers read; what attacks stays here.
         self.portions = [replace(portion, adversary=None, word_hits=None) for portion in portions]
 
@@ -100,7 +100,7 @@ def _prepared(pictures: BenchmarkSet, index: int) -> Image.Image:
     return prepare.picture(pictures.load_image(index))
 
 
-def corrupted(pixels: corrupting.Image, number: int, portion: Portion) -> list[corrupting.Image]:
+def corrupted(pixels: corrupting.Image, number: int, portion: ImagePass) -> list[corrupting.Image]:
     """A picture at every severity of the portion, as ImageNet-C would store it. Raises DataError for its size."""
     if get_worker_info() is not None:
         import cv2
@@ -112,12 +112,12 @@ def corrupted(pixels: corrupting.Image, number: int, portion: Portion) -> list[c
     return [corrupting.as_stored(corrupting.corrupt(pixels, name, severity, seed)) for severity, seed in made]
 
 
-class Shares(Sampler[list[tuple[int, int]]]):
+class PassSampler(Sampler[list[tuple[int, int]]]):
     """One rank's batches of keys (portion, index): of each portion the images r, r + W, ..., or of a batched one the
     batches r, r + W, ..., so that none is counted twice. Made as they are asked for: ImageNet-C has 3.75 million
     keys."""
 
-    def __init__(self, portions: Sequence[Portion], world: World, batch_size: int) -> None:
+    def __init__(self, portions: Sequence[ImagePass], world: World, batch_size: int) -> None:
         self.portions, self.world, self.batch_size = portions, world, batch_size
 
     def batches(self, portion: int) -> Sequence[range]:
@@ -137,7 +137,7 @@ class Shares(Sampler[list[tuple[int, int]]]):
                 yield [(portion, index) for index in batch]
 
 
-class Heard(nn.Module):
+class MonitoredNetwork(nn.Module):
     """A network that says when it is asked: an attack may take an hour for one batch."""
 
     def __init__(self, network: Network, hear: Callable[[], None]) -> None:
@@ -150,7 +150,7 @@ class Heard(nn.Module):
         return self.network(image)
 
 
-class Alarm:
+class NonFiniteFlag:
     """Tells that counts on the device are no longer zero: the first time at once, later a batch or two late, when they
     have come over by themselves. To ask for them would make the device wait for the next batch."""
 
@@ -175,21 +175,21 @@ class Alarm:
 
 
 @dataclass
-class Tally:
+class PassCounter:
     """One network's counts on one portion: int64 (S, columns) on the device, and its confidences."""
 
     name: str
-    portion: Portion
+    portion: ImagePass
     device: torch.device
     precision: torch.dtype | None
     counts: Tensor = field(init=False)
-    alarm: Alarm = field(init=False)
+    alarm: NonFiniteFlag = field(init=False)
     """Of logits that are not finite."""
     confidences: Confidences | None = None
 
     def __post_init__(self) -> None:
         self.counts = torch.zeros(len(self.portion.cells), COLUMNS, dtype=torch.int64, device=self.device)
-        self.alarm = Alarm(self.counts[:, BAD])
+        self.alarm = NonFiniteFlag(self.counts[:, BAD])
         if self.portion.calibrated:
             self.confidences = Confidences(len(self.portion.pictures), self.device)
         self.right = copy.copy(self.portion.pictures)
@@ -263,7 +263,7 @@ class Tally:
 @torch.no_grad()  # not inference mode: attacks take gradients within
 def measure(
     networks: Mapping[str, Network],
-    portions: Sequence[tuple[Portion, Sequence[str]]],
+    portions: Sequence[tuple[ImagePass, Sequence[str]]],
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -271,8 +271,8 @@ def measure(
     precision: torch.dtype | None = None,
     world: World = World(),  # noqa: B008 - immutable
     reduce: Callable[[Tensor], Tensor] = all_sum,
-    progress: Callable[[Portion, int], None] = lambda portion, count: None,
-) -> Iterator[tuple[Portion, dict[str, Found]]]:
+    progress: Callable[[ImagePass, int], None] = lambda portion, count: None,
+) -> Iterator[tuple[ImagePass, dict[str, Found]]]:
     """What the networks named beside each portion score on it, a portion at a time, on all ranks the same.
 
     `progress` hears of every batch of this rank, and with 0 pictures of every pass of an attack. One loader reads all
@@ -280,18 +280,20 @@ def measure(
     pictures).
     """
     every = [portion for portion, _ in portions]
-    shares = Shares(every, world, batch_size)
-    loader = batch_loader(PortionPictures(every), shares, num_workers, device.type == "cuda")
+    shares = PassSampler(every, world, batch_size)
+    loader = batch_loader(PassImages(every), shares, num_workers, device.type == "cuda")
     stream: Iterator[Any] = iter(loader)
 
-    def tell(portion: Portion, count: int) -> None:
+    def tell(portion: ImagePass, count: int) -> None:
         heartbeat()
         progress(portion, count)
 
-    def count(portion: Portion, tallies: Sequence[Tally], steps: int) -> None:
+    def count(portion: ImagePass, tallies: Sequence[PassCounter], steps: int) -> None:
         hear = functools.partial(tell, portion, 0)
         attacked = portion.adversary or portion.word_hits
-        asked = {one.name: Heard(networks[one.name], hear) if attacked else networks[one.name] for one in tallies}
+        asked = {
+            one.name: MonitoredNetwork(networks[one.name], hear) if attacked else networks[one.name] for one in tallies
+        }
         with autocast(device, None):  # within it, networks cast their weights once, not for every batch
             for _ in range(steps):
                 batch = next(stream)
@@ -305,6 +307,6 @@ def measure(
 
     with evaluation_mode(*networks.values()):
         for at, (portion, names) in enumerate(portions):
-            tallies = [Tally(name, portion, device, precision) for name in names]
+            tallies = [PassCounter(name, portion, device, precision) for name in names]
             on_all_ranks(functools.partial(count, portion, tallies, len(shares.batches(at))))
             yield portion, {tally.name: tally.found(reduce) for tally in tallies}

@@ -14,10 +14,10 @@ from mae_dat.config.errors import SizeError
 from mae_dat.config.groups import ConfigError
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import evaluation_mode
-from mae_dat.robustness.measure import Portion
+from mae_dat.robustness.measure import ImagePass
 from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.suites.base import Suite
-from mae_dat.robustness.suites.choose import CLEAN, NEED_GRADIENTS, Battery, Choice
+from mae_dat.robustness.suites.choose import CLEAN, NEED_GRADIENTS, Battery, SuiteSettings
 from mae_dat.robustness.suites.imagenet import Reading
 from mae_dat.robustness.suites.sets import BENCHMARKS, BenchmarkSet
 from mae_dat.runtime.environment import dependency_versions, installed_version, toolkit_version
@@ -28,7 +28,7 @@ CHECKED_PICTURES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class SuiteRun:
     """One suite as one network sees it."""
 
     contender: EvaluatedNetwork
@@ -40,7 +40,7 @@ class Entry:
         packages = {name: installed_version(name) for name in self.suite.packages}
         return {**toolkit_version(), **dependency_versions(), **packages, **self.contender.versions}
 
-    def key(self, portion: Portion, fingerprint: str) -> dict[str, Any] | None:
+    def key(self, portion: ImagePass, fingerprint: str) -> dict[str, Any] | None:
         """What a portion's numbers are stored under; None where the network cannot be told from another."""
         if self.contender.key is None:
             return None
@@ -54,10 +54,10 @@ class Plan:
     """What will be measured, all of it opened, and why the rest will not."""
 
     contenders: list[EvaluatedNetwork]
-    entries: list[Entry]
+    entries: list[SuiteRun]
     lacking: dict[str, str]
     battery: Battery
-    agreements: list[Entry] = dataclasses.field(default_factory=list)
+    agreements: list[SuiteRun] = dataclasses.field(default_factory=list)
     """Of the networks in bfloat16: how often they answer as in float32, on the first suite of stored pictures."""
 
     @property
@@ -65,12 +65,12 @@ class Plan:
         """The suites, in order."""
         return list(dict.fromkeys(entry.suite.name for entry in self.entries))
 
-    def of(self, name: str) -> list[Entry]:
+    def of(self, name: str) -> list[SuiteRun]:
         """A suite's entries."""
         return [entry for entry in self.entries if entry.suite.name == name]
 
 
-def open_plan(contenders: Sequence[EvaluatedNetwork], choice: Choice, asked: Sequence[str]) -> Plan:
+def open_plan(contenders: Sequence[EvaluatedNetwork], choice: SuiteSettings, asked: Sequence[str]) -> Plan:
     """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together; a suite
     of `all` that cannot be made at a network's size is not measured."""
     first = contenders[0]
@@ -92,7 +92,7 @@ def open_plan(contenders: Sequence[EvaluatedNetwork], choice: Choice, asked: Seq
                 continue
             try:
                 seen = one.size, one.facts["interpolation"], one.facts.get("crop")
-                entries.append(Entry(one, battery.suite(name, *seen)))
+                entries.append(SuiteRun(one, battery.suite(name, *seen)))
             except SizeError as error:
                 if name in asked:
                     raise
@@ -104,10 +104,10 @@ def open_plan(contenders: Sequence[EvaluatedNetwork], choice: Choice, asked: Seq
     return Plan(list(contenders), entries, lacking, battery, _agreements(entries, battery))
 
 
-def _agreements(entries: Sequence[Entry], battery: Battery) -> list[Entry]:
+def _agreements(entries: Sequence[SuiteRun], battery: Battery) -> list[SuiteRun]:
     stored = [one for one in entries if one.suite.name in (*BENCHMARKS, CLEAN)]
     first = {one.contender.name: one for one in reversed(stored) if one.contender.facts["precision"] == "bf16"}
-    return [Entry(one.contender, battery.agreement(one.suite)) for one in first.values()]
+    return [SuiteRun(one.contender, battery.agreement(one.suite)) for one in first.values()]
 
 
 def refuse_normalised(plan: Plan) -> None:
@@ -120,7 +120,7 @@ def refuse_normalised(plan: Plan) -> None:
                 require_pixel_model(contender.model, _looks(first[contender.name].suite.portions[0], contender))
 
 
-def _looks(portion: Portion, contender: EvaluatedNetwork) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+def _looks(portion: ImagePass, contender: EvaluatedNetwork) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
     pictures, reading = portion.pictures, portion.pictures.reading.to(contender.device)
     chosen = evenly_spaced(len(pictures), PROBE_SIZE * MAX_PROBES)
     times = -(-len(chosen) // PROBE_SIZE)
@@ -134,7 +134,7 @@ def _right(pictures: BenchmarkSet, reading: Reading, index: Tensor, logits: Tens
     return pictures.right(reading.answers(logits), index)
 
 
-def sample(portion: Portion, contender: EvaluatedNetwork) -> tuple[Tensor, Tensor]:
+def sample(portion: ImagePass, contender: EvaluatedNetwork) -> tuple[Tensor, Tensor]:
     """Up to 64 pictures of a portion, evenly spread over it, and their labels, on the network's device."""
     chosen = [portion.pictures[index] for index in evenly_spaced(len(portion.pictures), CHECKED_PICTURES)]
     labels = torch.tensor([one["label"] for one in chosen])

@@ -33,7 +33,7 @@ from mae_dat.data.shards.index import INDEX_FILE, build_index, read_index
 from mae_dat.data.shards.pack import PackConfig, pack
 from mae_dat.data.shards.reader import Shards, count_lanes, shard_order
 from mae_dat.data.transforms import pretrain_transform
-from mae_dat.robustness.suites.choose import Battery, Choice
+from mae_dat.robustness.suites.choose import Battery, SuiteSettings
 from mae_dat.runtime.console import Console
 from mae_dat.training.finetune import held_out_images
 
@@ -259,7 +259,7 @@ def test_pictures_that_were_shrunk_too_much_are_told_of(
     given = ["--data_path", str(out), "--input_size", "24"]
     assert held_out_images(load_config(FinetuneConfig, given).data).packed_size == 24
     assert "shrunk to 24 px and stored anew" in caplog.text
-    clean = Battery(Choice(out), 10).sets("clean")[0]
+    clean = Battery(SuiteSettings(out), 10).sets("clean")[0]
     assert clean.protocol["folder"] == "shards, shrunk to 24 px"
 
 

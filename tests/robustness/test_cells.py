@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from mae_dat.attacks.checks import CHECK_PASSES
 from mae_dat.config.errors import ConfigError, NumericsError
 from mae_dat.robustness.command import evaluate
-from mae_dat.robustness.evaluation import Setting, check_attacks, print_headline
+from mae_dat.robustness.evaluation import EvaluationSetup, check_attacks, print_headline
 from mae_dat.robustness.examples import write_examples
-from mae_dat.robustness.measure import Portion, Shares, measure
+from mae_dat.robustness.measure import ImagePass, PassSampler, measure
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_callable
 from mae_dat.robustness.plan import open_plan
 from mae_dat.robustness.report.tables import precision_text
-from mae_dat.robustness.suites.choose import Battery, Choice
+from mae_dat.robustness.suites.choose import Battery, SuiteSettings
 from mae_dat.runtime import watchdog as watch
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.world import World
@@ -39,9 +39,9 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def clean(root: Path) -> Portion:
+def clean(root: Path) -> ImagePass:
     """The pictures of a folder as one cell."""
-    return Battery(Choice(root), 10).suite("clean", (32, 32), "bicubic").portions[0]
+    return Battery(SuiteSettings(root), 10).suite("clean", (32, 32), "bicubic").portions[0]
 
 
 def test_memory_does_not_grow_with_the_cells(own: Path) -> None:  # noqa: F811
@@ -58,12 +58,12 @@ def test_batches_are_made_as_they_are_asked_for(own: Path) -> None:  # noqa: F81
     """Every key once over ranks and batches, and no list of the millions that ImageNet-C has."""
     portion = clean(own)
     for size, batch in ((1, 7), (3, 4), (23, 5)):
-        shares = [Shares([portion, portion], World(rank, size), batch) for rank in range(size)]
+        shares = [PassSampler([portion, portion], World(rank, size), batch) for rank in range(size)]
         keys = [key for one in shares for key in itertools.chain.from_iterable(one)]
         assert sorted(keys) == [(at, index) for at in range(2) for index in range(20)]
         assert all(len(list(one)) == len(one) == 2 * len(one.batches(0)) for one in shares)
         assert all(len(one) <= batch for own_ in shares for one in own_)
-    many = Shares([portion] * 100_000, World(), 1)
+    many = PassSampler([portion] * 100_000, World(), 1)
     tracemalloc.start()
     try:
         assert next(iter(many)) == [(0, 0)]
@@ -75,13 +75,15 @@ def test_batches_are_made_as_they_are_asked_for(own: Path) -> None:  # noqa: F81
 
 def test_pictures_that_share_their_chance_meet_in_the_same_batches_on_any_number_of_ranks(own: Path) -> None:  # noqa: F811
     portion = dataclasses.replace(clean(own), batched=True)
-    every = list(Shares([portion], World(), 6))
+    every = list(PassSampler([portion], World(), 6))
     assert [len(batch) for batch in every] == [6, 6, 6, 2]
     for size in (2, 3, 7):
-        found = [list(Shares([portion], World(rank, size), 6)) for rank in range(size)]
+        found = [list(PassSampler([portion], World(rank, size), 6)) for rank in range(size)]
         assert sorted(itertools.chain.from_iterable(found)) == every
     pytest.importorskip("torchattacks")
-    assert all(one.batched for one in Battery(Choice(own), 10).suite("autoattack-4/255", (32, 32), "bicubic").portions)
+    assert all(
+        one.batched for one in Battery(SuiteSettings(own), 10).suite("autoattack-4/255", (32, 32), "bicubic").portions
+    )
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_every_pass_of_an_attack_and_of_its_checks_beats(own: Path, beats: list[
     assert count_of(beats) == 1
     evaluate(network, "pgd-20-l2-0.5", own, size=32)
     assert count_of(beats) == 20 + 1 + 1 + CHECK_PASSES  # gradients, the answer, the batch, the checks
-    battery = Battery(Choice(own), 10)
+    battery = Battery(SuiteSettings(own), 10)
     for name, least in (("words-symbolic", 10), ("words-random", 5)):
         (portion,) = battery.suite(name, (32, 32), "bicubic").portions
         for _ in measure({"net": network}, [(portion, ["net"])], batch_size=64, device=CPU):
@@ -123,7 +125,7 @@ def test_a_look_for_examples_beats_on_every_rank(own: Path, beats: list[int], tm
     evaluate(networks, "clean", own, size=32, output=tmp_path)
     assert count_of(beats) == without + 20 + 2 * 2
     view = EvalOptions(CPU, size=(32, 32))
-    plan = open_plan([open_callable(one, name, view) for name, one in networks.items()], Choice(own), ["clean"])
+    plan = open_plan([open_callable(one, name, view) for name, one in networks.items()], SuiteSettings(own), ["clean"])
     files = sorted(tmp_path.rglob("*"))
     assert write_examples(plan, ("one", "other"), None) == write_examples(plan, ("one", "other"), tmp_path) != []
     assert sorted(tmp_path.rglob("*")) == files
@@ -133,8 +135,8 @@ def test_a_look_for_examples_beats_on_every_rank(own: Path, beats: list[int], tm
 def test_autoattacks_gradients_are_checked_too(own: Path) -> None:  # noqa: F811
     pytest.importorskip("torchattacks")
     view = EvalOptions(CPU, size=(32, 32))
-    plan = open_plan([open_callable(Linear(), "net", view)], Choice(own), ["autoattack-4/255"])
-    (found,) = check_attacks(plan, {}, Setting(view, None, Console(quiet=True)))["net"].values()
+    plan = open_plan([open_callable(Linear(), "net", view)], SuiteSettings(own), ["autoattack-4/255"])
+    (found,) = check_attacks(plan, {}, EvaluationSetup(view, None, Console(quiet=True)))["net"].values()
     assert {check["name"] for check in found} >= {"gradients", "PGD beats FGSM"}
 
 

@@ -36,11 +36,11 @@ from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.robustness import command as robustness
 from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
-from mae_dat.robustness.measure import Portion, PortionPictures, measure
+from mae_dat.robustness.measure import ImagePass, PassImages, measure
 from mae_dat.robustness.report.metrics import scores_of
 from mae_dat.robustness.scores.corruption_error import mce
 from mae_dat.robustness.scores.results import Results, read_results
-from mae_dat.robustness.suites.choose import Battery, Choice
+from mae_dat.robustness.suites.choose import Battery, SuiteSettings
 from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, SIXTEEN, SYNSETS, synsets_of
 from mae_dat.robustness.suites.sets import BENCHMARKS, C_BAR, BenchmarkSet, Preprocessing
 from mae_dat.runtime.console import Console
@@ -301,9 +301,9 @@ def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(own: Path)
         right = sum(best[0] == label for best, label in zip(five, truth, strict=True))
         top5 = sum(label in best for best, label in zip(five, truth, strict=True))
         assert found[f"{name}/{severity}"] == {"correct": right, "total": 20, "top5": top5}
-        clean = Battery(Choice(own), 10).suite("clean", (32, 32), "bicubic").portions[0].pictures
-        portion = Portion(clean, (f"{name}/{severity}",), corruption=name, severities=(severity,), seed=3)
-        assert np.array_equal(PortionPictures([portion])[0, 7]["pictures"][0].permute(1, 2, 0), made[7])
+        clean = Battery(SuiteSettings(own), 10).suite("clean", (32, 32), "bicubic").portions[0].pictures
+        portion = ImagePass(clean, (f"{name}/{severity}",), corruption=name, severities=(severity,), seed=3)
+        assert np.array_equal(PassImages([portion])[0, 7]["pictures"][0].permute(1, 2, 0), made[7])
 
 
 SOME = ("clean", "generated", "pgd-5-1/255", "words-random", "words-symbolic")
@@ -335,7 +335,7 @@ class Ranks:
 
         return total
 
-    def run(self, network: Callable[[Tensor], Tensor], portions: list[Portion]) -> list[Any]:
+    def run(self, network: Callable[[Tensor], Tensor], portions: list[ImagePass]) -> list[Any]:
         """What every rank finds, or the error that it ends with."""
         found: list[Any] = [None] * self.size
 
@@ -358,7 +358,7 @@ class Ranks:
 @pytest.mark.parametrize("size", [2, 3, 7, 23])
 def test_counts_are_the_same_on_all_ranks(size: int, own: Path) -> None:
     """23 ranks leave three without a picture."""
-    network, battery = Linear().eval(), Battery(Choice(own), 10)
+    network, battery = Linear().eval(), Battery(SuiteSettings(own), 10)
     portions = [
         one
         for name in ("clean", "fgsm-1/255", "words-random")
@@ -372,7 +372,7 @@ def test_counts_are_the_same_on_all_ranks(size: int, own: Path) -> None:
 
 
 def test_a_nan_on_one_rank_is_an_error_on_all_that_names_network_and_cell(own: Path) -> None:
-    portions = list(Battery(Choice(own), 10).suite("clean", (32, 32), "bicubic").portions)
+    portions = list(Battery(SuiteSettings(own), 10).suite("clean", (32, 32), "bicubic").portions)
     ill = portions[0].pictures[5]["image"].mean()
 
     def network(image: Tensor) -> Tensor:
@@ -398,7 +398,7 @@ def test_logits_that_are_not_finite_stop_an_evaluation_in_their_batch(
         logits[:, 3:5] = bad if seen > after else 0.0
         return logits
 
-    (portion, *_) = Battery(Choice(own), 10).suite(suite, (32, 32), "bicubic").portions
+    (portion, *_) = Battery(SuiteSettings(own), 10).suite(suite, (32, 32), "bicubic").portions
     seen = 0
     with pytest.raises(NumericsError, match="NaN or infinite logits"):
         list(measure({"network": network}, [(portion, ["network"])], batch_size=2, device=CPU))
@@ -429,13 +429,13 @@ def test_a_limit_takes_the_same_pictures_with_the_same_chance(own: Path) -> None
     assert {count["total"] for suite in ("clean", "generated") for count in cells(found, suite).values()} == {8}
     assert found["suites"]["Linear"]["clean"]["protocol"]["subset"] == "8 of 20 pictures (seed 1)"
     few, whole = (
-        Battery(Choice(own, limit=limit, seed=1), 10).suite("clean", (32, 32), "bicubic").portions[0].pictures
+        Battery(SuiteSettings(own, limit=limit, seed=1), 10).suite("clean", (32, 32), "bicubic").portions[0].pictures
         for limit in (8, None)
     )
     assert [few.name_of(i) for i in range(8)] == [whole.name_of(number) for number in few.numbers]
     assert [few.label(i) for i in range(8)] == [whole.label(number) for number in few.numbers]
-    portions = [Portion(one, ("fog/2",), corruption="fog", severities=(2,)) for one in (few, whole)]
-    made = PortionPictures(portions)
+    portions = [ImagePass(one, ("fog/2",), corruption="fog", severities=(2,)) for one in (few, whole)]
+    made = PassImages(portions)
     assert torch.equal(made[0, 3]["pictures"], made[1, few.numbers[3]]["pictures"])
 
 
@@ -448,8 +448,10 @@ def test_pictures_in_shards_count_as_in_folders(own: Path, tmp_path: Path) -> No
     names, options = ("clean", "fgsm-1/255"), {"size": 32, "num_workers": 1}
     found = evaluate(Linear(), names, packed, **options)
     assert found["cells"] == evaluate(Linear(), names, own, **options)["cells"]
-    assert Battery(Choice(packed), 10).chosen(["all"]) == Battery(Choice(own), 10).chosen(["all"])
-    few, all_ = (Battery(Choice(packed, limit=limit), 10).suite("clean", (32, 32), "bicubic") for limit in (8, None))
+    assert Battery(SuiteSettings(packed), 10).chosen(["all"]) == Battery(SuiteSettings(own), 10).chosen(["all"])
+    few, all_ = (
+        Battery(SuiteSettings(packed, limit=limit), 10).suite("clean", (32, 32), "bicubic") for limit in (8, None)
+    )
     assert few.facts["fingerprint"] != all_.facts["fingerprint"]
     content = next(packed.glob("val/*.tar")).read_bytes()
     at = content.index(b"\x89PNG")
@@ -652,7 +654,7 @@ def knowing(pictures: BenchmarkSet) -> Linear:
 
 
 def test_attacks_count_what_they_count_on_their_own(own: Path) -> None:
-    battery = Battery(Choice(own), 10)
+    battery = Battery(SuiteSettings(own), 10)
     network = knowing(battery.suite("clean", (32, 32), "bicubic").portions[0].pictures)
     found = evaluate(network, ("clean", "pgd-20-l2-0.5", "words-random", "words-symbolic"), own, size=32, batch_size=6)
     pictures = battery.suite("clean", (32, 32), "bicubic").portions[0].pictures
@@ -733,7 +735,9 @@ def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(t
 
 
 def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
-    pictures = Battery(Choice(imagenet), 1000).suite("cue-conflict", (SIDE, SIDE), "bicubic").portions[0].pictures
+    pictures = (
+        Battery(SuiteSettings(imagenet), 1000).suite("cue-conflict", (SIDE, SIDE), "bicubic").portions[0].pictures
+    )
     ids = [members[0] for members in SIXTEEN.values()]
     image = torch.stack([pictures[index]["image"] for index in range(len(pictures))])
 
@@ -794,7 +798,7 @@ def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Pa
     with pytest.raises(DataError, match=rf"{flat}: holds pictures in no class folders; move each .*valprep"):
         evaluate(Linear(1000), "all", tmp_path / "flat", size=SIDE)
     (imagenet / "ILSVRC2012").symlink_to(imagenet / "imagenet", target_is_directory=True)
-    assert Battery(Choice(imagenet), 1000).clean == "imagenet"
+    assert Battery(SuiteSettings(imagenet), 1000).clean == "imagenet"
     (imagenet / "ILSVRC2012").unlink()
     shutil.copytree(imagenet / "imagenet", imagenet / "ILSVRC2012")
     with pytest.raises(DataError, match=rf"may each be ImageNet; move one of them out of {imagenet}, or rename it"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mae_dat.models.tokenizer import embedded_path
 from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.fingerprints import module_sha256
-from mae_dat.robustness.measure import PortionPictures
+from mae_dat.robustness.measure import PassImages
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.report.comparison import mixed_versions, summary
@@ -28,7 +28,7 @@ from mae_dat.robustness.report.metrics import axes_of
 from mae_dat.robustness.report.render import counts_csv
 from mae_dat.robustness.report.tables import calibration_table
 from mae_dat.robustness.scores.results import Results, read_results
-from mae_dat.robustness.suites.choose import Battery, Choice
+from mae_dat.robustness.suites.choose import Battery, SuiteSettings
 from mae_dat.runtime import environment as provenance
 from mae_dat.runtime.environment import COMMIT_KEY
 from mae_dat.storage.weight_files import write_weights
@@ -68,7 +68,7 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
 def test_what_all_cells_lack_is_said_once(imagenet: Path) -> None:  # noqa: F811
     for folder in (imagenet / "ImageNet-C").glob("*/*"):
         shutil.rmtree(folder / FEW[0])
-    suite = Battery(Choice(imagenet, partial=True), 1000).suite("imagenet-c", (SIDE, SIDE), "bicubic")
+    suite = Battery(SuiteSettings(imagenet, partial=True), 1000).suite("imagenet-c", (SIDE, SIDE), "bicubic")
     absent = f"1 of 3 class folders are missing or empty ({FEW[0]})"
     assert suite.missing == [absent, "4 of 6 pictures are there"]
 
@@ -76,10 +76,10 @@ def test_what_all_cells_lack_is_said_once(imagenet: Path) -> None:  # noqa: F811
 def test_a_chosen_picture_meets_the_same_chance_as_in_the_whole_folder(
     imagenet: Path,  # noqa: F811
 ) -> None:
-    names, whole = validation_names(), Battery(Choice(imagenet), 1000)
-    chosen = Battery(Choice(imagenet), 1000)
+    names, whole = validation_names(), Battery(SuiteSettings(imagenet), 1000)
+    chosen = Battery(SuiteSettings(imagenet), 1000)
     chosen.subset = {names[4], names[1]}
-    fewer = Battery(Choice(imagenet, limit=1), 1000)
+    fewer = Battery(SuiteSettings(imagenet, limit=1), 1000)
     fewer.subset = {names[4], names[1]}
     every = whole.suite("generated", (SIDE, SIDE), "bicubic")
     assert "numbers" not in every.made, "the key of what was stored before"
@@ -87,7 +87,7 @@ def test_a_chosen_picture_meets_the_same_chance_as_in_the_whole_folder(
         suite = battery.suite("generated", (SIDE, SIDE), "bicubic")
         assert suite.made["numbers"] == "places in the whole folder"
         portions = [suite.portions[0], every.portions[0]]
-        made, (part, all_) = PortionPictures(portions), (one.pictures for one in portions)
+        made, (part, all_) = PassImages(portions), (one.pictures for one in portions)
         assert len(part) == count
         for index in range(count):
             (at,) = [i for i in range(6) if all_.name_of(i) == part.name_of(index)]

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 
-from mae_dat.robustness.measure import Portion
+from mae_dat.robustness.measure import ImagePass
 from mae_dat.robustness.scores.results import Suite as SuiteFacts
 from mae_dat.storage.weight_files import listing
 
@@ -15,7 +15,7 @@ class Suite:
 
     name: str
     title: str
-    portions: tuple[Portion, ...]
+    portions: tuple[ImagePass, ...]
     official: bool
     made: dict[str, str] = dataclasses.field(default_factory=dict)
     """What was done to the pictures: part of the protocol."""

@@ -27,7 +27,7 @@ from mae_dat.data.open import holds_shards, open_images
 from mae_dat.models.modes import Network
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
 from mae_dat.robustness import corruptions as corrupting
-from mae_dat.robustness.measure import Adversary, Portion
+from mae_dat.robustness.measure import Adversary, ImagePass
 from mae_dat.robustness.suites.base import Suite
 from mae_dat.robustness.suites.folders import folders_in
 from mae_dat.robustness.suites.imagenet import SYNSETS, Reading, check_classes, outputs_advice
@@ -71,7 +71,7 @@ TITLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class SuiteSettings:
     """What is measured of the pictures below a folder, and how."""
 
     root: Path
@@ -102,7 +102,7 @@ class Battery:
     What is wrong with the pictures is a UserError, with the reason, before hours are spent.
     """
 
-    def __init__(self, choice: Choice, outputs: int, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, choice: SuiteSettings, outputs: int, classes: Sequence[str] | None = None) -> None:
         require_folder(choice.root)
         self.choice, self.outputs, self.classes = choice, outputs, classes
         self.subset = read_subset(choice.subset) if choice.subset else None
@@ -243,14 +243,14 @@ class Battery:
             settings = f"standard, consecutive batches of {self.choice.batch_size}"
             made["attack"] = settings if name == AUTO_ATTACK else str(PIXEL_ATTACKS[name])
             made["seed"] = str(self.choice.seed)
-            portion = Portion(_named(clean, name), adversary=adversary, precise=True, batched=name == AUTO_ATTACK)
+            portion = ImagePass(_named(clean, name), adversary=adversary, precise=True, batched=name == AUTO_ATTACK)
         needed = ("torchattacks",) if name == AUTO_ATTACK else ()
         return Suite(name, TITLES.get(name, name), (portion,), official=True, made=made, packages=needed)
 
     def agreement(self, measured: Suite) -> Suite:
         """How often a network in bfloat16 answers as in float32, on pictures of a suite of stored ones."""
         pictures = limited(measured.portions[0].pictures, AGREEMENT_PICTURES, self.choice.seed)
-        portion = Portion(_named(pictures, AGREEMENT), against_float32=True)
+        portion = ImagePass(_named(pictures, AGREEMENT), against_float32=True)
         return Suite(AGREEMENT, "bf16 as fp32", (portion,), official=False, made={"seed": str(self.choice.seed)})
 
     def _generated(self, clean: BenchmarkSet, size_HW: ImageSize, numbered: dict[str, str]) -> Suite:
@@ -260,7 +260,7 @@ class Battery:
             raise SizeError(str(error)) from error
         names = corrupting.CORRUPTIONS + (corrupting.EXTRA if self.choice.held_out else ())
         portions = tuple(
-            Portion(
+            ImagePass(
                 _named(clean, GENERATED),
                 tuple(f"{name}/{severity}" for severity in corrupting.SEVERITIES),
                 corruption=name,
@@ -293,12 +293,12 @@ class Battery:
         different = {round(share * places): share for share in reversed(WORD_SHARES)}
         return WordAttack(tuple(sorted(different.values())), seed=self.choice.seed)
 
-    def _words(self, name: str, clean: BenchmarkSet, attack: WordAttack) -> Portion:
+    def _words(self, name: str, clean: BenchmarkSet, attack: WordAttack) -> ImagePass:
         def hits(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
             return word_hits(network, self.tokenizer, image, label, number, WORDS[name], attack)  # type: ignore[arg-type]
 
         cells = tuple(f"{share:g}" for share in attack.shares)
-        return Portion(_named(clean, name), cells, word_hits=hits, precise=True)
+        return ImagePass(_named(clean, name), cells, word_hits=hits, precise=True)
 
     @property
     def speaks(self) -> bool:
@@ -320,12 +320,12 @@ class Battery:
 assert set(WORDS.values()) == set(WORD_ATTACK_KINDS)
 
 
-def _stored(pictures: BenchmarkSet) -> Portion:
+def _stored(pictures: BenchmarkSet) -> ImagePass:
     """A portion of files. Where one class alone is right, confidences are measured too, but not on 75 corruptions."""
     corruption, severity = pictures.cell.corruption, pictures.cell.severity
     cell = f"{corruption}/{severity}" if corruption else ""
     plain = not corruption and pictures.targets.shape[1] == 1 and not pictures.reading.pooled
-    return Portion(pictures, (cell,), calibrated=plain)
+    return ImagePass(pictures, (cell,), calibrated=plain)
 
 
 def _named(pictures: BenchmarkSet, name: str) -> BenchmarkSet:
