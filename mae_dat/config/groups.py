@@ -449,7 +449,11 @@ class EvalConfig:
     """Images per corruption (default: all of the validation split)."""
 
 
-def image_size(sides: tuple[int, ...]) -> tuple[int, int]:
+ImageSize = tuple[int, int]
+"""Height and width in pixels."""
+
+
+def image_size(sides: tuple[int, ...]) -> ImageSize:
     """(height, width) of `--input_size`. Raises ConfigError."""
     if len(sides) not in (1, 2) or min(sides) < 1:
         raise ConfigError(

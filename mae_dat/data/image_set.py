@@ -30,7 +30,6 @@ LAYOUT = "expected one folder per class: {root}/<class>/*.jpg"
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 
 Transform = Callable[[Image.Image], Tensor]
-ImageSize = tuple[int, int]  # height, width
 
 
 class PixelTransform:

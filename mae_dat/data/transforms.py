@@ -18,7 +18,8 @@ from torch.nn.functional import interpolate
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from mae_dat.data.image_set import ImageSize, PixelTransform, Transform, as_float
+from mae_dat.config.groups import ImageSize
+from mae_dat.data.image_set import PixelTransform, Transform, as_float
 
 Step = Callable[[Image.Image], Image.Image]
 NOT_IN_AUGMIX = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")

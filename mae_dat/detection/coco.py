@@ -23,8 +23,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from mae_dat.config.errors import DataError, MissingInputError
+from mae_dat.config.groups import ImageSize
 from mae_dat.data.decode import decode_file
-from mae_dat.data.image_set import SPLIT_NAMES, Batch, ImageSet, ImageSize, Sample, log, require_folder
+from mae_dat.data.image_set import SPLIT_NAMES, Batch, ImageSet, Sample, log, require_folder
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.robustness.corruptions import corrupt, image_seed
 

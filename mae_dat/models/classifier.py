@@ -17,7 +17,7 @@ from mae_dat.models.mae import VIT_SIZES, ViTSize, check_image_size, layer_norm,
 
 logger = logging.getLogger(__name__)
 
-Grid = tuple[int, int]
+PatchGrid = tuple[int, int]
 HEAD_STD = 2e-5  # MAE's fine-tuning starts from a head that is almost zero
 PROBE_STD, PROBE_EPSILON = 0.01, 1e-6  # and its linear probe from these: head, BatchNorm
 POOLS = ("cls", "mean", "tokens")
@@ -124,7 +124,7 @@ def fused_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build_vit(
     size: ViTSize,
     num_classes: int,
-    img_size: int | Grid | None = None,
+    img_size: int | PatchGrid | None = None,
     drop_path: float = 0.0,
     global_pool: bool = True,
     in_chans: int = 3,
@@ -157,7 +157,7 @@ def build_vit(
 def build_classifier(
     name: str,
     num_classes: int,
-    img_size: int | Grid | None = None,
+    img_size: int | PatchGrid | None = None,
     drop_path: float = 0.0,
     global_pool: bool = True,
     in_chans: int = 3,
@@ -190,7 +190,7 @@ def build_classifier(
     return Classifier(net, mean or default_mean, std or default_std)
 
 
-def pretrained_timm(name: str, img_size: int | Grid | None = None) -> Classifier:
+def pretrained_timm(name: str, img_size: int | PatchGrid | None = None) -> Classifier:
     """A timm model with its own weights, classes and normalisation, by its name or by where timm finds it
     (hf-hub:OWNER/NAME, local-dir:PATH).
 
@@ -204,7 +204,12 @@ def pretrained_timm(name: str, img_size: int | Grid | None = None) -> Classifier
 
 
 def _build_timm(
-    name: str, num_classes: int | None, img_size: int | Grid | None, drop_path: float, in_chans: int, pretrained: bool
+    name: str,
+    num_classes: int | None,
+    img_size: int | PatchGrid | None,
+    drop_path: float,
+    in_chans: int,
+    pretrained: bool,
 ) -> nn.Module:
     try:
         source, own = parse_model_name(name)

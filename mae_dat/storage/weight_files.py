@@ -63,7 +63,7 @@ class WeightsFile(NamedTuple):
 
 
 def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
-    """The weights in a `.safetensors` or torch file, on the CPU, under bare keys (see `unwrap`).
+    """The weights in a `.safetensors` or torch file, on the CPU, under bare keys (see `extract_weights`).
 
     `what` names the purpose in messages. Raises MissingInputError for no such file and CheckpointError for anything
     that is not a whole weights file.
@@ -76,7 +76,7 @@ def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
         )
     require_file(path, what)
     content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
-    return unwrap(content, str(path), metadata)
+    return extract_weights(content, str(path), metadata)
 
 
 def read_pickle(path: Path) -> Any:
@@ -107,7 +107,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         file.write(memoryview(payload)[start:])
 
 
-def unwrap(content: Any, source: str, metadata: dict[str, str] | None = None) -> WeightsFile:
+def extract_weights(content: Any, source: str, metadata: dict[str, str] | None = None) -> WeightsFile:
     """The tensors of a state dict, or of a checkpoint that holds one under `model`, `state_dict` or as an average.
 
     What wrappers add is taken off: prefixes that all keys share, `_orig_mod.` anywhere, statistics of a normalisation.
@@ -236,4 +236,4 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read as weights: {cause}. Fetch or write the file again.")
 
 
-WEIGHTS = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.storage.files import atomic_write, sha256_of
-from mae_dat.storage.weight_files import WEIGHTS, write_weights
+from mae_dat.storage.weight_files import WEIGHTS_FILE, write_weights
 from mae_dat.training.context import RunContext
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def export_model(tensors: Mapping[str, Tensor], context: RunContext, facts: dict
     Nothing is written when the file there is of the same facts and steps: a rerun of a complete run changes nothing.
     """
     tensors = full_state_dict(tensors)
-    path = context.output / WEIGHTS
+    path = context.output / WEIGHTS_FILE
     card = path.with_suffix(".json")
     if not context.world.main:
         return

@@ -21,7 +21,7 @@ from mae_dat.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder, b
 from mae_dat.models.tokenizer import embedded_path
 from mae_dat.models.weights.formats import from_hugging_face, recognize
 from mae_dat.models.weights.load import load_mae, load_pretrained, load_weights
-from mae_dat.storage.weight_files import read_weights, unwrap, write_weights
+from mae_dat.storage.weight_files import extract_weights, read_weights, write_weights
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 KEYS = Path(__file__).parents[1] / "golden" / "hf_tiny_keys.json"
@@ -175,7 +175,7 @@ def test_hugging_face_files_of_other_classes_and_versions() -> None:
     assert equal_states(from_hugging_face(newer), expected)
     bare = {key.removeprefix("vit."): value for key, value in state.items() if key.startswith("vit.")}
     bare["pooler.dense.weight"] = torch.ones(48, 48)
-    found = recognize(unwrap(bare, "here"))
+    found = recognize(extract_weights(bare, "here"))
     assert (found.kind, found.format) == ("encoder", "Hugging Face, MAE encoder")
     assert found.tensors.keys() == {k for k in expected if not k.startswith("decoder_") and k != "mask_token"}
 

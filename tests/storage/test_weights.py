@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, MissingInputError, OutputError, StorageError
 from mae_dat.storage.files import atomic_write, prepare_output_folder, require_file, sha256_of
-from mae_dat.storage.weight_files import check_keys, listing, read_pickle, read_weights, unwrap, write_weights
+from mae_dat.storage.weight_files import check_keys, extract_weights, listing, read_pickle, read_weights, write_weights
 
 
 def tensors() -> dict[str, Tensor]:
@@ -71,22 +71,24 @@ def test_old_torch_format(tmp_path: Path) -> None:
 def test_wrappers_that_all_keys_share_are_taken_off(prefix: str) -> None:
     state = tensors()
     wrapped = {prefix + key: value for key, value in state.items()}
-    assert_same(unwrap({"state_dict": wrapped, "epoch": 1}, "here").tensors, state)
+    assert_same(extract_weights({"state_dict": wrapped, "epoch": 1}, "here").tensors, state)
 
 
 def test_a_prefix_that_not_all_keys_share_stays() -> None:
     state = {"module.weight": torch.ones(2), "head.weight": torch.ones(3)}
-    assert_same(unwrap(state, "here").tensors, state)
+    assert_same(extract_weights(state, "here").tensors, state)
 
 
 @pytest.mark.parametrize("average", ["state_dict_ema", "model_ema", "ema"])
 def test_an_average_goes_before_the_weights_it_averages_and_is_told(average: str) -> None:
     state, averaged = tensors(), tensors()
-    file = unwrap({"model": state, average: {f"module.{key}": value for key, value in averaged.items()}}, "here")
+    file = extract_weights(
+        {"model": state, average: {f"module.{key}": value for key, value in averaged.items()}}, "here"
+    )
     assert_same(file.tensors, averaged)
     assert file.wrappers == (f"the average ({average})", "DDP (module.)")
-    assert_same(unwrap({"model": state, average: None}, "here").tensors, state)
-    assert_same(unwrap({"model": state, average: {"decay": 0.999, "updates": 3}}, "here").tensors, state)
+    assert_same(extract_weights({"model": state, average: None}, "here").tensors, state)
+    assert_same(extract_weights({"model": state, average: {"decay": 0.999, "updates": 3}}, "here").tensors, state)
 
 
 @pytest.mark.parametrize("outer", ["", "module.", "module._orig_mod."])
@@ -95,23 +97,23 @@ def test_statistics_of_a_normalisation_are_kept_apart(outer: str) -> None:
     state = tensors()
     wrapped = {f"{outer}1.{key}": value for key, value in state.items()}
     wrapped |= {f"{outer}0.mean": torch.tensor([0.5, 0.25]).view(1, 2, 1, 1), f"{outer}0.std": torch.ones(2)}
-    file = unwrap({"state_dict": wrapped}, "here")
+    file = extract_weights({"state_dict": wrapped}, "here")
     assert_same(file.tensors, state)
     assert file.statistics == ((0.5, 0.25), (1.0, 1.0))
     assert ("DDP (module.)" in file.wrappers) == bool(outer)
-    assert unwrap(state, "here").statistics is None
+    assert extract_weights(state, "here").statistics is None
 
 
 def test_statistics_alone_are_no_weights() -> None:
     with pytest.raises(CheckpointError, match=r"no weights \(it holds 0\.mean, 0\.std\)"):
-        unwrap({"0.mean": torch.ones(3), "0.std": torch.ones(3)}, "here")
+        extract_weights({"0.mean": torch.ones(3), "0.std": torch.ones(3)}, "here")
 
 
 def test_content_without_tensors_is_described() -> None:
     with pytest.raises(CheckpointError, match=r"here holds no weights \(it holds epoch, lr\)"):
-        unwrap({"epoch": 3, "lr": 0.1}, "here")
+        extract_weights({"epoch": 3, "lr": 0.1}, "here")
     with pytest.raises(CheckpointError, match=r"it holds list"):
-        unwrap([torch.ones(2)], "here")
+        extract_weights([torch.ones(2)], "here")
 
 
 # ---- hostile and damaged files ----

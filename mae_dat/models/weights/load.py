@@ -18,11 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_dat.config.errors import CheckpointError
-from mae_dat.models.classifier import Classifier, Grid, fused_head
+from mae_dat.models.classifier import Classifier, PatchGrid, fused_head
 from mae_dat.models.mae import VIT_SIZES, MaskedAutoencoder
 from mae_dat.models.split_norms import main_norms
 from mae_dat.models.weights.formats import Recognized, recognize
-from mae_dat.storage.weight_files import WeightsFile, check_keys, listing, read_weights, unwrap
+from mae_dat.storage.weight_files import WeightsFile, check_keys, extract_weights, listing, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class LoadReport:
     loaded: int
     missing: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    resized: tuple[Grid, Grid] | None = None
+    resized: tuple[PatchGrid, PatchGrid] | None = None
     format: str = ""
     wrappers: tuple[str, ...] = ()
 
@@ -62,7 +62,7 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def resize_position_embedding(pos_embed: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Tensor:
+def resize_position_embedding(pos_embed: Tensor, old: PatchGrid, new: PatchGrid, prefix: int = 1) -> Tensor:
     """(1, prefix + h*w, D) from the grid `old` to the grid `new` = (h, w); the `prefix` class tokens stay the same."""
     tokens, patches = pos_embed[:, :prefix], pos_embed[:, prefix:]
     grid = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
@@ -70,7 +70,7 @@ def resize_position_embedding(pos_embed: Tensor, old: Grid, new: Grid, prefix: i
     return torch.cat([tokens, grid.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)], dim=1)
 
 
-def load_pretrained(classifier: Classifier, source: Source, source_grid: Grid | None = None) -> LoadReport:
+def load_pretrained(classifier: Classifier, source: Source, source_grid: PatchGrid | None = None) -> LoadReport:
     """Start fine-tuning from a file, a checkpoint or a state dict: MAE pretraining or a fine-tuned model, as MAE does.
 
     The decoder is dropped; head and `fc_norm` may be missing and `norm` left over; a head of another shape starts anew;
@@ -82,7 +82,7 @@ def load_pretrained(classifier: Classifier, source: Source, source_grid: Grid | 
 
 
 def load_weights(
-    classifier: Classifier, source: Source, source_grid: Grid | None = None, head: bool = True
+    classifier: Classifier, source: Source, source_grid: PatchGrid | None = None, head: bool = True
 ) -> LoadReport:
     """Load a fine-tuned model, for evaluation: every key must match, the head's number of classes too.
 
@@ -92,7 +92,7 @@ def load_weights(
 
 
 def load_mae(
-    model: MaskedAutoencoder, source: Source, decoder: bool = True, source_grid: Grid | None = None
+    model: MaskedAutoencoder, source: Source, decoder: bool = True, source_grid: PatchGrid | None = None
 ) -> LoadReport:
     """Load a pretraining into a masked autoencoder; with `decoder` False the encoder alone, whatever the file holds.
 
@@ -140,7 +140,7 @@ def read_source(source: Source) -> tuple[WeightsFile, Recognized]:
     if isinstance(source, WeightsFile):
         file = source
     else:
-        file = unwrap(source, "the given weights") if isinstance(source, Mapping) else read_weights(source)
+        file = extract_weights(source, "the given weights") if isinstance(source, Mapping) else read_weights(source)
     # The word head belongs to a pretraining and its tokenizer, and to nothing that is loaded from it.
     kept = {name: one for name, one in file.tensors.items() if not name.startswith(WORD_HEAD)}
     file = file._replace(tensors=fused_head(main_norms(kept)))
@@ -165,7 +165,7 @@ def _told(report: LoadReport) -> LoadReport:
     return report
 
 
-def _load(classifier: Classifier, source: Source, source_grid: Grid | None, head: bool) -> LoadReport:
+def _load(classifier: Classifier, source: Source, source_grid: PatchGrid | None, head: bool) -> LoadReport:
     file, found = read_source(source)
     net, state, label = classifier.net, dict(found.tensors), file.source
     own = net.state_dict()
@@ -246,8 +246,8 @@ def _expected_differences(
 
 
 def _fit_position_embedding(
-    state: dict[str, Tensor], net: nn.Module, source_grid: Grid | None, label: str
-) -> tuple[Grid, Grid] | None:
+    state: dict[str, Tensor], net: nn.Module, source_grid: PatchGrid | None, label: str
+) -> tuple[PatchGrid, PatchGrid] | None:
     """`_resize` for a vision transformer; nothing to do for other networks."""
     ours = getattr(net, "pos_embed", None)
     if not isinstance(net, VisionTransformer) or ours is None:
@@ -260,11 +260,11 @@ def _resize(
     state: dict[str, Tensor],
     key: str,
     ours: Tensor | None,
-    new: Grid,
+    new: PatchGrid,
     prefix: int,
-    source_grid: Grid | None,
+    source_grid: PatchGrid | None,
     label: str,
-) -> tuple[Grid, Grid] | None:
+) -> tuple[PatchGrid, PatchGrid] | None:
     """Resizes state[key] to the grid `new` where its own differs, and returns both; None where nothing was to do."""
     theirs = state.get(key)
     if theirs is None or ours is None or theirs.ndim != 3 or theirs.shape[-1] != ours.shape[-1]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, ConfigError, MissingInputError
 from mae_dat.config.groups import image_size
-from mae_dat.models.classifier import Classifier, Grid, build_classifier
+from mae_dat.models.classifier import Classifier, PatchGrid, build_classifier
 from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder, build_mae, unknown_name
 from mae_dat.models.tokenizer import check_card
 from mae_dat.models.weights.formats import Recognized
@@ -27,7 +27,7 @@ from mae_dat.models.weights.load import Source, load_mae, load_weights, read_sou
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.storage.registry import released
 from mae_dat.storage.released import local_path
-from mae_dat.storage.weight_files import WEIGHTS, WeightsFile, read_weights, unwrap
+from mae_dat.storage.weight_files import WEIGHTS_FILE, WeightsFile, extract_weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Blueprint:
 
     name: str
     num_classes: int
-    img_size: Grid | None = None
+    img_size: PatchGrid | None = None
     in_chans: int = 3
     global_pool: bool = True
     mean: tuple[float, ...] | None = None
@@ -85,7 +85,7 @@ def open_model(source: Source, model: str | None = None) -> Classifier | MaskedA
     return open_source(source, model).network
 
 
-def open_source(source: Source, model: str | None = None, img_size: Grid | None = None) -> Opened:
+def open_source(source: Source, model: str | None = None, img_size: PatchGrid | None = None) -> Opened:
     """`open_model`, with all that was found out on the way; for pictures of another size where `img_size` says so."""
     file, found = read_source(source)
     plan = describe(file, found, model)
@@ -145,7 +145,7 @@ def _name_by_shapes(file: WeightsFile, found: Recognized) -> str:
     return name
 
 
-def _image_size(file: WeightsFile, tensors: Mapping[str, Tensor], needed: bool) -> Grid | None:
+def _image_size(file: WeightsFile, tensors: Mapping[str, Tensor], needed: bool) -> PatchGrid | None:
     """Height and width that a vision transformer's position embedding is for, if they are equal.
 
     Where they are not, None, or CheckpointError if `needed`: timm's models have a size of their own, and some of them
@@ -166,7 +166,7 @@ def _image_size(file: WeightsFile, tensors: Mapping[str, Tensor], needed: bool) 
     return side * patch.shape[-2], side * patch.shape[-1]
 
 
-def _grid(plan: Blueprint, tensors: Mapping[str, Tensor]) -> Grid | None:
+def _grid(plan: Blueprint, tensors: Mapping[str, Tensor]) -> PatchGrid | None:
     """Rows and columns of patches."""
     patch = tensors.get("patch_embed.proj.weight")
     if plan.img_size is None or patch is None or "pos_embed" not in tensors:
@@ -264,14 +264,14 @@ def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
     """
     entry = None if path.exists() else released().get(str(path))
     path = local_path(path)
-    if path.is_dir() and not (path / WEIGHTS).is_file():
+    if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
         found = newest_checkpoint(path)
         if found is None:
-            raise MissingInputError(f"{path} holds neither {WEIGHTS} nor a valid checkpoint-*.pth.")
+            raise MissingInputError(f"{path} holds neither {WEIGHTS_FILE} nor a valid checkpoint-*.pth.")
         state = found.load()
-        weights = unwrap(state, str(found.path))
+        weights = extract_weights(state, str(found.path))
         return weights, dict(found.manifest.get("settings", {}))
-    file = path / WEIGHTS if path.is_dir() else path
+    file = path / WEIGHTS_FILE if path.is_dir() else path
     check_card(file)
     weights = read_weights(file)
     try:

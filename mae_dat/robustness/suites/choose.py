@@ -21,8 +21,9 @@ from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.pixel import PIXEL_ATTACKS, PixelAttack, pixel_adversary
 from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WORD_SHARES, WordAttack, word_hits
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError, SizeError, UserError
+from mae_dat.config.groups import ImageSize
 from mae_dat.config.parse import nearest
-from mae_dat.data.image_set import ImageSize, find_split, require_folder
+from mae_dat.data.image_set import find_split, require_folder
 from mae_dat.data.open import holds_shards, open_images
 from mae_dat.models.modes import Network
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path

@@ -19,8 +19,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from mae_dat.config.errors import ConfigError, DataError
+from mae_dat.config.groups import ImageSize
 from mae_dat.data.decode import ADVICE, decode_file, read_bytes
-from mae_dat.data.image_set import ImageFolder, ImageSet, ImageSize, require_folder
+from mae_dat.data.image_set import ImageFolder, ImageSet, require_folder
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES
 from mae_dat.robustness.suites.folders import (
