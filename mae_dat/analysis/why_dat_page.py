@@ -11,7 +11,7 @@ from torch import Tensor
 from mae_dat.data.gallery import draw_gallery, encode_png
 from mae_dat.robustness.report import charts
 from mae_dat.robustness.report.charts import Series
-from mae_dat.robustness.report.figures import Picture
+from mae_dat.robustness.report.figures import ReportFigure
 from mae_dat.robustness.report.render import html_page
 from mae_dat.robustness.report.tables import Table
 from mae_dat.storage.files import atomic_write, prepare_output_folder
@@ -71,7 +71,7 @@ class PageSection:
     """A part of the page."""
 
     title: str
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[ReportFigure, ...] = ()
     tables: tuple[Table, ...] = ()
 
 
@@ -175,7 +175,7 @@ def appearance_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     return Table("looks", "Looks", head, tuple(rows), notes, 2, frozenset(breaks[1:]))
 
 
-def dot_figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[DotFigure]) -> tuple[Picture, ...]:
+def dot_figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[DotFigure]) -> tuple[ReportFigure, ...]:
     """Dots of a number by view, one colour a network."""
     found = []
     for one in shown:
@@ -189,11 +189,11 @@ def dot_figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[DotFigure
             for style, network in enumerate(networks)
         ]
         png = charts.dot_plot([VIEW_TITLES[view] for view in views], series, one.axis, log=one.log)
-        found.append(Picture(one.file, png, one.caption, one.caption))
+        found.append(ReportFigure(one.file, png, one.caption, one.caption))
     return tuple(found)
 
 
-def spectrum_figures(networks: Sequence[Mapping[str, Any]]) -> tuple[Picture, ...]:
+def spectrum_figures(networks: Sequence[Mapping[str, Any]]) -> tuple[ReportFigure, ...]:
     """One chart a network: power of the change by spatial frequency."""
     found = []
     for number, network in enumerate(networks):
@@ -204,11 +204,11 @@ def spectrum_figures(networks: Sequence[Mapping[str, Any]]) -> tuple[Picture, ..
             series.append(Series(VIEW_TITLES[view], style, points))
         png = charts.spectrum_plot(series, "power of the change", "cycles a pixel")
         caption = f"{network['name']}: at which spatial frequencies the pictures were changed (the paper's Fig. 3)."
-        found.append(Picture(f"spectrum_{number}.png", png, caption, caption))
+        found.append(ReportFigure(f"spectrum_{number}.png", png, caption, caption))
     return tuple(found)
 
 
-def perturbation_figure(name: str, views: Mapping[str, Tensor]) -> Picture:
+def perturbation_figure(name: str, views: Mapping[str, Tensor]) -> ReportFigure:
     """The pictures and, below each other, their changes around grey."""
     clean = views[CLEAN_VIEW]
     columns = []
@@ -218,4 +218,4 @@ def perturbation_figure(name: str, views: Mapping[str, Tensor]) -> Picture:
     heading = f"{name}: the clean picture and what each attack changed, times {AMPLIFY}"
     image = draw_gallery(columns, heading=heading, cell=112)
     file = "".join(letter if letter.isalnum() else "_" for letter in name)
-    return Picture(f"changes_{file}.png", encode_png(image), heading, heading)
+    return ReportFigure(f"changes_{file}.png", encode_png(image), heading, heading)

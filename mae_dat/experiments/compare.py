@@ -28,9 +28,9 @@ from mae_dat.robustness.evaluation import EvaluationSetup, run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.report.comparison import caution, value_text
-from mae_dat.robustness.report.groups import arms_of
-from mae_dat.robustness.report.metrics import axes_of
-from mae_dat.robustness.scores.results import Curve, Gallery, Results, Run, Training
+from mae_dat.robustness.report.groups import groups_of
+from mae_dat.robustness.report.metrics import metrics_of
+from mae_dat.robustness.scores.results import Results, TrainingCurve, TrainingFacts, TrainingGallery, TrainingRun
 from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, WORDS, SuiteSettings
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import pick_device
@@ -250,12 +250,12 @@ def measure_and_report(
 
 def _collect_training(
     config: CompareConfig, first: PretrainConfig, runs: dict[tuple[str, int], FinetuneConfig]
-) -> Training:
+) -> TrainingFacts:
     """Settings, curves, times and pictures of all runs, from their folders."""
     settings = {"comparison": dataclasses.asdict(config), "pretraining": flat_values(first)}
     for name in _pretraining_names(config)[1:]:
         settings[f"pretraining with {title_of(name)}"] = flat_values(pretrain_config(config, name))
-    found: dict[str, Run] = {}
+    found: dict[str, TrainingRun] = {}
     for (arm, seed), one in runs.items():
         folder, label = Path(one.run.output_dir), group_label(arm)
         time = _seconds_spent(folder)
@@ -295,7 +295,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def training_curves(folder: Path) -> dict[str, Curve]:
+def training_curves(folder: Path) -> dict[str, TrainingCurve]:
     """Curves by epoch from `log.txt`; empty where there is none."""
     records = read_log(folder / "log.txt")
     # DAT's training loss is a sum over views: only its clean part can be laid beside a plain run's.
@@ -304,7 +304,7 @@ def training_curves(folder: Path) -> dict[str, Curve]:
         "test_acc1": ("test_acc1",),
         "changed_words": ("train_changed_words",),
     }
-    curves: dict[str, Curve] = {}
+    curves: dict[str, TrainingCurve] = {}
     for name, keys in wanted.items():
         for record in records:
             key = next((key for key in keys if key in record), None)
@@ -314,10 +314,10 @@ def training_curves(folder: Path) -> dict[str, Curve]:
     return curves
 
 
-def training_galleries(config: CompareConfig) -> list[Gallery]:
+def training_galleries(config: CompareConfig) -> list[TrainingGallery]:
     """The pictures that the runs drew after their last epoch."""
     output, seed = Path(config.output_dir), config.seeds[0]
-    wanted: list[Gallery] = [
+    wanted: list[TrainingGallery] = [
         {
             "title": "What the masked autoencoder fills in",
             "caption": "Masked picture, the prediction pasted into the visible patches, and the original, after "
@@ -340,8 +340,8 @@ def training_galleries(config: CompareConfig) -> list[Gallery]:
 def print_numbers(results: Results, output: Path) -> None:
     """Where to look, and one line an arm with the numbers that matter."""
     print("\n" + " ".join([f"Open {output / 'report.html'} (numbers: {output / 'results.json'}).", *caution(results)]))
-    axes = [axis for axis in axes_of(results) if axis.key in ("clean", "generated/mean", "conflict/bias")]
-    for arm in arms_of(results):
+    axes = [axis for axis in metrics_of(results) if axis.key in ("clean", "generated/mean", "conflict/bias")]
+    for arm in groups_of(results):
         print(f"  {arm.title:<16} " + "   ".join(f"{axis.title} {value_text(axis, arm)}" for axis in axes))
 
 

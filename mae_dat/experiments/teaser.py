@@ -20,7 +20,7 @@ from mae_dat.config.parse import run_command
 from mae_dat.robustness.corruptions import SEVERITIES
 from mae_dat.robustness.report.charts import COLORS, LINES, MARKERS, STYLE, signed
 from mae_dat.robustness.report.figures import differences, grid_of, of_kind, rows_of
-from mae_dat.robustness.report.groups import Arm, arms_of
+from mae_dat.robustness.report.groups import Group, groups_of
 from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.storage.files import atomic_write
 
@@ -35,7 +35,7 @@ def draw(folder: Path, path: Path) -> None:
     Raises MissingInputError, CheckpointError (no results), ConfigError for results without corruptions of two arms.
     """
     results = read_results(folder / "results.json")
-    arms, corrupted = arms_of(results), of_kind(results, "corruptions")
+    arms, corrupted = groups_of(results), of_kind(results, "corruptions")
     if len(arms) < 2 or not corrupted:
         raise ConfigError(f"{folder} holds no two networks measured on corruptions.")
     first, last = arms[0], arms[-1]
@@ -54,7 +54,7 @@ def draw(folder: Path, path: Path) -> None:
         image.save(file, "PNG", optimize=True)
 
 
-def _lines(axes: Axes, arms: tuple[Arm, Arm], errors: np.ndarray) -> None:
+def _lines(axes: Axes, arms: tuple[Group, Group], errors: np.ndarray) -> None:
     """Accuracy against severity, mean of the corruptions. `errors`: (arms, corruptions, severities)."""
     for arm, own in zip(arms, errors, strict=True):
         look: dict[str, Any] = {"color": COLORS[arm.style], "marker": MARKERS[arm.style], "linestyle": LINES[arm.style]}
@@ -65,7 +65,7 @@ def _lines(axes: Axes, arms: tuple[Arm, Arm], errors: np.ndarray) -> None:
     axes.legend()
 
 
-def _map(axes: Axes, names: list[str], breaks: list[int], gaps: np.ndarray, arms: tuple[Arm, Arm]) -> None:
+def _map(axes: Axes, names: list[str], breaks: list[int], gaps: np.ndarray, arms: tuple[Group, Group]) -> None:
     """Points of accuracy that the last arm gains on each corruption and severity: green, or loses: brown."""
     largest = max(1.0, float(np.nanmax(np.abs(gaps))))
     axes.imshow(-gaps, cmap="BrBG", vmin=-largest, vmax=largest, aspect="auto")

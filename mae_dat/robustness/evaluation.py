@@ -24,11 +24,18 @@ from mae_dat.robustness.measure import Found, ImagePass, MonitoredNetwork, PassS
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.plan import CHECKED_PICTURES, Plan, SuiteRun, open_plan, print_plan, refuse_normalised, sample
 from mae_dat.robustness.report.comparison import headline_table, mixed_versions
-from mae_dat.robustness.report.groups import titles_of, twins
+from mae_dat.robustness.report.groups import same_seed_pair, titles_of
 from mae_dat.robustness.report.metrics import GRADIENTS, common_subset
 from mae_dat.robustness.report.tables import precision_text
 from mae_dat.robustness.report.write import write_report
-from mae_dat.robustness.scores.results import FORMAT, Environment, Results, Training, all_versions, write_results
+from mae_dat.robustness.scores.results import (
+    FORMAT,
+    Results,
+    TrainingFacts,
+    VersionedCells,
+    all_versions,
+    write_results,
+)
 from mae_dat.robustness.suites.choose import AGREEMENT, AUTO_ATTACK, SuiteSettings
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console
@@ -214,14 +221,14 @@ def _gradient_checks(entry: SuiteRun, setting: EvaluationSetup) -> Kept:
     return kept
 
 
-def environments(found: AllHeld) -> list[Environment]:
+def environments(found: AllHeld) -> list[VersionedCells]:
     """Which cells were measured under which versions."""
-    every: list[Environment] = []
+    every: list[VersionedCells] = []
     for (network, suite), own in found.items():
         for cell, told in own["versions"].items():
             same = (one for one in every if one["versions"] == told)
             if (under := next(same, None)) is None:
-                every.append(under := Environment(versions=told, cells={}))
+                every.append(under := VersionedCells(versions=told, cells={}))
             under["cells"].setdefault(network, {}).setdefault(suite, []).append(cell)
     return every
 
@@ -267,7 +274,7 @@ def run_evaluation(
     asked: Sequence[str],
     setting: EvaluationSetup,
     title: str,
-    training: Training | None = None,
+    training: TrainingFacts | None = None,
 ) -> Results:
     """Opens all suites, measures them, and with a folder writes results.json and the report; float32 is exact, whatever
     the process has set. Raises UserError, on all ranks."""
@@ -288,7 +295,7 @@ def run_evaluation(
     if training:
         results["training"] = training
     if folder:
-        if pair := twins(results):
+        if pair := same_seed_pair(results):
             shown = on_all_ranks(lambda: write_examples(plan, pair, folder if setting.world.main else None))
             results["examples"] = on_main_rank(lambda: shown)
         on_main_rank(lambda: save(results, folder))

@@ -24,8 +24,8 @@ from mae_dat.config.errors import DataError, NumericsError
 from mae_dat.data.loader import batch_loader
 from mae_dat.models.modes import Network, autocast, evaluation_mode
 from mae_dat.robustness import corruptions as corrupting
+from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.calibration import Confidences
-from mae_dat.robustness.scores.results import CellCount
 from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing
 from mae_dat.runtime.collectives import all_sum, on_all_ranks
 from mae_dat.runtime.watchdog import heartbeat
@@ -65,7 +65,7 @@ class ImagePass:
 class Found(TypedDict):
     """What a network scored on a portion."""
 
-    counts: dict[str, CellCount]
+    counts: dict[str, Count]
     calibration: dict[str, float | None]
 
 
@@ -243,7 +243,7 @@ class PassCounter:
         for cell, row in rows.items():
             if row[TOTAL] != len(self.portion.pictures):
                 raise DataError(f"{self.where(cell)}: {row[TOTAL]} of {len(self.portion.pictures)} pictures counted")
-        counts: dict[str, CellCount] = {}
+        counts: dict[str, Count] = {}
         for cell, row in rows.items():
             counts[cell] = {"correct": row[CORRECT], "total": row[TOTAL]}
             if reading.pooled:

@@ -16,7 +16,7 @@ from mae_dat.config.errors import NumericsError
 from mae_dat.config.groups import ConfigError, ImageSize, image_size
 from mae_dat.data.transforms import default_crop_pct
 from mae_dat.models.modes import Network
-from mae_dat.robustness.scores.results import Contender as Facts
+from mae_dat.robustness.scores.results import ModelFacts
 
 DEFAULT_SIZE = (224, 224)
 """Of the input of networks that do not say theirs."""
@@ -44,7 +44,7 @@ class EvalOptions:
         """The precision as it is recorded in the facts."""
         return "fp32" if self.precision is None else "bf16"
 
-    def with_crop(self, facts: Facts) -> Facts:
+    def with_crop(self, facts: ModelFacts) -> ModelFacts:
         """Return the facts with the crop, if it differs from the usual one of this size."""
         height, width = facts["size"]
         usual = self.crop is None or abs(self.crop - default_crop_pct((height, width))) < 1e-3
@@ -57,7 +57,7 @@ class EvaluatedNetwork:
 
     name: str
     model: Network
-    facts: Facts
+    facts: ModelFacts
     outputs: int
     classes: tuple[str, ...] | None
     """The names of its classes, or None if unknown."""
@@ -82,7 +82,7 @@ class EvaluatedNetwork:
 
 
 def probe_network(
-    model: Network, facts: Facts, classes: Sequence[str] | None, options: EvalOptions
+    model: Network, facts: ModelFacts, classes: Sequence[str] | None, options: EvalOptions
 ) -> EvaluatedNetwork:
     """Return the network after a forward pass of two blank images, which shows its outputs and whether it has
     gradients.

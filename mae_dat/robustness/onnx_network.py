@@ -14,7 +14,7 @@ from torch import Tensor
 from mae_dat.config.errors import CheckpointError, MissingInputError
 from mae_dat.models.modes import Network
 from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, probe_network
-from mae_dat.robustness.scores.results import Contender as Facts
+from mae_dat.robustness.scores.results import ModelFacts
 from mae_dat.storage.files import sha256_of
 from mae_dat.storage.released import local_path
 
@@ -42,7 +42,7 @@ def open_onnx(path: Path, name: str, options: EvalOptions) -> EvaluatedNetwork:
     if other_inputs or len(image_input.shape) != 4 or image_input.type != "tensor(float)":
         raise CheckpointError(f"{path} must take one input, float (B, 3, H, W) in [0, 1], not {image_input.shape}.")
     sides = [side for side in image_input.shape[-2:] if isinstance(side, int)]
-    facts: Facts = {
+    facts: ModelFacts = {
         "title": name,
         "source": str(path),
         "sha256": onnx_sha256(path, graph),

@@ -19,7 +19,7 @@ from mae_dat.models.weights.open import naming, open_source, read_export
 from mae_dat.robustness.fingerprints import module_sha256, state_sha256
 from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, probe_network
 from mae_dat.robustness.onnx_network import open_onnx
-from mae_dat.robustness.scores.results import Contender as Facts
+from mae_dat.robustness.scores.results import ModelFacts
 from mae_dat.storage.files import sha256_of
 from mae_dat.storage.weight_files import WeightsFile
 
@@ -138,7 +138,7 @@ def _classifier_network(
     timm_settings = resolve_model_data_config(network.net)
     path = Path(weights.source) if weights else None
     averaged = any(wrapper.startswith("the average") for wrapper in weights.wrappers) if weights else False
-    facts: Facts = {
+    facts: ModelFacts = {
         "title": name,
         "source": source,
         "sha256": sha256_of(path) if path and path.is_file() else state_sha256(network),
@@ -179,7 +179,7 @@ def open_callable(
             export_facts={"classes": classes},
         )
         return replace(opened, identity=identity)
-    facts: Facts = {
+    facts: ModelFacts = {
         "title": name,
         "source": "callable",
         "sha256": state_sha256(module) if module and module.state_dict() else None,

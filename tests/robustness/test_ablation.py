@@ -9,11 +9,11 @@ from test_arms import DAT, PLAIN, trainings
 
 from mae_dat.robustness.report.ablation import FEW, ablation_axes, ablation_tables, many, summary, words_by_arm
 from mae_dat.robustness.report.comparison import difference_text, value_text
-from mae_dat.robustness.report.groups import arms_of
-from mae_dat.robustness.report.metrics import axes_of, scores_of
+from mae_dat.robustness.report.groups import groups_of
+from mae_dat.robustness.report.metrics import metrics_of, scores_of
 from mae_dat.robustness.report.tables import stat_text
 from mae_dat.robustness.report.write import write_report
-from mae_dat.robustness.scores.accuracy import accuracy, category_errors
+from mae_dat.robustness.scores.accuracy import category_errors, top1_accuracy
 from mae_dat.robustness.scores.results import Results, write_results
 
 ARMS = {"plain": PLAIN, "random": (701, 719, 712), "dat": DAT, "symbolic": (650, 661, 668), "augmix": (740, 700, 720)}
@@ -44,8 +44,8 @@ def test_every_arm_has_a_row_of_its_numbers_and_minutes(results: Results) -> Non
     assert [row[0] for row in table.rows] == ["plain", "random words", "DAT", "symbolic", "augmix"]
     assert table.head[:4] == ("", "clean ↑", "ECE ↓", "corruption error ↓")
     assert table.head[4:8] == ("noise ↓", "blur ↓", "weather ↓", "digital ↓")
-    clean = next(axis for axis in axes_of(results) if axis.key == "imagenet")
-    arms = arms_of(results)
+    clean = next(axis for axis in metrics_of(results) if axis.key == "imagenet")
+    arms = groups_of(results)
     assert [row[1] for row in table.rows] == [value_text(clean, arm) for arm in arms]
     assert [row[1] for row in against.rows] == [difference_text(clean, arm, arms[0]) for arm in arms[1:]]
     assert table.rows[0][-1] == "2.0 ± 1.0"
@@ -70,7 +70,7 @@ def test_no_measurement_of_many_networks_is_left_out() -> None:
     for own in given["cells"].values():
         own["cue-conflict"][""]["texture"] = 400  # the fifth would answer more cues than there are
     shown = {axis.key for axis in ablation_axes(given).values()}
-    every = {axis.key for axis in axes_of(given)}
+    every = {axis.key for axis in metrics_of(given)}
     assert every - shown == {key for key in every if key.endswith("/mce-first")}
     assert {
         "imagenet-a",
@@ -94,8 +94,8 @@ def test_what_is_better_is_said(results: Results) -> None:
 def test_changed_words_have_a_column_a_share(results: Results) -> None:
     (table,) = words_by_arm(results)
     assert table.head == ("words changed, up to", "0 %", "1 %", "2 %", "5 %", "10 %", "20 %")
-    members = arms_of(results)[2].members.values()
-    told = stat_text((accuracy(results["cells"][name]["words-random"]["0.05"]) for name in members), 1)
+    members = groups_of(results)[2].members.values()
+    told = stat_text((top1_accuracy(results["cells"][name]["words-random"]["0.05"]) for name in members), 1)
     assert table.rows[2][0] == "DAT"
     assert table.rows[2][4] == told
 

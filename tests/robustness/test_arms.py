@@ -10,8 +10,8 @@ from pages import Page, require_self_contained
 from PIL import Image
 
 from mae_dat.robustness.report.comparison import best_of, caution, difference, headline_table, pairs_table, summary
-from mae_dat.robustness.report.groups import arms_of, twins
-from mae_dat.robustness.report.metrics import axes_of
+from mae_dat.robustness.report.groups import groups_of, same_seed_pair
+from mae_dat.robustness.report.metrics import metrics_of
 from mae_dat.robustness.report.render import latex_table, markdown_table
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.results import Results, read_results, write_results
@@ -66,8 +66,8 @@ def test_pairs_are_of_the_same_seed_whatever_their_order() -> None:
     given = trainings(plain=PLAIN, dat=DAT)
     order = ["dat 2", "dat 0", "plain 1", "dat 1", "plain 2", "plain 0"]
     given["models"] = {name: given["models"][name] for name in order}
-    dat, plain = arms_of(given)
-    found = difference(axes_of(given)[0], dat, plain)
+    dat, plain = groups_of(given)
+    found = difference(metrics_of(given)[0], dat, plain)
     assert found is not None
     assert found.spread == pytest.approx(statistics.stdev((4.1, 3.9, 3.8)))
     half = 4.302653 * statistics.stdev((4.1, 3.9, 3.8)) / 3**0.5  # Student, two degrees of freedom
@@ -76,15 +76,15 @@ def test_pairs_are_of_the_same_seed_whatever_their_order() -> None:
 
 def test_examples_are_of_the_same_seed() -> None:
     given = trainings(plain=PLAIN, random=(705,), dat=DAT)
-    assert twins(given) == ("plain 0", "dat 0")
+    assert same_seed_pair(given) == ("plain 0", "dat 0")
     del given["models"]["dat 0"]  # its network gives no gradient, say
-    assert twins(given) == ("plain 1", "dat 1")
+    assert same_seed_pair(given) == ("plain 1", "dat 1")
     for name in ("plain 1", "plain 2"):
         del given["models"][name]
-    assert twins(given) == ("plain 0", "dat 1")
-    assert twins(evaluation(("one", "other", "third"))) == ("one", "third")
-    assert twins(evaluation(("alone",))) is None
-    assert twins(trainings(plain=PLAIN)) is None
+    assert same_seed_pair(given) == ("plain 0", "dat 1")
+    assert same_seed_pair(evaluation(("one", "other", "third"))) == ("one", "third")
+    assert same_seed_pair(evaluation(("alone",))) is None
+    assert same_seed_pair(trainings(plain=PLAIN)) is None
 
 
 def test_what_scatters_is_neither_better_nor_best() -> None:
@@ -95,8 +95,8 @@ def test_what_scatters_is_neither_better_nor_best() -> None:
     assert "1 are undecided" in " ".join(summary(given))
     three = trainings(plain=PLAIN, random=tuple(one + 1 for one in DAT), dat=DAT)
     assert not headline_table(three).best or headline_table(three).best == {(0, 2)}
-    plain, random, dat = arms_of(three)
-    axis = axes_of(three)[0]
+    plain, random, dat = groups_of(three)
+    axis = metrics_of(three)[0]
     assert best_of(axis, [plain, dat]) is dat
     assert best_of(axis, [dat]) is None
     assert best_of(axis, [plain, dataclasses.replace(plain, title="twin")]) is None

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA
-from mae_dat.robustness.scores.accuracy import ModelScores, mean_error
+from mae_dat.robustness.scores.accuracy import CorruptionCounts, unnormalized_mce
 from mae_dat.robustness.scores.corruption_error import ALEXNET, category_mce, corruption_errors, mce, severity_mce
 
 # Averages over the five severities as published beside the table.
@@ -28,7 +28,7 @@ AVERAGES = {
 }
 
 
-def changed(correct: int | None = None, total: int = 50_000) -> ModelScores:
+def changed(correct: int | None = None, total: int = 50_000) -> CorruptionCounts:
     """AlexNet's cells with another count of right answers in all of them."""
     scores = copy.deepcopy(ALEXNET)
     for cell in (count for row in scores["corruptions"].values() for count in row.values()):
@@ -42,7 +42,7 @@ def test_the_table_agrees_with_its_published_averages() -> None:
     for name, average in AVERAGES.items():
         assert errors[name] == pytest.approx(100 * average, abs=1e-5)
     assert errors["saturate"] == pytest.approx(65.8248)
-    assert mean_error(ALEXNET) == pytest.approx(78.8993, abs=1e-4)
+    assert unnormalized_mce(ALEXNET) == pytest.approx(78.8993, abs=1e-4)
     assert ALEXNET["clean"] == {"correct": 28_261, "total": 50_000}
 
 
@@ -61,7 +61,7 @@ def test_a_network_that_is_always_wrong_and_one_that_never_is() -> None:
     assert mce(changed(correct=50_000)) == 0.0
 
 
-def two(rows: dict[str, list[int]], clean: int) -> ModelScores:
+def two(rows: dict[str, list[int]], clean: int) -> CorruptionCounts:
     """Wrong answers of 1000 at severities 1, 2 ..."""
     return {
         "clean": {"correct": 1000 - clean, "total": 1000},

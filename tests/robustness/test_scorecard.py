@@ -19,14 +19,14 @@ from PIL import Image
 from mae_dat.config.parse import run_command
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
 from mae_dat.robustness.report.comparison import headline_table, judged_axes, published_tables, summary
-from mae_dat.robustness.report.groups import arms_of
+from mae_dat.robustness.report.groups import groups_of
 from mae_dat.robustness.report.metrics import (
-    Axis,
-    Number,
-    Term,
-    axes_of,
+    Metric,
+    MetricValue,
+    WeightedCount,
     doubtful,
     interval,
+    metrics_of,
     scores_of,
     share_difference,
     variants,
@@ -58,8 +58,8 @@ def shown(table: Table | None) -> dict[str, tuple[str, ...]]:
     return {row[0]: row[1:] for row in table.rows}
 
 
-def axis(results: Results, key: str) -> Axis:
-    return next(one for one in axes_of(results) if one.key == key)
+def axis(results: Results, key: str) -> Metric:
+    return next(one for one in metrics_of(results) if one.key == key)
 
 
 def share(count: Count) -> float:
@@ -174,7 +174,7 @@ def test_intervals_are_those_of_the_literature() -> None:
 def test_the_terms_of_every_number_add_up_to_its_differences() -> None:
     given = evaluation()
     checked = set()
-    for one in axes_of(given):
+    for one in metrics_of(given):
         new, old = one.numbers["dat"], one.numbers["plain"]
         ends = interval(new, old)
         if ends is not None:
@@ -200,15 +200,18 @@ def test_only_differences_beyond_chance_are_called_better_or_worse() -> None:
     assert gap(720) == "+2.0 [−2.0, +6.0]"
     assert gap(700).startswith("0.0 [")
     assert gap(750, doubtful=True) == "+5.0 [+1.1, +8.9]"  # a broken attack proves nothing
-    assert interval(Number(1.0), Number(2.0)) is None
+    assert interval(MetricValue(1.0), MetricValue(2.0)) is None
     nothing: Count = {"correct": 0, "total": 0}
-    assert interval(Number(1.0, (Term(1.0, nothing),)), Number(1.0, (Term(1.0, nothing),))) is None
+    assert (
+        interval(MetricValue(1.0, (WeightedCount(1.0, nothing),)), MetricValue(1.0, (WeightedCount(1.0, nothing),)))
+        is None
+    )
 
 
 def test_the_summary_counts_a_suite_once() -> None:
     given = evaluation(("plain", "dat"), ("imagenet", "imagenet-c"))
-    plain, dat = arms_of(given)
-    assert [one.key for one, _ in judged_axes(axes_of(given), dat, plain)] == ["imagenet", "imagenet-c/mce"]
+    plain, dat = groups_of(given)
+    assert [one.key for one, _ in judged_axes(metrics_of(given), dat, plain)] == ["imagenet", "imagenet-c/mce"]
     said = " ".join(summary(given))
     assert "MAE + DAT is better on 2 of 2 suites and worse on 0" in said
     backwards = evaluation(("plain", "dat"), ("imagenet",))

@@ -13,14 +13,14 @@ from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.data.generated.draw import SHAPES
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVERITIES, corrupt, image_seed
 from mae_dat.robustness.scores.accuracy import (
-    Cells,
-    ModelScores,
-    Stat,
+    CorruptionCounts,
+    Count,
+    SeedStatistics,
     category_errors,
-    coverage,
-    mean_error,
+    cue_coverage,
     severity_errors,
-    shape_share,
+    shape_bias,
+    unnormalized_mce,
 )
 from mae_dat.robustness.suites.labels import read_conflicts
 
@@ -106,9 +106,9 @@ def test_image_seed_is_stable_and_differs_in_every_part() -> None:
     assert len(others) == 4
 
 
-def cells(errors: dict[str, list[int]]) -> ModelScores:
+def cells(errors: dict[str, list[int]]) -> CorruptionCounts:
     """Scores with the given errors (in percent) of 100 pictures at severities 1, 2 ..."""
-    table: Cells = {
+    table: dict[str, dict[str, Count]] = {
         name: {str(s): {"correct": 100 - wrong, "total": 100} for s, wrong in enumerate(row, 1)}
         for name, row in errors.items()
     }
@@ -118,24 +118,24 @@ def cells(errors: dict[str, list[int]]) -> ModelScores:
 def test_means_by_hand() -> None:
     scores = cells({"gaussian_noise": [10, 30], "shot_noise": [40], "fog": [0, 2], "saturate": [90, 90]})
     assert category_errors(scores) == {"noise": 30.0, "weather": 1.0}
-    assert mean_error(scores) == pytest.approx((20 + 40 + 1) / 3)  # saturate is held out
+    assert unnormalized_mce(scores) == pytest.approx((20 + 40 + 1) / 3)  # saturate is held out
     assert severity_errors(scores, CORRUPTIONS) == {1: pytest.approx(50 / 3), 2: 16.0}
     with pytest.raises(ValueError, match="none of the 15"):
-        mean_error(cells({"saturate": [50]}))
+        unnormalized_mce(cells({"saturate": [50]}))
 
 
 def test_shape_bias_by_hand() -> None:
-    assert shape_share({"shape": 3, "texture": 1, "total": 8}) == 0.75
-    assert coverage({"shape": 3, "texture": 1, "total": 8}) == 0.5
-    assert shape_share({"shape": 0, "texture": 0, "total": 8}) is None
+    assert shape_bias({"correct": 3, "shape": 3, "texture": 1, "total": 8}) == 0.75
+    assert cue_coverage({"correct": 3, "shape": 3, "texture": 1, "total": 8}) == 0.5
+    assert shape_bias({"correct": 0, "shape": 0, "texture": 0, "total": 8}) is None
 
 
 def test_statistics_over_seeds() -> None:
-    stat = Stat.of([1.0, None, 3.0])
+    stat = SeedStatistics.of([1.0, None, 3.0])
     assert stat is not None
     assert (stat.mean, stat.n, stat.text()) == (2.0, 2, "2.0 ± 1.4")
-    assert Stat.of([4.25]) == Stat(4.25, None, 1)
-    assert Stat.of([None]) is None
+    assert SeedStatistics.of([4.25]) == SeedStatistics(4.25, None, 1)
+    assert SeedStatistics.of([None]) is None
 
 
 def test_conflict_pictures_are_read_by_name(tmp_path: Path) -> None:

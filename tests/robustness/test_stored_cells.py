@@ -24,7 +24,7 @@ from mae_dat.robustness.measure import PassImages
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.report.comparison import mixed_versions, summary
-from mae_dat.robustness.report.metrics import axes_of
+from mae_dat.robustness.report.metrics import metrics_of
 from mae_dat.robustness.report.render import counts_csv
 from mae_dat.robustness.report.tables import calibration_table
 from mae_dat.robustness.scores.results import Results, read_results
@@ -57,8 +57,8 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     assert facts["missing"][-1] == "fog/3: 5 of 6 pictures are there"
     assert (facts["images"], found["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
     assert any("imagenet-c  75 x 6 pictures, partial: " in line and "fog/3: 5 of 6" in line for line in caplog.messages)
-    assert not any(axis.published for axis in axes_of(found))
-    assert all("partial†" in axis.title for axis in axes_of(found))
+    assert not any(axis.published for axis in metrics_of(found))
+    assert all("partial†" in axis.title for axis in metrics_of(found))
     assert {row["partial"] for row in csv.DictReader(counts_csv(found).splitlines())} == {"True"}
     draw([imagenet / "ImageNet-C" / "snow" / "4" / name for name in reversed(names)])
     other = evaluate(Linear(1000), "imagenet-c", imagenet, size=SIDE, partial=True)

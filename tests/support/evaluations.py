@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES
+from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.corruption_error import ALEXNET
-from mae_dat.robustness.scores.results import FORMAT, CellCount, Contender, Results, Suite
+from mae_dat.robustness.scores.results import FORMAT, ModelFacts, Results, SuiteFacts
 
 TITLES = {"plain": "MAE, fine-tuned plainly", "dat": "MAE + DAT", "random": "random words"}
 PICTURES = {"imagenet": 50_000, "imagenet-v2": 10_000, "imagenet-a": 7500, "imagenet-r": 30_000, "objnet-113": 18_514}
@@ -23,7 +24,7 @@ NAMES = {
 SHARES = ("0", "0.01", "0.02", "0.05", "0.1", "0.2")
 
 
-def contender(name: str, size: int = 224) -> Contender:
+def contender(name: str, size: int = 224) -> ModelFacts:
     return {
         "title": TITLES.get(name, name),
         "source": f"runs/{name}/checkpoint",
@@ -38,7 +39,7 @@ def contender(name: str, size: int = 224) -> Contender:
     }
 
 
-def suite(name: str, images: int, size: int = 224) -> Suite:
+def suite(name: str, images: int, size: int = 224) -> SuiteFacts:
     return {
         "title": NAMES.get(name, name),
         "protocol": {
@@ -55,11 +56,11 @@ def suite(name: str, images: int, size: int = 224) -> Suite:
     }
 
 
-def cell(total: int, wrong: float, **more: int) -> CellCount:
+def cell(total: int, wrong: float, **more: int) -> Count:
     return {"correct": total - round(total * wrong), "total": total, **more}  # type: ignore[typeddict-item]
 
 
-def cells(name: str, better: float) -> dict[str, CellCount]:
+def cells(name: str, better: float) -> dict[str, Count]:
     """A suite's counts; errors are smaller by the share `better`."""
     left = 1 - better
     if name in PICTURES:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 
 from mae_dat.robustness.corruptions import CATEGORIES
 from mae_dat.robustness.report.comparison import ARROWS, caution, difference_text, measured_on, value_text, verdict
-from mae_dat.robustness.report.groups import Arm, arms_of
-from mae_dat.robustness.report.metrics import CLEAN, Axis, Number, axes_of, scores_of, suites_of, variants
+from mae_dat.robustness.report.groups import Group, groups_of
+from mae_dat.robustness.report.metrics import CLEAN, Metric, MetricValue, metrics_of, scores_of, suites_of, variants
 from mae_dat.robustness.report.tables import NOTHING, Table, stat_text
-from mae_dat.robustness.scores.accuracy import Stat, accuracy, category_errors
-from mae_dat.robustness.scores.results import CellCount, Results
+from mae_dat.robustness.scores.accuracy import Count, SeedStatistics, category_errors, top1_accuracy
+from mae_dat.robustness.scores.results import Results
 
 FEW = 4
 """Arms that still fit into a table as columns, beside what they differ by."""
@@ -16,12 +16,12 @@ FEW = 4
 
 def many(results: Results) -> bool:
     """Whether the arms are too many to be columns."""
-    return len(arms_of(results)) > FEW
+    return len(groups_of(results)) > FEW
 
 
 def summary(results: Results) -> list[str]:
     """Which arms differ from the first beyond chance on clean and on corrupted pictures, and how far that carries."""
-    axes, (first, *others) = ablation_axes(results), arms_of(results)
+    axes, (first, *others) = ablation_axes(results), groups_of(results)
     said = []
     for title in ("clean", "corruption error"):
         if title in axes:
@@ -37,7 +37,7 @@ def summary(results: Results) -> list[str]:
 
 def ablation_tables(results: Results) -> list[Table]:
     """Every arm's numbers and processor minutes, and its differences to the first arm at the same seed."""
-    arms, axes = arms_of(results), ablation_axes(results)
+    arms, axes = groups_of(results), ablation_axes(results)
     first, *others = arms
     minutes = {arm.title: arm.stat(_minutes(results)) for arm in arms}
     timed = any(minutes.values())
@@ -58,7 +58,7 @@ def ablation_tables(results: Results) -> list[Table]:
     return found
 
 
-def _differences(first: Arm, others: list[Arm], axes: dict[str, Axis]) -> Table:
+def _differences(first: Group, others: list[Group], axes: dict[str, Metric]) -> Table:
     rows = [(arm.title, *(difference_text(axis, arm, first) for axis in axes.values())) for arm in others]
     beyond = frozenset(
         (row, 1 + column)
@@ -86,7 +86,7 @@ def words_by_arm(results: Results) -> list[Table]:
             shares = sorted({share for own in cells.values() for share in own}, key=float)
             rows = [
                 (arm.title, *(_accuracies([cells[name] for name in arm.members.values()], share) for share in shares))
-                for arm in arms_of(results, variant.models)
+                for arm in groups_of(results, variant.models)
             ]
             head = ("words changed, up to", *(f"{100 * float(share):g} %" for share in shares))
             notes = ("Top-1 accuracy in percent. At 0 the picture is decoded from its own words.",)
@@ -94,15 +94,15 @@ def words_by_arm(results: Results) -> list[Table]:
     return found
 
 
-def _accuracies(members: list[dict[str, CellCount]], share: str) -> str:
-    return stat_text((accuracy(own[share]) for own in members if share in own), 1)
+def _accuracies(members: list[dict[str, Count]], share: str) -> str:
+    return stat_text((top1_accuracy(own[share]) for own in members if share in own), 1)
 
 
-def ablation_axes(results: Results) -> dict[str, Axis]:
+def ablation_axes(results: Results) -> dict[str, Metric]:
     """The columns: every axis by a short title, or its own where two would have the same, and the kinds of corruption
     behind their mean. Only errors in units of the first arm's are left out, which the differences tell."""
-    found: dict[str, Axis] = {}
-    for axis in axes_of(results):
+    found: dict[str, Metric] = {}
+    for axis in metrics_of(results):
         if axis.key.endswith("/mce-first"):
             continue
         title = _short_title(axis)
@@ -114,7 +114,7 @@ def ablation_axes(results: Results) -> dict[str, Axis]:
     return found
 
 
-def _short_title(axis: Axis) -> str:
+def _short_title(axis: Metric) -> str:
     part = axis.key.removeprefix(axis.suite)
     if axis.suite in CLEAN and part in ("", "/ece"):
         return "ECE" if part else "clean"
@@ -125,13 +125,13 @@ def _short_title(axis: Axis) -> str:
     return axis.title
 
 
-def _categories(results: Results, mean: Axis) -> Iterator[tuple[str, Axis]]:
+def _categories(results: Results, mean: Metric) -> Iterator[tuple[str, Metric]]:
     """The corruption error of each category; without intervals of single runs, which only its cells have."""
     errors = {model: category_errors(scores_of(results, model, mean.suite)) for model in mean.numbers}
     for kind in CATEGORIES:
-        numbers = {model: Number(own[kind]) for model, own in errors.items() if kind in own}
+        numbers = {model: MetricValue(own[kind]) for model, own in errors.items() if kind in own}
         if numbers:
-            yield kind, Axis(f"{mean.suite}/{kind}", mean.suite, kind, -1, numbers)
+            yield kind, Metric(f"{mean.suite}/{kind}", mean.suite, kind, -1, numbers)
 
 
 def _minutes(results: Results) -> Callable[[str], float | None]:
@@ -144,5 +144,5 @@ def _minutes(results: Results) -> Callable[[str], float | None]:
     return minutes
 
 
-def _text(stat: Stat | None) -> str:
+def _text(stat: SeedStatistics | None) -> str:
     return NOTHING if stat is None else stat.text(1)

@@ -8,23 +8,23 @@ from typing import NamedTuple
 from scipy.stats import t as student
 
 from mae_dat.robustness.report.charts import signed
-from mae_dat.robustness.report.groups import Arm, arms_of
+from mae_dat.robustness.report.groups import Group, groups_of
 from mae_dat.robustness.report.metrics import (
     CLEAN,
     ORDER,
-    Axis,
-    axes_of,
+    Metric,
     common_size,
     common_subset,
     interval,
     made_subset,
+    metrics_of,
     pixels_text,
     suites_of,
 )
 from mae_dat.robustness.report.published import COLUMNS, UNSURE, Published, published_rows, unsure_note
 from mae_dat.robustness.report.tables import NOTHING, Table, stat_text
-from mae_dat.robustness.scores.accuracy import Stat
-from mae_dat.robustness.scores.results import Results, Run
+from mae_dat.robustness.scores.accuracy import SeedStatistics
+from mae_dat.robustness.scores.results import Results, TrainingRun
 from mae_dat.runtime.environment import COMMIT_KEY
 
 ARROWS = {+1: " ↑", -1: " ↓", 0: ""}
@@ -47,7 +47,7 @@ class Difference(NamedTuple):
     """Standard deviation over pairs of the same seed; None for a single pair."""
 
 
-def difference(axis: Axis, new: Arm, old: Arm) -> Difference | None:
+def difference(axis: Metric, new: Group, old: Group) -> Difference | None:
     """The mean difference of networks of the same seed, which share initialization and order of pictures, so that it
     scatters less than either; None without a pair.
 
@@ -55,7 +55,7 @@ def difference(axis: Axis, new: Arm, old: Arm) -> Difference | None:
     """
     names = [(name, old.members[seed]) for seed, name in new.members.items() if seed in old.members]
     pairs = [(axis.numbers[a], axis.numbers[b]) for a, b in names if a in axis.numbers and b in axis.numbers]
-    gaps = Stat.of(one.value - other.value for one, other in pairs)
+    gaps = SeedStatistics.of(one.value - other.value for one, other in pairs)
     if gaps is None:
         return None
     if gaps.std is None:
@@ -64,7 +64,7 @@ def difference(axis: Axis, new: Arm, old: Arm) -> Difference | None:
     return Difference(gaps.mean, (gaps.mean - half, gaps.mean + half), gaps.std)
 
 
-def verdict(axis: Axis, new: Arm, old: Arm) -> int | None:
+def verdict(axis: Metric, new: Group, old: Group) -> int | None:
     """+1 where an arm is better than another beyond chance, -1 where it is worse, 0 where neither can be said; None
     where the axis has no interval or no better, or the attack is in doubt."""
     found = difference(axis, new, old)
@@ -73,11 +73,11 @@ def verdict(axis: Axis, new: Arm, old: Arm) -> int | None:
     return axis.better if found.ends[0] > 0 else -axis.better if found.ends[1] < 0 else 0
 
 
-def _doubtful(axis: Axis, arm: Arm) -> bool:
+def _doubtful(axis: Metric, arm: Group) -> bool:
     return any(axis.numbers[name].doubtful for name in arm.members.values() if name in axis.numbers)
 
 
-def difference_text(axis: Axis, new: Arm, old: Arm) -> str:
+def difference_text(axis: Metric, new: Group, old: Group) -> str:
     """'+1.2 [+0.4, +2.0] better': the difference, its 95 % interval, and what it says where it says anything; of
     several seeds '+1.2 ± 0.3 better', the deviation between pairs."""
     found = difference(axis, new, old)
@@ -91,13 +91,13 @@ def difference_text(axis: Axis, new: Arm, old: Arm) -> str:
     return text + {1: " better", -1: " worse"}.get(verdict(axis, new, old) or 0, "")
 
 
-def value_text(axis: Axis, arm: Arm) -> str:
+def value_text(axis: Metric, arm: Group) -> str:
     """An arm's number on an axis, of several seeds with its deviation; a dash where there is none."""
     values = (axis.numbers[name].value for name in arm.members.values() if name in axis.numbers)
     return stat_text(values, axis.digits) + DOUBT * _doubtful(axis, arm)
 
 
-def best_of(axis: Axis, arms: Sequence[Arm]) -> Arm | None:
+def best_of(axis: Metric, arms: Sequence[Group]) -> Group | None:
     """The arm that is better than every other on an axis, beyond chance."""
     there = [arm for arm in arms if any(name in axis.numbers for name in arm.members.values())]
     for arm in there if len(there) > 1 else ():
@@ -108,7 +108,7 @@ def best_of(axis: Axis, arms: Sequence[Arm]) -> Arm | None:
 
 def headline_table(results: Results) -> Table:
     """Every axis, arms side by side, then what each differs by from the first."""
-    arms, axes = arms_of(results), axes_of(results)
+    arms, axes = groups_of(results), metrics_of(results)
     first, *others = arms
     seeds = any(len(arm.members) > 1 for arm in arms)
     unit = "at the same seed" if seeds else "[95 %]"
@@ -151,17 +151,17 @@ def _meaning(first: str, seeds: bool) -> list[str]:
 
 def pairs_table(results: Results) -> Table | None:
     """Differences between arms that are not the first; None without two such arms."""
-    _, *others = arms_of(results)
+    _, *others = groups_of(results)
     pairs = [(new, old) for i, new in enumerate(others) for old in others[:i]]
     if not pairs:
         return None
-    axes = [axis for axis in axes_of(results) if axis.better]
+    axes = [axis for axis in metrics_of(results) if axis.better]
     head = ("", *(f"{new.title} − {old.title}" for new, old in pairs))
     rows = [(a.title + ARROWS[a.better], *(difference_text(a, new, old) for new, old in pairs)) for a in axes]
     return Table("pairs", "Differences between the others", head, tuple(rows), ("As in the table above.",))
 
 
-def _group(axis: Axis) -> str:
+def _group(axis: Metric) -> str:
     """What stands between two lines of the headline."""
     if axis.suite in ORDER:
         return "pictures" if ORDER.index(axis.suite) < ORDER.index("imagenet-c") else axis.suite
@@ -170,7 +170,7 @@ def _group(axis: Axis) -> str:
 
 def summary(results: Results) -> list[str]:
     """What the headline says, in a sentence for each arm beside the first."""
-    arms, axes = arms_of(results), axes_of(results)
+    arms, axes = groups_of(results), metrics_of(results)
     first, *others = arms
     said = []
     for other in others:
@@ -225,7 +225,7 @@ def caution(results: Results) -> list[str]:
     """How far the numbers of trainings carry, and whether their attacks did anything; nothing without trainings."""
     if "training" not in results:
         return []
-    arms, runs = arms_of(results), results["training"]["runs"]
+    arms, runs = groups_of(results), results["training"]["runs"]
     fewest = min(len(arm.members) for arm in arms)
     said = [
         f"Numbers are means over at least {fewest} seeds, ± the standard deviation between them."
@@ -242,19 +242,19 @@ def caution(results: Results) -> list[str]:
     return said
 
 
-def changed_words(run: Run) -> float | None:
+def changed_words(run: TrainingRun) -> float | None:
     """Percent of visual words changed in the last epoch, None for training without an adversary."""
     values = [value for _, value in run["curves"].get("changed_words", []) if value is not None]
     return 100 * values[-1] if values else None
 
 
-def _told(axis: Axis, value: str) -> str:
+def _told(axis: Metric, value: str) -> str:
     """'ImageNet: 84.58 against 83.60 %'."""
     title = axis.title.removesuffix(" (%)")
     return f"{title}: {value}{'' if title == axis.title else ' %'}"
 
 
-def judged_axes(axes: Sequence[Axis], new: Arm, old: Arm) -> Iterator[tuple[Axis, int]]:
+def judged_axes(axes: Sequence[Metric], new: Group, old: Group) -> Iterator[tuple[Metric, int]]:
     """One axis of each measurement that both share, with its verdict: the first that has one speaks for it."""
     seen = set()
     for axis in axes:
@@ -272,12 +272,12 @@ NEAR = 2  # published rows of a column that are shown at once: so many of the be
 def published_tables(results: Results) -> list[Table]:
     """Published rows beside the whole, official measurements: the references, the best and the nearest at once, the
     others folded away. Nothing where there is nothing that may stand beside."""
-    axes = [axis for axis in axes_of(results) if axis.published in COLUMNS]
+    axes = [axis for axis in metrics_of(results) if axis.published in COLUMNS]
     columns = [key for key in COLUMNS if any(axis.published == key for axis in axes)]
     if not columns:
         return []
     own = []
-    for arm in arms_of(results):
+    for arm in groups_of(results):
         name = next(iter(arm.members.values()))
         found = {axis.published: axis for axis in axes if name in axis.numbers}
         if found:
@@ -298,7 +298,7 @@ def published_tables(results: Results) -> list[Table]:
     return tables
 
 
-def _near(rows: Sequence[Published], columns: Sequence[str], axes: Sequence[Axis]) -> list[Published]:
+def _near(rows: Sequence[Published], columns: Sequence[str], axes: Sequence[Metric]) -> list[Published]:
     """The rows that a reader wants to see at once."""
     near = [row for row in rows if row.reference]
     for key in columns:

@@ -8,31 +8,30 @@ from dataclasses import dataclass
 
 from mae_dat.robustness.corruptions import CATEGORIES, SEVERITIES
 from mae_dat.robustness.report import charts, comparison, tables
-from mae_dat.robustness.report.groups import Arm, arms_of
+from mae_dat.robustness.report.groups import Group, groups_of
 from mae_dat.robustness.report.metrics import (
-    Axis,
+    Metric,
     Variant,
-    axes_of,
-    cues_of,
     kind_of,
     kinds_of,
     mean_of,
+    metrics_of,
     scores_of,
     severity_means,
     variants,
 )
 from mae_dat.robustness.report.published import COLUMNS, published_rows
 from mae_dat.robustness.scores.accuracy import (
-    ModelScores,
-    Stat,
-    accuracy,
+    CorruptionCounts,
+    SeedStatistics,
     category_errors,
-    coverage,
-    error,
+    cue_coverage,
     severity_errors,
-    shape_share,
+    shape_bias,
+    top1_accuracy,
+    top1_error,
 )
-from mae_dat.robustness.scores.results import Curve, Results, Training
+from mae_dat.robustness.scores.results import Results, TrainingCurve, TrainingFacts
 
 CURVES = {
     "train_loss": "training loss",
@@ -42,7 +41,7 @@ CURVES = {
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportFigure:
     """One figure of the page; a chart's `png` is also written to figures/`name`."""
 
     name: str
@@ -67,15 +66,15 @@ def of_kind(results: Results, kind: str) -> list[Variant]:
     return [one for one in variants(results) if kind_of(results["cells"][one.models[0]][one.suite]) == kind]
 
 
-def _said(values: Mapping[str, Stat | None], digits: int = 1) -> str:
+def _said(values: Mapping[str, SeedStatistics | None], digits: int = 1) -> str:
     """Every arm's number in words: the text alternative of charts."""
     return ", ".join(f"{title} {stat.text(digits) if stat else tables.NOTHING}" for title, stat in values.items())
 
 
-def gains_picture(results: Results) -> Picture | None:
+def gains_picture(results: Results) -> ReportFigure | None:
     """What every arm gains over the first on each suite, with its interval; None for a single one."""
-    axes = axes_of(results)
-    first, *others = arms_of(results)
+    axes = metrics_of(results)
+    first, *others = groups_of(results)
     judged = [(other, [axis for axis, _ in comparison.judged_axes(axes, other, first)]) for other in others]
     rows = [axis for axis in axes if any(axis in own for _, own in judged)]
     if not rows:
@@ -93,12 +92,12 @@ def gains_picture(results: Results) -> Picture | None:
     )
     alt = f"Dot plot of the differences to {first.title} with their intervals; the table below holds the numbers."
     png = charts.dot_plot(names, series, f"gain over {first.title}", zero=True)
-    return Picture("gains.png", png, alt, caption)
+    return ReportFigure("gains.png", png, alt, caption)
 
 
-def arms_picture(results: Results, axes: Mapping[str, Axis]) -> Picture | None:
+def arms_picture(results: Results, axes: Mapping[str, Metric]) -> ReportFigure | None:
     """What many arms gain over the first, a row each, on clean and on corrupted pictures; None without intervals."""
-    first, *others = arms_of(results)
+    first, *others = groups_of(results)
     series: list[charts.Series] = []
     for title in ("clean", "corruption error"):
         points = [
@@ -118,24 +117,24 @@ def arms_picture(results: Results, axes: Mapping[str, Axis]) -> Picture | None:
     alt = f"Dot plot of the differences to {first.title} with their intervals; the tables below hold the numbers."
     names = [other.title for other in others]
     png = charts.dot_plot(names, series, f"points gained over {first.title}", zero=True)
-    return Picture("arms.png", png, alt, caption)
+    return ReportFigure("arms.png", png, alt, caption)
 
 
-def _short(axis: Axis) -> str:
+def _short(axis: Metric) -> str:
     """An axis's title where there is little room."""
     title = re.sub(r" \((?:%|0–1)\)$", "", axis.title)
     return title.replace("mean corruption error", "mean error").replace(" of the words", "")
 
 
-def published_picture(results: Results) -> Picture | None:
+def published_picture(results: Results) -> ReportFigure | None:
     """Every network among the published rows; None where none of them may stand there."""
-    axes = [axis for axis in axes_of(results) if axis.published in COLUMNS]
+    axes = [axis for axis in metrics_of(results) if axis.published in COLUMNS]
     columns = [key for key in COLUMNS if any(axis.published == key for axis in axes)]
     if not columns:
         return None
     series = [
         series_of(arm, [(columns.index(a.published), _value(a, arm)) for a in axes], flat=True)
-        for arm in arms_of(results)
+        for arm in groups_of(results)
     ]
     others = tuple(
         (value, float(number), 0.0)
@@ -145,7 +144,7 @@ def published_picture(results: Results) -> Picture | None:
     )
     shown = [*(one for one in series if one.points), charts.Series("published", 6, others)]
     names = [re.sub(r" \(%\)(?= [↑↓])", "", COLUMNS[key]) for key in columns]
-    return Picture(
+    return ReportFigure(
         "published.png",
         charts.dot_plot(names, shown, "% (mCE: in units of AlexNet's error)"),
         "Dot plot of the networks among the published rows; the table of published rows holds the numbers.",
@@ -154,7 +153,7 @@ def published_picture(results: Results) -> Picture | None:
     )
 
 
-def _gain(axis: Axis, new: Arm, old: Arm, row: int) -> charts.Point:
+def _gain(axis: Metric, new: Group, old: Group, row: int) -> charts.Point:
     """The difference in points, more is better; the longer half of its interval."""
     found = comparison.difference(axis, new, old)
     assert found is not None, "judged axes have one"
@@ -164,20 +163,20 @@ def _gain(axis: Axis, new: Arm, old: Arm, row: int) -> charts.Point:
     return axis.better * scale * found.gap, float(row), scale * max(high - found.gap, found.gap - low)
 
 
-def _value(axis: Axis, arm: Arm) -> Stat | None:
+def _value(axis: Metric, arm: Group) -> SeedStatistics | None:
     return arm.stat(lambda name: axis.numbers[name].value if name in axis.numbers else None)
 
 
-def series_of(arm: Arm, points: Iterable[tuple[float, Stat | None]], flat: bool = False) -> charts.Series:
+def series_of(arm: Group, points: Iterable[tuple[float, SeedStatistics | None]], flat: bool = False) -> charts.Series:
     """(position, statistic) pairs as a line of means with error bars; `flat`: positions are rows, values go across."""
     known = [(at, stat) for at, stat in points if stat is not None]
     found = ((s.mean, float(at), s.spread) if flat else (float(at), s.mean, s.spread) for at, s in known)
     return charts.Series(arm.title, arm.style, tuple(found))
 
 
-def overview(results: Results, variant: Variant, number: int) -> list[Picture]:
+def overview(results: Results, variant: Variant, number: int) -> list[ReportFigure]:
     """Dots by category, and lines over severities: of all corruptions, and of each category."""
-    arms = arms_of(results, variant.models)
+    arms = groups_of(results, variant.models)
     scores = {model: scores_of(results, model, variant.suite) for model in variant.models}
     rows = {model: {"mean of all": mean_of(own), **category_errors(own)} for model, own in scores.items()}
     kinds = [kind for kind in ("mean of all", *CATEGORIES) if any(kind in found for found in rows.values())]
@@ -191,13 +190,13 @@ def overview(results: Results, variant: Variant, number: int) -> list[Picture]:
     panels = {"mean of the corruptions": [_over_severities(arm, scores, None) for arm in arms]}
     label = "severity (0 = clean)" if any(own["clean"]["total"] for own in scores.values()) else "severity"
     found = [
-        Picture(
+        ReportFigure(
             f"{number}-categories.png",
             charts.dot_plot(kinds, dots, "error (%)"),
             f"Dot plot of the error by kind of corruption. {said}",
             "Error by kind of corruption, each averaged over severities. Further left is better.",
         ),
-        Picture(
+        ReportFigure(
             f"{number}-severity.png",
             charts.severity_plot(panels, label),
             f"Line plot of the error against severity. {said}",
@@ -208,40 +207,40 @@ def overview(results: Results, variant: Variant, number: int) -> list[Picture]:
         panels = {kind: [_over_severities(arm, scores, kind) for arm in arms] for kind in kinds[1:]}
         alt = "Line plots of the error against severity by kind of corruption; the table below holds the numbers."
         png = charts.severity_plot(panels, label)
-        found.append(Picture(f"{number}-severity-kinds.png", png, alt, "The same by kind of corruption."))
+        found.append(ReportFigure(f"{number}-severity-kinds.png", png, alt, "The same by kind of corruption."))
     return found
 
 
-def _over_severities(arm: Arm, scores: Mapping[str, ModelScores], kind: str | None) -> charts.Series:
+def _over_severities(arm: Group, scores: Mapping[str, CorruptionCounts], kind: str | None) -> charts.Series:
     """Error against severity over all corruptions, or one kind; at 0 that of as many clean pictures."""
     own = {name: scores[name] for name in arm.members.values()}
     lines = {name: severity_errors(one, CATEGORIES[kind]) if kind else severity_means(one) for name, one in own.items()}
-    clean = Stat.of(error(one["clean"]) for one in own.values() if one["clean"]["total"])
+    clean = SeedStatistics.of(top1_error(one["clean"]) for one in own.values() if one["clean"]["total"])
     every = sorted({severity for line in lines.values() for severity in line})
-    points = [(severity, Stat.of(line.get(severity) for line in lines.values())) for severity in every]
+    points = [(severity, SeedStatistics.of(line.get(severity) for line in lines.values())) for severity in every]
     return series_of(arm, [(0, clean), *points])
 
 
 Grid = list[list[float | None]]
 
 
-def heat_maps(results: Results, variant: Variant, number: int) -> list[Picture]:
+def heat_maps(results: Results, variant: Variant, number: int) -> list[ReportFigure]:
     """A map of each arm, the mean of its seeds, and of what each differs by from the first."""
-    maps = {arm.title: grid_of(results, variant, arm) for arm in arms_of(results, variant.models)}
+    maps = {arm.title: grid_of(results, variant, arm) for arm in groups_of(results, variant.models)}
     names, breaks = rows_of(results, variant)
     first, *others = maps
     columns = [str(severity) for severity in SEVERITIES]
-    found: list[Picture] = []
+    found: list[ReportFigure] = []
     for title, values in maps.items():
         png = charts.heat_map(names, columns, values, breaks)
         alt = f"Heat map of the error of {title} by corruption and severity; report.csv holds the counts."
         caption = f"{title}: error in percent. Darker is worse."
-        found.append(Picture(f"{number}-heat-{len(found) + 1}.png", png, alt, caption))
+        found.append(ReportFigure(f"{number}-heat-{len(found) + 1}.png", png, alt, caption))
     for at, title in enumerate(others, 2):
         png = charts.heat_map(names, columns, differences(maps[title], maps[first]), breaks, difference=True)
         what = f"{title} − {first}: difference of errors in points"
         caption = f"{what}. Green: {title} is better; brown: {first}."
-        found.append(Picture(f"{number}-difference-{at}.png", png, f"Heat map. {what}.", caption))
+        found.append(ReportFigure(f"{number}-difference-{at}.png", png, f"Heat map. {what}.", caption))
     return found
 
 
@@ -252,13 +251,13 @@ def rows_of(results: Results, variant: Variant) -> tuple[list[str], list[int]]:
     return names, [i for i in range(1, len(names)) if kinds[names[i]] != kinds[names[i - 1]]]
 
 
-def grid_of(results: Results, variant: Variant, arm: Arm) -> Grid:
+def grid_of(results: Results, variant: Variant, arm: Group) -> Grid:
     """The error in percent by corruption and severity, mean of an arm's seeds."""
     names, _ = rows_of(results, variant)
     cells = [results["cells"][model][variant.suite] for model in arm.members.values()]
 
     def mean(name: str, severity: int) -> float | None:
-        stat = Stat.of(error(own[f"{name}/{severity}"]) for own in cells if f"{name}/{severity}" in own)
+        stat = SeedStatistics.of(top1_error(own[f"{name}/{severity}"]) for own in cells if f"{name}/{severity}" in own)
         return None if stat is None else stat.mean
 
     return [[mean(name, severity) for severity in SEVERITIES] for name in names]
@@ -274,15 +273,18 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
 
 
-def shape_pictures(results: Results) -> list[Picture]:
+def shape_pictures(results: Results) -> list[ReportFigure]:
     """Shape bias, a picture a suite that tells it."""
     found = []
     for number, variant in enumerate(of_kind(results, "shape"), 1):
-        cues = {model: cues_of(results["cells"][model][variant.suite][""]) for model in variant.models}
+        cues = {model: results["cells"][model][variant.suite][""] for model in variant.models}
         series, notes, said = [], [], {}
-        for arm in arms_of(results, variant.models):
+        for arm in groups_of(results, variant.models):
             own = [cues[name] for name in arm.members.values()]
-            bias, covered = Stat.of(map(shape_share, own)), Stat.of(100 * coverage(one) for one in own)
+            bias, covered = (
+                SeedStatistics.of(map(shape_bias, own)),
+                SeedStatistics.of(100 * cue_coverage(one) for one in own),
+            )
             if bias is not None and covered is not None:
                 series.append(series_of(arm, [(0, bias)], flat=True))
                 notes.append(f"coverage {covered.mean:.0f} %")
@@ -293,11 +295,11 @@ def shape_pictures(results: Results) -> list[Picture]:
                 f"{variant.title}: pictures whose shape and texture belong to different classes. Shape answers among "
                 "shape and texture answers; coverage is the share of pictures answered with either."
             )
-            found.append(Picture(f"shape-bias-{number}.png", charts.shape_plot(series, notes), alt, caption))
+            found.append(ReportFigure(f"shape-bias-{number}.png", charts.shape_plot(series, notes), alt, caption))
     return found
 
 
-def words_picture(results: Results) -> Picture:
+def words_picture(results: Results) -> ReportFigure:
     """Accuracy against the share of changed words, a panel a kind of attack."""
     panels = {}
     for variant in of_kind(results, "words"):
@@ -307,14 +309,17 @@ def words_picture(results: Results) -> Picture:
             series_of(
                 arm,
                 [
-                    (100 * float(share), Stat.of(accuracy(cells[name][share]) for name in arm.members.values()))
+                    (
+                        100 * float(share),
+                        SeedStatistics.of(top1_accuracy(cells[name][share]) for name in arm.members.values()),
+                    )
                     for share in shares
                 ],
             )
-            for arm in arms_of(results, variant.models)
+            for arm in groups_of(results, variant.models)
         ]
     last = ", ".join(f"{one.label}, {title} {one.points[-1][1]:.1f}" for title, own in panels.items() for one in own)
-    return Picture(
+    return ReportFigure(
         "words.png",
         charts.severity_plot(panels, "visual words changed, up to (%)", "accuracy (%)"),
         f"Line plots of the accuracy against the share of changed words. At the largest, in percent: {last}.",
@@ -322,7 +327,7 @@ def words_picture(results: Results) -> Picture:
     )
 
 
-def curve_pictures(training: Training, arms: Sequence[Arm]) -> list[Picture]:
+def curve_pictures(training: TrainingFacts, arms: Sequence[Group]) -> list[ReportFigure]:
     """Pretraining's curves, then one chart a curve of the trainings, all arms and seeds in it."""
     first = {key: [charts.Series("pretraining", 6, _points(c, key))] for key, c in training["pretraining"].items()}
     runs, found = training["runs"], []
@@ -338,11 +343,11 @@ def curve_pictures(training: Training, arms: Sequence[Arm]) -> list[Picture]:
                 png = charts.curve_plot(series, CURVES.get(key, key))
                 caption = title + ("." if len(series) == 1 else "; one line for each seed.")
                 found.append(
-                    Picture(f"{_slug(f'{stage} {key}')}.png", png, f"Line plot over epochs. {title}.", caption)
+                    ReportFigure(f"{_slug(f'{stage} {key}')}.png", png, f"Line plot over epochs. {title}.", caption)
                 )
     return found
 
 
-def _points(curve: Curve, key: str) -> tuple[charts.Point, ...]:
+def _points(curve: TrainingCurve, key: str) -> tuple[charts.Point, ...]:
     scale = 100 if key == "changed_words" else 1
     return tuple((epoch, scale * value, 0.0) for epoch, value in curve if epoch is not None and value is not None)

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from mae_dat.robustness.scores.accuracy import Stat
+from mae_dat.robustness.scores.accuracy import SeedStatistics
 from mae_dat.robustness.scores.results import Results
 
 
 @dataclass(frozen=True)
-class Arm:
+class Group:
     """The networks of one training, by seed; a network of which nothing is known is an arm of its own."""
 
     title: str
@@ -17,28 +17,28 @@ class Arm:
     members: dict[int, str]
     """Seed -> name of the network."""
 
-    def stat(self, value: Callable[[str], float | None]) -> Stat | None:
+    def stat(self, value: Callable[[str], float | None]) -> SeedStatistics | None:
         """Mean and deviation of one number over the seeds that have it."""
-        return Stat.of(map(value, self.members.values()))
+        return SeedStatistics.of(map(value, self.members.values()))
 
 
-def arms_of(results: Results, models: Collection[str] | None = None) -> list[Arm]:
+def groups_of(results: Results, models: Collection[str] | None = None) -> list[Group]:
     """The arms in order, of these networks alone if given; colours do not depend on that."""
     runs = results["training"]["runs"] if "training" in results else {}
     titles = titles_of(results)
-    found: dict[str, Arm] = {}
+    found: dict[str, Group] = {}
     for name in results["models"]:
         run = runs.get(name)
         key, title, seed = (run["arm"], run["label"], run["seed"]) if run else (name, titles[name], 0)
-        arm = found.setdefault(key, Arm(title, len(found), {}))
+        arm = found.setdefault(key, Group(title, len(found), {}))
         if models is None or name in models:
             arm.members[seed] = name
     return [arm for arm in found.values() if arm.members]
 
 
-def twins(results: Results) -> tuple[str, str] | None:
+def same_seed_pair(results: Results) -> tuple[str, str] | None:
     """A network of the first arm and one of the last, of the same seed where there is one; None for a single arm."""
-    first, *_, last = arms_of(results) * 2
+    first, *_, last = groups_of(results) * 2
     shared = [seed for seed in first.members if seed in last.members]
     one, other = (arm.members[shared[0]] if shared else next(iter(arm.members.values())) for arm in (first, last))
     return (one, other) if one != other else None

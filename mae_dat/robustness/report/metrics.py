@@ -11,21 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
-from mae_dat.robustness.report.groups import arms_of
+from mae_dat.robustness.report.groups import groups_of
 from mae_dat.robustness.scores.accuracy import (
-    Cells,
+    CorruptionCounts,
     Count,
-    ModelScores,
-    ShapeBias,
-    accuracy,
-    coverage,
-    error,
-    mean_error,
+    cue_coverage,
     severity_errors,
-    shape_share,
+    shape_bias,
+    top1_accuracy,
+    top1_error,
+    unnormalized_mce,
 )
 from mae_dat.robustness.scores.corruption_error import ALEXNET, mce
-from mae_dat.robustness.scores.results import CellCount, Results, Suite
+from mae_dat.robustness.scores.results import Results, SuiteFacts
 
 CLEAN = ("imagenet", "clean")
 ORDER = (
@@ -45,7 +43,7 @@ HEADLINE_SHARE = 0.05  # of changed words; the whole curve has a table of its ow
 Z = statistics.NormalDist().inv_cdf(0.975)
 
 
-class Term(NamedTuple):
+class WeightedCount(NamedTuple):
     """A number's part: so many times the share of right answers of a cell."""
 
     weight: float
@@ -53,17 +51,17 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Number:
+class MetricValue:
     """A value, and the terms that it is made of, up to a constant; none where it is no sum of shares."""
 
     value: float
-    terms: tuple[Term, ...] = ()
+    terms: tuple[WeightedCount, ...] = ()
     doubtful: bool = False
     """Whether a check of the attack failed."""
 
 
 @dataclass(frozen=True, eq=False)
-class Axis:
+class Metric:
     """One number of every network that was asked the same."""
 
     key: str
@@ -72,7 +70,7 @@ class Axis:
     title: str
     better: int
     """+1 where more is better, -1 where less is, 0 where neither."""
-    numbers: dict[str, Number]
+    numbers: dict[str, MetricValue]
     """By network, in the order of the results."""
     published: str = ""
     """Column of the published table that this may stand in: only whole, official pictures."""
@@ -85,7 +83,7 @@ class Variant(NamedTuple):
     suite: str
     title: str
     models: tuple[str, ...]
-    facts: Suite
+    facts: SuiteFacts
     """Of the first of them."""
 
 
@@ -168,22 +166,18 @@ def pixels_text(size: Sequence[int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]} × {size[1]}"
 
 
-def kind_of(cells: dict[str, CellCount]) -> str:
+def kind_of(cells: dict[str, Count]) -> str:
     """What a suite is, as its cells tell: plain, shape, corruptions or words."""
     if "" in cells:
         return "shape" if "shape" in cells[""] else "plain"
     return "corruptions" if all("/" in cell for cell in cells) else "words"
 
 
-def cues_of(count: CellCount) -> ShapeBias:
-    """The answers on cue-conflict pictures."""
-    return {"shape": count["shape"], "texture": count["texture"], "total": count["total"]}
-
-
-def scores_of(results: Results, model: str, suite: str) -> ModelScores:
+def scores_of(results: Results, model: str, suite: str) -> CorruptionCounts:
     """The corruptions of a suite, and the clean pictures that they may be held against: as many, of the same network;
     otherwise none were counted."""
-    cells, corruptions = results["cells"][model], Cells()
+    cells = results["cells"][model]
+    corruptions: dict[str, dict[str, Count]] = {}
     for cell, count in cells[suite].items():
         name, _, severity = cell.partition("/")
         corruptions.setdefault(name, {})[severity] = {"correct": count["correct"], "total": count["total"]}
@@ -197,7 +191,7 @@ def scores_of(results: Results, model: str, suite: str) -> ModelScores:
 # ---- the axes ----
 
 
-def axes_of(results: Results) -> list[Axis]:
+def metrics_of(results: Results) -> list[Metric]:
     """Every axis of the headline, in order; one without a number is left out."""
     makers = {"plain": _plain, "shape": _shape, "corruptions": _corruptions, "words": _words}
     found = [
@@ -214,13 +208,13 @@ def _axis(
     key: str,
     title: str,
     better: int,
-    value: Callable[[str], Number | None],
+    value: Callable[[str], MetricValue | None],
     published: str = "",
-) -> Axis:
+) -> Metric:
     numbers = {model: number for model in variant.models if (number := value(model)) is not None}
     pictures = min(sum(cell["total"] for _, cell in number.terms[:1]) for number in numbers.values()) if numbers else 0
     whole = variant.facts["official"] and not variant.facts["missing"]
-    return Axis(key, variant.suite, title, better, numbers, published if whole else "", 2 if pictures >= 5_000 else 1)
+    return Metric(key, variant.suite, title, better, numbers, published if whole else "", 2 if pictures >= 5_000 else 1)
 
 
 def _subset(variant: Variant) -> str:
@@ -236,72 +230,74 @@ def doubtful(results: Results, model: str, suite: str) -> bool:
     return not all(check["passed"] for name in {suite, shared} for check in checks.get(name, []))
 
 
-def _plain(results: Results, variant: Variant) -> Iterator[Axis]:
+def _plain(results: Results, variant: Variant) -> Iterator[Metric]:
     suite = variant.suite
 
-    def right(model: str) -> Number:
+    def right(model: str) -> MetricValue:
         count = results["cells"][model][suite][""]
-        return Number(accuracy(count), (Term(100.0, count),), doubtful(results, model, suite))
+        return MetricValue(top1_accuracy(count), (WeightedCount(100.0, count),), doubtful(results, model, suite))
 
     yield _axis(results, variant, suite, f"{variant.title} (%)", +1, right, suite + _subset(variant))
     if suite in CLEAN:
         ece = {model: results["calibration"].get(model, {}).get(suite, {}).get("ece") for model in variant.models}
         title = f"{variant.title}: calibration error, ECE (%)"
-        numbers = {model: Number(100 * value) for model, value in ece.items() if value is not None}
-        yield Axis(f"{suite}/ece", suite, title, -1, numbers)
+        numbers = {model: MetricValue(100 * value) for model, value in ece.items() if value is not None}
+        yield Metric(f"{suite}/ece", suite, title, -1, numbers)
 
 
-def _shape(results: Results, variant: Variant) -> Iterator[Axis]:
+def _shape(results: Results, variant: Variant) -> Iterator[Metric]:
     suite = variant.suite
 
-    def bias(model: str) -> Number | None:
-        cues = cues_of(results["cells"][model][suite][""])
-        share = shape_share(cues)
-        terms = (Term(1.0, {"correct": cues["shape"], "total": cues["shape"] + cues["texture"]}),)
-        return None if share is None else Number(share, terms)
+    def bias(model: str) -> MetricValue | None:
+        cues = results["cells"][model][suite][""]
+        share = shape_bias(cues)
+        terms = (WeightedCount(1.0, {"correct": cues["shape"], "total": cues["shape"] + cues["texture"]}),)
+        return None if share is None else MetricValue(share, terms)
 
-    def covered(model: str) -> Number:
-        cues = cues_of(results["cells"][model][suite][""])
+    def covered(model: str) -> MetricValue:
+        cues = results["cells"][model][suite][""]
         answered: Count = {"correct": cues["shape"] + cues["texture"], "total": cues["total"]}
-        return Number(100 * coverage(cues), (Term(100.0, answered),))
+        return MetricValue(100 * cue_coverage(cues), (WeightedCount(100.0, answered),))
 
     title = f"{variant.title}: shape bias (0–1)"
     yield replace(_axis(results, variant, f"{suite}/bias", title, +1, bias), digits=3)
     yield _axis(results, variant, f"{suite}/coverage", f"{variant.title}: coverage (%)", 0, covered)
 
 
-def _words(results: Results, variant: Variant) -> Iterator[Axis]:
+def _words(results: Results, variant: Variant) -> Iterator[Metric]:
     suite, cells = variant.suite, results["cells"][variant.models[0]][variant.suite]
     shares = [cell for cell in cells if float(cell) > 0] or list(cells)
     share = min(shares, key=lambda cell: abs(float(cell) - HEADLINE_SHARE))
 
-    def right(model: str) -> Number:
+    def right(model: str) -> MetricValue:
         count = results["cells"][model][suite][share]
-        return Number(accuracy(count), (Term(100.0, count),), doubtful(results, model, suite))
+        return MetricValue(top1_accuracy(count), (WeightedCount(100.0, count),), doubtful(results, model, suite))
 
     title = f"{variant.title}, {100 * float(share):g} % of the words (%)"
     yield _axis(results, variant, f"{suite}/{share}", title, +1, right)
 
 
-def _corruptions(results: Results, variant: Variant) -> Iterator[Axis]:
+def _corruptions(results: Results, variant: Variant) -> Iterator[Metric]:
     suite = variant.suite
     scores = {model: scores_of(results, model, suite) for model in variant.models}
 
-    def mean(model: str) -> Number | None:
+    def mean(model: str) -> MetricValue | None:
         cells = scores[model]["corruptions"]
         usual = [name for name in CORRUPTIONS if name in cells]
         names = usual or list(cells)
         weights = [
-            Term(-100 / len(names) / len(cells[name]), count) for name in names for count in cells[name].values()
+            WeightedCount(-100 / len(names) / len(cells[name]), count)
+            for name in names
+            for count in cells[name].values()
         ]
-        return Number(mean_of(scores[model]), tuple(weights))
+        return MetricValue(mean_of(scores[model]), tuple(weights))
 
-    def normalised(relative: bool) -> Callable[[str], Number | None]:
+    def normalised(relative: bool) -> Callable[[str], MetricValue | None]:
         return lambda model: _mce(scores[model], relative)
 
-    arms = arms_of(results, variant.models)
+    arms = groups_of(results, variant.models)
 
-    def against_first(model: str) -> Number | None:
+    def against_first(model: str) -> MetricValue | None:
         seed = next(seed for arm in arms for seed, member in arm.members.items() if member == model)
         first = arms[0].members.get(seed)
         return None if len(arms) < 2 or first is None else _tried(lambda: mce(scores[model], scores[first]))
@@ -316,14 +312,16 @@ def _corruptions(results: Results, variant: Variant) -> Iterator[Axis]:
         yield _axis(results, variant, f"{suite}/mce-first", title, -1, against_first)
 
 
-def mean_of(scores: ModelScores) -> float:
+def mean_of(scores: CorruptionCounts) -> float:
     """Mean corruption error in percent over the 15, or over all where the suite has others."""
     if any(name in CORRUPTIONS for name in scores["corruptions"]):
-        return mean_error(scores)
-    return statistics.fmean(statistics.fmean(map(error, cells.values())) for cells in scores["corruptions"].values())
+        return unnormalized_mce(scores)
+    return statistics.fmean(
+        statistics.fmean(map(top1_error, cells.values())) for cells in scores["corruptions"].values()
+    )
 
 
-def severity_means(scores: ModelScores) -> dict[int, float]:
+def severity_means(scores: CorruptionCounts) -> dict[int, float]:
     """Error in percent at each severity, over the same corruptions as `mean_of`."""
     names = [name for name in scores["corruptions"] if name in CORRUPTIONS] or list(scores["corruptions"])
     return severity_errors(scores, names)
@@ -337,26 +335,28 @@ def kinds_of(names: Iterable[str]) -> dict[str, str]:
     return {name: known.get(name, other) for name in listed}
 
 
-def _tried(value: Callable[[], float]) -> Number | None:
+def _tried(value: Callable[[], float]) -> MetricValue | None:
     """None where not all that it needs was measured."""
     try:
-        return Number(value())
+        return MetricValue(value())
     except ValueError:
         return None
 
 
-def _mce(scores: ModelScores, relative: bool) -> Number | None:
+def _mce(scores: CorruptionCounts, relative: bool) -> MetricValue | None:
     """AlexNet-normalised, with the terms of its sum."""
     number = _tried(lambda: mce(scores, relative=relative))
     if number is None:
         return None
     cells, baseline = scores["corruptions"], ALEXNET["corruptions"]
-    less = error(ALEXNET["clean"]) if relative else 0.0
-    divisors = {name: sum(error(count) - less for count in baseline[name].values()) for name in CORRUPTIONS}
+    less = top1_error(ALEXNET["clean"]) if relative else 0.0
+    divisors = {name: sum(top1_error(count) - less for count in baseline[name].values()) for name in CORRUPTIONS}
     scale = 100 * 100 / len(CORRUPTIONS)
-    terms = [Term(-scale / divisors[name], count) for name in CORRUPTIONS for count in cells[name].values()]
+    terms = [WeightedCount(-scale / divisors[name], count) for name in CORRUPTIONS for count in cells[name].values()]
     if relative:
-        terms.append(Term(sum(scale * len(cells[name]) / divisors[name] for name in CORRUPTIONS), scores["clean"]))
+        terms.append(
+            WeightedCount(sum(scale * len(cells[name]) / divisors[name] for name in CORRUPTIONS), scores["clean"])
+        )
     return replace(number, terms=tuple(terms))
 
 
@@ -379,7 +379,7 @@ def share_difference(new: Count, old: Count) -> tuple[float, float]:
     return gap - math.hypot(share - low, old_high - old_share), gap + math.hypot(high - share, old_share - old_low)
 
 
-def interval(new: Number, old: Number) -> tuple[float, float] | None:
+def interval(new: MetricValue, old: MetricValue) -> tuple[float, float] | None:
     """The 95 % interval of new.value - old.value; None where a number is no sum of counted shares.
 
     The intervals of the cells are added up. That is the widest that they can give, as if every picture were as hard

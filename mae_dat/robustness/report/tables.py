@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVERITIES
-from mae_dat.robustness.report.groups import Arm, arms_of, titles_of
+from mae_dat.robustness.report.groups import Group, groups_of, titles_of
 from mae_dat.robustness.report.metrics import (
     Variant,
     kind_of,
@@ -19,9 +19,15 @@ from mae_dat.robustness.report.metrics import (
     suites_of,
     variants,
 )
-from mae_dat.robustness.scores.accuracy import ModelScores, Stat, accuracy, category_errors, corruption_error
+from mae_dat.robustness.scores.accuracy import (
+    CorruptionCounts,
+    SeedStatistics,
+    category_errors,
+    top1_accuracy,
+    unnormalized_ce,
+)
 from mae_dat.robustness.scores.corruption_error import corruption_errors, mce, severity_mce
-from mae_dat.robustness.scores.results import Contender, Results, Training
+from mae_dat.robustness.scores.results import ModelFacts, Results, TrainingFacts
 
 NOTHING, INFINITE = "–", "∞"
 OTHERWISE = 0.0002  # share of answers that bf16 may change before a reader is told that it is much
@@ -47,28 +53,28 @@ class Table:
 
 def stat_text(values: Iterable[float | None], digits: int) -> str:
     """'41.2', or '41.2 ± 0.3' of several seeds; a dash for what was not measured or is not finite."""
-    stat = Stat.of(value for value in values if value is not None and math.isfinite(value))
+    stat = SeedStatistics.of(value for value in values if value is not None and math.isfinite(value))
     return NOTHING if stat is None else stat.text(digits)
 
 
 # ---- corruptions ----
 
 
-def corruption_names(scores: Mapping[str, ModelScores]) -> list[str]:
+def corruption_names(scores: Mapping[str, CorruptionCounts]) -> list[str]:
     """Corruptions that any network has, in the usual order."""
     present = dict.fromkeys(name for one in scores.values() for name in one["corruptions"])
     usual = [name for name in CORRUPTIONS + EXTRA if name in present]
     return usual + [name for name in present if name not in usual]
 
 
-Summarized = Callable[[ModelScores], float]
+Summarized = Callable[[CorruptionCounts], float]
 MEANS = "means"
 
 
 def corruption_table(results: Results, variant: Variant) -> Table:
     """Error in percent of each corruption over severities, and for the official files its AlexNet-normalised CE, also
     relative to the clean error."""
-    arms = arms_of(results, variant.models)
+    arms = groups_of(results, variant.models)
     scores = {model: scores_of(results, model, variant.suite) for model in variant.models}
     official = variant.suite == "imagenet-c" and variant.facts["official"]
     names = corruption_names(scores)
@@ -115,7 +121,7 @@ def corruption_table(results: Results, variant: Variant) -> Table:
     return Table(key, variant.title, tuple(head), tuple(rows), tuple(notes), 2, breaks)
 
 
-def _number(value: Summarized, members: Sequence[ModelScores]) -> str:
+def _number(value: Summarized, members: Sequence[CorruptionCounts]) -> str:
     """One decimal; a dash where not all that it needs was measured."""
     try:
         return stat_text(map(value, members), 1)
@@ -123,32 +129,32 @@ def _number(value: Summarized, members: Sequence[ModelScores]) -> str:
         return NOTHING
 
 
-def _error_of(name: str, scores: ModelScores) -> float:
-    return corruption_error(scores["corruptions"][name])
+def _error_of(name: str, scores: CorruptionCounts) -> float:
+    return unnormalized_ce(scores["corruptions"][name])
 
 
-def _ce_of(name: str, scores: ModelScores, relative: bool = False) -> float:
-    one: ModelScores = {**scores, "corruptions": {name: scores["corruptions"][name]}}
+def _ce_of(name: str, scores: CorruptionCounts, relative: bool = False) -> float:
+    one: CorruptionCounts = {**scores, "corruptions": {name: scores["corruptions"][name]}}
     return corruption_errors(one, relative=relative)[name]
 
 
-def _relative_ce(name: str, scores: ModelScores) -> float:
+def _relative_ce(name: str, scores: CorruptionCounts) -> float:
     return _ce_of(name, scores, relative=True)
 
 
-def _kind_error(kind: str, scores: ModelScores) -> float:
+def _kind_error(kind: str, scores: CorruptionCounts) -> float:
     return category_errors(scores)[kind]
 
 
-def _kind_ce(kind: str, scores: ModelScores, relative: bool = False) -> float:
+def _kind_ce(kind: str, scores: CorruptionCounts, relative: bool = False) -> float:
     return mce(scores, relative=relative, names=CATEGORIES[kind])
 
 
-def _severity_error(severity: int, scores: ModelScores) -> float:
+def _severity_error(severity: int, scores: CorruptionCounts) -> float:
     return severity_means(scores)[severity]
 
 
-def _severity_ce(severity: int, scores: ModelScores) -> float:
+def _severity_ce(severity: int, scores: CorruptionCounts) -> float:
     return severity_mce(scores)[severity]
 
 
@@ -160,13 +166,13 @@ def words_table(results: Results) -> Table | None:
     own = [variant for variant in variants(results) if variant.suite.startswith("words")]
     if not own:
         return None
-    columns = [(variant, arm) for variant in own for arm in arms_of(results, variant.models)]
+    columns = [(variant, arm) for variant in own for arm in groups_of(results, variant.models)]
     cells = [[results["cells"][model][one.suite] for model in arm.members.values()] for one, arm in columns]
     shares = sorted({share for members in cells for found in members for share in found}, key=float)
     rows = [
         (
             f"{100 * float(share):g}",
-            *(stat_text((accuracy(one[share]) for one in members if share in one), 1) for members in cells),
+            *(stat_text((top1_accuracy(one[share]) for one in members if share in one), 1) for members in cells),
         )
         for share in shares
     ]
@@ -179,7 +185,7 @@ def calibration_table(results: Results) -> Table | None:
     """Every calibration number."""
     found = results["calibration"]
 
-    def text(arm: Arm, suite: str, key: str, scale: float, digits: int) -> str:
+    def text(arm: Group, suite: str, key: str, scale: float, digits: int) -> str:
         measured = [found.get(model, {}).get(suite, {}) for model in arm.members.values()]
         values = [one[key] for one in measured if key in one]
         finite = [scale * value for value in values if value is not None]
@@ -193,7 +199,7 @@ def calibration_table(results: Results) -> Table | None:
             *(text(arm, variant.suite, key, 1, 3) for key in ("nll", "brier")),
         )
         for variant in variants(results)
-        for arm in arms_of(results, variant.models)
+        for arm in groups_of(results, variant.models)
         if any(variant.suite in found.get(model, {}) for model in arm.members.values())
     ]
     head = ("network", "suite", "ECE (%) ↓", "RMS (%) ↓", "RMS, as released (%) ↓", "NLL ↓", "Brier ↓")
@@ -236,7 +242,7 @@ def precision_text(results: Results, model: str) -> str:
 def networks_table(results: Results) -> Table:
     """What was evaluated: a column each."""
 
-    def averaged(facts: Contender) -> str:
+    def averaged(facts: ModelFacts) -> str:
         return {None: "not known", True: "moving average", False: "as trained"}[facts["averaged"]]
 
     facts = list(results["models"].values())
@@ -278,7 +284,7 @@ def suites_table(results: Results) -> Table:
     return Table("suites", "Suites", head, tuple(rows), words=7)
 
 
-def runs_table(training: Training) -> Table:
+def runs_table(training: TrainingFacts) -> Table:
     """Seeds and minutes of every training, pretrainings first."""
     spent: dict[str, float | None] = {**training.get("cpu_seconds", {})} or {"pretraining": None}
     clock = [f"{training['seconds'] / 60:.1f}"] + [NOTHING] * (len(spent) - 1)
@@ -308,6 +314,6 @@ def not_measured(results: Results) -> list[str]:
     kinds = {kind_of(found) for own in results["cells"].values() for found in own.values()}
     if "corruptions" in kinds and "imagenet-c" not in suites_of(results):
         said.append("The official ImageNet-C files: no AlexNet-normalised mCE of the literature stands here.")
-    if any(len(arm.members) == 1 for arm in arms_of(results)):
+    if any(len(arm.members) == 1 for arm in groups_of(results)):
         said.append("The scatter between training runs, where a network is one checkpoint.")
     return said

@@ -12,10 +12,10 @@ from typing import Any
 
 from mae_dat.robustness.report import ablation, comparison, figures, tables
 from mae_dat.robustness.report import render as typeset
-from mae_dat.robustness.report.figures import Picture
-from mae_dat.robustness.report.groups import arms_of, titles_of
+from mae_dat.robustness.report.figures import ReportFigure
+from mae_dat.robustness.report.groups import groups_of, titles_of
 from mae_dat.robustness.report.tables import Table
-from mae_dat.robustness.scores.results import Results, Training, read_results
+from mae_dat.robustness.scores.results import Results, TrainingFacts, read_results
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -28,7 +28,7 @@ class Section:
 
     key: str
     title: str
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[ReportFigure, ...] = ()
     tables: tuple[Table, ...] = ()
 
 
@@ -104,7 +104,7 @@ def _sections(results: Results) -> list[Section]:
     if calibration:
         found.append(Section("calibration", calibration.title, tables=(calibration,)))
     if "training" in results:
-        curves = [] if many else figures.curve_pictures(results["training"], arms_of(results))
+        curves = [] if many else figures.curve_pictures(results["training"], groups_of(results))
         found.append(Section("training", "Training", tuple(curves), (tables.runs_table(results["training"]),)))
     return found
 
@@ -140,15 +140,15 @@ def _example(results: Results, example: Mapping[str, Any], folder: Path) -> dict
     return {"label": example["label"], "where": where, "answers": answers, "pictures": pictures, "lacking": lacking}
 
 
-def _galleries(training: Training, folder: Path) -> list[dict[str, Any]]:
+def _galleries(training: TrainingFacts, folder: Path) -> list[dict[str, Any]]:
     return [{**one, "picture": _picture(one["file"], one["caption"], folder)} for one in training["galleries"]]
 
 
-def _picture(file: str, alt: str, folder: Path) -> Picture | None:
+def _picture(file: str, alt: str, folder: Path) -> ReportFigure | None:
     """A PNG in `folder`; None for anything else."""
     path = (folder / file).resolve()
     png = path.read_bytes() if path.is_relative_to(folder.resolve()) and path.is_file() else b""
-    return Picture(path.name, png, alt, alt) if png.startswith(PNG_SIGNATURE) else None
+    return ReportFigure(path.name, png, alt, alt) if png.startswith(PNG_SIGNATURE) else None
 
 
 def main(arguments: Sequence[str]) -> None:

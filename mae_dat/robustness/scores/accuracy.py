@@ -5,7 +5,6 @@ the last digit. "Mean corruption error" is the unweighted mean over corruptions 
 error in percent. It is not the AlexNet-normalised mCE of the ImageNet-C paper, which needs the official files.
 """
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,61 +14,53 @@ from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
 
 
 class Count(TypedDict):
-    """`correct` of `total` pictures had the right top-1 class."""
+    """Predictions of one model on one set of images, such as one corruption at one severity."""
 
     correct: int
+    """Images whose top-1 class was right."""
     total: int
-
-
-class CleanCount(Count):
-    """`top5`: pictures whose class was among the five highest; absent with fewer than five classes."""
-
+    """All images, summed over ranks."""
     top5: NotRequired[int]
+    """Images whose class was among the five highest; absent with fewer than five classes."""
+    shape: NotRequired[int]
+    """Cue conflict: images classified by their shape."""
+    texture: NotRequired[int]
+    """Cue conflict: images classified by their texture."""
 
 
-class ShapeBias(TypedDict):
-    """Answers on cue-conflict pictures: the shape's class, the texture's class, and all pictures (others included)."""
+class CorruptionCounts(TypedDict):
+    """Counts of one model on a suite of corruptions, and on as many clean images."""
 
-    shape: int
-    texture: int
-    total: int
-
-
-Cells = dict[str, dict[str, Count]]  # corruption -> severity as text (JSON keys are text) -> count
+    clean: Count
+    """`total` is 0 where no clean images were measured that the corruptions can be compared with."""
+    corruptions: dict[str, dict[str, Count]]
+    """Corruption -> severity as text (JSON keys are text) -> count."""
 
 
-class ModelScores(TypedDict):
-    """Everything measured on one model."""
-
-    clean: CleanCount
-    corruptions: Cells
-    shape_bias: NotRequired[ShapeBias]
-
-
-def error(count: Count) -> float:
+def top1_error(count: Count) -> float:
     """Top-1 error in percent. Raises ValueError if nothing was counted."""
     if count["total"] <= 0:
         raise ValueError("no picture was counted, so there is no error rate")
     return 100.0 * (count["total"] - count["correct"]) / count["total"]
 
 
-def accuracy(count: Count) -> float:
+def top1_accuracy(count: Count) -> float:
     """Top-1 accuracy in percent."""
-    return 100.0 - error(count)
+    return 100.0 - top1_error(count)
 
 
-def corruption_error(severities: Mapping[str, Count]) -> float:
+def unnormalized_ce(severities: Mapping[str, Count]) -> float:
     """Mean over the measured severities of one corruption of the error in percent."""
-    return statistics.fmean(error(count) for count in severities.values())
+    return statistics.fmean(top1_error(count) for count in severities.values())
 
 
-def _mean_over(cells: Cells, names: Iterable[str]) -> float | None:
+def _mean_over(counts: dict[str, dict[str, Count]], names: Iterable[str]) -> float | None:
     """Unweighted mean corruption error over those of `names` that were measured, None if none was."""
-    errors = [corruption_error(cells[name]) for name in names if cells.get(name)]
+    errors = [unnormalized_ce(counts[name]) for name in names if counts.get(name)]
     return statistics.fmean(errors) if errors else None
 
 
-def mean_error(scores: ModelScores) -> float:
+def unnormalized_mce(scores: CorruptionCounts) -> float:
     """Mean corruption error in percent over those of the 15 corruptions that were measured; hold-out ones never count.
 
     Not AlexNet-normalised. Raises ValueError if none of the 15 was measured.
@@ -80,7 +71,7 @@ def mean_error(scores: ModelScores) -> float:
     return mean
 
 
-def category_errors(scores: ModelScores) -> dict[str, float]:
+def category_errors(scores: CorruptionCounts) -> dict[str, float]:
     """Mean corruption error in percent for noise, blur, weather and digital; categories without a measurement are
     absent.
     """
@@ -88,28 +79,28 @@ def category_errors(scores: ModelScores) -> dict[str, float]:
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
-def severity_errors(scores: ModelScores, names: Sequence[str] = CORRUPTIONS) -> dict[int, float]:
+def severity_errors(scores: CorruptionCounts, names: Sequence[str] = CORRUPTIONS) -> dict[int, float]:
     """Error in percent at each severity, averaged over those of `names` measured at that severity."""
     by_severity: dict[int, list[float]] = {}
     for name in names:
         for severity, count in scores["corruptions"].get(name, {}).items():
-            by_severity.setdefault(int(severity), []).append(error(count))
+            by_severity.setdefault(int(severity), []).append(top1_error(count))
     return {severity: statistics.fmean(by_severity[severity]) for severity in sorted(by_severity)}
 
 
-def shape_share(bias: ShapeBias) -> float | None:
+def shape_bias(count: Count) -> float | None:
     """n_shape / (n_shape + n_texture) (Geirhos et al. 2019), in 0..1; None if neither class was ever answered."""
-    answered = bias["shape"] + bias["texture"]
-    return bias["shape"] / answered if answered else None
+    answered = count["shape"] + count["texture"]
+    return count["shape"] / answered if answered else None
 
 
-def coverage(bias: ShapeBias) -> float:
+def cue_coverage(count: Count) -> float:
     """Share (0..1) of conflict pictures answered with either cue: the part of the set that the shape bias speaks of."""
-    return (bias["shape"] + bias["texture"]) / bias["total"] if bias["total"] else 0.0
+    return (count["shape"] + count["texture"]) / count["total"] if count["total"] else 0.0
 
 
 @dataclass(frozen=True)
-class Stat:
+class SeedStatistics:
     """Mean of one number over seeds; `std` is the sample standard deviation, None with a single seed."""
 
     mean: float
@@ -117,7 +108,7 @@ class Stat:
     n: int
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> "Stat | None":
+    def of(cls, values: Iterable[float | None]) -> "SeedStatistics | None":
         """Statistics of the values that exist, None if there are none."""
         present = [value for value in values if value is not None]
         if not present:
@@ -133,10 +124,3 @@ class Stat:
         """'41.2' or '41.2 ± 0.3'."""
         mean = f"{self.mean:.{digits}f}"
         return mean if self.std is None else f"{mean} ± {self.std:.{digits}f}"
-
-
-def difference_error(a: Stat, b: Stat) -> float | None:
-    """Standard error of a.mean - b.mean from the spread over seeds; None if either has a single seed."""
-    if a.std is None or b.std is None:
-        return None
-    return math.sqrt(a.std**2 / a.n + b.std**2 / b.n)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
-from mae_dat.robustness.scores.accuracy import Count, ModelScores
+from mae_dat.robustness.scores.accuracy import CorruptionCounts, Count
 
 IMAGES = 50_000  # in each cell of ImageNet-C
 # Errors at severities 1 to 5, from an earlier README of hendrycks/robustness. The last four are held out, never part of
@@ -50,7 +50,7 @@ def _count(error: str) -> Count:
     return {"correct": IMAGES - int(wrong), "total": IMAGES}
 
 
-ALEXNET: ModelScores = {
+ALEXNET: CorruptionCounts = {
     "clean": {**_count(_ALEXNET_CLEAN)},
     "corruptions": {
         name: {str(severity): _count(error) for severity, error in enumerate(errors, 1)}
@@ -66,7 +66,7 @@ def _error(count: Count) -> Fraction:
     return Fraction(count["total"] - count["correct"], count["total"])
 
 
-def _errors(scores: ModelScores, baseline: ModelScores, name: str) -> list[tuple[Fraction, Fraction]]:
+def _errors(scores: CorruptionCounts, baseline: CorruptionCounts, name: str) -> list[tuple[Fraction, Fraction]]:
     """(E, A) at each severity of a corruption. Raises ValueError unless both were measured at the same ones."""
     own, other = scores["corruptions"].get(name, {}), baseline["corruptions"].get(name, {})
     if not own or own.keys() != other.keys():
@@ -88,12 +88,16 @@ def _mean(values: Sequence[Fraction]) -> float:
     return float(statistics.mean(values))
 
 
-def _corruption_error(scores: ModelScores, baseline: ModelScores, name: str, relative: bool = False) -> Fraction:
+def _corruption_error(
+    scores: CorruptionCounts, baseline: CorruptionCounts, name: str, relative: bool = False
+) -> Fraction:
     less = (_error(scores["clean"]), _error(baseline["clean"])) if relative else (Fraction(0), Fraction(0))
     return _ratio(_errors(scores, baseline, name), name, less)
 
 
-def corruption_errors(scores: ModelScores, baseline: ModelScores = ALEXNET, relative: bool = False) -> dict[str, float]:
+def corruption_errors(
+    scores: CorruptionCounts, baseline: CorruptionCounts = ALEXNET, relative: bool = False
+) -> dict[str, float]:
     """CE of every corruption that was measured, the held-out ones too; `relative`: less the clean error, which must
     come from the same network and crop.
 
@@ -103,8 +107,8 @@ def corruption_errors(scores: ModelScores, baseline: ModelScores = ALEXNET, rela
 
 
 def mce(
-    scores: ModelScores,
-    baseline: ModelScores = ALEXNET,
+    scores: CorruptionCounts,
+    baseline: CorruptionCounts = ALEXNET,
     relative: bool = False,
     names: Sequence[str] = CORRUPTIONS,
 ) -> float:
@@ -113,7 +117,7 @@ def mce(
     return _mean([_corruption_error(scores, baseline, name, relative) for name in names])
 
 
-def category_mce(scores: ModelScores, baseline: ModelScores = ALEXNET) -> dict[str, float]:
+def category_mce(scores: CorruptionCounts, baseline: CorruptionCounts = ALEXNET) -> dict[str, float]:
     """Mean CE of noise, blur, weather and digital; raises as `mce`."""
     return {
         category: _mean([_corruption_error(scores, baseline, name) for name in names])
@@ -122,7 +126,7 @@ def category_mce(scores: ModelScores, baseline: ModelScores = ALEXNET) -> dict[s
 
 
 def severity_mce(
-    scores: ModelScores, baseline: ModelScores = ALEXNET, names: Sequence[str] = CORRUPTIONS
+    scores: CorruptionCounts, baseline: CorruptionCounts = ALEXNET, names: Sequence[str] = CORRUPTIONS
 ) -> dict[int, float]:
     """Mean over `names` of E / A at one severity alone; their mean is not the mCE, which divides sums. Raises as
     `mce`."""

@@ -15,18 +15,7 @@ from mae_dat.storage.files import atomic_write
 FORMAT = 1
 
 
-class CellCount(Count):
-    """Counts of one cell: `correct` of `total` pictures, summed over ranks."""
-
-    top5: NotRequired[int]
-    """Pictures whose class was among the five highest."""
-    shape: NotRequired[int]
-    """Cue conflict: answers of the shape's class ..."""
-    texture: NotRequired[int]
-    """... and of the texture's."""
-
-
-class Contender(TypedDict):
+class ModelFacts(TypedDict):
     """A network that was evaluated; all of it is part of its results' key."""
 
     title: str
@@ -49,7 +38,7 @@ class Contender(TypedDict):
     """Whether the weights are an exponential moving average; None where nothing says."""
 
 
-class Suite(TypedDict):
+class SuiteFacts(TypedDict):
     """How a benchmark was measured."""
 
     title: str
@@ -67,11 +56,11 @@ class Suite(TypedDict):
     """sha256 of names, labels and some of the bytes of the pictures of all cells."""
 
 
-Curve = list[list[float | None]]
+TrainingCurve = list[list[float | None]]
 """[epoch, value] pairs; None where the value was not finite."""
 
 
-class Run(TypedDict):
+class TrainingRun(TypedDict):
     """How a network came about; those of one arm differ in their seed alone."""
 
     arm: str
@@ -81,11 +70,11 @@ class Run(TypedDict):
     """Of the training, by the clock."""
     cpu_seconds: NotRequired[float]
     """The same in processor time, over all threads and ranks; loader workers are not in it."""
-    curves: dict[str, Curve]
+    curves: dict[str, TrainingCurve]
     """train_loss, test_acc1 (%), changed_words (share, 0 to 1)."""
 
 
-class Gallery(TypedDict):
+class TrainingGallery(TypedDict):
     """Pictures drawn in training; `file` is a PNG, relative to the results."""
 
     title: str
@@ -93,12 +82,12 @@ class Gallery(TypedDict):
     file: str
 
 
-class Training(TypedDict):
+class TrainingFacts(TypedDict):
     """What a comparison of trainings knows beside its counts."""
 
-    runs: dict[str, Run]
+    runs: dict[str, TrainingRun]
     """By model."""
-    pretraining: dict[str, Curve]
+    pretraining: dict[str, TrainingCurve]
     """Its curves."""
     seconds: float
     """Of the pretraining."""
@@ -106,10 +95,10 @@ class Training(TypedDict):
     """Processor time of each pretraining, by its title."""
     settings: dict[str, dict[str, Any]]
     """Stage -> setting -> value."""
-    galleries: list[Gallery]
+    galleries: list[TrainingGallery]
 
 
-class Environment(TypedDict):
+class VersionedCells(TypedDict):
     """What was measured under some versions."""
 
     versions: dict[str, str]
@@ -130,30 +119,30 @@ class Results(TypedDict):
     machine: dict[str, str]
     versions: dict[str, str]
     """All that any number was measured under."""
-    measured_under: NotRequired[list[Environment]]
+    measured_under: NotRequired[list[VersionedCells]]
     """Which number under which versions: stored ones may be of others than the run that wrote these results."""
-    models: dict[str, Contender]
+    models: dict[str, ModelFacts]
     """By the name that cells use, in the order of the command line."""
-    suites: dict[str, dict[str, Suite]]
+    suites: dict[str, dict[str, SuiteFacts]]
     """By model (its size and interpolation are part of the protocol) and suite: imagenet-v2, imagenet-c, generated,
     cue-conflict, pgd-5-1/255, words-symbolic, ..."""
-    cells: dict[str, dict[str, dict[str, CellCount]]]
+    cells: dict[str, dict[str, dict[str, Count]]]
     """By model and suite, then by cell: "" for a whole suite, "fog/3" for a corruption and severity, "0.05" for a share
     of changed words."""
     calibration: dict[str, dict[str, dict[str, float | None]]]
     """By model and suite: ece, rms, rms_compat, nll (None where it is infinite), brier."""
     checks: dict[str, dict[str, list[dict[str, Any]]]]
     """By model and attack: whether the attack can be believed (`pixel_attacks.attack_checks`)."""
-    agreement: NotRequired[dict[str, CellCount]]
+    agreement: NotRequired[dict[str, Count]]
     """By model in bfloat16: for how many clean pictures its answer is the one that it gives in float32."""
     not_measured: dict[str, str]
     """Suites that were asked for or known, and why there is no number."""
     examples: list[dict[str, Any]]
     """Pictures on which the models differ: file (PNG beside results.json), suite, cell, label, answers by model."""
-    training: NotRequired[Training]
+    training: NotRequired[TrainingFacts]
 
 
-def all_versions(under: Sequence[Environment]) -> dict[str, str]:
+def all_versions(under: Sequence[VersionedCells]) -> dict[str, str]:
     """The versions of each package that occur, and whether there are cells without any."""
     every = [one["versions"] for one in under]
     names = dict.fromkeys(name for one in every for name in one)

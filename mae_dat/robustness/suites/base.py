@@ -5,7 +5,7 @@ import functools
 import hashlib
 
 from mae_dat.robustness.measure import ImagePass
-from mae_dat.robustness.scores.results import Suite as SuiteFacts
+from mae_dat.robustness.scores.results import SuiteFacts
 from mae_dat.storage.weight_files import listing
 
 
