@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein 2020) from the parts of torchattacks."""
+"""AutoAttack (Croce and Hein 2020), built from the parts of the package torchattacks."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_dat.attacks.gradient import require_pixels
-from mae_dat.attacks.pixel import Norm, _logits
+from mae_dat.attacks.pixel import Norm, predict_logits
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.models.modes import frozen_parameters, restore_training_flags
 
@@ -17,14 +17,15 @@ AUTO_ATTACK_EPS = 4 / 255  # RobustBench's, for ImageNet
 def auto_attack(
     model: nn.Module, image: Tensor, label: Tensor, eps: float = AUTO_ATTACK_EPS, norm: Norm = "linf", seed: int = 0
 ) -> Tensor:
-    """The standard AutoAttack (Croce and Hein 2020): APGD-CE, targeted APGD and FAB (9 targets), Square.
+    """Run the standard AutoAttack: APGD-CE, targeted APGD and FAB (9 targets), Square; returns (B, C, H, W) in [0, 1].
 
-    Put together from the parts of `torchattacks` with the original's settings: its own `AutoAttack` stops after 10
-    steps of 100. It draws for the whole batch, so that the batch belongs to the result. Raises MissingInputError
-    without that package, ValueError for pixels outside [0, 1], ConfigError for fewer than 4 classes.
+    The parts have the original's settings; torchattacks' own `AutoAttack` stops after 10 steps instead of 100. Random
+    numbers are drawn for the whole batch, so the result depends on how images are batched. `image` (B, C, H, W) in
+    [0, 1], `label` (B,). Raises MissingInputError without torchattacks, ValueError for pixels outside [0, 1],
+    ConfigError for fewer than 4 classes.
     """
     require_pixels(image)
-    classes = _logits(model, image[:1]).shape[1]
+    classes = predict_logits(model, image[:1]).shape[1]
     require_auto_attack(classes)
     from torchattacks import APGD, APGDT, FAB, MultiAttack, Square
 
@@ -48,7 +49,7 @@ def auto_attack(
 
 
 def require_auto_attack(classes: int) -> None:
-    """Raises MissingInputError without torchattacks, ConfigError for fewer than 4 classes."""
+    """Raise MissingInputError without torchattacks, ConfigError for fewer than 4 classes."""
     if find_spec("torchattacks") is None:
         raise MissingInputError('AutoAttack needs torchattacks: pip install "mae_dat[autoattack]"')
     if classes < 4:

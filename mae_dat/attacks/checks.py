@@ -1,8 +1,13 @@
-"""Checks that an attack's outcome can be believed."""
+"""Checks that the outcome of a pixel attack can be believed: a broken attack looks like a robust model.
+
+Two mistakes are caught: a model that does not take pixels in [0, 1], the unit of eps (`require_pixel_model`), and
+gradients that lead an attack nowhere (`attack_checks`, printed next to the model's results). Shapes: image
+(B, C, H, W) in [0, 1], label int64 (B,), logits (B, K).
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,155 +15,173 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from mae_dat.attacks.pixel import (
-    Model,
     PixelAttack,
-    _logits,
     loss_gradient,
     pixel_adversary,
+    predict_logits,
     project_into_ball,
     random_point,
 )
 from mae_dat.config.errors import ConfigError
+from mae_dat.models.modes import Network
+
+# ---- does the model take pixels in [0, 1]? ----
 
 
-def require_no_declared_normalization(model: Model) -> None:
-    """Raises ConfigError for a bare network whose settings, timm's, say that it takes normalised pictures."""
+def require_no_declared_normalization(model: Network) -> None:
+    """Raise ConfigError if the model's own settings (timm's `pretrained_cfg`) say that it takes normalized images."""
     settings = getattr(model, "pretrained_cfg", None) or {}
     mean, std = settings.get("mean", (0,)), settings.get("std", (1,))
     if any(mean) or set(std) != {1}:
         raise ConfigError(
-            f"{type(model).__name__} takes pictures normalised by mean {mean} and std {std}, and an attack's eps is in "
+            f"{type(model).__name__} takes images normalized by mean {mean} and std {std}, and an attack's eps is in "
             "pixels in [0, 1]: give mae_dat.models.classifier.Classifier(model, mean, std)."
         )
 
 
 class InputScale(NamedTuple):
-    """Pictures as a model may want them that does not take pixels in [0, 1]."""
+    """A scale of pixels other than [0, 1] that a model may expect."""
 
     name: str
-    made: Callable[[Tensor], Tensor]
+    convert: Callable[[Tensor], Tensor]
+    """Maps images in [0, 1] to this scale."""
     advice: str
 
 
-def _normalised(mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+def _normalized(mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
     return lambda image: (image - image.new_tensor(mean).view(-1, 1, 1)) / image.new_tensor(std).view(-1, 1, 1)
 
 
 _CLASSIFIER = "mae_dat.models.classifier.Classifier(model, mean, std)"
-
-
-_IMAGENET = _normalised(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-
-
+_IMAGENET = _normalized(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 INPUT_SCALES = (
-    InputScale("normalised by mean 0.5 and std 0.5", _normalised([0.5], [0.5]), _CLASSIFIER),
-    InputScale("normalised by ImageNet's mean and std", _IMAGENET, _CLASSIFIER),
+    InputScale("normalized by mean 0.5 and std 0.5", _normalized([0.5], [0.5]), _CLASSIFIER),
+    InputScale("normalized by ImageNet's mean and std", _IMAGENET, _CLASSIFIER),
     InputScale("from 0 to 255", lambda image: 255 * image, "lambda image: model(255 * image)"),
 )
-
-
 PROBE_SIZE, MAX_PROBES = 64, 16
-"""Pictures of a look, and how many looks there are at most."""
-
-
+"""Images in a probe, and the largest number of probes."""
 MAX_FALSE_ALARM = 1e-4
-"""Probability that a good model is refused, at most."""
+"""Upper bound on the probability that a model that takes [0, 1] is rejected."""
 
 
-def require_pixel_model(model: Model, looks: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
-    """Raises ConfigError for a model that knows more of the pictures when they are another `InputScale`.
+def require_pixel_model(model: Network, probes: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
+    """Raise ConfigError for a model that is right about more images when they have another `InputScale`.
 
-    `looks`: up to `MAX_PROBES` times colour images (B, 3, H, W), and which logits (B, K) are right for them, bool
-    (B,). They are taken one by one until every scale is decided. Of the images of which a model has one version alone
-    right, one that takes [0, 1] has it in at least half of the cases there; it is refused where so few as are found
-    had a probability below MAX_FALSE_ALARM / (looks x scales). So the probability that any of the looks refuses it is
-    below MAX_FALSE_ALARM, for images drawn at random.
+    `probes`: up to `MAX_PROBES` pairs of colour images (B, 3, H, W) in [0, 1] and a function from logits (B, K) to
+    bool (B,), which predictions are right. They are read one by one until every scale is decided.
+
+    The test is a sign test. Take the images that the model gets right at exactly one of the two scales. If it takes
+    [0, 1], it is right at [0, 1] with probability 1/2 or more for each of them. The model is rejected if a count as low
+    as the one observed had a probability below MAX_FALSE_ALARM / (probes x scales); so the probability that any probe
+    rejects a good model stays below MAX_FALSE_ALARM, for images drawn at random.
     """
-    least = MAX_FALSE_ALARM / (MAX_PROBES * len(INPUT_SCALES))
-    known, counts = [0, 0], {version: [0, 0, 0] for version in INPUT_SCALES}
-    for image, right in looks:
-        plain = right(_logits(model, image))
-        known[0] += int(plain.sum())
-        known[1] += len(plain)
-        for version, count in [*counts.items()]:
+    threshold = MAX_FALSE_ALARM / (MAX_PROBES * len(INPUT_SCALES))
+    right_plain = total = 0
+    counts = {scale: _ScaleCounts() for scale in INPUT_SCALES}
+    for image, right in probes:
+        plain = right(predict_logits(model, image))
+        right_plain += int(plain.sum())
+        total += len(plain)
+        for scale, count in list(counts.items()):
             try:
-                other = right(_logits(model, version.made(image)))
-            except (AssertionError, ValueError):  # a model that refuses them does not take them
-                del counts[version]
+                scaled = right(predict_logits(model, scale.convert(image)))
+            except (AssertionError, ValueError):  # a model that rejects this scale does not expect it
+                del counts[scale]
                 continue
-            count[0] += int((other & ~plain).sum())
-            count[1] += int((plain & ~other).sum())
-            count[2] += int(other.sum())
-            if _chance(count[0], count[1]) < least:
+            count = counts[scale] = count.plus(plain, scaled)
+            if _binomial_tail(count.scaled_only, count.plain_only) < threshold:
                 raise ConfigError(
-                    f"the model seems to take pictures {version.name}: of {known[1]} it knows {count[2]} so, and "
-                    f"{known[0]} in [0, 1]. Give {version.advice}."
+                    f"the model seems to take images {scale.name}: of {total} images it is right about {count.scaled} "
+                    f"this way, and about {right_plain} in [0, 1]. Give {scale.advice}."
                 )
-            if _chance(count[1], count[0]) < least:
-                del counts[version]
+            if _binomial_tail(count.plain_only, count.scaled_only) < threshold:
+                del counts[scale]
         if not counts:
             return
 
 
-def _chance(ours: int, theirs: int) -> float:
-    """Probability of at least so many heads of ours + theirs throws of a coin."""
-    throws = ours + theirs
-    return sum(math.comb(throws, heads) for heads in range(ours, throws + 1)) / 2**throws
+class _ScaleCounts(NamedTuple):
+    """Images that a model gets right at another scale only, in [0, 1] only, and at the other scale at all."""
 
+    scaled_only: int = 0
+    plain_only: int = 0
+    scaled: int = 0
+
+    def plus(self, plain: Tensor, scaled: Tensor) -> "_ScaleCounts":
+        """Add a probe: bool (B,), which images are right in [0, 1] and at the other scale."""
+        return _ScaleCounts(
+            self.scaled_only + int((scaled & ~plain).sum()),
+            self.plain_only + int((plain & ~scaled).sum()),
+            self.scaled + int(scaled.sum()),
+        )
+
+
+def _binomial_tail(heads: int, tails: int) -> float:
+    """Return the probability of at least `heads` heads in heads + tails throws of a fair coin."""
+    throws = heads + tails
+    return sum(math.comb(throws, count) for count in range(heads, throws + 1)) / 2**throws
+
+
+# ---- do the gradients lead an attack? ----
 
 CHECK_PASSES = 99
 """Forward passes of `attack_checks`."""
 
 
 class Check(NamedTuple):
-    """One sign of a broken attack: what was looked at, whether all is well, and the numbers in words."""
+    """One sign of a broken attack: what was checked, whether it passed, and the numbers in words."""
 
     name: str
     passed: bool
-    told: str
+    details: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry of results.json."""
+        return {"name": self.name, "passed": self.passed, "told": self.details}
 
 
 def attack_checks(
-    model: Model, image: Tensor, label: Tensor, generators: Sequence[torch.Generator], eps: float = 4 / 255
+    model: Network, image: Tensor, label: Tensor, generators: Sequence[torch.Generator], eps: float = 4 / 255
 ) -> list[Check]:
-    """Whether the gradients of this model lead an attack (Carlini et al. 2019, AutoAttack's own checks).
+    """Check whether this model's gradients lead an attack (Carlini et al. 2019, AutoAttack's own checks).
 
-    Costs about a hundred passes: give some 64 pictures. A check that fails says that the model may be *less* robust
-    than its rows: it hides its gradients, or answers by chance. Losses are means over the pictures, and may fall short
-    by 1 % of themselves.
+    Costs about a hundred passes; 64 images are enough. A failed check means that the model may be *less* robust than
+    its results: it hides its gradients, or its predictions are random. Losses are means over the images, and one loss
+    counts as at least another if it is no more than 1 % lower.
     """
 
-    def loss_under(attack: PixelAttack | None, of: float = eps) -> tuple[float, float]:
-        if attack is None:
-            noise = PixelAttack(of, of, random_start=True)
-            found = project_into_ball(
-                image + of * (random_point(image, noise, generators) - image).sign(), image, noise
-            )
-        else:
-            found = pixel_adversary(model, image, label, attack, generators)
-        logits = _logits(model, found)
+    def loss_and_accuracy(adversarial: Tensor) -> tuple[float, float]:
+        logits = predict_logits(model, adversarial)
         return float(F.cross_entropy(logits, label)), float((logits.argmax(1) == label).float().mean())
 
-    def pgd(steps: int, of: float = eps) -> PixelAttack:
-        return PixelAttack(of, 2.5 * of / steps, steps, random_start=True)
+    def attacked(attack: PixelAttack) -> tuple[float, float]:
+        return loss_and_accuracy(pixel_adversary(model, image, label, attack, generators))
+
+    def pgd(steps: int, radius: float = eps) -> PixelAttack:
+        return PixelAttack(radius, 2.5 * radius / steps, steps, random_start=True)
 
     gradient = loss_gradient(model, image, label).flatten(1).abs().amax(1)
-    lost = int((~((gradient > 0) & gradient.isfinite())).sum())
-    first, second = _logits(model, image), _logits(model, image)
+    without_gradient = int((~((gradient > 0) & gradient.isfinite())).sum())
+    first, second = predict_logits(model, image), predict_logits(model, image)
     moved = float((first - second).abs().max())
-    (noise, _), (fgsm, _) = loss_under(None), loss_under(PixelAttack(eps, eps))
-    (few, _), (many, _) = loss_under(pgd(10)), loss_under(pgd(40))
-    _, left = loss_under(pgd(40, 64 / 255), 64 / 255)
+    ball = PixelAttack(eps, eps, random_start=True)
+    signs = (random_point(image, ball, generators) - image).sign()
+    noise, _ = loss_and_accuracy(project_into_ball(image + eps * signs, image, ball))
+    fgsm, _ = attacked(PixelAttack(eps, eps))
+    few, _ = attacked(pgd(10))
+    many, _ = attacked(pgd(40))
+    _, accuracy = attacked(pgd(40, 64 / 255))
     size = f"{255 * eps:.3g}/255"
     return [
-        Check("gradients", lost == 0, f"{lost} of {len(image)} pictures have no gradient"),
+        Check("gradients", without_gradient == 0, f"{without_gradient} of {len(image)} pictures have no gradient"),
         Check("no chance", torch.allclose(first, second, 1e-4, 1e-5), f"two passes differ by up to {moved:.2g}"),
         Check("FGSM beats noise", _at_least(fgsm, noise), f"loss {fgsm:.3f}, of random signs {noise:.3f} ({size})"),
         Check("PGD beats FGSM", _at_least(few, fgsm), f"loss {few:.3f} after 10 steps, of FGSM {fgsm:.3f} ({size})"),
         Check("more steps help", _at_least(many, few), f"loss {many:.3f} after 40 steps, after 10 {few:.3f} ({size})"),
-        Check("a large eps wins", left <= 0.05, f"{left:.1%} right at 64/255, which hides any picture"),
+        Check("a large eps wins", accuracy <= 0.05, f"{accuracy:.1%} right at 64/255, which hides any picture"),
     ]
 
 
-def _at_least(one: float, other: float) -> bool:
-    return one >= other - 0.01 * abs(other)
+def _at_least(loss: float, other: float) -> bool:
+    return loss >= other - 0.01 * abs(other)

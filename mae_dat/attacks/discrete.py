@@ -1,14 +1,13 @@
 """Discrete adversaries (Mao et al. 2022, "Enhance the Visual Representation via Discrete Adversarial Training").
 
-A tokenizer Q and *a function from pixels to a scalar loss* are all that an attack needs, so the same code serves
-classification, masked autoencoding and detection. No gradient passes through Q: dQ(x)/dx is taken for the identity
-(section 3.3), and every reconstruction runs without autograd; `symbolic`, which is not the paper's, differentiates Q's
-decoder. An attack leaves no trace: no parameter gradient, no training flag changed. Shapes: image (B, C, H, W) in
-[0, 1]; words (B, h, w).
+An attack needs a tokenizer Q and a function from pixels to a scalar loss, nothing else, so the same code serves
+classification, masked autoencoding and detection. No gradient passes through Q: dQ(x)/dx is replaced by the identity
+(section 3.3), and Q always runs without autograd. `symbolic`, which is not in the paper, differentiates Q's decoder. An
+attack leaves no trace: no parameter gradient, no training flag changed. Shapes: image (B, C, H, W) in [0, 1]; words
+(B, h, w), int64.
 """
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -17,22 +16,19 @@ import torch
 from torch import Tensor
 
 from mae_dat.attacks.gradient import LossFn, input_gradient, project, require_pixels, unit
-from mae_dat.attacks.share_controller import ShareController
 from mae_dat.attacks.symbolic import nearest_codes, symbolic_words
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import AttackConfig
 from mae_dat.models.tokenizer.base import VisualTokenizer, share_changed
 
-__all__ = ["AttackConfig", "DiscreteAdversary", "ShareController", "discrete_adversary", "random_words"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["AttackConfig", "DiscreteAdversary", "discrete_adversary", "random_words"]
 
 
 class DiscreteAdversary:
-    """What an attack found.
+    """The result of an attack.
 
-    `adversarial` is the adversarial image in [0, 1], decoded from `adversarial_words`. What an attack does not need is
-    given as a function, and costs a pass of the tokenizer only if somebody asks for it.
+    `adversarial` is the adversarial image in [0, 1], decoded from `adversarial_words`. What an attack does not need
+    itself is passed as a function, so it costs a pass of the tokenizer only if someone reads it.
     """
 
     def __init__(
@@ -42,18 +38,18 @@ class DiscreteAdversary:
         words: Tensor | Callable[[int], Tensor],
         adversarial_words: Tensor,
     ) -> None:
-        """`words` may be a function that encodes so many pictures of the batch, the first ones."""
+        """Keep the tensors. `words` may be a function that encodes the first `count` images of the batch."""
         self._reconstruction, self.adversarial = reconstruction, adversarial
         self._words, self.adversarial_words = words, adversarial_words
 
     @cached_property
     def reconstruction(self) -> Tensor:
-        """Q(x), an image in [0, 1]."""
+        """Q(x), an image (B, C, H, W) in [0, 1]."""
         return self._reconstruction if isinstance(self._reconstruction, Tensor) else self._reconstruction()
 
     @cached_property
     def words(self) -> Tensor:
-        """Visual words of the picture that was attacked: of Q(x) (`released`) or of x (all others)."""
+        """Visual words (B, h, w) of the attacked image: of Q(x) (`released`) or of x (all other attacks)."""
         return self._words if isinstance(self._words, Tensor) else self._words(len(self.adversarial_words))
 
     @property
@@ -61,16 +57,16 @@ class DiscreteAdversary:
         """Share of words that the attack changed, a scalar in [0, 1]."""
         return share_changed(self.words, self.adversarial_words)
 
-    def changed_share_in_first(self, pictures: int) -> Tensor:
-        """`changed_share`; counted in so many pictures of the batch alone where the words of more had to be encoded."""
+    def changed_share_in_first(self, count: int) -> Tensor:
+        """Return `changed_share`, a scalar; of the first `count` images only, if the words have yet to be encoded."""
         if isinstance(self._words, Tensor):
             return self.changed_share
-        return share_changed(self._words(pictures), self.adversarial_words[:pictures])
+        return share_changed(self._words(count), self.adversarial_words[:count])
 
 
 def discrete_adversary(
     image: Tensor,
-    loss_of: LossFn,
+    loss_fn: LossFn,
     tokenizer: VisualTokenizer,
     config: AttackConfig,
     generator: torch.Generator,
@@ -78,106 +74,140 @@ def discrete_adversary(
     check: bool = True,
     words: Tensor | None = None,
 ) -> DiscreteAdversary:
-    """Changes visual words of `image` to raise `loss_of`; or, as baselines, at random or not at all (`reconstruction`).
+    """Change visual words of `image` (B, C, H, W) to raise `loss_fn`; the baselines change random words or none.
 
-    `loss_of` maps an image to the mean loss of the batch, a scalar, and closes over targets, mask or boxes. `generator`
-    lives on the image's device. `released` takes a `gradient` that is known already, dL/dimage, for its own; the
-    image's `words`, where they are known, save all but `released` at the image an encoding. Raises ConfigError when the
-    size does not fit the tokenizer or only a share is given where eps is the strength, and ValueError when pixels leave
-    [0, 1] by more than 1e-6: that `check` waits for the image.
+    `loss_fn` maps an image to the mean loss of the batch, a scalar. `generator` lives on the image's device.
+    `gradient`, dL/dimage (B, C, H, W), replaces the gradient that `released` would compute. The image's `words`
+    (B, h, w) save an encoding, except for `released` at the image. `check` calls `require_pixels`, which waits for the
+    device.
+
+    Raises ConfigError if the size does not fit the tokenizer or `config` has only a share where eps is the strength,
+    and ValueError for pixels outside [0, 1].
     """
     if math.isnan(config.eps):
         raise ConfigError(
             f"one attack by `{config.kind}` has the strength eps, and AttackConfig(share={config.share}) gives none: "
-            "WithDAT finds and holds it, and so do ShareController's find and apply; or give eps."
+            "use WithDAT, which finds and holds it, or ShareController's find and apply; or give eps."
         )
     if check:
         require_pixels(image)
     image = image.detach().float()
     if config.kind == "released":
-        return _released(image, loss_of, tokenizer, config, generator, gradient, words)
+        return _released(
+            image,
+            loss_fn,
+            tokenizer=tokenizer,
+            config=config,
+            generator=generator,
+            known_gradient=gradient,
+            known_words=words,
+        )
     words = encode_words(tokenizer, image) if words is None else words
     if config.kind == "paper":
-        return _paper(image, loss_of, tokenizer, config, words)
-    return _replaced(words, loss_of, tokenizer, config, generator)
+        return _paper(image, loss_fn, tokenizer=tokenizer, alpha=config.eps, words=words)
+    return _replaced(words, loss_fn, tokenizer=tokenizer, config=config, generator=generator)
 
 
 def _released(
     image: Tensor,
-    loss_of: LossFn,
+    loss_fn: LossFn,
+    *,
     tokenizer: VisualTokenizer,
     config: AttackConfig,
     generator: torch.Generator,
-    gradient: Tensor | None,
-    words: Tensor | None,
+    known_gradient: Tensor | None,
+    known_words: Tensor | None,
 ) -> DiscreteAdversary:
-    """The released code's attack: unit-norm steps in an L2 ball around Q(x), or around x itself, then Q of the end."""
+    """Attack as the authors' released code does.
+
+    c = Q(x), or x itself (`config.at`); p_0 = c or a random point of the ball;
+    p_t = c + project(p_(t-1) + eps * unit(dL/dp) - c, eps), clamped to [0, 1]; the adversary is Q(p_T).
+    """
     at_image = config.at == "image"
-    center = image if at_image else decode_words(tokenizer, encode_words(tokenizer, image) if words is None else words)
+    if at_image:
+        center = image
+    else:
+        words = encode_words(tokenizer, image) if known_words is None else known_words
+        center = decode_words(tokenizer, words)
     point = random_start(center, config, generator)
     for _ in range(config.steps):
-        direction = unit(input_gradient(point, loss_of) if gradient is None else gradient)
+        direction = unit(input_gradient(point, loss_fn) if known_gradient is None else known_gradient)
         delta = project(point + config.eps * direction - center, config.eps)
         point = (center + delta).clamp(0, 1)
-    changed = encode_words(tokenizer, point)
+    adversarial_words = encode_words(tokenizer, point)
     return DiscreteAdversary(
         (lambda: reconstruct(tokenizer, image)) if at_image else center,
-        decode_words(tokenizer, changed),
-        # Q(x) has words of its own, not always those of x: only against them is a change the attack's doing.
-        lambda pictures: encode_words(tokenizer, center[:pictures]),
-        changed,
+        decode_words(tokenizer, adversarial_words),
+        # The words of Q(x) are not always those of x. Only a difference to Q(x)'s own words is due to the attack.
+        lambda count: encode_words(tokenizer, center[:count]),
+        adversarial_words,
     )
 
 
 def _paper(
-    image: Tensor, loss_of: LossFn, tokenizer: VisualTokenizer, config: AttackConfig, words: Tensor
+    image: Tensor, loss_fn: LossFn, *, tokenizer: VisualTokenizer, alpha: float, words: Tensor
 ) -> DiscreteAdversary:
-    """Algorithm 1: Q(x + alpha * gradient), the gradient of each sample's own loss taken at Q(x)."""
-    reconstruction = decode_words(tokenizer, words)
-    gradient = input_gradient(reconstruction, loss_of) * len(image)  # of the sample's loss, not of the batch's mean
-    changed = encode_words(tokenizer, (image + config.eps * gradient).clamp(0, 1))
-    return DiscreteAdversary(reconstruction, decode_words(tokenizer, changed), words, changed)
+    """Attack by the paper's Algorithm 1: Q(x + alpha * dL/dQ(x)), with the gradient of each sample's own loss."""
+    reconstruction = decode_words(tokenizer, words)  # Q(x)
+    # `loss_fn` is a mean over the batch; times B it is the sum, which has each sample's own gradient.
+    gradient = input_gradient(reconstruction, loss_fn) * len(image)
+    adversarial_words = encode_words(tokenizer, (image + alpha * gradient).clamp(0, 1))
+    return DiscreteAdversary(reconstruction, decode_words(tokenizer, adversarial_words), words, adversarial_words)
 
 
 def _replaced(
-    words: Tensor, loss_of: LossFn, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
+    words: Tensor, loss_fn: LossFn, *, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
 ) -> DiscreteAdversary:
-    """A share of the words replaced by those that raise the loss to first order; or, as baselines, at random, or
-    none."""
-    changed = words
+    """Replace a share of the words (B, h, w): to raise the loss to first order, at random, or not at all."""
+    adversarial_words = words
     if config.kind == "symbolic":
-        count = round(config.word_share * words[0].numel())
-        changed = symbolic_words(words, loss_of, tokenizer, count, config.steps, config.nearest)
+        adversarial_words = symbolic_words(
+            words,
+            loss_fn,
+            tokenizer,
+            count=round(config.word_share * words[0].numel()),
+            steps=config.steps,
+            nearest=config.nearest,
+        )
     elif config.kind == "random":
-        changed = random_words(words, tokenizer.codebook, config.word_share, generator, config.nearest)
-    return DiscreteAdversary(lambda: decode_words(tokenizer, words), decode_words(tokenizer, changed), words, changed)
+        adversarial_words = random_words(
+            words, tokenizer.codebook, share=config.word_share, generator=generator, nearest=config.nearest
+        )
+    return DiscreteAdversary(
+        lambda: decode_words(tokenizer, words), decode_words(tokenizer, adversarial_words), words, adversarial_words
+    )
 
 
 @torch.no_grad()
 def encode_words(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
-    """Words of the image, outside autocast: a step is a fraction of a grey level, and bfloat16 would lose it."""
+    """Encode an image (B, C, H, W) as words (B, h, w), outside autocast.
+
+    An attack's step is a fraction of a grey level; bfloat16 would round it away.
+    """
     with torch.autocast(image.device.type, enabled=False):
         return tokenizer.encode(image)
 
 
 @torch.no_grad()
 def decode_words(tokenizer: VisualTokenizer, words: Tensor) -> Tensor:
-    """The image of the words, outside autocast."""
+    """Decode words (B, h, w) to an image (B, C, H, W) in [0, 1], outside autocast."""
     with torch.autocast(words.device.type, enabled=False):
         return tokenizer.decode(words)
 
 
 def reconstruct(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
-    """Q(x)."""
+    """Return Q(x), (B, C, H, W) in [0, 1]."""
     return decode_words(tokenizer, encode_words(tokenizer, image))
 
 
 def random_start(center: Tensor, config: AttackConfig, generator: torch.Generator) -> Tensor:
-    """With probability `random_start`, for the whole batch, a random point at distance eps from `center`, clamped to
-    [0, 1]."""
+    """Return `center` (B, C, H, W), or, with probability `config.random_start`, a random point at distance eps of it.
+
+    One draw decides for the whole batch. The point is clamped to [0, 1].
+    """
     if config.random_start == 0:
         return center
-    # The coin stays on the device: to branch on it here would be to wait for it.
+    # The coin stays on the device: branching on it in Python would wait for the device.
     starts = torch.rand((), generator=generator, device=center.device) < config.random_start
     noise = torch.randn(center.shape, generator=generator, device=center.device)
     return torch.where(starts, (center + config.eps * unit(noise)).clamp(0, 1), center)
@@ -186,8 +216,7 @@ def random_start(center: Tensor, config: AttackConfig, generator: torch.Generato
 def random_words(
     words: Tensor, codebook: Tensor, share: float, generator: torch.Generator, nearest: int | None = None
 ) -> Tensor:
-    """Replaces exactly round(share * h * w) words of every image, at random places, each by another word, uniformly:
-    any of the codebook (K, D), or one of those `nearest` to its own."""
+    """Replace exactly round(share * h * w) words of every image, at random places, by `other_words`; (B, h, w)."""
     flat = words.flatten(1)
     count = round(share * flat.shape[1])
     places = torch.rand(flat.shape, generator=generator, device=words.device).argsort(1)[:, :count]
@@ -195,15 +224,18 @@ def random_words(
 
 
 def other_words(words: Tensor, codebook: Tensor, generator: torch.Generator, nearest: int | None = None) -> Tensor:
-    """For each word, whatever their shape, another, uniformly: any of the codebook, or one of those `nearest` to it."""
+    """Draw another word for each word, uniformly from the codebook (K, D) or from the `nearest` codes to its own.
+
+    Returns a tensor of the shape of `words`.
+    """
     choices = len(codebook) - 1 if nearest is None else min(nearest, len(codebook) - 1)
-    drawn = torch.randint(1, choices + 1, words.shape, generator=generator, device=words.device)
+    offset = torch.randint(1, choices + 1, words.shape, generator=generator, device=words.device)
     if nearest is None:
-        return (words + drawn) % len(codebook)
-    return nearest_codes(words.flatten(), codebook, choices).gather(1, drawn.view(-1, 1) - 1).view_as(words)
+        return (words + offset) % len(codebook)  # 1 to K - 1 places further in the codebook: never the word itself
+    return nearest_codes(words.flatten(), codebook, choices).gather(1, offset.view(-1, 1) - 1).view_as(words)
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
-    """The chance of one picture, on the CPU: the same whatever batch, rank or worker it comes in."""
+    """Return one image's own random generator, on the CPU: independent of the batch, rank and worker it comes in."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

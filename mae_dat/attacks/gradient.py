@@ -1,4 +1,8 @@
-"""The gradient of a loss at the image, and the L2 geometry that attacks step in. Shapes: image (B, C, H, W)."""
+"""The gradient of an adversary: of a loss at the image, and the L2 steps and balls that attacks build from it.
+
+All attacks take their gradient here (`input_gradient`), except the symbolic one, which needs it at the codes
+(`symbolic.code_gradient`). Shapes: image (B, C, H, W), pixels in [0, 1].
+"""
 
 from collections.abc import Callable
 
@@ -6,10 +10,22 @@ import torch
 from torch import Tensor
 
 LossFn = Callable[[Tensor], Tensor]
+"""Maps images (B, C, H, W) to a scalar loss. It is a closure over the targets, the mask or the boxes."""
+
+
+def input_gradient(image: Tensor, loss_fn: LossFn) -> Tensor:
+    """Compute dL/dimage, float32 of the image's shape.
+
+    Only the image requires a gradient: parameters keep their `.grad`, and DDP's hooks do not run.
+    """
+    with torch.enable_grad():
+        image = image.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_fn(image), image)
+    return gradient.float()
 
 
 def require_pixels(image: Tensor) -> None:
-    """Raises ValueError when pixels leave [0, 1] by more than 1e-6, or are not finite. Waits for the image."""
+    """Raise ValueError if pixels leave [0, 1] by more than 1e-6 or are not finite. Synchronizes with the device."""
     low, high = image.detach().aminmax()
     if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ValueError(
@@ -17,21 +33,13 @@ def require_pixels(image: Tensor) -> None:
         )
 
 
-def input_gradient(image: Tensor, loss_of: LossFn) -> Tensor:
-    """dL/dimage in float32. Only the input's gradient is asked for: parameters keep theirs, and DDP sees nothing."""
-    with torch.enable_grad():
-        image = image.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(image), image)
-    return gradient.float()
-
-
 def unit(x: Tensor) -> Tensor:
-    """x / |x|_2 per sample."""
+    """Return x / |x|_2 per sample, x of any shape (B, ...)."""
     return x / (_norm(x) + 1e-10)
 
 
 def project(delta: Tensor, radius: float) -> Tensor:
-    """Projects each sample's delta into the L2 ball: delta * min(1, radius / |delta|_2)."""
+    """Project each sample of delta (B, ...) into the L2 ball: delta * min(1, radius / |delta|_2)."""
     return delta * (radius / (_norm(delta) + 1e-10)).clamp(max=1)
 
 

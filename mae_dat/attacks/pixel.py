@@ -1,8 +1,9 @@
-"""Pixel attacks for evaluation: FGSM, PGD and AutoAttack, and whether their outcome can be believed.
+"""Pixel attacks for evaluation: FGSM and PGD in an L-infinity or L2 ball.
 
-All of them work on pixels in [0, 1], the unit of eps: the normalization belongs into the model (`require_pixel_model`).
-A broken attack looks like a robust model, so a row of a report stands beside its `attack_checks`. An attack leaves no
-trace: no parameter gradient, no training flag changed. It runs in float32. Shapes: image (B, C, H, W), label (B,).
+They work on pixels in [0, 1], the unit of eps, so the normalization belongs inside the model. `auto_attack.py` has
+AutoAttack, `checks.py` the checks that the model takes such pixels and that an attack's outcome can be believed. An
+attack leaves no trace: no parameter gradient, no training flag changed. It runs in float32. Shapes: image (B, C, H, W)
+in [0, 1], label int64 (B,), logits (B, K).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,17 +16,17 @@ from torch import Tensor
 
 from mae_dat.attacks.gradient import LossFn, input_gradient, project, require_pixels, unit
 from mae_dat.config.errors import ConfigError
+from mae_dat.models.modes import Network
 
-Model = Callable[[Tensor], Tensor]
 Norm = Literal["linf", "l2"]
 
 
 @dataclass(frozen=True)
 class PixelAttack:
-    """Gradient ascent on the cross-entropy in a ball around the picture: FGSM is one step without a random start."""
+    """Gradient ascent on the cross-entropy in a ball around the image; FGSM is one step without a random start."""
 
     eps: float
-    """Radius of the ball, pixels in [0, 1]: of every pixel (`linf`), or of the picture (`l2`)."""
+    """Radius of the ball, pixels in [0, 1]: of every pixel (`linf`) or of the image (`l2`)."""
     step: float
     """Length of a step, in the same norm."""
     steps: int = 1
@@ -33,7 +34,7 @@ class PixelAttack:
     random_start: bool = False
     """Uniform in the box (`linf`), or on the sphere (`l2`)."""
     restarts: int = 1
-    """Runs, of which each picture keeps the worst: a wrong answer before a right one, then the highest loss."""
+    """Number of runs, of which each image keeps the worst: a misclassification first, then the highest loss."""
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
@@ -44,7 +45,7 @@ class PixelAttack:
             raise ConfigError(f"{self.restarts} restarts without random_start would all be the same.")
 
 
-# The first two as in RVT's evaluation, whose group is DAT's.
+# The first two as in the evaluation of RVT, by the authors of DAT.
 PIXEL_ATTACKS = {
     "fgsm-1/255": PixelAttack(1 / 255, 1 / 255),
     "pgd-5-1/255": PixelAttack(1 / 255, 0.5 / 255, 5, random_start=True),
@@ -53,88 +54,86 @@ PIXEL_ATTACKS = {
 
 
 def pixel_adversary(
-    model: Model, image: Tensor, label: Tensor, attack: PixelAttack, generators: Sequence[torch.Generator]
+    model: Network, image: Tensor, label: Tensor, attack: PixelAttack, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Adversarial pictures in [0, 1] within the ball, to the last bit.
+    """Return adversarial images (B, C, H, W) in [0, 1], inside the ball to the last bit.
 
-    Each picture draws from a generator of its own (`attack.image_generator`): what it meets does not depend on its
-    batch. Raises ValueError for pixels outside [0, 1].
+    Each image draws from its own generator (`discrete.image_generator`), so its result does not depend on its batch.
+    Raises ValueError for pixels outside [0, 1].
     """
     require_pixels(image)
     image = image.detach().float().clamp(0, 1)
-    worst, rank = image, torch.full((2, len(image)), -torch.inf, device=image.device)
+    worst, worst_rank = image, torch.full((2, len(image)), -torch.inf, device=image.device)
     for _ in range(attack.restarts):
-        found = _ascend(model, image, label, attack, generators)
+        start = random_point(image, attack, generators) if attack.random_start else image
+        with torch.autocast(image.device.type, enabled=False):
+            adversarial = gradient_ascent(start, image, _cross_entropy_sum(model, label), attack)
         if attack.restarts == 1:
-            return found
-        logits = _logits(model, found)
+            return adversarial
+        logits = predict_logits(model, adversarial)
         wrong, loss = logits.argmax(1) != label, F.cross_entropy(logits, label, reduction="none")
-        new = torch.stack([wrong.float(), loss])
-        worse = (new[0] > rank[0]) | ((new[0] == rank[0]) & (new[1] > rank[1]))
-        worst = torch.where(worse.view(-1, 1, 1, 1), found, worst)
-        rank = torch.where(worse, new, rank)
+        rank = torch.stack([wrong.float(), loss])  # compared in this order
+        worse = (rank[0] > worst_rank[0]) | ((rank[0] == worst_rank[0]) & (rank[1] > worst_rank[1]))
+        worst = torch.where(worse.view(-1, 1, 1, 1), adversarial, worst)
+        worst_rank = torch.where(worse, rank, worst_rank)
     return worst
 
 
-def _ascend(
-    model: Model, image: Tensor, label: Tensor, attack: PixelAttack, generators: Sequence[torch.Generator]
-) -> Tensor:
-    point = random_point(image, attack, generators) if attack.random_start else image
-    with torch.autocast(image.device.type, enabled=False):
-        return gradient_ascent(point, image, _loss_of(model, label), attack)
+def gradient_ascent(point: Tensor, center: Tensor, loss_fn: LossFn, attack: PixelAttack) -> Tensor:
+    """Take `attack.steps` steps from `point` up the gradient of a loss, inside the ball around `center`; (B, C, H, W).
 
-
-def gradient_ascent(point: Tensor, center: Tensor, loss_of: LossFn, attack: PixelAttack) -> Tensor:
-    """Where `attack.steps` steps from `point` up the gradient of a scalar loss lead, in the ball around `center`."""
+    A step follows the gradient's sign (`linf`) or its unit vector (`l2`), so the scale of the loss does not matter.
+    """
     for _ in range(attack.steps):
-        gradient = input_gradient(point, loss_of)
+        gradient = input_gradient(point, loss_fn)
         direction = gradient.sign() if attack.norm == "linf" else unit(gradient)
         point = project_into_ball(point + attack.step * direction, center, attack)
     return point
 
 
-def loss_gradient(model: Model, image: Tensor, label: Tensor) -> Tensor:
-    """Gradient of each picture's own cross-entropy, (B, C, H, W)."""
+def loss_gradient(model: Network, image: Tensor, label: Tensor) -> Tensor:
+    """Compute the gradient of each image's own cross-entropy at the image, (B, C, H, W)."""
     with torch.autocast(image.device.type, enabled=False):
-        return input_gradient(image, _loss_of(model, label))
+        return input_gradient(image, _cross_entropy_sum(model, label))
 
 
-def _loss_of(model: Model, label: Tensor) -> LossFn:
+def _cross_entropy_sum(model: Network, label: Tensor) -> LossFn:
+    """Return the summed loss: its gradient at an image is that of the image's own loss, whatever the batch size."""
     return lambda image: F.cross_entropy(model(image).float(), label, reduction="sum")
 
 
 def random_point(image: Tensor, attack: PixelAttack, generators: Sequence[torch.Generator] | torch.Generator) -> Tensor:
-    """A random point of each picture's ball, of its own generator on the CPU, or of the batch's on its device."""
+    """Draw a random point of each image's ball, (B, C, H, W).
+
+    `generators` is one CPU generator for each image, or one for the batch on the image's device.
+    """
     draw: Callable[..., Tensor] = torch.rand if attack.norm == "linf" else torch.randn
     if isinstance(generators, torch.Generator):
         noise = draw(image.shape, generator=generators, device=image.device)
     else:
-        noise = torch.stack([draw(image.shape[1:], generator=one) for one in generators]).to(image.device)
-    return project_into_ball(
-        image + attack.eps * (2 * noise - 1 if attack.norm == "linf" else unit(noise)), image, attack
-    )
+        noise = torch.stack([draw(image.shape[1:], generator=generator) for generator in generators]).to(image.device)
+    direction = 2 * noise - 1 if attack.norm == "linf" else unit(noise)
+    return project_into_ball(image + attack.eps * direction, image, attack)
 
 
 def project_into_ball(point: Tensor, center: Tensor, attack: PixelAttack) -> Tensor:
-    """The point moved into the ball around `center` and into [0, 1], both in [0, 1], to the last bit: computed in
-    float64, then rounded to the float32 on the centre's side."""
+    """Project `point` into the ball around `center` and into [0, 1], exact to the last bit; all (B, C, H, W).
+
+    The projection is computed in float64. Where rounding to float32 leads out of the ball, the result is the next
+    float32 towards the center.
+    """
     middle, point = center.double(), point.double()
     if attack.norm == "linf":
         exact = point.clamp(middle - attack.eps, middle + attack.eps).clamp(0, 1)
     else:
         exact = (middle + project(point - middle, attack.eps)).clamp(0, 1)
     rounded = exact.float()
-    beyond = (rounded.double() - exact) * (exact - middle) > 0
-    return torch.where(beyond, rounded.nextafter(center), rounded)
+    outside = (rounded.double() - exact) * (exact - middle) > 0
+    return torch.where(outside, rounded.nextafter(center), rounded)
 
 
 @torch.no_grad()
-def _logits(model: Model, image: Tensor) -> Tensor:
+def predict_logits(model: Network, image: Tensor) -> Tensor:
+    """Return float32 logits (B, K), computed without autograd and outside autocast."""
     with torch.autocast(image.device.type, enabled=False):
         return model(image).float()
-
-
-# ---- AutoAttack ----
-
-
-# ---- can it be believed? ----

@@ -1,4 +1,7 @@
-"""Hold the share of changed visual words at a target by adjusting an attack's strength."""
+"""Control of an attack's strength: eps follows a target share of changed visual words.
+
+The same eps changes different shares of words at another image size or with another tokenizer. A share is comparable.
+"""
 
 import logging
 import math
@@ -11,63 +14,66 @@ logger = logging.getLogger(__name__)
 
 
 class ShareController:
-    """Holds the share of changed words at a target by adjusting eps, which does not carry over between sizes and
-    tokenizers.
+    """Holds the share of changed words at a target by adjusting eps.
 
-    The strength is found on the first batch, then followed: log eps moves by a small part of the log ratio of target
-    and running share, and by half of it while the share is off by more than a factor of 2 (`paper` in the first steps,
-    where a gradient that is not normalized grows a thousandfold with the classification head).
+    `find` searches the strength on the first batch, `observe` then follows it: log eps moves by a small part of the
+    log ratio of target and running share, or by half of it while the share is off by more than a factor of 2. The
+    latter happens in the first steps of `paper`, whose gradient is not normalized and grows a thousandfold while the
+    classification head learns.
     """
 
     GAIN, FAST_GAIN = 0.05, 0.5
     SMOOTHING = 0.9
-    LARGEST = 1e12  # without any gradient no strength is enough: infinity times zero would end as NaN pixels
-    DOUBLINGS, LEAPS, BISECTIONS = 12, 7, 6  # by 1.1e12 in all; a leap of 16 is bisected to 1.04
+    # Without any gradient no strength is enough, and infinity times zero would end as NaN pixels.
+    LARGEST = 1e12
+    # The search covers a factor of 2^12 * 16^7 = 1.1e12; a leap of 16 is bisected to within 1.04.
+    DOUBLINGS, LEAPS, BISECTIONS = 12, 7, 6
 
     def __init__(self, config: AttackConfig) -> None:
+        """Start from `config`'s eps (0.1 if it has none), with its share as the target."""
         assert config.share is not None
         self.target = config.share
         self.eps = PUBLISHED_EPS if math.isnan(config.eps) else config.eps
         self.average: float | None = None
 
     def apply(self, config: AttackConfig) -> AttackConfig:
-        """The attack with the strength of now."""
+        """Return the attack with the current strength."""
         return replace(config, eps=self.eps)
 
     def find(self, share_at: Callable[[float], float]) -> None:
-        """Searches eps on a first batch: goes up or down until the target is bracketed, then bisects in log eps.
+        """Search eps on a first batch: go up or down until the target is bracketed, then bisect in log eps.
 
-        Out of reach, it warns, and eps is the smallest of those that come nearest.
+        `share_at` maps eps to the share of changed words. If no strength reaches the target, log a warning and take
+        the one that comes nearest, the smallest of equals.
         """
-        tried = {self.eps: share_at(self.eps)}
-        up = tried[self.eps] < self.target
-        last = self.eps
+        eps, shares = self.eps, {self.eps: share_at(self.eps)}
+        upwards = shares[eps] < self.target
         for factor in (2.0,) * self.DOUBLINGS + (16.0,) * self.LEAPS:
-            last, before = last * factor if up else last / factor, last
-            tried[last] = share_at(last)
-            if (tried[last] < self.target) != up:
-                break
-        else:
-            self.eps = min(tried, key=lambda eps: (abs(tried[eps] - self.target), eps))
-            logger.warning(
-                "no strength from eps %.3g to %.3g changes %.1f %% of the words; eps %.3g comes nearest, with %.2f %%. "
-                "A loss without gradient, as of a network that is still constant, is followed once it has one; "
-                "otherwise give another --dat_share.",
-                min(tried),
-                max(tried),
-                100 * self.target,
-                self.eps,
-                100 * tried[self.eps],
-            )
-            return
-        low, high = sorted((before, last))
+            previous, eps = eps, eps * factor if upwards else eps / factor
+            shares[eps] = share_at(eps)
+            if (shares[eps] < self.target) != upwards:
+                self.eps = self._bisect(share_at, min(previous, eps), max(previous, eps))
+                return
+        self.eps = min(shares, key=lambda eps: (abs(shares[eps] - self.target), eps))
+        logger.warning(
+            "no strength from eps %.3g to %.3g changes %.1f %% of the words; eps %.3g comes nearest, with %.2f %%. "
+            "If the loss has no gradient yet, as with a model whose output is still constant, eps is adjusted once it "
+            "has one; otherwise give another --dat_share.",
+            min(shares),
+            max(shares),
+            100 * self.target,
+            self.eps,
+            100 * shares[self.eps],
+        )
+
+    def _bisect(self, share_at: Callable[[float], float], low: float, high: float) -> float:
         for _ in range(self.BISECTIONS):
             middle = (low * high) ** 0.5
             low, high = (middle, high) if share_at(middle) < self.target else (low, middle)
-        self.eps = (low * high) ** 0.5
+        return (low * high) ** 0.5
 
     def observe(self, share: float) -> None:
-        """Follows the share measured in a step."""
+        """Adjust eps to the share of changed words, in [0, 1], measured in a step."""
         near = self.target / 2 <= share <= 2 * self.target
         if self.average is None or not near:
             self.average = share
@@ -76,10 +82,10 @@ class ShareController:
         self.eps = min(self.eps * ratio ** (self.GAIN if near else self.FAST_GAIN), self.LARGEST)
 
     def state_dict(self) -> dict[str, float | None]:
-        """For a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"eps": self.eps, "average": self.average}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """From a checkpoint."""
+        """Restore `state_dict`."""
         assert state["eps"] is not None
         self.eps, self.average = state["eps"], state["average"]

@@ -1,11 +1,11 @@
-"""Accuracy when up to k % of the visual words are changed: by the symbolic adversary, or, as its control, at random.
+"""Accuracy when up to k % of the visual words are changed: by the symbolic adversary, or at random as its control.
 
-A threat model of its own: the adversary may not touch pixels, only replace words of the tokenizer, and what the network
-sees is decoded from them. Share 0 is the reconstruction, no word changed.
+This is a threat model of its own: the adversary cannot touch pixels. It replaces words of the tokenizer, and the model
+sees the image decoded from them. Share 0 is the reconstruction, with no word changed.
 
-Budgets are nested: the words changed at one share stay changed at the next, which adds to them. A picture counts as
-right at a share if the network was right there and at every smaller one of the curve, for *up to* k % includes fewer.
-So no curve rises. Pictures that are lost already are not attacked any further.
+Budgets are nested: words changed at one share stay changed at the next, which adds to them. An image counts as right at
+a share if the model was right there and at every smaller share, because *up to* k % includes fewer. So no curve rises,
+and images that are already misclassified are not attacked any further.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae_dat.attacks.discrete import image_generator, other_words
-from mae_dat.attacks.gradient import require_pixels
+from mae_dat.attacks.gradient import LossFn, require_pixels
 from mae_dat.attacks.symbolic import symbolic_words
 from mae_dat.config.errors import ConfigError, DataError, NumericsError
 from mae_dat.data.image_set import Batch
@@ -29,7 +29,7 @@ WORD_ATTACK_KINDS = ("symbolic", "random")
 WORD_SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 WordCurve = dict[str, dict[str, int]]
-"""Share as text (JSON keys are text) -> `correct` of `total` pictures."""
+"""Share as text (JSON keys are text) -> `correct` of `total` images."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class WordAttack:
     """What is measured, and how hard the adversary tries."""
 
     shares: tuple[float, ...] = WORD_SHARES
-    """Budgets, rising from 0: shares of a picture's words."""
+    """Budgets, rising from 0: shares of an image's words."""
     steps: int = 2
     """Gradients that the symbolic adversary takes from one share to the next."""
     nearest: int | None = None
-    """A word becomes one of so many whose codes are nearest to its own (None: any word)."""
+    """A word becomes one of the `nearest` codes to its own (None: any word)."""
     seed: int = 0
-    """Of the random words."""
+    """Seed of the random words."""
 
     def __post_init__(self) -> None:
         if self.shares[:1] != (0.0,) or any(a >= b for a, b in pairwise(self.shares)) or self.shares[-1] > 1:
@@ -52,11 +52,14 @@ class WordAttack:
             raise ConfigError(f"a word attack needs steps >= 1 and nearest >= 1, got {self}.")
 
     def budgets(self, places: int) -> list[int]:
-        """Words of a picture with so many that each share allows. Raises ConfigError where two shares are one."""
+        """Return the number of words that each share allows in an image of `places` words.
+
+        Raises ConfigError if two shares give the same number.
+        """
         counts = [round(share * places) for share in self.shares]
         if len(set(counts)) < len(counts):
             raise ConfigError(
-                f"the shares {self.shares} of {places} words a picture are {counts} words: leave out those that are "
+                f"the shares {self.shares} of {places} words per image are {counts} words: leave out those that are "
                 "the same."
             )
         return counts
@@ -71,19 +74,23 @@ def word_accuracy(
     device: torch.device,
     reduce: Callable[[Tensor], Tensor] = all_sum,
 ) -> dict[str, WordCurve]:
-    """The curve of each kind, from integer counts; `reduce` sums them over ranks, each with its own pictures.
+    """Measure the curve of each kind in integer counts; `reduce` sums them over ranks, each with its own images.
 
-    The model runs in evaluation mode and gets its flags back. Pictures that stand in for unreadable ones (`skipped`)
-    are not counted. Raises DataError when none is left, ConfigError (size, shares), NumericsError (NaN or
+    The model runs in evaluation mode, and its training flags are restored. Images that replace unreadable ones
+    (`skipped`) are not counted. Raises DataError if no image is left, ConfigError (size, shares), NumericsError (NaN or
     infinite logits).
     """
     counts = torch.zeros(len(WORD_ATTACK_KINDS) + 1, len(attack.shares), dtype=torch.int64, device=device)
     with evaluation_mode(model):
         for batch in batches:
-            own = batch["skipped"] == 0
-            image, label, index = batch["image"][own].to(device), batch["label"][own].to(device), batch["index"][own]
+            readable = batch["skipped"] == 0
+            image, label = batch["image"][readable].to(device), batch["label"][readable].to(device)
+            index = batch["index"][readable]
             for row, kind in enumerate(WORD_ATTACK_KINDS if len(image) else ()):
-                counts[row] += word_hits(model, tokenizer, image, label, index, kind, attack).sum(1)
+                hits = word_hits(
+                    model, tokenizer=tokenizer, image=image, label=label, index=index, kind=kind, attack=attack
+                )
+                counts[row] += hits.sum(1)
             counts[-1] += len(image)
     *correct, total = reduce(counts).tolist()
     if not total[0]:
@@ -105,35 +112,46 @@ def word_hits(
     kind: str,
     attack: WordAttack,
 ) -> Tensor:
-    """Whether each picture is right up to each share: bool (shares, B). Random words depend on (seed, index) alone."""
+    """Return whether the model is right about each image up to each share: bool (shares, B).
+
+    `image` (B, C, H, W) in [0, 1], `label` (B,). `index` (B,), on the CPU, seeds the random words together with
+    `attack.seed`, so they do not depend on the batch.
+    """
     require_pixels(image)
     with torch.autocast(image.device.type, enabled=False):
         start = tokenizer.encode(image.float())
         budgets = attack.budgets(start[0].numel())
         order, other = _random_changes(start, tokenizer, index, attack) if kind == "random" else (start, start)
-        words, right = start.clone(), _right(model, tokenizer, start, label)
+        words, right = start.clone(), _is_right(model, tokenizer, start, label)
         hits = [right]
-        for before, budget in pairwise(budgets):
-            left = right.nonzero()[:, 0]
+        for previous, budget in pairwise(budgets):
+            rows = right.nonzero()[:, 0]  # images that still resist
             if kind == "random":
-                places = order[left, before:budget]
-                changed = words[left].flatten(1).scatter(1, places, other[left].gather(1, places))
-                words[left] = changed.view_as(words[left])
-            elif len(left):
-                target = label[left]
-
-                def loss_of(view: Tensor, target: Tensor = target) -> Tensor:
-                    return F.cross_entropy(model(view).float(), target, reduction="sum")
-
-                free, more = words[left] == start[left], budget - before
-                words[left] = symbolic_words(words[left], loss_of, tokenizer, more, attack.steps, attack.nearest, free)
+                places = order[rows, previous:budget]
+                changed = words[rows].flatten(1).scatter(1, places, other[rows].gather(1, places))
+                words[rows] = changed.view_as(words[rows])
+            elif len(rows):
+                words[rows] = symbolic_words(
+                    words[rows],
+                    _summed_loss(model, label[rows]),
+                    tokenizer,
+                    count=budget - previous,
+                    steps=attack.steps,
+                    nearest=attack.nearest,
+                    free=words[rows] == start[rows],
+                )
             right = right.clone()
-            right[left] = _right(model, tokenizer, words[left], label[left])
+            right[rows] = _is_right(model, tokenizer, words[rows], label[rows])
             hits.append(right)
     return torch.stack(hits)
 
 
-def _right(model: nn.Module, tokenizer: VisualTokenizer, words: Tensor, label: Tensor) -> Tensor:
+def _summed_loss(model: nn.Module, label: Tensor) -> LossFn:
+    return lambda view: F.cross_entropy(model(view).float(), label, reduction="sum")
+
+
+def _is_right(model: nn.Module, tokenizer: VisualTokenizer, words: Tensor, label: Tensor) -> Tensor:
+    """Return whether the model predicts `label` (B,) from the decoded words (B, h, w): bool (B,)."""
     if not len(words):
         return torch.zeros_like(label, dtype=torch.bool)
     logits = model(tokenizer.decode(words))
@@ -147,11 +165,11 @@ def _right(model: nn.Module, tokenizer: VisualTokenizer, words: Tensor, label: T
 def _random_changes(
     words: Tensor, tokenizer: VisualTokenizer, index: Tensor, attack: WordAttack
 ) -> tuple[Tensor, Tensor]:
-    """For every picture its places in random order and another word for each of them, (B, h * w) both."""
+    """Return each image's places in random order and another word for each place, both (B, h * w)."""
     order, other = [], []
     codebook = tokenizer.codebook.cpu()
-    for word, one in zip(words.flatten(1).cpu(), index.tolist(), strict=True):
-        generator = image_generator(attack.seed, one)
-        order.append(torch.randperm(len(word), generator=generator))
-        other.append(other_words(word, codebook, generator, attack.nearest))
+    for image_words, image_index in zip(words.flatten(1).cpu(), index.tolist(), strict=True):
+        generator = image_generator(attack.seed, image_index)
+        order.append(torch.randperm(len(image_words), generator=generator))
+        other.append(other_words(image_words, codebook, generator, attack.nearest))
     return torch.stack(order).to(words.device), torch.stack(other).to(words.device)

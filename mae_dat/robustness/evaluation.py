@@ -215,7 +215,7 @@ def _gradient_checks(entry: SuiteRun, setting: EvaluationSetup) -> Kept:
                 task.advance()
 
             network = MonitoredNetwork(contender.model, hear)
-            found = [check._asdict() for check in attack_checks(network, image, label, generators)]
+            found = [check.as_json() for check in attack_checks(network, image, label, generators)]
         kept = Kept(found, entry.versions)
         on_main_rank(functools.partial(setting.store.write, key, kept))
     return kept

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from golden_rule import rule_tensor
 from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_adversary, random_start, random_words
-from mae_dat.attacks.gradient import input_gradient, project, unit
+from mae_dat.attacks.gradient import LossFn, input_gradient, project, unit
 from mae_dat.attacks.share_controller import ShareController
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import ATTACKS
@@ -22,7 +22,6 @@ from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
 
 Golden = Callable[[str], dict[str, np.ndarray]]
-LossOf = Callable[[Tensor], Tensor]
 
 
 class Mosaic(VisualTokenizer):
@@ -70,7 +69,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def soft_cross_entropy(net: nn.Module, target: Tensor) -> LossOf:
+def soft_cross_entropy(net: nn.Module, target: Tensor) -> LossFn:
     return lambda image: F.cross_entropy(net(image), target)
 
 
@@ -308,7 +307,7 @@ def test_the_random_kind_decodes_what_it_changed() -> None:
 # ---- strength ----
 
 
-def mean_loss_of_noise(found: DiscreteAdversary, eps: float, loss_of: LossOf, tokenizer: VisualTokenizer) -> float:
+def mean_loss_of_noise(found: DiscreteAdversary, eps: float, loss_of: LossFn, tokenizer: VisualTokenizer) -> float:
     losses = []
     for seed in range(5):
         noise = torch.randn(found.reconstruction.shape, generator=generator(seed))
@@ -387,7 +386,7 @@ def test_a_share_out_of_reach_is_warned_about(most: float, nearest: float, caplo
 @pytest.mark.parametrize("kind", ["released", "paper"])
 def test_one_attack_refuses_a_share_that_it_cannot_hold(kind: str) -> None:
     config = AttackConfig(kind, share=0.05)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="WithDAT finds and holds it"):
+    with pytest.raises(ConfigError, match="use WithDAT, which finds and holds it"):
         discrete_adversary(torch.rand(1, 3, 8, 8), lambda x: x.sum(), Mosaic(), config, generator())
     assert ShareController(config).apply(config).eps == AttackConfig(kind).eps == 0.1  # type: ignore[arg-type]
 

@@ -167,7 +167,8 @@ def test_a_model_of_other_pictures_is_refused() -> None:
     net, image, label = trained_classifier()
     shift = Classifier(net, (-1.0, -1.0, -1.0), (2.0, 2.0, 2.0))  # what it is given comes back to [0, 1]: as from -1..1
     with pytest.raises(
-        ConfigError, match=r"normalised by mean 0.5.*of \d+ it knows \d+ so, and \d+ in \[0, 1\]. Give mae"
+        ConfigError,
+        match=r"normalized by mean 0.5.*of \d+ images it is right about \d+ this way, and about \d+ in .*Give mae",
     ):
         look(shift, image, label)
     with pytest.raises(ConfigError, match=r"from 0 to 255: of \d+ .* Give lambda image: model\(255 \* image\)"):
@@ -181,7 +182,7 @@ def test_a_model_of_other_pictures_is_refused() -> None:
 
     look(strict, image, label)
     bare = timm.create_model("test_resnet", num_classes=5)
-    with pytest.raises(ConfigError, match=r"normalised by mean \(0.5, 0.5, 0.5\)|normalised by mean \(0.485"):
+    with pytest.raises(ConfigError, match=r"normalized by mean \(0.5, 0.5, 0.5\)|normalized by mean \(0.485"):
         require_no_declared_normalization(bare)
     require_no_declared_normalization(Classifier(bare, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -209,7 +210,7 @@ def partly_right(pixels_alone: float, normalised_alone: float, seed: int) -> tup
 
 def test_ten_points_of_accuracy_are_seen_and_equally_good_versions_pass() -> None:
     for seed in range(5):
-        with pytest.raises(ConfigError, match=r"normalised by mean 0\.5"):
+        with pytest.raises(ConfigError, match=r"normalized by mean 0\.5"):
             look(*partly_right(0.05, 0.15, seed))
         for share in (0.05, 0.15):
             look(*partly_right(share, share, seed))
@@ -270,9 +271,9 @@ def test_the_checks_tell_their_numbers() -> None:
     net, image, label = trained_classifier()
     checks = attack_checks(net, image[:5], label[:5], generators(5))
     assert [check.name for check in checks][:2] == ["gradients", "no chance"]
-    assert checks[0].told == "0 of 5 pictures have no gradient"
-    assert "loss " in checks[2].told
-    assert "(4/255)" in checks[2].told
+    assert checks[0].details == "0 of 5 pictures have no gradient"
+    assert "loss " in checks[2].details
+    assert "(4/255)" in checks[2].details
 
 
 def test_gradients_are_of_each_pictures_own_loss() -> None:

@@ -155,7 +155,7 @@ def test_shares_that_make_no_curve_are_refused(shares: tuple[float, ...]) -> Non
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    with pytest.raises(ConfigError, match="64 words a picture are .*leave out those that are the same"):
+    with pytest.raises(ConfigError, match="64 words per image are .*leave out those that are the same"):
         measured(attack=WordAttack())
     with pytest.raises(ConfigError, match="steps >= 1 and nearest >= 1"):
         WordAttack(nearest=0)

@@ -710,7 +710,7 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
         evaluate(lambda image: image, "clean", own, size=32)
     bare = Linear()
     bare.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="takes pictures normalised by"):
+    with pytest.raises(ConfigError, match="takes images normalized by"):
         evaluate(bare, "clean", own, size=32)
 
 
@@ -726,7 +726,7 @@ def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(t
         mean = image.mean((1, 2, 3))
         return torch.stack([-mean, mean], 1)
 
-    with pytest.raises(ConfigError, match=r"seems to take pictures normalised by mean 0\.5"):
+    with pytest.raises(ConfigError, match=r"seems to take images normalized by mean 0\.5"):
         evaluate(normalised, "clean", tmp_path, size=32)
     assert (
         cells(evaluate(lambda x: normalised(x - 0.45), "clean", tmp_path, size=32), "clean", "<lambda>")[""]["correct"]
@@ -749,7 +749,7 @@ def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
 
     found = evaluate(knowing, "cue-conflict", imagenet, size=SIDE)
     assert cells(found, "cue-conflict", "knowing")[""]["shape"] == len(pictures)
-    with pytest.raises(ConfigError, match=r"from 0 to 255: of 32 it knows 32 so, and 2 in"):
+    with pytest.raises(ConfigError, match=r"from 0 to 255: of 32 images it is right about 32 this way, and about 2 in"):
         evaluate(lambda x: knowing(x / 255), "cue-conflict", imagenet, size=SIDE)
 
 

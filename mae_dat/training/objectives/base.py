@@ -1,10 +1,10 @@
-"""Objectives: a batch in, a dictionary with `loss` and its named parts out. The engine knows none of them.
+"""The interface of an objective: a batch in, a dictionary with `loss` and its named parts out.
 
-An objective draws its randomness once per step (`prepare`: mask noise, mixed labels), so that every view of the batch,
-the clean and the adversarial one, is judged by the same mask or the same targets (`loss`). `WithDAT` wraps any of them.
+The training loop knows nothing of masks, labels or adversaries. An objective draws its randomness once per step
+(`prepare`: mask noise, mixed labels), so every view of the batch, clean or adversarial, is scored with the same mask or
+the same targets (`loss`). `WithDAT` wraps any objective.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from mae_dat.data.image_set import Batch
 from mae_dat.models.tokenizer.base import VisualTokenizer
 
-logger = logging.getLogger(__name__)
-
 Parts = dict[str, Tensor]
+"""Scalars by name: `loss`, the terms it is made of, and what else is to be logged."""
 
 
 class Objective(ABC):
@@ -25,65 +24,70 @@ class Objective(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """The image to learn from, (B, C, H, W) in [0, 1], and all that judges it, such as targets or mask noise:
-        tensors or lists with a row for each image, alone or in a tuple."""
+        """Return the image to learn from, (B, C, H, W) in [0, 1], and the context that `loss` needs.
+
+        The context holds targets, mask noise and the like: tensors or lists with a row for each image, alone or in a
+        tuple. All randomness of the step is drawn here, from `generator`.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
-        """Mean loss of a view of the image, a float32 scalar."""
+        """Compute the mean loss of a view (B, C, H, W) of the image, a float32 scalar."""
 
     def parts(self, model: nn.Module, image: Tensor, context: Any) -> Parts:
-        """`loss` of a view, with what of it is worth to be logged."""
+        """Compute `loss` of a view (B, C, H, W), and the scalars to log with it."""
         return {"loss": self.loss(model, image, context)}
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
-        """The loss of one batch."""
+        """Compute the loss of one batch, with the scalars to log."""
         return self.parts(model, *self.prepare(model, batch, generator))
 
     def known_words(self, tokenizer: VisualTokenizer, context: Any) -> Tensor | None:
-        """Words (B, h, w) of the image where `prepare` has had this tokenizer find them."""
+        """Return the image's words (B, h, w) if `prepare` has already encoded them with this tokenizer."""
         return None
 
-    def begin(self, epoch: float) -> None:  # noqa: B027 - most keep no schedule
-        """Is told, before each step, the fractional epoch that it stands at."""
+    def begin(self, epoch: float) -> None:  # noqa: B027 - most objectives have no schedule
+        """Start a step at this fractional epoch."""
 
-    def observe(self, facts: Mapping[str, float]) -> None:  # noqa: B027 - most follow nothing
-        """Is told a step's parts once they are read, the same on all ranks but for the losses: on a GPU that may be
-        after the next step."""
+    def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 - most objectives adjust nothing
+        """Read the parts of an earlier step, the same on all ranks except for the losses.
+
+        On a GPU they arrive after the next step has been launched.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """State to save in a checkpoint."""
+        """Return the state for a checkpoint."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have none
-        """State from a checkpoint."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most objectives have no state
+        """Restore `state_dict`."""
 
 
 class ObjectiveWrapper(Objective):
-    """An objective that passes views of its own making to another one."""
+    """An objective that passes views of its own making to the `objective` it wraps."""
 
     objective: Objective
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """As the wrapped objective."""
+        """Return what the wrapped objective prepares."""
         return self.objective.prepare(model, batch, generator)
 
     def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
-        """As the wrapped objective."""
+        """Compute the wrapped objective's loss."""
         return self.objective.loss(model, image, context)
 
     def begin(self, epoch: float) -> None:
-        """As the wrapped objective."""
+        """Start a step of the wrapped objective."""
         self.objective.begin(epoch)
 
-    def observe(self, facts: Mapping[str, float]) -> None:
-        """As the wrapped objective."""
-        self.objective.observe(facts)
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Pass the metrics to the wrapped objective."""
+        self.objective.observe(metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped objective's."""
+        """Return the wrapped objective's state for a checkpoint."""
         return {"objective": self.objective.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`."""
+        """Restore `state_dict`."""
         self.objective.load_state_dict(state["objective"])

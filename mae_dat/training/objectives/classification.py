@@ -13,7 +13,7 @@ from mae_dat.training.objectives.base import Objective
 
 
 class Classification(Objective):
-    """Cross-entropy with soft targets: mixup and cutmix where asked for, label smoothing always."""
+    """Cross-entropy with soft targets: mixup and cutmix if configured, label smoothing always."""
 
     def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
         self.num_classes, self.smoothing = num_classes, augment.smoothing
@@ -31,14 +31,14 @@ class Classification(Objective):
             )
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The (mixed) image and soft targets (B, classes). timm's mixup draws from numpy's state, which the engine
-        seeds per step."""
+        """Return the (mixed) image (B, C, H, W) and soft targets (B, K) for K classes."""
         image, label = batch["image"], batch["label"]
         if self.mixup is not None:
+            # It draws from numpy's global state, which the training loop seeds for each step.
             return self.mixup(image.clone(), label)
-        off = self.smoothing / self.num_classes
-        return image, F.one_hot(label, self.num_classes).float() * (1 - self.smoothing) + off
+        off_value = self.smoothing / self.num_classes
+        return image, F.one_hot(label, self.num_classes).float() * (1 - self.smoothing) + off_value
 
     def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
-        """Mean cross-entropy against the soft targets."""
+        """Compute the mean cross-entropy against the soft targets (B, K), a scalar."""
         return F.cross_entropy(model(image).float(), context)

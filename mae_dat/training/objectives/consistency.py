@@ -1,4 +1,4 @@
-"""Consistent predictions: the Jensen-Shannon divergence between views of a picture as a part of the loss."""
+"""Consistent predictions: the Jensen-Shannon divergence between views of an image as a part of the loss."""
 
 from collections.abc import Sequence
 
@@ -14,22 +14,24 @@ from mae_dat.training.objectives.base import Parts
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT, first_rows
 
-AUGMIX_VIEWS = 3  # of AugMix: the crop, and two mixtures of it
+AUGMIX_VIEWS = 3  # the crop, and two mixtures of it
 
 
 def jensen_shannon(logits: Sequence[Tensor]) -> Tensor:
-    """Divergence between the predictions for several views, each (B, classes): the mean over views and pictures of
-    KL(view || mean of the views), a scalar in [0, log(views)]."""
-    views = torch.stack([one.float() for one in logits]).log_softmax(-1)
+    """Compute the divergence between the predictions for several views, each logits (B, K).
+
+    The mean over views and images of KL(view || mean of the views): a scalar in [0, log(views)].
+    """
+    views = torch.stack([view.float() for view in logits]).log_softmax(-1)
     mean = views.exp().mean(0).clamp(1e-7, 1).log()  # AugMix's bound, for views that exclude each other
     return (views.exp() * (views - mean)).sum(-1).mean()
 
 
 class AugMix(Classification):
-    """AugMix (Hendrycks et al. 2020): cross-entropy of the clean view, and a divergence between all of them.
+    """AugMix (Hendrycks et al. 2020): cross-entropy of the clean view, and the divergence between all views.
 
-    Pictures come with their views, (B, V, C, H, W), the clean one first. They pass through the network at once, so that
-    BatchNorm sees all of them together.
+    Images come with their views, (B, V, C, H, W), the clean one first. All views pass through the model at once, so
+    BatchNorm computes its statistics over all of them.
     """
 
     def __init__(self, augment: AugmentConfig, num_classes: int, weight: float) -> None:
@@ -37,19 +39,21 @@ class AugMix(Classification):
         self.weight = weight
 
     def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
-        """Their weighted sum."""
+        """Compute cross-entropy + weight * divergence, a scalar."""
         return self.parts(model, image, context)["loss"]
 
     def parts(self, model: nn.Module, image: Tensor, target: Tensor) -> Parts:
-        """loss, loss_clean and jsd (unweighted) of pictures in their views, for soft targets (B, classes)."""
+        """Compute loss, loss_clean and jsd (unweighted) of views (B, V, C, H, W), for soft targets (B, K)."""
         logits = model(image.transpose(0, 1).flatten(0, 1)).float().chunk(image.shape[1])
         clean, divergence = F.cross_entropy(logits[0], target), jensen_shannon(logits)
         return {"loss": clean + self.weight * divergence, "loss_clean": clean, "jsd": divergence}
 
 
 class ConsistentDAT(WithDAT):
-    """DAT of a classifier, whose predictions for a picture, its reconstruction and its adversary are to agree: a
-    weighted divergence between them joins DAT's loss."""
+    """DAT of a classifier with consistent predictions.
+
+    A weighted divergence between the predictions for an image, its reconstruction and its adversary joins DAT's loss.
+    """
 
     def __init__(
         self, objective: Classification, tokenizer: VisualTokenizer, attack: AttackConfig, weight: float
@@ -58,15 +62,15 @@ class ConsistentDAT(WithDAT):
         self.weight = weight
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
-        """One step; parts: as DAT's, and jsd (unweighted)."""
+        """Compute one step; parts: those of DAT, and jsd (unweighted)."""
         image, target = self.prepare(model, batch, generator)
         clean = model(image).float()
         parts = {"loss_clean": F.cross_entropy(clean, target)} if self.attack.clean_weight else {}
-        attacked, target = first_rows((image, target), self.attack_count(image))
+        image, target = first_rows((image, target), self.attack_count(image))
         with auxiliary_norms(model):
-            found = self.adversary(model, attacked, target, generator)
-            adversarial = model(found.adversarial).float()
+            adversary = self.adversary(model, image, target, generator)
+            adversarial = model(adversary.adversarial).float()
         parts["loss_adversarial"] = F.cross_entropy(adversarial, target)
-        divergence = jensen_shannon([clean[: len(attacked)], model(found.reconstruction), adversarial])
+        divergence = jensen_shannon([clean[: len(image)], model(adversary.reconstruction), adversarial])
         loss = torch.stack([*parts.values(), self.weight * divergence]).sum()
-        return {"loss": loss, **parts, "jsd": divergence, **self.attack_metrics(found)}
+        return {"loss": loss, **parts, "jsd": divergence, **self.attack_metrics(adversary)}

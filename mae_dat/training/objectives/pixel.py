@@ -1,4 +1,4 @@
-"""Adversarial training on pixels, around any objective: what DAT is compared with (docs/adversaries.md)."""
+"""Adversarial training on pixels around any objective: a baseline for DAT (docs/adversaries.md)."""
 
 from typing import Any
 
@@ -13,26 +13,29 @@ from mae_dat.models.split_norms import auxiliary_norms
 from mae_dat.training.objectives.base import Objective, ObjectiveWrapper, Parts
 
 
-def projected_gradient(image: Tensor, loss_of: LossFn, attack: PixelAttack, generator: torch.Generator) -> Tensor:
-    """Pictures in [0, 1] in the ball around `image`, after steps up the gradient of `loss_of`, an image's scalar loss;
-    `generator`, on its device, draws the start."""
+def projected_gradient(image: Tensor, loss_fn: LossFn, attack: PixelAttack, generator: torch.Generator) -> Tensor:
+    """Run PGD on a batch: ascend the gradient of `loss_fn` in the ball around `image`; (B, C, H, W) in [0, 1].
+
+    `generator`, on the image's device, draws the random start.
+    """
     start = random_point(image, attack, generator) if attack.random_start else image
-    return gradient_ascent(start, image, loss_of, attack)
+    return gradient_ascent(start, image, loss_fn, attack)
 
 
 class WithPixelAdversary(ObjectiveWrapper):
     """Adversarial training on pixels: loss = w L(clean) + L(adversarial).
 
-    With w = 0 that is Madry et al. 2018. With w = 1, and a network of two sets of norms (`split_norms`), it is AdvProp
-    (Xie et al. 2020): the attack and its outcome pass through the auxiliary ones. The attack sees the bare network in
-    training mode, as the discrete ones do: drop path draws anew in each step, and BatchNorm gathers from each of them.
+    With w = 0 this is Madry et al. 2018. With w = 1 and a model with two sets of norms (`split_norms`) it is AdvProp
+    (Xie et al. 2020): the attack and the adversarial images use the auxiliary norms. Like the discrete attacks, the
+    attack runs on the bare model in training mode: drop path draws anew in each step, and BatchNorm updates its
+    statistics in each step.
     """
 
     def __init__(self, objective: Objective, attack: PixelAttack, clean_weight: float = 0.0) -> None:
         self.objective, self.attack, self.clean_weight = objective, attack, clean_weight
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
-        """One step; parts: loss, loss_clean where it counts, loss_adversarial."""
+        """Compute one step; parts: loss, loss_clean if w > 0, loss_adversarial."""
         image, context = self.prepare(model, batch, generator)
         clean = {"loss_clean": self.loss(model, image, context)} if self.clean_weight else {}
         with auxiliary_norms(model):
@@ -41,7 +44,7 @@ class WithPixelAdversary(ObjectiveWrapper):
         return {"loss": loss, **clean, "loss_adversarial": adversarial}
 
     def adversary(self, model: nn.Module, image: Tensor, context: Any, generator: torch.Generator) -> Tensor:
-        """The pictures that the attack makes of this batch. It runs on the bare module: DDP's hooks see nothing."""
-        inner = unwrap_ddp(model)
-        with frozen_parameters(inner):
-            return projected_gradient(image, lambda view: self.loss(inner, view, context), self.attack, generator)
+        """Attack this batch and return adversarial images (B, C, H, W) in [0, 1]; DDP's hooks do not run."""
+        bare_model = unwrap_ddp(model)
+        with frozen_parameters(bare_model):
+            return projected_gradient(image, lambda view: self.loss(bare_model, view, context), self.attack, generator)

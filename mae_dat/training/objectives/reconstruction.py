@@ -1,4 +1,4 @@
-"""Masked reconstruction (He et al., 2021), of pixels and of visual words."""
+"""Masked reconstruction (He et al. 2021): predict the removed patches, as pixels or as visual words."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from mae_dat.training.objectives.base import Objective, Parts
 
 
 class MaskedReconstruction(Objective):
-    """He et al. 2021: predict the removed patches of the *clean* picture; mean squared error over them.
+    """He et al. 2021: predict the removed patches of the *clean* image; mean squared error over them.
 
-    With a tokenizer the target is its words of the clean picture, by their mean negative log-likelihood over the
-    removed patches, in nats a word; with `words_weight` as the second of two targets, weighted so. The model then has
-    a word head (`add_word_head`).
+    With a tokenizer the target is its words of the clean image, with their mean negative log-likelihood over the
+    removed patches as the loss, in nats per word. With `words_weight` pixels and words are both targets, and the words'
+    loss has this weight. The model then needs a word head (`add_word_head`).
     """
 
     def __init__(
@@ -32,33 +32,41 @@ class MaskedReconstruction(Objective):
         self.tokenizer, self.words_weight = tokenizer, words_weight
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """The image, with (target patches (B, N, P) of the clean picture, mask noise (B, N), its words (B, h, w) where
-        they are a target)."""
-        image, inner = batch["image"], unwrap_ddp(model)
-        assert isinstance(inner, MaskedAutoencoder)
-        noise = mask_noise(len(image), inner.num_patches, generator, image.device)
+        """Return the image and the context of every view of it: targets and mask.
+
+        The context is (target patches (B, N, P) of the clean image, mask noise (B, N)), followed by the image's words
+        (B, h, w) if they are a target.
+        """
+        image = batch["image"]
+        autoencoder = unwrap_ddp(model)
+        assert isinstance(autoencoder, MaskedAutoencoder)
+        noise = self.draw_mask(autoencoder, image, generator)
         words = (encode_words(self.tokenizer, image),) if self.tokenizer else ()
-        return image, (inner.target(image, self.norm_pix), noise, *words)
+        return image, (autoencoder.target(image, self.norm_pix), noise, *words)
+
+    def draw_mask(self, model: MaskedAutoencoder, image: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the step's random mask as noise (B, N): the model keeps the patches with the smallest noise."""
+        return mask_noise(len(image), model.num_patches, generator, image.device)
 
     def loss(self, model: nn.Module, image: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """Error of the prediction from a view of the picture, at its removed patches."""
+        """Compute the error of the prediction from a view (B, C, H, W), at the removed patches; a scalar."""
         return self.parts(model, image, context)["loss"]
 
     def parts(self, model: nn.Module, image: Tensor, context: tuple[Tensor, ...]) -> Parts:
-        """As `loss`; where words are a target also both losses and the share of words that are the most probable."""
+        """Compute `loss`; if words are a target, also both losses and the share of words predicted right."""
         target, noise, *words = context
         if not words:
             prediction, mask = model(image, self.mask_ratio, noise)
             return {"loss": masked_mse(prediction.float(), target, mask)}
-        by_patch = unwrap_ddp(model).patch_words(words[0])
-        prediction, mask, surprise, best = model(image, self.mask_ratio, noise, by_patch)
-        of_words = surprise.mean()
-        told = {"loss_words": of_words, "word_accuracy": best.mean()}
+        words_by_patch = unwrap_ddp(model).patch_words(words[0])
+        prediction, mask, negative_log_likelihood, is_best = model(image, self.mask_ratio, noise, words_by_patch)
+        words_loss = negative_log_likelihood.mean()
+        logged = {"loss_words": words_loss, "word_accuracy": is_best.mean()}
         if self.words_weight is None:
-            return {"loss": of_words, **told}
-        of_pixels = masked_mse(prediction.float(), target, mask)
-        return {"loss": of_pixels + self.words_weight * of_words, "loss_pixels": of_pixels, **told}
+            return {"loss": words_loss, **logged}
+        pixels_loss = masked_mse(prediction.float(), target, mask)
+        return {"loss": pixels_loss + self.words_weight * words_loss, "loss_pixels": pixels_loss, **logged}
 
     def known_words(self, tokenizer: VisualTokenizer, context: tuple[Tensor, ...]) -> Tensor | None:
-        """The words that are a target, if they are this tokenizer's."""
+        """Return the target words (B, h, w), if they are this tokenizer's."""
         return context[2] if tokenizer is self.tokenizer else None
