@@ -22,8 +22,8 @@ from benchmarks.kept import keep
 from benchmarks.rate import matrix_rates
 from benchmarks.table import as_json, print_rows
 from benchmarks.timing import Case, Row, measure
-from mae_dat.config.groups import ConfigError
-from mae_dat.config.parse import load_config, nearest, run_command
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.parse import load_config, run_command, suggest
 from mae_dat.runtime.console import command_arguments
 from mae_dat.runtime.device import amp_dtype, pick_device, set_float32_precision
 from mae_dat.runtime.environment import dependency_versions
@@ -104,7 +104,7 @@ def chosen(config: BenchmarkConfig, device: torch.device) -> list[Case]:
     for word in config.only:
         if not any(word == group or word in case.name for group, case in cases):
             names = [*MODULES, *{case.name for _, case in cases}]
-            raise ConfigError(f"--only {word}: no such case; {nearest(word, names)}")
+            raise ConfigError(f"--only {word}: no such case; {suggest(word, names)}")
     words = config.only
     return [case for group, case in cases if not words or any(w == group or w in case.name for w in words)]
 

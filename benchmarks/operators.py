@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.__main__ import BenchmarkConfig, chosen
 from benchmarks.timing import Case, Step, wait_for
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.runtime.console import command_arguments
 from mae_dat.runtime.device import pick_device

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.parse import nearest, run_command
+from mae_dat.config.parse import run_command, suggest
 
 
 class Command(NamedTuple):
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> None:
         print_overview()
         return
     if name not in COMMANDS:
-        raise ConfigError(f"there is no command {name!r}: {nearest(name, list(COMMANDS))}")
+        raise ConfigError(f"there is no command {name!r}: {suggest(name, list(COMMANDS))}")
     importlib.import_module(COMMANDS[name].module).main(rest)
 
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction_change
-from mae_dat.config.errors import DataError, MissingInputError, UserError
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError, DataError, MissingInputError, UserError
 from mae_dat.config.parse import load_config
 from mae_dat.data.decode import ADVICE, MAX_BYTES, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import eval_loader

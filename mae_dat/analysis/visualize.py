@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mae_dat.analysis.scorers import ClassScorer, ReconstructionScorer, Scorer
 from mae_dat.attacks.discrete import DiscreteAdversary
-from mae_dat.config.groups import ConfigError, DatConfig, image_size
-from mae_dat.config.parse import load_config, nearest
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import DatConfig, image_size
+from mae_dat.config.parse import load_config, suggest
 from mae_dat.data.decode import decode_file
 from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
 from mae_dat.data.image_set import ImageFolder
@@ -378,6 +379,6 @@ def main(arguments: Sequence[str]) -> None:
         print(usage_overview())
         return
     if what not in GALLERY_KINDS:
-        raise ConfigError(f"no picture {what!r}: {nearest(what, list(GALLERY_KINDS))} WHAT comes before the flags.")
+        raise ConfigError(f"no picture {what!r}: {suggest(what, list(GALLERY_KINDS))} WHAT comes before the flags.")
     kind, draw = GALLERY_KINDS[what]
     draw(load_config(kind, arguments, program=f"python -m mae_dat visualize {what}"))

@@ -34,9 +34,9 @@ from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES, write_page
 from mae_dat.attacks.discrete import image_generator, reconstruct
 from mae_dat.attacks.gradient import unit
 from mae_dat.attacks.pixel import PixelAttack, pixel_adversary
-from mae_dat.config.errors import DataError
-from mae_dat.config.groups import AttackConfig, AugmentConfig, ConfigError
-from mae_dat.config.parse import command_line, load_config, nearest
+from mae_dat.config.errors import ConfigError, DataError
+from mae_dat.config.groups import AttackConfig, AugmentConfig
+from mae_dat.config.parse import command_line, load_config, suggest
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import batch_loader
 from mae_dat.data.open import image_root, open_images
@@ -97,7 +97,7 @@ class AnalysisConfig:
     def __post_init__(self) -> None:
         for view in self.views:
             if view not in ANALYZED_VIEWS:
-                raise ConfigError(f"--views: unknown view {view!r}: {nearest(view, ANALYZED_VIEWS)}")
+                raise ConfigError(f"--views: unknown view {view!r}: {suggest(view, ANALYZED_VIEWS)}")
         if set(MATCHED) & set(self.views) and "released" not in self.views:
             raise ConfigError(f"--views {', '.join(MATCHED)} need released, whose length they take.")
         if self.limit is not None and self.limit < _MIN_IMAGES:

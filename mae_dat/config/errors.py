@@ -17,7 +17,7 @@ class ConfigError(UserError):
     exit_code = 64
 
 
-class SizeError(ConfigError):
+class InputSizeError(ConfigError):
     """An input size that something which is asked for cannot work at."""
 
 
@@ -63,7 +63,7 @@ class RetryError(UserError):
     exit_code = 75
 
 
-class Interrupted(UserError):
+class InterruptError(UserError):
     """A signal asked the run to stop: 130 after Ctrl-C, and 75, as for RetryError, after a scheduler's."""
 
     exit_code = 130
@@ -73,7 +73,7 @@ class Interrupted(UserError):
         self.exit_code = exit_code
 
 
-class PeerError(UserError):
+class RankError(UserError):
     """Other ranks failed; theirs is the exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -11,13 +11,13 @@ import os
 from typing import Literal
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.parse import nearest
+from mae_dat.config.parse import suggest
 
 logger = logging.getLogger(__name__)
 
 DATA_VARIABLE = "MAE_DAT_DATA"
 PUBLISHED_EPS, PUBLISHED_SHARE = 0.1, 0.038  # Mao et al. 2022, Table 8: what VQGAN f8 makes of an L2 step of 0.1
-ATTACKS = ("released", "paper", "symbolic", "random", "reconstruction")
+ATTACK_KINDS = ("released", "paper", "symbolic", "random", "reconstruction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class AttackConfig:
     def __post_init__(self) -> None:
         if math.isnan(self.eps) and (self.share is None or not self.moves_pixels):
             object.__setattr__(self, "eps", PUBLISHED_EPS)
-        if self.kind not in ATTACKS:
-            raise ConfigError(f"unknown attack {self.kind!r}: {nearest(self.kind, ATTACKS)}")
+        if self.kind not in ATTACK_KINDS:
+            raise ConfigError(f"unknown attack {self.kind!r}: {suggest(self.kind, ATTACK_KINDS)}")
         if self.share is not None and not 0 < self.share < 1:
             raise ConfigError(
                 f"the share of changed words must lie between 0 and 1, got {self.share} (3.8 % is 0.038)."

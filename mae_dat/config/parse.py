@@ -110,7 +110,7 @@ def _as_arguments(kind: type[Any], path: Path) -> dict[str, list[str]]:
     """A YAML file's settings, each as command-line arguments, so that both are checked by the same parser."""
     if not path.is_file():
         siblings = sorted(str(file) for file in path.parent.glob("*.yaml"))
-        raise MissingInputError(f"--config {path}: no such file; {nearest(str(path), siblings) if siblings else ''}")
+        raise MissingInputError(f"--config {path}: no such file; {suggest(str(path), siblings) if siblings else ''}")
     try:
         settings = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -121,7 +121,7 @@ def _as_arguments(kind: type[Any], path: Path) -> dict[str, list[str]]:
     arguments: dict[str, list[str]] = {}
     for key, value in settings.items():
         if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}: {nearest(str(key), known)}")
+            raise ConfigError(f"{path}: unknown key {key!r}: {suggest(str(key), known)}")
         if isinstance(value, bool):
             # YAML reads `dat: none` as text but `dat: no` as false; flags are spelled --name and --no_name.
             arguments[key] = [f"--{key}" if value else f"--no_{key}"]
@@ -132,7 +132,7 @@ def _as_arguments(kind: type[Any], path: Path) -> dict[str, list[str]]:
     return arguments
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
     """`did you mean ...?`, or the list of what is known."""
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}."

@@ -31,7 +31,7 @@ class PretrainConfig:
     launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
-        check_parts(self.dat, self.launch)
+        check_groups(self.dat, self.launch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +49,11 @@ class FinetuneConfig:
     launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self) -> None:
-        check_parts(self.dat, self.launch)
+        check_groups(self.dat, self.launch)
         check_views(self)
 
 
-def check_parts(dat: DatConfig, launch: LaunchConfig) -> None:
+def check_groups(dat: DatConfig, launch: LaunchConfig) -> None:
     """Raises ConfigError for groups that do not go together."""
     if dat.dat_free and launch.fsdp:
         raise ConfigError("--dat_free does not go with --fsdp, whose gradients lie in shards: leave out one of them.")

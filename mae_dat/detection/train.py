@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes
 
-from mae_dat.config.errors import CheckpointError
-from mae_dat.config.groups import ConfigError, DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig
+from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.groups import DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import load_config
-from mae_dat.config.runs import check_parts
+from mae_dat.config.runs import check_groups
 from mae_dat.data.gallery import draw_gallery
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
@@ -128,7 +128,7 @@ class DetectConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        check_parts(self.dat, self.launch)
+        check_groups(self.dat, self.launch)
 
 
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from mae_dat.config.groups import ConfigError
-from mae_dat.config.parse import flat_values, load_config, nearest
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.parse import flat_values, load_config, suggest
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.open import image_root, training_images
 from mae_dat.experiments.parallel_runs import Stage, check_jobs, train_all
@@ -128,7 +128,7 @@ class CompareConfig:
         check_jobs(self.jobs)
         for arm in (*self.arms, *self.cross_arms):
             if arm not in GROUP_TITLES:
-                raise ConfigError(f"unknown arm {arm!r}: {nearest(arm, list(GROUP_TITLES))}")
+                raise ConfigError(f"unknown arm {arm!r}: {suggest(arm, list(GROUP_TITLES))}")
 
 
 def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:

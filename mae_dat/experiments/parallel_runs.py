@@ -16,8 +16,7 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from mae_dat.config.errors import Interrupted, RetryError, UserError
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError, InterruptError, RetryError, UserError
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.runtime.console import Console, format_duration
 from mae_dat.runtime.signals import StopRequest, stop_requests
@@ -52,7 +51,7 @@ def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
     """Trains all stages in an order that they allow, `jobs` at a time; one at a time in this very process.
 
     The first failure, or a signal, asks the others to save and stop; what they learned counts when the same command is
-    given again. Raises the failure as UserError with its stage's title, or Interrupted.
+    given again. Raises the failure as UserError with its stage's title, or InterruptError.
     """
     if jobs == 1:
         for stage in stages:
@@ -80,11 +79,11 @@ def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
 
 
 def _heard(lines: Sequence[Connection], stop: StopRequest) -> list[Connection]:
-    """The trainings that ended, or Interrupted."""
+    """The trainings that ended, or InterruptError."""
     ready: list[Connection] = []
     while not ready:
         if stop.signal:
-            raise Interrupted("stopped; every training was asked to save. The same command goes on.", stop.exit_code)
+            raise InterruptError("stopped; every training was asked to save. The same command goes on.", stop.exit_code)
         ready = [line for line in wait(lines, timeout=1.0) if isinstance(line, Connection)]
     return ready
 

@@ -3,15 +3,16 @@
 import shlex
 from pathlib import Path
 
-from mae_dat.config.groups import ATTACKS, ConfigError
-from mae_dat.config.parse import load_config, nearest
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import ATTACK_KINDS
+from mae_dat.config.parse import load_config, suggest
 from mae_dat.config.runs import PretrainConfig
 from mae_dat.runtime.run_log import read_log
 
 PLAIN, NONE, IN_TIME = "plain", "none", "_in_time"
 FLAGS = {
     PLAIN: "",
-    **{kind: f"--dat {kind}" for kind in ATTACKS},
+    **{kind: f"--dat {kind}" for kind in ATTACK_KINDS},
     "words": "--target both",
     "released_words": "--dat released --target both",
 }
@@ -31,7 +32,7 @@ def check_pretrainings(names: tuple[str, ...]) -> None:
     for number, name in enumerate(names):
         base = name.removesuffix(IN_TIME)
         if base not in FLAGS and name != NONE:
-            raise ConfigError(f"unknown pretraining {name!r}: {nearest(base, [*FLAGS, NONE])}")
+            raise ConfigError(f"unknown pretraining {name!r}: {suggest(base, [*FLAGS, NONE])}")
         if base != name and not {PLAIN, base} <= set(names[:number]):
             raise ConfigError(
                 f"--pretrainings {name} needs {PLAIN} and {base} before it: it has to know their seconds."

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import command_line, load_config
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.experiments.compare import CONFIGS, CompareConfig, compare

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import run_command
 from mae_dat.robustness.corruptions import SEVERITIES
 from mae_dat.robustness.report.charts import COLORS, LINES, MARKERS, STYLE, signed

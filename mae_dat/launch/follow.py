@@ -10,7 +10,7 @@ from typing import TextIO
 
 from submitit.core.core import Job
 
-from mae_dat.config.errors import Interrupted, RetryError
+from mae_dat.config.errors import InterruptError, RetryError
 from mae_dat.launch.slurm import State, job_states
 from mae_dat.launch.task import Ends
 
@@ -99,7 +99,7 @@ def _local_states(jobs: Sequence[Job[int]]) -> dict[str, State]:
 def exit_code(state: State, told: int | None) -> int:
     """What `--wait` returns for a job that ended in `state` and whose ranks told of exit code `told`, if they did."""
     if state.name == "CANCELLED":
-        return Interrupted.exit_code
+        return InterruptError.exit_code
     if state.name in _GOES_ON:
         return told or RetryError.exit_code
     if told is not None and (told or state.name in ("COMPLETED", FORGOTTEN.name)):

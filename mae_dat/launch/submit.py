@@ -18,9 +18,9 @@ from pathlib import Path
 
 from submitit.core.core import Job
 
-from mae_dat.config.errors import ConfigError, Interrupted, MissingInputError, UserError
+from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UserError
 from mae_dat.config.groups import data_root
-from mae_dat.config.parse import load_config, nearest
+from mae_dat.config.parse import load_config, suggest
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig, load_finetune_config
 from mae_dat.launch.code_copy import code_tree, write_snapshot
 from mae_dat.launch.executors import JobConfig, ResolvedJob, batch_file, outside_other_jobs, submit
@@ -28,7 +28,7 @@ from mae_dat.launch.follow import follow
 from mae_dat.launch.task import ScriptTask
 from mae_dat.runtime.environment import PACKAGE_FOLDER
 from mae_dat.storage.files import prepare_output_folder
-from mae_dat.storage.registry import released
+from mae_dat.storage.released import released_weights
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while position < len(argv) and argv[position].startswith("-") and argv[position] != "-m":
         name, equals, _ = argv[position].partition("=")
         if name not in names:
-            hint = nearest(name, [f"--{item.name}" for item in fields(JobConfig)])
+            hint = suggest(name, [f"--{item.name}" for item in fields(JobConfig)])
             raise ConfigError(f"unknown launcher flag {name}: {hint} Flags of the script come after the script.")
         position += 2 if names[name] and not equals else 1
     return list(argv[:position]), list(argv[position:])
@@ -105,14 +105,14 @@ def _existing_script(path: Path) -> Path:
     if path.exists():
         raise ConfigError(f"{path} is no Python script: name one that ends in .py")
     scripts = sorted(map(str, path.parent.glob("*.py")))
-    raise MissingInputError(f"no such script: {path}: {nearest(str(path), scripts) if scripts else 'wrong folder?'}")
+    raise MissingInputError(f"no such script: {path}: {suggest(str(path), scripts) if scripts else 'wrong folder?'}")
 
 
 def _existing_module(words: Sequence[str], commands: Collection[str]) -> str:
     if words[0] != PACKAGE_FOLDER.name or words[1:2] == []:
         raise MissingInputError(f"no such module: -m {words[0]}: use -m {PACKAGE_FOLDER.name} COMMAND.")
     if words[1] not in commands:
-        raise MissingInputError(f"no such command: -m {' '.join(words)}: {nearest(words[1], sorted(commands))}")
+        raise MissingInputError(f"no such command: -m {' '.join(words)}: {suggest(words[1], sorted(commands))}")
     return words[0]
 
 
@@ -144,7 +144,7 @@ def check_script(settings: Settings, dry_run: bool) -> None:
 
 
 def _check_weights(flag: str, source: str | None) -> None:
-    if source and not Path(source).exists() and source not in released():
+    if source and not Path(source).exists() and source not in released_weights():
         raise MissingInputError(
             f"{flag} {source}: there is no such file or folder, and no released weights of that name"
         )
@@ -247,7 +247,7 @@ def wait_for(jobs: Sequence[Job[int]], launch: ResolvedJob, tasks: Sequence[Scri
         return follow(jobs, ends, launch.cluster == "slurm")
     except KeyboardInterrupt:
         logger.info("no longer waiting; the job goes on")
-        return Interrupted.exit_code
+        return InterruptError.exit_code
 
 
 def main(argv: Sequence[str] | None = None, commands: Collection[str] = ()) -> int:

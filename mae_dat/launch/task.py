@@ -23,7 +23,7 @@ from typing import NamedTuple
 import submitit
 from submitit.core.logger import get_logger  # it writes what is more than information twice
 
-from mae_dat.config.errors import Interrupted, NoProgressError, RetryError, StorageError
+from mae_dat.config.errors import InterruptError, NoProgressError, RetryError, StorageError
 from mae_dat.launch.slurm import requeue
 from mae_dat.storage.files import atomic_write
 
@@ -53,7 +53,7 @@ class End(NamedTuple):
     def exit_code(self) -> int:
         """A script that was killed may be started again, as one that says so; one that Ctrl-C has ended may not."""
         if self.code == -signal.SIGINT:
-            return Interrupted.exit_code
+            return InterruptError.exit_code
         return RetryError.exit_code if self.code < 0 else self.code
 
     @property

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mae_dat.config.groups import ConfigError, LaunchConfig, RunConfig, image_size
-from mae_dat.config.parse import load_config, nearest
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import LaunchConfig, RunConfig, image_size
+from mae_dat.config.parse import load_config, suggest
 from mae_dat.data.open import image_root
 from mae_dat.robustness.evaluation import EvaluationSetup, print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
@@ -192,7 +193,7 @@ def first(contenders: Sequence[EvaluatedNetwork], baseline: str | None) -> list[
     """The contenders, the baseline before the others. Raises ConfigError for a name that none has."""
     names = [one.name for one in contenders]
     if baseline is not None and baseline not in names:
-        raise ConfigError(f"--baseline {baseline}: {nearest(baseline, names)}")
+        raise ConfigError(f"--baseline {baseline}: {suggest(baseline, names)}")
     return sorted(contenders, key=lambda one: one.name != (baseline or names[0]))
 
 

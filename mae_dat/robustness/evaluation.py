@@ -14,7 +14,7 @@ from typing import Any
 from mae_dat.attacks.checks import CHECK_PASSES, attack_checks
 from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.pixel import PIXEL_ATTACKS
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import command_line
 from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.tokenizer.base import exact_float32

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mae_dat.attacks.checks import require_no_declared_normalization
-from mae_dat.config.errors import NumericsError
-from mae_dat.config.groups import ConfigError, ImageSize, image_size
+from mae_dat.config.errors import ConfigError, NumericsError
+from mae_dat.config.groups import ImageSize, image_size
 from mae_dat.data.transforms import default_crop_pct
 from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import ModelFacts

@@ -11,8 +11,8 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mae_dat.config.errors import CheckpointError
-from mae_dat.config.groups import ConfigError, ImageSize
+from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.groups import ImageSize
 from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.models.modes import Network, evaluation_mode
 from mae_dat.models.weights.open import naming, open_source, read_export

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.attacks.checks import MAX_PROBES, PROBE_SIZE, require_pixel_model
-from mae_dat.config.errors import SizeError
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError, InputSizeError
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import evaluation_mode
 from mae_dat.robustness.measure import ImagePass
@@ -93,7 +92,7 @@ def open_plan(contenders: Sequence[EvaluatedNetwork], choice: SuiteSettings, ask
             try:
                 seen = one.size, one.facts["interpolation"], one.facts.get("crop")
                 entries.append(SuiteRun(one, battery.suite(name, *seen)))
-            except SizeError as error:
+            except InputSizeError as error:
                 if name in asked:
                     raise
                 unable.append(f"{one.name}: {error}")

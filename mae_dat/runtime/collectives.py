@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from mae_dat.config.errors import PeerError, UserError
+from mae_dat.config.errors import RankError, UserError
 
 T = TypeVar("T")
 
@@ -40,14 +40,14 @@ def gather(value: T) -> list[T]:
 
 
 def raise_on_all_ranks(failure: UserError | None) -> None:
-    """Raises on every rank if one of them failed: there its own error, elsewhere a PeerError with what the first one
+    """Raises on every rank if one of them failed: there its own error, elsewhere a RankError with what the first one
     said. Collective."""
     told = gather((str(failure), failure.exit_code) if failure else None)
     if failure:
         raise failure
     for rank, one in enumerate(told):
         if one:
-            raise PeerError(f"rank {rank} stopped: {one[0]}", one[1])
+            raise RankError(f"rank {rank} stopped: {one[0]}", one[1])
 
 
 def catch_user_error(act: Callable[[], object]) -> UserError | None:

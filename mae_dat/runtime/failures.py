@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mae_dat.config.errors import ConfigError, PeerError, RetryError, UserError
+from mae_dat.config.errors import ConfigError, RankError, RetryError, UserError
 from mae_dat.runtime.rendezvous import open_server, receive_message, send_message
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ def is_connection_loss(error: BaseException) -> bool:
 
 
 def error_from_report(word: Word, when: str = "") -> UserError:
-    """What a rank raises for the failure of another one: PeerError, or RetryError where that one was killed."""
+    """What a rank raises for the failure of another one: RankError, or RetryError where that one was killed."""
     if "code" in word:
-        return PeerError(f"rank {word['rank']} stopped: {word['message']}", word["code"])
+        return RankError(f"rank {word['rank']} stopped: {word['message']}", word["code"])
     who = f"rank {word['rank']}" if "rank" in word else "a peer"
     cause = f" ({word['cause']})" if "cause" in word else ""
     return RetryError(f"{who} was lost{when and f' {when}'}; the same command goes on from the last checkpoint.{cause}")
@@ -166,7 +166,7 @@ _peers: _Peers | None = None
 
 @contextlib.contextmanager
 def explain_rank_failure(when: Callable[[], str] = str) -> Iterator[None]:
-    """Turns the failure of a collective into a PeerError with what the rank that left said, or into a RetryError.
+    """Turns the failure of a collective into a RankError with what the rank that left said, or into a RetryError.
 
     `when` tells where the run stands, such as "at step 12"; it is called only then. After an error of any kind the rest
     of this rank's work, such as finishing a checkpoint, may take its time.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from signal import Signals
 from types import FrameType
 
-from mae_dat.config.errors import Interrupted, RetryError
+from mae_dat.config.errors import InterruptError, RetryError
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,13 @@ class StopRequest:
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C; after a scheduler's signal, or a peer's, 75: start the same command again."""
-        return Interrupted.exit_code if self.signal == signal.SIGINT else RetryError.exit_code
+        return InterruptError.exit_code if self.signal == signal.SIGINT else RetryError.exit_code
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns the signals into a request to save and stop. Raises Interrupted out of the block on a second one: at least
-    two seconds after the first, or a second Ctrl-C."""
+    """Turns the signals into a request to save and stop. Raises InterruptError out of the block on a second one: at
+    least two seconds after the first, or a second Ctrl-C."""
     stop = StopRequest()
     first = 0.0
 
@@ -47,7 +47,7 @@ def stop_requests() -> Iterator[StopRequest]:
             logger.warning("%s: saving after this step, then stopping. A second one stops at once.", name.name)
         elif number == signal.SIGINT or time.monotonic() - first > ECHO_S:
             stop.immediate = True
-            raise Interrupted(f"{name.name}: stopped at once, at the last checkpoint.", stop.exit_code)
+            raise InterruptError(f"{name.name}: stopped at once, at the last checkpoint.", stop.exit_code)
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:

@@ -207,7 +207,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     while manifests := [path for path in _manifests(folder) if path not in tried]:
         for manifest_path in manifests:
             try:
-                return verify(manifest_path)
+                return verify_checkpoint(manifest_path)
             except CheckpointError as error:
                 logger.warning("%s Passed over.", error)
         tried.update(manifests)
@@ -229,10 +229,10 @@ def find_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} has no manifest {manifest.name}: to start from foreign weights use --finetune {path}."
         )
-    return verify(manifest)
+    return verify_checkpoint(manifest)
 
 
-def verify(manifest_path: Path) -> Checkpoint:
+def verify_checkpoint(manifest_path: Path) -> Checkpoint:
     """Checks a checkpoint against its manifest. Raises CheckpointError."""
     path = manifest_path.with_suffix(".pth")
     try:
@@ -263,7 +263,7 @@ def _has_digest(path: Path, digest: str) -> bool:
         return False
 
 
-def sweep(folder: Path) -> None:
+def delete_unfinished(folder: Path) -> None:
     """Removes what a killed run left behind: temporary files, and checkpoints that did not get their manifest.
 
     Call only where no other run writes."""

@@ -20,9 +20,9 @@ from mae_dat.storage.files import storage_error
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 4
+MAX_ATTEMPTS = 4
 """Connections in a row that bring nothing new before a URL is given up."""
-PAUSE_SECONDS = 1.0
+RETRY_PAUSE_SECONDS = 1.0
 TIMEOUT_SECONDS = 30.0
 REPORT_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
@@ -52,10 +52,10 @@ def download(url: str, partial: Path, name: str) -> None:
         except _BrokenOffError as error:
             have = partial.stat().st_size if partial.is_file() else 0
             attempts, had = 1 if have > had else attempts + 1, have
-            if attempts == ATTEMPTS:
+            if attempts == MAX_ATTEMPTS:
                 raise
             logger.info("%s: %s; trying again.", name, error)
-            time.sleep(PAUSE_SECONDS * (attempts - 1))
+            time.sleep(RETRY_PAUSE_SECONDS * (attempts - 1))
         except OSError as error:
             raise storage_error(partial, error) from error
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,11 +14,18 @@ from typing import BinaryIO
 
 from mae_dat.config.errors import MissingInputError, OutputError, StorageError, UserError
 
+HOME_VARIABLE = "MAE_DAT_HOME"
+_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 _DISK_FULL = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "the quota is used up",
     errno.EFBIG: "no space left for a file of this size",
 }
+
+
+def home_folder() -> Path:
+    """Return the folder of downloads and caches: $MAE_DAT_HOME, or ~/.cache/mae_dat where it is not set."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".cache" / "mae_dat")
 
 
 def sha256_of(path: Path) -> str:
@@ -57,6 +65,11 @@ def atomic_write(path: Path, need: int = 0) -> Iterator[BinaryIO]:
         if fault is None:
             raise
         raise storage_error(path, fault, need) from error
+
+
+def is_web_page(start: bytes) -> bool:
+    """Return whether a file that begins with `start` is a web page, as failed downloads leave behind."""
+    return _WEB_PAGE.match(start) is not None
 
 
 def sync_folder(folder: Path) -> None:

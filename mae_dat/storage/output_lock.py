@@ -20,17 +20,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from mae_dat.config.errors import OutputError
-from mae_dat.storage.attempts import Attempt, read_json
+from mae_dat.config.errors import NoProgressError, OutputError
 from mae_dat.storage.files import atomic_write, storage_error
 
 logger = logging.getLogger(__name__)
 
-BEAT = 10.0
+BEAT_SECONDS = 10.0
 """Seconds between two signs of life where the file system has no locks."""
-MISSED = 3
+MISSED_BEATS = 3
 """Signs of life after whose absence a folder is free."""
 _HELD = {errno.EACCES, errno.EAGAIN}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -38,15 +37,15 @@ _GATE = 0  # the byte that is locked while lease.json is read or written; those 
 _mine: set[tuple[int, Path]] = set()  # (process, folder): a lock does not keep out the process that holds it
 
 
-class _Taken(Exception):
+class _LockedError(Exception):
     """Another run holds the folder."""
 
 
-class Lease:
+class OutputLock:
     """The right to write into a folder, from `lock_output_folder`."""
 
     def __init__(self, folder: Path) -> None:
-        attempt = Attempt.from_environment()
+        attempt = Restarts.from_environment()
         self.folder, self.file = folder, folder / "lease.json"
         self.facts: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -82,7 +81,7 @@ class Lease:
             byte = int(holder.get("byte", self.facts["byte"]))
             if not _lock_byte(lock, byte):
                 if not (take_over and self._follows(holder) and _lock_byte(lock, byte + 1)):
-                    raise _Taken
+                    raise _LockedError
                 byte += 1
                 logger.warning("taking %s over from %s", self.folder, _told(holder))
             self.facts["byte"] = byte
@@ -92,7 +91,7 @@ class Lease:
     def _unlock(self, lock: int) -> None:
         # The number of a byte that is not the first must outlive this run: the first may still be locked somewhere.
         if self.facts["byte"] == _GATE + 1:
-            with contextlib.suppress(_Taken, OSError), _gate(lock):
+            with contextlib.suppress(_LockedError, OSError), _gate(lock):
                 if self._is_named():
                     self.file.unlink(missing_ok=True)
 
@@ -100,18 +99,18 @@ class Lease:
         """The same without locks: whoever creates the file has the folder. Raises _Taken."""
         holder = read_json(self.file)
         if self.file.exists():
-            if self._age() < MISSED * BEAT and not (take_over and self._follows(holder)):
-                raise _Taken
+            if self._age() < MISSED_BEATS * BEAT_SECONDS and not (take_over and self._follows(holder)):
+                raise _LockedError
             self._put_aside(holder)
             logger.warning("taking %s over from %s, of which there is no sign of life", self.folder, _told(holder))
         try:
             with open(self.file, "xb") as file:
                 file.write(self._text())
         except FileExistsError as error:
-            raise _Taken from error
-        time.sleep(min(BEAT, 0.5))  # for one who has put aside this file instead of the old one to put it back
+            raise _LockedError from error
+        time.sleep(min(BEAT_SECONDS, 0.5))  # for one who has put aside this file instead of the old one to put it back
         if read_json(self.file).get("token") != self.facts["token"]:
-            raise _Taken
+            raise _LockedError
 
     def _put_aside(self, holder: dict[str, Any]) -> None:
         """Removes the lease of `holder`, and no other that has taken its place meanwhile."""
@@ -119,11 +118,11 @@ class Lease:
         try:
             self.file.rename(aside)
         except FileNotFoundError as error:
-            raise _Taken from error
+            raise _LockedError from error
         if read_json(aside).get("token") != holder.get("token"):
             with contextlib.suppress(FileNotFoundError):
                 aside.rename(self.file)
-            raise _Taken
+            raise _LockedError
         aside.unlink(missing_ok=True)
 
     def _age(self) -> float:
@@ -141,13 +140,13 @@ class Lease:
 
 
 @contextlib.contextmanager
-def lock_output_folder(folder: Path, grace: float = 10.0) -> Iterator[Lease]:
+def lock_output_folder(folder: Path, grace: float = 10.0) -> Iterator[OutputLock]:
     """Keeps other runs out of an existing `folder` for the length of the block; for rank 0 only.
 
     Waits `grace` seconds for a run that is just ending; after that an attempt that SLURM has started again takes over
     from the one before. Raises OutputError, naming the holder, when the folder is another's, and StorageError.
     """
-    lease, mine = Lease(folder), (os.getpid(), folder.resolve())
+    lease, mine = OutputLock(folder), (os.getpid(), folder.resolve())
     if mine in _mine:
         raise OutputError(f"this process is already writing to {folder}: give each run its own --output_dir.")
     _mine.add(mine)
@@ -159,7 +158,7 @@ def lock_output_folder(folder: Path, grace: float = 10.0) -> Iterator[Lease]:
 
 
 @contextlib.contextmanager
-def _held(lease: Lease, grace: float) -> Iterator[None]:
+def _held(lease: OutputLock, grace: float) -> Iterator[None]:
     path = lease.folder / ".lease.lock"
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -179,12 +178,12 @@ def _held(lease: Lease, grace: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _beating(lease: Lease, grace: float) -> Iterator[None]:
-    _patiently(lease, lease._create, max(grace, MISSED * BEAT + 1))
+def _beating(lease: OutputLock, grace: float) -> Iterator[None]:
+    _patiently(lease, lease._create, max(grace, MISSED_BEATS * BEAT_SECONDS + 1))
     ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(BEAT):
+        while not ended.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
                 if lease._is_named():
                     os.utime(lease.file)
@@ -200,14 +199,14 @@ def _beating(lease: Lease, grace: float) -> Iterator[None]:
             lease.file.unlink(missing_ok=True)
 
 
-def _patiently(lease: Lease, take: Callable[[bool], None], grace: float) -> None:
+def _patiently(lease: OutputLock, take: Callable[[bool], None], grace: float) -> None:
     """Tries until it succeeds or `grace` seconds are over; the last try, which may take over, is told so."""
     deadline, told = time.monotonic() + grace, False
     while True:
         last = time.monotonic() >= deadline
         try:
             return take(last)
-        except _Taken as taken:
+        except _LockedError as taken:
             holder = read_json(lease.file)
             if last:
                 raise OutputError(
@@ -226,7 +225,7 @@ def _gate(lock: int, patience: float = 5.0) -> Iterator[None]:
     deadline = time.monotonic() + patience
     while not _lock_byte(lock, _GATE):
         if time.monotonic() > deadline:
-            raise _Taken
+            raise _LockedError
         time.sleep(0.002)
     try:
         yield
@@ -251,3 +250,59 @@ def _told(facts: dict[str, Any]) -> str:
         return "another run"
     job = f"job {facts.get('job')}, " if facts.get("job") else ""
     return f"{job}process {facts['pid']} on {facts.get('host')} (since {facts.get('since')})"
+
+
+_STARTS_FILE = "attempts.json"
+
+
+_MAX_STUCK_RESTARTS = 3
+"""Restarts in a row without a new step after which a job ends by itself."""
+
+
+class Restarts(NamedTuple):
+    """One start of a job, as the environment tells it."""
+
+    job: str
+    """SLURM's or torchrun's id; empty without either."""
+    restarts: tuple[int, int, int]
+    """How often it was started again by SLURM, by torchrun, and by a loop that counts in MAE_DAT_RESTARTS."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Counters that are absent or senseless are 0."""
+        names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "MAE_DAT_RESTARTS")
+        values = [os.environ.get(name, "") for name in names]
+        slurm, elastic, own = (int(value) if value.isdecimal() else 0 for value in values)
+        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return cls("" if job == "none" else job, (slurm, elastic, own))
+
+
+def record_start(folder: Path, step: int) -> None:
+    """Notes in attempts.json that training starts at `step`; for rank 0, when the step to resume at is known.
+
+    Raises NoProgressError when a scheduler has started the same job again three times and no start got further than the
+    one before. Whatever a person starts, a new job or the same command without a scheduler, begins a new count.
+    """
+    attempt, before = Restarts.from_environment(), read_json(folder / _STARTS_FILE)
+    stuck = 0
+    if any(attempt.restarts) and (before.get("job"), before.get("step")) == (attempt.job, step):
+        stuck = before.get("stuck", 0) + (before.get("restarts") != list(attempt.restarts))
+    facts = {"job": attempt.job, "restarts": attempt.restarts, "step": step, "stuck": stuck}
+    with atomic_write(folder / _STARTS_FILE) as file:
+        file.write(json.dumps(facts).encode() + b"\n")
+    if stuck >= _MAX_STUCK_RESTARTS:
+        job = f"job {attempt.job}" if attempt.job else "this run"
+        raise NoProgressError(
+            f"{job} was started again {stuck} times and is still at step {step}: it stops here. See in its logs why it "
+            f"ended each time, mend that, and start it anew by hand (from {folder}, nothing there is lost); if it was "
+            "stopped before it could save, lower --save_minutes."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none to read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

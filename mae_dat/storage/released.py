@@ -1,132 +1,219 @@
-"""Released weights on disk: shipped, kept in the store, found in a mirror folder, or downloaded.
+"""Released weights: the list of them, where they are on this machine, and their verified download.
 
-What `fetch` returns has just been hashed. The hash comes from the registry or, where nobody publishes one, from the
-first time that the file was seen here (the card, `FILE.json` in place of the suffix). Nothing is read as weights
-before that. A file is downloaded by one process while the others wait, and takes its place at once or not at all.
+The list is `released_weights.yaml`. `fetch` returns a file whose SHA-256 it has just computed and compared. The
+expected hash comes from the list or, where nobody publishes one, from the first time that the file was seen on this
+machine: it is recorded in the file's card (`FILE.json` in place of the suffix). No file is read as weights before that.
+One process downloads a file while the others wait, and the file gets its name only when it is complete and verified.
 
 Importing this module does not import torch.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import urllib.parse
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from mae_dat.config.errors import CheckpointError, ConfigError, DownloadError, MissingInputError, OutputError
-from mae_dat.config.parse import nearest
+from mae_dat.config.parse import suggest
 from mae_dat.storage.download import UrlFailedError, download
-from mae_dat.storage.files import atomic_write, prepare_output_folder, sha256_of, storage_error
-from mae_dat.storage.registry import PACKAGE, Released, released
+from mae_dat.storage.files import (
+    HOME_VARIABLE,
+    atomic_write,
+    home_folder,
+    is_web_page,
+    prepare_output_folder,
+    sha256_of,
+    storage_error,
+)
 
 logger = logging.getLogger(__name__)
 
-HOME_VARIABLE = "MAE_DAT_HOME"
 MIRROR_VARIABLE = "MAE_DAT_MIRROR"
-_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
+PACKAGE_ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedWeights:
+    """An entry of `released_weights.yaml`: weights that someone has published, or that are part of this package."""
+
+    name: str
+    what: str
+    """One line for the list."""
+    kind: Literal["mae", "classifier", "tokenizer", "export"]
+    """export: a file written by this package, whose metadata describes the model."""
+    model: str
+    """Name of the model for `build_mae` or `build_classifier`, or a key of `VQGAN_PRESETS`."""
+    file: str
+    """File name in the weights folder and in mirrors (the publisher's, where it says enough); for embedded weights the
+    path inside the package."""
+    licence: str
+    origin: str
+    """Where it is published and described."""
+    urls: tuple[str, ...] = ()
+    sha256: str | None = None
+    md5: str | None = None
+    """Leading digits of the MD5."""
+    size: int | None = None
+    """Bytes."""
+    embedded: bool = False
+    """Whether the file is part of the package."""
+    input_size: int = 224
+    """Side of the training images in pixels."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Statistics by which the model normalizes pixels in [0, 1] (a tokenizer does its own 2x - 1)."""
+    nb_classes: int = 1000
+    global_pool: bool = True
+    decoder: bool = True
+    """Whether a masked autoencoder's file contains the decoder."""
+    norm_pix: bool = False
+    """Whether the decoder predicts pixels normalized by patch."""
+    expected: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Published numbers, in percent unless the key says otherwise."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Description of the model for a file without one, as the metadata of our own files (see `training.export`)."""
+        size = {"model": self.model, "input_size": [self.input_size, self.input_size], "in_chans": 3}
+        if self.kind == "mae":
+            return {"kind": "mae", **size, "norm_pix_loss": self.norm_pix}
+        if self.kind == "classifier":
+            return {"kind": "classifier", **size, "global_pool": self.global_pool, "nb_classes": self.nb_classes}
+        return {}
+
+
+@functools.cache
+def released_weights() -> dict[str, ReleasedWeights]:
+    """Return all released weights by name."""
+    entries = yaml.safe_load(Path(__file__).with_name("released_weights.yaml").read_text())
+    return {name: _parse_entry(name, fields) for name, fields in entries.items()}
+
+
+def _parse_entry(name: str, fields: dict[str, Any]) -> ReleasedWeights:
+    tuples = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    return ReleasedWeights(name=name, **{**fields, **tuples})
+
+
+def find_released(name: str) -> ReleasedWeights:
+    """Return the released weights of this name. Raises ConfigError with the closest names where there are none."""
+    try:
+        return released_weights()[name]
+    except KeyError:
+        raise ConfigError(f"unknown weights {name!r}: {suggest(name, list(released_weights()))}") from None
 
 
 def local_path(name_or_path: str | Path) -> Path:
-    """A path as it is, or the verified file of the released weights of that name; what exists goes before a name.
+    """Return a path unchanged, or the verified file of the released weights of that name.
 
-    Raises MissingInputError with the nearest names for a bare word that is neither, and what `fetch` raises.
+    An existing file or folder takes precedence over released weights of the same name. Raises MissingInputError with
+    the closest names for a bare word that is neither, and the errors of `fetch`.
     """
     path, name = Path(name_or_path), str(name_or_path)
-    if not path.exists() and name in released():
-        return fetch(released()[name])
+    if not path.exists() and name in released_weights():
+        return fetch(released_weights()[name])
     if not path.exists() and not path.suffix and len(path.parts) == 1:
-        hint = nearest(name, list(released()))
-        known = hint if hint.startswith("did") else "`python -m mae_dat fetch` lists the released weights."
-        raise MissingInputError(f"no such file or folder, and no released weights of that name: {name}; {known}")
+        hint = suggest(name, list(released_weights()))
+        advice = hint if hint.startswith("did") else "`python -m mae_dat fetch` lists the released weights."
+        raise MissingInputError(f"no such file or folder, and no released weights of that name: {name}; {advice}")
     return path
 
 
-def fetch(entry: Released, trust: bool = False, folder: Path | None = None) -> Path:
-    """The verified file of released weights, downloaded into the store (or `folder`) if it is nowhere yet.
+def fetch(entry: ReleasedWeights, trust: bool = False, folder: Path | None = None) -> Path:
+    """Return the verified file of released weights; download it into the weights folder (or `folder`) if necessary.
 
-    `trust` allows plain http for a file of which no sha256 is known. Raises CheckpointError for a file that is not what
-    it was, DownloadError when no URL gives it, StorageError on a full disk.
+    `trust` allows plain http for a file without a known sha256. Raises CheckpointError for a file with the wrong
+    content, DownloadError if no URL provides the file, OutputError if the folder cannot be written, and StorageError on
+    a full disk.
     """
-    places = [folder / entry.file] if folder and not entry.embedded else _places(entry)
-    path = places[0]
-    for place in places:
-        if place.is_file():
-            return _verified(entry, place, ours=place == path and not entry.embedded)
+    candidates = [folder / entry.file] if folder and not entry.embedded else _candidate_paths(entry)
+    target = candidates[0]
+    for path in candidates:
+        if path.is_file():
+            return _verify_file(entry, path, downloaded=path == target and not entry.embedded)
     if entry.embedded:
-        raise MissingInputError(f"{path} belongs to the package and is missing: install the package again.")
-    _make(path.parent)
-    with _one_process(path, entry.name):
-        if path.is_file():  # another process has fetched it meanwhile
-            return _verified(entry, path)
-        _download_from_any(entry, path, trust)
-    return path
+        raise MissingInputError(f"{target} belongs to the package and is missing: install the package again.")
+    _create_weights_folder(target.parent)
+    with _download_lock(target, entry.name):
+        if target.is_file():  # another process has downloaded it in the meantime
+            return _verify_file(entry, target)
+        _download_from_any_url(entry, target, trust)
+    return target
 
 
-def find_local(entry: Released) -> Path | None:
-    """Where released weights lie on this machine, not verified; None if they would have to be downloaded."""
-    return next((place for place in _places(entry) if place.is_file()), None)
+def find_local_file(entry: ReleasedWeights) -> Path | None:
+    """Return the unverified path of released weights on this machine; None if they would have to be downloaded."""
+    return next((path for path in _candidate_paths(entry) if path.is_file()), None)
 
 
-def store() -> Path:
-    """The folder of downloaded weights: `weights` in $MAE_DAT_HOME or else ~/.cache/mae_dat."""
-    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".cache" / "mae_dat") / "weights"
+def weights_folder() -> Path:
+    """Return the folder of downloaded weights: `weights` in $MAE_DAT_HOME, or in ~/.cache/mae_dat."""
+    return home_folder() / "weights"
 
 
-def _places(entry: Released) -> list[Path]:
-    """Where released weights may lie, in this order: the package; or the store, then the mirror folder."""
+def _candidate_paths(entry: ReleasedWeights) -> list[Path]:
+    """Return the paths to try in order: in the package; or else in the weights folder, then in the mirror folder."""
     if entry.embedded:
-        return [PACKAGE / entry.file]
+        return [PACKAGE_ROOT / entry.file]
     mirror = os.environ.get(MIRROR_VARIABLE)
     if mirror and not Path(mirror).is_dir():
-        raise ConfigError(f"{MIRROR_VARIABLE}={mirror}: there is no such folder; correct or unset it.")
-    return [folder / entry.file for folder in (store(), *([Path(mirror)] if mirror else []))]
+        raise ConfigError(f"{MIRROR_VARIABLE}={mirror}: no such folder; correct or unset it.")
+    return [folder / entry.file for folder in (weights_folder(), *([Path(mirror)] if mirror else []))]
 
 
-def _make(folder: Path) -> None:
+def _create_weights_folder(folder: Path) -> None:
     try:
         prepare_output_folder(folder)
     except OutputError as error:
         cause = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
-        raise OutputError(f"cannot write to {folder}, the folder of weights: {cause}. Set {HOME_VARIABLE}.") from error
+        raise OutputError(
+            f"cannot write to the folder of weights {folder}: {cause}. Set {HOME_VARIABLE} to another folder."
+        ) from error
 
 
 # ---- verification ----
 
 
-def _verified(entry: Released, path: Path, ours: bool = True) -> Path:
-    """The path, if the file is what the registry or its card says.
+def _verify_file(entry: ReleasedWeights, path: Path, downloaded: bool = True) -> Path:
+    """Return `path` if its SHA-256 is that of the list or of its card; on first use, record it.
 
-    CheckpointError otherwise, and a file of `ours` (not the package's, not the mirror's) is put aside.
+    Raises CheckpointError otherwise. A `downloaded` file (not the package's, not the mirror's) is then renamed to .bad.
     """
     card = path.with_suffix(".json")
-    if not ours and not entry.embedded and not card.is_file():
-        card = store() / card.name  # a mirror may be read-only
-    found, (expected, source) = sha256_of(path), _expected(entry, card)
+    if not downloaded and not entry.embedded and not card.is_file():
+        card = weights_folder() / card.name  # a mirror may be read-only
+    actual, (expected, source) = sha256_of(path), _expected_sha256(entry, card)
     if expected is None:
-        if fault := _fault(entry, path):
+        if fault := _find_fault(entry, path):
             raise CheckpointError(f"{path} is {fault}; remove it.")
-        _make(card.parent)
-        _write_card(card, entry, found, path.stat().st_size, url=None)
-        _say_first_use(entry, found, card)
-    elif found != expected:
-        aside = f"; it is now {_put_aside(path, path)}. Run the command again to fetch it afresh" if ours else ""
+        _create_weights_folder(card.parent)
+        _write_card(card, entry, sha256=actual, size=path.stat().st_size, url=None)
+        _warn_of_first_use(entry, actual, card)
+    elif actual != expected:
+        advice = ""
+        if downloaded:
+            advice = f" and was renamed to {_rename_bad(path, path)}. Run the command again to download it again"
         raise CheckpointError(
-            f"{path} is not what it should be: its sha256 is {found}, {source} says {expected}. It was not "
-            f"loaded{aside}."
+            f"{path} is not what it should be: its sha256 is {actual}, {source} says {expected}. It was not "
+            f"loaded{advice}."
         )
     return path
 
 
-def _expected(entry: Released, card: Path) -> tuple[str | None, str]:
-    """The sha256 that a file must have, if one is known, and who says so."""
+def _expected_sha256(entry: ReleasedWeights, card: Path) -> tuple[str | None, str]:
+    """Return the expected SHA-256, None if unknown, and its source in words. Raises CheckpointError for a bad card."""
     if entry.sha256:
         return entry.sha256, "the registry"
     if not card.is_file() and entry.embedded:
@@ -141,8 +228,8 @@ def _expected(entry: Released, card: Path) -> tuple[str | None, str]:
         ) from error
 
 
-def _write_card(card: Path, entry: Released, sha256: str, size: int, url: str | None) -> None:
-    facts = {
+def _write_card(card: Path, entry: ReleasedWeights, *, sha256: str, size: int, url: str | None) -> None:
+    content = {
         "sha256": sha256,
         "sha256_from": "registry" if entry.sha256 else "first use",
         "name": entry.name,
@@ -153,96 +240,128 @@ def _write_card(card: Path, entry: Released, sha256: str, size: int, url: str | 
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     with atomic_write(card) as file:
-        file.write(json.dumps(facts, indent=1).encode() + b"\n")
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
-def _say_first_use(entry: Released, sha256: str, card: Path) -> None:
+def _warn_of_first_use(entry: ReleasedWeights, sha256: str, card: Path) -> None:
     logger.warning(
-        "%s: nobody publishes a sha256. That of this file, %s, is in %s and checked from now on.",
+        "%s: nobody publishes a sha256. That of this file, %s, is recorded in %s and checked from now on.",
         entry.name,
         sha256,
         card,
     )
 
 
-def _put_aside(bad: Path, path: Path) -> Path:
-    """Renames a bad file to NAME.bad, where nothing loads it and someone can look at it."""
-    aside = path.with_name(f"{path.name}.bad")
+def _rename_bad(bad: Path, path: Path) -> Path:
+    """Rename a file that failed the checks to PATH.bad, so that it can be inspected but is never loaded."""
+    renamed = path.with_name(f"{path.name}.bad")
     with contextlib.suppress(FileNotFoundError):  # another process was faster
-        bad.replace(aside)
-    return aside
+        bad.replace(renamed)
+    return renamed
+
+
+def _find_fault(entry: ReleasedWeights, path: Path) -> str:
+    """Describe what a file is instead of these weights; empty if it looks like them."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    size = path.stat().st_size
+    if is_web_page(start):
+        return "a web page instead of weights"
+    if not (start.startswith((b"PK", b"\x80")) or start[8:9] == b"{"):  # torch's new and old format; safetensors
+        return "neither a torch nor a safetensors file"
+    if entry.size is not None and size != entry.size:
+        return f"{size:,} bytes, not {entry.size:,}"
+    if entry.md5 and not (md5 := _md5_of(path)).startswith(entry.md5):
+        return f"a file with the md5 {md5}; its publisher's begins with {entry.md5}"
+    return ""
+
+
+def _md5_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 # ---- download ----
 
 
 @contextlib.contextmanager
-def _one_process(path: Path, name: str) -> Iterator[None]:
-    """Holds a lock on the file to come; the system releases it when a process dies."""
+def _download_lock(path: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a file to be downloaded; the system releases it when the process dies."""
     with (path.parent / f".{path.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("%s: another process is fetching it; waiting.", name)
+            logger.info("%s: another process is downloading it; waiting.", name)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise OutputError(
-                f"{path.parent} is on a file system without locks ({error.strerror}): fetch {name} beforehand with "
+                f"{path.parent} is on a file system without locks ({error.strerror}): download {name} beforehand with "
                 f"{HOME_VARIABLE} on a local disk, and set {MIRROR_VARIABLE} to the folder of the file."
             ) from error
         yield
 
 
-def _download_from_any(entry: Released, path: Path, trust: bool) -> None:
-    """Tries the URLs in order and puts the first file that passes in place, its card first."""
+def _download_from_any_url(entry: ReleasedWeights, path: Path, trust: bool) -> None:
+    """Try the URLs in order; give the first file that passes the checks its name `path`, after writing its card.
+
+    Raises DownloadError with each URL's reason if all fail, and StorageError.
+    """
     card = path.with_suffix(".json")
-    known, source = _expected(entry, card)
+    expected, source = _expected_sha256(entry, card)
     size = f" ({entry.size / 1e6:,.0f} MB)" if entry.size else ""
     logger.warning("%s: downloading %s%s. Licence: %s.", entry.name, path.name, size, entry.licence)
-    reasons = []
+    reasons: list[str] = []
     for url in entry.urls:
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            if not url.startswith("https://") and not (trust or known):
+            if not url.startswith("https://") and not (trust or expected):
                 raise UrlFailedError(
-                    "not encrypted and without a known sha256: anyone on the way could change it. To take it all "
-                    f"the same: python -m mae_dat fetch {entry.name} --trust"
+                    "not encrypted, and without a known sha256: the file could have been changed on the way. To accept "
+                    f"it nevertheless: python -m mae_dat fetch {entry.name} --trust"
                 )
-            logger.info("%s: from %s", entry.name, urllib.parse.urlsplit(url).netloc)
-            download(url, partial, entry.name)
-            partial = _unpack(partial, path)
+            partial = _download_and_unpack(entry, url, path)
         except UrlFailedError as error:
             reasons.append(f"\n  {url}: {error}")
             continue
-        sha256, fault = sha256_of(partial), _fault(entry, partial)
-        if known not in (None, sha256) and "web page" not in fault:
-            fault = f"a file with the sha256 {sha256}; {source} says {known}"
+        sha256, fault = sha256_of(partial), _find_fault(entry, partial)
+        if expected not in (None, sha256) and "web page" not in fault:
+            fault = f"a file with the sha256 {sha256}; {source} says {expected}"
         if fault:
-            reasons.append(f"\n  {url}: gave {fault}. It was put aside as {_put_aside(partial, path)}")
+            reasons.append(f"\n  {url}: gave {fault}. The file was renamed to {_rename_bad(partial, path)}")
             continue
-        _write_card(card, entry, sha256, partial.stat().st_size, url)
+        _write_card(card, entry, sha256=sha256, size=partial.stat().st_size, url=url)
         partial.replace(path)
         if reasons:
-            logger.warning("%s: other addresses failed.%s", entry.name, "".join(reasons))
-        if known is None:
-            _say_first_use(entry, sha256, card)
+            logger.warning("%s: other URLs failed.%s", entry.name, "".join(reasons))
+        if expected is None:
+            _warn_of_first_use(entry, sha256, card)
         return
     raise DownloadError(
-        f"{entry.name} could not be downloaded.{''.join(reasons)}\nWithout a network: run `python -m mae_dat fetch "
-        f"{entry.name} --mirror DIR` where there is one, copy DIR here and set {MIRROR_VARIABLE}=DIR. Or put the file "
-        f"here by hand, as {path}; it is described at {entry.origin}."
+        f"{entry.name} could not be downloaded.{''.join(reasons)}\nFor a machine without network access: run "
+        f"`python -m mae_dat fetch {entry.name} --mirror DIR` on one with access, copy DIR here and set "
+        f"{MIRROR_VARIABLE}=DIR. Or download the file by hand and save it as {path}; it is described at {entry.origin}."
     )
 
 
+def _download_and_unpack(entry: ReleasedWeights, url: str, path: Path) -> Path:
+    """Download a URL, resuming an earlier try, and return the checkpoint's temporary file beside `path`."""
+    logger.info("%s: from %s", entry.name, urllib.parse.urlsplit(url).netloc)
+    partial = path.with_name(f".{path.name}.partial")
+    download(url, partial, entry.name)
+    return _unpack(partial, path)
+
+
 def _unpack(partial: Path, path: Path) -> Path:
-    """The checkpoint in a zip archive, else the file itself (torch's own files are zip archives too)."""
+    """Extract the checkpoint of a zip archive; return any other file as it is (torch's own files are zip archives too).
+
+    Raises UrlFailedError for an archive without exactly one checkpoint, and StorageError.
+    """
     if not zipfile.is_zipfile(partial):
         return partial
     unpacked = path.with_name(f".{path.name}.unpacked")
     try:
         with zipfile.ZipFile(partial) as archive:
             names = [name for name in archive.namelist() if Path(name).suffix in (".ckpt", ".pth", ".pkl")]
-            if any(Path(name).suffix == ".pkl" for name in names):
+            if any(Path(name).suffix == ".pkl" for name in names):  # a file of torch.save
                 return partial
             if len(names) != 1:
                 raise UrlFailedError(f"an archive with {len(names)} checkpoints in it, not one")
@@ -255,24 +374,3 @@ def _unpack(partial: Path, path: Path) -> Path:
         raise storage_error(unpacked, error) from error
     partial.unlink()
     return unpacked
-
-
-def _fault(entry: Released, path: Path) -> str:
-    """What a file that should be these weights is instead; empty if it looks like them."""
-    with path.open("rb") as file:
-        start = file.read(64)
-    size = path.stat().st_size
-    if _WEB_PAGE.match(start):
-        return "a web page instead of weights"
-    if not (start.startswith((b"PK", b"\x80")) or start[8:9] == b"{"):  # torch, old and new; safetensors
-        return "a file that is neither torch's nor safetensors'"
-    if entry.size is not None and size != entry.size:
-        return f"{size:,} bytes, not {entry.size:,}"
-    if entry.md5 and not (md5 := _md5_of(path)).startswith(entry.md5):
-        return f"a file with the md5 {md5}; its publisher's begins with {entry.md5}"
-    return ""
-
-
-def _md5_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

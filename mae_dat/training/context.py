@@ -19,9 +19,9 @@ from mae_dat.runtime.device import amp_dtype, pick_device, set_float32_precision
 from mae_dat.runtime.sharding import shard_model
 from mae_dat.runtime.watchdog import watchdog
 from mae_dat.runtime.world import World, process_group, world_from_environment
-from mae_dat.storage.checkpoint import sweep
+from mae_dat.storage.checkpoint import delete_unfinished
 from mae_dat.storage.files import prepare_output_folder
-from mae_dat.storage.output_lock import Lease, lock_output_folder
+from mae_dat.storage.output_lock import OutputLock, lock_output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class RunContext:
     device: torch.device
     precision: torch.dtype | None
     output: Path
-    lease: Lease | None = None
+    lease: OutputLock | None = None
     """Of the output folder, on rank 0 of a training."""
     shards: bool = False
     """Whether the ranks share one copy of a model (`--fsdp`)."""
@@ -77,7 +77,7 @@ def run_context(run: RunConfig, launch: LaunchConfig, console: Console, training
             prepare_output_folder(output)
             if training:
                 leases.append(stack.enter_context(lock_output_folder(output)))
-                sweep(output)
+                delete_unfinished(output)
 
         on_main_rank(prepare)
         stack.enter_context(watchdog(run.hang_minutes, world.rank))

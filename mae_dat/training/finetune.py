@@ -9,15 +9,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mae_dat.attacks.pixel import PixelAttack
-from mae_dat.config.errors import DataError
-from mae_dat.config.groups import (
-    AugmentConfig,
-    ClassifierConfig,
-    ConfigError,
-    DataConfig,
-    OptimConfig,
-    image_size,
-)
+from mae_dat.config.errors import ConfigError, DataError
+from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig, image_size
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import ImageSet, find_split
 from mae_dat.data.loader import ImageLoader, eval_loader

@@ -19,7 +19,7 @@ import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
-from mae_dat.config.errors import Interrupted, NumericsError, UserError
+from mae_dat.config.errors import InterruptError, NumericsError, UserError
 from mae_dat.config.groups import OptimConfig, RunConfig
 from mae_dat.data.image_set import Batch, as_float
 from mae_dat.models.modes import autocast
@@ -84,7 +84,7 @@ class Job:
 
 
 def fit(training: TrainingState, job: Job) -> None:
-    """Trains to the end. Raises Interrupted after a signal, NumericsError on a loss that is not finite, and the
+    """Trains to the end. Raises InterruptError after a signal, NumericsError on a loss that is not finite, and the
     UserError of a loader or a save, on every rank alike; all of them keep what was learned."""
     logger.info(
         "effective batch %d (%d x %d x %d ranks), peak learning rate %.3g",
@@ -137,7 +137,7 @@ def fit(training: TrainingState, job: Job) -> None:
             if stopping:
                 on_all_ranks(lambda: saver.wait() if saver else None)
                 raise_on_all_ranks(updates.failure)
-                raise Interrupted(
+                raise InterruptError(
                     f"stopped at step {training.step} of {job.total_steps}; saved in {job.run.output_dir}. "
                     "The same command goes on.",
                     stop.exit_code,

@@ -14,7 +14,7 @@ from mae_dat.data.open import describe_images
 from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.environment import code_facts, describe_code
 from mae_dat.runtime.world import World
-from mae_dat.storage.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, verify
+from mae_dat.storage.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, verify_checkpoint
 from mae_dat.training.context import RunContext
 from mae_dat.training.state import TrainingState
 
@@ -127,7 +127,7 @@ def restore(training: TrainingState, found: Checkpoint, world: World) -> None:
     """Resumes from a checkpoint. Raises CheckpointError when it is of another model or kind of run."""
     try:
         # Every rank checks the file as it sees it: what rank 0 read whole may be old or torn on another machine.
-        training.load_state_dict(verify(found.path.with_suffix(".json")).load(), world.rank, world.size)
+        training.load_state_dict(verify_checkpoint(found.path.with_suffix(".json")).load(), world.rank, world.size)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = " ".join(str(error).split())[:300]
         raise CheckpointError(

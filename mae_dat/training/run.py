@@ -17,8 +17,8 @@ from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.environment import code_facts
 from mae_dat.runtime.run_log import RunLog
-from mae_dat.storage.attempts import record_start
 from mae_dat.storage.files import prepare_output_folder
+from mae_dat.storage.output_lock import record_start
 from mae_dat.training import loop as engine
 from mae_dat.training.context import RunContext
 from mae_dat.training.loop import Job

@@ -23,8 +23,7 @@ from tiny_models import tiny, tiny_mae
 
 from mae_dat.analysis.explore import EXAMPLES, ExploreConfig, build_application, find_examples, listen_locally
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, amplification, prediction_change
-from mae_dat.config.errors import CheckpointError, DataError, MissingInputError
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import CheckpointError, ConfigError, DataError, MissingInputError
 from mae_dat.config.parse import load_config
 from mae_dat.data.generated import draw as generated
 from mae_dat.models.tokenizer import load_tokenizer

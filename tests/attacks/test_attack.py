@@ -17,7 +17,7 @@ from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_a
 from mae_dat.attacks.gradient import LossFn, input_gradient, project, unit
 from mae_dat.attacks.share_controller import ShareController
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import ATTACKS
+from mae_dat.config.groups import ATTACK_KINDS
 from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
 
@@ -182,7 +182,7 @@ class Mixed(nn.Module):
         return self.rest(self.frozen(image))
 
 
-@pytest.mark.parametrize("kind", ATTACKS)
+@pytest.mark.parametrize("kind", ATTACK_KINDS)
 def test_an_attack_leaves_no_trace(kind: str) -> None:
     net, tokenizer = Mixed(), Mosaic()
     net.rest[0].weight.grad = torch.full_like(net.rest[0].weight, 3.0)

@@ -235,7 +235,7 @@ def test_an_attack_that_cannot_work_is_refused(settings: dict[str, Any], message
 def test_the_flags_of_dat_reach_the_attack() -> None:
     attack = DatConfig("released", 0.3, 0.04, 0.5, 2).attack
     assert attack == AttackConfig("released", 0.3, 0.04, 0.5, 2)
-    assert [kind for kind in config_module.ATTACKS if AttackConfig(kind).clean_weight == 0] == ["paper"]
+    assert [kind for kind in config_module.ATTACK_KINDS if AttackConfig(kind).clean_weight == 0] == ["paper"]
     symbolic = load_config(FinetuneConfig, ["--dat", "symbolic", "--dat_steps", "3", "--dat_nearest", "16"]).dat.attack
     assert symbolic == AttackConfig("symbolic", steps=3, nearest=16)
     assert symbolic.word_share == 0.05

@@ -18,7 +18,7 @@ from tiny_runs import draw_folder, finetune_in, one_thread, outcome_of, pretrain
 from torchvision.transforms.functional import to_tensor
 from weights_server import Server, serving
 
-from mae_dat.config.errors import ConfigError, DataError, DownloadError, Interrupted, MissingInputError
+from mae_dat.config.errors import ConfigError, DataError, DownloadError, InterruptError, MissingInputError
 from mae_dat.config.groups import DataConfig
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
@@ -305,7 +305,7 @@ def test_a_run_from_shards_goes_on_as_if_nothing_had_happened(
     assert reads.indices[shown:] == expected.tolist()
     with monkeypatch.context() as patch:
         Reads(patch, stop_at=shown + 70)  # in the middle of the second epoch
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptError):
             train(tmp_path / "parts", packed, *flags)
     train(tmp_path / "parts", packed, *flags)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]

@@ -23,8 +23,8 @@ from torch.utils.data import default_collate
 from torchvision.ops import FrozenBatchNorm2d
 
 from mae_dat.attacks.discrete import DiscreteAdversary
-from mae_dat.config.errors import DataError, Interrupted, MissingInputError
-from mae_dat.config.groups import AttackConfig, ConfigError
+from mae_dat.config.errors import ConfigError, DataError, InterruptError, MissingInputError
+from mae_dat.config.groups import AttackConfig
 from mae_dat.config.parse import load_config
 from mae_dat.detection.coco import PADDING_LABEL, BoxTransform, CocoImages, CocoSplit, find_annotations
 from mae_dat.detection.measure import coco_scores, corruption_summary
@@ -441,7 +441,7 @@ def test_resume_amid_an_epoch_is_bitwise(folder: Path, tmp_path: Path, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         return real(training, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped at step 4 of 6"):
+    with monkeypatch.context() as patch, pytest.raises(InterruptError, match="stopped at step 4 of 6"):
         patch.setattr(engine, "train_step", interrupted)
         detect(config_for(folder, broken, *flags), Console(quiet=True))
     detect(config_for(folder, broken, *flags), Console(quiet=True))

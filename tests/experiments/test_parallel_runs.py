@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import FINETUNE, PRETRAIN, ROOT, draw_folder, environment, one_thread  # noqa: F401 - used by itself
 
-from mae_dat.config.errors import RetryError, UserError
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError, RetryError, UserError
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.experiments import parallel_runs as side_by_side

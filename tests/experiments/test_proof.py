@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import one_thread  # noqa: F401 - used by itself
 
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError
 from mae_dat.experiments.compare import group_label, groups_to_train
 from mae_dat.experiments.proof import PROOF_GROUPS, ProofConfig, comparisons, prove
 from mae_dat.robustness.scores.results import read_results

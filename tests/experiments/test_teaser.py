@@ -7,7 +7,7 @@ import pytest
 from evaluations import evaluation
 from PIL import Image
 
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import ConfigError
 from mae_dat.experiments.teaser import DENSITY, SIZE, draw
 from mae_dat.robustness.scores.results import Results, write_results
 

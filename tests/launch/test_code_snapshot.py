@@ -110,7 +110,7 @@ def test_without_git_sources_and_packages_are_taken(tmp_path: Path) -> None:
     tree = code_tree(tmp_path / "folder")
     assert own(tree.files) == {"train.py", "lib/__init__.py", "lib/deep/table.yaml"}
     assert tree.state is None
-    assert "mae_dat/storage/weights_registry.yaml" in tree.files
+    assert "mae_dat/storage/released_weights.yaml" in tree.files
     assert "mae_dat/models/tokenizer/weights/light_f4_512.safetensors" in tree.files
 
 

@@ -24,7 +24,7 @@ from test_engine import (
 from tiny_runs import one_thread
 from torch import Tensor, nn
 
-from mae_dat.config.errors import ConfigError, Interrupted
+from mae_dat.config.errors import ConfigError, InterruptError
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, OptimConfig
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models import mae
@@ -131,7 +131,7 @@ def test_a_run_is_the_same_with_less_memory(folder: Path, tmp_path: Path, caplog
         train(folder, tmp_path / "usual")
     assert caplog.text.count("peak memory") == 1
     assert all(record["peak_memory_gb"] > 0 for record in read_log(tmp_path / "usual" / "log.txt"))
-    with signal_in_step(4, signal.SIGTERM), pytest.raises(Interrupted):
+    with signal_in_step(4, signal.SIGTERM), pytest.raises(InterruptError):
         train(folder, tmp_path / "again", checkpoint_activations=True)
     train(folder, tmp_path / "again")  # which may be changed on the way
     assert records(tmp_path / "again") == records(tmp_path / "usual")
@@ -152,12 +152,12 @@ def test_compiled_blocks_learn_the_same(folder: Path, tmp_path: Path) -> None:
     for one, other in zip(usual, compiled, strict=True):
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
     assert final_state(tmp_path / "compiled")["model"].keys() == final_state(tmp_path / "usual")["model"].keys()
-    with signal_in_step(4, signal.SIGTERM), pytest.raises(Interrupted):
+    with signal_in_step(4, signal.SIGTERM), pytest.raises(InterruptError):
         train(folder, tmp_path / "stopped", compile=True)
     train(folder, tmp_path / "stopped", compile=True)
     assert records(tmp_path / "stopped") == compiled
     assert_equal_states(final_state(tmp_path / "stopped")["model"], final_state(tmp_path / "compiled")["model"])
-    with signal_in_step(4, signal.SIGTERM), pytest.raises(Interrupted):
+    with signal_in_step(4, signal.SIGTERM), pytest.raises(InterruptError):
         train(folder, tmp_path / "goes on", compile=True)
     train(folder, tmp_path / "goes on", allow_change=("compile",))
     assert records(tmp_path / "goes on")[1]["train_loss"] == pytest.approx(usual[1]["train_loss"], rel=1e-3)

@@ -26,15 +26,14 @@ from mae_dat.models.weights import torch_hub as hub
 from mae_dat.models.weights.get import main as fetch_main
 from mae_dat.models.weights.open import read_export
 from mae_dat.robustness.evaluate_run import evaluated_config
-from mae_dat.storage import registry
 from mae_dat.storage import released as store
-from mae_dat.storage.registry import released
+from mae_dat.storage.released import released_weights
 from mae_dat.training.finetune import initialize_from
 
 NAMES = list(hub.__all__)
 TINY: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 TINY |= {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 4}
-DEMO = registry.PACKAGE / released()["mae_dat_demo"].file
+DEMO = store.PACKAGE_ROOT / released_weights()["mae_dat_demo"].file
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +157,7 @@ def test_every_name_builds_the_network_it_says(name: str, million: float) -> Non
         model = getattr(hub, name)()
     assert not model.training
     assert sum(value.numel() for value in model.parameters()) / 1e6 == pytest.approx(million, abs=0.06)
-    entry = released()[name]
+    entry = released_weights()[name]
     if entry.kind == "classifier" and "vit" in name:
         assert ("net.fc_norm.weight" in model.state_dict()) == (name != "vit_base_patch16_dat")
 
@@ -200,11 +199,11 @@ def test_the_demo_loads_from_a_cached_copy_of_the_repository(tmp_path: Path, mon
 
 
 def test_a_damaged_demo_is_not_loaded(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = tmp_path / "copy" / "storage" / demo.name
+    copy = tmp_path / "copy" / "models" / "weights" / demo.name
     copy.parent.mkdir(parents=True)
     copy.write_bytes(demo.read_bytes()[:-1] + b"x")
     copy.with_suffix(".json").write_text(demo.with_suffix(".json").read_text())
-    monkeypatch.setattr(store, "PACKAGE", tmp_path / "copy")
+    monkeypatch.setattr(store, "PACKAGE_ROOT", tmp_path / "copy")
     with pytest.raises(CheckpointError, match="not what it should be"):
         hub.mae_dat_demo(pretrained=True)
     with pytest.raises(CheckpointError, match="damaged"):
@@ -229,7 +228,7 @@ def test_the_embedded_tokenizer_under_both_its_names() -> None:
 def test_an_autoencoder_from_a_path_and_by_its_name(home: Path) -> None:
     reference = MaskedAutoencoder(**TINY).eval()
     reference.load_state_dict(fill_by_rule(reference))
-    path = home / released()["mae_vit_base_patch16"].file  # as if downloaded
+    path = home / released_weights()["mae_vit_base_patch16"].file  # as if downloaded
     torch.save({"model": reference.state_dict()}, path)
     image, noise = picture(), mask_noise(2, 64, None, "cpu")
     for pretrained in (True, str(path), path):
@@ -286,7 +285,7 @@ def test_what_is_not_there_is_said(home: Path) -> None:
 
 def test_a_name_is_a_pretraining_to_start_from(home: Path) -> None:
     autoencoder = build_mae("mae_vit_demo_patch8", img_size=224)
-    torch.save({"model": autoencoder.state_dict()}, home / released()["mae_vit_base_patch16"].file)
+    torch.save({"model": autoencoder.state_dict()}, home / released_weights()["mae_vit_base_patch16"].file)
     _, facts = read_export(Path("mae_vit_base_patch16"))
     assert facts == {
         "kind": "mae",
@@ -346,7 +345,7 @@ def test_the_command_lists_tells_and_finds(
 ) -> None:
     (home / "resnet50_dat.pth").write_bytes(b"x" * 3_000_000)
     lines = {line.split()[0]: line for line in command([], monkeypatch, capsys).splitlines() if line.strip()}
-    assert set(released()) <= set(lines)
+    assert set(released_weights()) <= set(lines)
     assert lines["resnet50_dat"].split()[-1] == "yes"
     assert " 3 " in lines["resnet50_dat"]
     assert lines["vqgan_demo"].split()[-2:] == ["shipped", "yes"]
@@ -356,7 +355,7 @@ def test_the_command_lists_tells_and_finds(
     assert "mCE 31.4" in told
     assert "not for commercial use" in told
     assert not list(home.glob("*.json"))
-    assert str(registry.PACKAGE) in command(["vqgan_demo"], monkeypatch, capsys)
+    assert str(store.PACKAGE_ROOT) in command(["vqgan_demo"], monkeypatch, capsys)
 
 
 def test_the_command_fails_without_a_network_and_says_how_to_go_on(home: Path) -> None:

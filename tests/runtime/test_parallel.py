@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_runs import MEASURED
 from torch import Tensor, nn
 
-from mae_dat.config.errors import Interrupted, NumericsError, PeerError, UserError
+from mae_dat.config.errors import InterruptError, NumericsError, RankError, UserError
 from mae_dat.config.groups import (
     AugmentConfig,
     ClassifierConfig,
@@ -124,7 +124,7 @@ def stopping_at(step: int, rank: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "train_step", interrupted)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptError):
             yield
 
 
@@ -192,7 +192,7 @@ def spoiled(rank: int, folder: Path, output: Path) -> dict[str, Any]:
         optim=OptimConfig(batch_size=4, epochs=1, warmup_epochs=0, lr=3e-3),
         **run_of(folder, output, True),
     )
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((NumericsError, PeerError)):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((NumericsError, RankError)):
         patch.setattr(engine, "train_step", step)
         patch.setattr("mae_dat.training.finetune.Classification", _NaNAt)
         finetune(config, Console(quiet=True))

@@ -15,7 +15,7 @@ from ranks import exit_codes, start_ranks
 from tiny_runs import draw_folder
 from torch import Tensor, nn
 
-from mae_dat.config.errors import DataError, PeerError, RetryError, StorageError
+from mae_dat.config.errors import DataError, RankError, RetryError, StorageError
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.config.runs import PretrainConfig
 from mae_dat.models import mae
@@ -139,7 +139,7 @@ def test_what_is_no_loss_of_a_peer_stays_what_it_is() -> None:
     assert not is_connection_loss(torch.OutOfMemoryError("NCCL"))
     with pytest.raises(RuntimeError, match="Connection closed by peer"), explain_rank_failure():
         raise RuntimeError("Connection closed by peer")  # not among peers: somebody else's connection
-    assert math.isclose(PeerError("x", 65).exit_code, 65)
+    assert math.isclose(RankError("x", 65).exit_code, 65)
     assert RetryError.exit_code == 75
 
 

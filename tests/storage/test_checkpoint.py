@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_dat.config.errors import CheckpointError, MissingInputError, OutputError, StorageError
-from mae_dat.storage.checkpoint import Saver, find_checkpoint, newest_checkpoint, save_checkpoint, sweep
+from mae_dat.storage.checkpoint import Saver, delete_unfinished, find_checkpoint, newest_checkpoint, save_checkpoint
 from mae_dat.storage.host_copy import LARGE, HostBuffers, Snapshot
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -168,7 +168,7 @@ def test_sweep_removes_what_a_killed_save_left(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / ".checkpoint-00000002.pth.abc.tmp").write_bytes(b"half")
     before = names(tmp_path)
-    sweep(tmp_path)
+    delete_unfinished(tmp_path)
     assert names(tmp_path) == before[1:]
 
 
@@ -178,7 +178,7 @@ def test_sweep_removes_weights_without_a_manifest_of_ours(tmp_path: Path) -> Non
     for name in ("checkpoint-99.pth", "checkpoint-best.pth", "weights.pth"):
         (tmp_path / name).write_bytes(b"another's")
     before = names(tmp_path)
-    sweep(tmp_path)
+    delete_unfinished(tmp_path)
     assert sorted([*names(tmp_path), "checkpoint-00000002.pth"]) == before
 
 

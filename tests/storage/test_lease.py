@@ -12,8 +12,7 @@ import pytest
 
 from mae_dat.config.errors import NoProgressError, OutputError, StorageError
 from mae_dat.storage import output_lock as lease
-from mae_dat.storage.attempts import read_json, record_start
-from mae_dat.storage.output_lock import lock_output_folder
+from mae_dat.storage.output_lock import lock_output_folder, read_json, record_start
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -22,7 +21,7 @@ FORKING = """
 import contextlib, os, signal, sys, time
 from pathlib import Path
 from mae_dat.config.errors import OutputError
-from mae_dat.storage.output_lock import hold
+from mae_dat.storage.output_lock import lock_output_folder
 assert "torch" not in sys.modules
 folder = Path(sys.argv[1])
 
@@ -85,7 +84,7 @@ def test_the_same_process_cannot_hold_a_folder_twice(tmp_path: Path) -> None:
 
 ASK = """
 try:
-    with hold(folder, grace=float((sys.argv + ["0"])[2])):
+    with lock_output_folder(folder, grace=float((sys.argv + ["0"])[2])):
         print("mine")
 except OutputError as error:
     print(error.exit_code, error)
@@ -115,7 +114,7 @@ def race(size):
         os.close(go_writing), os.close(end_writing)
         os.read(go_reading, 1)
         try:
-            with hold(folder, grace=0) as lease:
+            with lock_output_folder(folder, grace=0) as lease:
                 lease.check()
                 tell("W")
                 os.read(end_reading, 1)  # returns when all have told
@@ -147,7 +146,7 @@ def test_exactly_one_wins_every_race(tmp_path: Path) -> None:
 
 KILL = """
 def run(tell):
-    with hold(folder, grace=0):
+    with lock_output_folder(folder, grace=0):
         for _ in range(3):
             if os.fork() == 0:  # as loader workers: they have the lock file open
                 tell("c")
@@ -159,13 +158,13 @@ for _ in range(5):
     os.setpgid(pid, pid)
     assert sum(len(os.read(reading, 1)) for _ in range(3)) == 3
     try:
-        with hold(folder, grace=0):
+        with lock_output_folder(folder, grace=0):
             raise SystemExit("taken from a living holder")
     except OutputError:
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    with hold(folder, grace=0):
+    with lock_output_folder(folder, grace=0):
         print("free")
     os.killpg(pid, signal.SIGKILL)
 """
@@ -176,8 +175,10 @@ def test_kill_frees_the_folder_at_once_though_children_live(tmp_path: Path) -> N
 
 
 def test_a_predecessor_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
-    script = "def run(tell):\n with hold(folder):\n  tell('h')\n  time.sleep(0.5)\n"
-    script += "pid, reading = fork(run)\nos.read(reading, 1)\nwith hold(folder, grace=30):\n  print('mine')\n"
+    script = "def run(tell):\n with lock_output_folder(folder):\n  tell('h')\n  time.sleep(0.5)\n"
+    script += (
+        "pid, reading = fork(run)\nos.read(reading, 1)\nwith lock_output_folder(folder, grace=30):\n  print('mine')\n"
+    )
     start = time.monotonic()
     assert forking(script, tmp_path) == "mine\n"
     assert time.monotonic() - start < 20
@@ -186,7 +187,7 @@ def test_a_predecessor_that_is_just_ending_is_waited_for(tmp_path: Path) -> None
 REQUEUE = """
 def run(tell):
     attempt("7", 0)
-    with hold(folder, grace=0) as lease:
+    with lock_output_folder(folder, grace=0) as lease:
         lease.check()
         tell("h")
         while True:
@@ -201,18 +202,18 @@ assert os.read(reading, 1) == b"h"
 for job, restarts in (("7", 0), ("8", 5), ("", 5)):
     attempt(job, restarts)
     try:
-        with hold(folder, grace=0.1):
+        with lock_output_folder(folder, grace=0.1):
             raise SystemExit(f"{job} {restarts} took over")
     except OutputError:
         pass
 attempt("7", 1)
-with hold(folder, grace=0.1) as lease:
+with lock_output_folder(folder, grace=0.1) as lease:
     lease.check()
     print(os.read(reading, 999).decode())
     def third(tell):
         attempt("9", 3)
         try:
-            with hold(folder, grace=0):
+            with lock_output_folder(folder, grace=0):
                 tell("W")
         except OutputError:
             tell("L")
@@ -253,7 +254,7 @@ def test_a_folder_can_be_held_without_locks(code: str, tmp_path: Path, monkeypat
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    monkeypatch.setattr(lease, "BEAT", 0.05)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
     (tmp_path / "lease.json").write_text('{"token": "dead", "pid": 1, "host": "gone"}')
     os.utime(tmp_path / "lease.json", (0, 0))
     with lock_output_folder(tmp_path, grace=0) as held:
@@ -272,11 +273,11 @@ import mae_dat.storage.output_lock
 def lockf(*arguments):
     raise OSError(errno.ENOLCK, "No locks available")
 fcntl.lockf = lockf
-mae_dat.storage.output_lock.BEAT = 0.1
+mae_dat.storage.output_lock.BEAT_SECONDS = 0.1
 """
 STANDSTILL = """
 def run(tell):
-    with hold(folder, grace=0) as lease:
+    with lock_output_folder(folder, grace=0) as lease:
         tell("h")
         while True:
             time.sleep(0.05)
@@ -288,12 +289,12 @@ def run(tell):
 pid, reading = fork(run)
 assert os.read(reading, 1) == b"h"
 try:
-    with hold(folder, grace=0):
+    with lock_output_folder(folder, grace=0):
         raise SystemExit("taken from a living holder")
 except OutputError:
     pass
 os.kill(pid, signal.SIGSTOP)
-with hold(folder, grace=0) as lease:  # waits until three signs of life are missing
+with lock_output_folder(folder, grace=0) as lease:  # waits until three signs of life are missing
     os.kill(pid, signal.SIGCONT)
     print(os.read(reading, 999).decode())
     lease.check()

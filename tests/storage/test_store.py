@@ -19,13 +19,27 @@ import torch
 from safetensors.torch import save
 from weights_server import Server, serving
 
-from mae_dat.config.errors import CheckpointError, DownloadError, MissingInputError, OutputError, StorageError
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import (
+    CheckpointError,
+    ConfigError,
+    DownloadError,
+    MissingInputError,
+    OutputError,
+    StorageError,
+)
 from mae_dat.models.mae import IMAGENET_MEAN, IMAGENET_STD, MAE_MODELS, VIT_SIZES
 from mae_dat.models.tokenizer import VQGAN_PRESETS
 from mae_dat.storage import download
-from mae_dat.storage.registry import PACKAGE, Released, find_released, released
-from mae_dat.storage.released import fetch, find_local, local_path, store
+from mae_dat.storage.released import (
+    PACKAGE_ROOT,
+    ReleasedWeights,
+    fetch,
+    find_local_file,
+    find_released,
+    local_path,
+    released_weights,
+    weights_folder,
+)
 from mae_dat.storage.weight_files import read_weights
 
 CONTENT = save({"weight": torch.arange(300_000.0)})
@@ -37,7 +51,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MAE_DAT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MAE_DAT_MIRROR", raising=False)
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(download, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(download, "RETRY_PAUSE_SECONDS", 0.0)
     return tmp_path / "home" / "weights"
 
 
@@ -69,10 +83,10 @@ def secure(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
         yield running
 
 
-def entry(*urls: str, sha256: str | None = SHA256, **fields: object) -> Released:
+def entry(*urls: str, sha256: str | None = SHA256, **fields: object) -> ReleasedWeights:
     """Released weights at these URLs."""
     facts = {"what": "w", "kind": "mae", "model": "m", "licence": "Apache-2.0", "origin": "o", **fields}
-    return Released("tiny", file="tiny.safetensors", urls=urls, sha256=sha256, **facts)  # type: ignore[arg-type]
+    return ReleasedWeights("tiny", file="tiny.safetensors", urls=urls, sha256=sha256, **facts)  # type: ignore[arg-type]
 
 
 def names(folder: Path) -> list[str]:
@@ -83,10 +97,10 @@ def names(folder: Path) -> list[str]:
 def in_another_process(*urls: str, sha256: str | None = SHA256, before: str = "") -> subprocess.Popen[str]:
     """The same `fetch` in a process of its own."""
     code = (
-        "import sys\nfrom mae_dat.storage.registry import Released\nfrom mae_dat.storage.released import fetch\n"
+        "import sys\nfrom mae_dat.storage.released import ReleasedWeights, fetch\n"
         f"{before}\n"
-        f"one = Released('tiny', what='w', kind='mae', model='m', file='tiny.safetensors', licence='Apache-2.0',\n"
-        f"    origin='o', urls={urls!r}, sha256={sha256!r})\n"
+        f"one = ReleasedWeights('tiny', what='w', kind='mae', model='m', file='tiny.safetensors',\n"
+        f"    licence='Apache-2.0', origin='o', urls={urls!r}, sha256={sha256!r})\n"
         "fetch(one)\nassert 'torch' not in sys.modules\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
@@ -96,11 +110,11 @@ def in_another_process(*urls: str, sha256: str | None = SHA256, before: str = ""
 
 
 def test_every_entry_can_be_built_and_says_what_a_user_has_to_know() -> None:
-    text = (PACKAGE / "storage" / "weights_registry.yaml").read_text()
-    assert len(re.findall(r"^\w+:$", text, re.MULTILINE)) == len(released())  # no name twice
-    assert len({one.file for one in released().values()}) == len(released())
+    text = (PACKAGE_ROOT / "storage" / "released_weights.yaml").read_text()
+    assert len(re.findall(r"^\w+:$", text, re.MULTILINE)) == len(released_weights())  # no name twice
+    assert len({one.file for one in released_weights().values()}) == len(released_weights())
     known = {"mae": MAE_MODELS, "tokenizer": {**VQGAN_PRESETS, "light": 0}, "export": VIT_SIZES}
-    for name, one in released().items():
+    for name, one in released_weights().items():
         assert one.model in known.get(one.kind, {**VIT_SIZES, "resnet50": 0}), name
         assert (one.mean, one.std) == (IMAGENET_MEAN, IMAGENET_STD), name
         assert one.sha256 is None or re.fullmatch("[0-9a-f]{64}", one.sha256), name
@@ -109,16 +123,16 @@ def test_every_entry_can_be_built_and_says_what_a_user_has_to_know() -> None:
 
 
 def test_mae_weights_are_marked_as_not_for_commercial_use() -> None:
-    from_mae = [one for one in released().values() if "fbaipublicfiles" in str(one.urls)]
+    from_mae = [one for one in released_weights().values() if "fbaipublicfiles" in str(one.urls)]
     assert len(from_mae) == 13
-    for one in [*from_mae, released()["mae_vit_huge_patch14_dat"]]:
+    for one in [*from_mae, released_weights()["mae_vit_huge_patch14_dat"]]:
         assert "CC-BY-NC-4.0, not for commercial use" in one.licence
 
 
 def test_https_comes_first_and_the_copies_of_others_only_with_a_known_hash() -> None:
     publishers = {"dl.fbaipublicfiles.com", "ommer-lab.com", "heibox.uni-heidelberg.de"}
     publishers.add("alisec-competition.oss-cn-shanghai.aliyuncs.com")
-    for name, one in released().items():
+    for name, one in released_weights().items():
         assert all(url.startswith("https://") for url in one.urls[:1]), name
         hosts = {urllib.parse.urlsplit(url).netloc for url in one.urls}
         assert one.sha256 or hosts <= publishers, name
@@ -144,11 +158,11 @@ def test_a_path_stays_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_embedded_weights_need_no_network_and_are_checked() -> None:
     path = local_path("vqgan_demo")
-    assert path == PACKAGE / "models/tokenizer/weights/light_f4_512.safetensors"
-    assert find_local(released()["vqgan_demo"]) == path
-    assert not store().exists()
+    assert path == PACKAGE_ROOT / "models/tokenizer/weights/light_f4_512.safetensors"
+    assert find_local_file(released_weights()["vqgan_demo"]) == path
+    assert not weights_folder().exists()
     with pytest.raises(MissingInputError, match="belongs to the package.*install"):
-        fetch(Released("gone", "w", "mae", "m", "embedded/gone.safetensors", "l", "o", embedded=True))
+        fetch(ReleasedWeights("gone", "w", "mae", "m", "embedded/gone.safetensors", "l", "o", embedded=True))
 
 
 # ---- a download that goes well ----
@@ -158,9 +172,9 @@ def test_a_download_is_verified_recorded_and_not_repeated(
     server: Server, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = entry(server.page("/w", CONTENT), licence="CC-BY-NC-4.0, not for commercial use")
-    assert find_local(one) is None
+    assert find_local_file(one) is None
     path = fetch(one)
-    assert path == home / "tiny.safetensors" == find_local(one)
+    assert path == home / "tiny.safetensors" == find_local_file(one)
     assert torch.equal(read_weights(path).tensors["weight"], torch.arange(300_000.0))
     card = json.loads(path.with_suffix(".json").read_text())
     assert (card["sha256"], card["sha256_from"], card["url"]) == (SHA256, "registry", one.urls[0])
@@ -191,7 +205,7 @@ def test_a_checkpoint_is_taken_out_of_a_zip_archive(server: Server) -> None:
     with zipfile.ZipFile(two, "w") as file:
         file.writestr("a.ckpt", CONTENT)
         file.writestr("b.ckpt", CONTENT)
-    store().joinpath("tiny.safetensors").unlink()
+    weights_folder().joinpath("tiny.safetensors").unlink()
     with pytest.raises(DownloadError, match="archive with 2 checkpoints"):
         fetch(entry(server.page("/two.zip", two.getvalue())))
 
@@ -224,7 +238,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(server: Server, 
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert find_local(entry(url)) is None
+    assert find_local_file(entry(url)) is None
     had = partial.stat().st_size
     assert fetch(entry(url)).read_bytes() == CONTENT
     assert server.requests[-1] == ("/w", f"bytes={had}-")
@@ -265,14 +279,14 @@ def test_a_file_that_always_ends_early_is_never_used(server: Server, home: Path)
     url = server.page("/w", CONTENT[:700_000], claim=len(CONTENT), ranges=False)
     with pytest.raises(DownloadError, match=r"ended after 700,000 of 1,200,0\d\d bytes"):
         fetch(entry(url))
-    assert len(server.requests) == download.ATTEMPTS
+    assert len(server.requests) == download.MAX_ATTEMPTS
     assert names(home) == [".tiny.safetensors.note", ".tiny.safetensors.partial"]
 
 
 def test_a_busy_server_is_asked_again_and_the_next_mirror_after_it(server: Server) -> None:
     assert fetch(entry(server.page("/busy", CONTENT, failures=2))).is_file()
     assert len(server.requests) == 3
-    store().joinpath("tiny.safetensors").unlink()
+    weights_folder().joinpath("tiny.safetensors").unlink()
     assert fetch(entry(server.url + "/gone", server.page("/w", CONTENT))).is_file()
     assert [path for path, _ in server.requests[3:]] == ["/gone", "/w"]
 
@@ -285,7 +299,7 @@ def test_a_corrupted_download_is_put_aside_and_the_next_mirror_is_used(server: S
     bad[-1] ^= 1
     url = server.page("/bad", bytes(bad))
     with pytest.raises(
-        DownloadError, match=f"sha256 {hashlib.sha256(bad).hexdigest()}; the registry says {SHA256}.*put aside"
+        DownloadError, match=f"sha256 {hashlib.sha256(bad).hexdigest()}; the registry says {SHA256}.*renamed to"
     ):
         fetch(entry(url))
     assert names(home) == ["tiny.safetensors.bad"]
@@ -307,14 +321,14 @@ def test_a_web_page_is_no_weights(server: Server, home: Path, sha256: str | None
     url = server.page("/w", b"\n<!DOCTYPE html><html>Sign in to continue</html>")
     with pytest.raises(DownloadError, match="a web page instead of weights"):
         fetch(entry(url, sha256=sha256), trust=True)
-    assert find_local(entry(url)) is None
+    assert find_local_file(entry(url)) is None
 
 
 @pytest.mark.parametrize(
     "content, facts, message",
     [
-        (b"Quota exceeded", {}, "neither torch's nor safetensors'"),
-        (b"", {}, "neither torch's nor safetensors'"),
+        (b"Quota exceeded", {}, "neither a torch nor a safetensors file"),
+        (b"", {}, "neither a torch nor a safetensors file"),
         (CONTENT, {"size": 5}, r"1,200,0\d\d bytes, not 5"),
         (CONTENT, {"md5": "8cad7c"}, "begins with 8cad7c"),
     ],
@@ -352,7 +366,7 @@ def test_a_file_put_there_by_hand_is_taken_and_recorded(home: Path) -> None:
     assert fetch(entry(sha256=None)) == home / "tiny.safetensors"
     assert json.loads((home / "tiny.json").read_text())["sha256"] == SHA256
     (home / "tiny.json").unlink()
-    for content, fault in {b"<html>": "a web page instead of weights", b"text": "neither torch's nor"}.items():
+    for content, fault in {b"<html>": "a web page instead of weights", b"text": "neither a torch nor"}.items():
         (home / "tiny.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match=f"{fault}.*remove it"):
             fetch(entry(sha256=None))
@@ -371,13 +385,13 @@ def test_plain_http_without_a_known_hash_is_not_even_asked(server: Server) -> No
     assert not server.requests
     assert fetch(one, trust=True).is_file()
     with pytest.raises(DownloadError, match="not encrypted"):
-        fetch(entry("file:///etc/hostname", sha256=None), folder=store() / "other")
+        fetch(entry("file:///etc/hostname", sha256=None), folder=weights_folder() / "other")
 
 
 def test_https_needs_no_trust_and_follows_redirects_but_not_to_http(secure: Server, server: Server) -> None:
     secure.page("/here", status=302, location=secure.page("/w", CONTENT))
     assert fetch(entry(secure.url + "/here", sha256=None)).read_bytes() == CONTENT
-    store().joinpath("tiny.safetensors").unlink()
+    weights_folder().joinpath("tiny.safetensors").unlink()
     plain = server.page("/w", CONTENT)
     url = secure.page("/down", status=302, location=plain)
     with pytest.raises(DownloadError, match=f"refused a redirect to {plain}"):
@@ -395,7 +409,7 @@ def test_a_redirect_to_another_host_is_followed_and_checked(server: Server) -> N
     elsewhere = server.page("/w", CONTENT).replace("127.0.0.1", "localhost")
     url = server.page("/here", status=302, location=elsewhere)
     assert fetch(entry(url)).read_bytes() == CONTENT
-    store().joinpath("tiny.safetensors").unlink()
+    weights_folder().joinpath("tiny.safetensors").unlink()
     with pytest.raises(DownloadError, match="refused a redirect to ftp://"):
         fetch(entry(server.page("/ftp", status=302, location="ftp://127.0.0.1/w")))
     with pytest.raises(DownloadError, match="HTTP 302"):
@@ -456,7 +470,7 @@ def test_a_full_disk_is_told_and_the_rest_comes_later(server: Server, home: Path
     message = process.communicate()[1]
     assert process.returncode != 0
     assert re.search(r"StorageError: could not write .*partial: no space left", message), message
-    assert find_local(entry(url)) is None
+    assert find_local_file(entry(url)) is None
     assert fetch(entry(url)).read_bytes() == CONTENT
 
 

@@ -29,7 +29,7 @@ from mae_dat.models.weights.convert import ConvertConfig, convert
 from mae_dat.models.weights.load import read_source
 from mae_dat.models.weights.open import read_export
 from mae_dat.runtime.run_log import RunLog
-from mae_dat.storage.checkpoint import find_checkpoint, newest_checkpoint, save_checkpoint, verify
+from mae_dat.storage.checkpoint import find_checkpoint, newest_checkpoint, save_checkpoint, verify_checkpoint
 from mae_dat.storage.files import sha256_of
 from mae_dat.storage.host_copy import Snapshot
 from mae_dat.storage.weight_files import read_weights
@@ -79,7 +79,7 @@ def test_no_mutation_is_ever_loaded(tmp_path: Path) -> None:
                 continue  # a stretch that was zero already
             tried += 1
             with pytest.raises(CheckpointError):
-                verify(kinds[1])
+                verify_checkpoint(kinds[1])
             found = newest_checkpoint(tmp_path)
             assert found is not None
             assert found.step == 1
@@ -298,7 +298,7 @@ WRITERS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from mae_dat.storage.checkpoint import Saver, find_checkpoint, newest_checkpoint, sweep
+from mae_dat.storage.checkpoint import Saver, find_checkpoint, newest_checkpoint, delete_unfinished
 from mae_dat.config.errors import CheckpointError
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
@@ -342,7 +342,7 @@ for turn in range(25):
     assert step > last
     last = step
     left += len(list(kills.glob(".*.tmp")))
-    sweep(kills)
+    delete_unfinished(kills)
     assert len(list(kills.iterdir())) <= 6, list(kills.iterdir())
 print("kills", last, "unfinished", left)
 

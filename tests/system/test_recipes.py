@@ -30,7 +30,7 @@ from mae_dat.models.mae import VIT_SIZES, build_mae
 from mae_dat.models.tokenizer import VQGAN, VQGAN_PRESETS, load_tokenizer
 from mae_dat.robustness.evaluate_run import load_classifier
 from mae_dat.runtime.run_log import read_log
-from mae_dat.storage.registry import find_released
+from mae_dat.storage.released import find_released
 from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.finetune import build_configured_classifier, check_mixup, held_out_images, initialize
 from mae_dat.training.objectives.base import Objective

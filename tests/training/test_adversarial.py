@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mae_dat.attacks.gradient import input_gradient
 from mae_dat.attacks.pixel import PixelAttack
-from mae_dat.config.errors import ConfigError, Interrupted
+from mae_dat.config.errors import ConfigError, InterruptError
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models.classifier import build_classifier
@@ -200,7 +200,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_exports_an_ordinary_network(
     data, tokenizer = folders
     flags = [*RUNS[name].split(), *tokenizer, "--epochs", "1", "--precision", "fp32", "--save_minutes", "0"]
     finetune_in(tmp_path / "whole", data, *flags)
-    with signal_in_step(1, signal.SIGTERM), pytest.raises(Interrupted):
+    with signal_in_step(1, signal.SIGTERM), pytest.raises(InterruptError):
         finetune_in(tmp_path / "stopped", data, *flags)
     finetune_in(tmp_path / "stopped", data, *flags)
     whole, stopped = (final_state(tmp_path / run)["model"] for run in ("whole", "stopped"))

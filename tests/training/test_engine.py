@@ -19,7 +19,7 @@ from tiny_runs import MEASURED
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae_dat.config.errors import DataError, Interrupted, NumericsError, PeerError
+from mae_dat.config.errors import DataError, InterruptError, NumericsError, RankError
 from mae_dat.config.groups import (
     AugmentConfig,
     ClassifierConfig,
@@ -199,7 +199,7 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(
     handlers = signal.getsignal(number)
     with (
         signal_in_step(step, number),
-        pytest.raises(Interrupted, match=r"stopped at step \d of \d+.*stopped") as stopped,
+        pytest.raises(InterruptError, match=r"stopped at step \d of \d+.*stopped") as stopped,
     ):
         train(folder, tmp_path / "stopped", tokenizer)
     assert stopped.value.exit_code == (130 if number == signal.SIGINT else 75)
@@ -229,7 +229,7 @@ def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: 
     """Copies of one request that a scheduler and a launcher send within two seconds are one request; a second Ctrl-C is
     a second one always."""
     real: Callable[..., float] = engine.train_step
-    stopped: list[Interrupted] = []
+    stopped: list[InterruptError] = []
     cases = {
         "copies": (signal.SIGTERM, signal.SIGTERM, 0.0, 3),
         "Ctrl-C twice": (signal.SIGINT, signal.SIGINT, 0.0, 2),
@@ -249,7 +249,7 @@ def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: 
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "train_step", interrupted)
-            with pytest.raises(Interrupted) as caught:
+            with pytest.raises(InterruptError) as caught:
                 run_mae(folder, tmp_path / name, tokenizer, save_minutes=0)
         stopped.append(caught.value)
         found = newest_checkpoint(tmp_path / name)
@@ -640,7 +640,7 @@ def train_pieces(folder: Path, output: Path, tokenizer: Path, world: World, rank
         broken = training_of(classifier(), _NaNAt(2 if world.rank == 1 else 1000))
         try:
             engine.fit(broken, job_for(images, output / "broken", optim, world))
-        except (NumericsError, PeerError) as error:
+        except (NumericsError, RankError) as error:
             seen.update(stopped=broken.step, told=str(error))
     return seen
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_dat.config.groups import ATTACKS, AttackConfig, AugmentConfig
+from mae_dat.config.groups import ATTACK_KINDS, AttackConfig, AugmentConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.mae import MaskedAutoencoder, masked_mse
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
@@ -102,7 +102,7 @@ def test_the_mask_is_a_function_of_the_generator(batch: Batch) -> None:
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", ATTACKS)
+@pytest.mark.parametrize("kind", ATTACK_KINDS)
 def test_both_views_of_a_picture_share_mask_and_target(kind: str, batch: Batch, tokenizer: LightTokenizer) -> None:
     model = RecordingMae()
     objective = WithDAT(MaskedReconstruction(0.5, True), tokenizer, AttackConfig(kind, eps=3.0))  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def test_the_papers_loss_is_adversarial_only(batch: Batch, tokenizer: LightToken
     assert not any(torch.equal(seen, batch["image"]) for seen in model.seen), "no clean view, no wasted forward"
 
 
-@pytest.mark.parametrize("kind", ATTACKS)
+@pytest.mark.parametrize("kind", ATTACK_KINDS)
 def test_the_attack_leaves_no_gradient_and_no_flag(kind: str, batch: Batch, tokenizer: LightTokenizer) -> None:
     model = SmallNet()
     model.norm.eval()

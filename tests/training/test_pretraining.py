@@ -23,7 +23,7 @@ from tiny_runs import (
 from torch import Tensor
 
 from mae_dat.attacks.discrete import discrete_adversary
-from mae_dat.config.errors import ConfigError, Interrupted
+from mae_dat.config.errors import ConfigError, InterruptError
 from mae_dat.config.groups import AttackConfig, AugmentConfig, DatConfig, MaskConfig
 from mae_dat.experiments.compare import CompareConfig, compare, group_label, groups_to_train, pretrain_config
 from mae_dat.models.classifier import build_classifier
@@ -363,7 +363,7 @@ def test_a_run_stopped_in_its_warm_up_goes_on_as_if_it_had_not_been(
 ) -> None:
     flags = ["--target", "both", "--dat", *strength, "--dat_warmup", "1.5", "--epochs", "2", "--tokenizer", str(light)]
     whole = pretrain_in(tmp_path / "whole", images, *flags)
-    with signal_in_step(3, signal.SIGTERM), pytest.raises(Interrupted):
+    with signal_in_step(3, signal.SIGTERM), pytest.raises(InterruptError):
         pretrain_in(tmp_path / "stopped", images, *flags)
     assert final_state(tmp_path / "stopped")["step"] == 4
     stopped = pretrain_in(tmp_path / "stopped", images, *flags)

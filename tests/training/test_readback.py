@@ -29,7 +29,7 @@ from test_engine import (
 )
 from tiny_runs import one_thread
 
-from mae_dat.config.errors import DataError, Interrupted, NumericsError, PeerError
+from mae_dat.config.errors import DataError, InterruptError, NumericsError, RankError
 from mae_dat.config.groups import AugmentConfig, OptimConfig
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.sampler import TrainSampler
@@ -71,7 +71,7 @@ def test_reading_late_changes_nothing(
 def test_a_run_that_is_behind_resumes_bit_for_bit(late: None, folder: Path, tokenizer: Path, tmp_path: Path) -> None:
     """DAT's strength follows what is read, so a checkpoint amid an epoch, which reads early, must not show."""
     RUNS["DAT"](folder, tmp_path / "whole", tokenizer)
-    with signal_in_step(4, signal.SIGTERM), pytest.raises(Interrupted, match="at step 6 of 8"):
+    with signal_in_step(4, signal.SIGTERM), pytest.raises(InterruptError, match="at step 6 of 8"):
         RUNS["DAT"](folder, tmp_path / "stopped", tokenizer)
     assert final_state(tmp_path / "stopped")["step"] == 6, "all ranks hear of it a step later"
     RUNS["DAT"](folder, tmp_path / "stopped", tokenizer)
@@ -203,12 +203,12 @@ def two_ranks(rank: int, folder: Path, output: Path) -> None:
         engine.train_step = step
         try:
             engine.fit(stopped, job_for(images, output / "stopped", optim, world))
-        except Interrupted:
+        except InterruptError:
             found["stopped"] = stopped.step
         broken = training_of(classifier(), _NaNAt(2 if rank == 1 else 1000))
         try:
             engine.fit(broken, job_for(images, output / "broken", optim, world))
-        except (NumericsError, PeerError) as error:
+        except (NumericsError, RankError) as error:
             found.update(broken=broken.step, told=str(error), weights=dict(broken.model.state_dict()))
     torch.save(found, output / f"rank{rank}.pt")
 

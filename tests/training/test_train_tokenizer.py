@@ -20,7 +20,7 @@ from test_tokenizer import pictures
 from torch import Tensor
 
 from golden_rule import fill_by_rule
-from mae_dat.config.errors import Interrupted, MissingInputError, NumericsError
+from mae_dat.config.errors import InterruptError, MissingInputError, NumericsError
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.models.tokenizer import LightTokenizer, load_tokenizer
 from mae_dat.runtime.console import Console
@@ -120,7 +120,7 @@ def test_a_signalled_run_saves_and_ends_bitwise_the_same(
     short = dataclasses.replace(config, output_dir=str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(TokenizerTrainer, "step", interrupted)
-        with pytest.raises(Interrupted, match="stopped at step 5") as stopped:
+        with pytest.raises(InterruptError, match="stopped at step 5") as stopped:
             train_tokenizer(short, Console(quiet=True))
     assert stopped.value.exit_code == 75
     found = newest_checkpoint(tmp_path)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from mae_dat.config.errors import OutputError
 from mae_dat.data.generated.draw import DRAWING_VERSION, SHAPES, TEXTURES, GeneratedImage, draw_image
+from mae_dat.storage.files import home_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,8 @@ class FolderSettings:
 
 def generated_root(settings: FolderSettings | None = None) -> Path:
     """Where the pictures of these settings live: `generated-<hash>` in $MAE_DAT_HOME or else ~/.cache/mae_dat."""
-    home = Path(os.environ.get("MAE_DAT_HOME") or Path.home() / ".cache" / "mae_dat")
     text = json.dumps((settings or FolderSettings()).as_json(), sort_keys=True)
-    return home / f"generated-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return home_folder() / f"generated-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def write_image_folder(

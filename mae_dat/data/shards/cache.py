@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mae_dat.config.errors import ConfigError, DataError, DownloadError
 from mae_dat.storage.download import UrlFailedError, download
-from mae_dat.storage.files import prepare_output_folder, sha256_of
+from mae_dat.storage.files import home_folder, prepare_output_folder, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def is_remote(path: str) -> bool:
 
 def cache_folder() -> Path:
     """The folder of downloaded shards."""
-    return Path(os.environ.get("MAE_DAT_HOME") or Path.home() / ".cache" / "mae_dat") / "shards"
+    return home_folder() / "shards"
 
 
 def remote_root(url: str) -> Path:

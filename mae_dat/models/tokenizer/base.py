@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from mae_dat.config.errors import ConfigError, SizeError
+from mae_dat.config.errors import ConfigError, InputSizeError
 from mae_dat.models.tokenizer.quantize import look_up, nearest_words
 from mae_dat.runtime.device import require_compiler
 
@@ -65,7 +65,7 @@ class VisualTokenizer(nn.Module, ABC):
         return self.decode(self.encode(image))
 
     def check(self, image: Tensor) -> None:
-        """Raises ConfigError unless `image` is (B, in_chans, H, W), SizeError unless `factor` divides its sides."""
+        """Raise ConfigError unless `image` is (B, in_chans, H, W), InputSizeError unless `factor` divides H and W."""
         if image.ndim != 4 or image.shape[1] != self.in_chans:
             raise ConfigError(
                 f"the tokenizer takes images (B, {self.in_chans}, H, W) and was given {tuple(image.shape)}; "
@@ -74,7 +74,7 @@ class VisualTokenizer(nn.Module, ABC):
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:
             fitting = [max(side // self.factor, 1) * self.factor for side in (height, width)]
-            raise SizeError(
+            raise InputSizeError(
                 f"image size {height} x {width} is not divisible by the tokenizer's factor {self.factor}: "
                 f"use --input_size {fitting[0]} {fitting[1]} or other multiples of {self.factor}."
             )

@@ -20,8 +20,7 @@ import tyro
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mae_dat.config.errors import CheckpointError, MissingInputError, OutputError
-from mae_dat.config.groups import ConfigError
+from mae_dat.config.errors import CheckpointError, ConfigError, MissingInputError, OutputError
 from mae_dat.config.parse import load_config
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder

@@ -14,8 +14,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mae_dat.config.parse import load_config
-from mae_dat.storage.registry import Released, find_released, released
-from mae_dat.storage.released import fetch, find_local, store
+from mae_dat.storage.released import (
+    ReleasedWeights,
+    fetch,
+    find_local_file,
+    find_released,
+    released_weights,
+    weights_folder,
+)
 
 NON_COMMERCIAL = "CC-BY-NC-4.0"
 
@@ -34,12 +40,12 @@ class FetchConfig:
     """Folder to download into."""
 
 
-def table(entries: dict[str, Released]) -> Table:
+def table(entries: dict[str, ReleasedWeights]) -> Table:
     """One row for each of the weights; names stay whole, so that they can be copied."""
     name = Column("name", no_wrap=True, min_width=max(map(len, entries)))
     shown = Table(name, "what it is", "MB", "licence", "sha256", "here", box=None, pad_edge=False)
     for entry in entries.values():
-        path = find_local(entry)
+        path = find_local_file(entry)
         size = path.stat().st_size if path else entry.size
         licence = NON_COMMERCIAL if NON_COMMERCIAL in entry.licence else entry.licence.partition(" (")[0]
         sha256 = "shipped" if entry.embedded else "known" if entry.sha256 else "first use"
@@ -49,7 +55,7 @@ def table(entries: dict[str, Released]) -> Table:
     return shown
 
 
-def details(entry: Released) -> str:
+def details(entry: ReleasedWeights) -> str:
     """What the registry says of one of the weights."""
     facts = {
         "name": entry.name,
@@ -73,10 +79,10 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(FetchConfig, arguments, __doc__ or "")
     entries = {name: find_released(name) for name in config.names}
     if not entries:
-        screen.print(table(released()))
+        screen.print(table(released_weights()))
         screen.print(
             f"\n{NON_COMMERCIAL}: not for commercial use. Names stand for paths: --finetune, --resume, "
-            f"--tokenizer. Downloads go to {store()}.",
+            f"--tokenizer. Downloads go to {weights_folder()}.",
             highlight=False,
         )
     for name, entry in entries.items():

@@ -25,8 +25,7 @@ from mae_dat.models.tokenizer import check_card
 from mae_dat.models.weights.formats import Recognized
 from mae_dat.models.weights.load import Source, load_mae, load_weights, read_source, size_of
 from mae_dat.storage.checkpoint import newest_checkpoint
-from mae_dat.storage.registry import released
-from mae_dat.storage.released import local_path
+from mae_dat.storage.released import local_path, released_weights
 from mae_dat.storage.weight_files import WEIGHTS_FILE, WeightsFile, extract_weights, read_weights
 
 
@@ -262,7 +261,7 @@ def read_export(path: Path) -> tuple[WeightsFile, dict[str, Any]]:
     A folder gives its `model.safetensors`, or the model in its newest checkpoint. Raises MissingInputError,
     CheckpointError, DownloadError.
     """
-    entry = None if path.exists() else released().get(str(path))
+    entry = None if path.exists() else released_weights().get(str(path))
     path = local_path(path)
     if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
         found = newest_checkpoint(path)

@@ -13,8 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mae_dat.storage.registry import released
-from mae_dat.storage.released import local_path
+from mae_dat.storage.released import local_path, released_weights
 
 if TYPE_CHECKING:  # torch.hub.list and help need not wait for torch
     from mae_dat.models.classifier import Classifier
@@ -118,7 +117,7 @@ def mae_vit_huge_patch14_dat(pretrained: Pretrained = False, **settings: Any) ->
 def mae_dat_demo(pretrained: Pretrained = False) -> Classifier | MaskedAutoencoder:
     """The project's own small model for 64 px, pixels in [0, 1], pretrained with MAE, fine-tuned with DAT; shipped.
 
-    Apache-2.0. What it was trained on and what it reaches stand in mae_dat/storage/mae_dat_demo.json.
+    Apache-2.0. What it was trained on and what it reaches stand in mae_dat/models/weights/demo_classifier.json.
     """
     from mae_dat.models.weights.load import read_source
     from mae_dat.models.weights.open import describe, open_model
@@ -162,7 +161,7 @@ def _autoencoder(name: str, pretrained: Pretrained, decoder: bool, settings: dic
     from mae_dat.models.mae import build_mae
     from mae_dat.models.weights.load import load_mae
 
-    model = build_mae(released()[name].model, **settings)
+    model = build_mae(released_weights()[name].model, **settings)
     if pretrained:
         load_mae(model, _weights(name, pretrained), decoder=decoder)
     return model.eval()
@@ -172,7 +171,7 @@ def _classifier(name: str, pretrained: Pretrained, settings: dict[str, Any]) -> 
     from mae_dat.models.classifier import build_classifier
     from mae_dat.models.weights.load import load_weights
 
-    entry = released()[name]
+    entry = released_weights()[name]
     defaults = {"num_classes": entry.nb_classes, "global_pool": entry.global_pool}
     statistics = {} if settings.get("in_chans", 3) != 3 else {"mean": entry.mean, "std": entry.std}
     model = build_classifier(entry.model, **{**defaults, **statistics, **settings})
@@ -186,7 +185,7 @@ def _tokenizer(name: str, pretrained: Pretrained) -> VisualTokenizer:
 
     if pretrained:
         return load_tokenizer(name if pretrained is True else pretrained)
-    model = released()[name].model
+    model = released_weights()[name].model
     return (VQGAN(VQGAN_PRESETS[model]) if model in VQGAN_PRESETS else LightTokenizer()).freeze()
 
 

@@ -20,9 +20,9 @@ from mae_dat.attacks.auto_attack import AUTO_ATTACK_EPS, auto_attack, require_au
 from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.pixel import PIXEL_ATTACKS, PixelAttack, pixel_adversary
 from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WORD_SHARES, WordAttack, word_hits
-from mae_dat.config.errors import ConfigError, DataError, MissingInputError, SizeError, UserError
+from mae_dat.config.errors import ConfigError, DataError, InputSizeError, MissingInputError, UserError
 from mae_dat.config.groups import ImageSize
-from mae_dat.config.parse import nearest
+from mae_dat.config.parse import suggest
 from mae_dat.data.image_set import find_split, require_folder
 from mae_dat.data.open import holds_shards, open_images
 from mae_dat.models.modes import Network
@@ -124,7 +124,7 @@ class Battery:
             raise ConfigError(f"--suite names nothing: give all, or some of {', '.join(SUITES)}.")
         for name in asked:
             if name not in (*SUITES, "all"):
-                raise ConfigError(f"--suite {name}: {nearest(name, [*SUITES, 'all'])}")
+                raise ConfigError(f"--suite {name}: {suggest(name, [*SUITES, 'all'])}")
         if "all" not in asked:
             return list(dict.fromkeys(asked)), {name: "not asked for" for name in SUITES if name not in asked}
         lacking = {row.benchmark.name: row.note for row in inventory(self.choice.root) if row.folder is None}
@@ -217,7 +217,7 @@ class Battery:
     # ---- suites ----
 
     def suite(self, name: str, size_HW: ImageSize, interpolation: str, crop: float | None = None) -> Suite:
-        """A suite for a network of this input. Raises what opening raises, and SizeError where it cannot be made."""
+        """A suite for a network of this input. Raises what opening raises, InputSizeError where it cannot be made."""
 
         def see(pictures: BenchmarkSet) -> BenchmarkSet:
             return seen_at(pictures, size_HW, interpolation, crop)
@@ -258,7 +258,7 @@ class Battery:
         try:
             corrupting.check_image(np.zeros((*size_HW, 3), np.uint8))
         except DataError as error:
-            raise SizeError(str(error)) from error
+            raise InputSizeError(str(error)) from error
         names = corrupting.CORRUPTIONS + (corrupting.EXTRA if self.choice.held_out else ())
         portions = tuple(
             ImagePass(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from mae_dat.config.errors import Interrupted, NumericsError
+from mae_dat.config.errors import InterruptError, NumericsError
 from mae_dat.config.groups import image_size
 from mae_dat.config.parse import command_line, load_config
 from mae_dat.data.image_set import ImageFolder, Sample, find_split
@@ -38,7 +38,7 @@ from mae_dat.runtime.device import amp_dtype, pick_device
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import step_generator
 from mae_dat.runtime.signals import stop_requests
-from mae_dat.storage.checkpoint import newest_checkpoint, save_checkpoint, sweep
+from mae_dat.storage.checkpoint import delete_unfinished, newest_checkpoint, save_checkpoint
 from mae_dat.storage.files import prepare_output_folder, sha256_of
 from mae_dat.storage.output_lock import lock_output_folder
 
@@ -296,11 +296,11 @@ def train_tokenizer(config: TokenizerConfig, console: Console) -> Path:
 
 
 def train_to_file(trainer: Trainer, config: FoldersConfig, console: Console) -> Path:
-    """Trains, or goes on where `output_dir` stands, and writes the tokenizer with its card. Raises Interrupted after a
-    signal, once what was learned is saved."""
+    """Trains, or goes on where `output_dir` stands, and writes the tokenizer with its card. Raises InterruptError after
+    a signal, once what was learned is saved."""
     output, data = prepare_output_folder(Path(config.output_dir)), training_folders(config)
     with lock_output_folder(output):
-        sweep(output)
+        delete_unfinished(output)
         found = newest_checkpoint(output)
         first = found.step if found else 0
         if found:
@@ -328,7 +328,7 @@ def train_steps(trainer: Trainer, data: JoinedFolders, first: int, config: Folde
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.signal:
                 save_checkpoint(output, step + 1, trainer.state())
             if stop.signal:
-                raise Interrupted(f"stopped at step {step + 1}; saved in {output}.", stop.exit_code)
+                raise InterruptError(f"stopped at step {step + 1}; saved in {output}.", stop.exit_code)
     log.close()
 
 
