@@ -1,8 +1,7 @@
-"""The whole toolkit on generated pictures, in minutes on two cores: `make demo`.
+"""Run the whole toolkit on generated images, in minutes on two cores: `make demo`.
 
-Pretrains a small masked autoencoder, fine-tunes it plainly, with random words and with DAT, measures all three clean,
-corrupted and with conflicting textures, and writes output/demo/report.html. A second call goes on where the first one
-stopped.
+Pretrains a small masked autoencoder, fine-tunes it plainly, with random words and with DAT, measures the three networks
+on clean, corrupted and cue-conflict images, and writes output/demo/report.html. To resume, run the same command again.
 """
 
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from mae_dat.experiments import compare
 from mae_dat.experiments.compare import CONFIGS, CompareConfig
 
-DEFAULTS = CompareConfig(
+_DEFAULTS = CompareConfig(
     data_path="demo",
     output_dir="output/demo",
     arms=("plain", "random", "released"),
@@ -24,4 +23,4 @@ DEFAULTS = CompareConfig(
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command with its arguments."""
-    compare.main(arguments, DEFAULTS, __doc__ or "")
+    compare.main(arguments, _DEFAULTS, __doc__ or "")

@@ -1,18 +1,18 @@
-"""Trainings that wait for each other, several at a time: each in a process of its own, which saves and resumes like any
-run.
+"""Run trainings that depend on each other, several at a time, each in a process that saves and resumes like any run.
 
-The processes share the machine's cores, or its one GPU. What a training learns does not depend on its neighbours; the
-number of threads, which may change the last bits on a CPU, is the cores divided by the processes.
+The processes share the machine's cores, or its one GPU. What a training learns does not depend on the others. Only the
+number of threads, the cores divided by the number of processes, may change the last bits of a result on a CPU.
 """
 
-import contextlib
 import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from typing import Self
 
 import torch
 
@@ -25,7 +25,9 @@ from mae_dat.training.pretrain import pretrain
 
 logger = logging.getLogger(__name__)
 
-SPOKEN_S = 60.0  # between two lines of a training among several
+_LOG_INTERVAL_S = 60.0  # between two lines of one training among several
+
+Settings = PretrainConfig | FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -33,144 +35,180 @@ class Stage:
     """One training."""
 
     title: str
-    settings: Callable[[], PretrainConfig | FinetuneConfig]
-    """Asked once all of `after` are done, whose logs it may read."""
+    settings: Callable[[], Settings]
+    """Called when all stages of `after` have finished, whose logs it may read."""
     after: tuple[str, ...] = ()
-    """Titles of stages that come before."""
+    """Titles of the stages that must finish first."""
 
 
-def run_training(config: PretrainConfig | FinetuneConfig, title: str, console: Console) -> None:
-    """One training, or the rest of it."""
-    if isinstance(config, PretrainConfig):
-        pretrain(config, console, title)
+def run_training(settings: Settings, title: str, console: Console) -> None:
+    """Run one training, or resume it."""
+    if isinstance(settings, PretrainConfig):
+        pretrain(settings, console, title)
     else:
-        finetune(config, console, title)
+        finetune(settings, console, title)
 
 
 def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
-    """Trains all stages in an order that they allow, `jobs` at a time; one at a time in this very process.
+    """Run all trainings in an order that respects their dependencies, `jobs` at a time; a single job in this process.
 
-    The first failure, or a signal, asks the others to save and stop; what they learned counts when the same command is
-    given again. Raises the failure as UserError with its stage's title, or InterruptError.
+    After the first failure, or a signal, the other trainings are asked to save and stop; the same command resumes them.
+    Raises the failure as UserError with the title of its stage, or InterruptError.
     """
     if jobs == 1:
         for stage in stages:
             run_training(stage.settings(), stage.title, console)
             console.end_stage(stage.title)
         return
-    left, done = list(stages), set[str]()
-    start, cost = time.monotonic(), dict(console.plan)
-    with stop_requests() as stop, helpers(min(jobs, len(stages))) as idle:
-        busy: dict[Connection, tuple[Helper, str]] = {}
-        while left or busy:
-            for stage in [one for one in left if done.issuperset(one.after)][: len(idle)]:
-                helper = idle.pop()
-                helper.line.send((stage.settings(), stage.title))
-                busy[helper.line] = helper, stage.title
-                left.remove(stage)
-            for line in _heard(list(busy), stop):
-                helper, title = busy.pop(line)
-                _raise_failure(helper, title)
-                done.add(title)
-                idle.append(helper)
-                _tell(title, len(done), len(stages), _time_left(time.monotonic() - start, cost, done))
+    _train_in_processes(stages, min(jobs, len(stages)), dict(console.plan))
     for stage in stages:
         console.end_stage(stage.title)
 
 
-def _heard(lines: Sequence[Connection], stop: StopRequest) -> list[Connection]:
-    """The trainings that ended, or InterruptError."""
-    ready: list[Connection] = []
-    while not ready:
+def _train_in_processes(stages: Sequence[Stage], jobs: int, costs: Mapping[str, float]) -> None:
+    waiting, finished = list(stages), set[str]()
+    start = time.monotonic()
+    with stop_requests() as stop, TrainingPool(jobs) as pool:
+        while waiting or pool.running:
+            ready = [stage for stage in waiting if finished.issuperset(stage.after)]
+            for stage in ready[: len(pool.idle)]:
+                pool.submit(stage.settings(), stage.title)
+                waiting.remove(stage)
+            for future in _wait_for_any(list(pool.running), stop):
+                title = pool.finish(future)
+                finished.add(title)
+                left = _time_left(time.monotonic() - start, costs, finished)
+                _log_progress(title, len(finished), len(stages), left)
+
+
+def _wait_for_any(running: Sequence[Future[None]], stop: StopRequest) -> list[Future[None]]:
+    """Return the trainings that ended, at least one. Raises InterruptError after a signal."""
+    while not (done := wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done):
         if stop.signal:
-            raise InterruptError("stopped; every training was asked to save. The same command goes on.", stop.exit_code)
-        ready = [line for line in wait(lines, timeout=1.0) if isinstance(line, Connection)]
-    return ready
+            raise InterruptError(
+                "stopped; every training was asked to save. Run the same command again to resume.", stop.exit_code
+            )
+    return [future for future in running if future in done]
 
 
-def _tell(title: str, done: int, total: int, seconds: float | None) -> None:
-    left = f"  {format_duration(seconds)} left" if seconds is not None and done < total else ""
-    logger.info("%d of %d trainings done: %s%s", done, total, title, left)
+def _log_progress(title: str, finished: int, total: int, seconds: float | None) -> None:
+    left = f"  {format_duration(seconds)} left" if seconds is not None and finished < total else ""
+    logger.info("%d of %d trainings done: %s%s", finished, total, title, left)
 
 
-def _time_left(elapsed: float, cost: Mapping[str, float], done: set[str]) -> float | None:
-    """By the planned costs of what is done and what is not."""
-    whole, part = sum(cost.values()), sum(cost.get(title, 0.0) for title in done)
-    return elapsed * (whole - part) / part if part else None
+def _time_left(elapsed: float, costs: Mapping[str, float], finished: set[str]) -> float | None:
+    """Estimate the remaining seconds by the planned costs of the finished stages and of all; None without any."""
+    total, spent = sum(costs.values()), sum(costs.get(title, 0.0) for title in finished)
+    return elapsed * (total - spent) / spent if spent else None
 
 
 # ---- the processes ----
 
 
-class Helper:
-    """A process that trains what it is told; it ends when this one closes the line, or dies."""
+class TrainingProcess:
+    """A process that runs one training after another. It ends when its line is closed, or when this process dies."""
 
     def __init__(self, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.line, theirs = context.Pipe()
-        # Not a daemon: loaders have workers of their own.
-        self.process = context.Process(target=serve, args=(theirs, threads, logging.getLogger().level))
+        self.line, child_line = context.Pipe()
+        # Not a daemon, since those cannot start the workers of a data loader.
+        self.process = context.Process(target=_serve, args=(child_line, threads, logging.getLogger().level))
         self.process.start()
-        theirs.close()
+        child_line.close()
+
+    def train(self, settings: Settings, title: str) -> None:
+        """Run one training there and wait for its end. Raises its failure as UserError, RetryError if the process
+        died."""
+        self.line.send((settings, title))
+        self.wait(title)
+
+    def wait(self, title: str) -> None:
+        """Wait for the end of the training that runs there. Raises what `train` does."""
+        try:
+            failure: tuple[str, int] | None = self.line.recv()
+        except (EOFError, OSError):  # OSError where the process died before it read all of its line
+            self.process.join()
+            raise RetryError(
+                f"{title}: its process died (code {self.process.exitcode}; -9 usually means that memory ran out). Run "
+                "the same command again to resume from the last checkpoints, perhaps with fewer --jobs."
+            ) from None
+        if failure:
+            error = UserError(f"{title}: {failure[0]}")
+            error.exit_code = failure[1]
+            raise error
 
 
-@contextlib.contextmanager
-def helpers(count: int) -> Iterator[list[Helper]]:
-    """So many processes; none is left when the block ends."""
-    threads = max(1, (os.cpu_count() or 1) // count)
-    all_of_them = [Helper(threads) for _ in range(count)]
-    try:
-        yield list(all_of_them)
-    finally:
-        for helper in all_of_them:
-            helper.line.close()
-            helper.process.terminate()
-        for helper in all_of_them:
-            helper.process.join()
+class TrainingPool:
+    """`jobs` training processes, each with a thread of this process that waits for it.
+
+    When the block ends, no process is left. Those that still train, which is so after a failure or a signal, are asked
+    to save and stop.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.processes = [TrainingProcess(threads) for _ in range(jobs)]
+        self.idle = list(self.processes)
+        self.running: dict[Future[None], tuple[TrainingProcess, str]] = {}
+        self.executor = ThreadPoolExecutor(jobs)
+
+    def submit(self, settings: Settings, title: str) -> None:
+        """Start a training in an idle process."""
+        process = self.idle.pop()
+        self.running[self.executor.submit(process.train, settings, title)] = process, title
+
+    def finish(self, future: Future[None]) -> str:
+        """Return the title of a training that ended, and its process to the idle ones. Raises its failure."""
+        process, title = self.running.pop(future)
+        future.result()
+        self.idle.append(process)
+        return title
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process, _ in self.running.values():
+            process.process.terminate()
+        for future in self.running:
+            error = future.exception()
+            # Logged, since it may be that saving failed. A process that died of the signal had nothing to save yet.
+            if error and not isinstance(error, RetryError):
+                logger.warning("%s", error)
+        # A process whose line is closed exits by itself; a signal would leak the semaphores of torch's data loaders.
+        for process in self.processes:
+            process.line.close()
+        for process in self.processes:
+            process.process.join()
+        self.executor.shutdown()
 
 
-def serve(line: Connection, threads: int, level: int) -> None:
-    """A helper's work: settings in, None or (message, exit code) out."""
+def _serve(line: Connection, threads: int, log_level: int) -> None:
+    """Run in a training process: receive (settings, title), send None or (message, exit code), until `line` closes."""
     torch.set_num_threads(threads)
-    console = Console(interval=SPOKEN_S)
+    console = Console(interval=_LOG_INTERVAL_S)
     console.live = False
-    console.start_logging(level)
+    console.start_logging(log_level)
     while True:
         try:
-            config, title = line.recv()
-        except (EOFError, OSError, KeyboardInterrupt):  # its parent is done, or gone
+            settings, title = line.recv()
+        except (EOFError, OSError, KeyboardInterrupt):  # the parent has finished, or died
             return
-        outcome: tuple[str, int] | None = None
+        failure: tuple[str, int] | None = None
         try:
-            run_training(config, title, console)
+            run_training(settings, title, console)
         except UserError as error:
-            outcome = str(error), error.exit_code
-        except KeyboardInterrupt:  # outside its steps, where nothing is to be saved
+            failure = str(error), error.exit_code
+        except KeyboardInterrupt:  # before its first step or after its last, when there is nothing to save
             return
         try:
-            line.send(outcome)
-        except OSError:  # nobody listens any more, so that it is told here: it may be that saving failed
-            if outcome:
-                logger.warning("%s: %s", title, outcome[0])
-
-
-def _raise_failure(helper: Helper, title: str) -> None:
-    """Raises what a training failed by."""
-    try:
-        failure: tuple[str, int] | None = helper.line.recv()
-    except (EOFError, OSError):  # the latter with something unread in its pipe
-        helper.process.join()
-        raise RetryError(
-            f"{title}: its process died (code {helper.process.exitcode}; -9 is mostly a lack of memory). What it saved "
-            "counts: give the same command again, perhaps with fewer --jobs."
-        ) from None
-    if failure:
-        error = UserError(f"{title}: {failure[0]}")
-        error.exit_code = failure[1]
-        raise error
+            line.send(failure)
+        except OSError:  # the parent died, so the failure is logged here: it may be that saving failed
+            if failure:
+                logger.warning("%s: %s", title, failure[0])
 
 
 def check_jobs(jobs: int) -> None:
-    """Raises ConfigError."""
+    """Raise ConfigError where `jobs` is below 1."""
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1 training at a time, got {jobs}.")

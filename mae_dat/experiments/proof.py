@@ -1,9 +1,8 @@
-"""The proof: every adversary and baseline, after several pretrainings, with several seeds, on several data sets, in one
-command.
+"""Compare every adversary and baseline, after several pretrainings, with several seeds, on several data sets.
 
-`python -m mae_dat proof --data_paths A B --output_dir OUT` leaves a comparison with its report in a folder of OUT for
-each data set, and the tables of all of them in OUT/results.md. A second call goes on where the first one stopped.
-`--quick` shows in minutes that all of it works, on a few generated pictures.
+`python -m mae_dat proof --data_paths A B --output_dir OUT` writes, for each data set, a comparison with its report into
+a folder of OUT, and the tables of all data sets into OUT/results.md. To resume, run the same command again. `--quick`
+checks in minutes, on a few generated images, that everything works.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import command_line, load_config
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.experiments.compare import CONFIGS, CompareConfig, compare
-from mae_dat.experiments.pretrainings import NONE, PLAIN
+from mae_dat.experiments.variants import NONE, PLAIN
 from mae_dat.robustness.open_networks import distinct_names
 from mae_dat.robustness.report.ablation import ablation_tables, summary, words_by_arm
 from mae_dat.robustness.report.render import markdown_table, markdown_text
@@ -26,23 +25,23 @@ from mae_dat.storage.files import atomic_write
 PROOF_GROUPS = (
     "plain", "reconstruction", "random", "released", "symbolic", "pixel_at", "advprop", "augmix", "dat_augmix",
 )  # fmt: skip
-QUICK_PICTURES = {"train": 32, "val": 20, "conflict": 20, "silhouette": 0, "size": 32}
-QUICK_FLAGS = "--input_size 32 --batch_size 16 --epochs 1 --warmup_epochs 0"
+_QUICK_IMAGES = {"train": 32, "val": 20, "conflict": 20, "silhouette": 0, "size": 32}
+_QUICK_FLAGS = "--input_size 32 --batch_size 16 --epochs 1 --warmup_epochs 0"
 
 
 @dataclasses.dataclass(frozen=True)
 class ProofConfig:
-    """All arms on all data sets."""
+    """All fine-tunings on all data sets."""
 
     data_paths: tuple[str, ...] = ("demo",)
-    """Folders with train/CLASS/* and val/CLASS/*, or `demo` for the generated pictures."""
+    """Folders with train/CLASS/* and val/CLASS/*, or `demo` for the generated images."""
     output_dir: str = "output/proof"
     arms: tuple[str, ...] = PROOF_GROUPS
-    """After the plain pretraining; as in mae_dat.compare."""
+    """Fine-tunings after the plain pretraining; as in mae_dat.compare."""
     pretrainings: tuple[str, ...] = (PLAIN, NONE, "released")
     """As in mae_dat.compare: plain first, none, with --dat released, ..."""
     cross_arms: tuple[str, ...] = ("plain", "released")
-    """The arms after the pretrainings other than plain."""
+    """Fine-tunings after the other pretrainings."""
     seeds: tuple[int, ...] = (0, 1, 2)
     pretrain: str = str(CONFIGS / "proof_pretrain.yaml")
     """Recipe of the pretrainings."""
@@ -53,20 +52,21 @@ class ProofConfig:
     jobs: int = 2
     """Trainings at a time."""
     quick: bool = False
-    """A few generated pictures, one epoch and one seed: shows that everything works, and nothing else."""
+    """A few generated images, one epoch and one seed: only checks that everything works."""
 
 
 def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
-    """One for each data set, by its name. Raises ConfigError."""
+    """Return the settings of a comparison for each data set, by its name. Raises ConfigError."""
     output = Path(config.output_dir)
     paths, flags, seeds, limit = config.data_paths, "", config.seeds, config.limit
     if config.quick:
-        folder = write_image_folder(output / "pictures", **QUICK_PICTURES)
-        paths, flags, seeds, limit = (str(folder),), QUICK_FLAGS, config.seeds[:1], 2
+        folder = write_image_folder(output / "pictures", **_QUICK_IMAGES)
+        paths, flags, seeds, limit = (str(folder),), _QUICK_FLAGS, config.seeds[:1], 2
     if not paths:
         raise ConfigError("a proof needs at least one of --data_paths.")
     if len(set(paths)) < len(paths):
         raise ConfigError(f"--data_paths names a folder twice: {' '.join(paths)}.")
+    names = [name.replace("/", "-") for name in distinct_names(paths)]
     return {
         name: CompareConfig(
             data_path=path,
@@ -83,29 +83,27 @@ def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
             jobs=config.jobs,
             title=f"Every adversary and baseline on {name}",
         )
-        for name, path in zip((name.replace("/", "-") for name in distinct_names(paths)), paths, strict=True)
+        for name, path in zip(names, paths, strict=True)
     }
 
 
 def prove(config: ProofConfig, console: Console) -> Path:
-    """Trains and measures what is not there yet, and writes OUT/results.md, whose path it returns."""
-    found: dict[str, Results] = {}
-    for name, one in comparisons(config).items():
-        results = compare(one, console)
+    """Train and measure what is still missing, and write OUT/results.md. Returns its path."""
+    path = Path(config.output_dir) / "results.md"
+    all_results: dict[str, Results] = {}
+    for name, comparison in comparisons(config).items():
+        results = compare(comparison, console)
         assert results is not None, "a proof measures"
-        found[name] = results
-        write_tables(found, Path(config.output_dir) / "results.md")  # of what is done, should the next one be stopped
-    return Path(config.output_dir) / "results.md"
+        all_results[name] = results
+        _write_tables(all_results, path)  # after every data set, in case the next one is interrupted
+    return path
 
 
-def write_tables(found: dict[str, Results], path: Path) -> None:
-    """The tables of all data sets as Markdown. Raises StorageError."""
-    parts = [
-        "# Results",
-        f"    {command_line()}",
-        markdown_text(", ".join(f"{k}: {v}" for k, v in hardware_facts().items())),
-    ]
-    for name, results in found.items():
+def _write_tables(all_results: dict[str, Results], path: Path) -> None:
+    """Write the tables of all data sets as Markdown. Raises StorageError."""
+    hardware = ", ".join(f"{key}: {value}" for key, value in hardware_facts().items())
+    parts = ["# Results", f"    {command_line()}", markdown_text(hardware)]
+    for name, results in all_results.items():
         parts += [f"## {markdown_text(name)}", markdown_text(" ".join(summary(results)))]
         parts += [markdown_table(table, level=3) for table in (*ablation_tables(results), *words_by_arm(results))]
     with atomic_write(path) as file:

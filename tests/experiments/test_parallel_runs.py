@@ -15,8 +15,8 @@ from tiny_runs import FINETUNE, PRETRAIN, ROOT, draw_folder, environment, one_th
 from mae_dat.config.errors import ConfigError, RetryError, UserError
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
-from mae_dat.experiments import parallel_runs as side_by_side
-from mae_dat.experiments.parallel_runs import Helper, Stage, check_jobs, train_all
+from mae_dat.experiments import parallel_runs
+from mae_dat.experiments.parallel_runs import Stage, TrainingProcess, check_jobs, train_all
 from mae_dat.runtime.console import Console
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.storage.files import sha256_of
@@ -39,7 +39,7 @@ def weights(output: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_weights_are_those_of_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side.os, "cpu_count", lambda: 2)  # a thread each, as here
+    monkeypatch.setattr(parallel_runs.os, "cpu_count", lambda: 2)  # a thread each, as here
     data = draw_folder(tmp_path / "images")
     train_all(stages(tmp_path / "one", data), 1, Console(quiet=True))
     train_all(stages(tmp_path / "two", data), 2, Console({"pre": 1.0, "0": 1.0, "1": 1.0}, quiet=True))
@@ -48,7 +48,7 @@ def test_the_weights_are_those_of_one_after_another(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_failure_is_told_with_its_title_and_its_code(tmp_path: Path) -> None:
+def test_a_failure_is_reported_with_its_title_and_exit_code(tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "images")
     broken = [*PRETRAIN, "--data_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "broken")]
     first, *_ = stages(tmp_path, data)
@@ -60,13 +60,13 @@ def test_a_failure_is_told_with_its_title_and_its_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_told_and_may_be_tried_again(tmp_path: Path) -> None:
+def test_a_killed_process_is_reported_and_may_be_retried(tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "images", train=4000)
-    helper = Helper(1)
-    helper.line.send((stages(tmp_path, data)[0].settings(), "pre"))
-    helper.process.kill()
+    process = TrainingProcess(1)
+    process.line.send((stages(tmp_path, data)[0].settings(), "pre"))
+    process.process.kill()
     with pytest.raises(RetryError, match=r"pre: its process died \(code -9"):
-        side_by_side._raise_failure(helper, "pre")
+        process.wait("pre")
 
 
 def begin(output: Path, data: Path) -> subprocess.Popen[str]:
@@ -113,9 +113,9 @@ def test_a_signal_saves_every_training_and_leaves_no_process(tmp_path: Path) -> 
     found = children(process)
     assert len(found) >= 2
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == RetryError.exit_code, told
-    assert "The same command goes on" in told
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == RetryError.exit_code, log
+    assert "Run the same command again to resume" in log
     assert gone(found, 5)
     for arm in ("plain", "random"):
         saved = newest_checkpoint(tmp_path / "out" / f"{arm}-seed0")
@@ -123,7 +123,7 @@ def test_a_signal_saves_every_training_and_leaves_no_process(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_helpers_of_a_killed_comparison_do_not_stay(tmp_path: Path) -> None:
+def test_processes_of_a_killed_comparison_end(tmp_path: Path) -> None:
     process = begin(tmp_path / "out", draw_folder(tmp_path / "images"))
     found = children(process)
     process.kill()

@@ -6,8 +6,9 @@ import pytest
 from tiny_runs import one_thread  # noqa: F401 - used by itself
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.experiments.compare import group_label, groups_to_train
+from mae_dat.experiments.compare import groups_to_train
 from mae_dat.experiments.proof import PROOF_GROUPS, ProofConfig, comparisons, prove
+from mae_dat.experiments.variants import group_label
 from mae_dat.robustness.scores.results import read_results
 from mae_dat.runtime.console import Console
 
@@ -20,12 +21,12 @@ def test_quick_trains_and_measures_every_arm(tmp_path: Path) -> None:
     assert len(groups_to_train(one)) == len(PROOF_GROUPS) + 4
     results = read_results(Path(one.output_dir) / "results.json")
     runs = results["training"]["runs"]
-    assert [run["label"] for run in runs.values()] == [group_label(arm) for arm in groups_to_train(one)]
+    assert [run["label"] for run in runs.values()] == [group_label(group) for group in groups_to_train(one)]
     assert all(run["cpu_seconds"] > 0 for run in runs.values())
     assert set(results["training"]["cpu_seconds"]) == {"pretrain", "pretrain, DAT"}
     assert all(len(results["cells"][name]["generated"]) == 75 for name in runs)
     told = tables.read_text()
-    assert all(f"| {group_label(arm)} |" in told for arm in groups_to_train(one))
+    assert all(f"| {group_label(group)} |" in told for group in groups_to_train(one))
 
 
 def test_a_data_set_has_a_folder_of_its_name(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 from mae_dat.attacks.discrete import discrete_adversary
 from mae_dat.config.errors import ConfigError, InterruptError
 from mae_dat.config.groups import AttackConfig, AugmentConfig, DatConfig, MaskConfig
-from mae_dat.experiments.compare import CompareConfig, compare, group_label, groups_to_train, pretrain_config
+from mae_dat.experiments.compare import CompareConfig, compare, groups_to_train, pretrain_config
+from mae_dat.experiments.variants import group_label
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaskedAutoencoder, build_mae, masked_mse
 from mae_dat.models.tokenizer import LightConfig, VisualTokenizer
