@@ -1,4 +1,4 @@
-"""The repeated blocks of a model, and how they compute: compiled, with recomputed activations, with plain attention."""
+"""The blocks of a model, and how they compute: compiled, with recomputed activations, with attention step by step."""
 
 from functools import partial
 
@@ -9,53 +9,54 @@ from torch.utils.checkpoint import checkpoint
 from mae_dat.config.errors import ConfigError
 from mae_dat.runtime.device import cpu_has_amx, require_compiler
 
-_SMALL = 0.02  # of all parameters: what is smaller is gathered with the rest, not by itself
+_SMALL_SHARE = 0.02  # of all parameters; a smaller child is no block of its own
 
 
 def model_blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts to gather one at a time: a transformer's blocks, or else the large children of the network."""
+    """Return the blocks of a transformer; for other models, the children that hold 2 % or more of the parameters."""
     lists = [
         child
         for name, child in model.named_modules()
         if name.rpartition(".")[2].endswith("blocks") and isinstance(child, nn.Sequential | nn.ModuleList)
     ]
     if lists:
-        return [block for one in lists for block in one]
-    return _large_children(getattr(model, "net", model), _SMALL * _size(model))
+        return [block for blocks in lists for block in blocks]
+    return _large_children(getattr(model, "net", model), _SMALL_SHARE * _parameter_count(model))
 
 
-def _large_children(model: nn.Module, least: float) -> list[nn.Module]:
-    found = []
+def _large_children(model: nn.Module, min_parameters: float) -> list[nn.Module]:
+    """Return the children of at least that size; containers are searched, since they have no forward pass to wrap."""
+    children = []
     for child in model.children():
         if isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            found += _large_children(child, least)
-        elif _size(child) >= least:
-            found.append(child)
-    return found
+            children += _large_children(child, min_parameters)
+        elif _parameter_count(child) >= min_parameters:
+            children.append(child)
+    return children
 
 
-def _size(model: nn.Module) -> int:
+def _parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: torch.dtype | None) -> None:
-    """Takes softmax(q k^T) v step by step, in place of torch's fused attention, where that trains faster.
+    """Replace torch's fused attention by softmax(q k^T) v step by step where that trains faster; in place.
 
     In bfloat16 on a CPU without matrix units a layer takes 1.2 to 2.7 times as long with the fused kernel, at 50 to
-    1,025 tokens (`python -m benchmarks --only attention`); in float32 steps gain nothing. GPUs, and CPUs with matrix
-    units, where that was not measured, keep the fused one. Both round as bfloat16 does.
+    1,025 tokens (`python -m benchmarks --only attention`); in float32 nothing is gained. GPUs keep the fused kernel,
+    and so do CPUs with matrix units, where it was not measured. Both variants round as bfloat16 does.
     """
     if device.type == "cpu" and precision is torch.bfloat16 and not cpu_has_amx():
         for module in model.modules():
-            if hasattr(module, "fused_attn"):  # of all attention layers of timm
+            if hasattr(module, "fused_attn"):  # every attention layer of timm has this flag
                 module.fused_attn = False  # type: ignore[assignment]
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile for each of the model's blocks, in place; its keys stay as they are.
+    """Compile each block of a model with torch.compile, in place; the keys of its state dict stay the same.
 
-    Not for the whole model: that would take longer to compile, and hand over the gradients only when all are ready.
-    Raises ConfigError without a C++ compiler.
+    Compiling the whole model would take longer, and its gradients would be ready only at the end of the backward pass,
+    too late for DDP to reduce them meanwhile. Raises ConfigError without a C++ compiler.
     """
     require_compiler("--compile")
     blocks = model_blocks(model)
@@ -66,8 +67,11 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Lets each block keep only its input for the backward pass, which computes the rest once more; in place, keys stay
-    as they are. Raises ConfigError where that would count a batch twice."""
+    """Make each block keep only its input for the backward pass, which computes its activations again; in place, and
+    the keys of the state dict stay the same.
+
+    Raises ConfigError for a model with BatchNorm, whose statistics would count every batch twice.
+    """
     blocks = model_blocks(model)
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for block in blocks for part in block.modules()):
         raise ConfigError("--checkpoint_activations would let BatchNorm see every batch twice: leave it out.")

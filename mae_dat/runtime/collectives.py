@@ -1,4 +1,7 @@
-"""Sums, gathers and errors over ranks."""
+"""Operations over all ranks: sums, gathers, barriers and errors. "Collective" means that every rank has to call it.
+
+A single process is a world of one rank: the functions return their argument and wait for nobody.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,7 +15,7 @@ T = TypeVar("T")
 
 
 def all_sum(value: Tensor) -> Tensor:
-    """Sum over ranks, of the value's own type; the value itself in a single process."""
+    """Return the sum over ranks of a tensor of any shape, with its own type. Collective."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
@@ -20,18 +23,18 @@ def all_sum(value: Tensor) -> Tensor:
 
 
 def all_mean(value: Tensor) -> Tensor:
-    """Mean over ranks."""
+    """Return the mean over ranks of a tensor of any shape. Collective."""
     return all_sum(value) / dist.get_world_size() if dist.is_initialized() else value
 
 
 def barrier() -> None:
-    """Waits for all ranks."""
+    """Wait for all ranks. Collective."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value (anything that can be pickled), in the order of ranks. Collective."""
+    """Return every rank's value (anything that can be pickled), ordered by rank. Collective."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -40,18 +43,22 @@ def gather(value: T) -> list[T]:
 
 
 def raise_on_all_ranks(failure: UserError | None) -> None:
-    """Raises on every rank if one of them failed: there its own error, elsewhere a RankError with what the first one
-    said. Collective."""
-    told = gather((str(failure), failure.exit_code) if failure else None)
+    """Raise an error on every rank if at least one rank passes one. Collective.
+
+    A rank that failed raises its own error, the others a RankError with the message and exit code of the first rank
+    that failed.
+    """
+    failures = gather((str(failure), failure.exit_code) if failure else None)
     if failure:
         raise failure
-    for rank, one in enumerate(told):
-        if one:
-            raise RankError(f"rank {rank} stopped: {one[0]}", one[1])
+    for rank, message_and_code in enumerate(failures):
+        if message_and_code:
+            message, exit_code = message_and_code
+            raise RankError(f"rank {rank} stopped: {message}", exit_code)
 
 
 def catch_user_error(act: Callable[[], object]) -> UserError | None:
-    """The UserError that an act raises, if it does."""
+    """Call a function and return the UserError that it raised, or None."""
     try:
         act()
     except UserError as error:
@@ -60,13 +67,13 @@ def catch_user_error(act: Callable[[], object]) -> UserError | None:
 
 
 def on_all_ranks(act: Callable[[], T]) -> T:
-    """Acts on every rank; a UserError of one of them is raised on all. Collective."""
+    """Call a function on every rank and return its result; a UserError of one rank is raised on all. Collective."""
     results: list[T] = []
     raise_on_all_ranks(catch_user_error(lambda: results.append(act())))
     return results[0]
 
 
-def on_main_rank(decide: Callable[[], T]) -> T:
-    """What `decide` gives on rank 0, on every rank; its UserError too. Collective."""
+def on_main_rank(act: Callable[[], T]) -> T:
+    """Call a function on rank 0 and return its result on every rank; its UserError is raised on all. Collective."""
     main = not dist.is_initialized() or dist.get_rank() == 0
-    return gather(on_all_ranks(lambda: decide() if main else None))[0]  # type: ignore[return-value]
+    return gather(on_all_ranks(lambda: act() if main else None))[0]  # type: ignore[return-value]

@@ -10,13 +10,16 @@ from mae_dat.runtime.world import World
 
 
 def pick_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 - immutable
-    """The device to run on: `auto` takes CUDA if there is any. Raises ConfigError when CUDA is asked for and absent."""
+    """Return the device to run on: `auto` takes CUDA if there is any, one GPU for each local rank.
+
+    Raises ConfigError for an unknown device, and for CUDA on a machine without it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {name} is no device: use cuda, cpu or auto.") from error
+        raise ConfigError(f"--device {name} is not a device: use cuda, cpu or auto.") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(
@@ -28,7 +31,7 @@ def pick_device(name: str, world: World = World()) -> torch.device:  # noqa: B00
 
 
 def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type: bfloat16 for `bf16`, and for `auto` where the hardware computes in it; None for float32."""
+    """Return the autocast type: bfloat16 for `bf16`, and for `auto` if the hardware supports it; None for float32."""
     if precision in ("fp32", "tf32"):
         return None
     if precision == "bf16" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
@@ -37,16 +40,19 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def set_float32_precision(precision: str) -> None:
-    """How a GPU computes in float32: matrices in TF32 for `tf32`, else exactly; convolutions always exactly, since the
-    adversary's step is a fraction of a grey level, which TF32 (cuDNN's default) blurs in a tokenizer."""
-    # By torch's older switches: its newer ones, `fp32_precision`, make the older raise, which torch.compile and
-    # torch.export read.
+    """Set how a GPU computes in float32: matrix products in TF32 for `tf32`, else in full precision.
+
+    Convolutions always use full precision: the adversary's step is a fraction of a grey level, and TF32, cuDNN's
+    default, would lose it in a tokenizer.
+    """
+    # These are torch's older switches. Setting the newer ones, `fp32_precision`, makes reading the older ones an error,
+    # and torch.compile and torch.export read them.
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = False
 
 
 def require_compiler(flag: str) -> None:
-    """Raises ConfigError about the flag that asks for torch.compile where there is no C++ compiler."""
+    """Raise ConfigError if there is no C++ compiler; `flag` is the one that requires torch.compile."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
 
     try:
@@ -56,14 +62,14 @@ def require_compiler(flag: str) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process had at most: of the GPU allocated, or resident in the host."""
+    """Return the most bytes that this process has used so far: allocated on the GPU, or resident in host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def cpu_has_amx() -> bool:
-    """Whether the processor has matrix units for bfloat16 (Intel's AMX)."""
+    """Return whether the processor has matrix units for bfloat16 (Intel's AMX)."""
     return "amx_bf16" in _cpu_flags()
 
 

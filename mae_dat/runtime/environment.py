@@ -1,7 +1,7 @@
-"""Which code runs: the commit, whether it was changed since, and a hash of the package's sources.
+"""The software that runs: the commit of this package, whether it was changed since, and the versions of the packages.
 
-A snapshot that the launcher made says so in `code.json` beside the package; otherwise git is asked. Imports neither
-torch nor anything else that is slow, and never fails: what cannot be found out is None.
+A copy of the code that the launcher made records its origin in `code.json` beside the package; otherwise git is asked.
+Imports neither torch nor anything else that is slow, and never fails: an unknown fact is None.
 """
 
 import functools
@@ -17,69 +17,76 @@ from typing import TypedDict
 
 CODE_FILE = "code.json"
 PACKAGE_FOLDER = Path(__file__).parents[1]
+PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
+COMMIT_KEY = "mae_dat's code"
+"""Key of the commit among the versions. It is compared with nothing: equal sources give equal results, whatever their
+commit."""
 
 
 class CodeFacts(TypedDict):
     """What a run records about its code."""
 
     commit: str | None
-    """Hex name of git's HEAD; None outside git."""
+    """Hexadecimal name of git's HEAD; None outside git."""
     dirty: bool | None
     """Whether files differ from that commit; None outside git."""
     sha256: str
-    """Of the package's *.py: equal for equal sources, wherever they lie."""
+    """Hash of the package's *.py files: equal for equal sources, wherever they are."""
+
+
+# ---- this package ----
 
 
 @functools.cache
 def code_facts() -> CodeFacts:
-    """The facts of the package that this process has imported."""
+    """Return the facts of the package that this process has imported."""
     return package_code_facts(PACKAGE_FOLDER)
 
 
+def package_code_facts(package: Path) -> CodeFacts:
+    """Return the facts of a package, given its folder."""
+    sources = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
+    commit, dirty = _recorded_state(package.parent / CODE_FILE) or git_state(package) or (None, None)
+    return {"commit": commit, "dirty": dirty, "sha256": tree_hash(sources.items())}
+
+
 def describe_code(facts: CodeFacts) -> str:
-    """The facts in words: the commit where git knew it, otherwise the hash."""
+    """Describe the code in words: by its commit if git knew it, otherwise by its hash."""
     if facts["commit"] is None:
         return f"sources {facts['sha256'][:12]}"
     return f"commit {facts['commit']}{' with changes' if facts['dirty'] else ''}"
 
 
-def package_code_facts(package: Path) -> CodeFacts:
-    """The facts of a package's folder."""
-    sources = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
-    commit, dirty = _recorded(package.parent / CODE_FILE) or git_state(package) or (None, None)
-    return {"commit": commit, "dirty": dirty, "sha256": tree_hash(sources.items())}
-
-
-def _recorded(path: Path) -> tuple[str | None, bool | None] | None:
+def _recorded_state(path: Path) -> tuple[str | None, bool | None] | None:
+    """Return (commit, dirty) from the `code.json` of a copy of the code; None without a valid one."""
     try:
         facts = json.loads(path.read_text())
-        facts = facts.get("package", facts)  # where the script is of another repository
+        facts = facts.get("package", facts)  # present where the submitted script belongs to another repository
         return facts["commit"], facts["dirty"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def git_state(folder: Path) -> tuple[str, bool] | None:
-    """(commit, dirty) of the files that git knows below `folder`; None when it knows none, or there is no git."""
+    """Return (commit, dirty) of the files that git tracks below `folder`; None if there are none, or no git."""
     try:
         if not run_git(folder, "ls-files", "--", "."):
-            return None  # an environment inside somebody's repository
-        return run_git(folder, "rev-parse", "HEAD").decode().strip(), bool(
-            run_git(folder, "status", "--porcelain", "--", ".")
-        )
+            return None  # a virtual environment inside somebody's repository
+        commit = run_git(folder, "rev-parse", "HEAD").decode().strip()
+        return commit, bool(run_git(folder, "status", "--porcelain", "--", "."))
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def run_git(folder: Path, *words: str) -> bytes:
-    """What git prints, asked in `folder`. Raises OSError without git, SubprocessError when it refuses."""
-    # Without optional locks, `status` takes none and disturbs nobody.
+    """Run git in `folder` and return its output. Raises OSError without git, SubprocessError when git fails."""
+    # `status` would otherwise lock the index for a moment, and the user's own git commands would fail.
     command = ["git", "--no-optional-locks", "-C", str(folder), *words]
     return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
 
 
 def tree_hash(files: Iterable[tuple[str, Path]]) -> str:
-    """SHA-256 over names and contents, in the order of the names; a file that is gone counts as absent."""
+    """Return the SHA-256 over the names and contents of files, sorted by name; a missing file is skipped."""
     digest = hashlib.sha256()
     for name, path in sorted(files):
         try:
@@ -90,28 +97,23 @@ def tree_hash(files: Iterable[tuple[str, Path]]) -> str:
     return digest.hexdigest()
 
 
-COMMIT_KEY = "mae_dat's code"  # among the versions; equal sources compute the same, whatever their commit
-
-
-PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
-
-
-def dependency_versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on."""
-    return {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}}
+# ---- versions ----
 
 
 def toolkit_version() -> dict[str, str]:
-    """Of this package: its release with a hash of its sources, and its commit."""
+    """Return the version of this package: its release with a hash of its sources, and its commit."""
     facts = code_facts()
-    return {
-        "mae_dat": f"{installed_version('mae_dat')}, sources {facts['sha256'][:12]}",
-        COMMIT_KEY: describe_code(facts),
-    }
+    release = f"{installed_version('mae_dat')}, sources {facts['sha256'][:12]}"
+    return {"mae_dat": release, COMMIT_KEY: describe_code(facts)}
+
+
+def dependency_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}}
 
 
 def installed_version(package: str) -> str:
-    """An installed package's version."""
+    """Return the version of an installed package, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
-"""Leaving together: a rank that fails alone says why before it goes, and the others, which wait for it, stop too.
+"""Failures of a single rank: it reports the reason to the other ranks, which wait for it, and all of them stop.
 
-Every rank keeps a connection to rank 0, which passes on the first word of a failure, or that a connection broke without
-one. What was the fault of one rank (an unreadable image, a full disk, a bug) ends all with its exit code; a peer that
-was killed ends them with 75, "start the same command again".
+Every rank keeps a connection to rank 0, which forwards the first report of a failure, or the news that a connection
+broke without one. An error of one rank (an unreadable image, a full disk, a bug) ends all ranks with its exit code. If
+a rank was killed, the others exit with 75: run the same command again.
 """
 
 import atexit
@@ -25,204 +25,243 @@ from mae_dat.runtime.rendezvous import open_server, receive_message, send_messag
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 20.0  # for a rank that waits for a peer to find out by itself, before it is ended
-WORD_S = 1.0  # the word of a failure may come a little later than the end of torch's connections
-GOODBYE_S = 5.0  # to wait for torch's own threads before leaving without them
-# A machine that lost its power closes no connection: asked after 20 s of silence, given up after 60 s.
+GRACE_S = 20.0  # a rank that waits for a lost one has so long to notice it by itself before its process is ended
+REPORT_S = 1.0  # the report of a failure may arrive a little later than the end of torch's connections
+CLOSE_S = 5.0  # how long to wait for torch's own threads before leaving without them
+# A machine that lost its power closes no connection: it is probed after 20 s of silence and given up after 60 s.
 KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
-# What gloo and NCCL say when the other side is gone; gloo has no error type of its own.
-_SIGNS = ("gloo/transport", "gloo::", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+# Parts of the messages of gloo and NCCL when the other side is gone; gloo has no error type of its own.
+_LOSS_MESSAGES = (
+    "gloo/transport",
+    "gloo::",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL",
+)
 
-Word = dict[str, Any]
+FailureReport = dict[str, Any]
+"""What is known of a failure: `rank`; `message` and `code` unless that rank was killed; `cause` is torch's own message.
+
+The report {"bye": True} means that a rank has finished without a failure."""
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Whether a collective failed because a peer, or the way to it, is gone."""
+    """Return whether a collective operation failed because another rank, or the connection to it, is gone."""
     if isinstance(error, dist.DistError):
         return True
-    return type(error) is RuntimeError and any(sign in str(error) for sign in _SIGNS)
+    return type(error) is RuntimeError and any(message in str(error) for message in _LOSS_MESSAGES)
 
 
-def error_from_report(word: Word, when: str = "") -> UserError:
-    """What a rank raises for the failure of another one: RankError, or RetryError where that one was killed."""
-    if "code" in word:
-        return RankError(f"rank {word['rank']} stopped: {word['message']}", word["code"])
-    who = f"rank {word['rank']}" if "rank" in word else "a peer"
-    cause = f" ({word['cause']})" if "cause" in word else ""
-    return RetryError(f"{who} was lost{when and f' {when}'}; the same command goes on from the last checkpoint.{cause}")
+def error_from_report(report: FailureReport, when: str = "") -> UserError:
+    """Return the error to raise for another rank's failure: RankError, or RetryError if that rank was killed."""
+    if "code" in report:
+        return RankError(f"rank {report['rank']} stopped: {report['message']}", report["code"])
+    who = f"rank {report['rank']}" if "rank" in report else "another rank"
+    cause = f" ({report['cause']})" if "cause" in report else ""
+    when = f" {when}" if when else ""
+    return RetryError(f"{who} was lost{when}; run the same command again to resume from the last checkpoint.{cause}")
 
 
-class _Peers:
-    """This rank's end of the connections; `word` is the first failure that was heard of."""
+# ---- the connections between the ranks ----
+
+
+class _FailureChannel:
+    """This rank's connections for reports: rank 0 has one to every other rank, the others have one to rank 0."""
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.word: Word | None = None
-        self.heard, self.leaving, self.left = threading.Event(), threading.Event(), threading.Event()
-        self.ends: dict[int, socket.socket] = {}
-        """By rank at the other end: rank 0 has all, the others have its."""
+        self.report: FailureReport | None = None
+        """The first failure of another rank that this rank knows of."""
+        self.report_arrived = threading.Event()
+        self.stopping = threading.Event()
+        """Set once this rank does not wait for a collective operation any more, so that nobody has to end it."""
+        self.closed = threading.Event()
+        self.connections: dict[int, socket.socket] = {}
+        """By the rank at the other end."""
         store = dist.distributed_c10d._get_default_store()
         if self.rank:
-            self.ends[0] = _connect(json.loads(store.get("mae_dat/hub")), self.rank)
+            self.connections[0] = _connect(json.loads(store.get("mae_dat/hub")), self.rank)
         else:
             server, token = open_server([0], self.size), secrets.token_hex(16)
             address = {"host": os.environ["MASTER_ADDR"], "port": server.getsockname()[1]}
             store.set("mae_dat/hub", json.dumps({**address, "token": token}))
-            self.ends.update(_accept(server, token, self.size))
-        for end in self.ends.values():
-            _keep_alive(end)
-        # A worker of a data loader that outlives a killed rank must not keep its connections open.
-        os.register_at_fork(after_in_child=self._forget)
-        threading.Thread(target=self._listen, daemon=True, name="listening to peers").start()
+            self.connections.update(_accept_all(server, token, self.size))
+        for connection in self.connections.values():
+            _enable_keepalive(connection)
+        # A data loader's worker that outlives its killed rank must not keep the connections open: the others would not
+        # notice the loss.
+        os.register_at_fork(after_in_child=self._close_in_child)
+        threading.Thread(target=self._listen, daemon=True, name="failure reports").start()
 
-    def _forget(self) -> None:
-        for end in self.ends.values():
-            end.close()
+    def _close_in_child(self) -> None:
+        for connection in self.connections.values():
+            connection.close()
 
-    def say(self, word: Word) -> None:
-        """Tells the others of a failure, or with {"bye": True} that this rank leaves as it should."""
-        for end in self.ends.values():
+    def send(self, report: FailureReport) -> None:
+        """Send a report on every connection that is still open."""
+        for connection in self.connections.values():
             with contextlib.suppress(OSError):
-                send_message(end, word)
+                send_message(connection, report)
 
-    def leave(self) -> None:
-        """Closes the connections."""
-        self.left.set()
-        for end in self.ends.values():
+    def close(self) -> None:
+        """Close the connections."""
+        self.closed.set()
+        for connection in self.connections.values():
             with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
 
     def _listen(self) -> None:
+        """Wait for the first failure, in a thread of its own; rank 0 forwards it."""
         with selectors.DefaultSelector() as selector:
-            for rank, end in self.ends.items():
-                selector.register(end, selectors.EVENT_READ, rank)
-            while selector.get_map() and self.word is None:
+            for rank, connection in self.connections.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
+            while selector.get_map() and self.report is None:
                 for key, _ in selector.select():
-                    word = _hear(self.ends[key.data], key.data)
+                    report = _receive_report(self.connections[key.data], key.data)
                     selector.unregister(key.fileobj)
-                    if self.left.is_set():
+                    if self.closed.is_set():
                         return
-                    if "bye" not in word:
-                        self.word = self.word or word
-        if self.word is not None:
-            self.heard.set()
+                    if "bye" not in report:
+                        self.report = self.report or report
+        if self.report is not None:
+            self.report_arrived.set()
             if self.rank == 0:
-                self.say(self.word)
-            self._end_if_stuck(self.word)
+                self.send(self.report)
+            self._exit_if_stuck(self.report)
 
-    def _end_if_stuck(self, word: Word) -> None:
-        """Ends this process if it still waits for the peer that is gone: NCCL's kernels wait for ever."""
-        if not self.leaving.wait(GRACE_S):
-            error = error_from_report(word)
+    def _exit_if_stuck(self, report: FailureReport) -> None:
+        """End this process if it still waits for the lost rank: a kernel of NCCL waits for ever."""
+        if not self.stopping.wait(GRACE_S):
+            error = error_from_report(report)
             sys.stderr.write(f"error: {error}\n")
-            _leave_at_once(error.exit_code)
+            _exit_now(error.exit_code)
 
 
 def _connect(hub: dict[str, Any], rank: int) -> socket.socket:
     address = (hub["host"], hub["port"])
     try:
-        end = socket.create_connection(address, timeout=GRACE_S)
-        send_message(end, {"rank": rank, "token": hub["token"]})
+        connection = socket.create_connection(address, timeout=GRACE_S)
+        send_message(connection, {"rank": rank, "token": hub["token"]})
     except OSError as error:
         raise ConfigError(f"rank {rank} cannot connect to rank 0 at {address[0]}:{address[1]}: {error}") from error
-    return end
+    return connection
 
 
-def _accept(server: socket.socket, token: str, size: int) -> dict[int, socket.socket]:
-    ends: dict[int, socket.socket] = {}
+def _accept_all(server: socket.socket, token: str, size: int) -> dict[int, socket.socket]:
+    """Accept a connection from each of the other ranks. Raises ConfigError that names the ranks that do not come."""
+    connections: dict[int, socket.socket] = {}
     server.settimeout(GRACE_S)
     with server, contextlib.suppress(TimeoutError):
-        while len(ends) < size - 1:
-            end, _ = server.accept()
+        while len(connections) < size - 1:
+            connection, _ = server.accept()
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                told = receive_message(end)
-                if told["token"] == token:
-                    ends[int(told["rank"])] = end
-    if missing := set(range(1, size)) - set(ends):
-        raise ConfigError(
-            f"rank {', '.join(map(str, sorted(missing)))} did not connect to rank 0: is a firewall between?"
-        )
-    return ends
+                greeting = receive_message(connection)
+                if greeting["token"] == token:
+                    connections[int(greeting["rank"])] = connection
+    if missing := set(range(1, size)) - set(connections):
+        ranks = ", ".join(map(str, sorted(missing)))
+        raise ConfigError(f"rank {ranks} did not connect to rank 0: does a firewall block the connection?")
+    return connections
 
 
-def _hear(end: socket.socket, rank: int) -> Word:
+def _receive_report(connection: socket.socket, rank: int) -> FailureReport:
+    """Return the report that arrived, or one without a message if the connection to `rank` broke."""
     try:
-        word: Word = receive_message(end)
-        return word
+        report: FailureReport = receive_message(connection)
+        return report
     except (OSError, ValueError):
         return {"rank": rank}
 
 
-def _keep_alive(end: socket.socket) -> None:
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def _enable_keepalive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
         if hasattr(socket, name):
-            end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-_peers: _Peers | None = None
+# ---- around the work of a rank ----
+
+_channel: _FailureChannel | None = None
 
 
 @contextlib.contextmanager
 def explain_rank_failure(when: Callable[[], str] = str) -> Iterator[None]:
-    """Turns the failure of a collective into a RankError with what the rank that left said, or into a RetryError.
+    """Turn the failure of a collective operation into an error that names the rank at fault.
 
-    `when` tells where the run stands, such as "at step 12"; it is called only then. After an error of any kind the rest
-    of this rank's work, such as finishing a checkpoint, may take its time.
+    Raises RankError with the message of the rank that stopped, or RetryError if that rank was killed. `when` returns
+    the progress of the run, such as "at step 12"; it is called only for the message. After any error the rest of this
+    rank's work, such as finishing a checkpoint, may take its time.
     """
     try:
         yield
     except BaseException as error:
-        if _peers is None:
+        if _channel is None:
             raise
-        _peers.leaving.set()
+        _channel.stopping.set()
         if not is_connection_loss(error):
             raise
-        _peers.heard.wait(WORD_S)
+        _channel.report_arrived.wait(REPORT_S)
         cause = (str(error).splitlines() or [""])[0][:200]
-        raise error_from_report(_peers.word or {"cause": cause}, when()) from error
+        raise error_from_report(_channel.report or {"cause": cause}, when()) from error
 
 
 @contextlib.contextmanager
 def report_failure_to_ranks() -> Iterator[None]:
-    """Around all that a rank does in the process group, which it leaves at the end, after an error without waiting."""
-    global _peers
-    peers = _peers = _Peers()
+    """Report an error of the block to the other ranks; wraps all that a rank does in the process group.
+
+    Leaves the process group at the end of the block: together with the other ranks, or after an error without waiting
+    for them.
+    """
+    global _channel
+    channel = _channel = _FailureChannel()
     try:
         with explain_rank_failure():
             yield
             dist.destroy_process_group()
-        peers.say({"bye": True})
+        channel.send({"bye": True})
     except BaseException as error:
-        code = error.exit_code if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        lost = isinstance(error, RetryError)
-        peers.say(peers.word or ({} if lost else {"rank": peers.rank, "message": message, "code": code}))
-        _close_without_waiting(code)
+        report, exit_code = _report_of(error, channel.rank)
+        channel.send(channel.report or report)
+        _leave_without_waiting(exit_code)
         raise
     finally:
-        peers.leave()
-        _peers = None
+        channel.close()
+        _channel = None
 
 
-def _close_without_waiting(code: int) -> None:
-    """Leaves the process group. With a collective still under way that waits for peers, who may wait for us."""
+def _report_of(error: BaseException, rank: int) -> tuple[FailureReport, int]:
+    """Return the report of this rank's own error, and the exit code that it ends with."""
+    if isinstance(error, RetryError):
+        return {}, error.exit_code  # this rank only noticed that another one, which it cannot name, is lost
+    if isinstance(error, UserError):
+        message, exit_code = str(error), error.exit_code
+    else:
+        message = f"{type(error).__name__}: {error}"
+        exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    return {"rank": rank, "message": message, "code": exit_code}, exit_code
 
-    def close() -> None:
+
+def _leave_without_waiting(exit_code: int) -> None:
+    """Leave the process group. A collective operation may still wait for other ranks, which may wait for this one;
+    then the process exits without torch's cleanup."""
+
+    def destroy() -> None:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
 
-    closing = threading.Thread(target=close, daemon=True, name="closing the process group")
-    closing.start()
-    closing.join(GOODBYE_S)
-    if closing.is_alive():
-        atexit.register(_leave_at_once, code)
+    thread = threading.Thread(target=destroy, daemon=True, name="closing the process group")
+    thread.start()
+    thread.join(CLOSE_S)
+    if thread.is_alive():
+        atexit.register(_exit_now, exit_code)
 
 
-def _leave_at_once(code: int) -> None:
+def _exit_now(exit_code: int) -> None:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code)
+    os._exit(exit_code)

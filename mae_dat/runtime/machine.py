@@ -1,4 +1,4 @@
-"""What shapes times and numerics: the hardware, and the versions of the packages that compute."""
+"""The hardware of this machine, as reports and benchmarks record it."""
 
 import os
 import platform
@@ -8,14 +8,11 @@ import torch
 
 
 def hardware_facts() -> dict[str, str]:
-    """The hardware, as far as it shapes times and numerics."""
+    """Return the hardware facts that determine times and rounding: processor, instruction set, threads and GPU."""
     facts = {"system": f"{platform.system()} {platform.machine()}", "cores": str(os.cpu_count())}
-    cpu = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        if cpu.is_file()
-        else []
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     facts["processor"] = models[0] if models else platform.processor()
     facts["instructions"] = torch.backends.cpu.get_cpu_capability()
     facts["threads"] = str(torch.get_num_threads())

@@ -1,8 +1,9 @@
-"""How ranks find each other where no torchrun does it: a port that may be taken, and neighbours that are not ours.
+"""How ranks find each other without torchrun, although a port may be taken and a foreign service may listen on it.
 
-Rank 0 opens torch's store on any free port and answers on the first free one of a list which every rank can compute.
-The others ask along that list until someone answers in the name of this job. They ask before torch connects: its client
-waits for ever on a port where something listens and says nothing.
+Rank 0 opens torch's store on any free port, and a small server on the first free one of a list of ports, which replies
+with the store's port. Every rank computes the same list. The other ranks ask along this list until a server of their
+own job replies. They ask before torch connects, because torch's client waits for ever on a port where something listens
+but is silent.
 """
 
 import contextlib
@@ -25,80 +26,66 @@ from mae_dat.config.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 PORTS, STRIDE = 8, 997
-PATIENCE = 1800.0  # seconds: on a large machine, nodes of one job start minutes apart
-ANSWER = 2.0  # seconds that a stranger on our port may keep us waiting
-TOLD = 30.0  # seconds between two messages while waiting
-LONGEST = 4096
+TIMEOUT_S = 1800.0  # on a large machine, nodes of one job start minutes apart
+REPLY_S = 2.0  # longest wait for a foreign service that is silent
+REMINDER_S = 30.0  # between two log messages while waiting
+MAX_MESSAGE_BYTES = 4096
 
 
-def candidate_ports(base: int) -> list[int]:
-    """The ports to try: `base`, then seven in 20000..31999, below those that the system gives to clients."""
-    return [base, *[20000 + (base + step * STRIDE) % 12000 for step in range(1, PORTS)]]
+def candidate_ports(first: int) -> list[int]:
+    """Return the ports to try: `first`, then seven in 20000..31999, below the range that the system gives clients."""
+    return [first, *[20000 + (first + step * STRIDE) % 12000 for step in range(1, PORTS)]]
 
 
 def job_token(size: int) -> str:
-    """What tells this job's ranks from another's: the same on all of them, another after a requeue."""
+    """Return a text that identifies this job: the same on all of its ranks, another one after a requeue."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "MASTER_PORT")
     return "/".join(["mae_dat", *[os.environ.get(name, "") for name in names], str(os.getuid()), str(size)])
 
 
 def join_ranks(
-    rank: int, size: int, host: str, ports: Sequence[int], token: str, patience: float = PATIENCE
+    rank: int, size: int, host: str, ports: Sequence[int], token: str, timeout: float = TIMEOUT_S
 ) -> TCPStore:
-    """The store that all `size` ranks share, once they are all there. Raises ConfigError after `patience` seconds."""
-    deadline = time.monotonic() + patience
+    """Wait until all `size` ranks are connected and return their common store.
+
+    `host` is where rank 0 runs. Raises ConfigError after `timeout` seconds, or when all ports are taken.
+    """
+    deadline = time.monotonic() + timeout
     if rank:
-        store = _find(rank, host, ports, token, deadline)
+        store = _find_store(rank, host=host, ports=ports, token=token, deadline=deadline)
         store.set(f"here/{rank}", "")
         return store
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
-    with _answering(ports, token, store.port, size) as port:
-        _wait_for_all(store, size, f"{host}:{port}", deadline)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT_S))
+    with _store_announced(ports, token=token, store_port=store.port, size=size) as port:
+        _wait_for_ranks(store, size, f"{host}:{port}", deadline)
     return store
-
-
-def _wait_for_all(store: TCPStore, size: int, address: str, deadline: float) -> None:
-    missing, told = list(range(1, size)), time.monotonic()
-    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
-        now = time.monotonic()
-        if now > deadline:
-            raise ConfigError(
-                f"rank 0 waited at {address}, and rank {_listed(missing)} of {size} never came: did every task start, "
-                f"and may the nodes connect to {address}? MASTER_ADDR must be rank 0's host, as the others see it."
-            )
-        if now - told > TOLD:
-            logger.warning("waiting at %s for rank %s of %d", address, _listed(missing), size)
-            told = now
-        time.sleep(0.05)
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 # ---- rank 0 ----
 
 
 @contextlib.contextmanager
-def _answering(ports: Sequence[int], token: str, store_port: int, size: int) -> Iterator[int]:
-    """Tells those who ask in the name of this job where the store is; yields the port that it answers on."""
+def _store_announced(ports: Sequence[int], token: str, store_port: int, size: int) -> Iterator[int]:
+    """Reply with the store's port to every rank of this job that asks; yields the port of this server."""
     server = open_server(ports, size)
-    claims: dict[int, str] = {}
+    callers: dict[int, str] = {}
+    """The process that was the first to ask for each rank."""
 
     def serve() -> None:
         while True:
             try:
-                caller, _ = server.accept()
-            except OSError:  # closed: all are there
+                connection, _ = server.accept()
+            except OSError:  # closed: all ranks have joined
                 return
-            with caller, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                caller.settimeout(ANSWER)
-                asked = receive_message(caller)
-                if asked["token"] != token:
+            with connection, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                connection.settimeout(REPLY_S)
+                request = receive_message(connection)
+                if request["token"] != token:
                     continue
-                # Two jobs started by hand on the same port look alike, but each rank is there only once.
-                ours = claims.setdefault(int(asked["rank"]), asked["who"]) == asked["who"]
-                send_message(caller, {"token": token, "port": store_port if ours else None})
+                # Two jobs started by hand on the same port have the same token. A rank that is already taken shows
+                # that the caller belongs to the other job.
+                is_ours = callers.setdefault(int(request["rank"]), request["who"]) == request["who"]
+                send_message(connection, {"token": token, "port": store_port if is_ours else None})
 
     threading.Thread(target=serve, daemon=True, name="rendezvous").start()
     try:
@@ -110,7 +97,10 @@ def _answering(ports: Sequence[int], token: str, store_port: int, size: int) -> 
 
 
 def open_server(ports: Sequence[int], callers: int) -> socket.socket:
-    """A server on the first free one of `ports` (0: any), for so many callers at once. Raises ConfigError."""
+    """Listen on the first free one of `ports` (0: any free port), for `callers` connections at once.
+
+    Raises ConfigError when all are taken.
+    """
     both = socket.has_dualstack_ipv6()
     family, address = (socket.AF_INET6, "::") if both else (socket.AF_INET, "")
     for port in ports:
@@ -123,55 +113,79 @@ def open_server(ports: Sequence[int], callers: int) -> socket.socket:
     raise ConfigError(f"all of the ports {', '.join(map(str, ports))} are taken: set MASTER_PORT to a free one.")
 
 
-# ---- the others ----
+def _wait_for_ranks(store: TCPStore, size: int, address: str, deadline: float) -> None:
+    missing, last_reminder = list(range(1, size)), time.monotonic()
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
+        now = time.monotonic()
+        if now > deadline:
+            raise ConfigError(
+                f"rank 0 waited at {address}, but rank {_format_ranks(missing)} of {size} never connected: did every "
+                f"task start, and may the nodes connect to {address}? MASTER_ADDR must be rank 0's host, under a name "
+                "that the other nodes know."
+            )
+        if now - last_reminder > REMINDER_S:
+            logger.warning("waiting at %s for rank %s of %d", address, _format_ranks(missing), size)
+            last_reminder = now
+        time.sleep(0.05)
 
 
-def _find(rank: int, host: str, ports: Sequence[int], token: str, deadline: float) -> TCPStore:
-    who, told, last = secrets.token_hex(8), time.monotonic(), ""
+def _format_ranks(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+
+
+# ---- the other ranks ----
+
+
+def _find_store(rank: int, host: str, ports: Sequence[int], token: str, deadline: float) -> TCPStore:
+    """Ask along the ports until rank 0 of this job replies, and connect to its store."""
+    who, last_reminder, reason = secrets.token_hex(8), time.monotonic(), ""
     while True:
         for port in ports:
             try:
-                found = _ask(host, port, {"token": token, "rank": rank, "who": who})
-                if found.get("token") == token and found["port"] is not None:
-                    return _connect(host, found["port"])
-                last = f"port {port} belongs to another job"
+                reply = _ask(host, port, {"token": token, "rank": rank, "who": who})
+                if reply.get("token") == token and reply["port"] is not None:
+                    return _connect_store(host, reply["port"])
+                reason = f"port {port} belongs to another job"
             except (OSError, ValueError, AttributeError, DistError) as error:
-                last = f"port {port}: {error}"
+                reason = f"port {port}: {error}"
         now = time.monotonic()
-        where = f"{host}, port {', '.join(map(str, ports))}"
+        address = f"{host}, port {', '.join(map(str, ports))}"
         if now > deadline:
             raise ConfigError(
-                f"rank {rank} found no rank 0 of this job at {where} ({last}): did rank 0 start, is MASTER_ADDR its "
-                "host, and may the nodes connect to each other?"
+                f"rank {rank} found no rank 0 of this job at {address} ({reason}): did rank 0 start, is MASTER_ADDR "
+                "its host, and may the nodes connect to each other?"
             )
-        if now - told > TOLD:
-            logger.warning("rank %d is looking for rank 0 at %s (%s)", rank, where, last)
-            told = now
+        if now - last_reminder > REMINDER_S:
+            logger.warning("rank %d is looking for rank 0 at %s (%s)", rank, address, reason)
+            last_reminder = now
         time.sleep(0.2)
 
 
-def _connect(host: str, port: int) -> TCPStore:
-    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
+def _connect_store(host: str, port: int) -> TCPStore:
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT_S))
 
 
-def _ask(host: str, port: int, question: dict[str, Any]) -> dict[str, Any]:
-    with socket.create_connection((host, port), timeout=ANSWER) as connection:
-        send_message(connection, question)
+def _ask(host: str, port: int, request: dict[str, Any]) -> dict[str, Any]:
+    with socket.create_connection((host, port), timeout=REPLY_S) as connection:
+        send_message(connection, request)
         return receive_message(connection)
 
 
+# ---- messages ----
+
+
 def send_message(connection: socket.socket, value: dict[str, Any]) -> None:
-    """A value as one line of JSON. Raises OSError."""
+    """Send a value as one line of JSON. Raises OSError."""
     connection.sendall(json.dumps(value).encode() + b"\n")
 
 
 def receive_message(connection: socket.socket) -> Any:
-    """The first line of JSON, within ANSWER seconds. Raises OSError, ValueError for anything else."""
-    deadline, line = time.monotonic() + ANSWER, b""
+    """Receive one line of JSON within REPLY_S seconds. Raises OSError, or ValueError for anything else."""
+    deadline, line = time.monotonic() + REPLY_S, b""
     while b"\n" not in line:
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
-        piece = connection.recv(LONGEST)
-        if not piece or len(line) > LONGEST:
-            raise ValueError("what answers there is no rank of ours")
+        piece = connection.recv(MAX_MESSAGE_BYTES)
+        if not piece or len(line) > MAX_MESSAGE_BYTES:
+            raise ValueError("the service that replied is not a rank of this job")
         line += piece
     return json.loads(line.split(b"\n")[0])

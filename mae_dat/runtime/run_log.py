@@ -1,4 +1,4 @@
-"""The log of a run: `log.txt` and TensorBoard."""
+"""The log of a run: `log.txt`, one JSON record a line, and TensorBoard."""
 
 import contextlib
 import json
@@ -15,10 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """`log.txt` and TensorBoard of one run, on rank 0; a no-op elsewhere.
+    """`log.txt` and TensorBoard of one run, on rank 0; other ranks (`enabled` is False) write nothing.
 
-    Every record carries its `step`; on resuming, records past the restored step are dropped, so that none appears
-    twice. `purge_from` does the same for TensorBoard: the first position on its axis that will come again.
+    Every record has its `step`. When a run resumes, records past the restored step are dropped, so that none appears
+    twice. `purge_from` does the same for TensorBoard: the first position on its axis that will be written again.
+
+    The writing methods raise StorageError.
     """
 
     def __init__(
@@ -35,42 +37,38 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        kept = [
-            json.dumps(record)
-            for record in read_log(self.path)
-            if record.get("step", 0) <= resumed_step and resumed_step
-        ]
+        records = [record for record in read_log(self.path) if resumed_step and record.get("step", 0) <= resumed_step]
         with atomic_write(self.path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         self.writer = SummaryWriter(str(log_dir or output_dir), purge_step=purge_from)
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Appends one JSON line. Like all that writes here it raises StorageError."""
+        """Append one record to `log.txt`."""
         if self.writer is not None:
-            with self._told(), self.path.open("a") as file:
+            with self._storage_errors(), self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
     def scalars(self, values: Mapping[str, float], position: int) -> None:
-        """TensorBoard scalars at one position of their axis."""
+        """Write scalars to TensorBoard, by tag, at one position of their axis."""
         if self.writer is not None:
-            with self._told():
+            with self._storage_errors():
                 for tag, value in values.items():
                     self.writer.add_scalar(tag, value, position)
 
     def image(self, tag: str, image_CHW: Tensor, step: int) -> None:
-        """Write an image to TensorBoard; pixels in [0, 1]."""
+        """Write an image (channels, height, width) with pixels in [0, 1] to TensorBoard."""
         if self.writer is not None:
-            with self._told():
+            with self._storage_errors():
                 self.writer.add_image(tag, image_CHW.clamp(0, 1), step)
 
     def close(self) -> None:
-        """Flushes TensorBoard's file."""
+        """Flush and close TensorBoard's file."""
         if self.writer is not None:
-            with self._told():
+            with self._storage_errors():
                 self.writer.close()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _storage_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -78,7 +76,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a `log.txt`; a torn last line (a killed run) is left out."""
+    """Read the records of a `log.txt`; a torn line, which a killed run leaves behind, is skipped with a warning."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:

@@ -8,19 +8,21 @@ import torch
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A 63-bit seed that is a pure function of its arguments: no random state needs saving for a run to resume
-    exactly."""
+    """Return a 63-bit seed for one step of one rank.
+
+    It depends on nothing but its arguments, so that a run resumes exactly without saving any random state.
+    """
     digest = hashlib.sha256(f"mae_dat step {seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """Generator for everything drawn explicitly in one step: mask noise, random words, the attack's start."""
+    """Return the generator for all explicit draws of one step: mask noise, random words, the attack's start."""
     return torch.Generator(device).manual_seed(step_seed(seed, step, rank))
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the global generators (drop path, timm's mixup) as a function of the step."""
+    """Seed the global generators of Python, NumPy and torch, which drop path and timm's mixup draw from."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

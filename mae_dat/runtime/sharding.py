@@ -1,6 +1,9 @@
-"""How a model is spread over the ranks: a copy on each (DDP), or in shards, gradients and optimizer too (FSDP2).
+"""How the ranks share a model: a copy on each rank (DDP), or shards of weights, gradients and optimizer state (FSDP2).
 
-A checkpoint holds whole tensors in either case, so that it goes on in the other one and on any number of ranks.
+A checkpoint holds full tensors in both cases, so that a run can resume in the other form and on any number of ranks.
+torch.distributed.checkpoint.state_dict is not used, for three reasons: it names an optimizer's parameters instead of
+numbering them, so that older checkpoints would no longer load; it takes a step to create missing optimizer state; and
+it copies the tensors of a model without shards, which the writer of checkpoints copies later and only if they change.
 """
 
 import contextlib
@@ -21,7 +24,10 @@ from mae_dat.runtime.world import World
 
 
 def shard_model(model: nn.Module, world: World, device: torch.device) -> None:
-    """Shards a model over the ranks, in place and block by block. Build the optimizer afterwards, copies before."""
+    """Shard a model over the ranks, in place and block by block.
+
+    Copy the model before, and build its optimizer afterwards.
+    """
     mesh = init_device_mesh(device.type, (world.size,))
     for block in model_blocks(model):
         fully_shard(block, mesh=mesh)
@@ -29,29 +35,30 @@ def shard_model(model: nn.Module, world: World, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_model` was called on it: its forward pass is then collective."""
+    """Return whether `shard_model` was called on a model: its forward pass is then collective."""
     return isinstance(model, FSDPModule)
 
 
 def wrap_model(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """What the training loop calls: the model itself alone or in shards, otherwise DistributedDataParallel."""
+    """Return what the training loop calls: DistributedDataParallel around the model, or the model itself if there is a
+    single rank or the model is sharded."""
     if world.size == 1 or is_sharded(model):
         return model
     with warnings.catch_warnings():
         # The new name of `broadcast_buffers` is unknown to the older releases that we support.
         warnings.simplefilter("ignore", FutureWarning)
         ids = [device.index] if device.type == "cuda" else None
-        spread = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
-    _settle(spread)
-    return spread
+        ddp_model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    _rebuild_buckets(ddp_model)
+    return ddp_model
 
 
-def _settle(model: DistributedDataParallel) -> None:
-    """Lets DDP arrange its buckets now, by a pass that has no gradient.
+def _rebuild_buckets(model: DistributedDataParallel) -> None:
+    """Let DDP arrange its buckets now, by a backward pass with a gradient of zero.
 
-    It does so once, after the first backward pass. From three ranks on a sum's order of terms, and so its last bit,
-    depends on the place in a bucket: without this the first step of a resumed run would differ from the same step of
-    one that went through.
+    DDP rearranges them once, after the first backward pass. With three ranks or more, the order of terms in a sum, and
+    so its last bit, depends on the place in a bucket. Without this, the first step of a resumed run would differ from
+    the same step of a run without interruption.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.reducer.prepare_for_backward([])
@@ -61,7 +68,7 @@ def _settle(model: DistributedDataParallel) -> None:
 
 @contextlib.contextmanager
 def no_gradient_sync(model: nn.Module) -> Iterator[None]:
-    """Backward passes inside keep their gradients to themselves, for one outside to reduce them all."""
+    """Keep the gradients of backward passes inside the block on this rank; the next one outside reduces their sum."""
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
@@ -75,18 +82,18 @@ def no_gradient_sync(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# ---- whole states ----
+# ---- full states ----
 
 
 def full_state_dict(state: Any) -> Any:
-    """A state dict with whole tensors in rank 0's memory instead of shards, and None on the others. Collective for
-    shards.
+    """Return a state dict with full tensors in rank 0's memory instead of shards, and None in their place on the other
+    ranks. Collective if there are shards.
 
-    Tensors that are no shards are given as they are.
+    Nested mappings and lists are searched. Tensors that are not sharded are returned as they are, without a copy.
     """
     if isinstance(state, DTensor):
-        gathered = state.full_tensor()
-        return gathered.detach().cpu() if dist.get_rank() == 0 else None
+        full = state.full_tensor()
+        return full.detach().cpu() if dist.get_rank() == 0 else None
     if isinstance(state, Mapping):
         return {key: full_state_dict(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -95,30 +102,30 @@ def full_state_dict(state: Any) -> Any:
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads a whole state dict, the same on all ranks, into a model or its shards. Raises RuntimeError if it does not
-    fit."""
-    own = model.state_dict()
-    model.load_state_dict({name: _as(value, own.get(name)) for name, value in state.items()})
+    """Load a full state dict, the same on all ranks, into a model, sharded or not.
+
+    Raises RuntimeError if keys or shapes do not match.
+    """
+    current = model.state_dict()
+    model.load_state_dict({name: _sharded_like(value, current.get(name)) for name, value in state.items()})
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads a whole state dict into an optimizer of parameters or of shards. Raises ValueError if it does not fit."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Load a full state dict, the same on all ranks, into an optimizer, sharded or not.
+
+    Raises ValueError if the parameter groups do not match.
+    """
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
     shards = {
-        number: {
-            key: _as(value, parameters[number] if number < len(parameters) else None) for key, value in one.items()
-        }
-        for number, one in state["state"].items()
+        number: {key: _sharded_like(value, parameters.get(number)) for key, value in values.items()}
+        for number, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": shards})
 
 
-def _as(value: Any, example: Tensor | None) -> Any:
-    """A tensor in shards like those of the example, if that has any."""
+def _sharded_like(value: Any, example: Tensor | None) -> Any:
+    """Return a full tensor as shards if the example of the same shape is sharded; anything else as it is."""
     if not isinstance(example, DTensor) or not isinstance(value, Tensor) or value.shape != example.shape:
         return value
     value = value.to(example.device)
     return distribute_tensor(value, example.device_mesh, example.placements, src_data_rank=None)
-
-
-# ---- evaluating together ----

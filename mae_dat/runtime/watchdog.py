@@ -1,8 +1,8 @@
-"""A watchdog for training that hangs: a process of its own that hears a beat for every step, and ends one that stops.
+"""A watchdog for training that hangs: a child process that gets a heartbeat for every step and ends a silent parent.
 
-It is a child that imports next to nothing, since a thread would hang with the process: behind the interpreter's lock
-or stopped. It counts its own seconds instead of reading a clock, so that a job which a scheduler suspended as a
-whole is not shot when it wakes. Run as a script, this file is the child.
+It is a process and imports next to nothing, because a thread would hang together with its process: behind the
+interpreter's lock, or stopped. It counts its own seconds instead of reading a clock, so that it does not end a job that
+a scheduler suspends as a whole and wakes later. This file, run as a script, is the child.
 """
 
 import contextlib
@@ -16,59 +16,62 @@ import threading
 import time
 from collections.abc import Iterator
 
-RETRY = 75
-FIRST_MINUTES = 30.0  # until the first beat: loading, compiling, the search for the attack's strength
-STACKS_S = 1  # for the stacks to be written
-LEAVE_S = 3  # for the process to leave with code 75 before it is killed
+RETRY = 75  # as RetryError.exit_code, which the child cannot import
+FIRST_MINUTES = 30.0  # until the first heartbeat: loading, compiling, the search for the attack's strength
+STACKS_S = 1  # time to write the stacks
+LEAVE_S = 3  # time for the process to leave with code 75 before it is killed
 STACKS_SIGNAL = signal.SIGQUIT  # free, and what a terminal sends for Ctrl-\
-# These go to every process of a job, and the watchdog has to leave last. It inherits them blocked.
-DEAF_TO = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGHUP}
+# These signals reach every process of a job, but the watchdog has to leave last. It inherits them blocked.
+BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGHUP}
 
-_beats = -1
+_heartbeat_pipe = -1
+"""File descriptor to write heartbeats to; -1 without a watchdog."""
 
 
 def heartbeat() -> None:
-    """Tells the watchdog, if there is one, that a step is done."""
-    if _beats >= 0:
+    """Report to the watchdog, if there is one, that a step is finished."""
+    if _heartbeat_pipe >= 0:
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(_beats, b".")
+            os.write(_heartbeat_pipe, b".")
 
 
 @contextlib.contextmanager
 def watchdog(minutes: float, rank: int = 0, first_minutes: float = FIRST_MINUTES) -> Iterator[None]:
-    """Ends this process with code 75, its stacks in stderr, after so long without a `heartbeat`; 0 is never.
+    """End this process with code 75 after `minutes` without a `heartbeat`, its stacks written to stderr; 0 is never.
 
-    The first beat may take `first_minutes`, or `minutes` if that is more. SIGQUIT shows the stacks at any time.
+    The first heartbeat may take `first_minutes`, or `minutes` if that is more. SIGQUIT writes the stacks at any time.
+    A second watchdog inside the block does nothing.
     """
-    global _beats
-    if minutes <= 0 or _beats >= 0:
+    global _heartbeat_pipe
+    if minutes <= 0 or _heartbeat_pipe >= 0:
         yield
         return
-    ticks = [str(math.ceil(60 * value)) for value in (minutes, max(minutes, first_minutes))]
-    heard, beats = os.pipe()
-    verdict, told = os.pipe()
-    os.set_blocking(beats, False)
+    limits = [str(math.ceil(60 * value)) for value in (minutes, max(minutes, first_minutes))]
+    heartbeats_out, heartbeats_in = os.pipe()
+    order_out, order_in = os.pipe()
+    os.set_blocking(heartbeats_in, False)
     faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
-    command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(rank), *ticks]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
-    child = subprocess.Popen(command, stdin=heard, stdout=told)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    os.close(heard)
-    os.close(told)
-    threading.Thread(target=_leave_when_told, args=(verdict,), daemon=True, name="watchdog's verdict").start()
-    _beats = beats
+    command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(rank), *limits]
+    mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    child = subprocess.Popen(command, stdin=heartbeats_out, stdout=order_in)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
+    os.close(heartbeats_out)
+    os.close(order_in)
+    threading.Thread(target=_exit_on_order, args=(order_out,), daemon=True, name="watchdog's order").start()
+    _heartbeat_pipe = heartbeats_in
     try:
         yield
     finally:
-        _beats = -1
+        _heartbeat_pipe = -1
         child.kill()
         child.wait()
-        os.close(beats)
+        os.close(heartbeats_in)
         faulthandler.unregister(STACKS_SIGNAL)
 
 
-def _leave_when_told(verdict: int) -> None:
-    with os.fdopen(verdict, "rb", buffering=0) as pipe:
+def _exit_on_order(order: int) -> None:
+    """Exit when the child orders it, in a thread of its own; returns when the child ends without an order."""
+    with os.fdopen(order, "rb", buffering=0) as pipe:
         if pipe.read(1):
             os._exit(RETRY)
 
@@ -77,28 +80,30 @@ def _leave_when_told(verdict: int) -> None:
 
 
 def main() -> None:
-    """`watchdog.py PID RANK SECONDS FIRST_SECONDS`, with the beats on its standard input."""
-    pid, rank, limit, first = map(int, sys.argv[1:])
+    """Run as `watchdog.py PID RANK SECONDS FIRST_SECONDS`, with the heartbeats on the standard input."""
+    pid, rank, limit, first_limit = map(int, sys.argv[1:])
     os.set_blocking(0, False)
-    quiet, allowed = 0, first
-    while quiet < allowed:
+    silent_seconds, allowed = 0, first_limit
+    while silent_seconds < allowed:
         time.sleep(1)
         try:
-            heard = os.read(0, 1 << 16)
+            heartbeats = os.read(0, 1 << 16)
         except BlockingIOError:
-            quiet += 1
+            silent_seconds += 1
         else:
-            if not heard:
+            if not heartbeats:
                 return
-            quiet, allowed = 0, limit
+            silent_seconds, allowed = 0, limit
         if os.getppid() != pid:  # a loader's worker may hold the pipe open for a while
             return
-    end(pid, f"rank {rank} (pid {pid})", quiet)
+    end_process(pid, f"rank {rank} (pid {pid})", silent_seconds)
 
 
-def end(pid: int, who: str, quiet: int) -> None:
-    """Has the stacks of the process written, tells it to leave, and kills it if it does not."""
-    tell(f"\n{who} made no step for {quiet} s ({process_state(pid)}): its stacks follow, then it is ended.\n")
+def end_process(pid: int, name: str, silent_seconds: int) -> None:
+    """Make a process write its stacks, order it to exit, and kill it if it does not."""
+    write_stderr(
+        f"\n{name} made no step for {silent_seconds} s ({process_state(pid)}): its stacks follow, then it is ended.\n"
+    )
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, STACKS_SIGNAL)
         os.kill(pid, signal.SIGCONT)
@@ -109,19 +114,19 @@ def end(pid: int, who: str, quiet: int) -> None:
             if os.getppid() != pid:
                 return
             time.sleep(0.1)
-        tell(f"\n{who} does not leave by itself: killed.\n")
+        write_stderr(f"\n{name} does not leave by itself: killed.\n")
         os.kill(pid, signal.SIGKILL)
 
 
 def process_state(pid: int) -> str:
-    """The kernel's word for what a process is doing: running, sleeping, stopped, in a disk's or network's wait."""
+    """Return the kernel's description of what a process does: running, sleeping, stopped, waiting for a disk."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
         return next(line.partition(":")[2].strip() for line in file if line.startswith("State"))
     return "state unknown"
 
 
-def tell(text: str) -> None:
-    """Writes to stderr, at once."""
+def write_stderr(text: str) -> None:
+    """Write a text to stderr at once, without Python's buffer."""
     os.write(2, text.encode())
 
 

@@ -1,10 +1,9 @@
-"""Where this process runs: device and precision, rank and world, reductions, and the random state of a step."""
+"""The ranks of a run: which one this process is, and the process group that connects them."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,25 +11,23 @@ import torch.distributed as dist
 from mae_dat.runtime.failures import report_failure_to_ranks
 from mae_dat.runtime.rendezvous import candidate_ports, job_token, join_ranks
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
 
 class World(NamedTuple):
-    """This process among its peers."""
+    """The rank of this process and the number of ranks."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    """Number of this process among those of the same machine."""
 
     @property
     def main(self) -> bool:
-        """True on the one rank that writes and shows."""
+        """True on rank 0, the only one that writes files and shows progress."""
         return self.rank == 0
 
 
 def world_from_environment() -> World:
-    """Reads torchrun's variables, or SLURM's when started by a bare `srun`; a single process otherwise."""
+    """Read torchrun's variables, or SLURM's when started by a bare `srun`; a single process otherwise."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
@@ -42,37 +39,37 @@ def world_from_environment() -> World:
 
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """Joins the peers for the duration of the block; nothing for a single process.
+    """Join the other ranks for the duration of the block; does nothing for a single process.
 
-    Ranks whose peers fail leave with the error of the one that failed (`mae_dat.runtime.failures`). Raises ConfigError
-    when they do not find each other.
+    If a rank fails, the others leave with its error (see `mae_dat.runtime.failures`). Raises ConfigError when the ranks
+    do not find each other.
     """
     if world.size == 1:
         yield
         return
-    own = device if device.type == "cuda" else None
-    # gloo carries what lies in host memory: pickled words, and a sharded state on its way to rank 0.
-    backend = "cpu:gloo,cuda:nccl" if own else "gloo"
+    gpu = device if device.type == "cuda" else None
+    # gloo carries what is in host memory: pickled objects, and a sharded state on its way to rank 0.
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(backend, init_method="env://", device_id=own)
+        dist.init_process_group(backend, init_method="env://", device_id=gpu)
     else:
-        store = _store(world)
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, device_id=own)
+        store = _join_store(world)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, device_id=gpu)
     with report_failure_to_ranks():
         yield
 
 
-def _store(world: World) -> dist.Store:
-    """The ranks' common store where no torchrun made one: at MASTER_ADDR and MASTER_PORT, or at what SLURM's step
-    tells."""
+def _join_store(world: World) -> dist.Store:
+    """Return the ranks' common store where torchrun made none: at MASTER_ADDR and MASTER_PORT, or at the address that
+    SLURM's variables give."""
     env = os.environ
     host = env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
-    base = int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 12000)
-    return join_ranks(world.rank, world.size, host, candidate_ports(base), job_token(world.size))
+    first_port = int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 12000)
+    return join_ranks(world.rank, world.size, host=host, ports=candidate_ports(first_port), token=job_token(world.size))
 
 
 def _first_host(nodelist: str) -> str:
-    """First name of a SLURM node list: `n[03-05,9]-ib` -> `n03-ib`, `a1,b2` -> `a1`."""
+    """Return the first name of a SLURM node list: `n[03-05,9]-ib` -> `n03-ib`, `a1,b2` -> `a1`."""
     prefix, bracket, rest = nodelist.partition("[")
     if not bracket or "," in prefix:
         return nodelist.split(",")[0]

@@ -92,7 +92,7 @@ def beats(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     heard, told = os.pipe()
     os.set_blocking(heard, False)
     os.set_blocking(told, False)
-    monkeypatch.setattr(watch, "_beats", told)
+    monkeypatch.setattr(watch, "_heartbeat_pipe", told)
     return [heard]
 
 

@@ -20,14 +20,14 @@ HOST = "127.0.0.1"
 def ports() -> list[int]:
     """Free ports in a row of which a test occupies the first ones."""
     with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(5)]
-        return [one.getsockname()[1] for one in taken]
+        servers = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(5)]
+        return [server.getsockname()[1] for server in servers]
 
 
-def join_all(size: int, ports: list[int], token: str, patience: float = 20) -> list[TCPStore]:
+def join_all(size: int, ports: list[int], token: str, timeout: float = 20) -> list[TCPStore]:
     """Every rank's store; the ranks are threads here, since all that they share is the network."""
     with ThreadPoolExecutor(size) as pool:
-        tasks = [pool.submit(join_ranks, rank, size, HOST, ports, token, patience) for rank in reversed(range(size))]
+        tasks = [pool.submit(join_ranks, rank, size, HOST, ports, token, timeout) for rank in reversed(range(size))]
         return [task.result() for task in reversed(tasks)]
 
 
@@ -39,7 +39,7 @@ def assert_shared(stores: list[TCPStore]) -> None:
 
 
 @contextlib.contextmanager
-def stranger(port: int, answer: bytes) -> Iterator[None]:
+def foreign_service(port: int, answer: bytes) -> Iterator[None]:
     """A service that takes connections and says `answer`, or nothing, and never closes them."""
     server, callers = socket.create_server(("", port)), []
 
@@ -53,15 +53,15 @@ def stranger(port: int, answer: bytes) -> Iterator[None]:
     thread.start()
     yield
     server.shutdown(socket.SHUT_RDWR)
-    for one in (server, *callers):
-        one.close()
+    for connection in (server, *callers):
+        connection.close()
     thread.join()
 
 
-def test_ranks_pass_over_ports_that_are_taken(ports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "ANSWER", 0.3)
+def test_ranks_skip_ports_that_are_taken(ports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "REPLY_S", 0.3)
     store = TCPStore(HOST, ports[2], is_master=True, wait_for_workers=False)  # another job's, by torch's own means
-    with stranger(ports[0], b""), stranger(ports[1], b"SSH-2.0-OpenSSH_9.2\r\n"):
+    with foreign_service(ports[0], b""), foreign_service(ports[1], b"SSH-2.0-OpenSSH_9.2\r\n"):
         stores = join_all(3, ports, "ours")
     assert_shared(stores)
     assert store.num_keys() == 0, "nothing was left in the other job's store"
@@ -82,11 +82,11 @@ def test_two_jobs_on_the_same_ports_do_not_mix(ports: list[int]) -> None:
 def test_two_jobs_that_look_alike_do_not_mix(ports: list[int]) -> None:
     """Started by hand with the same MASTER_PORT: a rank that the first job has already belongs to the second."""
     with ThreadPoolExecutor(1) as pool:
-        one = pool.submit(join_ranks, 0, 3, HOST, ports, "same", 20)
+        first = pool.submit(join_ranks, 0, 3, HOST, ports, "same", 20)
         early = join_ranks(1, 3, HOST, ports, "same", 20)
         other = join_all(2, ports, "same")
         late = join_ranks(2, 3, HOST, ports, "same", 20)
-    assert_shared([one.result(), early, late])
+    assert_shared([first.result(), early, late])
     assert_shared(other)
     early.set("whose", "one")
     assert not other[1].check(["whose"])
@@ -95,11 +95,11 @@ def test_two_jobs_that_look_alike_do_not_mix(ports: list[int]) -> None:
 def test_a_rank_that_never_comes_is_named(
     ports: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rendezvous, "TOLD", 0.2)
+    monkeypatch.setattr(rendezvous, "REMINDER_S", 0.2)
     with ThreadPoolExecutor(1) as pool:
         task = pool.submit(join_ranks, 0, 3, HOST, ports, "job", 1.0)
         join_ranks(1, 3, HOST, ports, "job")
-        with pytest.raises(ConfigError, match=rf"waited at {HOST}:{ports[0]}, and rank 2 of 3 never came"):
+        with pytest.raises(ConfigError, match=rf"waited at {HOST}:{ports[0]}, but rank 2 of 3 never connected"):
             task.result()
     assert f"waiting at {HOST}:{ports[0]} for rank 2 of 3" in caplog.text
 
@@ -107,13 +107,13 @@ def test_a_rank_that_never_comes_is_named(
 def test_an_unreachable_rank_0_is_named(
     ports: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rendezvous, "TOLD", 0.2)
+    monkeypatch.setattr(rendezvous, "REMINDER_S", 0.2)
     with pytest.raises(ConfigError, match=rf"rank 1 found no rank 0 of this job at {HOST}, port {ports[0]}, .*refused"):
         join_ranks(1, 2, HOST, ports, "job", 0.5)
     assert f"looking for rank 0 at {HOST}" in caplog.text
     with pytest.raises(ConfigError, match=r"at no-such-host\.invalid, .*MASTER_ADDR"):
         join_ranks(1, 2, "no-such-host.invalid", ports[:1], "job", 0.1)
-    with stranger(ports[0], b""), pytest.raises(ConfigError, match=f"all of the ports {ports[0]} are taken"):
+    with foreign_service(ports[0], b""), pytest.raises(ConfigError, match=f"all of the ports {ports[0]} are taken"):
         join_ranks(0, 2, HOST, ports[:1], "job")
 
 

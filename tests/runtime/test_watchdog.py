@@ -14,7 +14,7 @@ import torch
 from ranks import exit_codes, start_ranks
 
 from mae_dat.config.parse import run_command
-from mae_dat.runtime import watchdog as watch
+from mae_dat.runtime import watchdog as watchdog_module
 from mae_dat.runtime.collectives import all_sum
 from mae_dat.runtime.watchdog import heartbeat, watchdog
 from mae_dat.runtime.world import process_group, world_from_environment
@@ -64,7 +64,7 @@ class Hung(NamedTuple):
 
     seconds: float
     codes: list[int | None]
-    told: list[str]
+    logs: list[str]
     watchdogs: list[int]
     folder: Path
 
@@ -79,26 +79,26 @@ def hung(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Hung]:
             time.sleep(0.02)
     begin = time.monotonic()
     watchdogs = {how: [child for rank in ranks for child in watchdogs_of(rank.pid)] for how, ranks in started.items()}
-    found = {}
+    outcomes = {}
     for how, folder in folders.items():
         codes = exit_codes(started[how], 60)
-        told = [(folder / f"log-{rank}").read_text() for rank in range(2)]
-        found[how] = Hung(time.monotonic() - begin, codes, told, watchdogs[how], folder)
-    return found
+        logs = [(folder / f"log-{rank}").read_text() for rank in range(2)]
+        outcomes[how] = Hung(time.monotonic() - begin, codes, logs, watchdogs[how], folder)
+    return outcomes
 
 
-@pytest.mark.parametrize(("how", "own"), [("stopped", 75), ("spinning", -signal.SIGKILL)])
-def test_a_rank_that_hangs_is_found_and_all_are_ended(how: str, own: int, hung: dict[str, Hung]) -> None:
-    seconds, codes, told, watchdogs, folder = hung[how]
+@pytest.mark.parametrize(("how", "exit_code"), [("stopped", 75), ("spinning", -signal.SIGKILL)])
+def test_a_rank_that_hangs_is_found_and_all_are_ended(how: str, exit_code: int, hung: dict[str, Hung]) -> None:
+    seconds, codes, logs, watchdogs, folder = hung[how]
     assert seconds < LIMIT + 5 + 5, "and some time for a busy machine"
-    assert codes == [75, own]
+    assert codes == [75, exit_code]
     state = r"\w \(stopped\)" if how == "stopped" else r"\w \(running\)"
-    assert re.search(rf"rank 1 \(pid \d+\) made no step for {LIMIT} s \({state}\)", told[1])
-    assert re.search(r'test_watch.py", line \d+ in run', told[1])
-    assert ("does not leave by itself" in told[1]) == (how == "spinning")
-    if "rank 1 was lost" not in told[0]:  # as it hears where rank 1 is ended before its own limit has passed
-        assert re.search(r"rank 0 \(pid \d+\) made no step", told[0])
-        assert re.search(r'world.py", line \d+ in all_sum', told[0]), "the stacks of all ranks"
+    assert re.search(rf"rank 1 \(pid \d+\) made no step for {LIMIT} s \({state}\)", logs[1])
+    assert re.search(r'test_watchdog.py", line \d+ in run', logs[1])
+    assert ("does not leave by itself" in logs[1]) == (how == "spinning")
+    if "rank 1 was lost" not in logs[0]:  # as it hears where rank 1 is ended before its own limit has passed
+        assert re.search(r"rank 0 \(pid \d+\) made no step", logs[0])
+        assert re.search(r'collectives.py", line \d+ in all_sum', logs[0]), "the stacks of all ranks"
     assert len(watchdogs) == 2
     end = time.monotonic() + 10
     while time.monotonic() < end and (any(map(running, watchdogs)) or not (folder / "unhurt").exists()):
@@ -109,27 +109,27 @@ def test_a_rank_that_hangs_is_found_and_all_are_ended(how: str, own: int, hung: 
 
 def running(pid: int) -> bool:
     try:
-        return not watch.process_state(pid).startswith(("Z", "state unknown"))
+        return not watchdog_module.process_state(pid).startswith(("Z", "state unknown"))
     except ProcessLookupError:
         return False
 
 
 SLEEPER = f"""
 import os, signal, sys, time
-sys.path.insert(0, {str(Path(watch.__file__).parents[2])!r})
-from mae_dat.runtime.watchdog import beat, watching
-with watching({LIMIT} / 60, first_minutes=float(sys.argv[1]) / 60):
+sys.path.insert(0, {str(Path(watchdog_module.__file__).parents[2])!r})
+from mae_dat.runtime.watchdog import heartbeat, watchdog
+with watchdog({LIMIT} / 60, first_minutes=float(sys.argv[1]) / 60):
     print(flush=True)
     for _ in range(int(sys.argv[2])):
         time.sleep(0.2)
-        beat()
+        heartbeat()
     time.sleep(float(sys.argv[3]))
 """
 
 
-def start(first: float, beats: int, rest: float) -> tuple["subprocess.Popen[str]", int]:
-    """A process with a watchdog (its pid comes second) that beats so often, five times a second, then rests."""
-    command = [sys.executable, "-c", SLEEPER, str(first), str(beats), str(rest)]
+def start(first: float, heartbeats: int, rest: float) -> tuple["subprocess.Popen[str]", int]:
+    """A process with a watchdog (its pid comes second) that sends so many heartbeats, five a second, then rests."""
+    command = [sys.executable, "-c", SLEEPER, str(first), str(heartbeats), str(rest)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
@@ -137,8 +137,8 @@ def start(first: float, beats: int, rest: float) -> tuple["subprocess.Popen[str]
     return process, watchdog
 
 
-def test_who_beats_is_left_alone_and_the_first_beat_may_take_longer() -> None:
-    """And a job that is suspended as a whole, longer than the limit, is not shot when it wakes."""
+def test_a_process_with_heartbeats_is_not_ended_and_the_first_may_take_longer() -> None:
+    """And a job that is suspended as a whole, longer than the limit, is not ended when it wakes."""
     started = [start(1, 3 * LIMIT * 5, 0), start(30, 0, 2 * LIMIT), start(600, 1, 600), start(30, 20, 0)]
     suspended = (started[-1][1], started[-1][0].pid)
     for pid in suspended:
@@ -148,7 +148,7 @@ def test_who_beats_is_left_alone_and_the_first_beat_may_take_longer() -> None:
         os.kill(pid, signal.SIGCONT)
     outcomes = [(process.communicate(timeout=60), process.returncode) for process, _ in started]
     assert [code for _, code in outcomes] == [0, 0, 75, 0]
-    assert [bool(told) for (_, told), _ in outcomes] == [False, False, True, False]
+    assert [bool(stderr) for (_, stderr), _ in outcomes] == [False, False, True, False]
     assert not [watchdog for _, watchdog in started if running(watchdog)]
 
 

@@ -79,7 +79,7 @@ def run_mae(folder: Path, output: Path, shards: bool) -> None:
 
 
 def run_dat(folder: Path, output: Path, shards: bool) -> None:
-    """With an adversary, mixup, an average, pictures, and an uneven number of batches to evaluate."""
+    """With an adversary, mixup, an average of the weights, galleries, and an uneven number of batches to evaluate."""
     config = FinetuneConfig(
         classifier=ClassifierConfig("vit_tiny", ema_decay=0.8, drop_path=0.2),
         augment=AugmentConfig(mixup=0.8),
@@ -100,7 +100,7 @@ def run_probe(folder: Path, output: Path, shards: bool) -> None:
 
 
 def run_resnet(folder: Path, output: Path, shards: bool) -> None:
-    """BatchNorm's buffers, which are no shards, and an average of them."""
+    """BatchNorm's buffers, which are not sharded, and an average of them."""
     config = FinetuneConfig(
         classifier=ClassifierConfig("resnet18", ema_decay=0.8),
         optim=OptimConfig(batch_size=4, epochs=1, warmup_epochs=0, lr=1e-4, clip_grad=1.0),
@@ -139,23 +139,23 @@ class _NaNAt(Classification):
 
 
 def both_ways(rank: int, folder: Path, output: Path) -> None:
-    """Every kind of run in copies and in shards, undisturbed, and going on in the other form."""
+    """Every kind of run in copies and in shards: uninterrupted, and resumed in the other form."""
     small_models()
     for shards in (False, True):
         name = "shards" if shards else "copies"
         for kind, run in RUNS.items():
             run(folder, output / f"{kind}, {name}", shards)
         for kind, other in ("mae", not shards), ("dat", True):
-            goes_on = output / f"{kind}, {name} then {'shards' if other else 'copies'}"
+            resumed = output / f"{kind}, {name} then {'shards' if other else 'copies'}"
             with stopping_at(3, rank):
-                RUNS[kind](folder, goes_on, shards)
-            RUNS[kind](folder, goes_on, other)
-    torch.save(evaluated(rank, folder) | spoiled(rank, folder, output / "spoiled"), output / f"rank{rank}.pt")
+                RUNS[kind](folder, resumed, shards)
+            RUNS[kind](folder, resumed, other)
+    torch.save(evaluation(rank, folder) | nan_on_rank_1(rank, folder, output / "nan"), output / f"rank{rank}.pt")
 
 
-def evaluated(rank: int, folder: Path) -> dict[str, Any]:
+def evaluation(rank: int, folder: Path) -> dict[str, Any]:
     """Accuracy of shards where the ranks have different numbers of batches, or no picture at all."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with process_group(world_from_environment(), CPU):
         model = labelling_model()
         shard_model(model, world_from_environment(), CPU)
@@ -163,28 +163,28 @@ def evaluated(rank: int, folder: Path) -> dict[str, Any]:
         for count in (19, 1):
             images.samples = images.samples[:count]
             loader = eval_loader(images, 3, rank, 2, 0)
-            found[f"batches of {count}"] = [counted for _, counted in synchronized(loader, model)]
-            found[f"accuracy of {count}"] = evaluate_accuracy(model, loader, CPU, None)
-    return found
+            results[f"batches of {count}"] = [counted for _, counted in synchronized(loader, model)]
+            results[f"accuracy of {count}"] = evaluate_accuracy(model, loader, CPU, None)
+    return results
 
 
-def spoiled(rank: int, folder: Path, output: Path) -> dict[str, Any]:
+def nan_on_rank_1(rank: int, folder: Path, output: Path) -> dict[str, Any]:
     """NaN on rank 1 in its 3rd step: the weights that are left, and those of the same run without it before step 3."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     real = engine.train_step
 
     def step(training: TrainingState, *rest: Any) -> float:
         if training.step == 2:
-            found["before"] = full_state_dict(training.model.state_dict())
-            own = [value.to_local() for value in training.model.state_dict().values()]  # type: ignore[operator]
-            found["share"] = sum(map(torch.numel, own)) / sum(map(torch.numel, training.model.parameters()))
+            results["before"] = full_state_dict(training.model.state_dict())
+            local = [value.to_local() for value in training.model.state_dict().values()]  # type: ignore[operator]
+            results["share"] = sum(map(torch.numel, local)) / sum(map(torch.numel, training.model.parameters()))
             states = [one["exp_avg"].to_local().shape for one in training.optimizer.state.values()]
-            found["states"] = sum(map(math.prod, states)) / sum(map(torch.numel, training.model.parameters()))
+            results["states"] = sum(map(math.prod, states)) / sum(map(torch.numel, training.model.parameters()))
             training.objective.left = 1 if rank == 1 else math.inf  # type: ignore[attr-defined]
         try:
             return real(training, *rest)
         except UserError as error:  # on both ranks alike, or the line below waits for ever
-            found.update(after=full_state_dict(training.model.state_dict()), code=error.exit_code, told=str(error))
+            results.update(after=full_state_dict(training.model.state_dict()), code=error.exit_code, message=str(error))
             raise
 
     config = FinetuneConfig(
@@ -196,7 +196,7 @@ def spoiled(rank: int, folder: Path, output: Path) -> dict[str, Any]:
         patch.setattr(engine, "train_step", step)
         patch.setattr("mae_dat.training.finetune.Classification", _NaNAt)
         finetune(config, Console(quiet=True))
-    return found
+    return results
 
 
 def labelling_model() -> nn.Module:
@@ -206,7 +206,7 @@ def labelling_model() -> nn.Module:
     return model
 
 
-# ---- what they found ----
+# ---- their results ----
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +223,15 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(output: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in one.items() if key not in MEASURED} for one in read_log(output / "log.txt")]
+    return [
+        {key: value for key, value in record.items() if key not in MEASURED} for record in read_log(output / "log.txt")
+    ]
 
 
 def final_state(output: Path) -> dict[str, Any]:
-    found = newest_checkpoint(output)
-    assert found is not None
-    return found.load()
+    checkpoint = newest_checkpoint(output)
+    assert checkpoint is not None
+    return checkpoint.load()
 
 
 def tensors_of(state: Any, name: str = "") -> dict[str, Tensor]:
@@ -240,8 +242,8 @@ def tensors_of(state: Any, name: str = "") -> dict[str, Tensor]:
     return {name: state} if isinstance(state, Tensor) else {}
 
 
-def assert_close(one: Path, other: Path, atol: float) -> None:
-    mine, theirs = tensors_of(final_state(one)), tensors_of(final_state(other))
+def assert_close(folder: Path, expected: Path, atol: float) -> None:
+    mine, theirs = tensors_of(final_state(folder)), tensors_of(final_state(expected))
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         torch.testing.assert_close(
@@ -266,10 +268,10 @@ def test_shards_learn_what_copies_do(kind: str, outputs: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_in_shards_resumes_bit_for_bit(outputs: Path) -> None:
-    full_state_dict, resumed = outputs / "dat, shards", outputs / "dat, shards then shards"
-    assert_close(resumed, full_state_dict, 0.0)
-    assert records(resumed) == records(full_state_dict)
-    assert (resumed / "model.safetensors").read_bytes() == (full_state_dict / "model.safetensors").read_bytes()
+    uninterrupted, resumed = outputs / "dat, shards", outputs / "dat, shards then shards"
+    assert_close(resumed, uninterrupted, 0.0)
+    assert records(resumed) == records(uninterrupted)
+    assert (resumed / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -293,8 +295,8 @@ def test_accuracy_of_shards_is_exact_with_uneven_shares(outputs: Path) -> None:
     model = labelling_model()
     images = ImageFolder(outputs / "images" / "val", eval_transform((SIDE, SIDE)))
     ranks = [torch.load(outputs / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert [one["batches of 19"] for one in ranks] == [[True] * 4, [True] * 3 + [False]]
-    assert [one["batches of 1"] for one in ranks] == [[True], [False]]
+    assert [rank["batches of 19"] for rank in ranks] == [[True] * 4, [True] * 3 + [False]]
+    assert [rank["batches of 1"] for rank in ranks] == [[True], [False]]
     for count in (19, 1):
         images.samples = images.samples[:count]
         expected = evaluate_accuracy(model, eval_loader(images, 5, 0, 1, 0), CPU, None)
@@ -304,16 +306,16 @@ def test_accuracy_of_shards_is_exact_with_uneven_shares(outputs: Path) -> None:
 @pytest.mark.slow
 def test_nan_on_one_rank_stops_all_shards_before_the_weights_change(outputs: Path) -> None:
     ranks = [torch.load(outputs / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert [one["code"] for one in ranks] == [76, 76]
+    assert [rank["code"] for rank in ranks] == [76, 76]
     for name in ("share", "states"):
-        assert [one[name] for one in ranks] == pytest.approx([0.5, 0.5], abs=0.05), "each rank has half of everything"
-    assert all("not finite at step 2 on rank 1" in one["told"] for one in ranks)
+        assert [rank[name] for rank in ranks] == pytest.approx([0.5, 0.5], abs=0.05), "each rank has half of everything"
+    assert all("not finite at step 2 on rank 1" in rank["message"] for rank in ranks)
     before, after = ranks[0]["before"], ranks[0]["after"]
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-# ---- alone ----
+# ---- a single process ----
 
 
 def test_what_is_gathered_by_itself() -> None:

@@ -1,4 +1,4 @@
-"""Which code runs: told by git, by a snapshot's note, or by the hash alone; never an error."""
+"""Which code runs: known from git, from the record of a copy of the code, or by its hash alone; never an error."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def head(folder: Path) -> str:
     return subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
 
 
-def test_git_tells_the_commit_and_whether_files_changed_since(package: Path) -> None:
+def test_git_knows_the_commit_and_whether_files_changed_since(package: Path) -> None:
     before = package_code_facts(package)
     assert (before["commit"], before["dirty"]) == (head(package), False)
     (package.parent / "notes.txt").write_text("beside the package")
@@ -51,19 +51,19 @@ def test_a_new_file_counts_as_a_change(package: Path) -> None:
     assert after["sha256"] != before["sha256"]
 
 
-def test_a_snapshot_says_where_it_came_from(package: Path) -> None:
+def test_a_copy_of_the_code_records_its_origin(package: Path) -> None:
     sha256 = package_code_facts(package)["sha256"]
     (package.parent / CODE_FILE).write_text(json.dumps({"commit": "abc", "dirty": True}))
     assert package_code_facts(package) == {"commit": "abc", "dirty": True, "sha256": sha256}
-    own = {"commit": "def", "dirty": False}
-    (package.parent / CODE_FILE).write_text(json.dumps({"commit": "abc", "dirty": True, "package": own}))
-    assert package_code_facts(package) == {**own, "sha256": sha256}
+    recorded = {"commit": "def", "dirty": False}
+    (package.parent / CODE_FILE).write_text(json.dumps({"commit": "abc", "dirty": True, "package": recorded}))
+    assert package_code_facts(package) == {**recorded, "sha256": sha256}
 
 
-@pytest.mark.parametrize("note", ["", "[]", "{}", '{"commit": 1', "\0"])
-def test_a_damaged_note_is_passed_over(package: Path, note: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"commit": 1', "\0"])
+def test_a_damaged_record_is_ignored(package: Path, text: str) -> None:
     before = package_code_facts(package)
-    (package.parent / CODE_FILE).write_text(note)
+    (package.parent / CODE_FILE).write_text(text)
     assert package_code_facts(package) == before
 
 
@@ -74,7 +74,7 @@ def test_outside_git_only_the_sources_are_known(tmp_path: Path) -> None:
     assert facts["sha256"] == tree_hash([("module.py", tmp_path / "module.py")])
 
 
-def test_an_environment_inside_a_repository_is_not_of_it(package: Path) -> None:
+def test_a_virtual_environment_inside_a_repository_does_not_belong_to_it(package: Path) -> None:
     (package.parent / ".gitignore").write_text("venv\n")
     installed = package.parent / "venv" / "package"
     installed.mkdir(parents=True)

@@ -20,14 +20,14 @@ from mae_dat.config.parse import load_config, run_command
 from mae_dat.config.runs import PretrainConfig
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
-from mae_dat.runtime import failures as peers
-from mae_dat.runtime import watchdog as watch
+from mae_dat.runtime import failures
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.failures import explain_rank_failure, is_connection_loss
+from mae_dat.runtime.watchdog import process_state
 from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.training.pretrain import pretrain
 
-GONE = 30.0  # seconds within which the issue wants the others gone
+GONE = 30.0  # seconds within which the other ranks have to be gone
 CPU = torch.device("cpu")
 
 
@@ -63,7 +63,7 @@ def train_until(rank: int, victim: int, fault: str) -> None:
 
     def run() -> None:
         if fault.startswith("kill,"):
-            peers.GRACE_S = 1.0
+            failures.GRACE_S = 1.0
         with process_group(world_from_environment(), CPU):
             net = nn.parallel.DistributedDataParallel(_Net(), bucket_cap_mb=1)
             for step in range(10**6):
@@ -94,7 +94,7 @@ def meet(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("victim", "fault", "own", "others"),
+    ("victim", "fault", "victims_code", "others_code"),
     [
         (0, "kill", -signal.SIGKILL, 75),
         (1, "kill", -signal.SIGKILL, 75),
@@ -108,28 +108,30 @@ def meet(fault: str) -> None:
         (1, "amid backward", 1, 1),
     ],
 )
-def test_a_ranks_fault_ends_the_others_too(victim: int, fault: str, own: int, others: int, tmp_path: Path) -> None:
+def test_a_ranks_fault_ends_the_others_too(
+    victim: int, fault: str, victims_code: int, others_code: int, tmp_path: Path
+) -> None:
     codes = exit_codes(start_ranks(3, train_until, victim, fault, log=tmp_path / "log"), GONE + 15)  # some to start
-    assert codes == [own if rank == victim else others for rank in range(3)]
-    told = {rank: (tmp_path / f"log-{rank}").read_text() for rank in range(3)}
-    for worker in re.findall(r"worker (\d+)", told[victim]):
+    assert codes == [victims_code if rank == victim else others_code for rank in range(3)]
+    logs = {rank: (tmp_path / f"log-{rank}").read_text() for rank in range(3)}
+    for worker in re.findall(r"worker (\d+)", logs[victim]):
         os.kill(int(worker), signal.SIGKILL)
     messages = {
-        "kill": f"error: rank {victim} was lost at step 3; the same command goes on",
-        "kill, others blind": f"error: rank {victim} was lost; the same command goes on",
-        "kill, worker left": f"error: rank {victim} was lost; the same command goes on",
+        "kill": f"error: rank {victim} was lost at step 3; run the same command again to resume",
+        "kill, others blind": f"error: rank {victim} was lost; run the same command again to resume",
+        "kill, worker left": f"error: rank {victim} was lost; run the same command again to resume",
         "data": f"error: rank {victim} stopped: cat.jpg cannot be read",
         "disk": f"error: rank {victim} stopped: no space left for",
         "bug": f"error: rank {victim} stopped: IndexError: list index out of range",
         "amid backward": f"error: rank {victim} stopped: ValueError: no memory left for this gradient",
     }
     for rank in set(range(3)) - {victim}:
-        assert messages[fault] in told[rank]
-        assert "Traceback" not in told[rank]
-    assert ("Traceback" in told[victim]) == (fault in ("bug", "amid backward"))
+        assert messages[fault] in logs[rank]
+        assert "Traceback" not in logs[rank]
+    assert ("Traceback" in logs[victim]) == (fault in ("bug", "amid backward"))
 
 
-def test_what_is_no_loss_of_a_peer_stays_what_it_is() -> None:
+def test_other_errors_are_not_taken_for_the_loss_of_a_rank() -> None:
     assert is_connection_loss(torch.distributed.DistNetworkError("x"))
     assert is_connection_loss(
         RuntimeError("[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
@@ -138,7 +140,7 @@ def test_what_is_no_loss_of_a_peer_stays_what_it_is() -> None:
     assert not is_connection_loss(ValueError("gloo/transport"))
     assert not is_connection_loss(torch.OutOfMemoryError("NCCL"))
     with pytest.raises(RuntimeError, match="Connection closed by peer"), explain_rank_failure():
-        raise RuntimeError("Connection closed by peer")  # not among peers: somebody else's connection
+        raise RuntimeError("Connection closed by peer")  # without other ranks: somebody else's connection
     assert math.isclose(RankError("x", 65).exit_code, 65)
     assert RetryError.exit_code == 75
 
@@ -148,9 +150,9 @@ def test_what_is_no_loss_of_a_peer_stays_what_it_is() -> None:
 
 def train_for_long(rank: int, folder: Path, output: Path) -> None:
     mae.MAE_MODELS["mae_tiny"] = MaeSize(ViTSize(32, 8, 32, 2, 2), 16, 1, 2)
-    given = ["--model", "mae_tiny", "--input_size", "32", "--batch_size", "4", "--epochs", "9999", "--num_workers", "2"]
-    given += ["--device", "cpu", "--pictures_every", "0", "--data_path", str(folder), "--output_dir", str(output)]
-    config = load_config(PretrainConfig, given)
+    flags = ["--model", "mae_tiny", "--input_size", "32", "--batch_size", "4", "--epochs", "9999", "--num_workers", "2"]
+    flags += ["--device", "cpu", "--pictures_every", "0", "--data_path", str(folder), "--output_dir", str(output)]
+    config = load_config(PretrainConfig, flags)
     run_command(lambda: pretrain(config, Console(quiet=True)))
 
 
@@ -158,11 +160,11 @@ def descendants(pid: int | None) -> list[int]:
     children = [
         int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
     ]
-    return children + [one for child in children for one in descendants(child)]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
 def alive(pid: int) -> bool:
-    return not watch.process_state(pid).startswith(("Z", "state unknown"))
+    return not process_state(pid).startswith(("Z", "state unknown"))
 
 
 @pytest.mark.slow
@@ -181,6 +183,6 @@ def test_a_training_whose_rank_is_killed_is_gone_entirely(victim: int, tmp_path:
     while any(map(alive, others)) and time.monotonic() - start < GONE:
         time.sleep(0.1)
     assert not [pid for pid in others if alive(pid)]
-    told = (tmp_path / f"log-{1 - victim}").read_text()
-    assert f"error: rank {victim} was lost at step" in told
-    assert "Traceback" not in told
+    log = (tmp_path / f"log-{1 - victim}").read_text()
+    assert f"error: rank {victim} was lost at step" in log
+    assert "Traceback" not in log

@@ -1,4 +1,4 @@
-"""What a run tells: lines or a bar, the time left, log.txt, and TensorBoard's scalars and pictures."""
+"""Progress as lines or as a bar, the remaining time, log.txt, and TensorBoard's scalars and images."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
-from mae_dat.runtime import console as metrics
+from mae_dat.runtime import console as console_module
 from mae_dat.runtime.console import Console, format_duration
 from mae_dat.runtime.run_log import RunLog, read_log
 from mae_dat.training.finetune import finetune
@@ -34,7 +34,7 @@ from mae_dat.training.pretrain import pretrain
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that stands still until a test moves it."""
 
     now = 1000.0
 
@@ -45,7 +45,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(console_module, "time", clock)
     return clock
 
 
@@ -78,7 +78,7 @@ def test_a_file_gets_one_line_an_interval_and_the_last(clock: Clock, caplog: pyt
     assert caplog.messages == ["train: step 100/100  loss 99  0:00 left"]
 
 
-def test_the_quiet_console_says_nothing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_quiet_console_logs_nothing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run_task(Console(interval=1, quiet=True), clock, 10, 5.0)
     assert not caplog.records
@@ -146,9 +146,9 @@ def test_records_beyond_the_resumed_step_are_dropped(tmp_path: Path, caplog: pyt
     assert "log.txt: a torn line was dropped" in caplog.text
     log.record({"epoch": 2, "step": 30, "train_loss": 0.4})
     log.close()
-    found = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert [(record["epoch"], record["train_loss"]) for record in found] == [(0, 0.5), (1, 0.5), (2, 0.4)]
-    assert read_log(tmp_path / "log.txt") == found
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [(record["epoch"], record["train_loss"]) for record in records] == [(0, 0.5), (1, 0.5), (2, 0.4)]
+    assert read_log(tmp_path / "log.txt") == records
     assert read_log(tmp_path / "nothing.txt") == []
 
 
@@ -173,7 +173,7 @@ def test_a_log_torn_at_any_byte_loses_nothing_else(tmp_path: Path, caplog: pytes
     assert read_log(path) == records
 
 
-def test_resuming_from_a_torn_log_goes_on_with_whole_lines(tmp_path: Path) -> None:
+def test_resuming_from_a_torn_log_continues_with_whole_lines(tmp_path: Path) -> None:
     line = json.dumps({"step": 10, "loss": 0.5})
     for torn in range(len(line) + 1):
         (tmp_path / "log.txt").write_text(f"{line}\n{line.replace('10', '20')[:torn]}")
@@ -186,7 +186,7 @@ def test_resuming_from_a_torn_log_goes_on_with_whole_lines(tmp_path: Path) -> No
 def test_a_torn_tensorboard_file_leaves_every_position_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run is killed while it writes; what it goes on with is written again, what came before is there."""
+    """A run is killed while it writes: later values are written again, earlier ones are kept."""
     (tmp_path / "whole").mkdir()
     first = RunLog(tmp_path / "whole")
     for epoch in range(1, 5):
@@ -218,7 +218,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path, enabled=False)
     log.record({"epoch": 0})
     log.scalars({"loss": 1.0}, 1000)
-    log.image("picture", torch.zeros(3, 4, 4), 1000)
+    log.image("image", torch.zeros(3, 4, 4), 1000)
     log.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -226,27 +226,27 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 # ---- TensorBoard ----
 
 
-def board(folder: Path) -> EventAccumulator:
-    found = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
-    found.Reload()
-    return found
+def read_board(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
 
 
-def curve(found: EventAccumulator, tag: str) -> dict[int, float]:
-    return {event.step: event.value for event in found.Scalars(tag)}
+def curve(events: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in events.Scalars(tag)}
 
 
-def test_scalars_and_pictures_come_back(tmp_path: Path) -> None:
+def test_scalars_and_images_come_back(tmp_path: Path) -> None:
     log = RunLog(tmp_path, tmp_path / "board")
     log.scalars({"loss": 2.0, "lr": 1e-3}, 1000)
     log.scalars({"loss": 1.0, "lr": 1e-4}, 2000)
     log.image("gallery", torch.rand(3, 20, 30) * 2 - 0.5, 2000)
     log.close()
-    found = board(tmp_path / "board")
-    assert curve(found, "loss") == {1000: 2.0, 2000: 1.0}
-    assert curve(found, "lr") == pytest.approx({1000: 1e-3, 2000: 1e-4})
-    (picture,) = found.Images("gallery")
-    assert (picture.step, picture.height, picture.width) == (2000, 20, 30)
+    events = read_board(tmp_path / "board")
+    assert curve(events, "loss") == {1000: 2.0, 2000: 1.0}
+    assert curve(events, "lr") == pytest.approx({1000: 1e-3, 2000: 1e-4})
+    (image,) = events.Images("gallery")
+    assert (image.step, image.height, image.width) == (2000, 20, 30)
 
 
 TINY = ViTSize(32, 8, 32, 1, 2)
@@ -277,15 +277,15 @@ def test_pretraining_writes_maes_tags_and_its_galleries(
         **settings(tmp_path, "mae"), mae=MaskConfig("mae_tiny"), dat=DatConfig("released", tokenizer=tokenizer)
     )
     pretrain(config, Console(quiet=True))
-    found, records = board(tmp_path / "mae"), read_log(tmp_path / "mae" / "log.txt")
-    assert {"train_loss", "lr"} <= set(found.Tags()["scalars"])
-    assert curve(found, "train_loss") == pytest.approx({1000 * (r["epoch"] + 1): r["train_loss"] for r in records})
-    assert list(curve(found, "lr")) == [1000, 2000]
-    assert set(found.Tags()["images"]) == {"reconstruction", "adversary"}
+    events, records = read_board(tmp_path / "mae"), read_log(tmp_path / "mae" / "log.txt")
+    assert {"train_loss", "lr"} <= set(events.Tags()["scalars"])
+    assert curve(events, "train_loss") == pytest.approx({1000 * (r["epoch"] + 1): r["train_loss"] for r in records})
+    assert list(curve(events, "lr")) == [1000, 2000]
+    assert set(events.Tags()["images"]) == {"reconstruction", "adversary"}
     for name in ("reconstruction", "adversary"):
-        (picture,) = found.Images(name)  # of the second epoch only: pictures_every is 2
-        assert picture.step == 2000
-        assert picture.width > 100
+        (image,) = events.Images(name)  # of the second epoch only: pictures_every is 2
+        assert image.step == 2000
+        assert image.width > 100
         assert (tmp_path / "mae" / "pictures" / f"{name}.png").is_file()
 
 
@@ -300,10 +300,10 @@ def test_finetuning_writes_maes_tags_and_its_gallery(
         dat=DatConfig("released", tokenizer=tokenizer),
     )
     finetune(config, Console(quiet=True))
-    found, records = board(tmp_path / "classifier"), read_log(tmp_path / "classifier" / "log.txt")
+    events, records = read_board(tmp_path / "classifier"), read_log(tmp_path / "classifier" / "log.txt")
     tags = {"loss": "train_loss", "lr": "train_lr", "perf/test_acc1": "test_acc1", "perf/test_acc5": "test_acc5"}
     for tag, key in {**tags, "perf/test_loss": "test_loss"}.items():
         expected = {1000 * (record["epoch"] + 1): record[key] for record in records}
-        assert curve(found, tag) == pytest.approx(expected, rel=1e-6)
-        assert key not in found.Tags()["scalars"]
-    assert [(p.step, p.width > 100) for p in found.Images("adversary")] == [(2000, True)]
+        assert curve(events, tag) == pytest.approx(expected, rel=1e-6)
+        assert key not in events.Tags()["scalars"]
+    assert [(image.step, image.width > 100) for image in events.Images("adversary")] == [(2000, True)]

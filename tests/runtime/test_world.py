@@ -8,11 +8,10 @@ import torch
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.runtime import device
-from mae_dat.runtime import world as distributed
 from mae_dat.runtime.collectives import all_mean, all_sum, barrier
 from mae_dat.runtime.device import amp_dtype, pick_device
 from mae_dat.runtime.seeds import step_generator, step_seed
-from mae_dat.runtime.world import World, process_group, world_from_environment
+from mae_dat.runtime.world import World, _first_host, process_group, world_from_environment
 
 CPU = torch.device("cpu")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -61,8 +60,8 @@ def test_cuda_without_cuda_is_an_error_that_offers_the_cpu(monkeypatch: pytest.M
     assert pick_device("auto") == pick_device("cpu") == CPU
 
 
-def test_a_device_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--device gpu is no device: use cuda, cpu or auto"):
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device gpu is not a device: use cuda, cpu or auto"):
         pick_device("gpu")
 
 
@@ -91,7 +90,7 @@ def test_precision_follows_the_flag_and_the_hardware(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
-    assert distributed._first_host(nodes) == first
+    assert _first_host(nodes) == first
 
 
 def test_a_single_process_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +103,7 @@ def test_a_single_process_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert "MASTER_ADDR" not in os.environ
 
 
-def test_a_group_reduces_and_is_left_behind_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_reduces_and_is_left_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store of one rank's is enough to see that sums do not change their argument and that the group is left."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -129,7 +128,7 @@ def test_a_steps_seed_is_pure_and_distinct() -> None:
 
 def test_a_steps_generator_depends_on_its_seed_only() -> None:
     before = torch.get_rng_state()
-    one, same, other = (torch.rand(8, generator=step_generator(0, step, 0, CPU)) for step in (5, 5, 6))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+    first, same, other = (torch.rand(8, generator=step_generator(0, step, 0, CPU)) for step in (5, 5, 6))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)

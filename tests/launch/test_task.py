@@ -1,4 +1,4 @@
-"""What the ends of a job's ranks mean, and how a growing log is shown; the jobs themselves are in test_launch.py and
+"""What the ends of a job's ranks mean, and how a growing log is shown; the jobs themselves are in test_submit.py and
 test_slurm.py."""
 
 import io
