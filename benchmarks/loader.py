@@ -29,7 +29,7 @@ from mae_dat.data.loader import ImageLoader, train_loader
 from mae_dat.data.open import open_images
 from mae_dat.data.sampler import TrainSampler
 from mae_dat.data.shards.pack import PackConfig, pack
-from mae_dat.data.transforms import pretrain_transform
+from mae_dat.data.transforms import PretrainTransform
 from mae_dat.models.mae import build_mae
 from mae_dat.runtime.console import Console
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
@@ -61,7 +61,7 @@ def pictures() -> tuple[Path, Path]:
 
 def our_loader(shrunk: bool, batch: int, num_workers: int, pin_memory: bool = False) -> ImageLoader:
     """Endless batches of ours, uint8."""
-    images = open_images(pictures()[shrunk], pretrain_transform((SIDE, SIDE)))
+    images = open_images(pictures()[shrunk], PretrainTransform((SIDE, SIDE)))
     sampler = TrainSampler(len(images), batch, 0, 1, seed=0, start_step=0, total_steps=STEPS, order=images.order)
     return train_loader(images, sampler, num_workers, pin_memory)
 

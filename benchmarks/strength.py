@@ -24,7 +24,7 @@ from mae_dat.config.groups import AttackConfig
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import ImageFolder
-from mae_dat.data.transforms import eval_transform
+from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.tokenizer import VisualTokenizer, in_precision, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.precision import PRECISIONS, agreement
 from mae_dat.robustness.evaluate_run import evaluated_config, load_classifier
@@ -130,7 +130,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.classifier is None:
         side = options.input_size
-        folder = ImageFolder(Path(options.data_path), eval_transform((side, side)), labelled=False)
+        folder = ImageFolder(Path(options.data_path), EvalTransform((side, side)), labelled=False)
         image = torch.stack([folder[index * len(folder) // options.images]["image"] for index in range(options.images)])
         print_exactness(tokenizer, image, unit(torch.randn(image.shape, generator=torch.Generator().manual_seed(0))))
         return

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config
-from mae_dat.data.image_set import ImageSet, find_split
+from mae_dat.data.folders import find_split
+from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import image_root, open_images, with_channels
-from mae_dat.data.transforms import eval_transform
+from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import pool_tokens
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import autocast
@@ -143,7 +144,7 @@ def open_split(config: FeaturesConfig, split: str, subject: Subject) -> ImageSet
     root = image_root(config.data_path)
     # The same labels in both splits, even where a class has no folder in one of them.
     classes = open_split(config, "train", subject).classes if split == "val" and config.knn else None
-    transform = with_channels(eval_transform(subject.size), subject.in_chans)
+    transform = with_channels(EvalTransform(subject.size), subject.in_chans)
     folder = root if split == "all" else find_split(root, split)
     return open_images(folder, transform, classes, labelled=split != "all")
 

@@ -19,7 +19,7 @@ from mae_dat.analysis.scorers import ClassScorer
 from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_adversary
 from mae_dat.config.errors import CheckpointError
 from mae_dat.data.open import with_channels
-from mae_dat.data.transforms import eval_transform
+from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.models.weights.open import Subject
@@ -84,7 +84,7 @@ class ImageInspector:
             named = ImageNetInfo()
             classes = [named.index_to_description(index) for index in range(IMAGENET_CLASSES)]
         self.judge = ClassScorer(self.model, classes)
-        self.crop = eval_transform(subject.size)
+        self.crop = EvalTransform(subject.size)
         self.to_pixels = with_channels(functional.to_tensor, subject.in_chans)
         self.device = tokenizer.codebook.device
 

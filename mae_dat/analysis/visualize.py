@@ -24,7 +24,7 @@ from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.open import DEMO, image_root, with_channels
 from mae_dat.data.sampler import evenly_spaced
-from mae_dat.data.transforms import eval_transform
+from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.attention import attention_layers, attention_maps, default_query
 from mae_dat.models.mae import MaskedAutoencoder, mask_noise
 from mae_dat.models.tokenizer import EMBEDDED, load_tokenizer
@@ -205,7 +205,7 @@ def open_gallery_writer(config: ImagesConfig) -> Iterator[GalleryWriter]:
 
 def read_pages(config: ImagesConfig, size: Size, in_chans: int, device: torch.device) -> list[GalleryPage]:
     """The pictures at the size of the network, cropped as for evaluation. Raises MissingInputError, DataError."""
-    transform = with_channels(eval_transform(size), in_chans)
+    transform = with_channels(EvalTransform(size), in_chans)
     path = image_root(DEMO) / "val" if config.images == DEMO else Path(config.images)
     if path.is_file():
         paths, images = [path], [transform(decode_file(path))]

@@ -37,7 +37,8 @@ from mae_dat.attacks.pixel import PixelAttack, pixel_adversary
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AttackConfig, AugmentConfig
 from mae_dat.config.parse import command_line, load_config, suggest
-from mae_dat.data.image_set import ImageSet, find_split
+from mae_dat.data.folders import find_split
+from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import batch_loader
 from mae_dat.data.open import image_root, open_images
 from mae_dat.data.sampler import evenly_spaced

@@ -1,5 +1,4 @@
-"""From what a user names to images: a path, an address of shards, the environment's default, or `demo` for the
-generated pictures."""
+"""From the name of a data set to its images: a folder, an address of shards, the environment's default, or `demo`."""
 
 import logging
 import os
@@ -10,18 +9,40 @@ from torchvision import transforms
 
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.groups import DataConfig, data_root
+from mae_dat.data.folders import find_split
 from mae_dat.data.generated.folder import generated_root, write_image_folder
-from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float, find_split
+from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float
 from mae_dat.data.shards.cache import is_remote, remote_root
 from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.data.shards.reader import Shards
 
+logger = logging.getLogger(__name__)
+
 DEMO = "demo"
+"""The name of the generated images."""
+
+
+def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
+    """Open the training split that the flags or the environment name. Raises ConfigError, DataError."""
+    root = find_split(image_root(data.data_path), "train", labelled=labelled)
+    transform = with_channels(transform, data.in_chans)
+    images = open_images(root, transform, labelled=labelled, on_bad=data.on_bad, seed=seed)
+    if images.packed_size is not None and images.packed_size < max(data.image_size):
+        logger.warning(
+            "%s was packed with --size %d, which --input_size %d enlarges: pack the images anew, with a larger one.",
+            root,
+            images.packed_size,
+            max(data.image_size),
+        )
+    return images
 
 
 def image_root(data_path: str | None) -> Path:
-    """The root folder of images; `demo` draws the generated ones first, once; for an address of shards, the folder that
-    stands for it. Raises ConfigError when nothing is named, DownloadError."""
+    """Return the root folder of images.
+
+    `demo` draws the generated images at the first use. An address of shards gives the local folder of their cache.
+    Raises ConfigError if no data is named, DownloadError.
+    """
     root = data_root(data_path)
     if is_remote(root):
         return remote_root(root)
@@ -36,41 +57,26 @@ def open_images(
     labelled: bool = True,
     seed: int = 0,
 ) -> ImageSet:
-    """The images of one split: `Shards` where the folder holds some, else an `ImageFolder`. Raises what these raise."""
+    """Open the images of one split: `Shards` if the folder contains shards, else an `ImageFolder`.
+
+    Raises what these raise, and MissingInputError for shards without an index.
+    """
     if (Path(root) / INDEX_FILE).is_file():
-        return Shards(root, transform, classes, on_bad, labelled, seed)
+        return Shards(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
     if holds_shards(root):
         raise MissingInputError(f"{root} holds shards without their index: python -m mae_dat pack --index {root}")
-    return ImageFolder(root, transform, classes, on_bad, labelled, seed)
+    return ImageFolder(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
 
 
 def holds_shards(root: str | os.PathLike[str]) -> bool:
-    """Whether a folder is one of shards, with their index or without."""
+    """Return whether a folder contains shards, with or without their index."""
     return (Path(root) / INDEX_FILE).is_file() or any(Path(root).glob("*.tar"))
 
 
-logger = logging.getLogger(__name__)
-
-
-def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
-    """The training split of the images that the flags or the environment name. Raises ConfigError, DataError."""
-    root = find_split(image_root(data.data_path), "train", labelled=labelled)
-    transform = with_channels(transform, data.in_chans)
-    images = open_images(root, transform, labelled=labelled, on_bad=data.on_bad, seed=seed)
-    if images.packed_size is not None and images.packed_size < max(data.image_size):
-        logger.warning(
-            "%s was packed with --size %d, which --input_size %d enlarges: pack the images anew, with a larger one.",
-            root,
-            images.packed_size,
-            max(data.image_size),
-        )
-    return images
-
-
 def with_channels(transform: Transform, in_chans: int) -> Transform:
-    """The transform with `in_chans` channels: 3 for RGB, or 1 for the luminance (ITU-R 601) of what it makes.
+    """Return a transform with 3 channels (RGB), or with 1, the luminance (ITU-R 601) of its result.
 
-    Raises ConfigError for other numbers: a folder of pictures holds no further channels.
+    Raises ConfigError for other numbers: image folders have no further channels.
     """
     if in_chans not in (1, 3):
         raise ConfigError(
@@ -79,10 +85,10 @@ def with_channels(transform: Transform, in_chans: int) -> Transform:
         )
     if in_chans == 3:
         return transform
-    flow: Transform = transforms.Compose([transform, as_float, transforms.Grayscale()])
-    return flow
+    grayscale: Transform = transforms.Compose([transform, as_float, transforms.Grayscale()])
+    return grayscale
 
 
 def describe_images(images: ImageSet) -> str:
-    """Number and fingerprint of the images, for a checkpoint's manifest."""
+    """Return the number and fingerprint of the images, for a checkpoint's manifest."""
     return f"{len(images)} ({images.fingerprint()[:12]})"

@@ -1,5 +1,6 @@
 """Samplers: which image comes when, as a pure function of the seed and the epoch."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -7,18 +8,26 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from mae_dat.config.errors import DataError
-from mae_dat.data.image_set import epoch_order
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
+    """Return the permutation of `length` samples in this epoch, int64 (length,), a pure function of its arguments."""
+    value = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(value, "big") % 2**63)
+    return torch.randperm(length, generator=generator)
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
-    """Return `count` indices (all of them if there are fewer) that are spread evenly over range(length), from 0 on."""
+    """Return `count` indices, spread evenly over range(length) from 0 on; all of them if there are fewer."""
     count = min(count, length)
     return [index * length // count for index in range(count)]
 
 
 def steps_per_epoch(length: int, batch_size: int, world_size: int, accum_iter: int = 1) -> int:
-    """Whole updates in an epoch, each of batch_size x accum_iter x world_size images; the rest is dropped. DataError if
-    there is none."""
+    """Return the number of updates in an epoch, each of batch_size x accum_iter x world_size images.
+
+    Images that do not fill an update are dropped. Raises DataError if there is no update at all.
+    """
     steps = length // (batch_size * accum_iter * world_size)
     if steps == 0:
         parts = f"batch_size {batch_size} x accum_iter {accum_iter} x {world_size} processes"
@@ -27,14 +36,14 @@ def steps_per_epoch(length: int, batch_size: int, world_size: int, accum_iter: i
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """The micro-batches of a whole run for one rank: lists of (epoch, index), `accum_iter` of them for each step from
-    `start_step` on.
+    """The micro-batches of a whole run for one rank: lists of (epoch, index), `accum_iter` lists for each step.
 
-    Steps are updates, counted from the run's start. Update u of an epoch takes order[u * G : (u + 1) * G], where G is
-    the global batch, B * A * W; micro-batch a of rank r its slice [(r * A + a) * B : (r * A + a + 1) * B]. So the order
-    of samples is the same for any shares B, A, W of the same G, and a rank's part of it is contiguous. `order` gives
-    the order from seed, epoch and G (`ImageSet.order`; default: `epoch_order`). One loader serves the whole run, and
-    resuming is a `start_step`.
+    Steps are updates, counted from the start of the run; the sampler starts at `start_step`, so resuming is only a
+    number. Update u of an epoch takes order[u * G : (u + 1) * G], where G = B * A * W is the global batch of
+    `batch_size` B, `accum_iter` A and `world_size` W. Micro-batch a of rank r takes the slice
+    [(r * A + a) * B : (r * A + a + 1) * B] of it. So the order of samples is the same for all B, A and W with the same
+    G, and a rank's part of it is contiguous. `order` gives the order from seed, epoch and G (`ImageSet.order`; default:
+    `epoch_order`).
     """
 
     def __init__(
@@ -49,7 +58,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         accum_iter: int = 1,
         order: Callable[[int, int, int], Tensor] | None = None,
     ) -> None:
-        self.order = order or (lambda seed, epoch, batch: epoch_order(length, seed, epoch))
+        self.order = order or (lambda seed, epoch, batch_size: epoch_order(length, seed, epoch))
         self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
         self.seed, self.start_step, self.total_steps, self.accum_iter = seed, start_step, total_steps, accum_iter
         self.steps_per_epoch = steps_per_epoch(length, batch_size, world_size, accum_iter)
@@ -58,14 +67,14 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         return max(0, self.total_steps - self.start_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        whole = self.batch_size * self.accum_iter * self.world_size
-        order, ordered = torch.empty(0), -1
+        global_batch = self.batch_size * self.accum_iter * self.world_size
+        order, order_epoch = torch.empty(0), -1
         for step in range(self.start_step, self.total_steps):
             epoch, update = divmod(step, self.steps_per_epoch)
-            if epoch != ordered:
-                order, ordered = self.order(self.seed, epoch, whole), epoch
+            if epoch != order_epoch:
+                order, order_epoch = self.order(self.seed, epoch, global_batch), epoch
             for micro in range(self.accum_iter):
-                start = update * whole + (self.rank * self.accum_iter + micro) * self.batch_size
+                start = update * global_batch + (self.rank * self.accum_iter + micro) * self.batch_size
                 yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 

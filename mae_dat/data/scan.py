@@ -1,14 +1,14 @@
-"""Decodes every image of a folder once, names the bad ones, and writes a manifest by which later changes are found.
+"""Decode every image of a folder once, name the bad ones, and write a manifest that reveals later changes.
 
 `python -m mae_dat scan DIR` writes DIR/manifest.jsonl (size, sha256, width and height of each image);
-`python -m mae_dat scan DIR --verify` compares the files with it: most flipped bits give a picture that decodes, to
+`python -m mae_dat scan DIR --verify` compares the files with it: most flipped bits leave an image that decodes, with
 other pixels. Shards are compared with their index in both cases. The exit code is 65 if anything is wrong.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,91 +42,108 @@ class ScanConfig:
     """Processes that read and decode."""
 
 
-def _with_progress(results: Iterator[Any], count: int, console: Console) -> Iterator[Any]:
-    """The results, with a bar."""
-    with console.task("scan", count) as task:
-        for result in results:
-            task.advance("")
-            yield result
-
-
-def manifest_entry(root: Path, name: str) -> dict[str, Any]:
-    """A line of the manifest. Raises DataError, StorageError."""
-    content = read_bytes(root / name)
-    width, height = decode_bytes(content, str(root / name)).size
-    told = {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return {**told, "width": width, "height": height}
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments."""
+    console = console_for_command()
+    config = load_config(ScanConfig, arguments, __doc__ or "")
+    folder = Path(config.folder)
+    shard_folders = [path.parent for path in sorted([*folder.glob(INDEX_FILE), *folder.glob(f"*/{INDEX_FILE}")])]
+    check = scan_shards if shard_folders else verify_manifest if config.verify else scan
+    total = 0
+    for path in shard_folders or [folder]:
+        count, faults = check(dataclasses.replace(config, folder=str(path)), console)
+        for fault in faults:
+            print(fault)
+        print(f"{path}: {count:,} images, {len(faults)} faults")
+        total += len(faults)
+    if total:
+        raise DataError(f"{config.folder} has {total} faults, listed above: delete or replace these files.")
 
 
 def scan(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
-    """Decodes all images and writes the manifest of the good ones; returns how many there are and what is wrong.
+    """Decode all images and write the manifest of the good ones; return the number of images and a list of faults.
 
     Raises DataError for a folder without images, MissingInputError, OutputError, StorageError.
     """
-    root = Path(config.folder)
-    names = _names(root)
-    prepare_output_folder(_manifest(config).parent, "another place with --manifest FILE")
-    found = list(
-        _with_progress(
-            map_in_workers(names, lambda name: manifest_entry(root, name), config.num_workers), len(names), console
-        )
-    )
-    faults = [str(one) for one in found if isinstance(one, DataError)]
-    with atomic_write(_manifest(config)) as file:
-        for one in found:
-            if not isinstance(one, DataError):
-                file.write(json.dumps(one).encode() + b"\n")
-    return len(names), faults
+    root, manifest = Path(config.folder), _manifest_path(config)
+    names = _image_names(root)
+    prepare_output_folder(manifest.parent, "another place with --manifest FILE")
+    entries = list(_map_with_progress(lambda name: manifest_entry(root, name), names, config.num_workers, console))
+    with atomic_write(manifest) as file:
+        for entry in entries:
+            if not isinstance(entry, DataError):
+                file.write(json.dumps(entry).encode() + b"\n")
+    return len(names), [str(entry) for entry in entries if isinstance(entry, DataError)]
+
+
+def manifest_entry(root: Path, name: str) -> dict[str, Any]:
+    """Decode the image root/name and return its line of the manifest. Raises DataError, StorageError."""
+    content = read_bytes(root / name)
+    width, height = decode_bytes(content, str(root / name)).size
+    digest = hashlib.sha256(content).hexdigest()
+    return {"path": name, "bytes": len(content), "sha256": digest, "width": width, "height": height}
 
 
 def verify_manifest(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
-    """Compares all files with the manifest; returns how many it lists and what is wrong. Raises DataError for a damaged
-    manifest, MissingInputError, StorageError."""
-    root, path = Path(config.folder), _manifest(config)
-    expected: dict[str, str] = {}
+    """Compare all files with the manifest; return the number of images it lists and a list of faults.
+
+    Raises DataError for a damaged manifest, MissingInputError, StorageError.
+    """
+    root, path = Path(config.folder), _manifest_path(config)
+    expected = _read_manifest(root, path)
+
+    def fault_of(name: str) -> str:
+        digest = hashlib.sha256(read_bytes(root / name)).hexdigest()
+        if digest == expected[name]:
+            return ""
+        return f"{root / name}: not the file that was scanned: its sha256 is {digest}"
+
+    names = set(_image_names(root))
+    results = _map_with_progress(fault_of, sorted(expected), config.num_workers, console)
+    faults = [str(fault) for fault in results if fault]
+    return len(expected), faults + [f"{root / name}: not in {path}" for name in sorted(names - set(expected))]
+
+
+def _read_manifest(root: Path, path: Path) -> dict[str, str]:
+    """Return the sha256 of every image, by its path below `root`."""
     if not path.is_file():
         raise MissingInputError(f"{path}: no such manifest; python -m mae_dat scan {root} writes it.")
+    hashes: dict[str, str] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            facts = json.loads(line)
-            expected[facts["path"]] = facts["sha256"]
+            entry = json.loads(line)
+            hashes[entry["path"]] = entry["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}, line {number}, is damaged ({error}); scan the folder again.") from error
-
-    def look(name: str) -> str:
-        found = hashlib.sha256(read_bytes(root / name)).hexdigest()
-        return "" if found == expected[name] else f"{root / name}: not the file that was scanned: its sha256 is {found}"
-
-    there = set(_names(root))
-    results = _with_progress(map_in_workers(sorted(expected), look, config.num_workers), len(expected), console)
-    faults = [str(one) for one in results if one]
-    return len(expected), faults + [f"{root / name}: not in {path}" for name in sorted(there - set(expected))]
+    return hashes
 
 
 def scan_shards(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
-    """Compares the shards with their index and, without `--verify`, decodes all images; returns how many images there
-    are and what is wrong."""
+    """Compare the shards with their index and, without `--verify`, decode all images.
+
+    Returns the number of images and a list of faults.
+    """
     images = Shards(config.folder, lambda image: torch.zeros(0), labelled=False)
 
-    def look(number: int) -> list[str]:
+    def faults_of(number: int) -> list[str]:
         shard = images.index.shards[number]
         path = Path(images.root) / shard.name
         try:
-            found = sha256_of(path)
+            digest = sha256_of(path)
         except OSError as error:
             return [f"{path}: cannot be read ({error.strerror})"]
-        if found != shard.sha256:
-            return [f"{path}: not the file of the index: its sha256 is {found}, not {shard.sha256}"]
-        return [] if config.verify else _bad_pictures(images, number)
+        if digest != shard.sha256:
+            return [f"{path}: not the file of the index: its sha256 is {digest}, not {shard.sha256}"]
+        return [] if config.verify else _undecodable_images(images, number)
 
-    count = len(images.index.shards)
-    results = _with_progress(map_in_workers(range(count), look, config.num_workers), count, console)
+    numbers = range(len(images.index.shards))
+    results = _map_with_progress(faults_of, numbers, config.num_workers, console)
     return len(images), [fault for faults in results for fault in faults]
 
 
-def _bad_pictures(images: Shards, number: int) -> list[str]:
+def _undecodable_images(images: Shards, shard: int) -> list[str]:
     faults = []
-    for index in range(int(images.starts[number]), int(images.starts[number + 1])):
+    for index in range(int(images.starts[shard]), int(images.starts[shard + 1])):
         try:
             images.load_image(index)
         except DataError as error:
@@ -134,29 +151,21 @@ def _bad_pictures(images: Shards, number: int) -> list[str]:
     return faults
 
 
-def _names(root: Path) -> list[str]:
-    """Paths of all images below the folder, relative to it."""
+def _map_with_progress(
+    function: Callable[[Any], Any], items: Sequence[Any], num_workers: int, console: Console
+) -> Iterator[Any]:
+    """Yield function(item) for each item from worker processes, with a progress bar."""
+    with console.task("scan", len(items)) as task:
+        for result in map_in_workers(function, items, num_workers):
+            task.advance("")
+            yield result
+
+
+def _image_names(root: Path) -> list[str]:
+    """Return the paths of all images below the folder, relative to it."""
     folder = ImageFolder(root, lambda image: torch.zeros(0), labelled=False)
     return [str(Path(path).relative_to(root)) for path, _ in folder.samples]
 
 
-def _manifest(config: ScanConfig) -> Path:
+def _manifest_path(config: ScanConfig) -> Path:
     return Path(config.manifest) if config.manifest else Path(config.folder) / MANIFEST
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
-    console = console_for_command()
-    config = load_config(ScanConfig, arguments, __doc__ or "")
-    folder = Path(config.folder)
-    packed = [path.parent for path in sorted([*folder.glob(INDEX_FILE), *folder.glob(f"*/{INDEX_FILE}")])]
-    look = scan_shards if packed else verify_manifest if config.verify else scan
-    bad = 0
-    for one in packed or [folder]:
-        count, faults = look(dataclasses.replace(config, folder=str(one)), console)
-        for fault in faults:
-            print(fault)
-        print(f"{one}: {count:,} images, {len(faults)} faults")
-        bad += len(faults)
-    if bad:
-        raise DataError(f"{config.folder} has {bad} faults, listed above: delete or replace these files.")

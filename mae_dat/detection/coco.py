@@ -7,6 +7,7 @@ pixels of the picture that the network sees; labels count from 1, since 0 is tor
 import copy
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -25,9 +26,12 @@ from torchvision.transforms import v2
 from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.config.groups import ImageSize
 from mae_dat.data.decode import decode_file
-from mae_dat.data.image_set import SPLIT_NAMES, Batch, ImageSet, Sample, log, require_folder
+from mae_dat.data.folders import SPLIT_NAMES, require_folder
+from mae_dat.data.image_set import Batch, ImageSet, Sample
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.robustness.corruptions import corrupt, image_seed
+
+logger = logging.getLogger(__name__)
 
 PADDING_LABEL = -1  # label of the rows that fill a batch up
 OVERHANG = 1.0  # pixels that a box may leave its picture by: COCO's own do, by rounding
@@ -147,7 +151,7 @@ class _Problems:
     def tell(self) -> None:
         if self.found:
             count, first = len(self.found), self.found[0]
-            log.warning("%s: %d entries left out (--on_bad skip); the first: %s", self.path, count, first)
+            logger.warning("%s: %d entries left out (--on_bad skip); the first: %s", self.path, count, first)
 
 
 def _labels_of(names: Mapping[Any, str], classes: Sequence[str], problems: _Problems) -> dict[Any, int]:

@@ -12,10 +12,11 @@ from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig, image_size
 from mae_dat.config.runs import FinetuneConfig
-from mae_dat.data.image_set import ImageSet, find_split
+from mae_dat.data.folders import find_split
+from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.data.open import image_root, open_images, training_images, with_channels
-from mae_dat.data.transforms import eval_transform, finetune_transform
+from mae_dat.data.transforms import EvalTransform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
 from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
 from mae_dat.models.weights.load import load_pretrained
@@ -147,7 +148,7 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
 def held_out_images(data: DataConfig, classes: list[str] | None = None) -> ImageSet:
     """Open the validation split, without augmentation."""
     root = find_split(image_root(data.data_path), "val")
-    transform = with_channels(eval_transform(data.image_size), data.in_chans)
+    transform = with_channels(EvalTransform(data.image_size), data.in_chans)
     images = open_images(root, transform, classes=classes, on_bad=data.on_bad)
     if images.packed_size is not None:
         logger.warning(

@@ -10,7 +10,7 @@ from mae_dat.config.runs import PretrainConfig
 from mae_dat.data.image_set import Batch, ImageSet, Transform
 from mae_dat.data.open import training_images, with_channels
 from mae_dat.data.sampler import evenly_spaced
-from mae_dat.data.transforms import eval_transform, pretrain_transform
+from mae_dat.data.transforms import EvalTransform, PretrainTransform
 from mae_dat.models.mae import MaskedAutoencoder, build_mae
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.run_log import RunLog
@@ -33,7 +33,7 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
     """Pretrains, or goes on where the output folder stands, and exports the autoencoder with its decoder."""
     with run_context(config.run, config.launch, console) as context:
         size = config.data.image_size
-        images = training_images(config.data, pretrain_transform(size), config.run.seed, labelled=False)
+        images = training_images(config.data, PretrainTransform(size), config.run.seed, labelled=False)
         seed_everything(config.run.seed)
         model = build_mae(config.mae.model, img_size=size, in_chans=config.data.in_chans).to(context.device)
         objective = pretraining_objective(config, model, context.device)
@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         # The rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
         training = TrainingState(model, optimizer, objective)
-        shown = fixed_images(images, with_channels(eval_transform(size), config.data.in_chans)).to(context.device)
+        shown = fixed_images(images, with_channels(EvalTransform(size), config.data.in_chans)).to(context.device)
 
         def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(config.run, epoch, context):

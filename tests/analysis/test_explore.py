@@ -180,7 +180,7 @@ def test_examples(tmp_path: Path) -> None:
     assert found[1].open() == picture(2)
     assert [example.path for example in find_examples(str(found[1].path))] == [found[1].path]
     (tmp_path / "letter.png").write_text("dear reader")
-    with pytest.raises(DataError, match=r"--images: .*letter\.png: it is not a picture that can be read$"):
+    with pytest.raises(DataError, match=r"--images: .*letter\.png: it is not an image that can be read$"):
         build_application([], find_examples(str(tmp_path / "letter.png")))
     with pytest.raises(MissingInputError, match="nothing"):
         find_examples(str(tmp_path / "nothing"))
@@ -355,11 +355,11 @@ def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]]
     before = visitor.pictures()
     frames = [picture(index) for index in range(2)]
     for name, content, told in [
-        ("letter.txt", b"dear reader", "letter.txt: it is not a picture that can be read"),
+        ("letter.txt", b"dear reader", "letter.txt: it is not an image that can be read"),
         ("moving.gif", encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "it is animated"),
-        ("half.png", encoded(frames[0])[:2000], "half.png: the picture is damaged or truncated"),
+        ("half.png", encoded(frames[0])[:2000], "half.png: the image is damaged or truncated"),
         ("huge.png", encoded(Image.new("1", (20_000, 6_000))), "more than the 100 megapixels allowed"),
-        ("<b>bold.txt", b"x", "<b>bold.txt: it is not a picture"),
+        ("<b>bold.txt", b"x", "<b>bold.txt: it is not an image"),
     ]:
         visitor.drop(name, content)
         visitor.told(told)

@@ -246,7 +246,7 @@ def test_help_needs_no_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("words", ["--tokenizer", "{fine}/model.safetensors"], ["model.safetensors", "no VQGAN"]),
         ("words", ["--images", "nothing.jpg"], ["nothing.jpg does not exist"]),
         ("words", ["--images", "{empty}"], ["empty", "no images"]),
-        ("words", ["--images", "{broken}"], ["broken.pth", "not a picture"]),
+        ("words", ["--images", "{broken}"], ["broken.pth", "not an image"]),
         ("words", ["--limit", "0"], ["--limit must be at least 1"]),
         ("adversary", ["--checkpoint", "{fine}", "--dat", "none"], ["--dat none"]),
         ("reconstruction", ["--checkpoint", "{pre}", "--mask_ratio", "1"], ["mask ratio 1"]),

@@ -19,7 +19,7 @@ from mae_dat.analysis.why_dat import AnalysisConfig, analyze_network, main, mean
 from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES
 from mae_dat.config.errors import ConfigError
 from mae_dat.data.image_set import ImageFolder
-from mae_dat.data.transforms import eval_transform
+from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import build_classifier
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_callable
@@ -35,7 +35,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def analysed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> dict:
     torch.manual_seed(0)
-    held_out = ImageFolder(images / "val", eval_transform((64, 64)))
+    held_out = ImageFolder(images / "val", EvalTransform((64, 64)))
     model = build_classifier(network, len(held_out.classes), 64).eval()
     torch.nn.init.normal_(model.net.get_classifier().weight, std=0.1)
     contender = open_callable(model, "tiny", EvalOptions(torch.device("cpu"), size=(64, 64)))

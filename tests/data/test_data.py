@@ -25,10 +25,11 @@ from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.data import image_set as data
 from mae_dat.data import transforms
 from mae_dat.data.decode import decode_bytes, decode_file, decode_pixels
-from mae_dat.data.image_set import ImageFolder, as_float, epoch_order, find_split
+from mae_dat.data.folders import find_split
+from mae_dat.data.image_set import ImageFolder, as_float
 from mae_dat.data.loader import eval_loader, train_loader
-from mae_dat.data.sampler import EvalSampler, TrainSampler, steps_per_epoch
-from mae_dat.data.transforms import EraseInRange, eval_transform, finetune_transform, pretrain_transform
+from mae_dat.data.sampler import EvalSampler, TrainSampler, epoch_order, steps_per_epoch
+from mae_dat.data.transforms import EraseInRange, EvalTransform, PretrainTransform, finetune_transform
 
 Make = Callable[[str], Path]
 
@@ -124,7 +125,7 @@ def bad_file(kind: str, path: Path) -> None:
         ("png cut", "damaged or truncated"),
         ("empty", "empty"),
         ("html", "web page"),
-        ("text", "not a picture"),
+        ("text", "not an image"),
         ("missing", "No such file"),
     ],
 )
@@ -311,7 +312,7 @@ def test_skipping_is_capped(make: Make) -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48), (256, 240)])
 def test_transforms_give_the_size_in_range(size: tuple[int, int]) -> None:
-    for transform in (pretrain_transform(size), finetune_transform(size, reprob=1.0), eval_transform(size)):
+    for transform in (PretrainTransform(size), finetune_transform(size, reprob=1.0), EvalTransform(size)):
         for height, width in [(60, 80), (80, 60), (300, 30), size]:
             image = as_float(transform(noise(height, width)))
             assert image.shape == (3, *size)
@@ -329,14 +330,14 @@ def smooth(height: int, width: int) -> Image.Image:
 
 def test_training_crops_are_pils_to_a_fiftieth_of_a_grey_level() -> None:
     size = (96, 96)
-    ratio = transforms._crop_ratio(size)
+    ratio = transforms._aspect_ratios(size)
     crop = RandomResizedCrop(size, (0.2, 1.0), ratio, InterpolationMode.BICUBIC)
     theirs = {
         "pretrain": Compose([crop, RandomHorizontalFlip(), ToTensor()]),
         "finetune": create_transform((3, *size), True, scale=(0.08, 1.0), color_jitter=None, interpolation="bicubic"),
     }
     theirs["finetune"].transforms.pop()  # the normalisation
-    ours = {"pretrain": pretrain_transform(size), "finetune": finetune_transform(size, aa=None, reprob=0)}
+    ours = {"pretrain": PretrainTransform(size), "finetune": finetune_transform(size, aa=None, reprob=0)}
     for name in ours:
         off = []
         for seed in range(20):
@@ -353,7 +354,7 @@ def test_training_crops_are_pils_to_a_fiftieth_of_a_grey_level() -> None:
 def test_pixels_travel_as_8_bits_and_become_the_floats_of_evaluation(make: Make) -> None:
     root = make("a/1.png a/2.png a/3.png")
     sampler = TrainSampler(3, 3, 0, 1, seed=0, start_step=0, total_steps=1)
-    (batch,) = train_loader(ImageFolder(root, pretrain_transform((16, 16))), sampler, num_workers=0)
+    (batch,) = train_loader(ImageFolder(root, PretrainTransform((16, 16))), sampler, num_workers=0)
     assert batch["image"].dtype == torch.uint8
     every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
     assert torch.equal(as_float(every), to_tensor(Image.fromarray(every.permute(1, 2, 0).numpy())))
@@ -367,17 +368,17 @@ def test_evaluation_matches_the_reference_protocol() -> None:
     resized = picture.resize((int(256 * 411 / 300), 256), Image.Resampling.BICUBIC)
     left, top = round((resized.width - 224) / 2), 16
     expected = to_tensor(resized.crop((left, top, left + 224, top + 224)))
-    assert torch.equal(eval_transform((224, 224))(picture), expected)
+    assert torch.equal(EvalTransform((224, 224))(picture), expected)
     whole = picture.resize((int(384 * 411 / 300), 384), Image.Resampling.BICUBIC)
     left = round((whole.width - 384) / 2)
-    assert torch.equal(eval_transform((384, 384))(picture), to_tensor(whole.crop((left, 0, left + 384, 384))))
+    assert torch.equal(EvalTransform((384, 384))(picture), to_tensor(whole.crop((left, 0, left + 384, 384))))
 
 
 def test_an_image_of_the_target_size_is_not_blurred() -> None:
     picture = noise(48, 64)
-    assert torch.equal(eval_transform((48, 64))(picture), to_tensor(picture))
+    assert torch.equal(EvalTransform((48, 64))(picture), to_tensor(picture))
     taller = noise(49, 64)
-    assert not torch.equal(eval_transform((48, 64))(taller), to_tensor(taller)[:, :48]), "only the exact size passes"
+    assert not torch.equal(EvalTransform((48, 64))(taller), to_tensor(taller)[:, :48]), "only the exact size passes"
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const", "pixel_raw"])
@@ -516,12 +517,12 @@ def test_samples_do_not_depend_on_workers_or_on_global_randomness(make: Make) ->
 def test_augmentation_differs_by_epoch_and_index(make: Make) -> None:
     root = make("a/1.png")
     (root / "a" / "2.png").write_bytes((root / "a" / "1.png").read_bytes())
-    folder = ImageFolder(root, pretrain_transform((16, 16)))
+    folder = ImageFolder(root, PretrainTransform((16, 16)))
     assert torch.equal(folder[(0, 0)]["image"], folder[(0, 0)]["image"])
     assert torch.equal(folder[0]["image"], folder[(0, 0)]["image"])
     assert not torch.equal(folder[(0, 0)]["image"], folder[(1, 0)]["image"])
     assert not torch.equal(folder[(0, 0)]["image"], folder[(0, 1)]["image"])
-    other = ImageFolder(root, pretrain_transform((16, 16)), seed=1)
+    other = ImageFolder(root, PretrainTransform((16, 16)), seed=1)
     assert not torch.equal(folder[(0, 0)]["image"], other[(0, 0)]["image"])
 
 
@@ -568,7 +569,7 @@ def test_an_error_of_ours_is_not_swallowed(make: Make) -> None:
 
 def test_exact_evaluation_over_ranks(make: Make) -> None:
     root = make("a/1.png a/2.png a/3.png b/4.png b/5.png")
-    folder = ImageFolder(root, eval_transform((16, 16)))
+    folder = ImageFolder(root, EvalTransform((16, 16)))
     shares = [list(eval_loader(folder, 2, rank, 2, num_workers=0)) for rank in (0, 1)]
     indices = [torch.cat([batch["index"] for batch in share]).tolist() for share in shares]
     assert indices == [[0, 2, 4], [1, 3]]
@@ -579,7 +580,7 @@ def test_a_fingerprint_is_of_names_and_labels_wherever_they_lie(make: Make, tmp_
     root = make("a/1.png a/2.png b/3.png")
 
     def fingerprint(folder: Path, labelled: bool = True) -> str:
-        return ImageFolder(folder, eval_transform((16, 16)), labelled=labelled).fingerprint()
+        return ImageFolder(folder, EvalTransform((16, 16)), labelled=labelled).fingerprint()
 
     before = fingerprint(root)
     assert before == fingerprint(shutil.copytree(root, tmp_path / "copy"))

@@ -32,7 +32,7 @@ from mae_dat.data.shards import reader as shards
 from mae_dat.data.shards.index import INDEX_FILE, build_index, read_index
 from mae_dat.data.shards.pack import PackConfig, pack
 from mae_dat.data.shards.reader import Shards, count_lanes, shard_order
-from mae_dat.data.transforms import pretrain_transform
+from mae_dat.data.transforms import PretrainTransform
 from mae_dat.robustness.suites.choose import Battery, SuiteSettings
 from mae_dat.runtime.console import Console
 from mae_dat.training.finetune import held_out_images
@@ -141,7 +141,7 @@ def test_given_classes_fix_the_labels(packed: Path) -> None:
 
 
 def batches(root: Path, num_workers: int, start: int = 0, ranks: int = 1, rank: int = 0) -> list[Any]:
-    images = Shards(root, pretrain_transform((16, 16)), seed=1)
+    images = Shards(root, PretrainTransform((16, 16)), seed=1)
     sampler = TrainSampler(len(images), 8 // ranks, rank, ranks, 1, start, 10, 1, images.order)
     return list(train_loader(images, sampler, num_workers))
 

@@ -31,7 +31,7 @@ from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import eval_loader
-from mae_dat.data.transforms import eval_transform
+from mae_dat.data.transforms import EvalTransform
 from mae_dat.models import mae
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaeSize, ViTSize
@@ -159,7 +159,7 @@ def evaluation(rank: int, folder: Path) -> dict[str, Any]:
     with process_group(world_from_environment(), CPU):
         model = labelling_model()
         shard_model(model, world_from_environment(), CPU)
-        images = ImageFolder(folder / "val", eval_transform((SIDE, SIDE)))
+        images = ImageFolder(folder / "val", EvalTransform((SIDE, SIDE)))
         for count in (19, 1):
             images.samples = images.samples[:count]
             loader = eval_loader(images, 3, rank, 2, 0)
@@ -293,7 +293,7 @@ def test_a_checkpoint_goes_on_in_the_other_form(run: str, like: str, outputs: Pa
 def test_accuracy_of_shards_is_exact_with_uneven_shares(outputs: Path) -> None:
     small_models()
     model = labelling_model()
-    images = ImageFolder(outputs / "images" / "val", eval_transform((SIDE, SIDE)))
+    images = ImageFolder(outputs / "images" / "val", EvalTransform((SIDE, SIDE)))
     ranks = [torch.load(outputs / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [rank["batches of 19"] for rank in ranks] == [[True] * 4, [True] * 3 + [False]]
     assert [rank["batches of 1"] for rank in ranks] == [[True], [False]]

@@ -21,8 +21,9 @@ from mae_dat.config.errors import DataError, RetryError, StorageError, UserError
 from mae_dat.config.parse import run_command
 from mae_dat.data import decode as decoding
 from mae_dat.data.decode import decode_file
-from mae_dat.data.image_set import ImageFolder, epoch_order
+from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import batch_loader
+from mae_dat.data.sampler import epoch_order
 from mae_dat.runtime.run_log import read_log
 
 
@@ -187,9 +188,9 @@ def test_a_bad_picture_amid_an_epoch_is_counted_alike_or_stops_all_ranks(images:
     assert exit_codes(runs["fail"], 120) == [65, 65]
     skipped = [(tmp_path / f"log-skip-{rank}").read_text() for rank in (0, 1)]
     assert [len(re.findall(r"1 unreadable images were replaced in this epoch", text)) for text in skipped] == [1, 1]
-    assert [text.count(f"skipped: {bad}: the picture is damaged or truncated") for text in skipped] == [0, 1]
+    assert [text.count(f"skipped: {bad}: the image is damaged or truncated") for text in skipped] == [0, 1]
     assert read_log(tmp_path / "skip" / "log.txt")[0]["skipped"] == 1
     failed = [(tmp_path / f"log-fail-{rank}").read_text() for rank in (0, 1)]
-    assert all(f"{bad}: the picture is damaged or truncated" in text for text in failed)
+    assert all(f"{bad}: the image is damaged or truncated" in text for text in failed)
     assert not any("Traceback" in text for text in failed)
     assert list((tmp_path / "fail").glob("checkpoint-*.pth")), "what was learned before is saved"

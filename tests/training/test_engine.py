@@ -35,7 +35,7 @@ from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.data.image_set import Batch, ImageFolder
 from mae_dat.data.loader import eval_loader, train_loader
 from mae_dat.data.sampler import TrainSampler, steps_per_epoch
-from mae_dat.data.transforms import eval_transform
+from mae_dat.data.transforms import EvalTransform
 from mae_dat.models import mae
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaeSize, ViTSize, build_mae
@@ -266,7 +266,7 @@ def test_a_bad_picture_stops_the_run_between_two_steps(folder: Path, tokenizer: 
     run_mae(images, tmp_path / "whole", tokenizer)
     bad = TrainSampler(34, 8, 0, 1, 0, 0, 8)
     _, index = list(bad)[2][3]  # in the third step
-    path = Path(ImageFolder(images / "train", eval_transform((SIDE, SIDE)), labelled=False).samples[index][0])
+    path = Path(ImageFolder(images / "train", EvalTransform((SIDE, SIDE)), labelled=False).samples[index][0])
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(DataError, match=rf"{path.name}.*truncated"):
@@ -327,7 +327,7 @@ def classifier(seed: int = 0) -> nn.Module:
 
 
 def still_images(folder: Path) -> ImageFolder:
-    return ImageFolder(folder / "train", eval_transform((SIDE, SIDE)))
+    return ImageFolder(folder / "train", EvalTransform((SIDE, SIDE)))
 
 
 def job_for(
@@ -580,7 +580,7 @@ def test_accuracy_is_exact_for_any_batch_size(batch_size: int, folder: Path) -> 
 
 def test_accuracy_leaves_replaced_images_out(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "images", train=30, val=20, conflict=10, silhouette=10, size=SIDE)
-    images = ImageFolder(root / "val", eval_transform((SIDE, SIDE)), on_bad="skip")
+    images = ImageFolder(root / "val", EvalTransform((SIDE, SIDE)), on_bad="skip")
     bad = [3, 8, 9]
     for index in bad:
         Path(images.samples[index][0]).write_bytes(b"no picture")
@@ -590,7 +590,7 @@ def test_accuracy_leaves_replaced_images_out(tmp_path: Path) -> None:
     assert evaluate_accuracy(model, eval_loader(images, 6, 0, 1, 0), CPU, None) == pytest.approx(expected, rel=1e-5)
     for path, _ in images.samples[1:]:
         Path(path).write_bytes(b"no picture")
-    one = ImageFolder(root / "val", eval_transform((SIDE, SIDE)), on_bad="skip", max_skips=30)
+    one = ImageFolder(root / "val", EvalTransform((SIDE, SIDE)), on_bad="skip", max_skips=30)
     loader = eval_loader(one, 4, rank=1, world_size=20, num_workers=0)  # only the image at 1, which is unreadable
     with pytest.raises(DataError, match="no image to evaluate"):
         evaluate_accuracy(model, loader, CPU, None)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mae_dat.config.errors import DataError, UserError
 from mae_dat.data.decode import ADVICE, decode_bytes, decode_pixels, with_retries
-from mae_dat.data.image_set import ImageSet, Transform, epoch_order
+from mae_dat.data.image_set import ImageSet, Transform
+from mae_dat.data.sampler import epoch_order
 from mae_dat.data.shards.cache import download_shard, origin_of
 from mae_dat.data.shards.index import BLOCK, Shard, read_index
 

@@ -23,7 +23,7 @@ from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WORD_SHARES, WordAtta
 from mae_dat.config.errors import ConfigError, DataError, InputSizeError, MissingInputError, UserError
 from mae_dat.config.groups import ImageSize
 from mae_dat.config.parse import suggest
-from mae_dat.data.image_set import find_split, require_folder
+from mae_dat.data.folders import find_split, require_folder
 from mae_dat.data.open import holds_shards, open_images
 from mae_dat.models.modes import Network
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError
-from mae_dat.data.image_set import visible_entries
+from mae_dat.data.folders import visible_entries
 from mae_dat.robustness.corruptions import CATEGORIES
 
 SEVERITY_FOLDERS = ("1", "2", "3", "4", "5")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae_dat.config.errors import DataError, UserError
-from mae_dat.data.image_set import require_folder
+from mae_dat.data.folders import require_folder
 from mae_dat.robustness.suites.folders import folders_in
 from mae_dat.robustness.suites.labels import beside, read_objectnet
 from mae_dat.robustness.suites.sets import BENCHMARKS, Benchmark

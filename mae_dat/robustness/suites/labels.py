@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, tensor
 
 from mae_dat.config.errors import DataError, MissingInputError
+from mae_dat.data.folders import walk_images
 from mae_dat.data.generated.draw import SHAPES, TEXTURES
-from mae_dat.data.image_set import walk_images
 from mae_dat.robustness.suites.folders import Listing
 from mae_dat.robustness.suites.imagenet import NO_CLASS, SIXTEEN, SYNSETS, Reading, reading
 

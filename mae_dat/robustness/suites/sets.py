@@ -21,7 +21,8 @@ from torchvision.transforms.functional import to_tensor
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import ImageSize
 from mae_dat.data.decode import ADVICE, decode_file, read_bytes
-from mae_dat.data.image_set import ImageFolder, ImageSet, require_folder
+from mae_dat.data.folders import require_folder
+from mae_dat.data.image_set import ImageFolder, ImageSet
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES
 from mae_dat.robustness.suites.folders import (
@@ -173,13 +174,13 @@ class Preprocessing:
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
         # What is stored at one size is never cropped.
         stored = self.side is not None
-        share = 1.0 if stored else self.crop
-        return EvalTransform(self.size_HW, self.interpolation, share, keep=stored or self.keep).resize_and_crop(image)
+        crop_pct, keep_size = 1.0 if stored else self.crop, stored or self.keep
+        return EvalTransform(self.size_HW, self.interpolation, crop_pct, keep_size).resize_and_crop(image)
 
     def __str__(self) -> str:
         size, side = f"{self.size_HW[0]} x {self.size_HW[1]}", self.side
         if side is None:
-            height, width = EvalTransform(self.size_HW, share=self.crop).cover_HW
+            height, width = EvalTransform(self.size_HW, crop_pct=self.crop).cover_HW
             cut = f"border of {self.border} px cut, " if self.border else ""
             cut += f"if not {size}: " if self.keep else ""
             own = f", the network's own share of {self.crop:g}" if self.crop else ""

@@ -25,11 +25,12 @@ from torchvision.transforms import v2
 from mae_dat.config.errors import InterruptError, NumericsError
 from mae_dat.config.groups import image_size
 from mae_dat.config.parse import command_line, load_config
-from mae_dat.data.image_set import ImageFolder, Sample, find_split
+from mae_dat.data.folders import find_split
+from mae_dat.data.image_set import ImageFolder, Sample
 from mae_dat.data.loader import ImageLoader, eval_loader, train_loader
 from mae_dat.data.open import DEMO, image_root
 from mae_dat.data.sampler import TrainSampler
-from mae_dat.data.transforms import eval_transform
+from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.modes import autocast
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.models.tokenizer.quantize import look_up, straight_through, vq_loss
@@ -287,7 +288,7 @@ def training_folders(config: FoldersConfig) -> JoinedFolders:
 def held_out_folder(config: FoldersConfig, path: str) -> ImageFolder:
     """Pictures to measure on, as they are."""
     root = image_root(path) / "val" if path == DEMO else Path(path)
-    return ImageFolder(root, eval_transform(config.image_size), labelled=False, on_bad=config.on_bad)
+    return ImageFolder(root, EvalTransform(config.image_size), labelled=False, on_bad=config.on_bad)
 
 
 def train_tokenizer(config: TokenizerConfig, console: Console) -> Path:
