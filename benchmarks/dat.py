@@ -11,7 +11,8 @@ from benchmarks import finetune
 from benchmarks.ours import CLASSES, make_batch, training_step
 from benchmarks.plain import VQ_F8, ReleasedVQGAN, Trainer, dat_step
 from benchmarks.timing import NEEDS_GPU, Case, Step
-from mae_dat.config.groups import AttackConfig, AugmentConfig
+from mae_dat.config.adversaries import AttackConfig
+from mae_dat.config.groups import AugmentConfig
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.tokenizer import VQGAN, LightConfig, LightTokenizer, VisualTokenizer, VQGANConfig, in_precision
 from mae_dat.runtime.blocks import compile_blocks

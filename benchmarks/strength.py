@@ -20,7 +20,7 @@ from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
 from mae_dat.attacks.gradient import unit
 from mae_dat.attacks.share_controller import ShareController
 from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WordAttack, word_hits
-from mae_dat.config.groups import AttackConfig
+from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import ImageFolder

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 __all__ = ["AttackConfig", "MaskedAutoencoder", "VisualTokenizer", "discrete_adversary"]
 
 _HOMES = {
-    "AttackConfig": "mae_dat.config.groups",
+    "AttackConfig": "mae_dat.config.adversaries",
     "MaskedAutoencoder": "mae_dat.models.mae",
     "VisualTokenizer": "mae_dat.models.tokenizer",
     "discrete_adversary": "mae_dat.attacks.discrete",

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mae_dat.analysis.scorers import ClassScorer, ReconstructionScorer, Scorer
 from mae_dat.attacks.discrete import DiscreteAdversary
+from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import DatConfig, image_size
+from mae_dat.config.groups import image_size
 from mae_dat.config.parse import load_config, suggest
 from mae_dat.data.decode import decode_file
 from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
@@ -327,7 +328,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
             found.append(attacked.adversary(subject.model, page.image, context, generator))
             columns = adversary_columns(page.image, found[-1], config.amplify)
             eps = f", eps {attacked.strength().eps:.3g}" if attack.moves_pixels else ""
-            heading = f"{subject.name}, attacked by --dat {config.dat.dat}{eps}"
+            heading = f"{subject.name}, attacked by --dat {config.dat.kind}{eps}"
             captions = adversary_captions(judge, page, found[-1], context)
             drawn.add("adversary", draw_gallery(columns, captions, heading), page.number)
         before, after = (torch.cat([getattr(one, name) for one in found]) for name in ("words", "adversarial_words"))

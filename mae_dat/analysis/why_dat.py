@@ -34,8 +34,9 @@ from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES, write_page
 from mae_dat.attacks.discrete import image_generator, reconstruct
 from mae_dat.attacks.gradient import unit
 from mae_dat.attacks.pixel import PixelAttack, pixel_adversary
+from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.errors import ConfigError, DataError
-from mae_dat.config.groups import AttackConfig, AugmentConfig
+from mae_dat.config.groups import AugmentConfig
 from mae_dat.config.parse import command_line, load_config, suggest
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mae_dat.attacks.gradient import LossFn, input_gradient, project, require_pixels, unit
 from mae_dat.attacks.symbolic import nearest_codes, symbolic_words
+from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import AttackConfig
 from mae_dat.models.tokenizer.base import VisualTokenizer, share_changed
 
 __all__ = ["AttackConfig", "DiscreteAdversary", "discrete_adversary", "random_words"]

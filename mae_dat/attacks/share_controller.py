@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from mae_dat.config.groups import PUBLISHED_EPS, AttackConfig
+from mae_dat.config.adversaries import PUBLISHED_EPS, AttackConfig
 
 logger = logging.getLogger(__name__)
 

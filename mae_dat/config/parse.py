@@ -1,7 +1,7 @@
-"""A command: its configuration from flags and YAML, parsed strictly, and its end as a message and an exit code.
+"""Parse the configuration of a command strictly, from flags and YAML, and run the command.
 
-A configuration is a dataclass of groups whose fields are all flags. Order of precedence: command line, `--config
-FILE.yaml`, defaults. Importing this module does not import torch.
+A configuration is a dataclass whose fields are groups, and every field of a group is a flag. The command line takes
+precedence over `--config FILE.yaml`, and that over the defaults. Importing this module does not import torch.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import yaml
 
@@ -33,15 +33,15 @@ def load_config(
     default: Config | None = None,
     program: str | None = None,
 ) -> Config:
-    """Builds a configuration from command-line arguments and the YAML file that `--config` names.
+    """Build a configuration from command-line arguments and the YAML file that `--config` names.
 
-    `program` is what the usage line calls the command, where its file's name would not do. Raises ConfigError
-    for an unknown key or wrong value in the file; exits with code 2 and a suggestion on a mistyped flag.
+    `program` replaces the command's name in the usage line. Raises ConfigError for an unknown key or a wrong value in
+    the file; exits with code 2, and a suggestion, on a wrong flag or value on the command line.
     """
     import tyro
 
-    arguments = bare_dat(list(arguments))
-    file, arguments = _take_config(arguments)
+    _annotate_flag_names(kind)
+    file, arguments = _split_config_flag(complete_bare_dat(arguments))
     parse = functools.partial(
         tyro.cli,
         kind,
@@ -51,12 +51,29 @@ def load_config(
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
     )
-    from_file = _as_arguments(kind, file) if file else {}
-    words = [*itertools.chain(*from_file.values())]
-    if file and not _accepted(parse, words):
-        wrong = next((one for one in from_file.values() if not _accepted(parse, one)), words)
-        raise ConfigError(f"{file}: `{' '.join(wrong).removeprefix('--')}` has no value that it can take; see --help.")
-    return parse(args=[*words, *arguments])
+    settings = _read_settings(kind, file) if file else {}
+    file_arguments = [*itertools.chain(*settings.values())]
+    if file and not _is_accepted(parse, file_arguments):
+        wrong = next((words for words in settings.values() if not _is_accepted(parse, words)), file_arguments)
+        raise ConfigError(f"{file}: `{' '.join(wrong).removeprefix('--')}` is no valid value; see --help.")
+    return parse(args=[*file_arguments, *arguments])
+
+
+def _annotate_flag_names(kind: type[Any]) -> None:
+    """Pass the flag names in the metadata of dataclass fields to tyro, for all groups of a configuration.
+
+    tyro reads a flag's name from an annotation, `Annotated[TYPE, tyro.conf.arg(name=...)]`. Written in the class, that
+    would import tyro (0.2 s) with every configuration, so the annotations of the class are replaced here.
+    """
+    import tyro
+
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            _annotate_flag_names(hints[field.name])
+        elif "flag" in field.metadata:
+            flag = tyro.conf.arg(name=field.metadata["flag"])
+            kind.__annotations__[field.name] = Annotated[hints[field.name], flag]
 
 
 def _command_name() -> str:
@@ -73,7 +90,7 @@ def _running_command() -> tuple[list[str], list[str]]:
     return ["python", script.name], arguments
 
 
-def _accepted(parse: Callable[..., Any], words: list[str]) -> bool:
+def _is_accepted(parse: Callable[..., Any], words: list[str]) -> bool:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             parse(args=words)
@@ -82,18 +99,19 @@ def _accepted(parse: Callable[..., Any], words: list[str]) -> bool:
     return True
 
 
-def bare_dat(arguments: list[str]) -> list[str]:
-    """Completes a `--dat` without a value to `--dat released`."""
+def complete_bare_dat(arguments: Sequence[str]) -> list[str]:
+    """Complete a `--dat` without a value to `--dat released`."""
     completed: list[str] = []
     for position, argument in enumerate(arguments):
         completed.append(argument)
-        following = arguments[position + 1] if position + 1 < len(arguments) else "-"
-        if argument == "--dat" and following.startswith("-"):
+        next_argument = arguments[position + 1] if position + 1 < len(arguments) else "-"
+        if argument == "--dat" and next_argument.startswith("-"):
             completed.append("released")
     return completed
 
 
-def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+def _split_config_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the file of `--config FILE` or `--config=FILE`, None without one, and the other arguments."""
     for position, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name != "--config":
@@ -106,8 +124,11 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return None, arguments
 
 
-def _as_arguments(kind: type[Any], path: Path) -> dict[str, list[str]]:
-    """A YAML file's settings, each as command-line arguments, so that both are checked by the same parser."""
+def _read_settings(kind: type[Any], path: Path) -> dict[str, list[str]]:
+    """Return a YAML file's settings as command-line arguments by key, so that one parser checks both.
+
+    Raises MissingInputError for a missing file and ConfigError for an unknown key or another content.
+    """
     if not path.is_file():
         siblings = sorted(str(file) for file in path.parent.glob("*.yaml"))
         raise MissingInputError(f"--config {path}: no such file; {suggest(str(path), siblings) if siblings else ''}")
@@ -116,12 +137,12 @@ def _as_arguments(kind: type[Any], path: Path) -> dict[str, list[str]]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines.")
-    known = list(flat_values(kind()))
+        raise ConfigError(f"{path} must contain `key: value` lines.")
+    keys = list(flat_values(kind()))
     arguments: dict[str, list[str]] = {}
     for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}: {suggest(str(key), known)}")
+        if key not in keys:
+            raise ConfigError(f"{path}: unknown key {key!r}: {suggest(str(key), keys)}")
         if isinstance(value, bool):
             # YAML reads `dat: none` as text but `dat: no` as false; flags are spelled --name and --no_name.
             arguments[key] = [f"--{key}" if value else f"--no_{key}"]
@@ -132,23 +153,23 @@ def _as_arguments(kind: type[Any], path: Path) -> dict[str, list[str]]:
     return arguments
 
 
-def suggest(word: str, known: Sequence[str]) -> str:
-    """`did you mean ...?`, or the list of what is known."""
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}."
+def suggest(word: str, valid: Sequence[str]) -> str:
+    """Return `did you mean ...?` with the valid words most like a wrong one, or the list of all valid words."""
+    similar = difflib.get_close_matches(word, valid, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(similar)}?" if similar else f"known are {', '.join(valid)}."
 
 
 def flat_values(config: Any) -> dict[str, Any]:
-    """All settings of a configuration as one dictionary of flag names, in the order of their groups."""
+    """Return all settings of a configuration by the names of their flags, in the order of the groups."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        values.update(flat_values(value) if dataclasses.is_dataclass(value) else {field.name: value})
+        value, flag = getattr(config, field.name), field.metadata.get("flag", field.name)
+        values.update(flat_values(value) if dataclasses.is_dataclass(value) else {flag: value})
     return values
 
 
 def write_config(config: Any, path: Path) -> None:
-    """Writes the resolved settings beside a run, in the form that `--config` reads."""
+    """Write the resolved settings of a run to a YAML file that `--config` reads."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in flat_values(config).items()}
     path.write_text(f"# {command_line()}\n" + yaml.safe_dump(values, sort_keys=False))
 

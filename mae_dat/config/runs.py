@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
+from mae_dat.config.adversaries import BaselineConfig, DatConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import (
     AugmentConfig,
-    BaselineConfig,
     ClassifierConfig,
     DataConfig,
-    DatConfig,
     EvalConfig,
     LaunchConfig,
     MaskConfig,
@@ -55,14 +54,14 @@ class FinetuneConfig:
 
 def check_groups(dat: DatConfig, launch: LaunchConfig) -> None:
     """Raises ConfigError for groups that do not go together."""
-    if dat.dat_free and launch.fsdp:
+    if dat.free and launch.fsdp:
         raise ConfigError("--dat_free does not go with --fsdp, whose gradients lie in shards: leave out one of them.")
 
 
 def check_views(config: FinetuneConfig) -> None:
     """Raises ConfigError for views of a picture that do not go together."""
     own, augment, attack = config.baselines, config.augment, config.dat.attack
-    given = [f"--at {own.at}"] * (own.at != "none") + [f"--dat {config.dat.dat}"] * (attack is not None)
+    given = [f"--at {own.at}"] * (own.at != "none") + [f"--dat {config.dat.kind}"] * (attack is not None)
     if len(given) == 2:
         raise ConfigError(f"{' and '.join(given)}: give one of them, one adversary at a time.")
     if given and augment.remode == "pixel_raw" and augment.reprob > 0:
@@ -73,7 +72,7 @@ def check_views(config: FinetuneConfig) -> None:
     for flag in [f"--dat_jsd {own.dat_jsd:g}"] * (own.dat_jsd > 0) + ["--split_norms"] * own.split_norms:
         if attack is None:
             raise ConfigError(f"{flag} is a form of --dat: give --dat, or leave it out.")
-        if config.dat.dat_free:
+        if config.dat.free:
             raise ConfigError(f"{flag} does not go with --dat_free, whose attack is the clean view's: leave out one.")
     if own.jsd and (given or augment.aa is None or augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax):
         raise ConfigError(

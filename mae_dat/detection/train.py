@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes
 
+from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
-from mae_dat.config.groups import DataConfig, DatConfig, LaunchConfig, OptimConfig, RunConfig
+from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import check_groups
 from mae_dat.data.gallery import draw_gallery

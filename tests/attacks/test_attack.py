@@ -16,8 +16,8 @@ from golden_rule import rule_tensor
 from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_adversary, random_start, random_words
 from mae_dat.attacks.gradient import LossFn, input_gradient, project, unit
 from mae_dat.attacks.share_controller import ShareController
+from mae_dat.config.adversaries import ATTACK_KINDS
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import ATTACK_KINDS
 from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
 

@@ -32,8 +32,9 @@ from benchmarks.plain import (
 )
 from benchmarks.table import as_json, cells
 from benchmarks.timing import NEEDS_GPU, Case, Row, Step, measure, middle_half
+from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import AttackConfig, AugmentConfig
+from mae_dat.config.groups import AugmentConfig
 from mae_dat.models.mae import mask_noise
 from mae_dat.models.tokenizer import VQGAN, VQGANConfig
 from mae_dat.runtime.seeds import step_generator

@@ -23,8 +23,8 @@ from torch.utils.data import default_collate
 from torchvision.ops import FrozenBatchNorm2d
 
 from mae_dat.attacks.discrete import DiscreteAdversary
+from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.errors import ConfigError, DataError, InterruptError, MissingInputError
-from mae_dat.config.groups import AttackConfig
 from mae_dat.config.parse import load_config
 from mae_dat.detection.coco import PADDING_LABEL, BoxTransform, CocoImages, CocoSplit, find_annotations
 from mae_dat.detection.measure import coco_scores, corruption_summary

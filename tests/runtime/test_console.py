@@ -12,15 +12,8 @@ import torch
 from rich.console import Console as RichConsole
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mae_dat.config.groups import (
-    AugmentConfig,
-    ClassifierConfig,
-    DataConfig,
-    DatConfig,
-    MaskConfig,
-    OptimConfig,
-    RunConfig,
-)
+from mae_dat.config.adversaries import DatConfig
+from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, MaskConfig, OptimConfig, RunConfig
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.models import mae

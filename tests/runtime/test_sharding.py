@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tiny_runs import MEASURED
 from torch import Tensor, nn
 
+from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import InterruptError, NumericsError, RankError, UserError
 from mae_dat.config.groups import (
     AugmentConfig,
     ClassifierConfig,
     DataConfig,
-    DatConfig,
     LaunchConfig,
     MaskConfig,
     OptimConfig,
@@ -84,7 +84,7 @@ def run_dat(folder: Path, output: Path, shards: bool) -> None:
         classifier=ClassifierConfig("vit_tiny", ema_decay=0.8, drop_path=0.2),
         augment=AugmentConfig(mixup=0.8),
         optim=OptimConfig(batch_size=4, epochs=2, warmup_epochs=0, lr=3e-3),
-        dat=DatConfig("released", dat_share=0.05, tokenizer=str(folder.parent / "tokenizer.safetensors")),
+        dat=DatConfig("released", share=0.05, tokenizer=str(folder.parent / "tokenizer.safetensors")),
         **run_of(folder, output, shards, pictures_every=1),
     )
     finetune(config, Console(quiet=True))

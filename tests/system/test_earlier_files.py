@@ -11,14 +11,8 @@ import torch
 from conftest import GOLDEN
 from tiny_runs import one_thread
 
-from mae_dat.config.groups import (
-    AugmentConfig,
-    ClassifierConfig,
-    DataConfig,
-    DatConfig,
-    OptimConfig,
-    RunConfig,
-)
+from mae_dat.config.adversaries import DatConfig
+from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig, RunConfig
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.generated.folder import write_image_folder
 from mae_dat.models import mae
@@ -63,7 +57,7 @@ def test_a_checkpoint_amid_a_dat_run_resumes_and_ends_as_it_would_have(
         classifier=ClassifierConfig("vit_tiny"),
         augment=AugmentConfig(aa=None),
         optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
-        dat=DatConfig("released", dat_share=0.05, tokenizer="tokenizer.safetensors"),
+        dat=DatConfig("released", share=0.05, tokenizer="tokenizer.safetensors"),
     )
     finetune(config, Console(quiet=True))
     weights = read_weights(Path("dat/model.safetensors")).tensors

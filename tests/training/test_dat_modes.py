@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mae_dat.attacks.discrete
 from mae_dat.attacks.discrete import AttackConfig, discrete_adversary
 from mae_dat.attacks.gradient import input_gradient
+from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import AugmentConfig, DatConfig, LaunchConfig
+from mae_dat.config.groups import AugmentConfig, LaunchConfig
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.image_set import Batch
@@ -347,12 +348,15 @@ def test_every_form_holds_its_share_of_words_and_repeats_itself(name: str, token
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--dat paper --dat_at image", "--dat_at image is a form of --dat released; leave it out with --dat paper"),
-        ("--dat random --dat_free", "--dat_free is a form of --dat released; leave it out with --dat random"),
+        ("--dat paper --dat_at image", "--dat_at image works with --dat released only; leave it out with --dat paper"),
+        ("--dat random --dat_free", "--dat_free works with --dat released only; leave it out with --dat random"),
         ("--dat symbolic --dat_free", "leave it out with --dat symbolic"),
-        ("--dat --dat_free --dat_steps 3", "--dat_free has one gradient, so one step: leave out --dat_steps 3"),
-        ("--dat --dat_batch_share 0", r"--dat_batch_share must lie in \(0, 1\], got 0"),
-        ("--dat --dat_batch_share 20", r"--dat_batch_share must lie in \(0, 1\], got 20"),
+        (
+            "--dat --dat_free --dat_steps 3",
+            "--dat_free has one gradient, and so one step: leave out --dat_steps 3",
+        ),
+        ("--dat --dat_batch_share 0", r"--dat_batch_share must be in \(0, 1\], got 0"),
+        ("--dat --dat_batch_share 20", r"--dat_batch_share must be in \(0, 1\], got 20"),
         ("--dat --dat_free --fsdp", "--dat_free does not go with --fsdp"),
     ],
 )

@@ -19,16 +19,9 @@ from tiny_runs import MEASURED
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import DataError, InterruptError, NumericsError, RankError
-from mae_dat.config.groups import (
-    AugmentConfig,
-    ClassifierConfig,
-    DataConfig,
-    DatConfig,
-    MaskConfig,
-    OptimConfig,
-    RunConfig,
-)
+from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, MaskConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import run_command
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import write_image_folder
@@ -131,7 +124,7 @@ def run_dat(folder: Path, output: Path, tokenizer: Path) -> None:
         ClassifierConfig("vit_tiny"),
         AugmentConfig(aa=None),
         OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
-        DatConfig("released", dat_share=0.05, tokenizer=str(tokenizer)),
+        DatConfig("released", share=0.05, tokenizer=str(tokenizer)),
     )
     finetune(config, Console(quiet=True))
 
@@ -632,7 +625,7 @@ def train_pieces(folder: Path, output: Path, tokenizer: Path, world: World, rank
         if world.size == 1:
             return seen
         words = LightTokenizer.from_file(tokenizer, engine_weights(tokenizer)).freeze()
-        config = DatConfig("released", dat_share=0.05).attack
+        config = DatConfig("released", share=0.05).attack
         assert config is not None
         dat = training_of(build_mae("mae_tiny", img_size=SIDE), WithDAT(_NoiseOfImage(0.5, True), words, config))
         engine.fit(dat, job_for(images, output / "dat", optim, world))

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from golden_rule import fill_by_rule
-from mae_dat.config.groups import AttackConfig, AugmentConfig, OptimConfig
+from mae_dat.config.adversaries import AttackConfig
+from mae_dat.config.groups import AugmentConfig, OptimConfig
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.blocks import choose_attention
 from mae_dat.training import loop as engine

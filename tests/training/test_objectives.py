@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_dat.config.groups import ATTACK_KINDS, AttackConfig, AugmentConfig
+from mae_dat.config.adversaries import ATTACK_KINDS, AttackConfig
+from mae_dat.config.groups import AugmentConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.mae import MaskedAutoencoder, masked_mse
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer

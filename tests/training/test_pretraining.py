@@ -23,8 +23,9 @@ from tiny_runs import (
 from torch import Tensor
 
 from mae_dat.attacks.discrete import discrete_adversary
+from mae_dat.config.adversaries import AttackConfig, DatConfig
 from mae_dat.config.errors import ConfigError, InterruptError
-from mae_dat.config.groups import AttackConfig, AugmentConfig, DatConfig, MaskConfig
+from mae_dat.config.groups import AugmentConfig, MaskConfig
 from mae_dat.experiments.compare import CompareConfig, compare, groups_to_train, pretrain_config
 from mae_dat.experiments.variants import group_label
 from mae_dat.models.classifier import build_classifier
@@ -233,7 +234,7 @@ def test_the_strength_grows_linearly_to_what_was_asked_for() -> None:
     assert AttackConfig("random", share=0.2).scaled(0.5).word_share == 0.1
     assert AttackConfig("symbolic").scaled(0.5).word_share == 0.025
     assert AttackConfig("paper", share=0.1).scaled(0.5).share == 0.1, "the controller's target is warmed up by itself"
-    assert DatConfig("random", dat_warmup=3.0).attack == AttackConfig("random", warmup=3.0)
+    assert DatConfig("random", warmup=3.0).attack == AttackConfig("random", warmup=3.0)
 
 
 @pytest.mark.parametrize("kind", ["released", "paper", "symbolic", "random"])
@@ -421,7 +422,7 @@ def test_pretrainings_are_compared_for_the_same_steps_and_the_same_time(
     assert len(in_time) == max(1, round(4 * sum(plain) / sum(dat))) < 4
     settings = pretrain_config(config, "released_words_in_time")
     assert settings.optim.warmup_epochs == len(in_time) / 4
-    assert (settings.dat.dat, settings.mae.target) == ("released", "both")
+    assert (settings.dat.kind, settings.mae.target) == ("released", "both")
     starts = [read_weights(tmp_path / name / "model.safetensors").tensors for name in runs_of(config)]
     assert not torch.equal(starts[0]["pos_embed"], starts[1]["pos_embed"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoint-*.pth")}

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_dat.config.groups import AttackConfig, AugmentConfig
+from mae_dat.config.adversaries import AttackConfig
+from mae_dat.config.groups import AugmentConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.split_norms import auxiliary_norms
 from mae_dat.models.tokenizer.base import VisualTokenizer

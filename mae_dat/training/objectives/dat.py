@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
 from mae_dat.attacks.share_controller import ShareController
-from mae_dat.config.groups import AttackConfig, DataConfig, DatConfig
+from mae_dat.config.adversaries import AttackConfig, DatConfig
+from mae_dat.config.groups import DataConfig
 from mae_dat.data.image_set import Batch
 from mae_dat.models.modes import frozen_parameters, unwrap_ddp
 from mae_dat.models.split_norms import auxiliary_norms
@@ -231,6 +232,6 @@ def open_tokenizer(dat: DatConfig, data: DataConfig, device: torch.device, pad: 
         tokenizer = PaddedTokenizer(tokenizer, data.image_size)
     tokenizer.check(torch.zeros(1, data.in_chans, *data.image_size))
     logger.info(
-        "tokenizer %s: factor %d, %d words; DAT: %s", dat.tokenizer, tokenizer.factor, tokenizer.num_words, dat.dat
+        "tokenizer %s: factor %d, %d words; DAT: %s", dat.tokenizer, tokenizer.factor, tokenizer.num_words, dat.kind
     )
     return tokenizer

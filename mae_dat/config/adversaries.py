@@ -1,0 +1,220 @@
+"""Settings of adversarial training: the discrete adversary of DAT, and the baselines that it is compared with.
+
+Importing this module does not import torch.
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.parse import suggest
+
+AttackKind = Literal["released", "paper", "symbolic", "random", "reconstruction"]
+ATTACK_KINDS: tuple[str, ...] = get_args(AttackKind)
+PUBLISHED_EPS, PUBLISHED_SHARE = 0.1, 0.038
+"""Mao et al. 2022, Table 8: with VQGAN f8 at 224 px, an L2 step of 0.1 changes this share of the words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _AttackSettings:
+    """Every setting of a discrete adversary, once for the flags (DatConfig) and for Python (AttackConfig).
+
+    The two differ where the flags may leave a value open: `--dat none`, and no `--dat_eps`. `flag` in the metadata of a
+    field is its name on the command line and in YAML files. The docstrings of the fields are the help of the flags.
+    """
+
+    kind: Literal["none", AttackKind] = dataclasses.field(default="none", metadata={"flag": "dat"})
+    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1), symbolic (chooses the
+    words themselves); or a control in its place: random (random words), reconstruction (no word changed)."""
+    eps: float | None = dataclasses.field(default=None, metadata={"flag": "dat_eps"})
+    """released: L2 radius and step; paper: factor of the gradient; pixels in [0, 1] (default: 0.1, which was chosen for
+    vqgan_f8_16384 at 224 px)."""
+    share: float | None = dataclasses.field(default=None, metadata={"flag": "dat_share"})
+    """Target share of changed words, held by adjusting eps (the strength that carries over between sizes and
+    tokenizers; default for the embedded tokenizer without --dat_eps: 0.038, what eps 0.1 changed in the paper).
+    symbolic, random: the share of words replaced (default: 0.05)."""
+    random_start: float = dataclasses.field(default=0.8, metadata={"flag": "dat_random_start"})
+    """released: probability per batch of a random start."""
+    steps: int = dataclasses.field(default=1, metadata={"flag": "dat_steps"})
+    """released, symbolic: gradient steps."""
+    nearest: int | None = dataclasses.field(default=None, metadata={"flag": "dat_nearest"})
+    """symbolic, random: a word is replaced by one of the n words with the nearest codes (default: any word)."""
+    at: Literal["reconstruction", "image"] = dataclasses.field(default="reconstruction", metadata={"flag": "dat_at"})
+    """released: attack the reconstruction Q(x), or the image x itself, which saves a reconstruction."""
+    free: bool = dataclasses.field(default=False, metadata={"flag": "dat_free"})
+    """released: take the attack's gradient from the clean view's backward pass, which saves a forward and a backward
+    pass."""
+    batch_share: float = dataclasses.field(default=1.0, metadata={"flag": "dat_batch_share"})
+    """Share of each batch that is attacked, its first images."""
+    warmup: float = dataclasses.field(default=0.0, metadata={"flag": "dat_warmup"})
+    """Epochs over which the adversary's strength (eps or the share of words) grows linearly from 0."""
+
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether eps is the strength: a step in pixels, of which the quantizer makes a share of changed words.
+
+        The other kinds choose the words themselves, or change none.
+        """
+        return self.kind in ("released", "paper")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackConfig(_AttackSettings):
+    """A discrete adversary (Mao et al. 2022): which one, and how strong.
+
+    kind: `released` is the adversary of the authors' code, `paper` that of the paper's Algorithm 1.
+    eps: for `released` the radius of the L2 ball per image and the length of a step, for `paper` alpha, the factor of
+        the gradient; pixels in [0, 1]. The default is 0.1; with a share it is nan, to be set by a `ShareController`.
+    share: for `released` and `paper` the share of changed words in (0, 1) that a `ShareController` (WithDAT has one)
+        holds from batch to batch by adjusting eps; a single attack changes what its eps changes. For `symbolic` and
+        `random` the share of words replaced (0.05 if None).
+    random_start: probability in [0, 1], drawn once per batch and rank, of starting from a random point of the ball.
+    warmup: epochs in which the strength grows from 0: `scaled(ramp(epoch))`.
+
+    The other fields are those of the flags `--dat_*`. Raises ConfigError for values that cannot work.
+    """
+
+    kind: AttackKind = "released"
+    eps: float = math.nan
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.eps) and (self.share is None or not self.moves_pixels):
+            object.__setattr__(self, "eps", PUBLISHED_EPS)
+        if self.kind not in ATTACK_KINDS:
+            raise ConfigError(f"unknown attack {self.kind!r}: {suggest(self.kind, ATTACK_KINDS)}")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ConfigError(
+                f"the share of changed words must lie between 0 and 1, got {self.share} (3.8 % is 0.038)."
+            )
+        if self.eps <= 0 or self.steps < 1 or not 0 <= self.random_start <= 1:
+            raise ConfigError(f"an attack needs eps > 0, steps >= 1 and random_start in [0, 1], got {self}.")
+        if self.nearest is not None and self.nearest < 1:
+            raise ConfigError(f"an attack needs at least 1 nearest code to change a word into, got {self.nearest}.")
+        if not 0 < self.batch_share <= 1:
+            raise ConfigError(f"--dat_batch_share must be in (0, 1], got {self.batch_share}.")
+        if self.warmup < 0:
+            raise ConfigError(f"--dat_warmup must be 0 epochs or more, got {self.warmup}.")
+        for flag, is_set in (("--dat_at image", self.at == "image"), ("--dat_free", self.free)):
+            if is_set and self.kind != "released":
+                raise ConfigError(f"{flag} works with --dat released only; leave it out with --dat {self.kind}.")
+        if self.free and self.steps > 1:
+            raise ConfigError(f"--dat_free has one gradient, and so one step: leave out --dat_steps {self.steps}.")
+
+    @property
+    def clean_weight(self) -> float:
+        """Weight of the clean loss beside the adversarial one: 1 in the released code, 0 in the paper's Algorithm 1."""
+        return 0.0 if self.kind == "paper" else 1.0
+
+    @property
+    def word_share(self) -> float:
+        """Share of the words that `symbolic` and `random` replace."""
+        return 0.05 if self.share is None else self.share
+
+    def ramp(self, epoch: float) -> float:
+        """Return the factor of the strength at a fractional epoch: linear over the warm-up, then 1.
+
+        It starts from a millionth, which changes nothing, because a strength of 0 would be no valid attack.
+        """
+        return 1.0 if epoch >= self.warmup else max(epoch / self.warmup, 1e-6)
+
+    def scaled(self, factor: float) -> "AttackConfig":
+        """Return a weaker attack: eps, or the share of words, multiplied by `factor`."""
+        share = self.share if self.moves_pixels else factor * self.word_share
+        return dataclasses.replace(self, eps=factor * self.eps, share=share)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatConfig(_AttackSettings):
+    """Discrete adversarial training: bare `--dat` is `--dat released`."""
+
+    tokenizer: str = "embedded"
+    """`embedded` (light, for 64 px), a light tokenizer's .safetensors, a VQGAN of taming, latent-diffusion or
+    easyrobust, or a released name such as vqgan_f8_16384."""
+    tokenizer_precision: Literal["auto", "fp32", "fp16", "bf16_decoder", "bf16"] = "auto"
+    """Precision of the tokenizer's inner layers; auto: fp32 on a CPU; on a GPU fp16, unless more than 1 % of the words
+    of generated images differ from fp32's. The effect of each on the words: docs/visual-words.md."""
+    tokenizer_compile: bool = False
+    """Compile the tokenizer (torch.compile): fuses norms and activations; the first steps take a minute longer."""
+
+    def __post_init__(self) -> None:
+        if self.eps is not None and not 0 < self.eps < math.inf:
+            raise ConfigError(f"--dat_eps must be above 0, got {self.eps}.")
+
+    @property
+    def attack(self) -> AttackConfig | None:
+        """The attack that these flags describe; None for `--dat none`. Raises ConfigError."""
+        if self.kind == "none":
+            return None
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(_AttackSettings)}
+        if self.eps is None:
+            settings["eps"] = PUBLISHED_EPS
+            # eps does not carry over to the embedded tokenizer: there the published strength is the share of words.
+            if self.moves_pixels and self.share is None and self.tokenizer == "embedded":
+                settings["share"] = PUBLISHED_SHARE
+        return AttackConfig(**settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """What DAT is compared with, and joined with: pixel adversaries, norms of their own, consistent predictions."""
+
+    at: Literal["none", "pgd", "advprop"] = "none"
+    """Adversarial training on pixels: pgd (Madry et al. 2018: no clean view), or advprop (Xie et al. 2020: beside it,
+    and through norms of its own)."""
+    at_norm: Literal["linf", "l2"] = "linf"
+    """What eps limits: each pixel, or the picture."""
+    at_eps: float | None = None
+    """Radius of the ball, pixels in [0, 1] (default: 4/255 for linf, 0.5 for l2)."""
+    at_steps: int = 3
+    """Gradient steps, from a random start."""
+    at_step: float | None = None
+    """Length of a step, in the same norm (default: 2 eps / steps)."""
+    at_clean_weight: float | None = None
+    """Weight of the clean view's loss (default: 0 for pgd, 1 for advprop)."""
+    split_norms: bool = False
+    """With --dat: the attack and its outcome pass through norms of their own (BatchNorm, LayerNorm and their kin), as
+    in advprop. The others are evaluated and exported."""
+    dat_jsd: float = 0.0
+    """With --dat: weight of the Jensen-Shannon divergence between the predictions for a picture, its reconstruction
+    and its adversary."""
+    jsd: float = 0.0
+    """Weight of the same between a crop and two views of it by --aa, each picture in three views (AugMix, Hendrycks et
+    al. 2020: 12, with --aa augmix-m3-w3)."""
+
+    def __post_init__(self) -> None:
+        for name in ("at_eps", "at_steps", "at_step"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ConfigError(f"--{name} must be above 0, got {value}.")
+        if self.at_norm == "linf" and self.eps >= 1:
+            raise ConfigError(
+                f"--at_eps {self.eps:g} lets every pixel in [0, 1] become any other: 4/255 is given as 0.0157."
+            )
+        for name in ("at_clean_weight", "dat_jsd", "jsd"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ConfigError(f"--{name} must be 0 or more, got {value}.")
+        if self.at == "advprop" and self.clean_weight == 0:
+            raise ConfigError(
+                "--at advprop learns from both views: leave out --at_clean_weight 0, or give --at pgd for the "
+                "adversarial one alone."
+            )
+
+    @property
+    def eps(self) -> float:
+        """Radius of the pixel adversary's ball."""
+        return self.at_eps or {"linf": 4 / 255, "l2": 0.5}[self.at_norm]
+
+    @property
+    def step(self) -> float:
+        """Length of its steps."""
+        return self.at_step or 2 * self.eps / self.at_steps
+
+    @property
+    def clean_weight(self) -> float:
+        """Weight of the clean view beside a pixel adversary."""
+        return float(self.at == "advprop") if self.at_clean_weight is None else self.at_clean_weight
+
+    @property
+    def splits_norms(self) -> bool:
+        """Whether adversarial views have norms of their own."""
+        return self.split_norms or self.at == "advprop"
