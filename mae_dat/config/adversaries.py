@@ -157,13 +157,13 @@ class DatConfig(_AttackSettings):
 
 @dataclasses.dataclass(frozen=True)
 class BaselineConfig:
-    """What DAT is compared with, and joined with: pixel adversaries, norms of their own, consistent predictions."""
+    """Baselines and extensions of DAT: pixel adversaries, separate norms, consistency losses."""
 
     at: Literal["none", "pgd", "advprop"] = "none"
-    """Adversarial training on pixels: pgd (Madry et al. 2018: no clean view), or advprop (Xie et al. 2020: beside it,
-    and through norms of its own)."""
+    """Adversarial training on pixels: pgd (Madry et al. 2018: no clean view), or advprop (Xie et al. 2020: in addition
+    to the clean view, and through separate norms)."""
     at_norm: Literal["linf", "l2"] = "linf"
-    """What eps limits: each pixel, or the picture."""
+    """Norm that eps limits: linf (each pixel) or l2 (the whole image)."""
     at_eps: float | None = None
     """Radius of the ball, pixels in [0, 1] (default: 4/255 for linf, 0.5 for l2)."""
     at_steps: int = 3
@@ -173,14 +173,14 @@ class BaselineConfig:
     at_clean_weight: float | None = None
     """Weight of the clean view's loss (default: 0 for pgd, 1 for advprop)."""
     split_norms: bool = False
-    """With --dat: the attack and its outcome pass through norms of their own (BatchNorm, LayerNorm and their kin), as
-    in advprop. The others are evaluated and exported."""
+    """With --dat: the attack and the adversarial images pass through separate norms (BatchNorm, LayerNorm and similar),
+    as in advprop. The norms of the clean images are evaluated and exported."""
     dat_jsd: float = 0.0
-    """With --dat: weight of the Jensen-Shannon divergence between the predictions for a picture, its reconstruction
+    """With --dat: weight of the Jensen-Shannon divergence between the predictions for an image, its reconstruction
     and its adversary."""
     jsd: float = 0.0
-    """Weight of the same between a crop and two views of it by --aa, each picture in three views (AugMix, Hendrycks et
-    al. 2020: 12, with --aa augmix-m3-w3)."""
+    """Weight of the same divergence between a crop and two views of it by --aa (AugMix, Hendrycks et al. 2020: 12, with
+    --aa augmix-m3-w3); each image is used in three views."""
 
     def __post_init__(self) -> None:
         for name in ("at_eps", "at_steps", "at_step"):
@@ -188,33 +188,33 @@ class BaselineConfig:
                 raise ConfigError(f"--{name} must be above 0, got {value}.")
         if self.at_norm == "linf" and self.eps >= 1:
             raise ConfigError(
-                f"--at_eps {self.eps:g} lets every pixel in [0, 1] become any other: 4/255 is given as 0.0157."
+                f"--at_eps {self.eps:g} lets every pixel in [0, 1] take any value: 4/255 is given as 0.0157."
             )
         for name in ("at_clean_weight", "dat_jsd", "jsd"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ConfigError(f"--{name} must be 0 or more, got {value}.")
         if self.at == "advprop" and self.clean_weight == 0:
             raise ConfigError(
-                "--at advprop learns from both views: leave out --at_clean_weight 0, or give --at pgd for the "
-                "adversarial one alone."
+                "--at advprop learns from both views: leave out --at_clean_weight 0, or give --at pgd to train on the "
+                "adversarial view alone."
             )
 
     @property
     def eps(self) -> float:
-        """Radius of the pixel adversary's ball."""
+        """Radius of the pixel adversary's ball, in the norm `at_norm`, pixels in [0, 1]."""
         return self.at_eps or {"linf": 4 / 255, "l2": 0.5}[self.at_norm]
 
     @property
     def step(self) -> float:
-        """Length of its steps."""
+        """Length of the pixel adversary's steps, in the same norm."""
         return self.at_step or 2 * self.eps / self.at_steps
 
     @property
     def clean_weight(self) -> float:
-        """Weight of the clean view beside a pixel adversary."""
+        """Weight of the clean view's loss in training with a pixel adversary."""
         return float(self.at == "advprop") if self.at_clean_weight is None else self.at_clean_weight
 
     @property
     def splits_norms(self) -> bool:
-        """Whether adversarial views have norms of their own."""
+        """Whether adversarial views pass through separate norms."""
         return self.split_norms or self.at == "advprop"

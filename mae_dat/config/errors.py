@@ -1,12 +1,11 @@
-"""Errors that a user can mend: each names the file or value at fault and the next step, and carries a process exit
-code.
+"""Errors that the user can fix. The message names the wrong file or value and the next step; the class, an exit code.
 
-Anything else that escapes is a fault of ours and keeps its traceback.
+Any other exception is a bug of this package and keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """Base of all errors caused by input. `exit_code` is what the entry points return to the shell or the scheduler."""
+    """Base class of all errors caused by input. `exit_code` is what a command returns to the shell or the scheduler."""
 
     exit_code = 64
 
@@ -18,11 +17,11 @@ class ConfigError(UserError):
 
 
 class InputSizeError(ConfigError):
-    """An input size that something which is asked for cannot work at."""
+    """An input size that a requested model, tokenizer or suite does not support."""
 
 
 class DataError(UserError):
-    """Images or labels that are there but not usable."""
+    """Images or labels that exist but cannot be used."""
 
     exit_code = 65
 
@@ -34,19 +33,19 @@ class MissingInputError(UserError):
 
 
 class DownloadError(UserError):
-    """Released weights that could not be had: no network, no such file, or nothing that may be trusted."""
+    """Released weights that could not be downloaded: no network, no such file, or no file that can be trusted."""
 
     exit_code = 69
 
 
 class NoProgressError(UserError):
-    """A job that was started again and again without a single new step."""
+    """A job that was restarted repeatedly without completing a single new step."""
 
     exit_code = 70
 
 
 class OutputError(UserError):
-    """An output folder that cannot be written, or that another run holds."""
+    """An output folder that cannot be written, or that another run is using."""
 
     exit_code = 73
 
@@ -58,13 +57,13 @@ class StorageError(UserError):
 
 
 class RetryError(UserError):
-    """The run stopped through no fault of its own, and what it learned is on disk: start the same command again."""
+    """The run was stopped from outside after saving its progress: run the same command again to resume."""
 
     exit_code = 75
 
 
 class InterruptError(UserError):
-    """A signal asked the run to stop: 130 after Ctrl-C, and 75, as for RetryError, after a scheduler's."""
+    """A signal requested a stop. The exit code is 130 after Ctrl-C, and 75, as for RetryError, after a scheduler's."""
 
     exit_code = 130
 
@@ -74,7 +73,7 @@ class InterruptError(UserError):
 
 
 class RankError(UserError):
-    """Other ranks failed; theirs is the exit code."""
+    """Another rank failed; the exit code is that of its error."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -82,12 +81,12 @@ class RankError(UserError):
 
 
 class NumericsError(UserError):
-    """A loss that is not finite; the weights were left as they were."""
+    """A loss or gradient that is not finite; the weights were left unchanged."""
 
     exit_code = 76
 
 
 class CheckpointError(UserError):
-    """A checkpoint or weights file that is damaged, or of another model."""
+    """A checkpoint or weights file that is damaged or belongs to another model."""
 
     exit_code = 65

@@ -1,61 +1,60 @@
-"""Every flag and its default, by the names of MAE's scripts.
+"""Groups of flags with their defaults, named as in MAE's scripts. Those of adversarial training are in adversaries.py.
 
-A run's configuration is a frozen dataclass of groups: `OptimConfig.blr` is `--blr` and the YAML key `blr`. Importing
-this module does not import torch.
+The configuration of a run (runs.py) is a frozen dataclass of groups. A field is a flag and a key of YAML files:
+`OptimConfig.blr` is `--blr` and `blr`; its docstring is the flag's help. Importing this module does not import torch.
 """
 
 import dataclasses
-import logging
 import math
 import os
 from typing import Literal
 
 from mae_dat.config.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
 DATA_VARIABLE = "MAE_DAT_DATA"
+ImageSize = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Run: where to, on what, from where. Of these only `seed`, `precision`, `device` and `compile` change the
+    """Run: output, hardware and resuming. Of these only `seed`, `precision`, `device` and `compile` change the
     result."""
 
     output_dir: str = "./output_dir"
-    """Checkpoints, log.txt, weights and reports. A rerun into the same folder resumes."""
+    """Checkpoints, log.txt, weights and reports. Running again with the same folder resumes."""
     log_dir: str | None = None
     """TensorBoard files (default: output_dir)."""
     device: str = "auto"
     """cuda, cpu, or auto: CUDA if there is any."""
     seed: int = 0
     resume: str | None = None
-    """A checkpoint of ours, or a folder with some (default: the newest in output_dir); with --eval also a weights
+    """A checkpoint of this package, or a folder of them (default: the newest in output_dir); with --eval also a weights
     file or a released name."""
     start_epoch: int = 0
-    """First epoch, when there is no checkpoint to resume."""
+    """First epoch, if there is no checkpoint to resume from."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
-    """auto: bfloat16 autocast where the hardware has it. fp32 is float32 throughout; with tf32 a GPU multiplies its
-    matrices in TF32, but for a tokenizer's."""
+    """auto: bfloat16 autocast where the hardware supports it. fp32: float32 throughout. tf32: as fp32, but a GPU
+    multiplies matrices in TF32, except the tokenizer's."""
     compile: bool = False
-    """torch.compile for each block of the network, which takes a minute or more at the start."""
+    """Compile each block of the model (torch.compile), which takes a minute or more at the start."""
     checkpoint_activations: bool = False
-    """Compute each block's activations again in the backward pass: less memory for one forward
-    pass more; the same bits."""
+    """Recompute each block's activations in the backward pass: less memory for one more forward pass; results are
+    identical."""
     deterministic: bool = False
-    """Only algorithms that give the same bits each time, also on a GPU (slower; the CPU's always do)."""
+    """Use only algorithms that give bit-identical results on every run, also on a GPU (slower; on a CPU always)."""
     save_minutes: float = 10.0
-    """A checkpoint at least this often, besides the one at every epoch's end."""
+    """Longest time between two checkpoints, besides the one at the end of every epoch."""
     keep: int = 2
-    """Newest checkpoints kept, besides the best one by the epoch's score ..."""
+    """Number of newest checkpoints to keep, besides the best one by the score of its epoch ..."""
     keep_every: int | None = None
     """... and those of every n-th epoch (default: none)."""
     allow_change: tuple[str, ...] = ()
-    """Settings that may differ from the checkpoint's although they change the result, such as `epochs blr`."""
+    """Settings that may differ from those of the checkpoint although they change the result, such as `epochs blr`."""
     hang_minutes: float = 15.0
-    """Without a step for so long, the stacks of all ranks are logged and the run stops with code 75; 0 for never."""
+    """After this time without a step, log the stacks of all ranks and stop with exit code 75; 0 for never."""
     pictures_every: int = 1
-    """Epochs between pictures in TensorBoard and output_dir/pictures; 0 for none."""
+    """Epochs between two galleries of images in TensorBoard and output_dir/pictures; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +68,18 @@ class DataConfig:
     """Side, or height and width, in pixels."""
     in_chans: int = 3
     on_bad: Literal["fail", "skip"] = "fail"
-    """A file that cannot be decoded: stop and name it, or put the next image in its place and count it."""
+    """For a file that cannot be decoded: stop and name it, or use the next image in its place and count it."""
     num_workers: int = 10
     pin_mem: bool = True
-    """Pin host memory for faster transfer to a GPU (--no_pin_mem to turn off)."""
+    """Pin host memory for faster transfers to a GPU (--no_pin_mem to turn off)."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ConfigError(f"--num_workers must be 0 (decode in the main process) or more, got {self.num_workers}.")
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+    def image_size(self) -> ImageSize:
+        """Height and width of the input in pixels."""
         return image_size(self.input_size)
 
 
@@ -100,12 +99,12 @@ class OptimConfig:
     min_lr: float = 0.0
     warmup_epochs: float = 40
     warmup_lr: float = 0.0
-    """Rate that the warm-up starts from."""
+    """Rate at the start of the warm-up."""
     cooldown_epochs: int = 0
     """Further epochs at min_lr, after --epochs."""
     weight_decay: float = 0.05
     clip_grad: float | None = None
-    """Largest norm of the gradient (default: no clipping; the norm is logged all the same)."""
+    """Largest norm of the gradient (default: no clipping; the norm is logged in any case)."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "accum_iter"):
@@ -115,7 +114,7 @@ class OptimConfig:
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"--{name} must be 0 or more, got {value}.")
         if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ConfigError(f"--clip_grad must be above 0, got {self.clip_grad}: leave it out to clip nothing.")
+            raise ConfigError(f"--clip_grad must be above 0, got {self.clip_grad}: leave it out for no clipping.")
 
     @property
     def total_epochs(self) -> int:
@@ -146,10 +145,10 @@ class MaskConfig:
     norm_pix_loss: bool = False
     """Predict pixels normalized by each patch's mean and deviation."""
     target: Literal["pixels", "words", "both"] = "pixels"
-    """What is predicted at removed patches: pixels, the visual words of --tokenizer (with or without --dat), or
+    """Prediction target at the removed patches: pixels, the visual words of --tokenizer (with or without --dat), or
     both."""
     words_weight: float = 0.1
-    """Of the words' loss (nats a word) beside the pixels', with --target both."""
+    """With --target both: weight of the words' loss (nats per word), added to that of the pixels."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -162,7 +161,7 @@ class MaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """Model: any timm model; vit_{base,large}_patch16 and vit_huge_patch14 mean MAE's form of them."""
+    """Model: any timm model; vit_{base,large}_patch16 and vit_huge_patch14 are MAE's variants of them."""
 
     model: str = "vit_large_patch16"
     """MAE's names, vit_demo_patch8, or any timm name."""
@@ -174,19 +173,20 @@ class ClassifierConfig:
     cls_token: bool = False
     """... or, with --cls_token, the class token."""
     finetune: str | None = None
-    """Weights to start from: a pretraining folder of ours, a weights file, or a released name (`python -m mae_dat
+    """Weights to start from: the folder of a pretraining run, a weights file, or a released name (`python -m mae_dat
     fetch` lists them)."""
     pretrained: bool = False
     """Start from timm's weights for a timm model."""
     linear_probe: bool = False
-    """Train a new head alone, behind a BatchNorm, on the frozen network. The defaults become MAE's linear probe: class
+    """Train only a new head, behind a BatchNorm, on the frozen model. The defaults become MAE's linear probe: class
     token, LARS, blr 0.1, batch_size 512, 90 epochs, 10 of warm-up, no weight decay, crops and flips only."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
-    """Optimizer; lars and sgd with momentum 0.9. lars is for batches of some thousand images."""
+    """Optimizer; lars and sgd have momentum 0.9. lars is meant for batches of several thousand images."""
     layer_decay: float = 0.75
-    """Factor of the learning rate from each layer to the one below."""
+    """Factor of the learning rate from each layer to the one below it."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, evaluated and exported in their place (default: none)."""
+    """Decay of an exponential moving average of the weights, which is evaluated and exported instead of them (default:
+    none)."""
 
     def __post_init__(self) -> None:
         for name in ("drop_path", "ema_decay"):
@@ -198,7 +198,7 @@ class ClassifierConfig:
 
     @property
     def mean_pool(self) -> bool:
-        """Whether the patch tokens' mean is classified, not the class token."""
+        """Whether the mean of the patch tokens is classified, and not the class token."""
         return self.global_pool and not self.cls_token
 
 
@@ -211,13 +211,13 @@ class AugmentConfig:
     aa: str | None = "rand-m9-mstd0.5-inc1"
     """AutoAugment policy; None for crops and flips only."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the cropped area's share."""
+    """Range of the share of the image's area that a crop covers."""
     smoothing: float = 0.1
     reprob: float = 0.25
     """Probability of random erasing."""
     remode: str = "pixel"
-    """const, rand or pixel, filled inside [0, 1]; pixel_raw writes N(0, 1) into the pixels as DAT's released code
-    did: neither for --dat nor for --at."""
+    """const, rand or pixel fill with values in [0, 1]; pixel_raw fills with N(0, 1) as DAT's released code does, and
+    works with neither --dat nor --at."""
     recount: int = 1
     resplit: bool = False
     mixup: float = 0.0
@@ -238,9 +238,9 @@ class EvalConfig:
     """Evaluation: exact counts, no padding."""
 
     eval: bool = False
-    """Evaluate only, the weights of --resume."""
+    """Only evaluate the weights of --resume."""
     dist_eval: bool = False
-    """Accepted for MAE's sake; evaluation is always shared by the ranks and exact."""
+    """Accepted for compatibility with MAE; evaluation is always distributed over the ranks, and exact."""
     suite: tuple[str, ...] = ("clean",)
     """With --eval: clean accuracy; `corruptions`, also 15 corruptions x 5 severities and a report; or the suites of
     `python -m mae_dat robustness`."""
@@ -248,25 +248,21 @@ class EvalConfig:
     """Images per corruption (default: all of the validation split)."""
 
 
-ImageSize = tuple[int, int]
-"""Height and width in pixels."""
-
-
 def image_size(sides: tuple[int, ...]) -> ImageSize:
-    """(height, width) of `--input_size`. Raises ConfigError."""
+    """Return height and width in pixels of `--input_size`, one or two sides. Raises ConfigError for anything else."""
     if len(sides) not in (1, 2) or min(sides) < 1:
         raise ConfigError(
-            f"--input_size takes a side or height and width in pixels, got {' '.join(map(str, sides)) or 'nothing'}."
+            f"--input_size takes a side, or height and width, in pixels, got {' '.join(map(str, sides)) or 'nothing'}."
         )
     return sides[0], sides[-1]
 
 
 def data_root(data_path: str | None) -> str:
-    """The folder of images: the flag, else MAE_DAT_DATA. Raises ConfigError when neither is given."""
+    """Return the folder of images: the flag, or else $MAE_DAT_DATA. Raises ConfigError if neither is given."""
     root = data_path or os.environ.get(DATA_VARIABLE)
     if not root:
         raise ConfigError(
             f"no images: give --data_path DIR (with train/CLASS/*.jpg and val/CLASS/*.jpg), set {DATA_VARIABLE}, "
-            "or try --data_path demo for generated ones."
+            "or try --data_path demo for generated images."
         )
     return root

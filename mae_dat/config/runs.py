@@ -1,9 +1,9 @@
-"""The configuration of each kind of training: groups of flags, and the combinations that are rejected."""
+"""Configurations of pretraining and fine-tuning: their groups of flags, and the combinations that are rejected."""
 
 import dataclasses
 from collections.abc import Sequence
 
-from mae_dat.config.adversaries import BaselineConfig, DatConfig
+from mae_dat.config.adversaries import AttackConfig, BaselineConfig, DatConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import (
     AugmentConfig,
@@ -35,7 +35,7 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning of a classifier, with `--dat` by Discrete Adversarial Training; `--eval` measures one."""
+    """Fine-tuning of a classifier, with `--dat` by Discrete Adversarial Training; `--eval` evaluates one."""
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -53,43 +53,60 @@ class FinetuneConfig:
 
 
 def check_groups(dat: DatConfig, launch: LaunchConfig) -> None:
-    """Raises ConfigError for groups that do not go together."""
+    """Raise ConfigError for groups that cannot be combined."""
     if dat.free and launch.fsdp:
-        raise ConfigError("--dat_free does not go with --fsdp, whose gradients lie in shards: leave out one of them.")
+        raise ConfigError("--dat_free does not go with --fsdp, whose gradients are sharded: leave out one of them.")
 
 
 def check_views(config: FinetuneConfig) -> None:
-    """Raises ConfigError for views of a picture that do not go together."""
-    own, augment, attack = config.baselines, config.augment, config.dat.attack
-    given = [f"--at {own.at}"] * (own.at != "none") + [f"--dat {config.dat.kind}"] * (attack is not None)
-    if len(given) == 2:
-        raise ConfigError(f"{' and '.join(given)}: give one of them, one adversary at a time.")
-    if given and augment.remode == "pixel_raw" and augment.reprob > 0:
+    """Raise ConfigError for views of an image that cannot be combined."""
+    baselines, augment, dat = config.baselines, config.augment, config.dat
+    attack = dat.attack
+    adversaries = [f"--at {baselines.at}"] * (baselines.at != "none") + [f"--dat {dat.kind}"] * (attack is not None)
+    if len(adversaries) == 2:
+        raise ConfigError(f"{' and '.join(adversaries)}: give one of them, as a run has one adversary at a time.")
+    if adversaries and augment.remode == "pixel_raw" and augment.reprob > 0:
         raise ConfigError(
-            f"{given[0]} takes pixels in [0, 1], and --remode pixel_raw erases with N(0, 1): give --remode pixel, or "
-            "--reprob 0."
+            f"{adversaries[0]} takes pixels in [0, 1], and --remode pixel_raw erases with N(0, 1): give --remode "
+            "pixel, or --reprob 0."
         )
-    for flag in [f"--dat_jsd {own.dat_jsd:g}"] * (own.dat_jsd > 0) + ["--split_norms"] * own.split_norms:
-        if attack is None:
-            raise ConfigError(f"{flag} is a form of --dat: give --dat, or leave it out.")
-        if config.dat.free:
-            raise ConfigError(f"{flag} does not go with --dat_free, whose attack is the clean view's: leave out one.")
-    if own.jsd and (given or augment.aa is None or augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax):
+    _check_extensions_of_dat(baselines, dat)
+    if baselines.jsd and (
+        adversaries or augment.aa is None or augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax
+    ):
         raise ConfigError(
-            f"--jsd {own.jsd:g} compares views of single, clean pictures: give --aa (such as augmix-m3-w3), and leave "
-            "out --mixup, --cutmix, --cutmix_minmax, --dat and --at."
+            f"--jsd {baselines.jsd:g} compares views of single, clean images: give --aa (such as augmix-m3-w3), and "
+            "leave out --mixup, --cutmix, --cutmix_minmax, --dat and --at."
         )
-    if own.splits_norms:
-        name = "--split_norms" if own.split_norms else "--at advprop"
-        if attack is not None and not attack.clean_weight:
-            raise ConfigError(f"{name} evaluates norms that --dat {attack.kind}, without clean view, never trains.")
-        for flag, there in (
-            ("--fsdp", config.launch.fsdp),
-            ("--checkpoint_activations", config.run.checkpoint_activations),
-            ("--linear_probe", config.classifier.linear_probe),
-        ):
-            if there:
-                raise ConfigError(f"{name} does not go with {flag}: leave out one of them.")
+    if baselines.splits_norms:
+        _check_split_norms(config, attack)
+
+
+def _check_extensions_of_dat(baselines: BaselineConfig, dat: DatConfig) -> None:
+    extensions = [f"--dat_jsd {baselines.dat_jsd:g}"] * (baselines.dat_jsd > 0)
+    for flag in extensions + ["--split_norms"] * baselines.split_norms:
+        if dat.kind == "none":
+            raise ConfigError(f"{flag} is an extension of --dat: give --dat, or leave it out.")
+        if dat.free:
+            raise ConfigError(
+                f"{flag} does not go with --dat_free, whose attack uses the clean view's backward pass: leave out one."
+            )
+
+
+def _check_split_norms(config: FinetuneConfig, attack: AttackConfig | None) -> None:
+    name = "--split_norms" if config.baselines.split_norms else "--at advprop"
+    if attack is not None and not attack.clean_weight:
+        raise ConfigError(
+            f"{name} evaluates the norms of the clean view, and --dat {attack.kind} has no clean view to train them: "
+            "leave out one of them."
+        )
+    for flag, is_set in (
+        ("--fsdp", config.launch.fsdp),
+        ("--checkpoint_activations", config.run.checkpoint_activations),
+        ("--linear_probe", config.classifier.linear_probe),
+    ):
+        if is_set:
+            raise ConfigError(f"{name} does not go with {flag}: leave out one of them.")
 
 
 LINEAR_PROBE = FinetuneConfig(
@@ -100,6 +117,6 @@ LINEAR_PROBE = FinetuneConfig(
 
 
 def load_finetune_config(arguments: Sequence[str]) -> FinetuneConfig:
-    """As `load_config`, where `--linear_probe` brings defaults of its own."""
+    """Build the configuration of fine-tuning as `load_config` does; `--linear_probe` changes the defaults."""
     config = load_config(FinetuneConfig, arguments)
     return load_config(FinetuneConfig, arguments, default=LINEAR_PROBE) if config.classifier.linear_probe else config

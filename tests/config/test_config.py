@@ -105,7 +105,7 @@ def test_input_size_is_a_side_or_height_and_width(arguments: list[str], size: tu
 
 @pytest.mark.parametrize("sides", [(), (1, 2, 3), (0,), (-8, 8)])
 def test_other_sizes_are_refused(sides: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="--input_size takes a side or height and width"):
+    with pytest.raises(ConfigError, match="--input_size takes a side, or height and width"):
         image_size(sides)
 
 
