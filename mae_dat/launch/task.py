@@ -1,8 +1,8 @@
-"""What one task of a job does on its node: it runs the script as a process of its own, passes signals on, and has the
-job started again when the script was stopped through no fault of its own (exit code 75, or killed).
+"""What one task of a job does on its node: it runs the script in a process of its own, passes signals on, and starts
+the job again when the script was stopped through no fault of its own (exit code 75, or killed).
 
-Nothing about progress is kept here: the script goes on from its output folder. What the ranks ended with lies in the
-job's folder, one file for each rank and attempt, so that they decide alike and `--wait` knows the script's exit code.
+The script resumes from its output folder, so no progress is kept here. The job's folder holds how the script ended on
+each rank in each attempt. From these files all ranks come to the same decision, and `--wait` knows the exit code.
 """
 
 import contextlib
@@ -21,262 +21,272 @@ from types import FrameType
 from typing import NamedTuple
 
 import submitit
-from submitit.core.logger import get_logger  # it writes what is more than information twice
+from submitit.core.logger import get_logger  # it writes warnings and errors twice; hence only `info` below
 
 from mae_dat.config.errors import InterruptError, NoProgressError, RetryError, StorageError
 from mae_dat.launch.slurm import requeue
 from mae_dat.storage.files import atomic_write
 
-SIGNAL_DELAY_S = 120  # how long before the end of its time a job is told: enough to write a checkpoint
+SIGNAL_DELAY_S = 120  # SLURM sends its signal so long before the time limit: enough to write a checkpoint
 STOP_GRACE_S = 90  # how long a script may take to end after a signal; below the delay above
-# How long a rank waits for rank 0, which may be saving, since the end of one task ends them all; less long after an
-# error, which rank 0 may not have noticed.
+# How long a rank waits for rank 0, which may still be saving, because the end of one task ends them all. After an error
+# the wait is shorter: rank 0 may not have noticed it.
 PATIENCE_S, ERROR_PATIENCE_S = 300.0, 120.0
-AGREE_S = 3.0  # how long rank 0, ready to start again, waits for another rank to say that it is of no use
-CRASH_S, CRASHES = 60.0, 3  # a script that is killed so early, so often in a row, is not started again
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# SLURM signals every process of a task; the default action of these two would kill a script before it can save. The
-# shell makes it ignore them, unless it sets handlers of its own.
+ERRORS_S = 3.0  # how long rank 0, ready to start again, waits for another rank to report an error
+CRASH_S, CRASHES = 60.0, 3  # a script that is killed so early, so many times in a row, is not started again
+_FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# SLURM signals every process of a task. The default action of these two would kill a script before it can save, so the
+# shell makes the script ignore them unless it sets handlers of its own.
 _SHIELD = ("/bin/sh", "-c", "trap '' USR1 USR2; exec \"$@\"", "sh")
 
 
-class End(NamedTuple):
-    """How a script ended on one rank."""
+# ---- how the script ended on each rank ----
+
+
+class RankExit(NamedTuple):
+    """How the script ended on one rank."""
 
     code: int
-    """Its exit code; below 0 the signal that killed it."""
+    """Its exit code; if negative, the signal that killed it."""
     seconds: float
-    asked: str | None = None
-    """The signal that it had been sent."""
+    """How long it ran."""
+    signal: str | None = None
+    """Name of the signal that its task had received."""
 
     @property
     def exit_code(self) -> int:
-        """A script that was killed may be started again, as one that says so; one that Ctrl-C has ended may not."""
+        """The exit code that decides about a restart: 75 for a script that was killed, 130 if Ctrl-C did it."""
         if self.code == -signal.SIGINT:
             return InterruptError.exit_code
         return RetryError.exit_code if self.code < 0 else self.code
 
     @property
     def crashed(self) -> bool:
-        """Whether it was killed at its start for no reason that we know."""
-        return self.code < 0 and not self.asked and self.seconds < CRASH_S
+        """Whether it was killed soon after its start for no known reason."""
+        return self.code < 0 and not self.signal and self.seconds < CRASH_S
 
 
-def verdict(ends: Sequence[End]) -> int:
-    """The exit code of a job from its ranks': the first error that no restart mends, else 75 if any rank has it."""
-    codes = [end.exit_code for end in ends]
-    final = [code for code in codes if code not in (0, RetryError.exit_code)]
-    return final[0] if final else max(codes, default=0)
+def job_exit_code(exits: Sequence[RankExit]) -> int:
+    """Return the exit code of a job: the first error that a restart cannot fix, else 75 if any rank has it, else 0."""
+    codes = [rank_exit.exit_code for rank_exit in exits]
+    errors = [code for code in codes if code not in (0, RetryError.exit_code)]
+    return errors[0] if errors else max(codes, default=0)
 
 
-class Ends:
-    """How the ranks of a job ended, attempt by attempt: a folder that all of them see."""
+class RankExits:
+    """How the ranks of a job ended, attempt by attempt, in a folder that all of them see."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def tell(self, attempt: int, rank: int, end: End) -> None:
-        """Notes how a rank ended; on a full disk only in the log, since what follows matters more."""
+    def write(self, attempt: int, rank: int, rank_exit: RankExit) -> None:
+        """Record how a rank ended. If the disk is full only the log says so: what follows is more important."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.folder / f"{attempt}-{rank}.json") as file:
-                file.write(json.dumps(end._asdict()).encode() + b"\n")
+                file.write(json.dumps(rank_exit._asdict()).encode() + b"\n")
         except (OSError, StorageError) as error:
-            get_logger().info(f"rank {rank} ended with code {end.code}, which could not be noted: {error}")
+            get_logger().info(f"rank {rank} ended with code {rank_exit.code}, which could not be recorded: {error}")
 
-    def of(self, attempt: int) -> dict[int, End]:
-        """Those of an attempt that are known, by rank."""
-        found = {}
+    def read(self, attempt: int) -> dict[int, RankExit]:
+        """Return how the ranks ended in an attempt, by rank; ranks that still run are missing."""
+        exits = {}
         for path in self.folder.glob(f"{attempt}-*.json"):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                found[int(path.stem.partition("-")[2])] = End(**json.loads(path.read_text()))
-        return dict(sorted(found.items()))
+                exits[int(path.stem.partition("-")[2])] = RankExit(**json.loads(path.read_text()))
+        return dict(sorted(exits.items()))
 
-    def last(self) -> int | None:
-        """The verdict over the newest attempt; None where no rank has told of its end."""
+    def newest_code(self) -> int | None:
+        """Return the job's exit code in the newest attempt; None if no rank has recorded its end."""
         attempts = [int(path.stem.partition("-")[0]) for path in self.folder.glob("*-*.json")]
-        return verdict(list(self.of(max(attempts)).values())) if attempts else None
+        return job_exit_code(list(self.read(max(attempts)).values())) if attempts else None
 
     def keep_crashing(self, attempt: int) -> bool:
-        """Whether in this attempt and those before it some rank was killed at its start."""
+        """Return whether in this attempt, and in each of those before it, some rank crashed at its start."""
         attempts = range(attempt, attempt - CRASHES, -1)
-        return all(any(end.crashed for end in self.of(one).values()) for one in attempts)
+        return all(any(rank_exit.crashed for rank_exit in self.read(number).values()) for number in attempts)
 
 
-class Requests:
-    """The signals that this task has got."""
+# ---- signals ----
 
-    asked: signal.Signals | None = None
+
+class ReceivedSignals:
+    """The signals that this task has received."""
+
+    first: signal.Signals | None = None
     count = 0
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[Requests]:
-    """Notes signals instead of dying of them. Ctrl-C reaches the script without us."""
-    requests = Requests()
+def _record_signals() -> Iterator[ReceivedSignals]:
+    """Record signals instead of ending on them. Ctrl-C reaches the script directly and is ignored here."""
+    received = ReceivedSignals()
 
-    def note(number: int, frame: FrameType | None) -> None:
-        requests.count += 1
-        requests.asked = requests.asked or signal.Signals(number)
+    def record(number: int, frame: FrameType | None) -> None:
+        received.count += 1
+        received.first = received.first or signal.Signals(number)
 
     def ignore(number: int, frame: FrameType | None) -> None:
-        """Not SIG_IGN, which the script would inherit."""
+        """Do nothing. A handler is not inherited by the script; SIG_IGN would be."""
 
-    handlers = {**dict.fromkeys(_PASSED_ON, note), signal.SIGINT: ignore}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    handlers = {**dict.fromkeys(_FORWARDED_SIGNALS, record), signal.SIGINT: ignore}
+    handlers_before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield requests
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers_before.items():
             signal.signal(number, handler)
+
+
+# ---- the task ----
 
 
 @dataclass(frozen=True)
 class ScriptTask:
-    """A script, or with `module` a module of Python's, and its arguments."""
+    """A script with its arguments; with `module`, a Python module instead of a file."""
 
     script: str
     args: tuple[str, ...]
     module: bool = False
     token: str = field(default_factory=lambda: secrets.token_hex(4))
-    """Tells this submission from an older one that had the same job id."""
+    """Distinguishes this submission from an older one with the same job id."""
 
     @property
     def command(self) -> list[str]:
-        """The script's command line, in the Python that runs this."""
-        # -P: the module of the snapshot, which PYTHONPATH names, not one below the current folder.
+        """The script's command line, for the Python that runs this task."""
+        # -P: run the module of the copied code, which PYTHONPATH names, not one below the current folder.
         start = ["-P", "-m", self.script] if self.module else [self.script]
         return [sys.executable, *start, *self.args]
 
     @property
     def name(self) -> str:
-        """What the job is called in the queue."""
+        """The job's name in the queue."""
         return self.script if self.module else Path(self.script).stem
 
     def at_index(self, index: int) -> "ScriptTask":
-        """The task of one element of an array: every `%a` in the arguments is its index."""
+        """Return the task of one element of an array: every `%a` in the arguments becomes its index."""
         return replace(self, args=tuple(word.replace("%a", str(index)) for word in self.args))
 
-    def ends(self, folder: Path, job: str) -> Ends:
-        """Where the ranks of a job tell of their ends, given the job's folder."""
-        return Ends(folder / f"{job}_ends_{self.token}")
+    def rank_exits(self, folder: Path, job: str) -> RankExits:
+        """Return where the ranks of the job with this id record how they ended, given the job's folder."""
+        return RankExits(folder / f"{job}_exits_{self.token}")
 
     def __call__(self) -> int:
-        """Runs the script, on this machine again and again, in SLURM by going back into the queue. Returns 0, or
-        raises SystemExit with its exit code."""
-        here = submitit.JobEnvironment()
+        """Run the script; a restart is a new run on this machine, and on SLURM a return to the queue.
+
+        Returns 0, or raises SystemExit with the script's exit code.
+        """
+        job = submitit.JobEnvironment()
+        export_rank_variables(job)
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        again = True
-        while again:
-            with _listening() as requests:
-                end = self._run(requests, attempt)
-                code, again = end.exit_code, False
-                if here.cluster == "slurm":
-                    code = self._end_on_slurm(here, attempt, end, requests)
-                elif here.cluster == "local":
-                    code, again = self._end_here(here, attempt, end, requests)
+        start_again = True
+        while start_again:
+            with _record_signals() as received:
+                rank_exit = self._run(job, received, attempt)
+                code, start_again = rank_exit.exit_code, False
+                if job.cluster == "slurm":
+                    code = self._end_on_slurm(job, attempt, rank_exit, received)
+                elif job.cluster == "local":
+                    code, start_again = self._end_on_this_machine(job, attempt, rank_exit, received)
             attempt += 1
         if code:
-            get_logger().info(f"{shlex.join(self.command)} ended with exit code {code}; its messages stand above")
+            get_logger().info(f"{shlex.join(self.command)} ended with exit code {code}; see its messages above")
             raise SystemExit(code)
         return 0
 
-    def _run(self, requests: Requests, attempt: int) -> End:
-        """Runs the script once; the first signal that arrives is passed on as SIGTERM, on which a script saves."""
-        own = {"PYTHONUNBUFFERED": "1", "MAE_DAT_RESTARTS": str(attempt)}
-        start, told = time.monotonic(), 0.0
-        # On this machine, Ctrl-C in the terminal that the job was started from must not reach it.
-        apart = submitit.JobEnvironment().cluster == "local"
-        environment = os.environ | rank_variables() | own
-        child = subprocess.Popen([*_SHIELD, *self.command], env=environment, start_new_session=apart)
+    def _run(self, job: submitit.JobEnvironment, received: ReceivedSignals, attempt: int) -> RankExit:
+        """Run the script once. The first signal is passed on as SIGTERM, on which a script saves and stops."""
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "MAE_DAT_RESTARTS": str(attempt)}
+        # On this machine, Ctrl-C in the terminal that submitted the job must not reach the script.
+        new_session = job.cluster == "local"
+        start, stop_sent = time.monotonic(), 0.0
+        child = subprocess.Popen([*_SHIELD, *self.command], env=environment, start_new_session=new_session)
         while child.poll() is None:
-            if requests.asked and not told:
-                told = time.monotonic()
-                get_logger().info(f"{requests.asked.name}: the script is told to save and stop")
+            if received.first and not stop_sent:
+                stop_sent = time.monotonic()
+                get_logger().info(f"{received.first.name}: the script is asked to save and stop")
                 child.terminate()
-            elif told and time.monotonic() > told + STOP_GRACE_S:
+            elif stop_sent and time.monotonic() > stop_sent + STOP_GRACE_S:
                 get_logger().info(f"the script has not ended for {STOP_GRACE_S} s and is killed")
                 child.kill()
                 child.wait()
             time.sleep(0.1)
-        asked = requests.asked.name if requests.asked else None
-        return End(child.returncode, round(time.monotonic() - start, 1), asked)
+        signal_name = received.first.name if received.first else None
+        return RankExit(child.returncode, round(time.monotonic() - start, 1), signal_name)
 
-    def _end_on_slurm(self, here: submitit.JobEnvironment, attempt: int, end: End, requests: Requests) -> int:
-        """What this task may end with, after the job was put back into the queue where that is due."""
-        ends, rank, retry = self.ends(here.paths.folder, here.job_id), here.global_rank, RetryError.exit_code
-        ends.tell(attempt, rank, end)
-        if end.exit_code == 0 or (rank == 0 and end.exit_code != retry):
-            return end.exit_code
-        if rank and not self._is_left_alone(ends, attempt, end, requests):
-            return end.exit_code
+    def _end_on_slurm(
+        self, job: submitit.JobEnvironment, attempt: int, rank_exit: RankExit, received: ReceivedSignals
+    ) -> int:
+        """Return the exit code of this task, after putting the job back into the queue if it has to run again."""
+        exits, rank = self.rank_exits(job.paths.folder, job.job_id), job.global_rank
+        exits.write(attempt, rank, rank_exit)
+        if rank_exit.exit_code == 0 or (rank == 0 and rank_exit.exit_code != RetryError.exit_code):
+            return rank_exit.exit_code
+        if rank and not self._must_requeue_itself(exits, attempt, rank_exit, received):
+            return rank_exit.exit_code
         if rank == 0:
-            _wait(lambda: len(ends.of(attempt)) == here.num_tasks, AGREE_S)
-        code = verdict(list(ends.of(attempt).values()))
-        if code == retry and ends.keep_crashing(attempt):
-            return _give_up(ends, attempt, rank)
-        if code == retry:
-            requeue(here.job_id, requests.asked)
+            _wait_until(lambda: len(exits.read(attempt)) == job.num_tasks, ERRORS_S)
+        code = job_exit_code(list(exits.read(attempt).values()))
+        if code == RetryError.exit_code:
+            if exits.keep_crashing(attempt):
+                return _give_up(exits, attempt, rank)
+            requeue(job.job_id, received.first)
         return code
 
-    def _is_left_alone(self, ends: Ends, attempt: int, end: End, requests: Requests) -> bool:
-        """Whether a rank other than 0 has to put the job back itself, because rank 0 does not.
+    def _must_requeue_itself(
+        self, exits: RankExits, attempt: int, rank_exit: RankExit, received: ReceivedSignals
+    ) -> bool:
+        """Return whether a rank other than 0 has to put the job back itself, because rank 0 does not.
 
-        Returns when rank 0 has ended, or no longer matters: an end that is not 0 makes SLURM kill the other tasks, and
-        rank 0 may still be saving.
+        Waits until rank 0 has ended or does not matter any more: the first task that ends with an error makes SLURM
+        kill the others, and rank 0 may still be saving.
         """
-        again = end.exit_code == RetryError.exit_code
-        time.sleep(1.0)  # for the rest of the signals that a scheduler sends at once
-        signals = requests.count
+        restart = rank_exit.exit_code == RetryError.exit_code
+        time.sleep(1.0)  # until all signals that a scheduler sends at once have arrived
+        count = received.count
 
-        def signalled() -> bool:
-            """By the end of the job."""
-            return requests.count > signals
+        def job_is_ending() -> bool:
+            """Return whether SLURM has signalled this task once more."""
+            return received.count > count
 
-        _wait(lambda: 0 in ends.of(attempt) or signalled(), PATIENCE_S if again else ERROR_PATIENCE_S)
-        first = ends.of(attempt).get(0)
-        if first and first.exit_code == RetryError.exit_code:
-            _wait(signalled, 30)  # it puts the job back, which ends us
-        return again and not signalled() and (first is None or first.exit_code == 0)
+        _wait_until(lambda: 0 in exits.read(attempt) or job_is_ending(), PATIENCE_S if restart else ERROR_PATIENCE_S)
+        exit_of_rank_0 = exits.read(attempt).get(0)
+        if exit_of_rank_0 and exit_of_rank_0.exit_code == RetryError.exit_code:
+            _wait_until(job_is_ending, 30)  # rank 0 puts the job back, which ends this task
+        return restart and not job_is_ending() and (exit_of_rank_0 is None or exit_of_rank_0.exit_code == 0)
 
-    def _end_here(self, here: submitit.JobEnvironment, attempt: int, end: End, requests: Requests) -> tuple[int, bool]:
-        """The exit code of all ranks on this machine, and whether they start again together."""
-        ends = self.ends(here.paths.folder, here.job_id)
-        ends.tell(attempt, here.global_rank, end)
-        _wait(lambda: len(ends.of(attempt)) == here.num_tasks, PATIENCE_S)
-        known = list(ends.of(attempt).values())
-        code = verdict(known)
-        stopped = signal.SIGTERM.name in [requests.asked and requests.asked.name, *(one.asked for one in known)]
-        if code != RetryError.exit_code or stopped:
+    def _end_on_this_machine(
+        self, job: submitit.JobEnvironment, attempt: int, rank_exit: RankExit, received: ReceivedSignals
+    ) -> tuple[int, bool]:
+        """Return the exit code of all ranks on this machine, and whether they start again together."""
+        exits = self.rank_exits(job.paths.folder, job.job_id)
+        exits.write(attempt, job.global_rank, rank_exit)
+        _wait_until(lambda: len(exits.read(attempt)) == job.num_tasks, PATIENCE_S)
+        all_exits = list(exits.read(attempt).values())
+        code = job_exit_code(all_exits)
+        signals = [received.first and received.first.name, *(other.signal for other in all_exits)]
+        if code != RetryError.exit_code or signal.SIGTERM.name in signals:  # SIGTERM cancels a job on this machine
             return code, False
-        if ends.keep_crashing(attempt):
-            return _give_up(ends, attempt, here.global_rank), False
+        if exits.keep_crashing(attempt):
+            return _give_up(exits, attempt, job.global_rank), False
         get_logger().info("the script is started again")
         return code, True
 
 
-def _give_up(ends: Ends, attempt: int, rank: int) -> int:
+def _give_up(exits: RankExits, attempt: int, rank: int) -> int:
     get_logger().info(f"the script was killed within {CRASH_S:.0f} s of its start {CRASHES} times in a row: giving up")
-    ends.tell(attempt, rank, End(NoProgressError.exit_code, 0.0))
+    exits.write(attempt, rank, RankExit(NoProgressError.exit_code, 0.0))
     return NoProgressError.exit_code
 
 
-def _wait(ready: Callable[[], bool], seconds: float) -> None:
+def _wait_until(ready: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not ready() and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
-def rank_variables() -> dict[str, str]:
-    """Return torch's env:// variables for the task that calls; RuntimeError outside a submitit job."""
-    place = submitit.helpers.TorchDistributedEnvironment()
-    # One machine talks to itself: not every machine can resolve its own name.
-    address = "127.0.0.1" if submitit.JobEnvironment().num_nodes == 1 else place.master_addr
-    return {
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(place.master_port),
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.world_size),
-        "LOCAL_RANK": str(place.local_rank),
-        "LOCAL_WORLD_SIZE": str(place.local_world_size),
-    }
+def export_rank_variables(job: submitit.JobEnvironment) -> None:
+    """Set torch's env:// variables (RANK, WORLD_SIZE, MASTER_ADDR, ...) for the script of this task."""
+    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if job.num_nodes == 1:
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # not every machine can resolve its own name

@@ -1,4 +1,4 @@
-"""Copies of the code: what belongs to them and what does not; whole, named by content, never mixed."""
+"""Copies of the code: which files belong to them; complete, named by content, never mixed."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mae_dat.config.errors import ConfigError, OutputError
-from mae_dat.launch import code_copy as code_snapshot
-from mae_dat.launch.code_copy import code_tree, write_snapshot
+from mae_dat.launch import code_copy
+from mae_dat.launch.code_copy import collect_code, write_code_copy
 from mae_dat.runtime.environment import CODE_FILE, code_facts, package_code_facts
 
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -34,15 +34,15 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
-def own(files: dict[str, Path]) -> set[str]:
-    """Names of files that are not this package's, which joins every tree."""
+def outside_package(files: dict[str, Path]) -> set[str]:
+    """Names of files outside this package, which is part of every copy."""
     return {name for name in files if not name.startswith("mae_dat/")}
 
 
-def test_a_snapshot_is_what_git_knows_and_the_package(repository: Path, tmp_path: Path) -> None:
-    tree = code_tree(repository / "below")
-    assert own(tree.files) == {".gitignore", "train.py", "changed.txt", "new.yaml", f"below/{ODD}"}
-    copy = write_snapshot(tree, tmp_path / "code", "python submit.py x")
+def test_a_copy_has_what_git_knows_and_the_package(repository: Path, tmp_path: Path) -> None:
+    tree = collect_code(repository / "below")
+    assert outside_package(tree.files) == {".gitignore", "train.py", "changed.txt", "new.yaml", f"below/{ODD}"}
+    copy = write_code_copy(tree, tmp_path / "code", "python submit.py x")
     assert copy.name == tree.name
     assert (copy / "changed.txt").read_text() == "2\n"
     assert (copy / "below" / ODD).read_text() == "1\n"
@@ -55,51 +55,51 @@ def test_a_snapshot_is_what_git_knows_and_the_package(repository: Path, tmp_path
 
 
 def test_the_same_code_is_copied_once_and_changed_code_again(repository: Path, tmp_path: Path) -> None:
-    first = write_snapshot(code_tree(repository), tmp_path / "code", "first")
-    assert write_snapshot(code_tree(repository), tmp_path / "code", "second") == first
+    first = write_code_copy(collect_code(repository), tmp_path / "code", "first")
+    assert write_code_copy(collect_code(repository), tmp_path / "code", "second") == first
     assert json.loads((first / CODE_FILE).read_text())["command"] == "first"
     (repository / "changed.txt").write_text("3\n")
-    second = write_snapshot(code_tree(repository), tmp_path / "code", "third")
+    second = write_code_copy(collect_code(repository), tmp_path / "code", "third")
     assert (second / "changed.txt").read_text() == "3\n"
     subprocess.run([*GIT, "commit", "-q", "-a", "-m", "second"], cwd=repository, check=True)
-    third = write_snapshot(code_tree(repository), tmp_path / "code", "fourth")
+    third = write_code_copy(collect_code(repository), tmp_path / "code", "fourth")
     assert len({first, second, third}) == 3  # of the same files, but another commit
     assert len(list((tmp_path / "code").iterdir())) == 3
 
 
-def test_an_edited_snapshot_is_not_used(repository: Path, tmp_path: Path) -> None:
-    copy = write_snapshot(code_tree(repository), tmp_path / "code", "")
+def test_an_edited_copy_is_not_used(repository: Path, tmp_path: Path) -> None:
+    copy = write_code_copy(collect_code(repository), tmp_path / "code", "")
     (copy / "train.py").write_text("something else\n")
     with pytest.raises(OutputError, match="was changed after it was made"):
-        write_snapshot(code_tree(repository), tmp_path / "code", "")
+        write_code_copy(collect_code(repository), tmp_path / "code", "")
 
 
-def test_many_at_once_make_one(repository: Path, tmp_path: Path) -> None:
-    tree = code_tree(repository)
+def test_many_copies_at_once_make_one(repository: Path, tmp_path: Path) -> None:
+    tree = collect_code(repository)
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: write_snapshot(tree, tmp_path / "code", ""), range(16)))
-    assert [path.name for path in (tmp_path / "code").iterdir()] == [made[0].name]
+        copies = list(pool.map(lambda _: write_code_copy(tree, tmp_path / "code", ""), range(16)))
+    assert [path.name for path in (tmp_path / "code").iterdir()] == [copies[0].name]
 
 
-def test_results_in_the_repository_are_no_code(repository: Path) -> None:
-    before = code_tree(repository).name
+def test_results_in_the_repository_are_not_code(repository: Path) -> None:
+    before = collect_code(repository).name
     (repository / "out" / "jobs").mkdir(parents=True)
     (repository / "out" / "jobs" / "log").touch()
-    assert code_tree(repository, [repository / "out"]).name == before
-    assert code_tree(repository, [repository, repository / "out"]).name == before  # the root is not only results
-    assert code_tree(repository).name != before
+    assert collect_code(repository, [repository / "out"]).name == before
+    assert collect_code(repository, [repository, repository / "out"]).name == before  # the root is not only results
+    assert collect_code(repository).name != before
 
 
 def test_large_files_are_named_and_left_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_snapshot, "LARGEST", 5_000_000)
+    monkeypatch.setattr(code_copy, "MAX_FILE_BYTES", 5_000_000)
     with open(repository / "data.bin", "wb") as file:
         os.truncate(file.fileno(), 5_000_001)
-    tree = code_tree(repository)
+    tree = collect_code(repository)
     assert tree.too_large == ("data.bin",)
     assert "data.bin" not in tree.files
-    monkeypatch.setattr(code_snapshot, "MOST_FILES", 4)
+    monkeypatch.setattr(code_copy, "MAX_FILES", 4)
     with pytest.raises(ConfigError, match=r"\.gitignore, or give --no_snapshot"):
-        code_tree(repository)
+        collect_code(repository)
 
 
 def test_without_git_sources_and_packages_are_taken(tmp_path: Path) -> None:
@@ -107,20 +107,20 @@ def test_without_git_sources_and_packages_are_taken(tmp_path: Path) -> None:
         path = tmp_path / "folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    tree = code_tree(tmp_path / "folder")
-    assert own(tree.files) == {"train.py", "lib/__init__.py", "lib/deep/table.yaml"}
+    tree = collect_code(tmp_path / "folder")
+    assert outside_package(tree.files) == {"train.py", "lib/__init__.py", "lib/deep/table.yaml"}
     assert tree.state is None
     assert "mae_dat/storage/released_weights.yaml" in tree.files
     assert "mae_dat/models/tokenizer/weights/light_f4_512.safetensors" in tree.files
 
 
 def test_files_from_elsewhere_join_under_names_of_their_own(repository: Path, tmp_path: Path) -> None:
-    tree = code_tree(repository)
+    tree = collect_code(repository)
     files = [tmp_path / folder / "a.yaml" for folder in ("one", "two")]
     for path in files:
         path.parent.mkdir()
         path.write_text(path.parent.name)
     names = [tree.add(path) for path in (*files, repository / "ignored.log", repository / "train.py")]
     assert names[2:] == ["ignored.log", "train.py"]
-    copy = write_snapshot(tree, tmp_path / "code", "")
+    copy = write_code_copy(tree, tmp_path / "code", "")
     assert [(copy / name).read_text() for name in names[:2]] == ["one", "two"]

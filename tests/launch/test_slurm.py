@@ -19,8 +19,8 @@ from typing import ClassVar
 import pytest
 from tiny_runs import FINETUNE, ROOT, draw_folder, environment, save_tokenizer
 
-from mae_dat.launch.slurm import State, job_states
-from mae_dat.launch.task import End, Ends
+from mae_dat.launch.slurm import JobState, job_states
+from mae_dat.launch.task import RankExit, RankExits
 
 pytestmark = pytest.mark.slow
 
@@ -129,7 +129,7 @@ class Submitted:
     @property
     def state(self) -> str:
         """Such as RUNNING."""
-        return (job_states(self.id) or {}).get(self.id, State("")).name
+        return (job_states(self.id) or {}).get(self.id, JobState("")).name
 
     def result(self, seconds: float = 240) -> int:
         """The exit code of `--wait`."""
@@ -138,10 +138,10 @@ class Submitted:
         except subprocess.TimeoutExpired:
             pytest.fail(f"job {self.id} has not ended within {seconds} s:\n{self.text}")
 
-    def ends(self, attempt: int) -> dict[int, End]:
+    def exits(self, attempt: int) -> dict[int, RankExit]:
         """How the ranks' scripts ended."""
-        (folder,) = self.jobs.glob("*/*_ends_*")
-        return Ends(folder).of(attempt)
+        (folder,) = self.jobs.glob("*/*_exits_*")
+        return RankExits(folder).read(attempt)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_waiting_returns_the_scripts_exit_code(trainer: Callable[..., tuple[Subm
         assert job.result() == code, job.text
         until(lambda job=job: job.state in ("COMPLETED", "FAILED"), "the end")  # type: ignore[misc]
         assert job.state == ("FAILED" if code else "COMPLETED")
-        assert job.ends(1) == {}
+        assert job.exits(1) == {}
 
 
 @pytest.mark.usefixtures("out_of_time")
@@ -193,9 +193,9 @@ def test_a_job_that_is_signalled_or_killed_goes_on(trainer: Callable[..., tuple[
         assert not (folder / "from-2-0").exists(), "one requeue, however many ranks ask for it"
         assert int((folder / "from-1-0").read_text()) >= 10
     for job, _ in signalled.values():
-        ends = job.ends(0)
-        assert (ends[0].code, ends[1].code) == (75, 75)  # rank 0 had the time to save although rank 1 had left before
-        assert ends[0].seconds > ends[1].seconds + 5
+        exits = job.exits(0)
+        assert (exits[0].code, exits[1].code) == (75, 75)  # rank 0 had the time to save although rank 1 had left before
+        assert exits[0].seconds > exits[1].seconds + 5
 
 
 @pytest.mark.usefixtures("out_of_time")
@@ -207,7 +207,7 @@ def test_a_cancelled_job_is_not_revived(trainer: Callable[..., tuple[Submitted, 
     time.sleep(8)  # a requeued job would start within that time
     assert job.state == "CANCELLED"
     assert not (folder / "from-1-0").exists()
-    assert job.ends(0)[0].exit_code == 75  # which otherwise means: start me again
+    assert job.exits(0)[0].exit_code == 75  # which otherwise means: start me again
 
 
 @pytest.mark.usefixtures("out_of_time")
@@ -239,7 +239,7 @@ def test_the_bare_batch_file_of_the_documentation(lab: str, tmp_path: Path) -> N
         until(lambda name=name: (tmp_path / name / "state").exists(), name)  # type: ignore[misc]
     slurm("scancel", "--signal=TERM", jobs["signalled"])
     slurm("scancel", jobs["cancelled"])
-    until(lambda: job_states(jobs["signalled"]) == {jobs["signalled"]: State("COMPLETED", "None")}, "the end")
+    until(lambda: job_states(jobs["signalled"]) == {jobs["signalled"]: JobState("COMPLETED", "None")}, "the end")
     assert (tmp_path / "signalled" / "done-0").exists()
     assert not (tmp_path / "signalled" / "from-2-0").exists()
     assert (job_states(jobs["cancelled"]) or {})[jobs["cancelled"]].name == "CANCELLED"
@@ -275,7 +275,7 @@ def test_the_accounting_tells_of_jobs_that_the_controller_has_forgotten(
     assert job_states("999999999") == {}
     from mae_dat.launch.slurm import _recorded_states
 
-    until(lambda: _recorded_states(job.id) == {job.id: State("FAILED")}, "the accounting")
+    until(lambda: _recorded_states(job.id) == {job.id: JobState("FAILED")}, "the accounting")
     monkeypatch.setenv("PATH", "")
     assert job_states(job.id) is None  # no answer is not an end
 
@@ -284,7 +284,7 @@ def test_out_of_time(out_of_time: tuple[Submitted, Path]) -> None:
     job, folder = out_of_time
     assert job.result() == 0, job.text
     assert (folder / "from-1-0").read_text() == "31"
-    assert job.ends(0)[0].seconds > 40
+    assert job.exits(0)[0].seconds > 40
 
 
 # ---- training itself ----
@@ -338,8 +338,8 @@ def test_preempted_and_bereft_of_a_node_a_job_ends_with_the_same_weights(
     until(lambda: newest_step(output) >= 20, "the first checkpoints")
     slurm("sbatch", "--wait", "--partition=debug", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=srun true")
     before = newest_step(output)
-    assert job.ends(0)[0].asked
-    assert job.ends(0)[0].exit_code == 75
+    assert job.exits(0)[0].signal
+    assert job.exits(0)[0].exit_code == 75
     until(lambda: newest_step(output) > before, "steps of the second attempt")
     laboratory = os.environ | {"SLURM_LAB": lab}
     subprocess.run([TOOLS / "slurm-down", "--node", "n2"], env=laboratory, check=True)  # a power cut
@@ -349,6 +349,6 @@ def test_preempted_and_bereft_of_a_node_a_job_ends_with_the_same_weights(
     subprocess.run([TOOLS / "slurm-up", "--node", "n2"], env=laboratory, check=True)
     assert job.result(400) == 0, job.text
     assert weights_hash(output) == undisturbed
-    assert set(job.ends(2)) == {0, 1}
+    assert set(job.exits(2)) == {0, 1}
     records = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(14))

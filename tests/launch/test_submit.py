@@ -13,8 +13,10 @@ import pytest
 
 from mae_dat.cli import COMMANDS
 from mae_dat.config.errors import ConfigError, MissingInputError, NoProgressError, OutputError, UserError
-from mae_dat.launch import executors as cluster
-from mae_dat.launch import submit as launch
+from mae_dat.launch.executors import batch_file
+from mae_dat.launch.job import JobConfig
+from mae_dat.launch.submit import checked_tasks, main, parse_command
+from mae_dat.launch.task import ScriptTask
 
 ROOT = Path(__file__).parents[2]
 RANKS = ("MAE_DAT_RESTARTS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -23,8 +25,8 @@ RANKS = ("MAE_DAT_RESTARTS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SI
 SCRIPT = f"""
 import json, os, pathlib, sys
 folder = pathlib.Path("FOLDER")
-seen = {{"argv": sys.argv[1:], **{{name: os.environ[name] for name in {RANKS}}}}}
-(folder / (os.environ["RANK"] + ".json")).write_text(json.dumps(seen))
+facts = {{"argv": sys.argv[1:], **{{name: os.environ[name] for name in {RANKS}}}}}
+(folder / (os.environ["RANK"] + ".json")).write_text(json.dumps(facts))
 print("rank", os.environ["RANK"], "is here")
 sys.exit(int(sys.argv[1]))
 """
@@ -60,7 +62,7 @@ def submit_py(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def wait_for(path: Path, text: str = "", seconds: float = 30) -> str:
+def wait_for_text(path: Path, text: str = "", seconds: float = 30) -> str:
     """Wait until a file is there and holds a text; returns all of it."""
     end = time.monotonic() + seconds
     while not path.exists() or text not in path.read_text():
@@ -78,17 +80,25 @@ def test_dry_run_prints_the_batch_file_and_leaves_no_trace(script: Path, tmp_pat
     flags += ["--constraint", "a100", "--mem-gb", 1.5, "--cpus_per_task", 3, "--comment", "two words"]
     flags += ["--exclude", "n[03-05]", "--python", "apptainer exec --nv i.sif python"]
     before = sorted(tmp_path.iterdir())
-    done = submit_py(
+    result = submit_py(
         "--dry_run", *flags, "--job_dir", tmp_path / "jobs" / "%j", script, "--dat", "--lr", "1e-3", cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
     assert lines[0] == "#!/bin/bash"
-    wanted = {"nodes=4", "ntasks-per-node=2", "gpus-per-node=2", "time=60", "partition=gpu", "account=lab", "qos=high"}
-    wanted |= {"constraint=a100", "mem=1536MB", "cpus-per-task=3", "comment='two words'", "job-name=train"}
-    wanted |= {"exclude='n[03-05]'", "requeue", f"output={tmp_path}/jobs/%j/%j_0_log.out"}
+    expected = {
+        "nodes=4",
+        "ntasks-per-node=2",
+        "gpus-per-node=2",
+        "time=60",
+        "partition=gpu",
+        "account=lab",
+        "qos=high",
+    }
+    expected |= {"constraint=a100", "mem=1536MB", "cpus-per-task=3", "comment='two words'", "job-name=train"}
+    expected |= {"qos=high", "exclude='n[03-05]'", "requeue", f"output={tmp_path}/jobs/%j/%j_0_log.out"}
     directives = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH --")}
-    assert wanted <= directives
+    assert expected <= directives
     assert any(line.startswith("signal=USR2@") for line in directives)
     (srun,) = [line for line in lines if line.startswith("srun ")]
     assert "--kill-on-bad-exit=1" in srun
@@ -102,8 +112,8 @@ def test_dry_run_prints_the_batch_file_and_leaves_no_trace(script: Path, tmp_pat
 
 def batch_text(*words: str) -> str:
     """The batch file of a dry run in this process."""
-    config, task = launch.parse(["--dry_run", *words])
-    return cluster.batch_file(config.resolve(), task, ROOT, "python submit.py")
+    config, task = parse_command(["--dry_run", *words])
+    return batch_file(config.resolve(), task, ROOT, "python submit.py")
 
 
 def test_unset_flags_leave_the_choice_to_the_cluster(script: Path) -> None:
@@ -133,7 +143,7 @@ def test_an_array_has_the_users_indices_and_waits_for_its_files(script: Path) ->
     [("--comment", "x\ntouch pwned"), ("--partition", "a\rb"), ("--job_dir", "a\nb/%j"), ("--python", "p\n")],
 )
 def test_a_line_break_would_be_a_command_of_the_batch_file(script: Path, flag: str, value: str) -> None:
-    config, _ = launch.parse([flag, value, "--dry_run", str(script)])
+    config, _ = parse_command([flag, value, "--dry_run", str(script)])
     with pytest.raises(ConfigError, match=f"{flag} .*line breaks"):
         config.resolve()
 
@@ -142,9 +152,9 @@ def test_what_is_typed_is_never_run_by_the_batch_file(tmp_path: Path) -> None:
     script = tmp_path / "a\ntouch pwned1 $(touch pwned2).py"
     script.touch()
     words = ["--dry_run", "--comment", "'; touch pwned3 $(touch pwned4) `touch pwned5`", "--job_dir", "$(touch pwned6)"]
-    done = submit_py(*words, script, "x\ntouch pwned7", "$(touch pwned8)", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    text = done.stdout[: done.stdout.index("# every task runs")]  # the rest is only shown
+    result = submit_py(*words, script, "x\ntouch pwned7", "$(touch pwned8)", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = result.stdout[: result.stdout.index("# every task runs")]  # the rest is only shown
     for name in ("srun", "python"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
@@ -156,21 +166,21 @@ def test_what_is_typed_is_never_run_by_the_batch_file(tmp_path: Path) -> None:
 def test_everything_after_the_script_is_the_scripts(script: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ["--config", "a b.yaml", "--dat", "--lr=1e-3", "--nodes", "7", "--", "-x", "--partiton", "other.py"]
     with caplog.at_level(logging.WARNING):
-        config, task = launch.parse(["--nodes", "3", "--dry-run", "--partition=p", str(script), *words])
+        config, task = parse_command(["--nodes", "3", "--dry-run", "--partition=p", str(script), *words])
     assert (config.nodes, config.partition, config.dry_run) == (3, "p", True)
     assert (task.script, task.args) == (str(script), tuple(words))
     assert [record.getMessage().split()[0] for record in caplog.records] == ["--nodes"]
 
 
 def test_a_module_of_the_package_is_a_script_too() -> None:
-    config, task = launch.parse(["--dry_run", "-m", "mae_dat", "compare", "--seeds", "0"], COMMANDS)
+    config, task = parse_command(["--dry_run", "-m", "mae_dat", "compare", "--seeds", "0"], COMMANDS)
     assert task.command == [sys.executable, "-P", "-m", "mae_dat", "compare", "--seeds", "0"]
     assert config.dry_run
     with pytest.raises(MissingInputError, match=r"-m mae_dat compar: did you mean compare"):
-        launch.parse(["-m", "mae_dat", "compar"], COMMANDS)
+        parse_command(["-m", "mae_dat", "compar"], COMMANDS)
     for words in (["mae_dat.compare"], ["mae_dat"], ["other", "compare"]):
         with pytest.raises(MissingInputError, match="use -m mae_dat COMMAND"):
-            launch.parse(["-m", *words], COMMANDS)
+            parse_command(["-m", *words], COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -184,15 +194,15 @@ def test_a_module_of_the_package_is_a_script_too() -> None:
         (["-m"], ConfigError, "no script"),
         (["tran.py", "--dat"], MissingInputError, "no such script: tran.py: did you mean train.py"),
         (["nowhere/train.py"], MissingInputError, "no such script"),
-        (["."], ConfigError, "no Python script"),
+        (["."], ConfigError, "not a Python script"),
         (["--nodes", "0", "--dry_run", "train.py"], ConfigError, "--nodes 0: must be 1 or more"),
         (["--ngpus", "-1", "--dry_run", "train.py"], ConfigError, "--ngpus -1: must be 0 or more"),
         (["--mem_gb", "-1", "--dry_run", "train.py"], ConfigError, "--mem_gb -1.0"),
         (["--cluster", "local", "--nodes", "2", "train.py"], ConfigError, "there is one machine"),
         (["--cluster", "local", "--array", "0-3", "train.py"], ConfigError, "only SLURM has arrays"),
-        (["--array", "0-", "--dry_run", "train.py"], ConfigError, "'0-' is no index"),
-        (["--array", "3-1", "--dry_run", "train.py"], ConfigError, "'3-1' is no range"),
-        (["--array", "0-3%", "--dry_run", "train.py"], ConfigError, "no number of jobs at once"),
+        (["--array", "0-", "--dry_run", "train.py"], ConfigError, "'0-' is not an index"),
+        (["--array", "3-1", "--dry_run", "train.py"], ConfigError, "'3-1' is not a range"),
+        (["--array", "0-3%", "--dry_run", "train.py"], ConfigError, "not a number of jobs at once"),
     ],
 )
 def test_mistakes_are_named(
@@ -200,37 +210,40 @@ def test_mistakes_are_named(
 ) -> None:
     monkeypatch.chdir(script.parent)
     with pytest.raises(error) as caught:
-        launch.parse(words)[0].resolve()
+        parse_command(words)[0].resolve()
     assert message in str(caught.value)
 
 
 def test_slurm_where_there_is_none(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(script.parent))
-    config, _ = launch.parse(["--cluster", "slurm", str(script)])
+    config, _ = parse_command(["--cluster", "slurm", str(script)])
     with pytest.raises(ConfigError, match="--cluster local"):
         config.resolve()
-    assert launch.JobConfig().resolve().cluster == "local"
+    assert JobConfig().resolve().cluster == "local"
 
 
 def test_a_mistake_ends_with_its_exit_code_and_one_line(script: Path) -> None:
-    done = submit_py("--job_dir", script.parent / "jobs", "--ngpu", 2, script)
-    assert done.returncode == ConfigError.exit_code
-    assert done.stderr.count("\n") == 1
-    assert "did you mean --ngpus" in done.stderr
+    result = submit_py("--job_dir", script.parent / "jobs", "--ngpu", 2, script)
+    assert result.returncode == ConfigError.exit_code
+    assert result.stderr.count("\n") == 1
+    assert "did you mean --ngpus" in result.stderr
     assert not (script.parent / "jobs").exists()
 
 
 def test_a_value_of_the_wrong_type_is_refused(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        launch.main(["--nodes", "four", str(script)])
+        main(["--nodes", "four", str(script)])
     assert ended.value.code == 2
-    assert "argument --nodes: invalid int value: 'four'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "--nodes" in message
+    assert "int" in message
+    assert "'four'" in message
 
 
-def checked(*words: str) -> list[launch.ScriptTask]:
+def checked(*words: str) -> list[ScriptTask]:
     """The tasks of a command line, after the checks that precede every submission."""
-    config, task = launch.parse(words)
-    return launch.tasks_of(config.resolve(), task)
+    config, task = parse_command(words)
+    return checked_tasks(config.resolve(), task)
 
 
 @pytest.fixture
@@ -295,10 +308,10 @@ def test_a_refusal_of_sbatch_is_passed_on(script: Path, monkeypatch: pytest.Monk
         (script.parent / name).write_text(f"#!/bin/sh\n{body}\n")
         (script.parent / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
-    done = submit_py("--job_dir", script.parent / "jobs" / "%j", "--partition", "gpux", script)
-    assert done.returncode == ConfigError.exit_code
-    assert "invalid partition specified: gpux" in done.stderr
-    assert "Traceback" not in done.stderr
+    result = submit_py("--job_dir", script.parent / "jobs" / "%j", "--partition", "gpux", script)
+    assert result.returncode == ConfigError.exit_code
+    assert "invalid partition specified: gpux" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def run_local(script: Path, *words: object, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -311,27 +324,27 @@ def test_two_ranks_run_on_this_machine(script: Path, monkeypatch: pytest.MonkeyP
     # As from inside another job, of which nothing may reach this one.
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_PORT", "WORLD_SIZE", "SUBMITIT_LOCAL_NTASKS"):
         monkeypatch.setenv(name, "7")
-    done = run_local(script, 0, "--dat", "two words", flags=("--ngpus", "2"))
-    assert done.returncode == 0, done.stderr
-    job = job_id(done.stdout)
+    result = run_local(script, 0, "--dat", "two words", flags=("--ngpus", "2"))
+    assert result.returncode == 0, result.stderr
+    job = job_id(result.stdout)
     log = script.parent / "jobs" / job / f"{job}_1_log.out"
-    assert "rank 0 is here" in done.stdout
+    assert "rank 0 is here" in result.stdout
     assert "rank 1 is here" in log.read_text()
-    seen = [json.loads((script.parent / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert [item["argv"] for item in seen] == [["0", "--dat", "two words"]] * 2
-    assert [(item["RANK"], item["LOCAL_RANK"], item["WORLD_SIZE"]) for item in seen] == [
+    facts = [json.loads((script.parent / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [item["argv"] for item in facts] == [["0", "--dat", "two words"]] * 2
+    assert [(item["RANK"], item["LOCAL_RANK"], item["WORLD_SIZE"]) for item in facts] == [
         ("0", "0", "2"),
         ("1", "1", "2"),
     ]
-    assert seen[0]["MASTER_PORT"] == seen[1]["MASTER_PORT"] != "7"
-    assert [item["MAE_DAT_RESTARTS"] for item in seen] == ["0", "0"]
-    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:6])
+    assert facts[0]["MASTER_PORT"] == facts[1]["MASTER_PORT"] != "7"
+    assert [item["MAE_DAT_RESTARTS"] for item in facts] == ["0", "0"]
+    rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines()[1:6])
     assert rows["cancel"] == f"kill {job}"
     assert rows["log"] == str(log).replace("_1_", "_0_")
-    assert done.stdout.splitlines()[5].split("go on")[1].split() == [
+    assert result.stdout.splitlines()[5].split("resume")[1].split() == [
         "python",
         "submit.py",
-        *done.args[2:-1],
+        *result.args[2:-1],
         "'two",
         "words'",
     ]
@@ -339,16 +352,16 @@ def test_two_ranks_run_on_this_machine(script: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("code", [3, 74])
 def test_waiting_returns_the_scripts_exit_code(script: Path, code: int) -> None:
-    done = run_local(script, code)
-    assert done.returncode == code
-    assert f"ended with exit code {code}" in done.stdout
+    result = run_local(script, code)
+    assert result.returncode == code
+    assert f"ended with exit code {code}" in result.stdout
 
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_debug_runs_here_and_returns_the_exit_code(script: Path, code: int) -> None:
     before = dict(os.environ)
     words = ["--cluster", "debug", "--job_dir", str(script.parent / "jobs"), str(script), str(code)]
-    assert launch.main(words) == code
+    assert main(words) == code
     assert json.loads((script.parent / "0.json").read_text())["WORLD_SIZE"] == "1"
     assert dict(os.environ) == before
 
@@ -356,31 +369,31 @@ def test_debug_runs_here_and_returns_the_exit_code(script: Path, code: int) -> N
 def test_a_preempted_job_saves_and_is_run_again(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(PREEMPTED.replace("STATE", str(script.with_suffix(".state"))))
-    done = run_local(script, int(signal.SIGUSR2))
-    assert done.returncode == 0, done.stdout
+    result = run_local(script, int(signal.SIGUSR2))
+    assert result.returncode == 0, result.stdout
     assert script.with_suffix(".state").read_text() == "saved"
-    assert "SIGUSR2: the script is told to save and stop" in done.stdout
-    assert done.stdout.count("is started again") == 1
+    assert "SIGUSR2: the script is asked to save and stop" in result.stdout
+    assert result.stdout.count("is started again") == 1
 
 
 def test_a_cancelled_job_saves_and_is_not_run_again(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(PREEMPTED.replace("STATE", str(script.with_suffix(".state"))))
-    done = run_local(script, int(signal.SIGTERM))
-    assert done.returncode == 75, done.stdout
+    result = run_local(script, int(signal.SIGTERM))
+    assert result.returncode == 75, result.stdout
     assert script.with_suffix(".state").read_text() == "saved"
-    assert "is started again" not in done.stdout
+    assert "is started again" not in result.stdout
 
 
-def test_a_script_that_is_killed_at_every_start_is_given_up(tmp_path: Path) -> None:
+def test_a_script_that_is_killed_at_every_start_is_not_started_again(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import os\nos.kill(os.getpid(), 9)\n")
-    done = run_local(script)
-    assert done.returncode == NoProgressError.exit_code
-    assert "3 times in a row: giving up" in done.stdout
+    result = run_local(script)
+    assert result.returncode == NoProgressError.exit_code
+    assert "3 times in a row: giving up" in result.stdout
 
 
-def test_one_ranks_error_outweighs_anothers_wish_to_start_again(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_prevails_over_a_restart_of_another(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import os, sys, time\nrank = int(os.environ['RANK'])\ntime.sleep(rank)\nsys.exit((75, 65)[rank])\n"
@@ -406,28 +419,28 @@ def test_ctrl_c_ends_the_waiting_and_not_the_job(tmp_path: Path) -> None:
             shown += waiting.stdout.readline()
         os.killpg(waiting.pid, signal.SIGINT)  # as the terminal does: to all that was started from it
         assert waiting.wait(20) == 130
-        assert "the job goes on" in waiting.stderr.read()
+        assert "the job continues" in waiting.stderr.read()
     (tmp_path / "go").touch()
     job = job_id(shown)
-    wait_for(tmp_path / "jobs" / job / f"{job}_0_log.out", "done\n")
+    wait_for_text(tmp_path / "jobs" / job / f"{job}_0_log.out", "done\n")
 
 
 def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("import sys\nimport neighbour\nprint(neighbour.word, sys.path[0])\nsys.exit(neighbour.code())\n")
     neighbour = tmp_path / "neighbour.py"
-    own = f"""
+    submitted = f"""
 import os, pathlib
 word = "as submitted"
 def code():
     pathlib.Path({str(neighbour)!r}).write_text("word = 'edited meanwhile'\\ndef code(): return 0\\n")
     return 0 if os.environ["MAE_DAT_RESTARTS"] == "1" else 75
 """
-    neighbour.write_text(own)
-    done = run_local(script)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count("as submitted") == 2
-    neighbour.write_text(own)
+    neighbour.write_text(submitted)
+    result = run_local(script)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("as submitted") == 2
+    neighbour.write_text(submitted)
     edited = run_local(script, flags=("--no_snapshot",))
     assert (edited.stdout.count("as submitted"), edited.stdout.count("edited meanwhile")) == (1, 1)
 
@@ -444,6 +457,6 @@ def test_two_ranks_talk_to_each_other(tmp_path: Path) -> None:
         "print('sum', x.item())\n"
         "dist.destroy_process_group()\n"
     )
-    done = run_local(script, flags=("--ngpus", "2"))
-    assert done.returncode == 0
-    assert "sum 3.0" in done.stdout
+    result = run_local(script, flags=("--ngpus", "2"))
+    assert result.returncode == 0
+    assert "sum 3.0" in result.stdout
