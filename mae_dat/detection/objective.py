@@ -11,37 +11,38 @@ from mae_dat.training.objectives.base import Objective, Parts
 
 
 class DetectionObjective(Objective):
-    """The total loss of a detector: the sum of its parts, which is also what an adversary raises.
+    """The total loss of a detector, the sum of its losses, which DAT's adversary raises too.
 
-    torchvision samples anchors and regions by chance. Every view of a batch, clean, attacked or adversarial, starts
-    from the same random state, so that they differ in their pixels alone.
+    torchvision samples anchors and regions at random. Every view of a batch, whether clean, attacked or adversarial,
+    starts from the same random state, so that views differ in their pixels only.
     """
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """The image, with (the boxes and labels of each picture, without its crowds; a seed)."""
+        """Return the images (B, 3, H, W), and the context: each image's boxes without crowds, and a seed."""
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         return batch["image"], (ground_truth(batch), seed)
 
     def parts(self, model: nn.Module, image: Tensor, context: tuple[list[Boxes], int]) -> Parts:
-        """The detector's losses by name, float32 scalars, and as `loss` their sum."""
+        """Compute the detector's losses by name, float32 scalars, and as `loss` their sum."""
         truth, seed = context
         with torch.random.fork_rng([image.device] if image.is_cuda else []):
             torch.manual_seed(seed)
-            losses = {name: one.float() for name, one in model(image, truth).items()}
+            losses = {name: loss.float() for name, loss in model(image, truth).items()}
         return {"loss": torch.stack([*losses.values()]).sum(), **losses}
 
     def loss(self, model: nn.Module, image: Tensor, context: tuple[list[Boxes], int]) -> Tensor:
-        """Their sum."""
+        """Compute the sum of the losses, a float32 scalar."""
         return self.parts(model, image, context)["loss"]
 
 
 def ground_truth(batch: Any, crowd: bool = False) -> list[dict[str, Tensor]]:
-    """Boxes and labels of each picture of a `BoxBatch`, without the rows that fill it up; crowds are left out, or with
-    `crowd` flagged as `iscrowd`."""
-    rows = zip(batch["boxes"], batch["labels"], batch["crowd"], strict=True)
-    found = []
-    for boxes, labels, crowds in rows:
-        kept = (labels > 0) & (~crowds | crowd)
-        one = {"boxes": boxes[kept], "labels": labels[kept]}
-        found.append({**one, "iscrowd": crowds[kept].long()} if crowd else one)
-    return found
+    """Return boxes (N, 4) and labels (N,) of each image of a `BoxBatch`, without the padding.
+
+    Crowds are left out; with `crowd` they are included and flagged in `iscrowd` (N,), int64.
+    """
+    truths = []
+    for boxes, labels, is_crowd in zip(batch["boxes"], batch["labels"], batch["crowd"], strict=True):
+        selected = (labels > 0) & (~is_crowd | crowd)
+        truth = {"boxes": boxes[selected], "labels": labels[selected]}
+        truths.append({**truth, "iscrowd": is_crowd[selected].long()} if crowd else truth)
+    return truths

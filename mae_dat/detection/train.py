@@ -1,8 +1,8 @@
-"""Trains an object detector, plainly or with DAT, and measures it: `python -m mae_dat detect --data_path DIR ...
---output_dir OUT`.
+"""Train an object detector, plainly or with DAT, and measure it.
 
-DIR holds COCO's format (docs/detection.md). The adversary of `--dat` raises the detector's total loss. A rerun of the
-same command resumes. `--eval --resume OUT` measures, with `--corruptions` under 15 corruptions too.
+`python -m mae_dat detect --data_path DIR ... --output_dir OUT`: DIR holds COCO's format (docs/detection.md). The
+adversary of `--dat` raises the detector's total loss. To resume, run the same command again. `--eval --resume OUT`
+measures, with `--corruptions` also under 15 corruptions.
 """
 
 import dataclasses
@@ -12,29 +12,24 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torchvision.utils import draw_bounding_boxes
-
 from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import check_groups
-from mae_dat.data.gallery import draw_gallery
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
+from mae_dat.detection.box_gallery import draw_detections
 from mae_dat.detection.coco import BoxTransform, CocoImages, find_annotations
 from mae_dat.detection.measure import DETECTION_METRICS, average_precision, measure_corruptions, print_corruption_table
 from mae_dat.detection.objective import DetectionObjective
-from mae_dat.models.detector import Boxes, Detector, build_detector, build_trunk
+from mae_dat.models.detector import Detector, build_detector, build_trunk
 from mae_dat.models.mae import VIT_SIZES
-from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.weights.open import read_export
 from mae_dat.robustness.fingerprints import state_sha256
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.run_log import RunLog
-from mae_dat.runtime.seeds import seed_everything, step_generator
+from mae_dat.runtime.seeds import seed_everything
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.runtime.world import world_from_environment
 from mae_dat.storage.weight_files import check_keys
@@ -43,8 +38,7 @@ from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.export import export_model
 from mae_dat.training.finetune import initialize_from
 from mae_dat.training.galleries import galleries_due, show_galleries
-from mae_dat.training.objectives.base import Objective
-from mae_dat.training.objectives.dat import WithDAT, with_dat
+from mae_dat.training.objectives.dat import with_dat
 from mae_dat.training.optim import build_optimizer
 from mae_dat.training.state import TrainingState
 
@@ -55,9 +49,6 @@ _SCALAR_TAGS = {
     "train_lr": "lr",
     **{f"test_{name}": f"perf/test_{name}" for name in DETECTION_METRICS},
 }
-_GALLERY_IMAGES = 4
-SHOWN_SCORE, CELL = 0.5, 384
-_BOX_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
 
 
 def _check_model(name: str, finetune: str | None, pretrained: bool) -> None:
@@ -87,7 +78,7 @@ class DetectorConfig:
     anchor_size: float = 32.0
     """Side of the smallest anchors in pixels, for a transformer; it doubles from map to map (32: for sides of 800)."""
     regions: int = 512
-    """Regions per picture that the transformer's box head learns from in a step."""
+    """Regions per image that the transformer's box head learns from in a step."""
     drop_path: float = 0.1
     opt: Literal["adamw", "sgd"] = "adamw"
     layer_decay: float = 0.75
@@ -111,7 +102,7 @@ class MeasureConfig:
     """With --eval: also under 15 corruptions; the result in output_dir/detection.json."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     limit: int | None = None
-    """Pictures to measure on, evenly spread (default: all of the validation split)."""
+    """Images to measure on, evenly spread (default: all of the validation split)."""
     eval_every: int = 1
     """Epochs between evaluations in training; the last one is always evaluated."""
 
@@ -133,39 +124,38 @@ class DetectConfig:
 
 
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:
-    """Trains, or goes on where the output folder stands, exports the detector and returns its average precision."""
+    """Train or resume, export the detector, and return its average precision (see `coco_scores`)."""
     with run_context(config.run, config.launch, console) as context:
         images = open_coco_images(config, "train")
         held_out = open_coco_images(config, "val", images.classes)
         seed_everything(config.run.seed)
-        model = build_configured_detector(config, len(images.classes), start=True).to(context.device)
+        model = _build_configured_detector(config, len(images.classes), start=True).to(context.device)
         objective = with_dat(DetectionObjective(), config.dat, config.data, context.device, pad=True)
         prepare_model(model, context)
         settings = config.detector
         decay = settings.layer_decay if settings.model in VIT_SIZES else None
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, decay, opt=settings.opt)
         training = TrainingState(model, optimizer, objective)
-        last = config.optim.total_epochs - 1
+        last_epoch = config.optim.total_epochs - 1
 
         def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(config.run, epoch, context):
-                show_galleries(
-                    {"boxes": draw_detections(model, objective, held_out, config, context)}, context, log, epoch
-                )
-            if (epoch + 1) % config.measure.eval_every and epoch != last:
+                gallery = draw_detections(model, objective, held_out, seed=config.run.seed, device=context.device)
+                show_galleries({"boxes": gallery}, context, log, epoch)
+            if (epoch + 1) % config.measure.eval_every and epoch != last_epoch:
                 return {}
-            return {
-                f"test_{name}": value for name, value in validation_precision(model, held_out, config, context).items()
-            }
+            scores = _validation_scores(model, held_out, config, context)
+            return {f"test_{name}": value for name, value in scores.items()}
 
         run.train(training, images, context, config, console, "detect", at_epoch_end, _SCALAR_TAGS)
-        facts = detector_facts(config, images.classes)
-        export_model(full_state_dict(model.net.state_dict()), context, {**facts, "steps": training.step})
-        return validation_precision(model, held_out, config, context)
+        facts = {**_detector_facts(config, images.classes), "steps": training.step}
+        export_model(full_state_dict(model.net.state_dict()), context, facts)
+        return _validation_scores(model, held_out, config, context)
 
 
 def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
-    """Average precision of the detector that `--resume` names: clean, and with `--corruptions` under them."""
+    """Measure the average precision of the detector that `--resume` names; with `--corruptions` see
+    `measure_corruptions`."""
     if config.run.resume is None:
         raise ConfigError("--eval measures the detector that --resume names: an output folder or its weights.")
     path = Path(config.run.resume)
@@ -173,14 +163,14 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
         weights, facts = read_export(path)
         if facts.get("kind") != "detector":
             raise CheckpointError(f"--resume {path} is no detector of this command; train one first.")
-        config = with_facts(config, facts)
-        model = build_configured_detector(config, len(facts["classes"]))
+        config = _with_facts(config, facts)
+        model = _build_configured_detector(config, len(facts["classes"]))
         check_keys(weights.source, model.net.state_dict(), weights.tensors, "give weights of this command")
         model.net.load_state_dict(weights.tensors)
         model.to(context.device)
         held_out = open_coco_images(config, "val", facts["classes"])
         if not config.measure.corruptions:
-            return validation_precision(model, held_out, config, context)
+            return _validation_scores(model, held_out, config, context)
         protocol = {
             **facts,
             "weights": state_sha256(model),
@@ -189,25 +179,37 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
             "seed": config.run.seed,
             "precision": str(context.precision),
         }
-        sizes = (config.optim.batch_size, config.data.num_workers)
-        return measure_corruptions(model, held_out, config.measure.severities, *sizes, context, protocol, console)
+        return measure_corruptions(
+            model,
+            held_out,
+            config.measure.severities,
+            batch_size=config.optim.batch_size,
+            num_workers=config.data.num_workers,
+            context=context,
+            protocol=protocol,
+            console=console,
+        )
 
 
 def open_coco_images(
     config: DetectConfig, split: Literal["train", "val"], classes: list[str] | None = None
 ) -> CocoImages:
-    """A split of the data: augmented for training, as it is (and limited) for validation."""
+    """Open a split of the data: augmented for training; for validation unaugmented, and at most --limit images."""
     if config.data.in_chans != 3:
         raise ConfigError(f"detectors take 3 channels, not --in_chans {config.data.in_chans}.")
-    training = split == "train"
-    view = BoxTransform(config.data.image_size, config.detector.scale_jitter if training else None)
-    found = find_annotations(image_root(config.data.data_path), split)
-    images = CocoImages(found, view, classes or (), config.data.on_bad, config.run.seed)
-    return images if training else images.limited(config.measure.limit)
+    scale_jitter = config.detector.scale_jitter if split == "train" else None
+    images = CocoImages(
+        find_annotations(image_root(config.data.data_path), split),
+        BoxTransform(config.data.image_size, scale_jitter),
+        classes=classes or (),
+        on_bad=config.data.on_bad,
+        seed=config.run.seed,
+    )
+    return images if split == "train" else images.limited(config.measure.limit)
 
 
-def build_configured_detector(config: DetectConfig, classes: int, start: bool = False) -> Detector:
-    """The detector that the flags describe; with `start` from the weights that they name."""
+def _build_configured_detector(config: DetectConfig, num_classes: int, start: bool = False) -> Detector:
+    """Build the detector that the flags describe; with `start` it gets the weights that they name."""
     settings, size = config.detector, config.data.image_size
     trunk = None
     if settings.model in VIT_SIZES:
@@ -218,7 +220,7 @@ def build_configured_detector(config: DetectConfig, classes: int, start: bool = 
             logger.info("%s starts from random weights: no --finetune.", settings.model)
     return build_detector(
         settings.model,
-        classes,
+        num_classes,
         size,
         width=settings.width,
         anchor_size=settings.anchor_size,
@@ -228,12 +230,13 @@ def build_configured_detector(config: DetectConfig, classes: int, start: bool = 
     )
 
 
-def detector_facts(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
-    """What it takes to rebuild the detector, stored with its weights."""
+def _detector_facts(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
+    """Return what is needed to build the detector again; it is stored with its weights."""
     settings = config.detector
-    own = {"kind": "detector", "model": settings.model, "classes": classes}
     return {
-        **own,
+        "kind": "detector",
+        "model": settings.model,
+        "classes": classes,
         "input_size": list(config.data.image_size),
         "width": settings.width,
         "anchor_size": settings.anchor_size,
@@ -241,61 +244,26 @@ def detector_facts(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
     }
 
 
-def with_facts(config: DetectConfig, facts: dict[str, Any]) -> DetectConfig:
-    """The settings with what a file says about itself in the place of the flags."""
-    own = {name: facts[name] for name in ("model", "width", "anchor_size", "regions")}
-    detector = dataclasses.replace(config.detector, **own, finetune=None, pretrained=False, drop_path=0.0)
+def _with_facts(config: DetectConfig, facts: dict[str, Any]) -> DetectConfig:
+    """Return the settings with a file's facts instead of the flags."""
+    stored = {name: facts[name] for name in ("model", "width", "anchor_size", "regions")}
+    detector = dataclasses.replace(config.detector, **stored, finetune=None, pretrained=False, drop_path=0.0)
     data = dataclasses.replace(config.data, input_size=tuple(facts["input_size"]))
     return dataclasses.replace(config, detector=detector, data=data)
 
 
-def validation_precision(
-    model: Detector, held_out: CocoImages, config: DetectConfig, context: RunContext
+def _validation_scores(
+    model: Detector, images: CocoImages, config: DetectConfig, context: RunContext
 ) -> dict[str, float]:
-    """mAP, mAP50 and mAP75 on the validation pictures. Collective."""
-    sizes = (config.optim.batch_size, context.world.rank, context.world.size, config.data.num_workers)
-    return average_precision(model, eval_loader(held_out, *sizes), context)
-
-
-# ---- pictures ----
-
-
-def draw_detections(
-    model: Detector, objective: Objective, held_out: CocoImages, config: DetectConfig, context: RunContext
-) -> Tensor:
-    """The same held-out pictures after every epoch, with the boxes that are there and those found, and with DAT those
-    found in the adversary."""
-    batch: Any = torch.utils.data.default_collate(
-        [held_out.limited(_GALLERY_IMAGES)[index] for index in range(_GALLERY_IMAGES)]
+    """Compute `coco_scores` of the validation images. Collective."""
+    loader = eval_loader(
+        images,
+        batch_size=config.optim.batch_size,
+        rank=context.world.rank,
+        world_size=context.world.size,
+        num_workers=config.data.num_workers,
     )
-    generator = step_generator(config.run.seed, 0, 0, context.device)
-    batch = {name: value.to(context.device) for name, value in batch.items()}
-    image, view_context = objective.prepare(model, batch, generator)
-    views = {"found": image}
-    with evaluation_mode(model):
-        if isinstance(objective, WithDAT) and objective.strength_is_known:
-            views["found in the adversary"] = objective.adversary(model, image, view_context, generator).adversarial
-        columns = [("truth", draw_boxes(image, view_context[0], held_out.classes))]
-        with torch.no_grad():
-            columns += [(name, draw_boxes(view, model(view), held_out.classes)) for name, view in views.items()]
-    return draw_gallery(columns, cell=CELL)
-
-
-def draw_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1], enlarged, with named boxes; of what was found, those of a score of 0.5 and
-    above."""
-    scale = max(1, round(CELL / image.shape[-1]))
-    drawn = []
-    for one, found in zip(nn.functional.interpolate(image.cpu(), scale_factor=scale), boxes, strict=True):
-        kept = found["scores"] >= SHOWN_SCORE if "scores" in found else torch.ones_like(found["labels"]).bool()
-        labels = [label - 1 for label in found["labels"][kept].tolist()]
-        names, colors = (
-            [classes[label] for label in labels],
-            [_BOX_COLORS[label % len(_BOX_COLORS)] for label in labels],
-        )
-        where = scale * found["boxes"][kept].cpu()
-        drawn.append(draw_bounding_boxes(one, where, names, colors, width=2) if names else one)
-    return torch.stack(drawn)
+    return average_precision(model, loader, context)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -312,5 +280,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def print_scores(result: dict[str, float]) -> None:
-    """One line."""
+    """Print the average precision in percent on one line."""
     print(", ".join(f"{name} {100 * result[name]:.1f} %" for name in DETECTION_METRICS))

@@ -138,28 +138,28 @@ def setting(where: str, **values: Any) -> Callable[[Any], object]:
         (setting("annotations", bbox=[4, 6, 0, 12]), "annotation 1 .* no area"),
         (setting("annotations", bbox=[30, 6, 10, 12]), "annotation 1 .* outside .* 32 x 32"),
         (setting("annotations", bbox=[4, 6, math.nan, 12]), "not \\(x, y, width, height\\)"),
-        (setting("annotations", bbox=[32.5, 6, 0.5, 5]), "beside its picture"),
+        (setting("annotations", bbox=[32.5, 6, 0.5, 5]), "of which nothing is inside its image"),
         (setting("annotations", category_id=6), "unknown category 6"),
-        (setting("annotations", image_id=8), "picture 8, which is not listed"),
+        (setting("annotations", image_id=8), "image 8, which is not listed"),
         (setting("categories", name="early"), "'early' twice"),
         (lambda content: content.pop("categories"), "'categories' is missing"),
         (lambda content: content.update(annotations=[]), "no box"),
     ],
 )
-def test_what_is_wrong_with_the_data_is_told_before_training(
+def test_problems_of_the_data_are_reported_before_training(
     tmp_path: Path, folder: Path, change: Callable[[Any], object], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         CocoImages(coco_file(tmp_path, folder, change), BoxTransform((32, 32)))
 
 
-def test_bad_boxes_are_left_out_and_told_where_asked_for(
+def test_bad_boxes_are_skipped_and_logged_on_request(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     split = coco_file(tmp_path, folder, setting("annotations", bbox=[4, 6, 0, 12]))
     images = CocoImages(split, BoxTransform((32, 32)), on_bad="skip")
     assert images[0]["labels"].tolist() == [1]
-    assert "1 entries left out" in caplog.text
+    assert "1 entries skipped" in caplog.text
 
 
 def test_a_picture_of_another_size_than_its_json_says_and_a_class_unknown_to_training(
