@@ -1,12 +1,12 @@
-"""How far pictures are from clean ones: channel statistics inside a network, distance of features, colours, spectrum.
+"""Compute how far images are from clean ones: channel statistics in a model, feature distances, colours and spectrum.
 
-Mao et al. 2022 explain DAT by the statistics of BatchNorm on clean and on adversarial pictures (Fig. 2) and by what the
-perturbations look like (Fig. 3). Everything is gathered in float64 over batches of pictures (B, C, H, W) in [0, 1].
+Mao et al. 2022 explain DAT by the statistics of BatchNorm on clean and on adversarial images (Fig. 2) and by what the
+perturbations look like (Fig. 3). Everything is accumulated in float64 over batches of images (B, C, H, W) in [0, 1].
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from timm.layers import LayerNorm2d
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from mae_dat.config.errors import ConfigError
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_CHANNEL_NORMS = (_BATCH_NORM, nn.GroupNorm, LayerNorm2d)  # channels stand second
+_CHANNEL_NORMS = (_BATCH_NORM, nn.GroupNorm, LayerNorm2d)  # their inputs have the channels second, not last
 LEVELS = 255
 
 
 class Moments:
-    """Mean and variance of each of C channels, gathered over batches."""
+    """Mean and variance of each of C channels, accumulated over batches."""
 
     def __init__(self) -> None:
         self.count = 0
         self.sum_C = self.square_C = torch.zeros((), dtype=torch.float64)
 
     def add(self, values_MC: Tensor) -> None:
-        """M further values of each channel."""
+        """Add M values of each channel, (M, C)."""
         values_MC = values_MC.detach().double()
         self.count += len(values_MC)
         self.sum_C = self.sum_C.to(values_MC.device) + values_MC.sum(0)
@@ -35,39 +35,40 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """(C,)."""
+        """Mean of each channel, (C,)."""
         return self.sum_C / self.count
 
     @property
     def variance(self) -> Tensor:
-        """(C,), as BatchNorm normalizes by it: divided by the count."""
+        """Variance of each channel, (C,), divided by the count as BatchNorm does."""
         return (self.square_C / self.count - self.mean.square()).clamp(min=0)
 
 
-def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose inputs are looked at: BatchNorm's as in the paper, of a network without them LayerNorm's or
-    GroupNorm's. Raises ConfigError for a network that has none."""
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers whose inputs are compared, by name: BatchNorm as in the paper, else LayerNorm and GroupNorm.
+
+    Raises ConfigError for a model without any of them.
+    """
     for kinds in ((_BATCH_NORM,), (nn.LayerNorm, nn.GroupNorm)):
-        found: dict[str, nn.Module] = {
-            name: module for name, module in network.named_modules() if isinstance(module, kinds)
+        layers: dict[str, nn.Module] = {
+            name: module for name, module in model.named_modules() if isinstance(module, kinds)
         }
-        if found:
-            return found
-    raise ConfigError(f"{type(network).__name__} has no BatchNorm, LayerNorm or GroupNorm to compare the inputs of.")
+        if layers:
+            return layers
+    raise ConfigError(f"{type(model).__name__} has no BatchNorm, LayerNorm or GroupNorm to compare the inputs of.")
 
 
 @contextmanager
-def record_moments(layers: Mapping[str, nn.Module], found: Mapping[str, Moments]) -> Iterator[None]:
-    """Adds the channels of the layers' inputs, over the forwards within the block, to the moments of the same name."""
+def record_moments(layers: Mapping[str, nn.Module], moments: Mapping[str, Moments]) -> Iterator[None]:
+    """Add the channels of each layer's inputs to the moments of the same name, in every forward pass of the block."""
 
-    def hook(name: str, layer: nn.Module) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            second = isinstance(layer, _CHANNEL_NORMS) and inputs[0].ndim > 2
-            found[name].add((inputs[0].transpose(1, -1) if second else inputs[0]).flatten(0, -2))
+    def add_inputs(layer: nn.Module, inputs: tuple[Tensor, ...], name: str) -> None:
+        values = inputs[0]
+        if isinstance(layer, _CHANNEL_NORMS) and values.ndim > 2:
+            values = values.transpose(1, -1)
+        moments[name].add(values.flatten(0, -2))
 
-        return add
-
-    handles = [layer.register_forward_pre_hook(hook(name, layer)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(partial(add_inputs, name=name)) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -75,14 +76,14 @@ def record_moments(layers: Mapping[str, nn.Module], found: Mapping[str, Moments]
             handle.remove()
 
 
-def correlation(one_C: Tensor, other_C: Tensor) -> float:
-    """Pearson's r of two vectors over the channels; nan where one of them is constant."""
-    one, other = one_C.double() - one_C.double().mean(), other_C.double() - other_C.double().mean()
-    return float((one @ other) / (one.norm() * other.norm()))
+def correlation(first_C: Tensor, second_C: Tensor) -> float:
+    """Compute Pearson's r of two vectors (C,) over the channels; nan where one of them is constant."""
+    first, second = first_C.double() - first_C.double().mean(), second_C.double() - second_C.double().mean()
+    return float((first @ second) / (first.norm() * second.norm()))
 
 
 def correlations(clean: Mapping[str, Moments], other: Mapping[str, Moments]) -> dict[str, dict[str, float]]:
-    """Pearson's r of means and of variances over each layer's channels: the paper's Fig. 2."""
+    """Compute Pearson's r of means and of variances over each layer's channels: the paper's Fig. 2."""
     return {
         name: {
             "mean": correlation(clean[name].mean, other[name].mean),
@@ -92,42 +93,42 @@ def correlations(clean: Mapping[str, Moments], other: Mapping[str, Moments]) -> 
     }
 
 
-def frechet_distance(one_ND: Tensor, other_MD: Tensor) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of two sets of features, as in FID (Heusel et al. 2017, eq. 6).
+def frechet_distance(first_ND: Tensor, second_MD: Tensor) -> float:
+    """Compute |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of two sets of features (Heusel et al. 2017, eq. 6: FID).
 
-    Biased upwards for few pictures: compare sets of the same size only. Raises ConfigError for fewer than 2.
+    It is biased upwards for few images: compare sets of the same size only. Raises ConfigError for fewer than 2.
     """
-    if min(len(one_ND), len(other_MD)) < 2:
-        raise ConfigError("a distance of feature distributions needs at least 2 pictures on either side.")
-    one, other = one_ND.double(), other_MD.double()
-    first, second = torch.atleast_2d(one.T.cov()), torch.atleast_2d(other.T.cov())
-    # The product of two positive matrices has real eigenvalues that are not negative; rounding makes them almost so.
-    common = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sum()
-    gap = (one.mean(0) - other.mean(0)).square().sum()
-    return float(gap + first.trace() + second.trace() - 2 * common)
+    if min(len(first_ND), len(second_MD)) < 2:
+        raise ConfigError("a distance of feature distributions needs at least 2 images in both sets.")
+    first, second = first_ND.double(), second_MD.double()
+    first_DD, second_DD = torch.atleast_2d(first.T.cov()), torch.atleast_2d(second.T.cov())
+    # The product of two positive semi-definite matrices has real eigenvalues >= 0; the clamp removes rounding errors.
+    common = torch.linalg.eigvals(first_DD @ second_DD).real.clamp(min=0).sqrt().sum()
+    gap = (first.mean(0) - second.mean(0)).square().sum()
+    return float(gap + first_DD.trace() + second_DD.trace() - 2 * common)
 
 
 def distinct_colors(image: Tensor) -> Tensor:
-    """Different 8-bit colours in each picture, int64 (B,): the paper's Fig. 3 counts them."""
+    """Count the different 8-bit colours in each image (B, C, H, W), int64 (B,): the paper's Fig. 3."""
     levels = (image * LEVELS).round().long()
     codes = torch.zeros_like(levels[:, 0])
     for channel in levels.unbind(1):
         codes = codes * (LEVELS + 1) + channel
-    return torch.tensor([one.unique().numel() for one in codes])
+    return torch.tensor([image_codes.unique().numel() for image_codes in codes])
 
 
 def power_spectrum(delta: Tensor, bins: int = 16) -> Tensor:
-    """Mean power of a perturbation (B, C, H, W) by spatial frequency, (bins,) from 0 to 0.5 cycles a pixel.
+    """Compute the mean power of a perturbation (B, C, H, W) by spatial frequency, (bins,) from 0 to 0.5 cycles a pixel.
 
-    Summed over a picture's frequencies it is the perturbation's mean square times H * W; corners beyond 0.5 are left
-    out.
+    Summed over all frequencies of an image, the power is the perturbation's mean square times H * W; the corners of the
+    spectrum, beyond 0.5 cycles a pixel, are left out.
     """
     height, width = delta.shape[-2:]
     power_HW = torch.fft.fft2(delta.double()).abs().square().mean((0, 1)) / (height * width)
     rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
-    radius = torch.hypot(rows[:, None], columns[None, :]).to(delta.device)
-    place = (radius * 2 * bins).long().flatten()
-    inside = place < bins
-    place, power = place[inside], power_HW.flatten()[inside]
-    total = torch.zeros(bins, dtype=torch.float64, device=delta.device).index_add_(0, place, power)
-    return total / torch.bincount(place, minlength=bins).clamp(min=1)
+    radius_HW = torch.hypot(rows[:, None], columns[None, :]).to(delta.device)
+    bin_index = (radius_HW * 2 * bins).long().flatten()
+    inside = bin_index < bins
+    bin_index, power = bin_index[inside], power_HW.flatten()[inside]
+    total = torch.zeros(bins, dtype=torch.float64, device=delta.device).index_add_(0, bin_index, power)
+    return total / torch.bincount(bin_index, minlength=bins).clamp(min=1)

@@ -1,21 +1,22 @@
-"""Why discrete adversaries help, as Mao et al. 2022 explain it: `python -m mae_dat analysis --checkpoint A [B ...]
---data_path DIR --output_dir OUT`.
+"""Measure why discrete adversaries help, as Mao et al. 2022 explain it.
 
-For each network, its own discrete and pixel adversaries on held-out pictures: how far the statistics inside the network
-are from the clean pictures' (Fig. 2), how far its features, and what the perturbations look like (Fig. 3). Beside the
-pixel attack at its usual strength stands one whose change is as long as the discrete one's, and noise of that length:
-otherwise strengths would be compared, not kinds. Most of that length is the tokenizer's error, so there is also a pixel
-attack that starts from Q(x) and goes as far from it as the discrete one. Writes analysis.json, analysis.html and
-figures/*.png.
+`python -m mae_dat analysis --checkpoint A [B ...] --data_path DIR --output_dir OUT` attacks each network with discrete
+and pixel adversaries on held-out images and measures how far the statistics inside the network are from those of the
+clean images (Fig. 2), how far its features are, and what the perturbations look like (Fig. 3).
+
+The pixel attack at its usual strength and DAT differ in strength as well as in kind. To compare kinds, there are also a
+pixel attack whose change is as long (L2) as DAT's, and noise of that length. Since most of DAT's length is the
+tokenizer's reconstruction error, another pixel attack starts from the reconstruction Q(x) and goes as far from it as
+DAT does. Writes analysis.json, analysis.html and figures/*.png.
 """
 
 import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -58,17 +59,17 @@ from mae_dat.training.objectives.dat import WithDAT
 logger = logging.getLogger(__name__)
 
 ANALYZED_VIEWS = tuple(view for view in VIEW_TITLES if view != CLEAN_VIEW)
-HALVES = ("even", "odd")  # of the clean pictures, which tell how far apart two samples of the same kind are
-_MIN_IMAGES = 4  # two in each half: the variance of one value is 0, and nothing correlates with that
-DISCRETE = ("reconstruction", "random", "released", "symbolic")
-MATCHED = ("pixel_length", "noise_length", "pixel_decoded")
-SPECTRUM_BINS = 16
-_GALLERY_IMAGES = 4  # pictures in the gallery of perturbations
+_HALVES = ("even", "odd")  # of the clean images: how far apart two samples of the same distribution are
+_MIN_IMAGES = 4  # two in each half: the variance of a single value is 0, which correlates with nothing
+_DISCRETE = ("reconstruction", "random", "released", "symbolic")
+_MATCHED = ("pixel_length", "noise_length", "pixel_decoded")
+_SPECTRUM_BINS = 16
+_GALLERY_IMAGES = 4  # in the gallery of perturbations
 
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisConfig:
-    """Statistics of clean, discrete-adversarial and pixel-adversarial pictures."""
+    """Statistics of clean, discrete-adversarial and pixel-adversarial images."""
 
     checkpoint: tuple[str, ...] = ()
     """Classifiers: output folders, weights files or released names."""
@@ -76,17 +77,17 @@ class AnalysisConfig:
     """The architecture where the file does not say, one for all or one each; with --pretrained timm's names."""
     pretrained: bool = False
     names: tuple[str, ...] = ()
-    """What to call the networks (default: their folders)."""
+    """Names of the networks in the report (default: their folders)."""
     data_path: str | None = None
     """Folder with val/CLASS/*, or `demo` (default: the environment variable MAE_DAT_DATA)."""
     output_dir: str = "./output_analysis"
     limit: int | None = 256
-    """Pictures, evenly spread (None: all)."""
+    """Images, evenly spread (None: all)."""
     views: tuple[str, ...] = ANALYZED_VIEWS
-    """Of the pictures: reconstruction, random, released, symbolic, pixel, pixel_length, noise_length,
-    pixel_decoded."""
+    """Versions of the images to compare with the clean ones: reconstruction, random, released, symbolic,
+    pixel, pixel_length, noise_length, pixel_decoded."""
     share: float = 0.05
-    """Of the words that the discrete adversaries change."""
+    """Share of the words that the discrete adversaries change."""
     pixel_eps: float = 4 / 255
     """Linf radius of the pixel attack, pixels in [0, 1]."""
     pixel_steps: int = 10
@@ -100,179 +101,210 @@ class AnalysisConfig:
         for view in self.views:
             if view not in ANALYZED_VIEWS:
                 raise ConfigError(f"--views: unknown view {view!r}: {suggest(view, ANALYZED_VIEWS)}")
-        if set(MATCHED) & set(self.views) and "released" not in self.views:
-            raise ConfigError(f"--views {', '.join(MATCHED)} need released, whose length they take.")
+        if set(_MATCHED) & set(self.views) and "released" not in self.views:
+            raise ConfigError(f"--views {', '.join(_MATCHED)} need released, whose length they match.")
         if self.limit is not None and self.limit < _MIN_IMAGES:
             raise ConfigError(f"--limit must be at least {_MIN_IMAGES}, got {self.limit}.")
 
 
-class ViewSums(NamedTuple):
-    """What is gathered of one view of the pictures by one network."""
+@dataclasses.dataclass
+class ViewStatistics:
+    """Statistics of one view of the images in one network, accumulated over batches."""
 
-    layers: dict[str, Moments]
+    moments: dict[str, Moments]
+    """Of each layer's inputs."""
     features: list[Tensor]
     sums: dict[str, float]
+    """Over the images, of the numbers by name."""
     spectrum: Tensor
+    """Sum of the power spectra of the changes, (bins,)."""
+
+    @classmethod
+    def of_layers(cls, layers: Iterable[str]) -> Self:
+        """Return empty statistics of these layers."""
+        return cls({name: Moments() for name in layers}, [], {}, torch.zeros(_SPECTRUM_BINS, dtype=torch.float64))
+
+    @torch.no_grad()
+    def add_batch(
+        self, model: Classifier, layers: dict[str, nn.Module], image: Tensor, clean: Tensor, label: Tensor
+    ) -> None:
+        """Add a batch of the view (B, 3, H, W), made from the images `clean` of classes `label` (B,)."""
+        with record_moments(layers, self.moments):
+            logits = model(image).float()
+        self.features.append(model.features(image).float().cpu())
+        delta = image - clean
+        numbers = {
+            "correct": logits.argmax(1) == label,
+            "loss": F.cross_entropy(logits, label, reduction="none"),
+            "length": l2_lengths(delta),
+            "largest": delta.flatten(1).abs().amax(1),
+            "colors": distinct_colors(image),
+        }
+        self.add_sums({"images": len(image), **{name: float(value.sum()) for name, value in numbers.items()}})
+        self.spectrum.add_(len(image) * power_spectrum(delta, _SPECTRUM_BINS).cpu())
+
+    def add_sums(self, numbers: Mapping[str, float]) -> None:
+        """Add numbers, each summed over a batch, to those of the same name."""
+        for name, value in numbers.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, Any]:
+        """Return the count `images` and the means over them."""
+        images = self.sums["images"]
+        means = {name: value / images for name, value in self.sums.items() if name != "images"}
+        return {"images": int(images), **means}
 
 
 def analyze_network(
-    contender: EvaluatedNetwork, images: ImageSet, config: AnalysisConfig, console: Console
+    network: EvaluatedNetwork, images: ImageSet, config: AnalysisConfig, console: Console
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Analyze one network: its views in numbers (see `summarize_views`) and the first images of each view.
 
     Raises ConfigError for a network that is no `Classifier` or has no normalization layer, DataError for fewer than 4
     images.
     """
-    network = contender.model
-    if not isinstance(network, Classifier):
-        raise ConfigError(f"{contender.name} is {contender.facts['architecture']}: its layers cannot be looked into.")
-    layers, count = norm_layers(network), min(config.limit or len(images), len(images))
+    model = network.model
+    if not isinstance(model, Classifier):
+        raise ConfigError(f"{network.name} is {network.facts['architecture']}: its layers are not accessible.")
+    layers, count = norm_layers(model), min(config.limit or len(images), len(images))
     if count < _MIN_IMAGES:
-        raise DataError(f"{images.root} has {count} pictures: statistics of two halves take at least {_MIN_IMAGES}.")
-    seen = {
-        view: ViewSums({name: Moments() for name in layers}, [], {}, torch.zeros(SPECTRUM_BINS, dtype=torch.float64))
-        for view in (CLEAN_VIEW, *HALVES, *config.views)
-    }
-    chosen = evenly_spaced(len(images), count)
-    batches = [chosen[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
-    adversaries = AdversarialViews(network, load_tokenizer(config.tokenizer).to(contender.device), config)
-    shown: dict[str, Tensor] = {}
-    done = 0
-    with console.task(f"analysis of {contender.name}", len(batches)) as task:
+        raise DataError(f"{images.root} has {count} images: statistics of two halves need at least {_MIN_IMAGES}.")
+    statistics = {view: ViewStatistics.of_layers(layers) for view in (CLEAN_VIEW, *_HALVES, *config.views)}
+    indices = evenly_spaced(len(images), count)
+    batches = [indices[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
+    attacks = AdversarialViews(model, load_tokenizer(config.tokenizer).to(network.device), config)
+    examples: dict[str, Tensor] = {}
+    position = 0
+    with console.task(f"analysis of {network.name}", len(batches)) as task:
         for batch in batch_loader(images, batches, config.num_workers):
-            image, label = batch["image"].to(contender.device), batch["label"].to(contender.device)
-            views = adversaries.views(image, label, batch["index"].tolist())
-            shown = shown or {view: picture[:_GALLERY_IMAGES].cpu() for view, (picture, _) in views.items()}
-            for view, (picture, own) in views.items():
-                _look(network, layers, seen[view], picture, image, label)
-                _add(seen[view].sums, {name: value * len(image) for name, value in own.items()})
-            for place, half in enumerate(HALVES):
-                start = (place + done) % 2
-                if len(one := image[start::2]):
-                    _look(network, layers, seen[half], one, one, label[start::2])
-            done += len(image)
+            clean, label = batch["image"].to(network.device), batch["label"].to(network.device)
+            views = attacks.make_views(clean, label, batch["index"].tolist())
+            examples = examples or {view: image[:_GALLERY_IMAGES].cpu() for view, (image, _) in views.items()}
+            for view, (image, means) in views.items():
+                statistics[view].add_batch(model, layers, image, clean=clean, label=label)
+                statistics[view].add_sums({name: mean * len(clean) for name, mean in means.items()})
+            for offset, half in enumerate(_HALVES):
+                rows = slice((offset + position) % 2, None, 2)  # every other image of the whole set, not of the batch
+                if len(clean[rows]):
+                    statistics[half].add_batch(model, layers, clean[rows], clean=clean[rows], label=label[rows])
+            position += len(clean)
             task.advance("")
-    return {"name": contender.name, "facts": contender.facts, **summarize_views(seen, len(layers))}, shown
+    return {"name": network.name, "facts": network.facts, **summarize_views(statistics, len(layers))}, examples
 
 
 class AdversarialViews:
-    """The views of a batch of pictures, (B, 3, H, W) in [0, 1], made against one network."""
+    """Make the views of a batch of images (B, 3, H, W) in [0, 1], attacking one network."""
 
-    def __init__(self, network: Classifier, tokenizer: VisualTokenizer, config: AnalysisConfig) -> None:
-        self.network, self.tokenizer, self.config = network, tokenizer, config
-        self.classes = int(network.net.num_classes)  # type: ignore[arg-type]
-        judge = Classification(AugmentConfig(smoothing=0.0), self.classes)
+    def __init__(self, model: Classifier, tokenizer: VisualTokenizer, config: AnalysisConfig) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.num_classes = int(model.net.num_classes)  # type: ignore[arg-type]
+        objective = Classification(AugmentConfig(smoothing=0.0), self.num_classes)
         self.attacks = {
-            kind: WithDAT(judge, tokenizer, AttackConfig(kind, share=config.share))  # type: ignore[arg-type]
-            for kind in DISCRETE
+            kind: WithDAT(objective, tokenizer, AttackConfig(kind, share=config.share))  # type: ignore[arg-type]
+            for kind in _DISCRETE
             if kind in config.views
         }
 
-    def views(self, image: Tensor, label: Tensor, indices: list[int]) -> dict[str, tuple[Tensor, dict[str, float]]]:
-        """Each view, with what is known of it besides as means over the batch: of discrete ones `words`, the share
-        that changed, and `length_decoded`, of the change from Q(x). The clean pictures come first."""
-        found: dict[str, tuple[Tensor, dict[str, float]]] = {CLEAN_VIEW: (image, {})}
-        target = F.one_hot(label, self.classes).float()
+    def make_views(
+        self, image: Tensor, label: Tensor, indices: list[int]
+    ) -> dict[str, tuple[Tensor, dict[str, float]]]:
+        """Make each view (B, 3, H, W), and further numbers as means over the batch; the clean images come first.
+
+        Numbers of discrete views: `words`, the share of changed words, and `length_decoded`, of the change from Q(x).
+        `indices` are those of the images in their set, which seed the attacks.
+        """
+        views: dict[str, tuple[Tensor, dict[str, float]]] = {CLEAN_VIEW: (image, {})}
+        target = F.one_hot(label, self.num_classes).float()
         decoded = reconstruct(self.tokenizer, image)
         for kind, attack in self.attacks.items():
             generator = step_generator(self.config.seed, indices[0], 0, image.device)
-            result = attack.adversary(self.network, image, target, generator)
-            length = float(l2_lengths(result.adversarial - decoded).mean())
-            found[kind] = (result.adversarial, {"words": float(result.changed_share), "length_decoded": length})
+            adversary = attack.adversary(self.model, image, target, generator)
+            length = float(l2_lengths(adversary.adversarial - decoded).mean())
+            numbers = {"words": float(adversary.changed_share), "length_decoded": length}
+            views[kind] = (adversary.adversarial, numbers)
         eps, steps = self.config.pixel_eps, self.config.pixel_steps
-        asked = self.config.views
-        if "pixel" in asked:
-            usual = PixelAttack(eps, 2.5 * eps / steps, steps, random_start=True)
-            found["pixel"] = (self._pixel(image, label, usual, indices), {})
-        if "released" in found:
-            changed = found["released"][0]
-            length_B111 = l2_lengths(changed - image)
-            if "pixel_length" in asked:
-                found["pixel_length"] = (self._as_long(image, label, length_B111, indices), {})
-            if "noise_length" in asked:
-                noise = torch.stack([torch.randn(image.shape[1:], generator=one) for one in self._chance(indices)])
-                found["noise_length"] = ((image + length_B111 * unit(noise.to(image.device))).clamp(0, 1), {})
-            if "pixel_decoded" in asked:
-                view = self._as_long(decoded, label, l2_lengths(changed - decoded), indices)
-                found["pixel_decoded"] = (view, {"length_decoded": float(l2_lengths(view - decoded).mean())})
-        return {view: found[view] for view in (CLEAN_VIEW, *ANALYZED_VIEWS) if view in found}
+        if "pixel" in self.config.views:
+            attack_at_eps = PixelAttack(eps, 2.5 * eps / steps, steps, random_start=True)
+            views["pixel"] = (self._pixel_attack(image, label, attack_at_eps, indices), {})
+        if "released" in views:
+            views |= self._matched_views(image, label, indices, decoded=decoded, dat=views["released"][0])
+        return {view: views[view] for view in (CLEAN_VIEW, *ANALYZED_VIEWS) if view in views}
 
-    def _pixel(self, image: Tensor, label: Tensor, attack: PixelAttack, indices: list[int]) -> Tensor:
-        return pixel_adversary(self.network, image, label, attack, self._chance(indices))
+    def _matched_views(
+        self, image: Tensor, label: Tensor, indices: list[int], *, decoded: Tensor, dat: Tensor
+    ) -> dict[str, tuple[Tensor, dict[str, float]]]:
+        """Make the views whose change is as long as the one of `dat`, DAT's adversary."""
+        views: dict[str, tuple[Tensor, dict[str, float]]] = {}
+        length_B111 = l2_lengths(dat - image)
+        if "pixel_length" in self.config.views:
+            views["pixel_length"] = (self._pixel_attack_of_length(image, label, length_B111, indices), {})
+        if "noise_length" in self.config.views:
+            noise = torch.stack(
+                [torch.randn(image.shape[1:], generator=chance) for chance in self._generators(indices)]
+            )
+            views["noise_length"] = ((image + length_B111 * unit(noise.to(image.device))).clamp(0, 1), {})
+        if "pixel_decoded" in self.config.views:
+            view = self._pixel_attack_of_length(decoded, label, l2_lengths(dat - decoded), indices)
+            views["pixel_decoded"] = (view, {"length_decoded": float(l2_lengths(view - decoded).mean())})
+        return views
 
-    def _as_long(self, image: Tensor, label: Tensor, length_B111: Tensor, indices: list[int]) -> Tensor:
-        """The L2 attack in the ball of the longest, then each picture's change drawn in to its own length."""
+    def _pixel_attack(self, image: Tensor, label: Tensor, attack: PixelAttack, indices: list[int]) -> Tensor:
+        return pixel_adversary(self.model, image, label, attack=attack, generators=self._generators(indices))
+
+    def _pixel_attack_of_length(self, image: Tensor, label: Tensor, length_B111: Tensor, indices: list[int]) -> Tensor:
+        """Attack in the L2 ball of the batch's greatest length, then shorten each image's change to its length."""
         longest, steps = float(length_B111.max()), self.config.pixel_steps
         attack = PixelAttack(longest, 2.5 * longest / steps, steps, "l2", random_start=True)
-        delta = self._pixel(image, label, attack, indices) - image
+        delta = self._pixel_attack(image, label, attack, indices) - image
         return (image + delta * (length_B111 / l2_lengths(delta)).clamp(max=1)).clamp(0, 1)
 
-    def _chance(self, indices: list[int]) -> list[torch.Generator]:
+    def _generators(self, indices: list[int]) -> list[torch.Generator]:
         return [image_generator(self.config.seed, index) for index in indices]
 
 
 def l2_lengths(delta: Tensor) -> Tensor:
-    """L2 norms of perturbations (B, C, H, W), (B, 1, 1, 1)."""
+    """Compute the L2 norms (B, 1, 1, 1) of perturbations (B, C, H, W)."""
     return torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
 
 
-@torch.no_grad()
-def _look(
-    network: Classifier, layers: dict[str, nn.Module], seen: ViewSums, picture: Tensor, clean: Tensor, label: Tensor
-) -> None:
-    """Adds a view's statistics, features, answers and looks."""
-    with record_moments(layers, seen.layers):
-        logits = network(picture).float()
-    seen.features.append(network.features(picture).float().cpu())
-    delta = picture - clean
-    numbers = {
-        "correct": logits.argmax(1) == label,
-        "loss": F.cross_entropy(logits, label, reduction="none"),
-        "length": l2_lengths(delta),
-        "largest": delta.flatten(1).abs().amax(1),
-        "colors": distinct_colors(picture),
-    }
-    _add(seen.sums, {"images": len(picture), **{name: float(value.sum()) for name, value in numbers.items()}})
-    seen.spectrum.add_(len(picture) * power_spectrum(delta, SPECTRUM_BINS).cpu())
+def summarize_views(statistics: dict[str, ViewStatistics], layers: int) -> dict[str, Any]:
+    """Return the numbers of every view, and in `halves` the correlations between two halves of the clean images.
 
-
-def _add(sums: dict[str, float], more: dict[str, float]) -> None:
-    """Adds numbers to those of the same name."""
-    for name, value in more.items():
-        sums[name] = sums.get(name, 0.0) + value
-
-
-def summarize_views(seen: dict[str, ViewSums], layers: int) -> dict[str, Any]:
-    """Means over the pictures of each view (`length`: L2 from the clean picture, `length_decoded` from Q(x), `largest`:
-    Linf, of pixels in [0, 1]; `words`: share changed), the correlations of Fig. 2 layer by layer and their means, and
-    the Frechet distance of its features from the clean ones. `halves` holds the correlations between two halves of the
-    clean pictures."""
-    found: dict[str, Any] = {}
-    for view in (CLEAN_VIEW, *(name for name in ANALYZED_VIEWS if name in seen)):
-        one = seen[view]
-        images = one.sums["images"]
-        means = {name: value / images for name, value in one.sums.items() if name != "images"}
-        found[view] = {"images": int(images), **means}
+    A view has means over its images (`length`: L2 distance from the clean image, `length_decoded` from Q(x), `largest`:
+    Linf, of pixels in [0, 1]; `words`: share of changed words), the correlations of Fig. 2 layer by layer and their
+    means, and the Frechet distance of its features from the clean ones.
+    """
+    views: dict[str, Any] = {}
+    clean = statistics[CLEAN_VIEW]
+    for view in (CLEAN_VIEW, *(name for name in ANALYZED_VIEWS if name in statistics)):
+        current = statistics[view]
+        views[view] = current.means()
         if view != CLEAN_VIEW:
-            found[view] |= mean_correlations(seen[CLEAN_VIEW].layers, one.layers)
-            found[view]["frechet"] = frechet_distance(torch.cat(seen[CLEAN_VIEW].features), torch.cat(one.features))
-            found[view]["spectrum"] = (one.spectrum / images).tolist()
-    first, second = (seen[half].layers for half in HALVES)
-    return {"views": found, "halves": mean_correlations(first, second), "layers": layers}
+            views[view] |= mean_correlations(clean.moments, current.moments)
+            views[view]["frechet"] = frechet_distance(torch.cat(clean.features), torch.cat(current.features))
+            views[view]["spectrum"] = (current.spectrum / current.sums["images"]).tolist()
+    even, odd = (statistics[half].moments for half in _HALVES)
+    return {"views": views, "halves": mean_correlations(even, odd), "layers": layers}
 
 
 def mean_correlations(clean: dict[str, Moments], other: dict[str, Moments]) -> dict[str, Any]:
-    """Pearson's r layer by layer, and the means over the layers; None where a layer's channels are all alike, which
-    leaves the layer out of the mean. Raises ConfigError where that leaves none."""
+    """Compute Pearson's r layer by layer, and the means over the layers.
+
+    r is None where all channels of a layer are alike, and the means leave such a layer out. Raises ConfigError where no
+    layer remains.
+    """
     by_layer = correlations(clean, other)
     means = {}
-    for key in ("mean", "variance"):
-        known = [one[key] for one in by_layer.values() if not math.isnan(one[key])]
-        if not known:
-            raise ConfigError(f"no layer has channels that differ by their {key}: there is nothing to correlate.")
-        means[key] = sum(known) / len(known)
-    named = {name: {key: None if math.isnan(r) else r for key, r in one.items()} for name, one in by_layer.items()}
-    return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": named}
+    for moment in ("mean", "variance"):
+        defined = [r[moment] for r in by_layer.values() if not math.isnan(r[moment])]
+        if not defined:
+            raise ConfigError(f"no layer has channels that differ by their {moment}: there is nothing to correlate.")
+        means[moment] = sum(defined) / len(defined)
+    # JSON has no nan.
+    json_by_layer = {
+        name: {moment: None if math.isnan(r) else r for moment, r in layer.items()} for name, layer in by_layer.items()
+    }
+    return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": json_by_layer}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -280,19 +312,24 @@ def main(arguments: Sequence[str]) -> None:
     console = console_for_command()
     config = load_config(AnalysisConfig, arguments, __doc__ or "")
     device = pick_device(config.device)
-    opened = open_networks(config.checkpoint, config.model, config.pretrained, config.names, EvalOptions(device))
+    evaluated = open_networks(
+        config.checkpoint,
+        models=config.model,
+        pretrained=config.pretrained,
+        names=config.names,
+        options=EvalOptions(device),
+    )
     root = find_split(image_root(config.data_path), "val")
-    networks, shown = [], {}
-    for contender in opened:
-        classes = list(contender.classes) if contender.classes else None
-        seen = contender.facts
-        transform = EvalTransform(contender.size, seen["interpolation"], seen.get("crop"))
+    networks, examples = [], {}
+    for network in evaluated:
+        facts = network.facts
+        transform = EvalTransform(network.size, facts["interpolation"], facts.get("crop"))
+        classes = list(network.classes) if network.classes else None
         images = open_images(root, transform, classes=classes)
-        facts, pictures = analyze_network(contender, images, config, console)
-        networks.append(facts)
-        shown[contender.name] = pictures
+        numbers, examples[network.name] = analyze_network(network, images, config, console)
+        networks.append(numbers)
     results = {"command": command_line(), "settings": dataclasses.asdict(config), "networks": networks}
     output = prepare_output_folder(Path(config.output_dir))
     with atomic_write(output / "analysis.json") as file:
         file.write((json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    logger.info("wrote %s", write_page(results, shown, output))
+    logger.info("wrote %s", write_page(results, examples, output))

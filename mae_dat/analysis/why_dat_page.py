@@ -1,5 +1,5 @@
-"""The page of `python -m mae_dat analysis`: clean, discrete-adversarial and pixel-adversarial images in tables and
-figures."""
+"""Write the page of `python -m mae_dat analysis`: clean, discrete-adversarial and pixel-adversarial images in tables
+and figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ VIEW_TITLES = {
     "noise_length": "noise, as long as DAT",
     "pixel_decoded": "pixel from decoded, as DAT",
 }
-FLOOR = 1e-12  # of a power on a logarithmic axis
-AMPLIFY = 4
+_MIN_POWER = 1e-12  # on a logarithmic axis
+_AMPLIFICATION = 4
 
 
 @dataclass(frozen=True)
 class DotFigure:
-    """A figure of one number of each view: its file, the number's key, axis and caption."""
+    """A figure of one number of each view: its file, the key of the number, its axis label and caption."""
 
     file: str
     key: str
@@ -46,54 +46,54 @@ class DotFigure:
 _STATISTICS_FIGURES = (
     *(
         DotFigure(
-            f"correlation_{of}.png",
-            key,
-            f"correlation of channel {of} with clean",
-            f"Channel {of} inside the network, against the clean pictures' (the paper's Fig. 2).",
+            file=f"correlation_{moment}.png",
+            key=key,
+            axis=f"correlation of channel {moment} with clean",
+            caption=f"Channel {moment} inside the network, against those of the clean images (the paper's Fig. 2).",
         )
-        for key, of in (("correlation_mean", "means"), ("correlation_variance", "variances"))
+        for key, moment in (("correlation_mean", "means"), ("correlation_variance", "variances"))
     ),
     DotFigure(
-        "frechet.png",
-        "frechet",
-        "Fréchet distance from clean",
-        "Distance of the features before the head from the clean pictures', in each network's own units.",
+        file="frechet.png",
+        key="frechet",
+        axis="Fréchet distance from clean",
+        caption="Distance of the features before the head from those of the clean images, in each network's own units.",
         log=True,
     ),
 )
 _APPEARANCE_FIGURES = (
-    DotFigure("colors.png", "colors", "different 8-bit colours a picture", "Number of colours (the paper's Fig. 3)."),
+    DotFigure("colors.png", "colors", "different 8-bit colours per image", "Number of colours (the paper's Fig. 3)."),
 )
 
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of the page."""
+    """A section of the page."""
 
     title: str
-    pictures: tuple[ReportFigure, ...] = ()
+    figures: tuple[ReportFigure, ...] = ()
     tables: tuple[Table, ...] = ()
 
 
-def write_page(results: Mapping[str, Any], shown: Mapping[str, Mapping[str, Tensor]], output: Path) -> Path:
-    """analysis.html and figures/*.png in `output`, from the numbers of the analysis and each network's first
-    pictures of every view, (B, 3, H, W) in [0, 1]. Returns the page's path."""
+def write_page(results: Mapping[str, Any], examples: Mapping[str, Mapping[str, Tensor]], output: Path) -> Path:
+    """Write analysis.html and figures/*.png into `output`; return the page's path.
+
+    `results` is the content of analysis.json; `examples` holds each network's first images of every view,
+    (B, 3, H, W) in [0, 1].
+    """
     prepare_output_folder(output / "figures")
     networks = results["networks"]
+    statistics = dot_figures(networks, _STATISTICS_FIGURES)
+    appearance = (*dot_figures(networks, _APPEARANCE_FIGURES), *spectrum_figures(networks))
+    changes = tuple(perturbation_figure(name, views) for name, views in examples.items())
     sections = [
-        PageSection(
-            "Statistics inside the network", dot_figures(networks, _STATISTICS_FIGURES), (correlation_table(networks),)
-        ),
-        PageSection(
-            "What the changes look like",
-            (*dot_figures(networks, _APPEARANCE_FIGURES), *spectrum_figures(networks)),
-            (appearance_table(networks),),
-        ),
-        PageSection("Pictures", tuple(perturbation_figure(name, views) for name, views in shown.items())),
+        PageSection("Statistics inside the network", statistics, (correlation_table(networks),)),
+        PageSection("Appearance of the changes", appearance, (appearance_table(networks),)),
+        PageSection("Images", changes),
     ]
     page = html_page("explanation.html.j2", results=results, summary=summary_sentences(networks), sections=sections)
-    for picture in (picture for section in sections for picture in section.pictures):
-        _write(output / "figures" / picture.name, picture.png)
+    for figure in (figure for section in sections for figure in section.figures):
+        _write(output / "figures" / figure.name, figure.png)
     _write(output / "analysis.html", page.encode())
     return output / "analysis.html"
 
@@ -104,8 +104,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def summary_sentences(networks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the numbers say of each network, in a sentence, and how to read them."""
-    told = []
+    """Summarize the numbers of each network in a sentence, and say how to read them."""
+    sentences = []
     for network in networks:
         views = network["views"]
         parts = [
@@ -114,108 +114,129 @@ def summary_sentences(networks: Sequence[Mapping[str, Any]]) -> list[str]:
             if view in views
         ]
         images = views[CLEAN_VIEW]["images"]
-        told.append(
-            f"{network['name']}: over {images} pictures and {network['layers']} layers, channel means and variances "
-            f"correlate with those of the clean pictures by {'; '.join(parts)} (1: the same)."
+        sentences.append(
+            f"{network['name']}: over {images} images and {network['layers']} layers, channel means and variances "
+            f"correlate with those of the clean images by {'; '.join(parts)} (1: the same)."
         )
-    told.append(
-        "Attacks of another strength are compared here: read each correlation beside the loss that the attack reaches "
-        "and the length of its change. One network, one choice of pictures: no spread over seeds is in these numbers."
+    sentences.append(
+        "These attacks differ in strength: read each correlation together with the loss that the attack reaches and "
+        "the length of its change. The numbers are of one network and one choice of images, without a spread over "
+        "seeds."
     )
-    return told
+    return sentences
 
 
 def correlation_table(networks: Sequence[Mapping[str, Any]]) -> Table:
-    """Fig. 2 in numbers: a row for each view of each network."""
+    """Make the table of Fig. 2's numbers: a row for each view of each network."""
     rows: list[tuple[str, ...]] = []
     breaks: list[int] = []
     for network in networks:
         breaks.append(len(rows))
-        halves = network["halves"]
-        for view, one in network["views"].items():
-            compared = one if view != CLEAN_VIEW else {**halves, "frechet": None}
+        for view, numbers in network["views"].items():
+            compared = numbers if view != CLEAN_VIEW else {**network["halves"], "frechet": None}
             distance = "–" if compared["frechet"] is None else f"{compared['frechet']:.2f}"
             rows.append(
                 (
                     network["name"],
                     VIEW_TITLES[view] if view != CLEAN_VIEW else "clean, one half against the other",
-                    f"{100 * one['correct']:.1f}",
-                    f"{one['loss']:.2f}",
+                    f"{100 * numbers['correct']:.1f}",
+                    f"{numbers['loss']:.2f}",
                     f"{compared['correlation_mean']:.4f}",
                     f"{compared['correlation_variance']:.4f}",
                     distance,
                 )
             )
-    head = ("network", "pictures", "accuracy (%)", "loss", "r of means", "r of variances", "Fréchet distance")
-    notes = (
-        "r: Pearson's correlation over a layer's channels with the clean pictures, averaged over the layers (inputs "
+    note = (
+        "r: Pearson's correlation over a layer's channels with the clean images, averaged over the layers (inputs "
         "of BatchNorm, or of the other norms where there is none). Fréchet distance: between the features before the "
-        "head, in their own units; biased upwards for few pictures, so only to be compared within this page.",
+        "head, in their own units; biased upwards for few images, so only to be compared within this page."
     )
-    return Table("correlations", "Correlations", head, tuple(rows), notes, 2, frozenset(breaks[1:]))
+    return Table(
+        "correlations",
+        "Correlations",
+        head=("network", "images", "accuracy (%)", "loss", "r of means", "r of variances", "Fréchet distance"),
+        rows=tuple(rows),
+        notes=(note,),
+        words=2,
+        breaks=frozenset(breaks[1:]),
+    )
 
 
 def appearance_table(networks: Sequence[Mapping[str, Any]]) -> Table:
-    """Fig. 3 in numbers."""
+    """Make the table of Fig. 3's numbers: a row for each view of each network."""
     rows: list[tuple[str, ...]] = []
     breaks: list[int] = []
     for network in networks:
         breaks.append(len(rows))
-        for view, one in network["views"].items():
-            words = f"{100 * one['words']:.1f}" if "words" in one else "–"
-            own = f"{one['length_decoded']:.2f}" if "length_decoded" in one else "–"
-            numbers = (f"{one['length']:.2f}", own, f"{255 * one['largest']:.0f}", f"{one['colors']:.0f}", words)
-            rows.append((network["name"], VIEW_TITLES[view], *numbers))
-    lengths = ("L2 length", "of it from the decoded picture", "largest change (of 255)")
-    head = ("network", "pictures", *lengths, "colours", "changed words (%)")
-    notes = (
-        "Means over the pictures; changes from the clean picture, pixels in [0, 1]. What is decoded from words has "
-        "the tokenizer's error: the second length is of what was changed besides.",
+        for view, numbers in network["views"].items():
+            rows.append(
+                (
+                    network["name"],
+                    VIEW_TITLES[view],
+                    f"{numbers['length']:.2f}",
+                    f"{numbers['length_decoded']:.2f}" if "length_decoded" in numbers else "–",
+                    f"{255 * numbers['largest']:.0f}",
+                    f"{numbers['colors']:.0f}",
+                    f"{100 * numbers['words']:.1f}" if "words" in numbers else "–",
+                )
+            )
+    lengths = ("L2 length", "L2 length from the decoded image", "largest change (of 255)")
+    note = (
+        "Means over the images; changes from the clean image, pixels in [0, 1]. An image decoded from its words "
+        "has the tokenizer's error: the second length leaves that out."
     )
-    return Table("looks", "Looks", head, tuple(rows), notes, 2, frozenset(breaks[1:]))
+    return Table(
+        "looks",
+        "Appearance",
+        head=("network", "images", *lengths, "colours", "changed words (%)"),
+        rows=tuple(rows),
+        notes=(note,),
+        words=2,
+        breaks=frozenset(breaks[1:]),
+    )
 
 
-def dot_figures(networks: Sequence[Mapping[str, Any]], shown: Sequence[DotFigure]) -> tuple[ReportFigure, ...]:
-    """Dots of a number by view, one colour a network."""
-    found = []
-    for one in shown:
-        views = [view for view in VIEW_TITLES if one.key in networks[0]["views"].get(view, {})]
+def dot_figures(networks: Sequence[Mapping[str, Any]], figures: Sequence[DotFigure]) -> tuple[ReportFigure, ...]:
+    """Draw a number of every view as dots, one colour per network."""
+    drawings = []
+    for figure in figures:
+        views = [view for view in VIEW_TITLES if figure.key in networks[0]["views"].get(view, {})]
         series = [
             Series(
                 network["name"],
                 style,
-                tuple((network["views"][view][one.key], float(row), 0.0) for row, view in enumerate(views)),
+                tuple((network["views"][view][figure.key], float(row), 0.0) for row, view in enumerate(views)),
             )
             for style, network in enumerate(networks)
         ]
-        png = charts.dot_plot([VIEW_TITLES[view] for view in views], series, one.axis, log=one.log)
-        found.append(ReportFigure(one.file, png, one.caption, one.caption))
-    return tuple(found)
+        png = charts.dot_plot([VIEW_TITLES[view] for view in views], series, figure.axis, log=figure.log)
+        drawings.append(ReportFigure(figure.file, png, figure.caption, figure.caption))
+    return tuple(drawings)
 
 
 def spectrum_figures(networks: Sequence[Mapping[str, Any]]) -> tuple[ReportFigure, ...]:
-    """One chart a network: power of the change by spatial frequency."""
-    found = []
-    for number, network in enumerate(networks):
+    """Draw a chart for each network: the power of the changes by spatial frequency."""
+    drawings = []
+    for index, network in enumerate(networks):
         series = []
-        for style, (view, one) in enumerate(item for item in network["views"].items() if item[0] != CLEAN_VIEW):
-            power = one["spectrum"]
-            points = tuple(((k + 0.5) / (2 * len(power)), max(p, FLOOR), 0.0) for k, p in enumerate(power))
+        for style, (view, numbers) in enumerate(item for item in network["views"].items() if item[0] != CLEAN_VIEW):
+            power = numbers["spectrum"]
+            points = tuple(((k + 0.5) / (2 * len(power)), max(p, _MIN_POWER), 0.0) for k, p in enumerate(power))
             series.append(Series(VIEW_TITLES[view], style, points))
-        png = charts.spectrum_plot(series, "power of the change", "cycles a pixel")
-        caption = f"{network['name']}: at which spatial frequencies the pictures were changed (the paper's Fig. 3)."
-        found.append(ReportFigure(f"spectrum_{number}.png", png, caption, caption))
-    return tuple(found)
+        png = charts.spectrum_plot(series, "power of the change", "cycles per pixel")
+        caption = f"{network['name']}: at which spatial frequencies the images were changed (the paper's Fig. 3)."
+        drawings.append(ReportFigure(f"spectrum_{index}.png", png, caption, caption))
+    return tuple(drawings)
 
 
 def perturbation_figure(name: str, views: Mapping[str, Tensor]) -> ReportFigure:
-    """The pictures and, below each other, their changes around grey."""
+    """Draw a network's clean images (B, 3, H, W) in [0, 1], and beside them the changes of every view around grey."""
     clean = views[CLEAN_VIEW]
     columns = []
-    for view, picture in views.items():
-        change = (0.5 + AMPLIFY * (picture - clean)).clamp(0, 1)
-        columns.append((VIEW_TITLES[view], picture if view == CLEAN_VIEW else change))
-    heading = f"{name}: the clean picture and what each attack changed, times {AMPLIFY}"
-    image = draw_gallery(columns, heading=heading, cell=112)
+    for view, image in views.items():
+        change = (0.5 + _AMPLIFICATION * (image - clean)).clamp(0, 1)
+        columns.append((VIEW_TITLES[view], image if view == CLEAN_VIEW else change))
+    heading = f"{name}: the clean image and what each attack changed, times {_AMPLIFICATION}"
+    drawing = draw_gallery(columns, heading=heading, cell=112)
     file = "".join(letter if letter.isalnum() else "_" for letter in name)
-    return ReportFigure(f"changes_{file}.png", encode_png(image), heading, heading)
+    return ReportFigure(f"changes_{file}.png", encode_png(drawing), heading, heading)

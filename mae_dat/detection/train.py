@@ -129,7 +129,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
         images = open_coco_images(config, "train")
         held_out = open_coco_images(config, "val", images.classes)
         seed_everything(config.run.seed)
-        model = _build_configured_detector(config, len(images.classes), start=True).to(context.device)
+        model = build_configured_detector(config, len(images.classes), start=True).to(context.device)
         objective = with_dat(DetectionObjective(), config.dat, config.data, context.device, pad=True)
         prepare_model(model, context)
         settings = config.detector
@@ -164,7 +164,7 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
         if facts.get("kind") != "detector":
             raise CheckpointError(f"--resume {path} is no detector of this command; train one first.")
         config = _with_facts(config, facts)
-        model = _build_configured_detector(config, len(facts["classes"]))
+        model = build_configured_detector(config, len(facts["classes"]))
         check_keys(weights.source, model.net.state_dict(), weights.tensors, "give weights of this command")
         model.net.load_state_dict(weights.tensors)
         model.to(context.device)
@@ -208,7 +208,7 @@ def open_coco_images(
     return images if split == "train" else images.limited(config.measure.limit)
 
 
-def _build_configured_detector(config: DetectConfig, num_classes: int, start: bool = False) -> Detector:
+def build_configured_detector(config: DetectConfig, num_classes: int, start: bool = False) -> Detector:
     """Build the detector that the flags describe; with `start` it gets the weights that they name."""
     settings, size = config.detector, config.data.image_size
     trunk = None
