@@ -21,13 +21,12 @@ from mae_dat.attacks.gradient import unit
 from mae_dat.attacks.share_controller import ShareController
 from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WordAttack, word_hits
 from mae_dat.config.adversaries import AttackConfig
-from mae_dat.config.parse import load_config
-from mae_dat.config.runs import FinetuneConfig
+from mae_dat.config.groups import DataConfig
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.tokenizer import VisualTokenizer, in_precision, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.precision import PRECISIONS, agreement
-from mae_dat.robustness.evaluate_run import evaluated_config, load_classifier
+from mae_dat.models.weights.open import open_model
 from mae_dat.training.finetune import held_out_images
 
 RADII = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -134,11 +133,10 @@ def main() -> None:
         image = torch.stack([folder[index * len(folder) // options.images]["image"] for index in range(options.images)])
         print_exactness(tokenizer, image, unit(torch.randn(image.shape, generator=torch.Generator().manual_seed(0))))
         return
-    config, classes = evaluated_config(
-        options.classifier, load_config(FinetuneConfig, ["--data_path", options.data_path])
-    )
-    images = held_out_images(config.data, classes)
-    model = load_classifier(options.classifier, config, images.classes).eval()
+    opened = open_model(options.classifier)
+    data = DataConfig(data_path=options.data_path, input_size=opened.input_size, in_chans=opened.plan.in_chans)
+    images = held_out_images(data, opened.classes)
+    model = opened.classifier()
     chosen = [images[index * len(images) // options.images] for index in range(options.images)]
     image = torch.stack([one["image"] for one in chosen])
     label = torch.tensor([one["label"] for one in chosen])

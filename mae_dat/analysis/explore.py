@@ -22,6 +22,7 @@ from torchvision.transforms import functional
 
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction_change
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError, UserError
+from mae_dat.config.groups import image_size
 from mae_dat.config.parse import load_config
 from mae_dat.data.decode import ADVICE, MAX_BYTES, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated
@@ -29,7 +30,7 @@ from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.open import DEMO
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.tokenizer import load_tokenizer
-from mae_dat.models.weights.open import load_subject
+from mae_dat.models.weights.open import open_model
 from mae_dat.robustness.corruptions import CATEGORIES, EXTRA, SEVERITIES
 from mae_dat.runtime.console import console_for_command
 from mae_dat.runtime.device import pick_device
@@ -97,8 +98,9 @@ def load_examiners(config: ExploreConfig) -> list[ImageInspector]:
     """The classifiers that the flags name. Raises ConfigError, MissingInputError, CheckpointError, DownloadError."""
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer).to(device)
+    size = image_size(config.input_size) if config.input_size else None
     return [
-        ImageInspector(load_subject(one, config.model, config.input_size, device), tokenizer)
+        ImageInspector(open_model(one, config.model, size, flag="--checkpoint").to(device), tokenizer)
         for one in config.checkpoint
     ]
 

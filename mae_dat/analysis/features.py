@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import image_size
 from mae_dat.config.parse import load_config
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
@@ -27,7 +28,7 @@ from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import pool_tokens
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import autocast
-from mae_dat.models.weights.open import Subject, load_subject
+from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, pick_device
 from mae_dat.storage.files import atomic_write
@@ -92,16 +93,16 @@ def model_features(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
 
 
 @torch.inference_mode()
-def extract_features(subject: Subject, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
+def extract_features(opened: OpenedModel, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
     """The features of all images, in their order, on the CPU."""
-    device = next(subject.model.parameters()).device
+    device = next(opened.model.parameters()).device
     precision = amp_dtype(config.precision, device)
     loader = eval_loader(images, config.batch_size, 0, 1, config.num_workers, device.type == "cuda")
     values, labels = [], []
     with console.task(f"features of {Path(images.root).name}", len(loader)) as task:
         for batch in loader:
             with autocast(device, precision):
-                found = model_features(subject.model, batch["image"].to(device, non_blocking=True), config.pool)
+                found = model_features(opened.encoder(), batch["image"].to(device, non_blocking=True), config.pool)
             values.append(found.float().cpu())
             labels.append(batch["label"])
             task.advance("")
@@ -139,12 +140,12 @@ def save_features(found: Features, path: Path) -> None:
         np.savez(file, features=found.values.numpy(), labels=found.labels.numpy(), paths=np.array(found.paths))
 
 
-def open_split(config: FeaturesConfig, split: str, subject: Subject) -> ImageSet:
+def open_split(config: FeaturesConfig, split: str, opened: OpenedModel) -> ImageSet:
     """A split's images, unaugmented, at the network's size; `all` takes every picture below the folder."""
     root = image_root(config.data_path)
     # The same labels in both splits, even where a class has no folder in one of them.
-    classes = open_split(config, "train", subject).classes if split == "val" and config.knn else None
-    transform = with_channels(EvalTransform(subject.size), subject.in_chans)
+    classes = open_split(config, "train", opened).classes if split == "val" and config.knn else None
+    transform = with_channels(EvalTransform(opened.input_size), opened.plan.in_chans)
     folder = root if split == "all" else find_split(root, split)
     return open_images(folder, transform, classes, labelled=split != "all")
 
@@ -154,11 +155,13 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
     for nothing."""
     if not config.output and config.knn is None:
         raise ConfigError("nothing to do: give --output features.npz, --knn 20, or both.")
-    subject = load_subject(config.checkpoint, config.model, config.input_size, pick_device(config.device))
+    device = pick_device(config.device)
+    size = image_size(config.input_size) if config.input_size else None
+    opened = open_model(config.checkpoint, config.model, size, flag="--checkpoint").to(device)
 
     @functools.cache
     def features(split: str) -> Features:
-        return extract_features(subject, open_split(config, split, subject), config, console)
+        return extract_features(opened, open_split(config, split, opened), config, console)
 
     accuracy: dict[str, float] = {}
     if config.knn is not None:

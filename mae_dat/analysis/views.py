@@ -20,9 +20,8 @@ from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_a
 from mae_dat.config.errors import CheckpointError
 from mae_dat.data.open import with_channels
 from mae_dat.data.transforms import EvalTransform
-from mae_dat.models.classifier import Classifier
 from mae_dat.models.tokenizer.base import VisualTokenizer
-from mae_dat.models.weights.open import Subject
+from mae_dat.models.weights.open import OpenedModel
 from mae_dat.robustness.corruptions import as_stored, corrupt, image_seed
 from mae_dat.robustness.corruptions.pixels import Image as Pixels
 from mae_dat.runtime.seeds import step_generator
@@ -70,22 +69,27 @@ class Views(NamedTuple):
 class ImageInspector:
     """A classifier and a tokenizer, asked about one picture after the other."""
 
-    def __init__(self, subject: Subject, tokenizer: VisualTokenizer) -> None:
+    def __init__(self, opened: OpenedModel, tokenizer: VisualTokenizer) -> None:
         """Raises CheckpointError for a pretraining, ConfigError where size or channels do not fit the tokenizer."""
-        if not isinstance(subject.model, Classifier):
+        if opened.kind == "autoencoder":
             raise CheckpointError(
-                f"{subject.name} is a pretraining and has no answers: give a classifier. What it reconstructs is drawn "
+                f"{opened.title} is a pretraining and has no answers: give a classifier. What it reconstructs is drawn "
                 "by python -m mae_dat visualize reconstruction."
             )
-        self.name, self.model, self.size, self.tokenizer = subject.name, subject.model, subject.size, tokenizer
-        tokenizer.check(torch.zeros(1, subject.in_chans, *subject.size))
-        classes = subject.facts.get("classes")
+        self.name, self.model, self.size, self.tokenizer = (
+            opened.title,
+            opened.classifier(),
+            opened.input_size,
+            tokenizer,
+        )
+        tokenizer.check(torch.zeros(1, opened.plan.in_chans, *opened.input_size))
+        classes = opened.classes
         if not classes and self.model.net.num_classes == IMAGENET_CLASSES:
             named = ImageNetInfo()
             classes = [named.index_to_description(index) for index in range(IMAGENET_CLASSES)]
         self.judge = ClassScorer(self.model, classes)
-        self.crop = EvalTransform(subject.size)
-        self.to_pixels = with_channels(functional.to_tensor, subject.in_chans)
+        self.crop = EvalTransform(opened.input_size)
+        self.to_pixels = with_channels(functional.to_tensor, opened.plan.in_chans)
         self.device = tokenizer.codebook.device
 
     def panels(self, image: Image.Image, path: Path, change: Change) -> list[ImageView]:

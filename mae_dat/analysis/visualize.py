@@ -18,7 +18,7 @@ from mae_dat.analysis.scorers import ClassScorer, ReconstructionScorer, Scorer
 from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import image_size
+from mae_dat.config.groups import ImageSize, image_size
 from mae_dat.config.parse import load_config, suggest
 from mae_dat.data.decode import decode_file
 from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
@@ -27,9 +27,9 @@ from mae_dat.data.open import DEMO, image_root, with_channels
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.attention import attention_layers, attention_maps, default_query
-from mae_dat.models.mae import MaskedAutoencoder, mask_noise
+from mae_dat.models.mae import mask_noise
 from mae_dat.models.tokenizer import EMBEDDED, load_tokenizer
-from mae_dat.models.weights.open import Size, Subject, load_subject, predicts_normalized
+from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.runtime.console import console_for_command
 from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.seeds import step_generator
@@ -204,7 +204,7 @@ def open_gallery_writer(config: ImagesConfig) -> Iterator[GalleryWriter]:
 # ---- what is looked at ----
 
 
-def read_pages(config: ImagesConfig, size: Size, in_chans: int, device: torch.device) -> list[GalleryPage]:
+def read_pages(config: ImagesConfig, size: ImageSize, in_chans: int, device: torch.device) -> list[GalleryPage]:
     """The pictures at the size of the network, cropped as for evaluation. Raises MissingInputError, DataError."""
     transform = with_channels(EvalTransform(size), in_chans)
     path = image_root(DEMO) / "val" if config.images == DEMO else Path(config.images)
@@ -228,17 +228,30 @@ def read_pages(config: ImagesConfig, size: Size, in_chans: int, device: torch.de
     ]
 
 
-def subject_of(config: CheckpointConfig, pictures: ImagesConfig, device: torch.device) -> Subject:
-    """The network that the flags name."""
-    return load_subject(config.checkpoint, config.model, pictures.input_size, device)
+def open_checkpoint(config: CheckpointConfig, images: ImagesConfig, device: torch.device) -> OpenedModel:
+    """Open the model that the flags name."""
+    size = image_size(images.input_size) if images.input_size else None
+    return open_model(config.checkpoint, config.model, size, flag="--checkpoint").to(device)
 
 
-def make_scorer(subject: Subject, masking: MaskingConfig) -> Scorer:
-    """Who judges the views of a picture in an attack on this network."""
-    if isinstance(subject.model, MaskedAutoencoder):
-        normalized = predicts_normalized(subject, masking.norm_pix_loss)
-        return ReconstructionScorer(subject.autoencoder(), masking.mask_ratio, normalized)
-    return ClassScorer(subject.model, subject.facts.get("classes"))
+def make_scorer(opened: OpenedModel, masking: MaskingConfig) -> Scorer:
+    """Return what describes the views of an image in an attack on this model."""
+    if opened.kind == "autoencoder":
+        normalized = predicts_normalized_patches(opened, masking.norm_pix_loss)
+        return ReconstructionScorer(opened.autoencoder(), masking.mask_ratio, normalized)
+    return ClassScorer(opened.classifier(), opened.classes)
+
+
+def predicts_normalized_patches(opened: OpenedModel, norm_pix_loss: bool | None) -> bool:
+    """Return whether an autoencoder predicts normalised patches: by the flag, else by its file, else False with a
+    warning."""
+    if norm_pix_loss is None and "norm_pix_loss" not in opened.facts:
+        logger.warning(
+            "%s does not say whether it was trained with --norm_pix_loss; taken as False. If its reconstructions are "
+            "grey, give --norm_pix_loss True.",
+            opened.title,
+        )
+    return bool(opened.facts.get("norm_pix_loss", False) if norm_pix_loss is None else norm_pix_loss)
 
 
 # ---- what is drawn ----
@@ -247,12 +260,12 @@ def make_scorer(subject: Subject, masking: MaskingConfig) -> Scorer:
 def draw_reconstruction(config: ReconstructionConfig) -> None:
     """Writes reconstruction.png."""
     device = pick_device(config.pictures.device)
-    subject = subject_of(config.checkpoint, config.pictures, device)
-    model = subject.autoencoder()
-    norm_pix = predicts_normalized(subject, config.masking.norm_pix_loss)
+    opened = open_checkpoint(config.checkpoint, config.pictures, device)
+    model = opened.autoencoder()
+    norm_pix = predicts_normalized_patches(opened, config.masking.norm_pix_loss)
     generator = step_generator(config.pictures.seed, 0, 0, device)
-    heading = f"{subject.name}, masks of seed {config.pictures.seed}"
-    pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
+    heading = f"{opened.title}, masks of seed {config.pictures.seed}"
+    pages = read_pages(config.pictures, opened.input_size, opened.plan.in_chans, device)
     with open_gallery_writer(config.pictures) as drawn:
         for page in pages:
             noise = mask_noise(len(page.image), model.num_patches, generator, device)
@@ -264,21 +277,21 @@ def draw_reconstruction(config: ReconstructionConfig) -> None:
 def draw_attention(config: AttentionConfig) -> None:
     """Writes attention.png."""
     device = pick_device(config.pictures.device)
-    subject = subject_of(config.checkpoint, config.pictures, device)
-    depth = len(attention_layers(subject.model))
+    opened = open_checkpoint(config.checkpoint, config.pictures, device)
+    depth = len(attention_layers(opened.encoder()))
     block = depth if config.block is None else config.block
     if not 1 <= block <= depth:
-        raise ConfigError(f"--block {block}: {subject.name} has blocks 1 to {depth}.")
-    query = default_query(subject.model) if config.query == "auto" else config.query
+        raise ConfigError(f"--block {block}: {opened.title} has blocks 1 to {depth}.")
+    query = default_query(opened.encoder()) if config.query == "auto" else config.query
     whose = "attention of the class token" if query == "class" else "mean attention of all patches"
     where = f"rollout of blocks 1 to {block}" if config.rollout else f"block {block} of {depth}"
-    pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
+    pages = read_pages(config.pictures, opened.input_size, opened.plan.in_chans, device)
     with open_gallery_writer(config.pictures) as drawn:
         for page in pages:
-            maps = attention_maps(subject.model, page.image, block - 1, query, config.rollout)
+            maps = attention_maps(opened.encoder(), page.image, block - 1, query, config.rollout)
             columns, captions = attention_columns(page.image, maps)
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
-            heading = f"{subject.name}: {whose}, {where}"
+            heading = f"{opened.title}: {whose}, {where}"
             drawn.add("attention", draw_gallery(columns, captions, heading, cell=192), page.number)
 
 
@@ -314,21 +327,21 @@ def draw_adversary(config: AdversaryConfig) -> None:
     if attack is None:
         raise ConfigError("--dat none changes nothing: give released, paper, symbolic, random or reconstruction.")
     device = pick_device(config.pictures.device)
-    subject = subject_of(config.checkpoint, config.pictures, device)
-    pages = read_pages(config.pictures, subject.size, subject.in_chans, device)
+    opened = open_checkpoint(config.checkpoint, config.pictures, device)
+    pages = read_pages(config.pictures, opened.input_size, opened.plan.in_chans, device)
     tokenizer = load_tokenizer(config.dat.tokenizer).to(device)
     tokenizer.check(pages[0].image)
-    judge = make_scorer(subject, config.masking)
+    judge = make_scorer(opened, config.masking)
     attacked = WithDAT(judge.objective, tokenizer, attack)
     generator = step_generator(config.pictures.seed, 0, 0, device)
     found = []
     with open_gallery_writer(config.pictures) as drawn:
         for page in pages:
             context = judge.context(page.image, page.paths, generator)
-            found.append(attacked.adversary(subject.model, page.image, context, generator))
+            found.append(attacked.adversary(opened.model, page.image, context, generator))
             columns = adversary_columns(page.image, found[-1], config.amplify)
             eps = f", eps {attacked.strength().eps:.3g}" if attack.moves_pixels else ""
-            heading = f"{subject.name}, attacked by --dat {config.dat.kind}{eps}"
+            heading = f"{opened.title}, attacked by --dat {config.dat.kind}{eps}"
             captions = adversary_captions(judge, page, found[-1], context)
             drawn.add("adversary", draw_gallery(columns, captions, heading), page.number)
         before, after = (torch.cat([getattr(one, name) for one in found]) for name in ("words", "adversarial_words"))

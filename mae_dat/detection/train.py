@@ -9,7 +9,6 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Any, Literal
 
 from mae_dat.config.adversaries import DatConfig
@@ -25,14 +24,14 @@ from mae_dat.detection.measure import DETECTION_METRICS, average_precision, meas
 from mae_dat.detection.objective import DetectionObjective
 from mae_dat.models.detector import Detector, build_detector, build_trunk
 from mae_dat.models.mae import VIT_SIZES
-from mae_dat.models.weights.open import read_export
+from mae_dat.models.weights.open import open_model
+from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.fingerprints import state_sha256
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.runtime.world import world_from_environment
-from mae_dat.storage.weight_files import check_keys
 from mae_dat.training import run
 from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.export import export_model
@@ -158,16 +157,14 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
     `measure_corruptions`."""
     if config.run.resume is None:
         raise ConfigError("--eval measures the detector that --resume names: an output folder or its weights.")
-    path = Path(config.run.resume)
     with run_context(config.run, config.launch, console, training=False) as context:
-        weights, facts = read_export(path)
-        if facts.get("kind") != "detector":
-            raise CheckpointError(f"--resume {path} is no detector of this command; train one first.")
-        config = _with_facts(config, facts)
-        model = build_configured_detector(config, len(facts["classes"]))
-        check_keys(weights.source, model.net.state_dict(), weights.tensors, "give weights of this command")
-        model.net.load_state_dict(weights.tensors)
-        model.to(context.device)
+        file = read_model_file(config.run.resume)
+        if file.kind != "detector":
+            raise CheckpointError(f"--resume {config.run.resume} is no detector of this command; train one first.")
+        opened = open_model(file)
+        # Boxes are in pixels of the size that the detector was trained at.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, input_size=opened.input_size))
+        model, facts = opened.to(context.device).model, opened.facts
         held_out = open_coco_images(config, "val", facts["classes"])
         if not config.measure.corruptions:
             return _validation_scores(model, held_out, config, context)
@@ -215,7 +212,7 @@ def build_configured_detector(config: DetectConfig, num_classes: int, start: boo
     if settings.model in VIT_SIZES:
         trunk = build_trunk(settings.model, size, settings.drop_path)
         if start and settings.finetune:
-            initialize_from(trunk, Path(settings.finetune))
+            initialize_from(trunk, settings.finetune)
         elif start:
             logger.info("%s starts from random weights: no --finetune.", settings.model)
     return build_detector(
@@ -242,14 +239,6 @@ def _detector_facts(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
         "anchor_size": settings.anchor_size,
         "regions": settings.regions,
     }
-
-
-def _with_facts(config: DetectConfig, facts: dict[str, Any]) -> DetectConfig:
-    """Return the settings with a file's facts instead of the flags."""
-    stored = {name: facts[name] for name in ("model", "width", "anchor_size", "regions")}
-    detector = dataclasses.replace(config.detector, **stored, finetune=None, pretrained=False, drop_path=0.0)
-    data = dataclasses.replace(config.data, input_size=tuple(facts["input_size"]))
-    return dataclasses.replace(config, detector=detector, data=data)
 
 
 def _validation_scores(

@@ -10,9 +10,10 @@ from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import DataConfig, RunConfig
 from mae_dat.config.runs import FinetuneConfig, load_finetune_config
 from mae_dat.data.open import image_root
-from mae_dat.models.classifier import Classifier
-from mae_dat.models.weights.load import load_weights
-from mae_dat.models.weights.open import read_export
+from mae_dat.models.weights.formats import ModelFile
+from mae_dat.models.weights.load import check_class_count
+from mae_dat.models.weights.open import open_model
+from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.evaluation import EvaluationSetup, print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
@@ -22,11 +23,9 @@ from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import run_context
 from mae_dat.training.finetune import (
-    build_configured_classifier,
     finetune,
     held_out_images,
     held_out_loader,
-    source_grid,
 )
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,8 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
     if not config.run.resume:
         raise ConfigError("--eval needs --resume: the output folder of a fine-tuning, or a weights file.")
     source, suite = Path(config.run.resume), config.evaluation.suite
-    config, classes = evaluated_config(source, config)
+    file = read_model_file(source)
+    config = evaluated_config(file, config)
     if suite != (CLEAN,):
         if config.run.output_dir == RunConfig().output_dir:
             folder = (source if source.is_dir() else source.parent) / "evaluation"
@@ -50,8 +50,11 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
         evaluate_suites(config, console)
         return
     with run_context(config.run, config.launch, console, training=False) as context:
-        images = held_out_images(config.data, classes)
-        model = load_classifier(source, config, images.classes).to(context.device)
+        opened = open_model(file, config.classifier.model, config.data.image_size, flag="--resume")
+        model = opened.classifier().to(context.device)
+        data = dataclasses.replace(config.data, in_chans=opened.plan.in_chans)
+        images = held_out_images(data, opened.classes)
+        check_class_count(file.source, opened.plan.num_classes, config.classifier.nb_classes or len(images.classes))
         loader = held_out_loader(images, 2 * config.optim.batch_size, config.data, context)
         final = evaluate_accuracy(model, loader, context.device, context.precision)
         logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
@@ -96,39 +99,26 @@ def main(arguments: Sequence[str]) -> None:
     logger.info("accuracy %.2f %% top-1, %.2f %% top-5", final["test_acc1"], final["test_acc5"])
 
 
-def evaluated_config(path: Path, config: FinetuneConfig) -> tuple[FinetuneConfig, list[str] | None]:
-    """The settings to evaluate an output folder or file with, and its classes in the order of its head, if known.
+def evaluated_config(file: ModelFile, config: FinetuneConfig) -> FinetuneConfig:
+    """Return the settings to evaluate a file with: what it records replaces the flags.
 
-    What a file of ours says about itself replaces the flags; the pictures' size only where none was asked for. Raises
-    MissingInputError, CheckpointError.
+    The flag of the image size wins where it was given. Raises CheckpointError for a pretraining.
     """
-    _, facts = read_export(path)
+    facts, source = file.facts, config.run.resume
     if facts.get("kind") == "mae" or "mask_ratio" in facts:
         raise CheckpointError(
-            f"--resume {path} is a pretraining, which has no classes yet: fine-tune it first, with --finetune {path}."
+            f"--resume {source} is a pretraining, which has no classes yet: fine-tune it first, "
+            f"with --finetune {source}."
         )
-    data, own = config.data, config.classifier
-    asked = data.input_size != DataConfig().input_size
-    size = data.input_size if asked else tuple(facts.get("input_size", data.input_size))
-    pooled = facts.get("global_pool", own.mean_pool) and not facts.get("cls_token", False)
-    classifier = dataclasses.replace(
-        own,
-        model=facts.get("model", own.model),
-        nb_classes=own.nb_classes or facts.get("nb_classes"),
-        global_pool=pooled,
-        cls_token=not pooled,
-        drop_path=0.0,
+    data, classifier = config.data, config.classifier
+    if data.input_size == DataConfig().input_size:
+        data = dataclasses.replace(data, input_size=tuple(facts.get("input_size", data.input_size)))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, in_chans=facts.get("in_chans", data.in_chans)),
+        classifier=dataclasses.replace(
+            classifier,
+            model=facts.get("model", classifier.model),
+            nb_classes=classifier.nb_classes or facts.get("nb_classes"),
+        ),
     )
-    data = dataclasses.replace(data, input_size=size, in_chans=facts.get("in_chans", data.in_chans))
-    return dataclasses.replace(config, classifier=classifier, data=data), facts.get("classes")
-
-
-def load_classifier(path: Path, config: FinetuneConfig, classes: list[str]) -> Classifier:
-    """A fine-tuned classifier from an output folder or file, built by settings such as `evaluated_config` gives.
-
-    Raises CheckpointError when its head has another number of classes than the data.
-    """
-    weights, facts = read_export(path)
-    model = build_configured_classifier(config.classifier, config.data, config.classifier.nb_classes or len(classes))
-    load_weights(model, weights, source_grid(model, facts))
-    return model

@@ -1,27 +1,26 @@
 """Open the networks of an evaluation: from an output folder, a weights file of any format, a released name, a timm
 name, an ONNX file, or, from Python, any callable."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import ImageSize
 from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.models.modes import Network, evaluation_mode
-from mae_dat.models.weights.open import naming, open_source, read_export
+from mae_dat.models.weights.formats import ModelFile
+from mae_dat.models.weights.open import open_model
+from mae_dat.models.weights.read import errors_name_flag
 from mae_dat.robustness.fingerprints import module_sha256, state_sha256
 from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, probe_network
 from mae_dat.robustness.onnx_network import open_onnx
 from mae_dat.robustness.scores.results import ModelFacts
 from mae_dat.storage.files import sha256_of
-from mae_dat.storage.weight_files import WeightsFile
 
 TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:", "timm/")
 
@@ -92,21 +91,18 @@ def open_network(source: str, model: str | None, name: str, options: EvalOptions
         raise ConfigError(f"--checkpoint {source}: networks of timm are named by --model {model} --pretrained.")
     if source.endswith(".onnx"):
         return open_onnx(Path(source), name, options)
-    weights, export_facts = read_export(Path(source))
-    described = weights._replace(metadata={"mae_dat": json.dumps(export_facts)}) if export_facts else weights
-    with naming(f"--checkpoint {source}"):
-        opened = open_source(described, model, options.size)
-    if not isinstance(opened.network, Classifier):
-        raise CheckpointError(f"--checkpoint {source} is a pretraining, which has no classes yet: fine-tune it first.")
+    flag = f"--checkpoint {source}"
+    opened = open_model(source, model, options.size, flag=flag)
+    with errors_name_flag(flag):
+        classifier = opened.classifier()
     return _classifier_network(
-        opened.network,
+        classifier,
         name=name,
         source=source,
         architecture=opened.plan.name,
         options=options,
-        size=opened.plan.img_size,
-        export_facts=export_facts,
-        weights=weights,
+        size=opened.input_size,
+        file=opened.file,
     )
 
 
@@ -127,17 +123,20 @@ def _classifier_network(
     architecture: str,
     options: EvalOptions,
     size: ImageSize | None = None,
-    export_facts: Mapping[str, Any] | None = None,
-    weights: WeightsFile | None = None,
+    classes: Sequence[str] | None = None,
+    file: ModelFile | None = None,
 ) -> EvaluatedNetwork:
     """Return an evaluated network from a classifier of ours.
 
-    `export_facts` is what the source records about itself: its classes, and whether its weights are a moving average.
+    `file` is what its weights were read from; it may record the names of the classes, and whether the weights are a
+    moving average.
     """
-    export_facts = export_facts or {}
     timm_settings = resolve_model_data_config(network.net)
-    path = Path(weights.source) if weights else None
-    averaged = any(wrapper.startswith("the average") for wrapper in weights.wrappers) if weights else False
+    path = Path(file.source) if file else None
+    averaged = None
+    if file is not None:
+        averaged = any(wrapper.startswith("the average") for wrapper in file.wrappers) or file.facts.get("averaged")
+        classes = file.facts.get("classes")
     facts: ModelFacts = {
         "title": name,
         "source": source,
@@ -148,10 +147,10 @@ def _classifier_network(
         "normalization": f"mean {_format_numbers(network.mean)}, std {_format_numbers(network.std)}",
         "interpolation": options.interpolation or timm_settings["interpolation"],
         "precision": options.precision_name,
-        "averaged": averaged or export_facts.get("averaged"),
+        "averaged": averaged,
     }
     network = network.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return probe_network(network.eval(), facts, export_facts.get("classes"), options)
+    return probe_network(network.eval(), facts, classes, options)
 
 
 def _format_numbers(values: Tensor) -> str:
@@ -176,7 +175,7 @@ def open_callable(
             source="Python",
             architecture=type(network.net).__name__,
             options=options,
-            export_facts={"classes": classes},
+            classes=classes,
         )
         return replace(opened, identity=identity)
     facts: ModelFacts = {

@@ -19,8 +19,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, MissingInputError
-from mae_dat.storage.files import atomic_write, require_file
+from mae_dat.storage.files import atomic_write, require_file, sha256_of
 
+WEIGHTS_FILE = "model.safetensors"  # the exported model of a run, in its output folder
 # Where MAE, timm and Lightning keep the weights in a checkpoint; an average goes before what it averages, as in timm.
 _AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema")
 _STATE_KEYS = (*_AVERAGE_KEYS, "model", "state_dict")
@@ -37,7 +38,7 @@ class LightningCallbackStub:
     """Stands for `ModelCheckpoint` as a dictionary key in Lightning's files; carries no behaviour."""
 
 
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class WeightsFile(NamedTuple):
@@ -50,7 +51,7 @@ class WeightsFile(NamedTuple):
     metadata: dict[str, str]
     source: str = "the given weights"
     wrappers: tuple[str, ...] = ()
-    statistics: Statistics | None = None
+    statistics: PixelStatistics | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def _holds(content: Mapping[Any, Any], key: str, deepest: int = _DEEPEST) -> boo
     )
 
 
-def _statistics(found: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Statistics | None:
+def _statistics(found: Mapping[str, Tensor], facts: Mapping[str, Any]) -> PixelStatistics | None:
     values = [found[key].flatten().tolist() for key in _STATISTICS if key in found]
     values = values or [facts[key] for key in ("mean", "std") if key in facts]
     return (tuple(values[0]), tuple(values[1])) if len(values) == 2 else None
@@ -236,4 +237,20 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read as weights: {cause}. Fetch or write the file again.")
 
 
-WEIGHTS_FILE = "model.safetensors"
+def verify_card(path: Path) -> None:
+    """Compare a file with the `sha256` in its card, the JSON of the same name, if there is one.
+
+    Raises CheckpointError if they differ, or the card is damaged.
+    """
+    card = path.with_suffix(".json")
+    if not card.is_file():
+        return
+    try:
+        facts = json.loads(card.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the card {card} of {path.name} is damaged ({error}): restore or remove it.") from error
+    expected = facts.get("sha256") if isinstance(facts, dict) else None
+    if expected and sha256_of(path) != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its sha256 is not the one in {card.name}. Install the package or copy the file again."
+        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError, DataError
-from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig, image_size
+from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
@@ -20,7 +20,7 @@ from mae_dat.data.transforms import EvalTransform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
 from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
 from mae_dat.models.weights.load import load_pretrained
-from mae_dat.models.weights.open import naming, read_export
+from mae_dat.models.weights.read import errors_name_flag
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
@@ -246,24 +246,17 @@ def initialize(model: Classifier, settings: ClassifierConfig) -> None:
     Raises MissingInputError, CheckpointError, ConfigError.
     """
     if settings.finetune:
-        initialize_from(model, Path(settings.finetune))
+        initialize_from(model, settings.finetune)
     elif not settings.pretrained:
         logger.info("%s starts from random weights: no --finetune, no --pretrained.", settings.model)
     if settings.linear_probe:
         model.make_linear_probe()
 
 
-def initialize_from(model: Classifier, path: Path) -> None:
-    """Pretrained weights from a folder or file. Raises MissingInputError, CheckpointError."""
-    weights, facts = read_export(path)
-    with naming("--finetune"):
-        load_pretrained(model, weights, source_grid(model, facts))
+def initialize_from(model: Classifier, source: str | Path) -> None:
+    """Load pretrained weights from a file, an output folder or by their released name.
 
-
-def source_grid(model: Classifier, facts: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of patches in weights of ours: their number alone does not tell 4 x 16 from 8 x 8."""
-    patch = getattr(getattr(model.net, "patch_embed", None), "patch_size", None)
-    if patch is None or "input_size" not in facts:
-        return None
-    height, width = image_size(tuple(facts["input_size"]))
-    return height // patch[0], width // patch[1]
+    Raises MissingInputError, CheckpointError, DownloadError.
+    """
+    with errors_name_flag("--finetune"):
+        load_pretrained(model, source)

@@ -26,9 +26,12 @@ from mae_dat.analysis.views import Change, ImageInspector, ImageView, amplificat
 from mae_dat.config.errors import CheckpointError, ConfigError, DataError, MissingInputError
 from mae_dat.config.parse import load_config
 from mae_dat.data.generated import draw as generated
+from mae_dat.models.classifier import Classifier
+from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.tokenizer.base import VisualTokenizer
-from mae_dat.models.weights.open import Subject, load_subject
+from mae_dat.models.weights.formats import ModelFile
+from mae_dat.models.weights.open import ModelPlan, OpenedModel, open_model
 from mae_dat.robustness.corruptions import as_stored, corrupt, image_seed
 
 CPU = torch.device("cpu")
@@ -45,6 +48,12 @@ def pixels(panel: ImageView) -> np.ndarray:
     return panel.picture.mul(255).round().byte().permute(1, 2, 0).numpy()
 
 
+def opened(model: Classifier | MaskedAutoencoder, title: str, size: tuple[int, int], channels: int = 3) -> OpenedModel:
+    kind: Any = "classifier" if isinstance(model, Classifier) else "autoencoder"
+    plan = ModelPlan(kind, "tiny", img_size=size, in_chans=channels)
+    return OpenedModel(model, plan, ModelFile({}, kind), title)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> VisualTokenizer:
     return load_tokenizer("embedded")
@@ -52,7 +61,7 @@ def tokenizer() -> VisualTokenizer:
 
 @pytest.fixture(scope="module")
 def examiner(tokenizer: VisualTokenizer) -> ImageInspector:
-    return ImageInspector(load_subject("mae_dat_demo", None, None, CPU), tokenizer)
+    return ImageInspector(open_model("mae_dat_demo"), tokenizer)
 
 
 # ---- what is computed ----
@@ -147,19 +156,19 @@ def test_verdicts() -> None:
 
 
 def test_imagenet_classes_have_names(tokenizer: VisualTokenizer) -> None:
-    examiner = ImageInspector(Subject(tiny(1000), "x", {}, (64, 64), 3, False), tokenizer)
+    examiner = ImageInspector(opened(tiny(1000), "x", (64, 64), 3), tokenizer)
     assert examiner.judge.name_of(0).startswith("tench")
-    assert ImageInspector(Subject(tiny(10), "x", {}, (64, 64), 3, False), tokenizer).judge.name_of(3) == "class 3"
+    assert ImageInspector(opened(tiny(10), "x", (64, 64), 3), tokenizer).judge.name_of(3) == "class 3"
 
 
 def test_what_cannot_be_examined(tokenizer: VisualTokenizer) -> None:
     with pytest.raises(CheckpointError, match=r"pre\.pth is a pretraining and has no answers"):
-        ImageInspector(Subject(tiny_mae(), "pre.pth", {}, (64, 64), 3, True), tokenizer)
+        ImageInspector(opened(tiny_mae(), "pre.pth", (64, 64), 3), tokenizer)
     with pytest.raises(ConfigError, match="not divisible by the tokenizer's factor 4"):
-        ImageInspector(Subject(tiny(), "x", {}, (62, 62), 3, False), tokenizer)
+        ImageInspector(opened(tiny(), "x", (62, 62), 3), tokenizer)
     with pytest.raises(ConfigError, match="train one for other channels"):
-        ImageInspector(Subject(tiny(channels=1), "x", {}, (64, 64), 1, False), tokenizer)
-    small = ImageInspector(Subject(tiny(img_size=16), "x", {}, (16, 16), 3, False), tokenizer)
+        ImageInspector(opened(tiny(channels=1), "x", (64, 64), 1), tokenizer)
+    small = ImageInspector(opened(tiny(img_size=16), "x", (16, 16), 3), tokenizer)
     with pytest.raises(DataError, match="at least 32 px"):
         small.panels(picture(), STAR, Change())
     assert len(small.panels(picture(), STAR, Change("random"))) == 5

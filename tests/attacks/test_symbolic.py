@@ -113,7 +113,7 @@ def test_random_words_among_the_nearest_are_uniform() -> None:
 
 @pytest.mark.parametrize("nearest", [None, 32])
 def test_its_words_hurt_a_network_far_more_than_as_many_random_ones(nearest: int | None) -> None:
-    model = open_model(resources.files("mae_dat") / "models" / "weights" / "demo_classifier.safetensors")
+    model = open_model(resources.files("mae_dat") / "models" / "weights" / "demo_classifier.safetensors").classifier()
     drawn = [draw_image(0, "val", index) for index in range(40)]
     image = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2).float() / 255
     label = torch.tensor([sorted(SHAPES).index(SHAPES[one.shape]) for one in drawn])

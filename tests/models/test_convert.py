@@ -18,8 +18,8 @@ from mae_dat.models.mae import IMAGENET_STD, VIT_SIZES, MaskedAutoencoder, build
 from mae_dat.models.weights import convert as converting
 from mae_dat.models.weights.convert import ConvertConfig, convert
 from mae_dat.models.weights.huggingface import HubClassifier, HubMaskedAutoencoder
-from mae_dat.models.weights.load import load_mae
-from mae_dat.models.weights.open import open_model
+from mae_dat.models.weights.load import load_autoencoder
+from mae_dat.models.weights.open import ModelPlan, open_model
 from mae_dat.storage.weight_files import read_weights, write_weights
 
 CLASSES = 7
@@ -67,7 +67,7 @@ def pretrained(tmp_path: Path) -> tuple[MaskedAutoencoder, str]:
 
 def test_a_fine_tuned_file_is_enough_for_its_classifier(fine_tuned: tuple[Classifier, str], image: Tensor) -> None:
     model, path = fine_tuned
-    opened = open_model(path)
+    opened = open_model(path).model
     assert isinstance(opened, Classifier)
     assert not opened.training
     assert torch.equal(opened(image), model(image))
@@ -77,7 +77,7 @@ def test_easyrobust_statistics_become_the_networks(image: Tensor) -> None:
     model = demo_classifier(pool=False)
     state = {f"1.{key}": value for key, value in model.net.state_dict().items()}
     state |= {"0.mean": torch.tensor([0.1, 0.2, 0.3]), "0.std": torch.tensor(IMAGENET_STD)}
-    opened = open_model({"state_dict": state})
+    opened = open_model({"state_dict": state}).model
     assert isinstance(opened, Classifier)
     assert opened.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert torch.equal(opened(image), model.net((image - opened.mean) / opened.std))
@@ -85,7 +85,7 @@ def test_easyrobust_statistics_become_the_networks(image: Tensor) -> None:
 
 def test_a_pretraining_is_opened_with_or_without_its_decoder(image: Tensor) -> None:
     model = demo_mae()
-    full, encoder = open_model(model.state_dict()), open_model(encoder_of(model))
+    full, encoder = open_model(model.state_dict()).model, open_model(encoder_of(model)).model
     assert isinstance(full, MaskedAutoencoder)
     assert isinstance(encoder, MaskedAutoencoder)
     assert equal_states(full.state_dict(), model.state_dict())
@@ -96,14 +96,14 @@ def test_names_open_what_shapes_leave_open(image: Tensor) -> None:
     token = demo_classifier(pool=False)
     with pytest.raises(CheckpointError, match=r"may be MAE's or timm's.*--model vit_demo_patch8"):
         open_model(token.net.state_dict())
-    opened = open_model(token.net.state_dict(), "vit_demo_patch8")
+    opened = open_model(token.net.state_dict(), "vit_demo_patch8").model
     assert torch.equal(opened(image), token(image))
     with pytest.raises(CheckpointError, match=r"does not say which network it is.*vit_base_patch16.*--model"):
         open_model(tiny().net.state_dict())
     with pytest.raises(CheckpointError, match="does not say which network it is"):
         open_model(timm.create_model("test_resnet", num_classes=5).state_dict())
     network = timm.create_model("test_resnet", num_classes=5).eval()
-    resnet = open_model(network.state_dict(), "test_resnet")
+    resnet = open_model(network.state_dict(), "test_resnet").model
     assert torch.equal(resnet(image), network((image - resnet.mean) / resnet.std))
 
 
@@ -111,7 +111,7 @@ def test_names_open_what_shapes_leave_open(image: Tensor) -> None:
 def test_timm_networks_of_every_shape_open_by_their_name(name: str) -> None:
     """A vision transformer with a class token, one with a register in its place, and others."""
     network = timm.create_model(name, num_classes=5).eval()
-    opened = open_model(network.state_dict(), name)
+    opened = open_model(network.state_dict(), name).model
     image = torch.rand(1, *network.pretrained_cfg["input_size"])
     assert torch.equal(opened(image), network((image - opened.mean) / opened.std))
 
@@ -120,7 +120,7 @@ def test_a_linear_probes_normalisation_becomes_part_of_its_head(image: Tensor) -
     model = demo_classifier(pool=False)
     model.make_linear_probe()
     model.net.load_state_dict(fill_by_rule(model.net))
-    opened = open_model({"model": model.eval().state_dict()}, "vit_demo_patch8")
+    opened = open_model({"model": model.eval().state_dict()}, "vit_demo_patch8").model
     torch.testing.assert_close(opened(image), model(image), rtol=1e-5, atol=1e-5)
 
 
@@ -143,9 +143,9 @@ def test_pictures_that_are_not_square(tmp_path: Path) -> None:
     path, facts = tmp_path / "wide.safetensors", {"model": "vit_demo_patch8", "input_size": [32, 128]}
     write_weights(path, model.net.state_dict(), {"mae_dat": json.dumps(facts)})
     image = torch.rand(2, 3, 32, 128)
-    assert torch.equal(open_model(path)(image), model(image))
+    assert torch.equal(open_model(path).model(image), model(image))
     convert(ConvertConfig(str(path), str(tmp_path / "again.safetensors"), "mae"))
-    assert torch.equal(open_model(tmp_path / "again.safetensors")(image), model(image))
+    assert torch.equal(open_model(tmp_path / "again.safetensors").model(image), model(image))
 
 
 # ---- conversions ----
@@ -174,7 +174,7 @@ def test_timm_has_the_published_sizes_under_their_names(name: str) -> None:
 
 def test_timm_models_keep_their_name() -> None:
     model = build_classifier("test_vit", 5)
-    name, options = converting.timm_arguments(converting.Blueprint("test_vit", 5, (160, 160)), model)
+    name, options = converting.timm_arguments(ModelPlan("classifier", "test_vit", 5, (160, 160)), model)
     assert (name, options["num_classes"], options["pretrained_cfg_overlay"]["mean"]) == ("test_vit", 5, (0.5, 0.5, 0.5))
     assert "img_size" not in options
 
@@ -313,4 +313,4 @@ def test_the_command(
 
 def test_a_decoder_of_another_size_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"decoder_embed\.weight +32 x 48"):
-        load_mae(tiny_mae(decoder_embed_dim=64), tiny_mae().state_dict())
+        load_autoencoder(tiny_mae(decoder_embed_dim=64), tiny_mae().state_dict())

@@ -20,7 +20,7 @@ from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder, build_mae, masked_mse
 from mae_dat.models.tokenizer import embedded_path
 from mae_dat.models.weights.formats import from_hugging_face, recognize
-from mae_dat.models.weights.load import load_mae, load_pretrained, load_weights
+from mae_dat.models.weights.load import load_autoencoder, load_classifier, load_pretrained
 from mae_dat.storage.weight_files import extract_weights, read_weights, write_weights
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -78,7 +78,7 @@ def test_every_wrapping_of_the_fine_tuned_weights_gives_the_reference_logits(
     else:
         torch.save(content, path)
     model = imagenet()
-    report = load_weights(model, path)
+    report = load_classifier(model, path)
     logits = model(reference_images(golden))
     torch.testing.assert_close(logits, torch.from_numpy(golden("vit_tiny")["logits"]), rtol=1e-5, atol=1e-5)
     assert told in str(report)
@@ -88,11 +88,11 @@ def test_every_wrapping_of_the_fine_tuned_weights_gives_the_reference_logits(
 def test_statistics_that_differ_are_refused_and_named() -> None:
     model = imagenet()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for load in (load_weights, load_pretrained):
+    for load in (load_classifier, load_pretrained):
         with pytest.raises(CheckpointError, match=r"mean \(0\.5, 0\.5, 0\.5\).*normalises otherwise.*--model"):
             load(model, easyrobust(fine_tuned(), (0.5, 0.5, 0.5)))
     assert equal_states(model.state_dict(), before)
-    load_weights(tiny(mean=0.5), {**easyrobust(fine_tuned(), (0.5, 0.5, 0.5)), "0.std": torch.full((3,), 0.5)})
+    load_classifier(tiny(mean=0.5), {**easyrobust(fine_tuned(), (0.5, 0.5, 0.5)), "0.std": torch.full((3,), 0.5)})
 
 
 # ---- MAE's pretraining ----
@@ -109,7 +109,7 @@ def test_an_autoencoder_with_decoder_gives_the_reference_prediction(
     else:
         save_file(state, path)
     model = tiny_mae(depth=2)
-    report = load_mae(model, path)
+    report = load_autoencoder(model, path)
     assert report.format == "MAE with decoder"
     reference = golden("mae_tiny")
     prediction, _ = model(reference_images(golden), 0.75, torch.from_numpy(reference["noise"]))
@@ -121,12 +121,12 @@ def test_a_file_without_decoder_is_told_or_fills_the_encoder_alone() -> None:
     encoder = {k: v for k, v in full.state_dict().items() if not k.startswith("decoder_") and k != "mask_token"}
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"no decoder.*mae_visualize.*decoder=False"):
-        load_mae(model, encoder)
+        load_autoencoder(model, encoder)
     assert equal_states(model.state_dict(), before)
     for source in (encoder, full.state_dict()):
         model = tiny_mae()
         decoder = model.decoder_pred.weight.clone()
-        report = load_mae(model, source, decoder=False)
+        report = load_autoencoder(model, source, decoder=False)
         assert report.loaded == len(encoder)
         assert torch.equal(model.blocks[3].mlp.fc2.weight, full.blocks[3].mlp.fc2.weight)
         assert torch.equal(model.decoder_pred.weight, decoder)
@@ -136,9 +136,9 @@ def test_a_file_without_decoder_is_told_or_fills_the_encoder_alone() -> None:
 def test_both_position_embeddings_follow_the_picture_size(size: Any, grid: tuple[int, int]) -> None:
     source = tiny_mae()
     bigger, back = tiny_mae(size), tiny_mae()
-    assert load_mae(bigger, source.state_dict()).resized == ((8, 8), grid)
+    assert load_autoencoder(bigger, source.state_dict()).resized == ((8, 8), grid)
     assert (bigger.decoder_pos_embed[0, 0] == source.decoder_pos_embed[0, 0]).all()
-    assert load_mae(back, bigger.state_dict(), source_grid=grid).resized == (grid, (8, 8))
+    assert load_autoencoder(back, bigger.state_dict(), source_grid=grid).resized == (grid, (8, 8))
     assert (back.decoder_pos_embed - source.decoder_pos_embed).abs().mean() < 0.15
 
 
@@ -148,7 +148,7 @@ def test_both_position_embeddings_follow_the_picture_size(size: Any, grid: tuple
 def test_hugging_face_vitmae_gives_its_own_outputs(golden: Golden) -> None:
     reference = {key: torch.from_numpy(value) for key, value in golden("hf_tiny").items()}
     model, image = tiny_mae(depth=2), reference_images(golden)[:1]
-    report = load_mae(model, hugging_face("vitmae"))
+    report = load_autoencoder(model, hugging_face("vitmae"))
     assert report.format == "Hugging Face, MAE with decoder"
     latent, mask, _ = model.encode(image, 0.75, reference["noise"])
     prediction, _ = model(image, 0.75, reference["noise"])
@@ -161,7 +161,7 @@ def test_hugging_face_vitmae_gives_its_own_outputs(golden: Golden) -> None:
 
 def test_hugging_face_classifier_gives_its_own_logits(golden: Golden) -> None:
     model = imagenet(pool=False)
-    report = load_weights(model, hugging_face("vit"))
+    report = load_classifier(model, hugging_face("vit"))
     assert report.format == "Hugging Face, vision transformer with class token, timm's keys"
     logits = model(reference_images(golden)[:1])
     torch.testing.assert_close(logits, torch.from_numpy(golden("hf_tiny")["logits"]), rtol=1e-5, atol=1e-5)
@@ -184,7 +184,7 @@ def test_an_incomplete_attention_of_hugging_face_is_named() -> None:
     state = hugging_face("vitmae")
     del state["vit.encoder.layer.1.attention.attention.key.weight"]
     with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.qkv\.weight +- +144 x 48 +missing"):
-        load_mae(tiny_mae(depth=2), state)
+        load_autoencoder(tiny_mae(depth=2), state)
 
 
 # ---- timm and DeiT ----
@@ -192,18 +192,18 @@ def test_an_incomplete_attention_of_hugging_face_is_named() -> None:
 
 def test_timm_weights_by_their_model_name() -> None:
     source, model = timm.create_model("test_vit", num_classes=5).eval(), build_classifier("test_vit", 5).eval()
-    report = load_weights(model, {"state_dict": source.state_dict()})
+    report = load_classifier(model, {"state_dict": source.state_dict()})
     assert report.format == "vision transformer with class token, timm's keys"
     image = torch.rand(1, 3, 160, 160)
     assert torch.equal(model(image), source((image - model.mean) / model.std))
     network = timm.create_model("test_resnet", num_classes=5)
-    assert load_weights(build_classifier("test_resnet", 5), network.state_dict()).loaded == len(network.state_dict())
+    assert load_classifier(build_classifier("test_resnet", 5), network.state_dict()).loaded == len(network.state_dict())
 
 
 def test_a_distilled_deit_fits_timms_model_of_that_name_and_no_other() -> None:
     source = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, depth=1).eval()
     model = Classifier(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, depth=1), (0.5,), (0.5,))
-    assert load_weights(model, {"model": source.state_dict()}).format == "distilled DeiT"
+    assert load_classifier(model, {"model": source.state_dict()}).format == "distilled DeiT"
     assert equal_states(model.net.state_dict(), source.state_dict())
     plain = Classifier(timm.create_model("deit_tiny_patch16_224", num_classes=5, depth=1), (0.5,), (0.5,))
     with pytest.raises(CheckpointError, match=r"distilled DeiT.*--model deit_tiny_distilled_patch16_224"):
@@ -265,10 +265,10 @@ def test_a_refused_file_runs_nothing_and_changes_nothing(tmp_path: Path, kind: s
     path = bad_file(kind, tmp_path)
     model: MaskedAutoencoder | Classifier = tiny_mae() if target in ("autoencoder", "encoder") else tiny()
     loads: dict[str, Callable[[Any], Any]] = {
-        "autoencoder": lambda model: load_mae(model, path),
-        "encoder": lambda model: load_mae(model, path, decoder=False),
+        "autoencoder": lambda model: load_autoencoder(model, path),
+        "encoder": lambda model: load_autoencoder(model, path, decoder=False),
         "pretrained": lambda model: load_pretrained(model, path),
-        "classifier": lambda model: load_weights(model, path),
+        "classifier": lambda model: load_classifier(model, path),
     }
     if target == "classifier" and kind in ("larger", "resnet"):
         message = "no classification head"
@@ -282,7 +282,7 @@ def test_a_refused_file_runs_nothing_and_changes_nothing(tmp_path: Path, kind: s
 
 def test_a_classifier_is_no_pretraining() -> None:
     with pytest.raises(CheckpointError, match=r"is a classifier \(MAE fine-tuned.*no pretraining"):
-        load_mae(tiny_mae(), tiny().net.state_dict(), decoder=False)
+        load_autoencoder(tiny_mae(), tiny().net.state_dict(), decoder=False)
 
 
 def test_a_file_of_another_published_size_is_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mae_dat.models.mae import IMAGENET_MEAN, MaskedAutoencoder, build_mae, mask
 from mae_dat.models.tokenizer import VQGAN, LightTokenizer, load_tokenizer
 from mae_dat.models.weights import torch_hub as hub
 from mae_dat.models.weights.get import main as fetch_main
-from mae_dat.models.weights.open import read_export
+from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.evaluate_run import evaluated_config
 from mae_dat.storage import released as store
 from mae_dat.storage.released import released_weights
@@ -170,9 +170,9 @@ def test_the_demo_loads_from_the_folder(demo: Path) -> None:
     image = picture()
     assert isinstance(model, Classifier)
     assert model(image).shape == (2, 10)
-    weights, facts = read_export(Path("mae_dat_demo"))
-    assert facts["model"] == "vit_demo_patch8"
-    assert torch.equal(model.net.state_dict()["head.weight"], weights.tensors["head.weight"])
+    file = read_model_file("mae_dat_demo")
+    assert file.facts["model"] == "vit_demo_patch8"
+    assert torch.equal(model.net.state_dict()["head.weight"], file.tensors["head.weight"])
     again = hub.mae_dat_demo(pretrained=str(demo))
     assert torch.equal(again(image), model(image))
     assert not torch.equal(hub.mae_dat_demo()(image), model(image))
@@ -286,8 +286,8 @@ def test_what_is_not_there_is_said(home: Path) -> None:
 def test_a_name_is_a_pretraining_to_start_from(home: Path) -> None:
     autoencoder = build_mae("mae_vit_demo_patch8", img_size=224)
     torch.save({"model": autoencoder.state_dict()}, home / released_weights()["mae_vit_base_patch16"].file)
-    _, facts = read_export(Path("mae_vit_base_patch16"))
-    assert facts == {
+    file = read_model_file("mae_vit_base_patch16")
+    assert file.facts == {
         "kind": "mae",
         "model": "mae_vit_base_patch16",
         "input_size": [224, 224],
@@ -295,23 +295,25 @@ def test_a_name_is_a_pretraining_to_start_from(home: Path) -> None:
         "norm_pix_loss": True,
     }
     model = build_classifier("vit_demo_patch8", 5)
-    initialize_from(model, Path("mae_vit_base_patch16"))
+    initialize_from(model, "mae_vit_base_patch16")
     assert torch.equal(model.net.blocks[0].attn.qkv.weight, autoencoder.blocks[0].attn.qkv.weight)
     with pytest.raises(CheckpointError, match="pretraining, which has no classes"):
-        evaluated_config(Path("mae_vit_base_patch16"), FinetuneConfig())
+        evaluated_config(file, FinetuneConfig())
 
 
 def test_a_name_is_a_classifier_to_evaluate(home: Path) -> None:
     torch.save({"x": torch.ones(1)}, home / "mae_dat.pth")
     torch.save({"x": torch.ones(1)}, home / "vit_dat.pth")
-    huge, _ = evaluated_config(Path("mae_vit_huge_patch14_dat"), FinetuneConfig())
-    assert (huge.classifier.model, huge.classifier.nb_classes, huge.classifier.mean_pool) == (
+    file = read_model_file("mae_vit_huge_patch14_dat")
+    huge = evaluated_config(file, FinetuneConfig())
+    assert (huge.classifier.model, huge.classifier.nb_classes, file.facts["global_pool"]) == (
         "vit_huge_patch14",
         1000,
         True,
     )
-    base, _ = evaluated_config(Path("vit_base_patch16_dat"), FinetuneConfig())
-    assert (base.classifier.model, base.classifier.mean_pool, base.data.image_size) == (
+    file = read_model_file("vit_base_patch16_dat")
+    base = evaluated_config(file, FinetuneConfig())
+    assert (base.classifier.model, file.facts["global_pool"], base.data.image_size) == (
         "vit_base_patch16",
         False,
         (224, 224),

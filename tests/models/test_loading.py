@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, MissingInputError
 from mae_dat.models.classifier import build_classifier
-from mae_dat.models.weights.load import load_pretrained, load_weights, resize_position_embedding
+from mae_dat.models.weights.load import load_classifier, load_pretrained, resize_position_embedding
 from mae_dat.storage.weight_files import read_weights
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -113,23 +113,23 @@ def test_weights_of_another_kind_of_network_are_refused() -> None:
 
 def test_evaluation_needs_the_same_head() -> None:
     trained, same, other = tiny(10), tiny(10), tiny(4)
-    load_weights(same, trained.state_dict())
+    load_classifier(same, trained.state_dict())
     assert equal_states(trained.state_dict(), same.state_dict())
     with pytest.raises(CheckpointError, match=r"10 classes.* 4"):
-        load_weights(other, trained.state_dict())
+        load_classifier(other, trained.state_dict())
     with pytest.raises(CheckpointError, match="no classification head"):
-        load_weights(same, tiny_mae().state_dict())
+        load_classifier(same, tiny_mae().state_dict())
     with pytest.raises(
         CheckpointError, match=r"norm\.weight(.|\n)* missing(.|\n)*fc_norm(.|\n)*unexpected(.|\n)*cls_token"
     ):
-        load_weights(tiny(10, pool=False), trained.state_dict())
+        load_classifier(tiny(10, pool=False), trained.state_dict())
 
 
 def test_fine_tuning_again_keeps_a_head_that_fits() -> None:
     trained, same, other = tiny(10), tiny(10), tiny(4)
     assert not load_pretrained(same, trained.state_dict()).missing
     assert equal_states(trained.state_dict(), same.state_dict())
-    report = load_weights(other, trained.state_dict(), head=False)
+    report = load_pretrained(other, trained.state_dict())
     assert set(report.missing) == set(report.ignored) == {"head.weight", "head.bias"}
     assert torch.equal(other.net.fc_norm.weight, trained.net.fc_norm.weight)
 
@@ -144,7 +144,7 @@ def test_wrappers_leave_no_trace_in_the_keys(prefix: str) -> None:
 
 def test_compiled_blocks_load() -> None:
     state = {key.replace("norm1", "_orig_mod.norm1"): value for key, value in tiny().net.state_dict().items()}
-    assert not load_weights(tiny(), state).missing
+    assert not load_classifier(tiny(), state).missing
 
 
 @pytest.mark.parametrize("name", ["checkpoint-3.pth", "weights.pt", "weights.safetensors"])

@@ -20,7 +20,7 @@ from mae_dat.data.image_set import Batch
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.split_norms import NORMS, SplitNorm, auxiliary_norms, main_norms, split_norms
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
-from mae_dat.models.weights.load import load_weights
+from mae_dat.models.weights.load import load_classifier
 from mae_dat.runtime.sharding import no_gradient_sync
 from mae_dat.runtime.world import World, process_group
 from mae_dat.training.finetune import draw_held_out_adversary
@@ -84,7 +84,7 @@ def test_a_split_network_is_the_network_that_it_was(name: str) -> None:
                 value.add_(0.5)
         assert not torch.allclose(net(image), expected, atol=1e-3)
     assert torch.equal(net(image), expected)
-    load_weights(build_classifier(name, CLASSES, 32), {**net.net.state_dict()})  # a checkpoint holds both
+    load_classifier(build_classifier(name, CLASSES, 32), {**net.net.state_dict()})  # a checkpoint holds both
 
 
 TIMMS = (

@@ -156,7 +156,7 @@ def test_the_command_measures_what_lies_in_a_folder(
     assert list(results["models"]) == ["b/model", "a/model"]
     assert "imagenet-r" in results["not_measured"]
     assert (tmp_path / "out" / "report.html").is_file()
-    model = open_model(files[0])
+    model = open_model(files[0]).classifier()
     found = results["cells"]["a/model"]
 
     def to_tensor_of(path: Path) -> Tensor:

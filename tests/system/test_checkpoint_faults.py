@@ -26,8 +26,8 @@ from test_checkpoint import names, save, state
 from mae_dat.config.errors import CheckpointError, StorageError
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.weights.convert import ConvertConfig, convert
-from mae_dat.models.weights.load import read_source
-from mae_dat.models.weights.open import read_export
+from mae_dat.models.weights.open import open_model
+from mae_dat.models.weights.read import read_model_file
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.storage.checkpoint import find_checkpoint, newest_checkpoint, save_checkpoint, verify_checkpoint
 from mae_dat.storage.files import sha256_of
@@ -124,7 +124,7 @@ def resume_folder(path: Path) -> Any:
     folder.mkdir(exist_ok=True)
     shutil.copyfile(path, folder / "checkpoint-00000001.pth")
     manifest_of(folder / "checkpoint-00000001.pth")
-    return read_export(folder)
+    return read_model_file(folder)
 
 
 def convert_it(path: Path) -> Any:
@@ -133,8 +133,8 @@ def convert_it(path: Path) -> Any:
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "weights": read_weights,
-    "export": read_export,
-    "source": read_source,
+    "file": read_model_file,
+    "model": open_model,
     "tokenizer": load_tokenizer,
     "resume": resume,
     "folder": resume_folder,

@@ -76,7 +76,7 @@ def test_a_checkpoint_amid_a_dat_run_resumes_and_ends_as_it_would_have(
 
 
 def test_exported_weights_give_the_same_logits() -> None:
-    model = open_model(EARLIER / "classifier.safetensors").eval()
+    model = open_model(EARLIER / "classifier.safetensors").classifier()
     image = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(image)

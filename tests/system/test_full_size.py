@@ -14,7 +14,7 @@ from golden_rule import fill_by_rule
 from mae_dat.models.mae import build_mae, mask_noise, masked_mse
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.tokenizer.vqgan import VQGAN, VQGAN_PRESETS
-from mae_dat.models.weights.load import load_mae
+from mae_dat.models.weights.load import load_autoencoder
 
 LIMIT_KB = 24 * 1024**2
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def mae_forward(folder: Path) -> None:
     path = folder / "checkpoint-799.pth"
     content = {"model": fill_by_rule(model, skip), "epoch": 799, "args": argparse.Namespace(mask_ratio=0.75)}
     torch.save(content, path)
-    report = load_mae(model, path)
+    report = load_autoencoder(model, path)
     assert report.loaded == len(model.state_dict())
     image = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

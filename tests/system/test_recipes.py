@@ -28,7 +28,7 @@ from mae_dat.launch import submit as launch
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import VIT_SIZES, build_mae
 from mae_dat.models.tokenizer import VQGAN, VQGAN_PRESETS, load_tokenizer
-from mae_dat.robustness.evaluate_run import load_classifier
+from mae_dat.models.weights.open import open_model
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.released import find_released
 from mae_dat.training.accuracy import evaluate_accuracy
@@ -268,7 +268,7 @@ def test_ranks_evaluate_and_export_the_same_batchnorm(images: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     config = load_config(FinetuneConfig, [*flags, "--num_workers", "0"])
     held_out = held_out_images(config.data)
-    model = load_classifier(tmp_path / "out", config, held_out.classes)
+    model = open_model(tmp_path / "out").classifier()
     alone = evaluate_accuracy(model, eval_loader(held_out, 8, 0, 1, 0), torch.device("cpu"), None)
     record = read_log(tmp_path / "out" / "log.txt")[-1]
     assert record["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-5)

@@ -31,7 +31,7 @@ from mae_dat.experiments.variants import group_label
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaskedAutoencoder, build_mae, masked_mse
 from mae_dat.models.tokenizer import LightConfig, VisualTokenizer
-from mae_dat.models.weights.load import load_mae, load_pretrained
+from mae_dat.models.weights.load import load_autoencoder, load_pretrained
 from mae_dat.models.weights.open import open_model
 from mae_dat.models.word_head import WordHead
 from mae_dat.runtime.console import Console
@@ -330,12 +330,12 @@ def test_what_is_exported_loads_as_ever(pretrained: Path, images: Path, tmp_path
     checkpoint = next(pretrained.glob("checkpoint-*.pth"))
     for source in (pretrained / "model.safetensors", checkpoint):
         model = build_mae("mae_vit_demo_patch8", img_size=32)
-        load_mae(model, source)
+        load_autoencoder(model, source)
         assert torch.equal(model.decoder_pred.weight, files[1]["decoder_pred.weight"])
         classifier = build_classifier("vit_demo_patch8", 10, (32, 32))
         load_pretrained(classifier, source)
         assert torch.equal(classifier.net.blocks[4].mlp.fc2.weight, files[1]["blocks.4.mlp.fc2.weight"])
-    assert isinstance(open_model(pretrained / "model.safetensors"), MaskedAutoencoder)
+    assert isinstance(open_model(pretrained / "model.safetensors").model, MaskedAutoencoder)
     assert finetune_in(tmp_path / "tuned", images, "--finetune", str(pretrained))["test_acc1"] >= 0
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4, "num_classes": 0}
     net = timm.create_model("vit_base_patch16_224", global_pool="token", **size)

@@ -1,17 +1,15 @@
 """Visual words: images to indices of a codebook and back. `load_tokenizer` is the door."""
 
-import json
 from importlib import resources
 from pathlib import Path
 
-from mae_dat.config.errors import CheckpointError
 from mae_dat.models.tokenizer.base import VisualTokenizer, share_changed
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.models.tokenizer.precision import in_precision
 from mae_dat.models.tokenizer.vqgan import VQGAN, VQGAN_PRESETS, VQGANConfig
-from mae_dat.storage.files import require_file, sha256_of
+from mae_dat.storage.files import require_file
 from mae_dat.storage.released import local_path
-from mae_dat.storage.weight_files import read_weights
+from mae_dat.storage.weight_files import read_weights, verify_card
 
 __all__ = [
     "VQGAN",
@@ -38,7 +36,7 @@ def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
     """
     path = tokenizer_path(name_or_path)
     require_file(path, f"tokenizer (use --tokenizer {EMBEDDED} for the shipped one, or the path of a checkpoint)")
-    check_card(path)
+    verify_card(path)
     file = read_weights(path, "tokenizer")
     if file.metadata.get("tokenizer") == "light":
         return LightTokenizer.from_file(path, file).freeze()
@@ -53,20 +51,3 @@ def tokenizer_path(name_or_path: str | Path) -> Path:
 def embedded_path() -> Path:
     """Where the shipped weights lie."""
     return Path(str(resources.files("mae_dat.models.tokenizer") / "weights" / "light_f4_512.safetensors"))
-
-
-def check_card(path: Path) -> None:
-    """Compares a file with the `sha256` in the card beside it, if there is one. Raises CheckpointError on a
-    mismatch."""
-    card = path.with_suffix(".json")
-    if not card.is_file():
-        return
-    try:
-        facts = json.loads(card.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the card {card} of {path.name} is damaged ({error}): restore or remove it.") from error
-    expected = facts.get("sha256") if isinstance(facts, dict) else None
-    if expected and sha256_of(path) != expected:
-        raise CheckpointError(
-            f"{path} is damaged: its sha256 is not the one in {card.name}. Install the package or copy the file again."
-        )

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import timm
 import torch
 import tyro
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from mae_dat.config.errors import CheckpointError, ConfigError, MissingInputError, OutputError
@@ -26,10 +25,11 @@ from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder
 from mae_dat.models.weights.huggingface import HubClassifier, HubMaskedAutoencoder, write_card
 from mae_dat.models.weights.load import DECODER_KEYS
-from mae_dat.models.weights.open import Blueprint, Opened, open_source, read_export
+from mae_dat.models.weights.open import ModelPlan, OpenedModel, open_model
+from mae_dat.models.weights.read import read_model_file
 from mae_dat.runtime.console import console_for_command
 from mae_dat.storage.files import atomic_write, prepare_output_folder
-from mae_dat.storage.weight_files import read_weights, write_weights
+from mae_dat.storage.weight_files import write_weights
 
 Network = Classifier | MaskedAutoencoder
 TOLERANCE = 1e-4  # largest difference of the outputs before and after, relative to the largest output
@@ -93,18 +93,16 @@ def convert(config: ConvertConfig) -> str:
     """
     dest = Path(config.dest)
     check_destination(config)
-    weights, facts = read_export(Path(config.source))
-    if facts:  # of a folder they need not stand in the file
-        weights = weights._replace(metadata={**weights.metadata, "mae_dat": json.dumps(facts)})
-    opened = open_source(weights, config.model)
+    opened = open_model(config.source, config.model)
+    opened.encoder()  # raises for a detector
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".convert.") as folder, silence():
         part = Path(folder) / dest.name
         written = WRITERS[config.to](opened, part, config)
-        difference = max(compare(opened.network, written.again, pictures(opened, count)) for count in (1, 3))
+        difference = max(compare(opened.model, written.again, pictures(opened, count)) for count in (1, 3))
         for path in Path(folder).iterdir():  # ONNX puts large weights into a second file
             path.replace(dest.with_name(path.name))
     return (
-        f"{config.source}: {opened.found.format}; {opened.plan}\n"
+        f"{config.source}: {opened.file.format}; {opened.plan}\n"
         f"{dest}: loaded again, its outputs differ by {difference:.0e} of the largest (allowed: {TOLERANCE:.0e})\n\n"
         f"{written.usage}"
     )
@@ -136,11 +134,10 @@ def check_destination(config: ConvertConfig) -> None:
     prepare_output_folder(dest.parent, "another destination")
 
 
-def pictures(opened: Opened, count: int) -> Tensor:
+def pictures(opened: OpenedModel, count: int) -> Tensor:
     """Random pictures (count, C, H, W) of the network's size."""
-    size = opened.plan.img_size or tuple(resolve_model_data_config(network_inside(opened.network))["input_size"][-2:])
     generator = torch.Generator().manual_seed(count)
-    return torch.rand(count, opened.plan.in_chans, *size, generator=generator)
+    return torch.rand(count, opened.plan.in_chans, *opened.input_size, generator=generator)
 
 
 def compare(network: Network, again: Callable[[Tensor], Tensor], image: Tensor) -> float:
@@ -161,10 +158,10 @@ def network_inside(network: Network) -> nn.Module:
     return network.net if isinstance(network, Classifier) else network
 
 
-def tensors_of(opened: Opened, decoder: bool) -> dict[str, Tensor]:
+def tensors_of(opened: OpenedModel, decoder: bool) -> dict[str, Tensor]:
     """Bare tensors; of an autoencoder without the decoder unless asked for and present."""
-    state = network_inside(opened.network).state_dict()
-    if isinstance(opened.network, Classifier) or (decoder and opened.plan.decoder):
+    state = network_inside(opened.model).state_dict()
+    if isinstance(opened.model, Classifier) or (decoder and opened.plan.has_decoder):
         return dict(state)
     return {key: value for key, value in state.items() if not key.startswith(DECODER_KEYS)}
 
@@ -175,9 +172,9 @@ def statistics_of(network: Network) -> dict[str, tuple[float, ...]]:
     return {key: tuple(round(number, 6) for number in value.flatten().tolist()) for key, value in values.items()}
 
 
-def facts_of(opened: Opened) -> dict[str, Any]:
+def facts_of(opened: OpenedModel) -> dict[str, Any]:
     """What it takes to rebuild the network, as our own exports say it."""
-    plan, network = opened.plan, opened.network
+    plan, network = opened.plan, opened.model
     facts: dict[str, Any] = {
         "kind": "classifier" if plan.num_classes else "mae",
         "model": plan.name,
@@ -186,10 +183,10 @@ def facts_of(opened: Opened) -> dict[str, Any]:
     }
     facts |= {"input_size": list(plan.img_size)} if plan.img_size else {}
     facts |= {"nb_classes": plan.num_classes, "global_pool": plan.global_pool} if plan.num_classes else {}
-    return {**opened.file.facts, **facts}
+    return {**opened.facts, **facts}
 
 
-def save(tensors: dict[str, Tensor], dest: Path, opened: Opened, root: str | None) -> None:
+def save(tensors: dict[str, Tensor], dest: Path, opened: OpenedModel, root: str | None) -> None:
     """Writes a .safetensors with our facts, or a .pth with the tensors under `root`. Raises StorageError."""
     if dest.suffix == ".safetensors":
         write_weights(dest, tensors, {"mae_dat": json.dumps(facts_of(opened))})
@@ -198,7 +195,7 @@ def save(tensors: dict[str, Tensor], dest: Path, opened: Opened, root: str | Non
         torch.save({root: tensors} if root else tensors, file)
 
 
-def timm_arguments(plan: Blueprint, network: Network) -> tuple[str, dict[str, Any]]:
+def timm_arguments(plan: ModelPlan, network: Network) -> tuple[str, dict[str, Any]]:
     """Name and arguments with which `timm.create_model` builds the same network."""
     options: dict[str, Any] = {"num_classes": plan.num_classes}
     name = plan.name.removeprefix("mae_")
@@ -217,12 +214,12 @@ def timm_arguments(plan: Blueprint, network: Network) -> tuple[str, dict[str, An
     return name, {**options, "pretrained_cfg_overlay": statistics_of(network)}
 
 
-def to_timm(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
+def to_timm(opened: OpenedModel, dest: Path, config: ConvertConfig) -> Written:
     """A file for `timm.create_model(..., checkpoint_path=...)`; of a pretraining the encoder."""
-    name, options = timm_arguments(opened.plan, opened.network)
+    name, options = timm_arguments(opened.plan, opened.model)
     save(tensors_of(opened, decoder=False), dest, opened, None)
     model: Any = timm.create_model(name, checkpoint_path=str(dest), **options).eval()
-    network = opened.network
+    network = opened.model
     statistics = options["pretrained_cfg_overlay"]
 
     def again(image: Tensor) -> Tensor:
@@ -237,24 +234,25 @@ def to_timm(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
     )
 
 
-def to_mae(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
+def to_mae(opened: OpenedModel, dest: Path, config: ConvertConfig) -> Written:
     """MAE's own layout: `model` in a .pth, with the decoder where there is one."""
     if opened.plan.name not in (*VIT_SIZES, *MAE_MODELS):
         raise ConfigError(f"MAE's code has no {opened.plan.name}: use --to timm.")
     save(tensors_of(opened, decoder=True), dest, opened, "model")
-    file = read_weights(dest)._replace(metadata={"mae_dat": json.dumps(facts_of(opened))})
+    # MAE's layout records nothing: what is compared is built from the facts of the source.
+    file = dataclasses.replace(read_model_file(dest), facts=facts_of(opened))
     what = "--eval --resume" if opened.plan.num_classes else "--finetune"
     sides = opened.plan.img_size or (224, 224)
     size = "" if tuple(sides) == (224, 224) else f" --input_size {' '.join(map(str, sides))}"
     return Written(
-        Outputs(open_source(file).network),
+        Outputs(open_model(file).model),
         f"python main_finetune.py {what} {config.dest} --model {opened.plan.name.removeprefix('mae_')}{size}",
     )
 
 
-def to_hub(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
+def to_hub(opened: OpenedModel, dest: Path, config: ConvertConfig) -> Written:
     """A folder for `from_pretrained` and `push_to_hub`: config.json, model.safetensors and a model card."""
-    plan, network = opened.plan, opened.network
+    plan, network = opened.plan, opened.model
     settings: dict[str, Any] = {
         "name": plan.name,
         "img_size": list(plan.img_size) if plan.img_size else None,
@@ -263,15 +261,15 @@ def to_hub(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
     }
     model: HubClassifier | HubMaskedAutoencoder
     if plan.num_classes:
-        classes = opened.file.facts.get("classes")
+        classes = opened.classes
         pooled = plan.global_pool
         model = HubClassifier(num_classes=plan.num_classes, global_pool=pooled, classes=classes, **settings)
     else:
-        model = HubMaskedAutoencoder(decoder=plan.decoder, **settings)
+        model = HubMaskedAutoencoder(decoder=plan.has_decoder, **settings)
     model.load_state_dict(network.state_dict())
     kind = type(model)
     dest.mkdir(exist_ok=True)
-    source = f"{Path(config.source).name} ({opened.found.format})"
+    source = f"{Path(config.source).name} ({opened.file.format})"
     write_card(dest, kind, f"{plan}; converted from {source}.", config.license)
     model.eval().save_pretrained(dest)
     return Written(
@@ -282,7 +280,7 @@ def to_hub(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
     )
 
 
-def to_onnx(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
+def to_onnx(opened: OpenedModel, dest: Path, config: ConvertConfig) -> Written:
     """An ONNX graph with a free batch size, run again by onnxruntime."""
     try:
         import onnxruntime
@@ -290,9 +288,9 @@ def to_onnx(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
     except ImportError as error:
         raise MissingInputError(f'--to onnx needs the package {error.name}: pip install "mae_dat[export]"') from error
     image = pictures(opened, 2)
-    total = sum(value.nbytes for value in opened.network.state_dict().values())
+    total = sum(value.nbytes for value in opened.model.state_dict().values())
     torch.onnx.export(
-        Outputs(opened.network).eval(),
+        Outputs(opened.model).eval(),
         (image,),
         dest,
         input_names=["image"],
@@ -310,17 +308,17 @@ def to_onnx(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
     return Written(again, f"onnxruntime.InferenceSession({config.dest!r}).run(None, {{'image': pixels in [0, 1]}})")
 
 
-def to_export(opened: Opened, dest: Path, config: ConvertConfig) -> Written:
+def to_export(opened: OpenedModel, dest: Path, config: ConvertConfig) -> Written:
     """A `torch.export` program with a free batch size."""
     batch = {"image": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        program = torch.export.export(Outputs(opened.network).eval(), (pictures(opened, 2),), dynamic_shapes=batch)
+        program = torch.export.export(Outputs(opened.model).eval(), (pictures(opened, 2),), dynamic_shapes=batch)
     with atomic_write(dest) as file:
         torch.export.save(program, file)
     return Written(torch.export.load(dest).module(), f"torch.export.load({config.dest!r}).module()(pixels in [0, 1])")
 
 
-WRITERS: dict[str, Callable[[Opened, Path, ConvertConfig], Written]] = {
+WRITERS: dict[str, Callable[[OpenedModel, Path, ConvertConfig], Written]] = {
     "timm": to_timm,
     "mae": to_mae,
     "hf": to_hub,

@@ -1,22 +1,24 @@
-"""Checkpoint formats by name: what a file holds, told by its keys, and its tensors under the keys that MAE and timm
-share.
+"""Checkpoint formats: what a file holds, recognised by its keys, and its tensors under the keys of MAE and timm.
 
-Hugging Face names query, key and value apart; they are stacked into the one `qkv` of MAE and timm, in that order.
+Hugging Face stores query, key and value separately; they are stacked into the one `qkv` of MAE and timm, in that order.
 """
 
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mae_dat.storage.weight_files import WeightsFile
+from mae_dat.storage.weight_files import PixelStatistics, WeightsFile
 
-Kind = Literal["autoencoder", "encoder", "classifier", "tokenizer", "network"]
+Kind = Literal["autoencoder", "encoder", "classifier", "detector", "tokenizer", "other"]
+"""`autoencoder`: encoder and decoder; `encoder`: a vision transformer without head; `classifier`: one with a head;
+`detector`: boxes; `tokenizer`: visual words; `other`: a network whose keys say no more, such as a ResNet."""
 
 _HUGGING_FACE = "embeddings.patch_embeddings.projection.weight"
-# Applied in this order: what a rule leaves of a key is what the next one sees.
+# Applied in this order, each to the result of the one before.
 _RENAMES = (
     (r"^vit\.", ""),
     (r"^embeddings\.cls_token$", "cls_token"),
@@ -35,38 +37,62 @@ _RENAMES = (
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
 )
-_PART = re.compile(r"(.*\.attn\.)(query|key|value)(\.\w+)")
+_ATTENTION_PART = re.compile(r"(.*\.attn\.)(query|key|value)(\.\w+)")
 
 
-class Recognized(NamedTuple):
-    """A file's format in words, what it holds, and its tensors under the keys of MAE and timm.
+@dataclass(frozen=True)
+class ModelFile:
+    """What was read for a model: tensors under the keys of MAE and timm, and what is known about them."""
 
-    `kind`: an `autoencoder` has encoder and decoder, an `encoder` is a vision transformer without head, a `classifier`
-    one with a head; a `tokenizer` makes visual words; a `network` is anything else.
-    """
-
-    format: str
-    kind: Kind
     tensors: dict[str, Tensor]
+    kind: Kind
+    format: str = ""
+    """The format in words, for messages and reports."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What an export of ours, a run's checkpoint or the registry of released weights records about the model."""
+    source: str = "the given weights"
+    """The path of the file."""
+    wrappers: tuple[str, ...] = ()
+    """What was removed from around the tensors (see `extract_weights`)."""
+    statistics: PixelStatistics | None = None
+    """Mean and standard deviation of pixels in [0, 1], one value per channel, if the file holds them."""
+
+    @property
+    def label(self) -> str:
+        """Path and format, for messages."""
+        return f"{self.source} ({self.format})"
 
 
-def recognize(file: WeightsFile) -> Recognized:
-    """The format of a file, and its tensors translated from it."""
+def recognize(file: WeightsFile, facts: Mapping[str, Any] | None = None, is_ours: bool = False) -> ModelFile:
+    """Recognise the format of a file and convert its keys to those of MAE and timm.
+
+    `facts` are known from elsewhere (default: those in the file); `is_ours`: a run's checkpoint, which has no metadata.
+    Raises CheckpointError for damaged facts.
+    """
     tensors, prefix = file.tensors, ""
+    facts = file.facts if facts is None else facts
     if _HUGGING_FACE in tensors or f"vit.{_HUGGING_FACE}" in tensors:
         tensors, prefix = from_hugging_face(tensors), "Hugging Face, "
-    elif "mae_dat" in file.metadata:
+    elif is_ours or "mae_dat" in file.metadata:
         prefix = "mae_dat, "
     elif file.statistics:
         prefix = "easyrobust, "
-    kind, words = _kind(tensors, file.metadata)
-    return Recognized(prefix + words, kind, tensors)
+    kind, description = _kind(tensors, file.metadata, facts)
+    return ModelFile(
+        tensors=tensors,
+        kind=kind,
+        format=prefix + description,
+        facts=facts,
+        source=file.source,
+        wrappers=file.wrappers,
+        statistics=file.statistics,
+    )
 
 
 def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ViTMAE's and ViT's tensors under MAE's keys, query, key and value stacked; a pooler is left out.
+    """Rename the tensors of ViTMAE and ViT to MAE's keys and stack query, key and value; drop a pooler.
 
-    An incomplete triple stays apart, so that the load names what is missing.
+    An incomplete triple is not stacked, so that loading it reports the missing key.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -76,7 +102,7 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[key] = value
     stacked: dict[str, Tensor] = {}
     for key, value in renamed.items():
-        part = _PART.fullmatch(key)
+        part = _ATTENTION_PART.fullmatch(key)
         triple = [f"{part[1]}{name}{part[3]}" for name in ("query", "key", "value")] if part else []
         if not part or not all(name in renamed for name in triple):
             stacked[key] = value
@@ -85,14 +111,16 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def _kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[Kind, str]:
-    """What the tensors are, as a kind and in words."""
+def _kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], facts: Mapping[str, Any]) -> tuple[Kind, str]:
+    """Return the kind of model that the tensors are of, and a description of it."""
+    if facts.get("kind") == "detector":
+        return "detector", "object detector"
     if metadata.get("tokenizer") == "light":
         return "tokenizer", "light tokenizer"
     if "quantize.embedding.weight" in tensors or "quantize.embed.weight" in tensors:
         return "tokenizer", "VQGAN"
     if not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= tensors.keys():
-        return "network", "network with timm's or torchvision's keys"
+        return "other", "network with timm's or torchvision's keys"
     if "decoder_pred.weight" in tensors:
         return "autoencoder", "MAE with decoder"
     if "dist_token" in tensors:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.models.mae import MaskedAutoencoder, mae_arguments
-from mae_dat.models.weights.load import DECODER_KEYS, load_mae, load_weights
+from mae_dat.models.weights.load import DECODER_KEYS, load_autoencoder, load_classifier
 from mae_dat.storage.weight_files import write_weights
 
 _DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")  # the rest is for the network
@@ -84,7 +84,7 @@ class HubClassifier(Classifier, _FromHub, tags=["image-classification"]):
     def load_file(self, file: Path) -> None:
         """Strictly loads the weights. Raises MissingInputError, CheckpointError."""
         grid = getattr(getattr(self.net, "patch_embed", None), "grid_size", None)
-        load_weights(self, file, grid)
+        load_classifier(self, file, grid)
 
 
 class HubMaskedAutoencoder(MaskedAutoencoder, _FromHub, tags=["masked-autoencoder"]):
@@ -115,7 +115,7 @@ class HubMaskedAutoencoder(MaskedAutoencoder, _FromHub, tags=["masked-autoencode
 
     def load_file(self, file: Path) -> None:
         """Strictly loads the weights. Raises MissingInputError, CheckpointError."""
-        load_mae(self, file, self.has_decoder, self.grid)
+        load_autoencoder(self, file, self.has_decoder, self.grid)
 
 
 def write_card(folder: Path, kind: type, description: str, license: str | None) -> None:

@@ -1,16 +1,14 @@
-"""Weights of others and our own, into classifiers and masked autoencoders.
+"""Load weights, foreign or our own, into classifiers, masked autoencoders and detectors.
 
-A checkpoint is read without running code from it, its format is recognised and told, and it is loaded only if every key
-is accounted for: what may be missing or left over is what MAE's own fine-tuning allows (a new head; `norm` replaced by
-a new `fc_norm` under average pooling). After an error the model is as it was.
+A model is loaded only if every key is accounted for: missing or left over may be only what MAE's own fine-tuning allows
+(a new head; `norm` replaced by a new `fc_norm` under mean pooling). After an error the model is as it was before.
 """
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,43 +16,44 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_dat.config.errors import CheckpointError
-from mae_dat.models.classifier import Classifier, PatchGrid, fused_head
+from mae_dat.config.groups import image_size
+from mae_dat.models.classifier import Classifier, PatchGrid
 from mae_dat.models.mae import VIT_SIZES, MaskedAutoencoder
-from mae_dat.models.split_norms import main_norms
-from mae_dat.models.weights.formats import Recognized, recognize
-from mae_dat.storage.weight_files import WeightsFile, check_keys, extract_weights, listing, read_weights
+from mae_dat.models.weights.formats import ModelFile
+from mae_dat.models.weights.read import ModelSource, read_model_file
+from mae_dat.storage.weight_files import check_keys, listing
+
+if TYPE_CHECKING:
+    from mae_dat.models.detector import Detector
 
 logger = logging.getLogger(__name__)
 
-Source = str | Path | WeightsFile | Mapping[str, Any]
 DECODER_KEYS = ("decoder_", "mask_token")
-WORD_HEAD = "decoder_words."
-_DISTILLED = {192: "tiny", 384: "small", 768: "base"}  # timm's names by width
+_DISTILLED_SIZES = {192: "tiny", 384: "small", 768: "base"}  # timm's names by width
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did: source, tensors loaded, keys that start afresh, keys left out, position grids if resized.
-
-    `format` is what the file was recognised as, `wrappers` what was taken off.
-    """
+    """What was loaded: the number of tensors, keys that start afresh, keys left out, a resized patch grid."""
 
     source: str
     loaded: int
     missing: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     resized: tuple[PatchGrid, PatchGrid] | None = None
+    """Rows and columns of the position embedding's patches in the file and in the model."""
     format: str = ""
+    """What the file was recognised as."""
     wrappers: tuple[str, ...] = ()
+    """What was removed from around the tensors."""
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors from {self.source}"]
         if self.format:
             parts[0] += f" ({', '.join((self.format, *self.wrappers))})"
         if self.resized:
-            parts.append(
-                "position embedding resized from {} x {} to {} x {}".format(*self.resized[0], *self.resized[1])
-            )
+            old, new = self.resized
+            parts.append(f"position embedding resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}")
         if self.missing:
             parts.append(f"new: {listing(self.missing)}")
         if self.ignored:
@@ -62,138 +61,108 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def resize_position_embedding(pos_embed: Tensor, old: PatchGrid, new: PatchGrid, prefix: int = 1) -> Tensor:
-    """(1, prefix + h*w, D) from the grid `old` to the grid `new` = (h, w); the `prefix` class tokens stay the same."""
-    tokens, patches = pos_embed[:, :prefix], pos_embed[:, prefix:]
-    grid = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
-    return torch.cat([tokens, grid.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)], dim=1)
+def load_pretrained(classifier: Classifier, source: ModelSource, source_grid: PatchGrid | None = None) -> LoadReport:
+    """Load what fine-tuning starts from: an MAE pretraining or a fine-tuned model, as MAE does.
 
+    A decoder is dropped; head and `fc_norm` may be missing and `norm` left over; a head of another shape starts afresh.
+    The position embedding is resized if the patch grid differs; `source_grid` (rows, columns) is needed only if the
+    file's grid is not square and the file does not record it.
 
-def load_pretrained(classifier: Classifier, source: Source, source_grid: PatchGrid | None = None) -> LoadReport:
-    """Start fine-tuning from a file, a checkpoint or a state dict: MAE pretraining or a fine-tuned model, as MAE does.
-
-    The decoder is dropped; head and `fc_norm` may be missing and `norm` left over; a head of another shape starts anew;
-    the position embedding is resized where the grid differs (`source_grid` = (rows, columns) is needed only where the
-    source's is not square). CheckpointError lists every other key that is missing, left over or of another shape, and
-    tells of a file whose pixels were normalised otherwise.
+    Raises MissingInputError and CheckpointError, which lists every other key that is missing, left over or of another
+    shape, and reports a file whose pixels were normalised differently.
     """
-    return _load(classifier, source, source_grid, head=False)
+    return _load_classifier(classifier, read_model_file(source), source_grid, exact=False)
 
 
-def load_weights(
-    classifier: Classifier, source: Source, source_grid: PatchGrid | None = None, head: bool = True
+def load_classifier(classifier: Classifier, source: ModelSource, source_grid: PatchGrid | None = None) -> LoadReport:
+    """Load a fine-tuned model for evaluation: every key has to match, and the head's number of classes.
+
+    `source_grid` as in `load_pretrained`. Raises MissingInputError and CheckpointError, which names both numbers of
+    classes, or the keys.
+    """
+    return _load_classifier(classifier, read_model_file(source), source_grid, exact=True)
+
+
+def load_autoencoder(
+    model: MaskedAutoencoder, source: ModelSource, decoder: bool = True, source_grid: PatchGrid | None = None
 ) -> LoadReport:
-    """Load a fine-tuned model, for evaluation: every key must match, the head's number of classes too.
+    """Load a pretraining into a masked autoencoder; with `decoder` False only the encoder, even if there is a decoder.
 
-    With `head` False the same as `load_pretrained`. CheckpointError names both numbers of classes, or the keys.
+    Position embeddings are resized if the patch grid differs (`source_grid` as in `load_pretrained`). Raises
+    MissingInputError and CheckpointError: for a file without decoder or of another kind, and with the keys that differ.
     """
-    return _load(classifier, source, source_grid, head)
-
-
-def load_mae(
-    model: MaskedAutoencoder, source: Source, decoder: bool = True, source_grid: PatchGrid | None = None
-) -> LoadReport:
-    """Load a pretraining into a masked autoencoder; with `decoder` False the encoder alone, whatever the file holds.
-
-    Position embeddings are resized where the grid differs. CheckpointError for a file without decoder or of another
-    kind, and with the keys that differ.
-    """
-    file, found = read_source(source)
-    if found.kind == "classifier":
-        raise CheckpointError(f"{file.source} is a classifier ({found.format}), no pretraining: give MAE's weights.")
-    state, own = dict(found.tensors), model.state_dict()
-    ignored: list[str] = []
-    if not decoder:
-        ignored = [key for key in state if key.startswith(DECODER_KEYS)]
-        own = {key: value for key, value in own.items() if not key.startswith(DECODER_KEYS)}
-    elif found.kind == "encoder":
+    file = read_model_file(source)
+    if file.kind == "classifier":
+        raise CheckpointError(f"{file.source} is a classifier ({file.format}), no pretraining: give MAE's weights.")
+    if decoder and file.kind == "encoder":
         raise CheckpointError(
             f"{file.source} has no decoder: MAE's mae_pretrain_* files hold the encoder alone. Give one with decoder, "
             "such as mae_visualize_vit_large.pth, or load the encoder only (decoder=False)."
         )
-    state = {key: value for key, value in state.items() if key not in ignored}
+    excluded = () if decoder else DECODER_KEYS
+    expected = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(excluded)}
+    state = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(excluded)}
     resized = None
     for key in ("pos_embed", "decoder_pos_embed"):
-        resized = _resize(state, key, own.get(key), model.grid, 1, source_grid, file.source) or resized
-    check_keys(_label(file, found), own, state, _advice(state, "the same --model"))
+        old = _source_grid(state, key, expected.get(key), 1, source_grid, file)
+        if old is not None and old != model.grid:
+            state[key] = resize_position_embedding(state[key], old, model.grid)
+            resized = (old, model.grid)
+    check_keys(file.label, expected, state, _advice(state, "the same --model"))
     model.load_state_dict(state, strict=False)
-    return _told(LoadReport(file.source, len(state), (), tuple(ignored), resized, found.format, file.wrappers))
+    ignored = tuple(key for key in file.tensors if key.startswith(excluded))
+    return _logged(LoadReport(file.source, len(state), (), ignored, resized, file.format, file.wrappers))
 
 
-def size_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The one of `VIT_SIZES` that a vision transformer's tensors are, by patch side, width and blocks."""
-    patch = tensors.get("patch_embed.proj.weight")
-    if patch is None or patch.ndim != 4:
-        return None
-    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
-    shape = (patch.shape[-1], patch.shape[0], depth)
-    return next((name for name, s in VIT_SIZES.items() if (s.patch_size, s.embed_dim, s.depth) == shape), None)
+def load_detector(detector: "Detector", source: ModelSource) -> LoadReport:
+    """Load a `Detector` that this package exported. Raises MissingInputError, CheckpointError with the keys."""
+    file = read_model_file(source)
+    check_keys(file.source, detector.net.state_dict(), file.tensors, "give weights of this command")
+    detector.net.load_state_dict(file.tensors)
+    return LoadReport(file.source, len(file.tensors), format=file.format, wrappers=file.wrappers)
 
 
-def read_source(source: Source) -> tuple[WeightsFile, Recognized]:
-    """The file behind a source, and what it holds: without AdvProp's auxiliary norms, a linear probe's BatchNorm fused
-    into its head.
-
-    Raises MissingInputError, CheckpointError, also for a tokenizer.
-    """
-    if isinstance(source, WeightsFile):
-        file = source
-    else:
-        file = extract_weights(source, "the given weights") if isinstance(source, Mapping) else read_weights(source)
-    # The word head belongs to a pretraining and its tokenizer, and to nothing that is loaded from it.
-    kept = {name: one for name, one in file.tensors.items() if not name.startswith(WORD_HEAD)}
-    file = file._replace(tensors=fused_head(main_norms(kept)))
-    found = recognize(file)
-    if found.kind == "tokenizer":
-        raise CheckpointError(f"{file.source} is a tokenizer ({found.format}): give it as --tokenizer.")
-    return file, found
+# ---- classifiers ----
 
 
-def _label(file: WeightsFile, found: Recognized) -> str:
-    return f"{file.source} ({found.format})"
-
-
-def _advice(state: Mapping[str, Tensor], what: str) -> str:
-    size = size_of(state)
-    shown = f" (its shapes are those of {size})" if size else ""
-    return f"choose {what} that the file was written for{shown}"
-
-
-def _told(report: LoadReport) -> LoadReport:
-    logger.info("%s", report)
-    return report
-
-
-def _load(classifier: Classifier, source: Source, source_grid: PatchGrid | None, head: bool) -> LoadReport:
-    file, found = read_source(source)
-    net, state, label = classifier.net, dict(found.tensors), file.source
-    own = net.state_dict()
+def _load_classifier(classifier: Classifier, file: ModelFile, source_grid: PatchGrid | None, exact: bool) -> LoadReport:
+    """Load a file; if not `exact`, head and `fc_norm` may start afresh."""
+    net, state = classifier.net, dict(file.tensors)
+    expected = net.state_dict()
     _check_statistics(classifier, file)
-    _check_distillation(state, own, label)
-    ignored = [key for key in state if key not in own and key.startswith(DECODER_KEYS)]
-    resized = _fit_position_embedding(state, net, source_grid, label)
-    own_head = [key for key in own if key.startswith(_head_prefixes(net))]
-    if head:
-        _check_head(state, own, own_head, label)
-    elif any(key in state and state[key].shape != own[key].shape for key in own_head):
-        ignored += [key for key in own_head if key in state]
-    state = {key: value for key, value in state.items() if key not in set(ignored)}
-    new, left = ([], []) if head else _expected_differences(state, own, own_head)
-    state = {key: value for key, value in state.items() if key not in left}
-    advice = _advice(state, "the model (and the pooling, --global_pool or --cls_token)")
-    check_keys(_label(file, found), {key: value for key, value in own.items() if key not in new}, state, advice)
+    _check_distillation(state, expected, file.source)
+    ignored = [key for key in state if key not in expected and key.startswith(DECODER_KEYS)]
+    resized = _fit_position_embedding(state, net, source_grid, file)
+    head = [key for key in expected if key.startswith(_head_prefixes(net))]
+    if exact:
+        _check_head(state, expected, head, file.source)
+    elif any(key in state and state[key].shape != expected[key].shape for key in head):
+        ignored += [key for key in head if key in state]
+    state = {key: tensor for key, tensor in state.items() if key not in set(ignored)}
+    missing, replaced = ([], []) if exact else _allowed_differences(state, expected, head)
+    state = {key: tensor for key, tensor in state.items() if key not in replaced}
+    required = {key: tensor for key, tensor in expected.items() if key not in missing}
+    check_keys(file.label, required, state, _advice(state, "the model (and the pooling, --global_pool or --cls_token)"))
     net.load_state_dict(state, strict=False)
-    ignored += left
-    return _told(LoadReport(label, len(state), tuple(new), tuple(ignored), resized, found.format, file.wrappers))
+    return _logged(
+        LoadReport(
+            source=file.source,
+            loaded=len(state),
+            missing=tuple(missing),
+            ignored=(*ignored, *replaced),
+            resized=resized,
+            format=file.format,
+            wrappers=file.wrappers,
+        )
+    )
 
 
-def _check_statistics(classifier: Classifier, file: WeightsFile) -> None:
-    """Weights are of use only to pixels normalised as in their training: a difference is no detail."""
+def _check_statistics(classifier: Classifier, file: ModelFile) -> None:
+    """Raise CheckpointError if the weights were trained on pixels that were normalised differently."""
     if file.statistics is None:
         return
-    own = (classifier.mean.flatten().tolist(), classifier.std.flatten().tolist())
-    if not all(_close(one, other) for one, other in zip(own, file.statistics, strict=True)):
+    statistics = (classifier.mean.flatten().tolist(), classifier.std.flatten().tolist())
+    if not all(_close(values, others) for values, others in zip(statistics, file.statistics, strict=True)):
         mean, std = (tuple(round(value, 4) for value in values) for values in file.statistics)
         raise CheckpointError(
             f"{file.source} was trained on pixels normalised by mean {mean} and std {std}, this model normalises "
@@ -202,84 +171,147 @@ def _check_statistics(classifier: Classifier, file: WeightsFile) -> None:
         )
 
 
-def _close(one: Sequence[float], other: Sequence[float]) -> bool:
-    return len(one) == len(other) and all(abs(a - b) < 1e-3 for a, b in zip(one, other, strict=True))
+def _close(values: Sequence[float], others: Sequence[float]) -> bool:
+    return len(values) == len(others) and all(abs(a - b) < 1e-3 for a, b in zip(values, others, strict=True))
 
 
-def _check_distillation(state: Mapping[str, Tensor], own: Mapping[str, Tensor], label: str) -> None:
-    if "dist_token" in state and "dist_token" not in own:
-        size = _DISTILLED.get(state["dist_token"].shape[-1], "SIZE")
+def _check_distillation(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    if "dist_token" in state and "dist_token" not in expected:
+        size = _DISTILLED_SIZES.get(state["dist_token"].shape[-1], "SIZE")
         raise CheckpointError(
-            f"{label} is a distilled DeiT: its dist_token and second head fit timm's distilled models only; "
+            f"{source} is a distilled DeiT: its dist_token and second head fit timm's distilled models only; "
             f"use --model deit_{size}_distilled_patch16_224."
         )
 
 
 def _head_prefixes(net: nn.Module) -> tuple[str, ...]:
-    names = getattr(net, "pretrained_cfg", None) or {}
-    names = names.get("classifier") or "head"
+    """Return the prefixes of the head's keys; timm's distilled models have two heads."""
+    settings: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    names = settings.get("classifier") or "head"
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
-def _check_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor], own_head: list[str], label: str) -> None:
-    weight = next((key for key in own_head if key.endswith("weight")), None)
+def _check_head(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: Sequence[str], source: str) -> None:
+    weight = next((key for key in head if key.endswith("weight")), None)
     if weight is None:
         return
     if weight not in state:
-        raise CheckpointError(f"{label} has no classification head ({weight}): fine-tune from it before evaluating it")
-    theirs, ours = state[weight].shape[0], own[weight].shape[0]
-    if theirs != ours:
+        raise CheckpointError(f"{source} has no classification head ({weight}): fine-tune from it before evaluating it")
+    check_class_count(source, len(state[weight]), len(expected[weight]))
+
+
+def check_class_count(source: str, classes: int, expected: int) -> None:
+    """Raise CheckpointError unless the head of `source` has as many classes as the data or the setting."""
+    if classes != expected:
         raise CheckpointError(
-            f"{label} classifies {theirs} classes, the data or the setting has {ours}: use {theirs} classes, "
+            f"{source} classifies {classes} classes, the data or the setting has {expected}: use {classes} classes, "
             "or fine-tune from the checkpoint to get a new head"
         )
 
 
-def _expected_differences(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], own_head: list[str]
+def _allowed_differences(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Keys that may start afresh (a whole head, a whole `fc_norm`) and keys that may be left over (its `norm`)."""
-    own_norm = [key for key in own if key.startswith("fc_norm.")]
-    new = [key for part in (own_norm, own_head) if not any(key in state for key in part) for key in part]
-    replaced = bool(own_norm) and own_norm[0] in new
-    return new, [key for key in state if replaced and key.startswith("norm.") and key not in own]
+    """Return keys that may start afresh (a whole head, a whole `fc_norm`) and keys that may be left over (`norm`)."""
+    fc_norm = [key for key in expected if key.startswith("fc_norm.")]
+    missing = [key for part in (fc_norm, head) if not any(key in state for key in part) for key in part]
+    # Under mean pooling MAE normalises after pooling, by `fc_norm`: the encoder's last `norm` has no place then.
+    norm_replaced = bool(fc_norm) and fc_norm[0] in missing
+    return missing, [key for key in state if norm_replaced and key.startswith("norm.") and key not in expected]
+
+
+# ---- position embeddings ----
+
+
+def resize_position_embedding(pos_embed: Tensor, old: PatchGrid, new: PatchGrid, prefix: int = 1) -> Tensor:
+    """Resize a position embedding (1, prefix + h * w, D) bicubically from the grid `old` to `new`, as MAE does.
+
+    The first `prefix` tokens (class token, registers) stay the same. timm's `resample_abs_pos_embed` computes the same,
+    but its older versions ignore a change from 4 x 16 to 8 x 8 patches, whose number is equal.
+    """
+    tokens, patches = pos_embed[:, :prefix], pos_embed[:, prefix:]
+    grid = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
+    return torch.cat([tokens, grid.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)], dim=1)
 
 
 def _fit_position_embedding(
-    state: dict[str, Tensor], net: nn.Module, source_grid: PatchGrid | None, label: str
+    state: dict[str, Tensor], net: nn.Module, source_grid: PatchGrid | None, file: ModelFile
 ) -> tuple[PatchGrid, PatchGrid] | None:
-    """`_resize` for a vision transformer; nothing to do for other networks."""
-    ours = getattr(net, "pos_embed", None)
-    if not isinstance(net, VisionTransformer) or ours is None:
+    """Resize state["pos_embed"] to a vision transformer's grid if it differs, and return both grids."""
+    if not isinstance(net, VisionTransformer) or net.pos_embed is None:
         return None
     prefix = 0 if net.no_embed_class else net.num_prefix_tokens
-    return _resize(state, "pos_embed", ours, tuple(net.patch_embed.grid_size), prefix, source_grid, label)
+    old = _source_grid(state, "pos_embed", net.pos_embed, prefix, source_grid, file)
+    rows, columns = net.patch_embed.grid_size
+    if old is None or old == (rows, columns):
+        return None
+    state["pos_embed"] = resize_position_embedding(state["pos_embed"], old, (rows, columns), prefix)
+    return old, (rows, columns)
 
 
-def _resize(
-    state: dict[str, Tensor],
+def _source_grid(
+    state: Mapping[str, Tensor],
     key: str,
-    ours: Tensor | None,
-    new: PatchGrid,
+    expected: Tensor | None,
     prefix: int,
     source_grid: PatchGrid | None,
-    label: str,
-) -> tuple[PatchGrid, PatchGrid] | None:
-    """Resizes state[key] to the grid `new` where its own differs, and returns both; None where nothing was to do."""
-    theirs = state.get(key)
-    if theirs is None or ours is None or theirs.ndim != 3 or theirs.shape[-1] != ours.shape[-1]:
+    file: ModelFile,
+) -> PatchGrid | None:
+    """Return the rows and columns of patches that state[key] is for: given, recorded by the file, or else square.
+
+    None if there is nothing to resize. Raises CheckpointError if the number of patches does not fit.
+    """
+    position = state.get(key)
+    if position is None or expected is None or position.ndim != 3 or position.shape[-1] != expected.shape[-1]:
         return None
-    if source_grid is None and theirs.shape == ours.shape:
+    patches = position.shape[1] - prefix
+    # The number of patches alone does not tell 4 x 16 from 8 x 8.
+    grid = source_grid or recorded_grid(file, patches)
+    if grid is None and position.shape == expected.shape:
         return None
-    patches = theirs.shape[1] - prefix
     side = math.isqrt(max(patches, 0))
-    old = source_grid or (side, side)
-    if old[0] * old[1] != patches:
+    rows, columns = grid or (side, side)
+    if rows * columns != patches:
         raise CheckpointError(
-            f"{label} has a position embedding for {patches} patches, not {old[0]} x {old[1]}: "
+            f"{file.source} has a position embedding for {patches} patches, not {rows} x {columns}: "
             "give its rows and columns of patches as source_grid"
         )
-    if old == new:
+    return rows, columns
+
+
+def recorded_grid(file: ModelFile, patches: int) -> PatchGrid | None:
+    """Return the rows and columns of patches by the image size that a file records, if they are as many as `patches`.
+
+    The registry of released weights records a size too, and a file of that name may have been replaced.
+    """
+    projection = file.tensors.get("patch_embed.proj.weight")
+    if projection is None or projection.ndim != 4 or "input_size" not in file.facts:
         return None
-    state[key] = resize_position_embedding(theirs, old, new, prefix)
-    return old, new
+    height, width = image_size(tuple(file.facts["input_size"]))
+    rows, columns = height // projection.shape[-2], width // projection.shape[-1]
+    return (rows, columns) if rows * columns == patches else None
+
+
+# ---- messages ----
+
+
+def size_by_shapes(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name in `VIT_SIZES` that a vision transformer's tensors fit: patch side, width, number of blocks."""
+    patch = tensors.get("patch_embed.proj.weight")
+    if patch is None or patch.ndim != 4:
+        return None
+    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    shape = (patch.shape[-1], patch.shape[0], depth)
+    return next((name for name, s in VIT_SIZES.items() if (s.patch_size, s.embed_dim, s.depth) == shape), None)
+
+
+def _advice(state: Mapping[str, Tensor], what: str) -> str:
+    size = size_by_shapes(state)
+    hint = f" (its shapes are those of {size})" if size else ""
+    return f"choose {what} that the file was written for{hint}"
+
+
+def _logged(report: LoadReport) -> LoadReport:
+    logger.info("%s", report)
+    return report

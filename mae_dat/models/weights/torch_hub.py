@@ -11,15 +11,14 @@ W) with pixels in [0, 1]: every model normalizes them by itself. Models come in 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mae_dat.storage.released import local_path, released_weights
+from mae_dat.storage.released import released_weights
 
 if TYPE_CHECKING:  # torch.hub.list and help need not wait for torch
     from mae_dat.models.classifier import Classifier
     from mae_dat.models.mae import MaskedAutoencoder
     from mae_dat.models.tokenizer import VisualTokenizer
-    from mae_dat.storage.weight_files import WeightsFile
 
 Pretrained = bool | str | Path
 
@@ -119,12 +118,12 @@ def mae_dat_demo(pretrained: Pretrained = False) -> Classifier | MaskedAutoencod
 
     Apache-2.0. What it was trained on and what it reaches stand in mae_dat/models/weights/demo_classifier.json.
     """
-    from mae_dat.models.weights.load import read_source
-    from mae_dat.models.weights.open import describe, open_model
+    from mae_dat.models.weights.open import open_model, plan_model
+    from mae_dat.models.weights.read import read_model_file
 
     if pretrained:
-        return open_model(_weights("mae_dat_demo", pretrained))
-    return describe(*read_source(_weights("mae_dat_demo", True))).build().eval()
+        return open_model(_source("mae_dat_demo", pretrained)).encoder()
+    return plan_model(read_model_file("mae_dat_demo")).build().eval()  # type: ignore[return-value]
 
 
 # ---- visual words ----
@@ -159,24 +158,25 @@ def vqgan_demo(pretrained: Pretrained = False) -> VisualTokenizer:
 
 def _autoencoder(name: str, pretrained: Pretrained, decoder: bool, settings: dict[str, Any]) -> MaskedAutoencoder:
     from mae_dat.models.mae import build_mae
-    from mae_dat.models.weights.load import load_mae
+    from mae_dat.models.weights.load import load_autoencoder
 
     model = build_mae(released_weights()[name].model, **settings)
     if pretrained:
-        load_mae(model, _weights(name, pretrained), decoder=decoder)
+        load_autoencoder(model, _source(name, pretrained), decoder=decoder)
     return model.eval()
 
 
 def _classifier(name: str, pretrained: Pretrained, settings: dict[str, Any]) -> Classifier:
     from mae_dat.models.classifier import build_classifier
-    from mae_dat.models.weights.load import load_weights
+    from mae_dat.models.weights.load import load_classifier, load_pretrained
 
     entry = released_weights()[name]
     defaults = {"num_classes": entry.nb_classes, "global_pool": entry.global_pool}
     statistics = {} if settings.get("in_chans", 3) != 3 else {"mean": entry.mean, "std": entry.std}
     model = build_classifier(entry.model, **{**defaults, **statistics, **settings})
     if pretrained:
-        load_weights(model, _weights(name, pretrained), head="num_classes" not in settings)
+        load = load_pretrained if "num_classes" in settings else load_classifier
+        load(model, _source(name, pretrained))
     return model.eval()
 
 
@@ -184,16 +184,11 @@ def _tokenizer(name: str, pretrained: Pretrained) -> VisualTokenizer:
     from mae_dat.models.tokenizer import VQGAN, VQGAN_PRESETS, LightTokenizer, load_tokenizer
 
     if pretrained:
-        return load_tokenizer(name if pretrained is True else pretrained)
+        return load_tokenizer(_source(name, pretrained))
     model = released_weights()[name].model
     return (VQGAN(VQGAN_PRESETS[model]) if model in VQGAN_PRESETS else LightTokenizer()).freeze()
 
 
-def _weights(name: str, pretrained: Pretrained) -> WeightsFile:
-    """The released weights of that name, or those of a file or of another name."""
-    from mae_dat.models.tokenizer import check_card
-    from mae_dat.storage.weight_files import read_weights
-
-    path = local_path(name if pretrained is True else str(pretrained))
-    check_card(path)
-    return read_weights(path)
+def _source(name: str, pretrained: str | Path | Literal[True]) -> str | Path:
+    """Return the name of the released weights, or the file or other name that was given instead."""
+    return name if pretrained is True else pretrained
