@@ -156,7 +156,7 @@ def attack_checks(
         return float(F.cross_entropy(logits, label)), float((logits.argmax(1) == label).float().mean())
 
     def attacked(attack: PixelAttack) -> tuple[float, float]:
-        return loss_and_accuracy(pixel_adversary(model, image, label, attack, generators))
+        return loss_and_accuracy(pixel_adversary(model, image, label, attack=attack, generators=generators))
 
     def pgd(steps: int, radius: float = eps) -> PixelAttack:
         return PixelAttack(radius, 2.5 * radius / steps, steps, random_start=True)

@@ -193,7 +193,7 @@ class ImageFolder(ImageSet):
         seed: int = 0,
         max_skips: int | None = None,
     ) -> None:
-        super().__init__(root, transform, on_bad, seed, max_skips)
+        super().__init__(root, transform, on_bad=on_bad, seed=seed, max_skips=max_skips)
         self.classes = list(classes or [])
         if labelled:
             self.samples = self._labelled_samples()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.groups import RunConfig
-from mae_dat.data.gallery import Column, draw_gallery, draw_sheet, enlarge, luminance, overlay, save_png
+from mae_dat.data.gallery import Column, draw_gallery, draw_sheet, luminance, overlay, save_png, upsample_to
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.tokenizer.base import VisualTokenizer
@@ -89,7 +89,7 @@ def word_columns(image: Tensor, words: Tensor, tokenizer: VisualTokenizer) -> tu
         ["", f"{-10 * math.log10(error):.1f} dB", "", f"{len(one.unique())} words in {one.numel()} places"]
         for error, one in zip(errors.tolist(), words, strict=True)
     ]
-    index_map = enlarge(word_colors(words), image)
+    index_map = upsample_to(image, word_colors(words))
     titles = ("picture", "decoded from its words", "each word drawn alone", "index map\n(a colour a word)")
     return list(zip(titles, (image, decoded, alone, index_map), strict=True)), captions
 
@@ -135,7 +135,7 @@ def adversary_columns(image: Tensor, found: DiscreteAdversary, amplify: float = 
     """Clean / reconstruction from its words / adversarial / their difference, amplified around grey / changed words
     (dark, over the pale picture), (B, C, H, W)."""
     changed = (found.words != found.adversarial_words).float().unsqueeze(1)
-    shown = enlarge(changed, image)
+    shown = upsample_to(image, changed)
     pale = (0.7 + 0.3 * luminance(image)).expand(-1, 3, -1, -1)
     marked = torch.where(shown > 0, torch.tensor(CHANGED).view(3, 1, 1), pale)
     difference = 0.5 + amplify * (found.adversarial - found.reconstruction)

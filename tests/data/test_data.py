@@ -540,8 +540,8 @@ LEAVES_A_LOADER = """
 import multiprocessing, os, signal, sys
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import eval_loader
-from mae_dat.data.transforms import eval_transform
-loader = eval_loader(ImageFolder(sys.argv[1], eval_transform((16, 16))), 1, 0, 1, num_workers=1)
+from mae_dat.data.transforms import EvalTransform
+loader = eval_loader(ImageFolder(sys.argv[1], EvalTransform((16, 16))), 1, 0, 1, num_workers=1)
 batches = iter(loader)
 next(batches)
 (worker,) = multiprocessing.active_children()

@@ -128,7 +128,7 @@ HOSTILE: dict[str, tuple[Make, str]] = {
     "huge member": (blocks(raw(b"a.png", size=base256(1 << 29)), bytes(1 << 20)), ""),
     "comes twice": (several(entry("b.png"), entry("b.png")), "comes twice"),
     "twice, far apart": (several(entry("b.png"), entry("c.png"), entry("b.png")), "comes twice"),
-    "two pictures of one key": (several(entry("b.png"), entry("b.jpg")), "two pictures"),
+    "two pictures of one key": (several(entry("b.png"), entry("b.jpg")), "two images"),
     "NUL in the name": (pax(path="a\0.png"), "control"),
     "newline": (entry("a\n.png"), "control"),
     "terminal escape": (entry("a\x1b[2J.png"), "control"),

@@ -29,7 +29,7 @@ from mae_dat.data.sampler import TrainSampler
 from mae_dat.data.shards import cache as shard_cache
 from mae_dat.data.shards import pack as packing
 from mae_dat.data.shards import reader as shards
-from mae_dat.data.shards.index import INDEX_FILE, build_index, read_index
+from mae_dat.data.shards.index import build_index, read_index
 from mae_dat.data.shards.pack import PackConfig, pack
 from mae_dat.data.shards.reader import Shards, count_lanes, shard_order
 from mae_dat.data.transforms import PretrainTransform
@@ -250,7 +250,7 @@ def test_pictures_that_were_shrunk_too_much_are_told_of(
     out = tmp_path / "small"
     pack(PackConfig(str(folder), str(out), size=24, num_workers=0), Console(quiet=True))
     index = read_index(out / "val")
-    assert index.sha256() != dataclasses.replace(index, shrunk=None).sha256()
+    assert index.sha256() != dataclasses.replace(index, packed_size=None).sha256()
     for root, size, told in ((packed, 32, False), (out, 24, False), (out, 32, True)):
         caplog.clear()
         training_images(DataConfig(data_path=str(root), input_size=(size,)), to_tensor, seed=0, labelled=True)
@@ -280,7 +280,7 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> None:
         self.indices: list[int] = []
-        read = Shards._file
+        read = Shards._read_file
 
         def file(images: Shards, index: int) -> tuple[bytes, str]:
             if images.root.endswith("train"):
@@ -289,7 +289,7 @@ class Reads:
                     os.kill(os.getpid(), signal.SIGUSR1)
             return read(images, index)
 
-        monkeypatch.setattr(Shards, "_file", file)
+        monkeypatch.setattr(Shards, "_read_file", file)
 
 
 @pytest.mark.parametrize(("train", "shown"), [(pretrain_in, 6), (finetune_in, 0)])
@@ -384,4 +384,3 @@ def test_a_server_without_shards_is_named(server: Server, tmp_path: Path) -> Non
         with pytest.raises(DownloadError, match="(?s)gave no index of shards.*HTTP 404"):
             image_root(f"{server.url}/nothing")
     assert not list((tmp_path / "home").rglob("train")), "no empty split is left behind"
-    assert INDEX_FILE == shard_cache._INDEX

@@ -1,10 +1,11 @@
-"""Generated pictures: ten shapes in ten textures, the data that needs no download.
+"""Generated images: ten shapes in ten textures, the data that needs no download.
 
-The label of a picture is its shape. During training the texture agrees with the class with probability `rho`, so that a
-network may lean on either cue; on the `conflict` pictures, where the texture always belongs to another class, its
-answers show which one it chose. Every picture is a pure function of (seed, split, index).
+The label of an image is its shape. During training the texture agrees with the class with probability `rho`, so a model
+can learn either cue. In the `conflict` images the texture always belongs to another class, so a model's predictions
+show which cue it learned. Every image is a pure function of (seed, split, index).
 
-Images are uint8 arrays of (H, W, 3); boxes are (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
+Images are uint8 arrays (H, W, 3); boxes are (x0, y0, x1, y1) in pixels, x1 and y1 exclusive. Inside this file, shapes
+are polygons within about one unit of the origin, y downwards; textures are fields over (u, v), (H, W) each, in periods.
 """
 
 import colorsys
@@ -31,10 +32,10 @@ SUPERSAMPLING = 4
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedImage:
-    """One picture with its ground truth.
+    """One image with its ground truth.
 
     `image` uint8 (H, W, 3); `mask` bool (H, W), true on the object; `box` the mask's extent in pixels; `shape` and
-    `texture` index SHAPES and TEXTURES (class i owns texture i), `texture` is NO_TEXTURE for a silhouette.
+    `texture` index SHAPES and TEXTURES (texture i belongs to class i); `texture` is NO_TEXTURE for a silhouette.
     """
 
     image: NDArray[np.uint8]
@@ -44,7 +45,7 @@ class GeneratedImage:
     texture: int
 
 
-# ---- shapes: polygons within about one unit of the origin, y downwards; a fill of 0 cuts a hole ----
+# ---- shapes: polygons with their fill; a fill of 0 cuts a hole ----
 
 
 def _arc(radius: float, x: float = 0.0, y: float = 0.0) -> Floats:
@@ -64,7 +65,7 @@ def _heart() -> Floats:
 
 
 def _polygon(corners: str) -> Floats:
-    """Corners given in hundredths: "x,y x,y ..."."""
+    """Return corners (N, 2) from a text "x,y x,y ..." in hundredths."""
     return np.array([corner.split(",") for corner in corners.split()], dtype=np.float64) / 100
 
 
@@ -86,12 +87,12 @@ OUTLINES: dict[str, list[tuple[Floats, int]]] = {
 
 
 def _wave(x: Floats) -> Floats:
-    """A triangle wave of period 1, from -0.25 to 0.25."""
+    """Return a triangle wave of period 1, from -0.25 to 0.25."""
     return np.abs(x - np.floor(x) - 0.5) - 0.25
 
 
 def _gap(x: Floats) -> Floats:
-    """Distance to the nearest whole number, 0 to 0.5."""
+    """Return the distance to the nearest whole number, 0 to 0.5."""
     return np.abs(x - np.rint(x))
 
 
@@ -115,7 +116,7 @@ def _speckle(u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _cells(u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
-    """Borders of the Voronoi cells of a jittered grid, one site to a square of 1.5 periods."""
+    """Return the borders of the Voronoi cells of a jittered grid, one site per square of 1.5 periods."""
     low, high = float(min(u.min(), v.min())) - 0.7, float(max(u.max(), v.max())) + 1.5
     sites = np.mgrid[low:high:1.5, low:high:1.5].reshape(2, -1).T
     first = second = np.full(u.shape, np.inf, np.float32)
@@ -141,7 +142,7 @@ TEXTURE_FIELDS: dict[str, Callable[[Floats, Floats, np.random.Generator], Floats
 
 @dataclasses.dataclass(frozen=True)
 class _Pose:
-    """Where the object is: centre and radius in pixels, rotation in radians."""
+    """The object's pose: centre and radius in pixels, rotation in radians."""
 
     x: float
     y: float
@@ -149,14 +150,14 @@ class _Pose:
     angle: float
 
     @classmethod
-    def drawn(cls, rng: np.random.Generator, size: int) -> "_Pose":
+    def random(cls, rng: np.random.Generator, size: int) -> "_Pose":
         radius = float(rng.uniform(0.28, 0.42)) * size
         x, y = rng.uniform(radius * 0.9, size - radius * 0.9, 2)
         return cls(float(x), float(y), radius, float(rng.uniform(-0.45, 0.45)))
 
 
 def _coverage(shape: str, pose: _Pose, size: int) -> Image.Image:
-    """The share of each pixel that the object covers, as a grey picture ("L", 255 is all of it)."""
+    """Draw the share of each pixel that the object covers, as a grey image ("L", 255 is the whole pixel)."""
     canvas = Image.new("L", (size * SUPERSAMPLING, size * SUPERSAMPLING), 0)
     pen = ImageDraw.Draw(canvas)
     cos, sin = math.cos(pose.angle), math.sin(pose.angle)
@@ -167,11 +168,14 @@ def _coverage(shape: str, pose: _Pose, size: int) -> Image.Image:
 
 
 def _texture(name: str, pose: _Pose, size: int, rng: np.random.Generator) -> Floats:
-    """The texture over the whole picture, 0 to 1 between its two colours; rings and rays are centred on the object."""
+    """Draw a texture over the whole image, float32 (H, W), 0 to 1 between its two colours.
+
+    Rings and rays are centred on the object.
+    """
     period, angle = float(rng.uniform(0.09, 0.16)) * size, float(rng.uniform(0, np.pi))
     shift_u, shift_v = (0.0, 0.0) if name in ("rings", "rays") else rng.uniform(0, 1, 2)
-    axis = np.arange(size, dtype=np.float32) + 0.5
-    x, y = (axis[None, :] - pose.x) / period, (axis[:, None] - pose.y) / period
+    centers = np.arange(size, dtype=np.float32) + 0.5
+    x, y = (centers[None, :] - pose.x) / period, (centers[:, None] - pose.y) / period
     u = x * math.cos(angle) + y * math.sin(angle) + shift_u
     v = y * math.cos(angle) - x * math.sin(angle) + shift_v
     distance = TEXTURE_FIELDS[name](u.astype(np.float32), v.astype(np.float32), rng)
@@ -183,7 +187,7 @@ def _color(hue: float, saturation: float, value: float) -> Floats:
 
 
 def _background(rng: np.random.Generator, size: int) -> tuple[Image.Image, float]:
-    """A cloudy, dull background with strokes and blots that share no outline with the objects; and its hue."""
+    """Draw a cloudy, dull background with strokes and blots unlike the objects; returns it and its hue."""
     hue, saturation, value = (float(x) for x in rng.uniform((0, 0.08, 0.35), (1, 0.35, 0.8)))
     clouds = _color(hue, saturation, value) * rng.uniform(0.82, 1.15, (6, 6, 1)) + rng.uniform(-10, 10, (6, 6, 3))
     scaled = size * 2
@@ -202,7 +206,7 @@ def _background(rng: np.random.Generator, size: int) -> tuple[Image.Image, float
 
 
 def _object_colors(rng: np.random.Generator, background_hue: float) -> tuple[Floats, Floats]:
-    """A light and a dark colour; their hues keep away from the background's, so that outlines stay visible."""
+    """Choose a light and a dark colour with other hues than the background, so that outlines stay visible."""
     hue = background_hue + float(rng.uniform(0.2, 0.8))
     light = _color(hue + float(rng.uniform(-0.08, 0.08)), float(rng.uniform(0.3, 0.75)), float(rng.uniform(0.88, 1.0)))
     dark = _color(hue + float(rng.uniform(-0.25, 0.25)), float(rng.uniform(0.6, 0.95)), float(rng.uniform(0.3, 0.55)))
@@ -213,12 +217,12 @@ def _object_colors(rng: np.random.Generator, background_hue: float) -> tuple[Flo
 
 
 def _scene(texture: str, cover: Image.Image, pose: _Pose, size: int, rng: np.random.Generator) -> Floats:
-    """Background, soft shadow, textured object, light noise; (H, W, 3) in 0 to 255."""
+    """Draw background, soft shadow, textured object and light noise; (H, W, 3) in 0 to 255."""
     backdrop, hue = _background(rng, size)
     first, second = _object_colors(rng, hue)
     weight = _texture(texture, pose, size, rng)[..., None]
-    axis = np.arange(size, dtype=np.float32)
-    slope = ((axis - pose.x) + (axis[:, None] - pose.y)) / (2 * pose.radius)
+    side = np.arange(size, dtype=np.float32)
+    slope = ((side - pose.x) + (side[:, None] - pose.y)) / (2 * pose.radius)
     light = np.clip(1.0 - 0.15 * slope, 0.8, 1.2)[..., None]  # from above left
     surface = (first + (second - first) * weight) * light
     unit = size / 64
@@ -231,7 +235,7 @@ def _scene(texture: str, cover: Image.Image, pose: _Pose, size: int, rng: np.ran
 
 
 def _silhouette(cover: Image.Image, rng: np.random.Generator) -> Floats:
-    """A flat dark object on a plain light ground; (H, W, 3) in 0 to 255."""
+    """Draw a flat dark object on a plain light ground; (H, W, 3) in 0 to 255."""
     ground, ink = float(rng.uniform(225, 250)), float(rng.uniform(10, 45))
     alpha = np.asarray(cover, np.float32)[..., None] / 255
     return np.broadcast_to(ground + (ink - ground) * alpha, (*alpha.shape[:2], 3))
@@ -252,10 +256,11 @@ def _extent(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 def draw_image(
     seed: int, split: str, index: int, variant: str = "iid", rho: float = 0.9, size: int = 64
 ) -> GeneratedImage:
-    """The picture of this (seed, split, index); its class is `index % 10`.
+    """Draw the image of this (seed, split, index); its class is `index % 10`.
 
-    The variants of one index share pose and outline, so that they can be compared picture by picture. `rho` in [0, 1]
-    is the probability that an `iid` picture wears the texture of its class. `size` >= 16 is the side in pixels.
+    The variants of one index share pose and outline, so they can be compared image by image. `rho` in [0, 1] is the
+    probability that an `iid` image has the texture of its class. `size` >= 16 is the side in pixels. Raises ValueError
+    for other values.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
@@ -263,9 +268,13 @@ def draw_image(
         raise ValueError(f"size must be at least 16 and rho in [0, 1]; got size {size}, rho {rho}")
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     shape = index % len(SHAPES)
-    pose = _Pose.drawn(rng, size)
+    pose = _Pose.random(rng, size)
     texture = _choose_texture(rng, shape, variant, rho)
     cover = _coverage(SHAPES[shape], pose, size)
-    pixels = _silhouette(cover, rng) if texture < 0 else _scene(TEXTURES[texture], cover, pose, size, rng)
+    if texture == NO_TEXTURE:
+        pixels = _silhouette(cover, rng)
+    else:
+        pixels = _scene(TEXTURES[texture], cover, pose, size=size, rng=rng)
     mask = np.asarray(cover) >= 128
-    return GeneratedImage(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), mask, _extent(mask), shape, texture)
+    image = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return GeneratedImage(image, mask=mask, box=_extent(mask), shape=shape, texture=texture)

@@ -1,8 +1,7 @@
-"""Where the pictures lie in tar shards as WebDataset writes them: `key.jpg`, with `key.cls` (a number) or `key.json`
-(`label`) beside it.
+"""The index of tar shards in WebDataset's format: where each image lies, so that any image is one read.
 
-`index.safetensors` beside the shards holds it, so that any picture is one read. Archives are read only to make it, and
-nothing is ever unpacked to disk.
+A shard holds `key.jpg` and `key.cls` (a number) or `key.json` (`label`) for each image. `index.safetensors` is stored
+with the shards. Archives are parsed only to write it, and nothing is ever unpacked to disk.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import os
 import re
 import tarfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,13 @@ logger = logging.getLogger(__name__)
 INDEX_FILE = "index.safetensors"
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBERS = 1_000_000
-_TEXT_BYTES = 1 << 20  # of a .cls or .json, and of what tar needs besides the files: long names and the like
+_TEXT_BYTES = 1 << 20  # of a .cls or .json, and of tar's own entries, such as long names
 _NAME = re.compile(r"[\w. ()+=@,-]+\.tar", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One tar file: its name, length in bytes, sha256, and number of pictures."""
+    """One tar file: its name, length in bytes, sha256, and number of images."""
 
     name: str
     bytes: int
@@ -48,8 +47,10 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """Where the pictures of a folder of shards lie: `offset` and `size` in bytes and `label`, each int64 (N,), the
-    pictures of one shard after those of another."""
+    """Where the images of a folder of shards lie, shard after shard.
+
+    `offset` and `size` in bytes and `label` (-1 if unlabelled) are int64 (N,). `classes` are the labels' names.
+    """
 
     shards: list[Shard]
     classes: list[str] | None
@@ -57,63 +58,77 @@ class ShardIndex:
     size: Tensor
     label: Tensor
     packed_size: int | None = None
-    """Shorter side in pixels that larger pictures were shrunk to, and stored anew, when they were packed."""
+    """Shorter side in pixels to which larger images were shrunk, and encoded again, when they were packed."""
 
     def write(self, folder: Path) -> None:
-        """Writes it beside the shards, atomically. Raises StorageError."""
-        shards = [dataclasses.asdict(one) for one in self.shards]
-        facts = {"kind": "shards", "classes": self.classes, "shards": shards, "shrunk": self.packed_size}
+        """Write the index to the folder of the shards, atomically. Raises StorageError."""
+        facts = {
+            "kind": "shards",
+            "classes": self.classes,
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "shrunk": self.packed_size,
+            "sha256": self.sha256(),
+        }
         tensors = {"offset": self.offset, "size": self.size, "label": self.label}
-        write_weights(folder / INDEX_FILE, tensors, {"mae_dat": json.dumps({**facts, "sha256": self.sha256()})})
+        write_weights(folder / INDEX_FILE, tensors, {"mae_dat": json.dumps(facts)})
 
     def sha256(self) -> str:
-        """Of all that it says: a label that rots on disk would be learned in silence."""
-        facts: list[Any] = [self.classes, [dataclasses.astuple(one) for one in self.shards]]
+        """Return a hash of the whole content: a label damaged on disk would otherwise be learned unnoticed."""
+        facts: list[Any] = [self.classes, [dataclasses.astuple(shard) for shard in self.shards]]
         if self.packed_size is not None:
             facts.append(self.packed_size)
-        told = hashlib.sha256(json.dumps(facts).encode())
-        for part in (self.offset, self.size, self.label):
-            told.update(part.numpy().tobytes())
-        return told.hexdigest()
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for tensor in (self.offset, self.size, self.label):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """The index of a folder of shards. Raises DataError for one that is damaged or says what cannot be."""
+    """Read the index of a folder of shards. Raises DataError for one that is damaged or inconsistent."""
     path, advice = folder / INDEX_FILE, f"write it anew: python -m mae_dat pack --index {folder}"
     try:
-        found = read_weights(path)
-        facts, tensors = found.facts, found.tensors
-        shards = [Shard(**one) for one in facts["shards"]]
+        file = read_weights(path)
+        facts, tensors = file.facts, file.tensors
+        shards = [Shard(**shard) for shard in facts["shards"]]
         index = ShardIndex(shards, facts["classes"], **tensors, packed_size=facts.get("shrunk"))
-        sound = (
-            all(_NAME.fullmatch(one.name) for one in index.shards)
-            and all(part.dtype == torch.int64 for part in tensors.values())
-            and {sum(one.images for one in index.shards)} == {len(part) for part in tensors.values()}
-            and (index.packed_size is None or (type(index.packed_size) is int and index.packed_size > 0))
-            and facts["sha256"] == index.sha256()
-        )
-        if sound and len(index.offset):
-            images = torch.tensor([one.images for one in index.shards])
-            length = torch.tensor([one.bytes for one in index.shards]).repeat_interleave(images)
-            sound = bool(
-                (index.offset >= BLOCK).all()
-                and (index.offset + index.size <= length).all()
-                and 0 < index.size.min() <= index.size.max() <= MAX_BYTES
-                and -1 <= index.label.min() <= index.label.max() < len(index.classes or [])
-            )
+        consistent = _is_consistent(index, tensors) and facts["sha256"] == index.sha256() and _is_in_range(index)
     except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         cause = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{path} is damaged ({cause}); {advice}") from error
-    if not sound:
+    if not consistent:
         raise DataError(f"{path} contradicts itself; {advice}")
     return index
 
 
-# ---- finding the pictures in shards that others wrote ----
+def _is_consistent(index: ShardIndex, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether names, types and lengths are those of an index; may raise on damaged values."""
+    return (
+        all(_NAME.fullmatch(shard.name) for shard in index.shards)
+        and all(tensor.dtype == torch.int64 for tensor in tensors.values())
+        and {sum(shard.images for shard in index.shards)} == {len(tensor) for tensor in tensors.values()}
+        and (index.packed_size is None or (type(index.packed_size) is int and index.packed_size > 0))
+    )
+
+
+def _is_in_range(index: ShardIndex) -> bool:
+    """Return whether every image lies inside its shard and every label has a name."""
+    if not len(index.offset):
+        return True
+    images = torch.tensor([shard.images for shard in index.shards])
+    shard_bytes = torch.tensor([shard.bytes for shard in index.shards]).repeat_interleave(images)
+    return bool(
+        (index.offset >= BLOCK).all()
+        and (index.offset + index.size <= shard_bytes).all()
+        and 0 < index.size.min() <= index.size.max() <= MAX_BYTES
+        and -1 <= index.label.min() <= index.label.max() < len(index.classes or [])
+    )
+
+
+# ---- building the index, also of shards from untrusted sources ----
 
 
 class _Headers(io.FileIO):
-    """An archive of which only headers are read: a header that claims a terabyte gets an error instead of it."""
+    """An archive of which only headers are read: a header that claims a terabyte raises an error."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _TEXT_BYTES:
@@ -122,73 +137,73 @@ class _Headers(io.FileIO):
 
 
 def build_index(folder: Path, classes: Sequence[str] | None = None) -> ShardIndex:
-    """The index of the *.tar files in a folder, from their headers.
+    """Build the index of the *.tar files in a folder from their headers.
 
-    Classes are called by their numbers, unless `classes` names them. Raises DataError, naming shard and member, for
-    what is torn and for archives that no one writes in good faith: see `archive_members`.
+    Classes are named by their numbers, unless `classes` gives names. Raises DataError, naming shard and member, for
+    damaged archives and for those that only an attacker would write: see `archive_members`.
     """
     paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     if not paths:
         raise DataError(f"{folder} holds no *.tar files (compressed ones must be unpacked first: gunzip)")
-    shards, parts = [], []
+    shards, tables = [], []
     for path in paths:
         if not _NAME.fullmatch(path.name):
             raise DataError(f"{path}: rename it to letters, digits, spaces and . ( ) + = @ , - _ only")
-        found = torch.tensor(list(_samples(path)), dtype=torch.int64).view(-1, 3)
-        shards.append(Shard(path.name, path.stat().st_size, sha256_of(path), len(found)))
-        parts.append(found)
-        logger.info("%s: %d images", path, len(found))
-    offset, size, label = (column.clone() for column in torch.cat(parts).unbind(1))
+        table = torch.tensor(list(_samples(path)), dtype=torch.int64).view(-1, 3)
+        shards.append(Shard(path.name, path.stat().st_size, sha256_of(path), len(table)))
+        tables.append(table)
+        logger.info("%s: %d images", path, len(table))
+    offset, size, label = (column.clone() for column in torch.cat(tables).unbind(1))
     highest = int(label.max()) if len(label) else -1
     if classes is not None and highest >= len(classes):
         raise DataError(f"{folder} has the label {highest}, but there are {len(classes)} classes (counted from 0)")
     names = list(classes) if classes is not None else [str(number) for number in range(highest + 1)] or None
-    return ShardIndex(shards, names, offset, size, label)
+    return ShardIndex(shards, names, offset=offset, size=size, label=label)
 
 
 def archive_members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The files in an archive, with their offsets; only headers are read.
+    """Yield the files in an archive, with their offsets; only headers are read.
 
-    Folders and WebDataset's own `__*__` entries are passed over. DataError for links, devices and sparse files, for
-    names that are absolute, climb by `..`, hold control, direction or undecodable characters or come twice, for
-    pictures above 256 MiB, and for archives that are torn or lead nowhere. Names that differ only in case are two
-    files.
+    Folders and WebDataset's own `__*__` entries are ignored. Names that differ only in case are two files. Raises
+    DataError for links, devices and sparse files; for names that are absolute, contain `..` or control, direction or
+    undecodable characters, or occur twice; for images above 256 MiB; and for archives that are damaged or point
+    backwards.
     """
-
-    def refuse(cause: str) -> DataError:
-        return DataError(f"{path}: {cause}; the shard was not used: fetch it again, or pack the images anew")
-
-    seen: set[str] = set()
+    names: set[str] = set()
     position = 0
     try:
         with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined] # or it keeps them all
-                name, data = member.name, member.offset_data
-                if data <= position or member.size < 0:
-                    raise refuse(f"the member {name!r} leads back to byte {data}")
-                position = data
-                if fault := _fault(member):
-                    raise refuse(f"the member {name!r} {fault}")
+                archive.members = []  # type: ignore[attr-defined] # or the archive keeps them all in memory
+                name = member.name
+                if fault := _fault(member, position):
+                    raise _refused(path, f"the member {name!r} {fault}")
+                position = member.offset_data
                 if not member.isreg() or name.startswith("__") or Path(name).name.startswith("."):
                     continue
-                if len(seen) == MAX_MEMBERS:
-                    raise refuse(f"it has more than the {MAX_MEMBERS:,} members allowed")
-                if name in seen:
-                    raise refuse(f"the member {name!r} comes twice")
-                seen.add(name)
+                if len(names) == MAX_MEMBERS:
+                    raise _refused(path, f"it has more than the {MAX_MEMBERS:,} members allowed")
+                if name in names:
+                    raise _refused(path, f"the member {name!r} comes twice")
+                names.add(name)
                 yield member
-            # Where a header is damaged, tarfile stops as if it were the end.
+            # At a damaged header tarfile stops as if it were the end.
             if os.pread(file.fileno(), BLOCK, archive.offset) != bytes(BLOCK):
-                raise refuse(f"the archive is torn at byte {archive.offset:,}")
+                raise _refused(path, f"the archive is torn at byte {archive.offset:,}")
     except (tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError, UnicodeError) as error:
-        raise refuse(f"no tar archive that can be read ({error or type(error).__name__})") from error
+        raise _refused(path, f"no tar archive that can be read ({error or type(error).__name__})") from error
     except OSError as error:
-        raise refuse(f"cannot be read ({error.strerror})") from error
+        raise _refused(path, f"cannot be read ({error.strerror})") from error
 
 
-def _fault(member: tarfile.TarInfo) -> str:
-    """What is wrong with a member; empty if nothing is."""
+def _refused(path: Path, cause: str) -> DataError:
+    return DataError(f"{path}: {cause}; the shard was not used: fetch it again, or pack the images anew")
+
+
+def _fault(member: tarfile.TarInfo, previous: int) -> str:
+    """Return what is wrong with a member that comes after the one at byte `previous`; empty if nothing is."""
+    if member.offset_data <= previous or member.size < 0:
+        return f"leads back to byte {member.offset_data}"
     parts = member.name.split("/")
     if member.name.startswith("/") or ".." in parts:
         return "has a path that leads out of the archive"
@@ -202,41 +217,41 @@ def _fault(member: tarfile.TarInfo) -> str:
 
 
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and label (-1 without) of each picture. A key is all up to the first dot of the file's name."""
-    key, picture, label = "", (0, 0), -1
+    """Yield offset, size and label (-1 if unlabelled) of each image. A key ends at the first dot of the file's name."""
+    key, image, label = "", (0, 0), -1
     for member in archive_members(path):
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
         stem, _, extension = name.partition(".")
         if folder + slash + stem != key:
-            if picture[1]:
-                yield (*picture, label)
-            key, picture, label = folder + slash + stem, (0, 0), -1
+            if image[1]:
+                yield (*image, label)
+            key, image, label = folder + slash + stem, (0, 0), -1
         if f".{extension.lower()}" in IMG_EXTENSIONS:
-            if picture[1]:
-                raise DataError(f"{path}: {key!r} has two pictures, the second {member.name!r}; pack the images anew")
+            if image[1]:
+                raise DataError(f"{path}: {key!r} has two images, the second {member.name!r}; pack the images anew")
             if not member.size:
                 raise DataError(f"{path}: the member {member.name!r} is empty; pack the images anew")
-            picture = (member.offset_data, member.size)
+            image = (member.offset_data, member.size)
         elif extension.lower() in ("cls", "json"):
-            label = _label(path, member)
-    if picture[1]:
-        yield (*picture, label)
+            label = _read_label(path, member)
+    if image[1]:
+        yield (*image, label)
 
 
-def _label(path: Path, member: tarfile.TarInfo) -> int:
-    """The number in a .cls, or `label` (or `cls`) in a .json; -1 if the latter has none. Raises DataError."""
-    wrong = f"{path}: the member {member.name!r} holds no class number of 0 or more"
+def _read_label(path: Path, member: tarfile.TarInfo) -> int:
+    """Return the number in a .cls, or `label` (or `cls`) in a .json; -1 if the latter has none. Raises DataError."""
+    message = f"{path}: the member {member.name!r} holds no class number of 0 or more"
     if member.size > _TEXT_BYTES:
-        raise DataError(f"{wrong}, but {member.size:,} bytes")
+        raise DataError(f"{message}, but {member.size:,} bytes")
     with path.open("rb") as file:
         text = os.pread(file.fileno(), member.size, member.offset_data)
     try:
-        found = json.loads(text)
-        value = found.get("label", found.get("cls")) if isinstance(found, dict) else found
+        content = json.loads(text)
+        value = content.get("label", content.get("cls")) if isinstance(content, dict) else content
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{wrong} ({error})") from error
-    if value is None and isinstance(found, dict):
+        raise DataError(f"{message} ({error})") from error
+    if value is None and isinstance(content, dict):
         return -1
     if type(value) is not int or not 0 <= value < 1 << 31:
-        raise DataError(f"{wrong}, but {str(value)[:40]}")
+        raise DataError(f"{message}, but {str(value)[:40]}")
     return value
