@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import command_line, load_config
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.experiments.compare import CONFIGS, CompareConfig, compare
 from mae_dat.experiments.variants import NONE, PLAIN
 from mae_dat.robustness.open_networks import distinct_names
@@ -25,7 +25,7 @@ from mae_dat.storage.files import atomic_write
 PROOF_GROUPS = (
     "plain", "reconstruction", "random", "released", "symbolic", "pixel_at", "advprop", "augmix", "dat_augmix",
 )  # fmt: skip
-_QUICK_IMAGES = {"train": 32, "val": 20, "conflict": 20, "silhouette": 0, "size": 32}
+_QUICK_IMAGES = FolderSettings(train=32, val=20, conflict=20, silhouette=0, size=32)
 _QUICK_FLAGS = "--input_size 32 --batch_size 16 --epochs 1 --warmup_epochs 0"
 
 
@@ -60,7 +60,7 @@ def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
     output = Path(config.output_dir)
     paths, flags, seeds, limit = config.data_paths, "", config.seeds, config.limit
     if config.quick:
-        folder = write_image_folder(output / "pictures", **_QUICK_IMAGES)
+        folder = write_image_folder(output / "pictures", _QUICK_IMAGES)
         paths, flags, seeds, limit = (str(folder),), _QUICK_FLAGS, config.seeds[:1], 2
     if not paths:
         raise ConfigError("a proof needs at least one of --data_paths.")

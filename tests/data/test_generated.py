@@ -80,7 +80,7 @@ def test_wrong_arguments_are_named(bad: dict[str, object]) -> None:
 
 
 def test_the_folder_is_complete_balanced_and_equal_to_the_drawing(tmp_path: Path) -> None:
-    root = write_image_folder(tmp_path / "generated", **SMALL)
+    root = write_image_folder(tmp_path / "generated", FolderSettings(**SMALL))
     for split, count in SMALL.items():
         for shape in SHAPES:
             assert len(list((root / split / shape).iterdir())) == count // 10
@@ -94,7 +94,7 @@ def test_the_folder_is_complete_balanced_and_equal_to_the_drawing(tmp_path: Path
 
 
 def test_boxes_are_coco(tmp_path: Path) -> None:
-    root = write_image_folder(tmp_path / "generated", **SMALL)
+    root = write_image_folder(tmp_path / "generated", FolderSettings(**SMALL))
     coco = json.loads((root / "boxes.json").read_text())
     assert [category["name"] for category in coco["categories"]] == list(SHAPES)
     assert len(coco["images"]) == len(coco["annotations"]) == 50
@@ -109,27 +109,27 @@ def test_boxes_are_coco(tmp_path: Path) -> None:
 
 
 def test_a_complete_folder_is_reused_and_any_other_refused(tmp_path: Path) -> None:
-    root = write_image_folder(tmp_path / "generated", **SMALL)
+    root = write_image_folder(tmp_path / "generated", FolderSettings(**SMALL))
     file = root / "val" / "disc" / "00000.png"
     before = file.stat().st_mtime_ns
-    assert write_image_folder(root, **SMALL) == root
+    assert write_image_folder(root, FolderSettings(**SMALL)) == root
     first = root / "train" / SHAPES[0] / "00000.png"
     drawn = first.read_bytes()
     Image.new("RGB", (64, 64)).save(first)  # as an older version of the drawing would leave it
     with pytest.raises(OutputError, match="drawn by other code"):
-        write_image_folder(root, **SMALL)
+        write_image_folder(root, FolderSettings(**SMALL))
     first.write_bytes(drawn)
     assert file.stat().st_mtime_ns == before
     with pytest.raises(OutputError, match="another seed"):
-        write_image_folder(root, **SMALL, seed=1)
+        write_image_folder(root, FolderSettings(**SMALL, seed=1))
     file.unlink()
     with pytest.raises(OutputError, match="19 of 20"):
-        write_image_folder(root, **SMALL)
+        write_image_folder(root, FolderSettings(**SMALL))
     own = tmp_path / "holiday"
     own.mkdir()
     (own / "beach.jpg").touch()
     with pytest.raises(OutputError, match="holiday"):
-        write_image_folder(own, **SMALL)
+        write_image_folder(own, FolderSettings(**SMALL))
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +138,11 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
     with pytest.raises(OutputError, match="No space left"):
-        write_image_folder(tmp_path / "generated", **SMALL)
+        write_image_folder(tmp_path / "generated", FolderSettings(**SMALL))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file"):
-        write_image_folder(tmp_path / "file" / "generated", **SMALL)
+        write_image_folder(tmp_path / "file" / "generated", FolderSettings(**SMALL))
 
 
 def test_the_default_root_depends_on_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, MaskConfig, OptimConfig, RunConfig
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
@@ -246,7 +246,9 @@ TINY = ViTSize(32, 8, 32, 1, 2)
 
 
 def settings(tmp_path: Path, output: str) -> dict[str, Any]:
-    root = write_image_folder(tmp_path / "images", train=16, val=10, conflict=10, silhouette=10, size=32)
+    root = write_image_folder(
+        tmp_path / "images", FolderSettings(train=16, val=10, conflict=10, silhouette=10, size=32)
+    )
     return {
         "run": RunConfig(str(tmp_path / output), device="cpu", precision="fp32", pictures_every=2),
         "data": DataConfig(str(root), (32,), num_workers=0),

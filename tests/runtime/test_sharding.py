@@ -28,7 +28,7 @@ from mae_dat.config.groups import (
     RunConfig,
 )
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.transforms import EvalTransform
@@ -213,7 +213,7 @@ def labelling_model() -> nn.Module:
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folders of `both_ways`, and what its ranks saw."""
     root = tmp_path_factory.mktemp("parallel")
-    write_image_folder(root / "images", train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    write_image_folder(root / "images", FolderSettings(train=34, val=20, conflict=10, silhouette=10, size=SIDE))
     torch.manual_seed(0)
     tokenizer = LightTokenizer(LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=32))
     tokenizer.save(root / "tokenizer.safetensors")

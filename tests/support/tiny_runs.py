@@ -13,7 +13,7 @@ import torch
 
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.console import Console
 from mae_dat.training.finetune import finetune
@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 
 def draw_folder(root: Path, train: int = 24, val: int = 20, conflict: int = 20, size: int = 32) -> Path:
     """Generated pictures of ten classes as an ordinary image folder."""
-    return write_image_folder(root, train=train, val=val, conflict=conflict, silhouette=0, size=size)
+    return write_image_folder(root, FolderSettings(train=train, val=val, conflict=conflict, silhouette=0, size=size))
 
 
 def save_tokenizer(path: Path, factor: int = 4) -> Path:

@@ -14,7 +14,7 @@ from tiny_runs import one_thread
 from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig, RunConfig
 from mae_dat.config.runs import FinetuneConfig
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models import mae
 from mae_dat.models.mae import ViTSize
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
@@ -46,7 +46,7 @@ def test_a_checkpoint_amid_a_dat_run_resumes_and_ends_as_it_would_have(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the settings of the checkpoint name relative paths
     shutil.copytree(EARLIER / "dat", "dat")
-    write_image_folder(Path("images"), train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    write_image_folder(Path("images"), FolderSettings(train=34, val=20, conflict=10, silhouette=10, size=SIDE))
     torch.manual_seed(0)
     LightTokenizer(LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=32)).save(
         Path("tokenizer.safetensors")

@@ -9,7 +9,7 @@ from ranks import exit_codes, start_ranks
 
 from mae_dat.config.groups import DataConfig, MaskConfig, OptimConfig, RunConfig
 from mae_dat.config.runs import PretrainConfig
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.runtime.console import Console
@@ -34,7 +34,7 @@ def train_with_own_clock(rank: int, folder: Path, output: Path) -> None:
 
 @pytest.mark.slow
 def test_the_first_clock_that_says_so_makes_all_ranks_save(tmp_path: Path) -> None:
-    write_image_folder(tmp_path / "images", train=20, val=20, conflict=0, silhouette=0, size=32)
+    write_image_folder(tmp_path / "images", FolderSettings(train=20, val=20, conflict=0, silhouette=0, size=32))
     ranks = start_ranks(2, train_with_own_clock, tmp_path / "images", tmp_path / "out", log=tmp_path / "log")
     codes = exit_codes(ranks, 60)
     assert codes == [0, 0], [(tmp_path / f"log-{rank}").read_text()[-2000:] for rank in (0, 1)]

@@ -11,7 +11,7 @@ import torch
 from test_tokenizer import pictures
 
 from mae_dat.config.errors import NumericsError
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models.tokenizer import VQGAN, LightTokenizer, VQGANConfig, load_tokenizer, share_changed
 from mae_dat.runtime.console import Console
 from mae_dat.storage.checkpoint import newest_checkpoint
@@ -45,7 +45,7 @@ def test_a_student_learns_words_and_drawings() -> None:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
-    folder = write_image_folder(tmp_path_factory.mktemp("images") / "demo", 20, 10, 0, 0, size=32)
+    folder = write_image_folder(tmp_path_factory.mktemp("images") / "demo", FolderSettings(20, 10, 0, 0, size=32))
     return dataclasses.replace(TINY, data_path=(str(folder),), val_path=(str(folder / "val"),))
 
 

@@ -24,7 +24,7 @@ from mae_dat.config.errors import DataError, InterruptError, NumericsError, Rank
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, MaskConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import run_command
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.data.image_set import Batch, ImageFolder
 from mae_dat.data.loader import eval_loader, train_loader
 from mae_dat.data.sampler import TrainSampler, steps_per_epoch
@@ -59,7 +59,8 @@ CPU = torch.device("cpu")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """34 training pictures (4 steps of 8, two left over) and 20 for validation."""
     return write_image_folder(
-        tmp_path_factory.mktemp("engine") / "images", train=34, val=20, conflict=10, silhouette=10, size=SIDE
+        tmp_path_factory.mktemp("engine") / "images",
+        FolderSettings(train=34, val=20, conflict=10, silhouette=10, size=SIDE),
     )
 
 
@@ -255,7 +256,9 @@ def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: 
 
 def test_a_bad_picture_stops_the_run_between_two_steps(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
     """What was learned up to it is saved, and the run goes on once the picture is mended."""
-    images = write_image_folder(tmp_path / "images", train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    images = write_image_folder(
+        tmp_path / "images", FolderSettings(train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    )
     run_mae(images, tmp_path / "whole", tokenizer)
     bad = TrainSampler(34, 8, 0, 1, 0, 0, 8)
     _, index = list(bad)[2][3]  # in the third step
@@ -296,7 +299,9 @@ def test_a_rerun_of_a_complete_run_trains_nothing(
 def test_unreadable_images_are_replaced_and_counted(
     folder: Path, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = write_image_folder(tmp_path / "images", train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    images = write_image_folder(
+        tmp_path / "images", FolderSettings(train=34, val=20, conflict=10, silhouette=10, size=SIDE)
+    )
     train = sorted((images / "train").glob("*/*.png"))
     for path in train[:2]:
         path.write_bytes(b"")
@@ -572,7 +577,9 @@ def test_accuracy_is_exact_for_any_batch_size(batch_size: int, folder: Path) -> 
 
 
 def test_accuracy_leaves_replaced_images_out(tmp_path: Path) -> None:
-    root = write_image_folder(tmp_path / "images", train=30, val=20, conflict=10, silhouette=10, size=SIDE)
+    root = write_image_folder(
+        tmp_path / "images", FolderSettings(train=30, val=20, conflict=10, silhouette=10, size=SIDE)
+    )
     images = ImageFolder(root / "val", EvalTransform((SIDE, SIDE)), on_bad="skip")
     bad = [3, 8, 9]
     for index in bad:

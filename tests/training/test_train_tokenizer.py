@@ -21,7 +21,7 @@ from torch import Tensor
 
 from golden_rule import fill_by_rule
 from mae_dat.config.errors import InterruptError, MissingInputError, NumericsError
-from mae_dat.data.generated.folder import write_image_folder
+from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models.tokenizer import LightTokenizer, load_tokenizer
 from mae_dat.runtime.console import Console
 from mae_dat.storage.checkpoint import newest_checkpoint
@@ -44,7 +44,7 @@ def test_the_discriminator_is_that_of_the_reference(golden: Callable[[str], dict
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_image_folder(tmp_path_factory.mktemp("images") / "demo", 20, 10, 0, 0, size=32)
+    return write_image_folder(tmp_path_factory.mktemp("images") / "demo", FolderSettings(20, 10, 0, 0, size=32))
 
 
 @pytest.fixture(scope="module")

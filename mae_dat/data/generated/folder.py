@@ -45,22 +45,13 @@ def generated_root(settings: FolderSettings | None = None) -> Path:
     return home_folder() / f"generated-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def write_image_folder(
-    root: str | os.PathLike[str],
-    train: int = FolderSettings.train,
-    val: int = FolderSettings.val,
-    conflict: int = FolderSettings.conflict,
-    silhouette: int = FolderSettings.silhouette,
-    seed: int = FolderSettings.seed,
-    rho: float = FolderSettings.rho,
-    size: int = FolderSettings.size,
-) -> Path:
+def write_image_folder(root: str | os.PathLike[str], settings: FolderSettings | None = None) -> Path:
     """Write root/{train,val,conflict,silhouette}/<shape>/NNNNN.png and root/boxes.json (COCO, train and val).
 
     A complete copy with the same settings is reused. The folder appears only when it is complete: it is written under
     another name next to `root` and renamed. Raises OutputError if `root` holds anything else or cannot be written.
     """
-    root, settings = Path(root), FolderSettings(train, val, conflict, silhouette, seed=seed, rho=rho, size=size)
+    root, settings = Path(root), settings or FolderSettings()
     if _is_complete(root, settings):
         return root
     try:
