@@ -28,6 +28,7 @@ VIEW_TITLES = {
     "noise_length": "noise, as long as DAT",
     "pixel_decoded": "pixel from decoded, as DAT",
 }
+_TEMPLATE = Path(__file__).parent / "templates" / "explanation.html.j2"
 _MIN_POWER = 1e-12  # on a logarithmic axis
 _AMPLIFICATION = 4
 
@@ -91,7 +92,7 @@ def write_page(results: Mapping[str, Any], examples: Mapping[str, Mapping[str, T
         PageSection("Appearance of the changes", appearance, (appearance_table(networks),)),
         PageSection("Images", changes),
     ]
-    page = html_page("explanation.html.j2", results=results, summary=summary_sentences(networks), sections=sections)
+    page = html_page(_TEMPLATE, results=results, summary=summary_sentences(networks), sections=sections)
     for figure in (figure for section in sections for figure in section.figures):
         _write(output / "figures" / figure.name, figure.png)
     _write(output / "analysis.html", page.encode())

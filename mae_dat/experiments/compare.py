@@ -39,9 +39,9 @@ from mae_dat.robustness.evaluate_run import require_color
 from mae_dat.robustness.evaluation import EvaluationSetup, run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
-from mae_dat.robustness.report.comparison import caution, value_text
-from mae_dat.robustness.report.groups import groups_of
-from mae_dat.robustness.report.metrics import metrics_of
+from mae_dat.robustness.report.comparison import value_text
+from mae_dat.robustness.report.findings import cautions
+from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.scores.results import Results, TrainingCurve, TrainingFacts, TrainingGallery, TrainingRun
 from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, WORDS, SuiteSettings
 from mae_dat.runtime.console import Console, console_for_command
@@ -326,10 +326,11 @@ def _training_galleries(config: CompareConfig) -> list[TrainingGallery]:
 
 def print_numbers(results: Results, output: Path) -> None:
     """Print the report's path, and the main numbers of each group on one line."""
-    print("\n" + " ".join([f"Open {output / 'report.html'} (numbers: {output / 'results.json'}).", *caution(results)]))
-    axes = [axis for axis in metrics_of(results) if axis.key in ("clean", "generated/mean", "conflict/bias")]
-    for arm in groups_of(results):
-        print(f"  {arm.title:<16} " + "   ".join(f"{axis.title} {value_text(axis, arm)}" for axis in axes))
+    report = summarize(results)
+    print("\n" + " ".join([f"Open {output / 'report.html'} (numbers: {output / 'results.json'}).", *cautions(report)]))
+    metrics = [metric for metric in report.metrics if metric.key in ("clean", "generated/mean", "conflict/bias")]
+    for group in report.groups:
+        print(f"  {group.title:<16} " + "   ".join(f"{metric.title} {value_text(metric, group)}" for metric in metrics))
 
 
 def main(arguments: Sequence[str], default: CompareConfig | None = None, about: str = __doc__ or "") -> None:

@@ -15,8 +15,11 @@ from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.experiments.compare import CONFIGS, CompareConfig, compare
 from mae_dat.experiments.variants import NONE, PLAIN
 from mae_dat.robustness.open_networks import distinct_names
-from mae_dat.robustness.report.ablation import ablation_tables, summary, words_by_arm
+from mae_dat.robustness.report.comparison import ablation_tables
+from mae_dat.robustness.report.findings import ablation_findings
 from mae_dat.robustness.report.render import markdown_table, markdown_text
+from mae_dat.robustness.report.summarize import summarize
+from mae_dat.robustness.report.tables import words_tables_by_group
 from mae_dat.robustness.scores.results import Results
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.machine import hardware_facts
@@ -104,8 +107,10 @@ def _write_tables(all_results: dict[str, Results], path: Path) -> None:
     hardware = ", ".join(f"{key}: {value}" for key, value in hardware_facts().items())
     parts = ["# Results", f"    {command_line()}", markdown_text(hardware)]
     for name, results in all_results.items():
-        parts += [f"## {markdown_text(name)}", markdown_text(" ".join(summary(results)))]
-        parts += [markdown_table(table, level=3) for table in (*ablation_tables(results), *words_by_arm(results))]
+        report = summarize(results)
+        parts += [f"## {markdown_text(name)}", markdown_text(" ".join(ablation_findings(report)))]
+        tables = (*ablation_tables(report), *words_tables_by_group(report))
+        parts += [markdown_table(table, level=3) for table in tables]
     with atomic_write(path) as file:
         file.write(("\n\n".join(parts) + "\n").encode())
 

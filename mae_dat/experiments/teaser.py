@@ -19,8 +19,9 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import run_command
 from mae_dat.robustness.corruptions import SEVERITIES
 from mae_dat.robustness.report.charts import COLORS, LINES, MARKERS, STYLE, signed
-from mae_dat.robustness.report.figures import differences, grid_of, of_kind, rows_of
-from mae_dat.robustness.report.groups import Group, groups_of
+from mae_dat.robustness.report.corruption_figures import corruption_rows, error_grid, grid_difference
+from mae_dat.robustness.report.groups import Group
+from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.storage.files import atomic_write
 
@@ -35,18 +36,19 @@ def draw(folder: Path, path: Path) -> None:
     Raises MissingInputError, CheckpointError (no results), ConfigError for results without corruptions of two arms.
     """
     results = read_results(folder / "results.json")
-    arms, corrupted = groups_of(results), of_kind(results, "corruptions")
+    report = summarize(results)
+    arms, corrupted = report.groups, report.of_kind("corruptions")
     if len(arms) < 2 or not corrupted:
         raise ConfigError(f"{folder} holds no two networks measured on corruptions.")
     first, last = arms[0], arms[-1]
-    names, breaks = rows_of(results, corrupted[0])
-    old, new = (np.array(grid_of(results, corrupted[0], arm), float) for arm in (first, last))
+    names, breaks = corruption_rows(corrupted[0])
+    old, new = (np.array(error_grid(corrupted[0], arm), float) for arm in (first, last))
     with rc_context(STYLE | {"font.size": 9.5}):
         figure = Figure(figsize=SIZE, dpi=DENSITY, layout="constrained", facecolor="white")
         canvas = FigureCanvasAgg(figure)
         lines, map_, shown = figure.subplots(1, 3, width_ratios=(3, 3, 3.4))
         _lines(lines, (first, last), np.stack([old, new]))
-        _map(map_, names, breaks, np.array(differences(new.tolist(), old.tolist()), float), (first, last))
+        _map(map_, names, breaks, np.array(grid_difference(new.tolist(), old.tolist()), float), (first, last))
         _examples(shown, results, folder)
         canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(GREYS, dither=Image.Dither.NONE)

@@ -23,9 +23,11 @@ from mae_dat.robustness.examples import write_examples
 from mae_dat.robustness.measure import Found, ImagePass, MonitoredNetwork, PassSampler, measure
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.plan import CHECKED_PICTURES, Plan, SuiteRun, open_plan, print_plan, refuse_normalised, sample
-from mae_dat.robustness.report.comparison import headline_table, mixed_versions
-from mae_dat.robustness.report.groups import same_seed_pair, titles_of
-from mae_dat.robustness.report.metrics import GRADIENTS, common_subset
+from mae_dat.robustness.report.comparison import headline_table
+from mae_dat.robustness.report.findings import mixed_versions
+from mae_dat.robustness.report.groups import groups_of, same_seed_pair
+from mae_dat.robustness.report.metrics import GRADIENT_CHECKS
+from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.report.tables import precision_text
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.results import (
@@ -187,8 +189,8 @@ def check_attacks(plan: Plan, found: AllHeld, setting: EvaluationSetup) -> dict[
         own = {entry.suite.name: entry for entry in plan.entries if entry.contender is contender}
         if attacked := [own[name] for name in (*PIXEL_ATTACKS, AUTO_ATTACK) if name in own]:
             seen = _gradient_checks(attacked[0], setting)
-            checks.setdefault(contender.name, {})[GRADIENTS] = seen.found
-            found[contender.name, GRADIENTS] = {"counts": {}, "calibration": {}, "versions": {"": seen.versions}}
+            checks.setdefault(contender.name, {})[GRADIENT_CHECKS] = seen.found
+            found[contender.name, GRADIENT_CHECKS] = {"counts": {}, "calibration": {}, "versions": {"": seen.versions}}
         curves = [found[contender.name, name]["counts"] for name in ("words-symbolic", "words-random") if name in own]
         if len(curves) == 2:
             symbolic, random = ([count["correct"] for count in curve.values()] for curve in curves)
@@ -290,12 +292,12 @@ def run_evaluation(
     every = on_all_ranks(lambda: check_attacks(plan, found, setting))
     checks = on_main_rank(lambda: every)
     results = assemble(plan, found, checks, title, (datetime.datetime.now() - start).total_seconds())
-    for warning in mixed_versions(results):
+    for warning in mixed_versions(summarize(results)):
         logger.warning(warning)
     if training:
         results["training"] = training
     if folder:
-        if pair := same_seed_pair(results):
+        if pair := same_seed_pair(groups_of(results)):
             shown = on_all_ranks(lambda: write_examples(plan, pair, folder if setting.world.main else None))
             results["examples"] = on_main_rank(lambda: shown)
         on_main_rank(lambda: save(results, folder))
@@ -310,14 +312,15 @@ def save(results: Results, folder: Path) -> None:
 
 def print_headline(results: Results) -> None:
     """The numbers in columns, below what they are not."""
-    if subset := common_subset(results):
-        print(f"Not the whole benchmarks: {subset} of every suite.")
-    table = headline_table(results)
+    report = summarize(results)
+    if report.image_subset and report.subset_of_all:
+        print(f"Not the whole benchmarks: {report.image_subset} of every suite.")
+    table = headline_table(report)
     rows = [table.head, *table.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         print("  ".join(cells).rstrip())
-    for model, title in titles_of(results).items():
-        if model in results.get("agreement", {}):
-            print(f"{title}: {precision_text(results, model)}")
+    for model, title in report.model_titles.items():
+        if model in report.agreement:
+            print(f"{title}: {precision_text(report.models[model], report.agreement[model])}")

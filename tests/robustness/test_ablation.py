@@ -7,11 +7,11 @@ from evaluations import evaluation
 from pages import Page
 from test_arms import DAT, PLAIN, trainings
 
-from mae_dat.robustness.report.ablation import FEW, ablation_axes, ablation_tables, many, summary, words_by_arm
-from mae_dat.robustness.report.comparison import difference_text, value_text
-from mae_dat.robustness.report.groups import groups_of
-from mae_dat.robustness.report.metrics import metrics_of, scores_of
-from mae_dat.robustness.report.tables import stat_text
+from mae_dat.robustness.report.comparison import ablation_tables, difference_text, value_text
+from mae_dat.robustness.report.findings import ablation_findings
+from mae_dat.robustness.report.measurements import corruption_counts
+from mae_dat.robustness.report.summarize import MAX_COLUMNS, summarize
+from mae_dat.robustness.report.tables import mean_text, words_tables_by_group
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.accuracy import category_errors, top1_accuracy
 from mae_dat.robustness.scores.results import Results, write_results
@@ -40,14 +40,15 @@ def trainings_on(given: Results, suites: tuple[str, ...]) -> Results:
 
 
 def test_every_arm_has_a_row_of_its_numbers_and_minutes(results: Results) -> None:
-    table, against = ablation_tables(results)
+    report = summarize(results)
+    table, against = ablation_tables(report)
     assert [row[0] for row in table.rows] == ["plain", "random words", "DAT", "symbolic", "augmix"]
     assert table.head[:4] == ("", "clean ↑", "ECE ↓", "corruption error ↓")
     assert table.head[4:8] == ("noise ↓", "blur ↓", "weather ↓", "digital ↓")
-    clean = next(axis for axis in metrics_of(results) if axis.key == "imagenet")
-    arms = groups_of(results)
+    clean = next(metric for metric in report.metrics if metric.key == "imagenet")
+    arms = report.groups
     assert [row[1] for row in table.rows] == [value_text(clean, arm) for arm in arms]
-    assert [row[1] for row in against.rows] == [difference_text(clean, arm, arms[0]) for arm in arms[1:]]
+    assert [row[1] for row in against.rows] == [difference_text(report, clean, arm, arms[0]) for arm in arms[1:]]
     assert table.rows[0][-1] == "2.0 ± 1.0"
     assert (1, 1) in against.best, "DAT is better than plain on clean pictures with every seed"
     assert against.rows[1][1].endswith(" better")
@@ -56,21 +57,22 @@ def test_every_arm_has_a_row_of_its_numbers_and_minutes(results: Results) -> Non
 
 
 def test_categories_are_means_of_their_corruptions(results: Results) -> None:
-    axes = ablation_axes(results)
+    columns = summarize(results).columns
     for name in results["models"]:
-        own = category_errors(scores_of(results, name, "generated"))
-        assert {kind: axes[kind].numbers[name].value for kind in own} == own
-        mean = axes["corruption error"].numbers[name].value
+        own = category_errors(corruption_counts(results, name, "generated"))
+        assert {kind: columns[kind].values[name].value for kind in own} == own
+        mean = columns["corruption error"].values[name].value
         assert min(own.values()) <= mean <= max(own.values())
 
 
 def test_no_measurement_of_many_networks_is_left_out() -> None:
     """Also of checkpoints of which nothing is known but their counts, on every suite and on two of corruptions."""
-    given = evaluation([f"network {number}" for number in range(FEW + 1)])
+    given = evaluation([f"network {number}" for number in range(MAX_COLUMNS + 1)])
     for own in given["cells"].values():
         own["cue-conflict"][""]["texture"] = 400  # the fifth would answer more cues than there are
-    shown = {axis.key for axis in ablation_axes(given).values()}
-    every = {axis.key for axis in metrics_of(given)}
+    report = summarize(given)
+    shown = {metric.key for metric in report.columns.values()}
+    every = {metric.key for metric in report.metrics}
     assert every - shown == {key for key in every if key.endswith("/mce-first")}
     assert {
         "imagenet-a",
@@ -80,32 +82,33 @@ def test_no_measurement_of_many_networks_is_left_out() -> None:
         "generated/mean",
         "generated/blur",
     } <= shown
-    table, _ = ablation_tables(given)
+    table, _ = ablation_tables(report)
     assert "processor minutes ↓" not in table.head
-    assert len(table.head) == 1 + len(ablation_axes(given))
+    assert len(table.head) == 1 + len(report.columns)
 
 
 def test_what_is_better_is_said(results: Results) -> None:
-    said = " ".join(summary(results))
+    said = " ".join(ablation_findings(summarize(results)))
     assert "Clean, beyond chance better than plain: DAT; worse than plain: symbolic." in said
     assert "means over at least 3 seeds" in said
 
 
 def test_changed_words_have_a_column_a_share(results: Results) -> None:
-    (table,) = words_by_arm(results)
+    report = summarize(results)
+    (table,) = words_tables_by_group(report)
     assert table.head == ("words changed, up to", "0 %", "1 %", "2 %", "5 %", "10 %", "20 %")
-    members = groups_of(results)[2].members.values()
-    told = stat_text((top1_accuracy(results["cells"][name]["words-random"]["0.05"]) for name in members), 1)
+    members = report.groups[2].members.values()
+    told = mean_text((top1_accuracy(results["cells"][name]["words-random"]["0.05"]) for name in members), 1)
     assert table.rows[2][0] == "DAT"
     assert table.rows[2][4] == told
 
 
 def test_the_page_of_many_arms_has_their_rows_and_no_lines(results: Results, tmp_path: Path) -> None:
-    assert many(results)
-    assert not many(trainings(**dict(list(ARMS.items())[:FEW])))
+    assert summarize(results).groups_are_rows
+    assert not summarize(trainings(**dict(list(ARMS.items())[:MAX_COLUMNS]))).groups_are_rows
     write_results(results, tmp_path / "results.json")
     page = Page(write_report(results, tmp_path).read_text())
-    assert ["symbolic", *ablation_tables(results)[0].rows[3][1:]] in page.rows
+    assert ["symbolic", *ablation_tables(summarize(results))[0].rows[3][1:]] in page.rows
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert "arms.png" in drawn
     assert not {"gains.png", "words.png", "1-categories.png"} & drawn

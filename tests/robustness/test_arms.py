@@ -9,10 +9,12 @@ from evaluations import cell, evaluation
 from pages import Page, require_self_contained
 from PIL import Image
 
-from mae_dat.robustness.report.comparison import best_of, caution, difference, headline_table, pairs_table, summary
+from mae_dat.robustness.report.comparison import headline_table, pairs_table
+from mae_dat.robustness.report.differences import best_group
+from mae_dat.robustness.report.findings import cautions, findings
 from mae_dat.robustness.report.groups import groups_of, same_seed_pair
-from mae_dat.robustness.report.metrics import metrics_of
 from mae_dat.robustness.report.render import latex_table, markdown_table
+from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.results import Results, read_results, write_results
 
@@ -49,7 +51,7 @@ def trainings(**right: tuple[int, ...]) -> Results:
 
 
 def test_seeds_stand_in_one_column_as_mean_and_deviation() -> None:
-    table = headline_table(trainings(plain=PLAIN, dat=DAT))
+    table = headline_table(summarize(trainings(plain=PLAIN, dat=DAT)))
     gaps = [(b - a) / 10 for a, b in zip(PLAIN, DAT, strict=True)]
     assert table.head == ("", "plain", "DAT", "DAT − plain at the same seed")
     assert table.rows[0][1:] == (
@@ -66,8 +68,9 @@ def test_pairs_are_of_the_same_seed_whatever_their_order() -> None:
     given = trainings(plain=PLAIN, dat=DAT)
     order = ["dat 2", "dat 0", "plain 1", "dat 1", "plain 2", "plain 0"]
     given["models"] = {name: given["models"][name] for name in order}
-    dat, plain = groups_of(given)
-    found = difference(metrics_of(given)[0], dat, plain)
+    report = summarize(given)
+    dat, plain = report.groups
+    found = report.difference(report.metrics[0], dat, plain)
     assert found is not None
     assert found.spread == pytest.approx(statistics.stdev((4.1, 3.9, 3.8)))
     half = 4.302653 * statistics.stdev((4.1, 3.9, 3.8)) / 3**0.5  # Student, two degrees of freedom
@@ -76,31 +79,32 @@ def test_pairs_are_of_the_same_seed_whatever_their_order() -> None:
 
 def test_examples_are_of_the_same_seed() -> None:
     given = trainings(plain=PLAIN, random=(705,), dat=DAT)
-    assert same_seed_pair(given) == ("plain 0", "dat 0")
+    assert same_seed_pair(groups_of(given)) == ("plain 0", "dat 0")
     del given["models"]["dat 0"]  # its network gives no gradient, say
-    assert same_seed_pair(given) == ("plain 1", "dat 1")
+    assert same_seed_pair(groups_of(given)) == ("plain 1", "dat 1")
     for name in ("plain 1", "plain 2"):
         del given["models"][name]
-    assert same_seed_pair(given) == ("plain 0", "dat 1")
-    assert same_seed_pair(evaluation(("one", "other", "third"))) == ("one", "third")
-    assert same_seed_pair(evaluation(("alone",))) is None
-    assert same_seed_pair(trainings(plain=PLAIN)) is None
+    assert same_seed_pair(groups_of(given)) == ("plain 0", "dat 1")
+    assert same_seed_pair(groups_of(evaluation(("one", "other", "third")))) == ("one", "third")
+    assert same_seed_pair(groups_of(evaluation(("alone",)))) is None
+    assert same_seed_pair(groups_of(trainings(plain=PLAIN))) is None
 
 
 def test_what_scatters_is_neither_better_nor_best() -> None:
     given = trainings(plain=PLAIN, dat=(700, 780, 740))
-    table = headline_table(given)
+    table = headline_table(summarize(given))
     assert table.rows[0][3] == "+3.0 ± 3.0"
     assert not table.best
-    assert "1 are undecided" in " ".join(summary(given))
+    assert "1 are undecided" in " ".join(findings(summarize(given)))
     three = trainings(plain=PLAIN, random=tuple(one + 1 for one in DAT), dat=DAT)
-    assert not headline_table(three).best or headline_table(three).best == {(0, 2)}
-    plain, random, dat = groups_of(three)
-    axis = metrics_of(three)[0]
-    assert best_of(axis, [plain, dat]) is dat
-    assert best_of(axis, [dat]) is None
-    assert best_of(axis, [plain, dataclasses.replace(plain, title="twin")]) is None
-    pairs = pairs_table(three)
+    report = summarize(three)
+    assert not headline_table(report).best or headline_table(report).best == {(0, 2)}
+    plain, random, dat = report.groups
+    metric = report.metrics[0]
+    assert best_group(metric, [plain, dat]) is dat
+    assert best_group(metric, [dat]) is None
+    assert best_group(metric, [plain, dataclasses.replace(plain, title="twin")]) is None
+    pairs = pairs_table(report)
     assert pairs is not None
     assert pairs.head == ("", "DAT − random words")
     assert pairs.rows[0][1].startswith("−0.1 ± 0.0")
@@ -109,15 +113,15 @@ def test_what_scatters_is_neither_better_nor_best() -> None:
 
 def test_how_far_the_numbers_carry_is_said() -> None:
     one, two = trainings(plain=(700,), dat=(900,)), trainings(plain=PLAIN, dat=DAT)
-    assert "One seed" in " ".join(caution(one))
-    assert headline_table(one).rows[0][3].endswith("] better")
-    assert "means over at least 3 seeds" in " ".join(summary(two))
-    assert "DAT 3.75 ± 0.00 %" in " ".join(summary(two))
+    assert "One seed" in " ".join(cautions(summarize(one)))
+    assert headline_table(summarize(one)).rows[0][3].endswith("] better")
+    assert "means over at least 3 seeds" in " ".join(findings(summarize(two)))
+    assert "DAT 3.75 ± 0.00 %" in " ".join(findings(summarize(two)))
     for run in two["training"]["runs"].values():
         if "changed_words" in run["curves"]:
             run["curves"]["changed_words"] = [[1, 0.0]]
-    assert "Where none was changed (DAT)" in " ".join(caution(two))
-    assert not caution(evaluation())
+    assert "Where none was changed (DAT)" in " ".join(cautions(summarize(two)))
+    assert not cautions(summarize(evaluation()))
 
 
 def test_the_page_holds_curves_runs_settings_and_galleries(tmp_path: Path) -> None:

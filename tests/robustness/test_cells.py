@@ -178,13 +178,13 @@ def test_what_bfloat16_changes_is_counted_and_told(own: Path) -> None:  # noqa: 
     count = found["agreement"]["Close"]
     assert (count["correct"], count["total"]) == (20 - changed, 20)
     assert list(found["cells"]["Close"]) == ["clean"]
-    told = precision_text(found, "Close")
+    told = precision_text(found["models"]["Close"], found["agreement"]["Close"])
     assert (
         told == f"bf16; of 20 pictures it answers {changed} otherwise than in fp32 ({5 * changed}.00 %), above 0.02 %"
     )
     exact = evaluate(network, "clean", own, size=32)
     assert exact["agreement"] == {}
-    assert precision_text(exact, "Close") == "fp32"
+    assert precision_text(exact["models"]["Close"], exact["agreement"].get("Close")) == "fp32"
 
 
 def test_a_limit_is_said_before_the_numbers(own: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

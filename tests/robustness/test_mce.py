@@ -111,7 +111,7 @@ def test_what_is_missing_is_an_error_not_a_mean_over_the_rest() -> None:
     del scores["corruptions"]["fog"]
     with pytest.raises(ValueError, match="fog: measured at severities none"):
         mce(scores)
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         mce(changed(correct=0, total=0))
     with pytest.raises(ValueError, match="no worse than on clean"):
         mce(ALEXNET, two({name: [0] * 5 for name in CORRUPTIONS}, 10), relative=True)

@@ -37,7 +37,7 @@ from mae_dat.robustness import command as robustness
 from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
 from mae_dat.robustness.measure import ImagePass, PassImages, measure
-from mae_dat.robustness.report.metrics import scores_of
+from mae_dat.robustness.report.measurements import corruption_counts
 from mae_dat.robustness.scores.corruption_error import mce
 from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.robustness.suites.choose import Battery, SuiteSettings
@@ -196,7 +196,7 @@ def test_the_command_measures_what_lies_in_a_folder(
     assert set(results["calibration"]["a/model"]) == {"imagenet", "imagenet-a", "imagenet-v2"}
     again = ["--recompute", str(tmp_path / "out" / "results.json")]
     assert printed(again, monkeypatch, capsys) == headline
-    scores = scores_of(results, "a/model", "imagenet-c")
+    scores = corruption_counts(results, "a/model", "imagenet-c")
     for relative, title in [(False, "mCE"), (True, "relative mCE")]:
         (line,) = (line for line in headline.splitlines() if f": {title}" in line)
         assert f"{mce(scores, relative=relative):.1f}" in line

@@ -18,23 +18,16 @@ from PIL import Image
 
 from mae_dat.config.parse import run_command
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
-from mae_dat.robustness.report.comparison import headline_table, judged_axes, published_tables, summary
-from mae_dat.robustness.report.groups import groups_of
-from mae_dat.robustness.report.metrics import (
-    Metric,
-    MetricValue,
-    WeightedCount,
-    doubtful,
-    interval,
-    metrics_of,
-    scores_of,
-    share_difference,
-    variants,
-    wilson,
-)
-from mae_dat.robustness.report.published import COLUMNS, published_rows
+from mae_dat.robustness.report.comparison import headline_table
+from mae_dat.robustness.report.corruption_table import corruption_table
+from mae_dat.robustness.report.findings import comparison_findings
+from mae_dat.robustness.report.intervals import WeightedCount, interval, share_difference, wilson
+from mae_dat.robustness.report.measurements import corruption_counts
+from mae_dat.robustness.report.metrics import Metric, attack_check_failed
+from mae_dat.robustness.report.published import PUBLISHED_COLUMNS, published_rows, published_tables
 from mae_dat.robustness.report.render import counts_csv, latex_table, latex_text, markdown_table
-from mae_dat.robustness.report.tables import Table, checks_table, corruption_table, not_measured, words_table
+from mae_dat.robustness.report.summarize import summarize
+from mae_dat.robustness.report.tables import Table, checks_table, not_measured, words_table
 from mae_dat.robustness.report.write import main, write_report
 from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.corruption_error import ALEXNET, corruption_errors
@@ -59,7 +52,7 @@ def shown(table: Table | None) -> dict[str, tuple[str, ...]]:
 
 
 def axis(results: Results, key: str) -> Metric:
-    return next(one for one in metrics_of(results) if one.key == key)
+    return next(one for one in summarize(results).metrics if one.key == key)
 
 
 def share(count: Count) -> float:
@@ -71,7 +64,7 @@ def share(count: Count) -> float:
 
 def test_headline_numbers_are_those_of_the_counts() -> None:
     given = evaluation()
-    rows = shown(headline_table(given))
+    rows = shown(headline_table(summarize(given)))
     for column, model in enumerate(("plain", "dat")):
         own = given["cells"][model]
         errors = {n: [1 - share(own["imagenet-c"][f"{n}/{s}"]) for s in range(1, 6)] for n in CORRUPTIONS}
@@ -96,7 +89,7 @@ def test_headline_numbers_are_those_of_the_counts() -> None:
 
 def test_alexnets_own_counts_give_exactly_100_in_every_format(tmp_path: Path) -> None:
     write_report(alexnet(), tmp_path)
-    assert shown(headline_table(alexnet()))["ImageNet-C: relative mCE ↓"] == ("100.00",)
+    assert shown(headline_table(summarize(alexnet())))["ImageNet-C: relative mCE ↓"] == ("100.00",)
     for name, row in (
         ("report.md", "| ImageNet-C: mCE ↓ | 100.00 |"),
         ("report.tex", r"ImageNet-C: mCE $\downarrow$ & 100.00 \\"),
@@ -110,7 +103,12 @@ def test_alexnets_own_counts_give_exactly_100_in_every_format(tmp_path: Path) ->
 
 def test_all_formats_show_the_same_rows() -> None:
     given, page = evaluation(), Page(files()["report.html"])
-    for table in (headline_table(given), *published_tables(given), words_table(given), checks_table(given)):
+    for table in (
+        headline_table(summarize(given)),
+        *published_tables(summarize(given)),
+        words_table(summarize(given)),
+        checks_table(summarize(given)),
+    ):
         assert table is not None
         markdown = markdown_table(table)
         assert markdown in files()["report.md"]
@@ -139,7 +137,7 @@ def test_the_csv_reads_back_to_the_same_counts() -> None:
 
 def test_a_corruption_table_has_every_mean() -> None:
     given = evaluation()
-    table = corruption_table(given, next(one for one in variants(given) if one.suite == "imagenet-c"))
+    table = corruption_table(next(one for one in summarize(given).measurements if one.suite == "imagenet-c"))
     rows, cells = shown(table), given["cells"]["dat"]["imagenet-c"]
     errors = {(n, s): 100 - 100 * share(cells[f"{n}/{s}"]) for n in CORRUPTIONS for s in range(1, 6)}
     means = {n: statistics.fmean(errors[n, s] for s in range(1, 6)) for n in CORRUPTIONS}
@@ -147,9 +145,9 @@ def test_a_corruption_table_has_every_mean() -> None:
     assert rows["mean of blur"][2] == f"{statistics.fmean(means[n] for n in CATEGORIES['blur']):.1f}"
     assert rows["severity 4"][2] == f"{statistics.fmean(errors[n, 4] for n in CORRUPTIONS):.1f}"
     assert rows["mean"][2] == f"{statistics.fmean(means.values()):.1f}"
-    assert rows["mean"][4] == f"{axis(given, 'imagenet-c/mce').numbers['dat'].value:.1f}"
-    assert rows["mean"][6] == f"{axis(given, 'imagenet-c/rmce').numbers['dat'].value:.1f}"
-    scores = scores_of(given, "dat", "imagenet-c")
+    assert rows["mean"][4] == f"{axis(given, 'imagenet-c/mce').values['dat'].value:.1f}"
+    assert rows["mean"][6] == f"{axis(given, 'imagenet-c/rmce').values['dat'].value:.1f}"
+    scores = corruption_counts(given, "dat", "imagenet-c")
     relative = corruption_errors(scores, relative=True)
     assert rows["glass blur"][6] == f"{relative['glass_blur']:.1f}"
     assert rows["mean of blur"][6] == f"{statistics.fmean(relative[n] for n in CATEGORIES['blur']):.1f}"
@@ -174,12 +172,12 @@ def test_intervals_are_those_of_the_literature() -> None:
 def test_the_terms_of_every_number_add_up_to_its_differences() -> None:
     given = evaluation()
     checked = set()
-    for one in metrics_of(given):
-        new, old = one.numbers["dat"], one.numbers["plain"]
-        ends = interval(new, old)
+    for one in summarize(given).metrics:
+        new, old = one.values["dat"], one.values["plain"]
+        ends = interval(new.terms, old.terms)
         if ends is not None:
-            gaps = (term.weight * share(term.cell) for term in new.terms)
-            base = (term.weight * share(term.cell) for term in old.terms)
+            gaps = (term.weight * share(term.count) for term in new.terms)
+            base = (term.weight * share(term.count) for term in old.terms)
             assert sum(gaps) - sum(base) == pytest.approx(new.value - old.value, abs=1e-9)
             assert ends[0] < new.value - old.value < ends[1]
             checked.add(one.key)
@@ -193,30 +191,28 @@ def test_only_differences_beyond_chance_are_called_better_or_worse() -> None:
         for model, count in zip(("plain", "dat"), counts, strict=True):
             given["cells"][model]["pgd-5-1/255"][""] = {**count}
         given["checks"]["dat"]["pgd-5-1/255"][0]["passed"] = not doubtful
-        return headline_table(given).rows[0][3]
+        return headline_table(summarize(given)).rows[0][3]
 
     assert gap(750).startswith("+5.0 [+1.1, +8.9] better")
     assert gap(650).endswith(" worse")
     assert gap(720) == "+2.0 [−2.0, +6.0]"
     assert gap(700).startswith("0.0 [")
     assert gap(750, doubtful=True) == "+5.0 [+1.1, +8.9]"  # a broken attack proves nothing
-    assert interval(MetricValue(1.0), MetricValue(2.0)) is None
+    assert interval((), ()) is None
     nothing: Count = {"correct": 0, "total": 0}
-    assert (
-        interval(MetricValue(1.0, (WeightedCount(1.0, nothing),)), MetricValue(1.0, (WeightedCount(1.0, nothing),)))
-        is None
-    )
+    assert interval((WeightedCount(1.0, nothing),), (WeightedCount(1.0, nothing),)) is None
 
 
 def test_the_summary_counts_a_suite_once() -> None:
     given = evaluation(("plain", "dat"), ("imagenet", "imagenet-c"))
-    plain, dat = groups_of(given)
-    assert [one.key for one, _ in judged_axes(metrics_of(given), dat, plain)] == ["imagenet", "imagenet-c/mce"]
-    said = " ".join(summary(given))
+    report = summarize(given)
+    plain, dat = report.groups
+    assert [one.key for one in report.verdicts(dat, plain)] == ["imagenet", "imagenet-c/mce"]
+    said = " ".join(comparison_findings(summarize(given)))
     assert "MAE + DAT is better on 2 of 2 suites and worse on 0" in said
     backwards = evaluation(("plain", "dat"), ("imagenet",))
     backwards["models"] = dict(reversed(backwards["models"].items()))
-    assert "better on 0 of 1 suites and worse on 1" in " ".join(summary(backwards))
+    assert "better on 0 of 1 suites and worse on 1" in " ".join(comparison_findings(summarize(backwards)))
 
 
 # ---- what may stand beside what ----
@@ -225,11 +221,11 @@ def test_the_summary_counts_a_suite_once() -> None:
 def test_a_network_of_another_size_has_rows_of_its_own() -> None:
     given = evaluation()
     given["models"]["dat"]["size"] = [448, 448]
-    rows = shown(headline_table(given))
+    rows = shown(headline_table(summarize(given)))
     assert rows["ImageNet-C: mCE ↓"][1:] == ("–", "–")
     assert rows["ImageNet-C, 448 px: mCE ↓"][0] == rows["ImageNet-C, 448 px: mCE ↓"][2] == "–"
-    assert "shares no measurement" in " ".join(summary(given))
-    assert [row[1] for row in published_tables(given)[0].rows[:2]] == ["224", "448"]
+    assert "shares no measurement" in " ".join(comparison_findings(summarize(given)))
+    assert [row[1] for row in published_tables(summarize(given))[0].rows[:2]] == ["224", "448"]
 
 
 @pytest.mark.parametrize("fault", ["missing", "fingerprint", "subset", "total"])
@@ -244,10 +240,10 @@ def test_other_pictures_are_another_row(fault: str) -> None:
         own["protocol"]["subset"] = "1,000 pictures of a list"
     else:
         given["cells"]["dat"]["imagenet-a"][""]["total"] += 1
-    rows = headline_table(given).rows
+    rows = headline_table(summarize(given)).rows
     assert [[cell == "–" for cell in row[1:]] for row in rows] == [[False, True, True], [True, False, True]]
     assert len({row[0] for row in rows}) == 2
-    (beside, *_) = published_tables(given)
+    (beside, *_) = published_tables(summarize(given))
     alone = fault in ("missing", "subset")
     assert [row[0] for row in beside.rows if row[-1] == "this report"] == [
         "MAE, fine-tuned plainly",
@@ -258,37 +254,37 @@ def test_other_pictures_are_another_row(fault: str) -> None:
 def test_interpolation_belongs_to_the_network_and_not_to_the_row() -> None:
     given = evaluation(("plain", "dat"), ("imagenet-a",))
     given["suites"]["dat"]["imagenet-a"]["protocol"]["preprocessing"] = "bilinear"
-    assert len(headline_table(given).rows) == 1
+    assert len(headline_table(summarize(given)).rows) == 1
 
 
 def test_generated_rows_are_labelled_and_never_normalised_by_alexnet_or_published() -> None:
     given = evaluation(("plain", "dat"), ("imagenet", "generated"))
-    rows = shown(headline_table(given))
+    rows = shown(headline_table(summarize(given)))
     assert rows["IN-C*: mCE, of MAE, fine-tuned plainly 100 ↓"][0] == "100.0"
     assert not [title for title in rows if "ImageNet-C" in title or title.startswith("IN-C*: mCE ↓")]
-    assert any(note.startswith("* not a published") for note in headline_table(given).notes)
-    (table, *_) = published_tables(given)
-    assert table.head == ("", "px", COLUMNS["imagenet"], "source")
-    assert not published_tables(evaluation(("plain",), ("generated",)))
-    assert any("official ImageNet-C" in remark for remark in not_measured(given))
+    assert any(note.startswith("* not a published") for note in headline_table(summarize(given)).notes)
+    (table, *_) = published_tables(summarize(given))
+    assert table.head == ("", "px", PUBLISHED_COLUMNS["imagenet"], "source")
+    assert not published_tables(summarize(evaluation(("plain",), ("generated",))))
+    assert any("official ImageNet-C" in remark for remark in not_measured(summarize(given)))
 
 
 def test_a_partial_imagenet_c_has_no_mce() -> None:
     given = evaluation(("plain",), ("imagenet-c",))
     del given["cells"]["plain"]["imagenet-c"]["fog/3"]
     given["suites"]["plain"]["imagenet-c"]["missing"] = ["fog has no severity 3"]
-    assert list(shown(headline_table(given))) == ["ImageNet-C, partial†: mean corruption error (%) ↓"]
-    rows = shown(corruption_table(given, variants(given)[0]))
+    assert list(shown(headline_table(summarize(given)))) == ["ImageNet-C, partial†: mean corruption error (%) ↓"]
+    rows = shown(corruption_table(summarize(given).measurements[0]))
     assert rows["fog"][-1] == rows["mean of weather"][-1] == "–"
     assert rows["snow"][-1] != "–"
-    assert not published_tables(given)
+    assert not published_tables(summarize(given))
 
 
 def test_relative_mce_needs_as_many_clean_pictures() -> None:
     given = evaluation(("plain",), ("imagenet", "imagenet-c"))
     given["cells"]["plain"]["imagenet"][""] = {"correct": 4000, "total": 5000}
-    assert "ImageNet-C: relative mCE ↓" not in shown(headline_table(given))
-    assert "ImageNet-C: mCE ↓" in shown(headline_table(given))
+    assert "ImageNet-C: relative mCE ↓" not in shown(headline_table(summarize(given)))
+    assert "ImageNet-C: mCE ↓" in shown(headline_table(summarize(given)))
 
 
 def test_robustbenchs_list_stands_beside_its_own_rows() -> None:
@@ -297,33 +293,33 @@ def test_robustbenchs_list_stands_beside_its_own_rows() -> None:
         count["correct"], count["total"] = count["correct"] // 10, 5000
     own = given["suites"]["plain"]["imagenet-c"]
     own["images"], own["protocol"]["subset"] = 5000, "5,000 pictures of a list"
-    (table, *_) = published_tables(given)
-    assert table.head[2] == COLUMNS["imagenet-c-5000/mce"]
+    (table, *_) = published_tables(summarize(given))
+    assert table.head[2] == PUBLISHED_COLUMNS["imagenet-c-5000/mce"]
     assert ("DeiT-B, Tian et al. 2022", "224", "41.70", "[1]") in table.rows
 
     own["protocol"]["subset"] = "5,000 of 50,000 pictures (seed 0)"  # as many, but others
-    assert not published_tables(given)
+    assert not published_tables(summarize(given))
 
 
 def test_a_choice_of_pictures_that_all_suites_share_is_said_once() -> None:
     given = evaluation(("plain", "dat"), ("imagenet", "imagenet-c"))
     for facts in (facts for own in given["suites"].values() for facts in own.values()):
         facts["protocol"]["subset"] = "60 of 50,000 pictures (seed 0)"
-    assert "ImageNet (%) ↑" in shown(headline_table(given))
-    assert "All suites: 60 of 50,000 pictures (seed 0)." in headline_table(given).notes
-    assert summary(given)[-1] == "Measured on 60 of 50,000 pictures (seed 0)."
+    assert "ImageNet (%) ↑" in shown(headline_table(summarize(given)))
+    assert "All suites: 60 of 50,000 pictures (seed 0)." in headline_table(summarize(given)).notes
+    assert comparison_findings(summarize(given))[-1] == "Measured on 60 of 50,000 pictures (seed 0)."
     for own in given["suites"].values():
         own["imagenet"]["protocol"]["subset"] = ""
-    assert "ImageNet-C, 60 of 50,000 pictures (seed 0): mCE ↓" in shown(headline_table(given))
-    assert summary(given)[-1].startswith("Against")
+    assert "ImageNet-C, 60 of 50,000 pictures (seed 0): mCE ↓" in shown(headline_table(summarize(given)))
+    assert comparison_findings(summarize(given))[-1].startswith("Against")
 
 
 def test_published_rows_are_complete_and_in_range() -> None:
     rows = published_rows()
-    assert {key for row in rows for key in row.values} == set(COLUMNS)
+    assert {key for row in rows for key in row.values} == set(PUBLISHED_COLUMNS)
     for row in rows:
         assert row.source
-        assert row.px in ("", "224", "384", "448", "512")
+        assert row.size in ("", "224", "384", "448", "512")
         numbers = [row.number(key) for key in row.values]
         assert all(0 < value < 100 for value in numbers if value is not None)
         assert row.model.startswith("MAE, ViT") or None not in numbers
@@ -332,18 +328,18 @@ def test_published_rows_are_complete_and_in_range() -> None:
 
 
 def test_maes_mce_that_may_be_over_19_corruptions_stands_beside_the_one_over_15() -> None:
-    (table, *_) = published_tables(evaluation(("plain",), ("imagenet-c",)))
+    (table, *_) = published_tables(summarize(evaluation(("plain",), ("imagenet-c",))))
     rows = [row[0] + ": " + row[2] for row in table.rows]
     assert {"MAE, ViT-B/16: 51.7 §", "MAE, ViT-B/16, over 15 corruptions: 53.5"} < set(rows)
     assert {"MAE, ViT-L/16: 41.8 §", "MAE, ViT-L/16, over 15 corruptions: 43.1"} < set(rows)
     assert any(note.startswith("§ may be a mean over 19 corruptions") for note in table.notes)
-    (other, *_) = published_tables(evaluation(("plain",), ("imagenet-a",)))
+    (other, *_) = published_tables(summarize(evaluation(("plain",), ("imagenet-a",))))
     assert not any("§" in note for note in other.notes)
 
 
 def test_the_best_and_the_nearest_published_rows_are_shown_and_the_others_folded(tmp_path: Path) -> None:
     given = evaluation(("plain", "dat"), ("imagenet-c",))
-    table, rest = published_tables(given)
+    table, rest = published_tables(summarize(given))
     values = [float(row[2]) for row in table.rows if row[-1] == "this report"]
     every = [row for row in published_rows() if "imagenet-c/mce" in row.values]
     assert len(table.rows) - 2 + len(rest.rows) == len(every)
@@ -397,16 +393,16 @@ def test_few_or_many_networks_and_missing_suites(
 
 def test_a_failed_check_is_shown_beside_its_row() -> None:
     given = evaluation(("plain", "random"), ("pgd-5-1/255",))
-    assert headline_table(given).rows[0][2].endswith("‡")
-    assert any("‡ a check" in note for note in headline_table(given).notes)
-    assert [row[3] for row in checks_table(given).rows] == ["passed", "passed", "passed", "FAILED"]  # type: ignore[union-attr]
-    assert "shares no measurement" in " ".join(summary(given))  # that could be believed
+    assert headline_table(summarize(given)).rows[0][2].endswith("‡")
+    assert any("‡ a check" in note for note in headline_table(summarize(given)).notes)
+    assert [row[3] for row in checks_table(summarize(given)).rows] == ["passed", "passed", "passed", "FAILED"]  # type: ignore[union-attr]
+    assert "shares no measurement" in " ".join(comparison_findings(summarize(given)))  # that could be believed
     checks = given["checks"]["random"]
     checks["gradient attacks"] = checks.pop("pgd-5-1/255")  # checked once for all
-    assert headline_table(given).rows[0][2].endswith("‡")
-    assert doubtful(given, "random", "autoattack-4/255")
-    assert not doubtful(given, "random", "words-random")
-    assert not doubtful(given, "plain", "autoattack-4/255")
+    assert headline_table(summarize(given)).rows[0][2].endswith("‡")
+    assert attack_check_failed(given, "random", "autoattack-4/255")
+    assert not attack_check_failed(given, "random", "words-random")
+    assert not attack_check_failed(given, "plain", "autoattack-4/255")
 
 
 def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
@@ -424,9 +420,9 @@ def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
     markdown = (tmp_path / "report.md").read_text()
     assert "<script" not in re.sub(r"(?m)^    .*$", "", markdown)  # but in the command, which is a block of code
     line = next(line for line in markdown.splitlines() if line.startswith("| ImageNet-C: mCE"))
-    assert len(re.findall(r"(?<!\\)\|", line)) == len(headline_table(given).head) + 1
+    assert len(re.findall(r"(?<!\\)\|", line)) == len(headline_table(summarize(given)).head) + 1
     head = next(line for line in markdown.splitlines() if line.startswith("|  | MAE"))
-    assert len(re.findall(r"(?<!\\)\|", head)) == len(headline_table(given).head) + 1
+    assert len(re.findall(r"(?<!\\)\|", head)) == len(headline_table(summarize(given)).head) + 1
     tex = (tmp_path / "report.tex").read_text()
     for line in tex.splitlines():
         assert line.startswith("%") or not re.search(r"(?<!\\)[#%](?!$)|\$\\alpha|(?<!\\)_", line), line
@@ -484,7 +480,7 @@ def test_the_command_makes_the_same_files_again(tmp_path: Path, capsys: pytest.C
 def test_counts_of_a_callable_have_no_sha256() -> None:
     given = evaluation(("plain",), ("imagenet-a",))
     given["models"]["plain"]["sha256"] = given["models"]["plain"]["averaged"] = None
-    row = next(csv.DictReader(io.StringIO(counts_csv(given))))
+    row = next(csv.DictReader(io.StringIO(counts_csv(summarize(given)))))
     assert row["weights_sha256"] == row["averaged"] == row["shape"] == ""
 
 

@@ -23,9 +23,9 @@ from mae_dat.robustness.fingerprints import module_sha256
 from mae_dat.robustness.measure import PassImages
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
-from mae_dat.robustness.report.comparison import mixed_versions, summary
-from mae_dat.robustness.report.metrics import metrics_of
+from mae_dat.robustness.report.findings import findings, mixed_versions
 from mae_dat.robustness.report.render import counts_csv
+from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.report.tables import calibration_table
 from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.robustness.suites.choose import Battery, SuiteSettings
@@ -57,9 +57,9 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     assert facts["missing"][-1] == "fog/3: 5 of 6 pictures are there"
     assert (facts["images"], found["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
     assert any("imagenet-c  75 x 6 pictures, partial: " in line and "fog/3: 5 of 6" in line for line in caplog.messages)
-    assert not any(axis.published for axis in metrics_of(found))
-    assert all("partial†" in axis.title for axis in metrics_of(found))
-    assert {row["partial"] for row in csv.DictReader(counts_csv(found).splitlines())} == {"True"}
+    assert not any(metric.published for metric in summarize(found).metrics)
+    assert all("partial†" in metric.title for metric in summarize(found).metrics)
+    assert {row["partial"] for row in csv.DictReader(counts_csv(summarize(found)).splitlines())} == {"True"}
     draw([imagenet / "ImageNet-C" / "snow" / "4" / name for name in reversed(names)])
     other = evaluate(Linear(1000), "imagenet-c", imagenet, size=SIDE, partial=True)
     assert other["suites"]["Linear"]["imagenet-c"]["fingerprint"] != facts["fingerprint"]
@@ -226,19 +226,19 @@ def test_a_report_tells_every_version_that_measured_it(
     assert under["cells"] == {"Linear": {"clean": [""], "pgd-5-1/255": [""], "gradient attacks": [""]}}
     assert under["versions"] == first["versions"]
     assert first["versions"]["mae_dat"].endswith(provenance.code_facts()["sha256"][:12])
-    assert not [one for one in summary(first) if "versions" in one]
+    assert not [one for one in findings(summarize(first)) if "versions" in one]
     elsewhere = {"commit": "f" * 40, "dirty": False, "sha256": provenance.code_facts()["sha256"]}
     monkeypatch.setattr("mae_dat.runtime.environment.code_facts", lambda: elsewhere)
     again = evaluate(Linear(), ("clean", "generated"), own, **options)
     assert "f" * 40 in again["versions"][COMMIT_KEY]
-    assert mixed_versions(again) == [], "another commit of the same sources"
+    assert mixed_versions(summarize(again)) == [], "another commit of the same sources"
     monkeypatch.setattr("mae_dat.runtime.environment.code_facts", lambda: {**elsewhere, "sha256": "0" * 64})
     mixed = evaluate(Linear(), ("clean", "generated", "fgsm-1/255"), own, **options)
     assert mixed["cells"]["Linear"]["generated"] == again["cells"]["Linear"]["generated"]
     old, new = mixed["versions"]["mae_dat"].split(" and ")
     assert old in first["versions"]["mae_dat"]
     assert new.endswith("0" * 12)
-    told = " ".join(summary(mixed))
+    told = " ".join(findings(summarize(mixed)))
     assert "measured under several versions (mae_dat 0.1.0, sources" in told
     assert "delete the folder cells" in told
     assert "measured under several versions" in caplog.text
@@ -246,7 +246,7 @@ def test_a_report_tells_every_version_that_measured_it(
     assert anew == [{"fgsm-1/255": [""], "gradient attacks": [""]}]
     assert "imagecorruptions-imaug" in mixed["versions"]
     shutil.rmtree(tmp_path / "cells")
-    assert mixed_versions(evaluate(Linear(), "clean", own, **options)) == []
+    assert mixed_versions(summarize(evaluate(Linear(), "clean", own, **options))) == []
 
 
 def test_cells_of_an_older_release_are_taken_and_told(own: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -259,7 +259,7 @@ def test_cells_of_an_older_release_are_taken_and_told(own: Path, tmp_path: Path)
     found = evaluate(Linear(), ("clean", "fgsm-1/255"), own, size=32, output=tmp_path)
     assert found["cells"]["Linear"]["clean"] == first["cells"]["Linear"]["clean"]
     assert found["versions"]["of some cells"] == "not recorded by an older release"
-    assert "cells of an older release" in " ".join(mixed_versions(found))
+    assert "cells of an older release" in " ".join(mixed_versions(summarize(found)))
     assert found["calibration"]["Linear"]["clean"]["nll"] is None
 
 
@@ -274,7 +274,7 @@ def test_an_infinite_likelihood_is_valid_json_and_no_gap(own: Path, tmp_path: Pa
     for file in (tmp_path / "results.json", *(tmp_path / "cells").iterdir()):
         json.loads(file.read_text(), parse_constant=refuse)
     assert read_results(tmp_path / "results.json") == found
-    table = calibration_table(found)
+    table = calibration_table(summarize(found))
     assert table is not None
     assert table.rows[0][5] == "∞"
     assert "–" not in table.rows[0][5:]

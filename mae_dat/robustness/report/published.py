@@ -1,12 +1,19 @@
-"""Published rows to hold an evaluation against, each with its source: mae_dat/robustness/report/published.yaml."""
+"""Published results to compare an evaluation with, each with its source, from `published.yaml`, and their tables."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-COLUMNS = {
+from mae_dat.robustness.report.comparison import value_text
+from mae_dat.robustness.report.measurements import size_text
+from mae_dat.robustness.report.metrics import Metric
+from mae_dat.robustness.report.summarize import ReportData
+from mae_dat.robustness.report.tables import NOTHING, Table
+
+PUBLISHED_COLUMNS = {
     "imagenet": "ImageNet (%) ↑",
     "imagenet-v2": "V2 (%) ↑",
     "imagenet-a": "A (%) ↑",
@@ -17,53 +24,138 @@ COLUMNS = {
     "imagenet-c-5000/mce": "ImageNet-C, 5,000 pictures, mCE ↓",
     "autoattack-4/255-5000": "AutoAttack 4/255, 5,000 pictures (%) ↑",
 }
-
-
+NEAREST = 2  # of the published rows of a column, this many of the best and of the nearest to each model are not folded
 UNSURE = "§"
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRow:
     """A row as its source prints it."""
 
     model: str
-    px: str
-    """Input size; empty where the source does not say."""
+    size: str
+    """Input size in pixels; empty if the source does not give it."""
     source: str
     values: dict[str, str]
-    """By key of `COLUMNS`; text, for 83.6 is not 83.60. Ends with `UNSURE` where it may be of another protocol."""
+    """By key of `PUBLISHED_COLUMNS`, as text, because 83.6 is not 83.60. Ends with `UNSURE` if the protocol may
+    differ."""
     more_data: bool
-    """Whether it, or its teacher, saw more than ImageNet-1k."""
+    """Whether the model, or its teacher, was trained on more than ImageNet-1k."""
     reference: bool
     """Whether every table shows it."""
 
     def number(self, key: str) -> float | None:
-        """The value of a column, None where there is none that is surely of the same protocol."""
+        """Return the value of a column; None if there is none, or its protocol may differ."""
         text = self.values.get(key, UNSURE)
         return None if text.endswith(UNSURE) else float(text)
 
 
-def published_rows() -> list[Published]:
-    """Every row of the file, in its order."""
-    found = _file()
+def published_rows() -> list[PublishedRow]:
+    """Load all published rows in the order of the file."""
+    content = _load_file()
     return [
-        Published(
-            row["model"],
-            row.get("px", ""),
-            found["sources"][row["source"]],
-            row["values"],
-            row.get("data") == "more",
-            row.get("reference") == "true",
+        PublishedRow(
+            model=row["model"],
+            size=row.get("px", ""),
+            source=content["sources"][row["source"]],
+            values=row["values"],
+            more_data=row.get("data") == "more",
+            reference=row.get("reference") == "true",
         )
-        for row in found["rows"]
+        for row in content["rows"]
     ]
 
 
-def unsure_note() -> str:
-    """What `UNSURE` means, for a note below a table."""
-    return str(_file()["unsure"])
-
-
-def _file() -> dict[str, Any]:
+def _load_file() -> dict[str, Any]:
     text = (Path(__file__).parent / "published.yaml").read_text()
-    return dict(yaml.load(text, Loader=yaml.BaseLoader))  # which leaves numbers as they are written
+    return dict(yaml.load(text, Loader=yaml.BaseLoader))  # BaseLoader keeps numbers as they are written
+
+
+def published_columns(metrics: Sequence[Metric]) -> list[str]:
+    """Return the columns of the published table that any of the metrics belongs to."""
+    return [key for key in PUBLISHED_COLUMNS if any(metric.published == key for metric in metrics)]
+
+
+def published_tables(report: ReportData) -> list[Table]:
+    """Return published rows beside the groups' measurements of whole, official benchmarks; empty if there are none.
+
+    References, the best rows and the nearest ones are shown, the others are folded.
+    """
+    metrics = [metric for metric in report.metrics if metric.published in PUBLISHED_COLUMNS]
+    columns = published_columns(metrics)
+    if not columns:
+        return []
+    candidates = [row for row in published_rows() if any(key in row.values for key in columns)]
+    near = _near_rows(candidates, columns, metrics)
+    shown = sorted((row for row in candidates if row in near), key=lambda row: row.more_data)
+    folded = sorted((row for row in candidates if row not in near), key=lambda row: row.more_data)
+    measured = _rows_of_groups(report, columns, metrics)
+    head = ("", "px", *(PUBLISHED_COLUMNS[key] for key in columns), "source")
+    table = Table(
+        key="published",
+        title="Beside published rows",
+        head=head,
+        rows=(*measured, *_rows_as_text(shown, columns)),
+        notes=_notes(shown, columns),
+        breaks=frozenset({len(measured)}),
+    )
+    if not folded:
+        return [table]
+    more = Table(
+        key="published-more",
+        title=f"{len(folded)} further published rows",
+        head=head,
+        rows=tuple(_rows_as_text(folded, columns)),
+        notes=_notes(folded, columns),
+        folded=True,
+    )
+    return [table, more]
+
+
+def _rows_of_groups(report: ReportData, columns: Sequence[str], metrics: Sequence[Metric]) -> list[tuple[str, ...]]:
+    rows = []
+    for group in report.groups:
+        model = next(iter(group.members.values()))
+        by_column = {metric.published: metric for metric in metrics if model in metric.values}
+        if by_column:
+            values = (value_text(by_column[key], group) if key in by_column else NOTHING for key in columns)
+            rows.append((group.title, size_text(report.models[model]["size"]), *values, "this report"))
+    return rows
+
+
+def _near_rows(rows: Sequence[PublishedRow], columns: Sequence[str], metrics: Sequence[Metric]) -> list[PublishedRow]:
+    """Return the references, the best rows of each column, and those nearest to each model."""
+    near = [row for row in rows if row.reference]
+    for key in columns:
+        candidates = [(number, row) for row in rows if not row.more_data and (number := row.number(key)) is not None]
+        best = 0.0 if PUBLISHED_COLUMNS[key].endswith("↓") else 100.0
+        measured = [value.value for metric in metrics if metric.published == key for value in metric.values.values()]
+        for target in (best, *measured):
+            by_distance = sorted(candidates, key=lambda candidate: abs(candidate[0] - target))
+            near += [row for _, row in by_distance[:NEAREST]]
+    return near
+
+
+def _source_numbers(rows: Sequence[PublishedRow]) -> dict[str, int]:
+    """Number the sources in the order of the rows."""
+    return {source: number for number, source in enumerate(dict.fromkeys(row.source for row in rows), 1)}
+
+
+def _rows_as_text(rows: Sequence[PublishedRow], columns: Sequence[str]) -> list[tuple[str, ...]]:
+    numbers = _source_numbers(rows)
+    texts = []
+    for row in rows:
+        source = f"[{numbers[row.source]}]" + (", more data" if row.more_data else "")
+        texts.append((row.model, row.size or NOTHING, *(row.values.get(key, NOTHING) for key in columns), source))
+    return texts
+
+
+def _notes(rows: Sequence[PublishedRow], columns: Sequence[str]) -> tuple[str, ...]:
+    notes = [
+        "Published rows are of networks trained on ImageNet-1k alone, but where they say more data; as printed, none "
+        "measured by us."
+    ]
+    if any(text.endswith(UNSURE) for row in _rows_as_text(rows, columns) for text in row):
+        notes.append(str(_load_file()["unsure"]))
+    notes.append(" ".join(f"[{number}] {source}." for source, number in _source_numbers(rows).items()))
+    return tuple(notes)

@@ -1,4 +1,4 @@
-"""A report's tables as Markdown and LaTeX, its counts as CSV, and its page from a template."""
+"""Rendering of a report: tables as Markdown and LaTeX, counts as CSV, and the page from a template."""
 
 import csv
 import io
@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mae_dat.robustness.report.summarize import CellCounts, ReportData
 from mae_dat.robustness.report.tables import Table
-from mae_dat.robustness.scores.results import Results
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -34,7 +34,7 @@ _LATEX = {
     "∞": r"$\infty$",
 }
 _FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-COUNTS = (
+CSV_COLUMNS = (
     "model", "title", "weights_sha256", "height", "width", "interpolation", "precision", "averaged", "suite", "cell",
     "corruption", "severity", "correct", "total", "top5", "shape", "texture", "official", "partial", "left_out",
     "subset", "fingerprint",
@@ -46,14 +46,14 @@ def _one_line(text: str) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Plain text for Markdown: nothing in it is markup or HTML."""
+    """Escape plain text for Markdown, so that nothing in it is markup or HTML."""
     for sign in "\\`*_[]|#":
         text = text.replace(sign, f"\\{sign}")
     return _one_line(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def markdown_table(table: Table, level: int = 2) -> str:
-    """The table with its title, a heading of this level, and its notes."""
+    """Return a table with its title as a heading of this level, and its notes."""
     rule = ["---"] * table.words + ["--:"] * (len(table.head) - table.words)
     rows = [
         [f"**{markdown_text(cell)}**" if (i, j) in table.best else markdown_text(cell) for j, cell in enumerate(row)]
@@ -65,30 +65,26 @@ def markdown_table(table: Table, level: int = 2) -> str:
     return "\n\n".join(parts)
 
 
-def markdown(results: Results, said: Sequence[str], tables: Sequence[Table], lacking: Sequence[str]) -> str:
-    """The whole report without its pictures. The command may hold anything, so that it is indented, not fenced."""
-    return (
-        "\n\n".join(
-            [
-                f"# {markdown_text(results['title'])}",
-                markdown_text(" ".join(said)),
-                *map(markdown_table, tables),
-                "## What was not measured\n\n" + "\n".join(f"* {markdown_text(one)}" for one in lacking),
-                f"Made {markdown_text(results['created'])} by",
-                f"    {_one_line(results['command'])}",
-            ]
-        )
-        + "\n"
-    )
+def markdown(report: ReportData, tables: Sequence[Table], findings: Sequence[str], not_measured: Sequence[str]) -> str:
+    """Return the whole report without its figures. The command is indented, not fenced: it may hold any characters."""
+    parts = [
+        f"# {markdown_text(report.title)}",
+        markdown_text(" ".join(findings)),
+        *map(markdown_table, tables),
+        "## What was not measured\n\n" + "\n".join(f"* {markdown_text(remark)}" for remark in not_measured),
+        f"Made {markdown_text(report.created)} by",
+        f"    {_one_line(report.command)}",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def latex_text(text: str) -> str:
-    """Plain text for LaTeX."""
+    """Escape plain text for LaTeX."""
     return _one_line("".join(_LATEX.get(sign, sign) for sign in text))
 
 
 def latex_table(table: Table) -> str:
-    """A `table` with booktabs rules, shrunk where it is wider than the text."""
+    """Return a `table` with booktabs rules, shrunk if it is wider than the text."""
     columns = "l" * table.words + "r" * (len(table.head) - table.words)
     lines = [r"\begin{table}", r"\centering", r"\small"]
     title = table.title if table.title.endswith(("?", ".")) else f"{table.title}."
@@ -103,50 +99,58 @@ def latex_table(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"])
 
 
-def latex(results: Results, tables: Sequence[Table]) -> str:
-    """The tables for a document that says \\usepackage{booktabs,graphicx}."""
+def latex(report: ReportData, tables: Sequence[Table]) -> str:
+    """Return the tables for a document that says \\usepackage{booktabs,graphicx}."""
     head = [
-        f"% {_one_line(results['title'])}",
-        f"% {_one_line(results['command'])}",
+        f"% {_one_line(report.title)}",
+        f"% {_one_line(report.command)}",
         r"% needs \usepackage{booktabs,graphicx}",
     ]
     return "\n".join(head) + "\n\n" + "\n\n".join(map(latex_table, tables)) + "\n"
 
 
-def counts_csv(results: Results) -> str:
-    """One row a network and cell, with all that tells it from another of the same name."""
+def counts_csv(report: ReportData) -> str:
+    """Return the counts with a row for each model and cell, and all facts that they depend on."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COUNTS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, CSV_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    for model, suites in results["cells"].items():
-        facts = results["models"][model]
-        for suite, cells in suites.items():
-            own = results["suites"][model][suite]
-            for cell, count in cells.items():
-                corruption, severity = cell.split("/") if "/" in cell else ("", "")
-                writer.writerow(
-                    {
-                        **{"model": model, "title": facts["title"], "weights_sha256": facts["sha256"] or ""},
-                        **{"height": facts["size"][0], "width": facts["size"][1]},
-                        **{key: facts[key] for key in ("interpolation", "precision")},
-                        "averaged": "" if facts["averaged"] is None else facts["averaged"],
-                        **{"suite": suite, "cell": cell, "corruption": corruption, "severity": severity},
-                        **count,
-                        **{"official": own["official"], "partial": bool(own["missing"]), "left_out": own["left_out"]},
-                        **{"subset": own["protocol"].get("subset", ""), "fingerprint": own["fingerprint"]},
-                    }
-                )
+    for cell in report.cells:
+        writer.writerow(_csv_row(cell))
     return text.getvalue()
 
 
-def html_page(template: str, **values: Any) -> str:
-    """A template of this package filled in; what a value holds of HTML is shown as text."""
-    here = Path(__file__).parent
+def _csv_row(cell: CellCounts) -> dict[str, Any]:
+    model, suite = cell.model_facts, cell.suite_facts
+    corruption, severity = cell.cell.split("/") if "/" in cell.cell else ("", "")
+    return {
+        "model": cell.model,
+        "title": model["title"],
+        "weights_sha256": model["sha256"] or "",
+        "height": model["size"][0],
+        "width": model["size"][1],
+        "interpolation": model["interpolation"],
+        "precision": model["precision"],
+        "averaged": "" if model["averaged"] is None else model["averaged"],
+        "suite": cell.suite,
+        "cell": cell.cell,
+        "corruption": corruption,
+        "severity": severity,
+        **cell.count,
+        "official": suite["official"],
+        "partial": bool(suite["missing"]),
+        "left_out": suite["left_out"],
+        "subset": suite["protocol"].get("subset", ""),
+        "fingerprint": suite["fingerprint"],
+    }
+
+
+def html_page(template: Path, **values: Any) -> str:
+    """Fill in a template, which may use the macros of templates/page.html.j2. HTML in a value is shown as text."""
     environment = Environment(
-        loader=FileSystemLoader([folder / "templates" for folder in (here, here.parents[1] / "analysis")]),
+        loader=FileSystemLoader([template.parent, Path(__file__).parent / "templates"]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values)
+    return environment.get_template(template.name).render(**values)

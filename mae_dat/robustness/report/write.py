@@ -10,45 +10,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_dat.robustness.report import ablation, comparison, figures, tables
-from mae_dat.robustness.report import render as typeset
+from mae_dat.robustness.report import comparison, corruption_figures, figures, render, tables
+from mae_dat.robustness.report.corruption_table import corruption_table
 from mae_dat.robustness.report.figures import ReportFigure
-from mae_dat.robustness.report.groups import groups_of, titles_of
+from mae_dat.robustness.report.findings import findings
+from mae_dat.robustness.report.published import published_tables
+from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.tables import Table
 from mae_dat.robustness.scores.results import Results, TrainingFacts, read_results
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-TEMPLATE = "scorecard.html.j2"
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A part of the page."""
 
     key: str
     title: str
-    pictures: tuple[ReportFigure, ...] = ()
+    figures: tuple[ReportFigure, ...] = ()
     tables: tuple[Table, ...] = ()
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Writes every file of the report into `folder`, each whole or not at all, and returns the path of the page.
+    """Write every file of the report into `folder`, each atomically, and return the path of the page.
 
-    The pictures that `examples` name are read from `folder`. Raises OutputError or StorageError.
+    The images that `examples` and `galleries` name are read from `folder`. Raises OutputError or StorageError.
     """
     prepare_output_folder(folder / "figures")
-    sections, measured, lacking = _sections(results), _measured(results), tables.not_measured(results)
-    shown = [table for section in sections for table in section.tables]
-    page = _page(results, folder, sections, measured, lacking)
+    report = summarize(results)
+    sections = report_sections(report)
+    protocol_tables = [tables.networks_table(report), tables.suites_table(report)]
+    section_tables = [table for section in sections for table in section.tables]
+    texts = {"findings": findings(report), "not_measured": tables.not_measured(report)}
+    page = render.html_page(
+        TEMPLATE,
+        report=report,
+        sections=sections,
+        examples=[_example(report, example, folder) for example in report.examples],
+        galleries=_galleries(report.training, folder) if report.training else [],
+        protocol_tables=protocol_tables,
+        **texts,
+    )
     files = {
-        "report.csv": typeset.counts_csv(results),
-        "report.tex": typeset.latex(results, shown),
-        "report.md": typeset.markdown(results, _summary(results), [*shown, *measured], lacking),
+        "report.csv": render.counts_csv(report),
+        "report.tex": render.latex(report, section_tables),
+        "report.md": render.markdown(report, [*section_tables, *protocol_tables], **texts),
         "report.html": page,
     }
-    for picture in (picture for section in sections for picture in section.pictures):
-        _write(folder / "figures" / picture.name, picture.png)
+    for figure in (figure for section in sections for figure in section.figures):
+        _write(folder / "figures" / figure.name, figure.png)
     for name, text in files.items():
         _write(folder / name, text.encode())
     return folder / "report.html"
@@ -59,93 +72,84 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _page(
-    results: Results, folder: Path, sections: Sequence[Section], measured: Sequence[Table], lacking: Sequence[str]
-) -> str:
-    return typeset.html_page(
-        TEMPLATE,
-        results=results,
-        summary=_summary(results),
-        sections=sections,
-        examples=[_example(results, example, folder) for example in results["examples"]],
-        galleries=_galleries(results["training"], folder) if "training" in results else [],
-        measured=measured,
-        not_measured=lacking,
-    )
+# ---- the sections of the page ----
 
 
-def _summary(results: Results) -> list[str]:
-    return ablation.summary(results) if ablation.many(results) else comparison.summary(results)
+def report_sections(report: ReportData) -> list[ReportSection]:
+    """Return the sections that have something to show. Many groups have a row each, and no lines in charts."""
+    sections = [_numbers_section(report)]
+    if published := published_tables(report):
+        sections.append(ReportSection("published", published[0].title, tables=tuple(published)))
+    for number, measurement in enumerate(report.of_kind("corruptions"), 1):
+        lines = [] if report.groups_are_rows else corruption_figures.corruption_figures(measurement, number)
+        drawn = (*lines, *corruption_figures.heat_map_figures(measurement, number))
+        table = corruption_table(measurement)
+        sections.append(ReportSection(f"corruptions-{number}", measurement.title, drawn, (table,)))
+    if shape := figures.shape_figures(report):
+        sections.append(ReportSection("shape", "Shape bias", tuple(shape)))
+    sections += _attacks_section(report)
+    if calibration := tables.calibration_table(report):
+        sections.append(ReportSection("calibration", calibration.title, tables=(calibration,)))
+    if report.training:
+        curves = [] if report.groups_are_rows else figures.curve_figures(report.training, report.groups)
+        runs = tables.runs_table(report.training)
+        sections.append(ReportSection("training", "Training", tuple(curves), (runs,)))
+    return sections
 
 
-def _measured(results: Results) -> list[Table]:
-    return [tables.networks_table(results), tables.suites_table(results)]
+def _numbers_section(report: ReportData) -> ReportSection:
+    shown: list[Table | None]
+    if report.groups_are_rows:
+        gains, shown = figures.ablation_figure(report), [*comparison.ablation_tables(report)]
+    else:
+        gains = figures.gains_figure(report)
+        shown = [comparison.headline_table(report), comparison.pairs_table(report)]
+    drawn = (gains, figures.published_figure(report))
+    return ReportSection("numbers", "Numbers", tuple(filter(None, drawn)), tuple(filter(None, shown)))
 
 
-def _sections(results: Results) -> list[Section]:
-    """The parts that have something to show. Many arms have a row each, and no charts with a line each."""
-    many = ablation.many(results)
-    found = [_many_numbers(results) if many else _numbers(results)]
-    if published := comparison.published_tables(results):
-        found.append(Section("published", published[0].title, tables=tuple(published)))
-    for number, variant in enumerate(figures.of_kind(results, "corruptions"), 1):
-        lines = [] if many else figures.overview(results, variant, number)
-        pictures = (*lines, *figures.heat_maps(results, variant, number))
-        table = tables.corruption_table(results, variant)
-        found.append(Section(f"corruptions-{number}", variant.title, pictures, (table,)))
-    if shape := figures.shape_pictures(results):
-        found.append(Section("shape", "Shape bias", tuple(shape)))
-    words = ablation.words_by_arm(results) if many else list(filter(None, [tables.words_table(results)]))
-    checks = filter(None, [tables.checks_table(results)])
-    pictures = (figures.words_picture(results),) if words and not many else ()
-    if attacks := (*words, *checks):
-        found.append(Section("attacks", "Attacks", pictures, attacks))
-    calibration = tables.calibration_table(results)
-    if calibration:
-        found.append(Section("calibration", calibration.title, tables=(calibration,)))
-    if "training" in results:
-        curves = [] if many else figures.curve_pictures(results["training"], groups_of(results))
-        found.append(Section("training", "Training", tuple(curves), (tables.runs_table(results["training"]),)))
-    return found
+def _attacks_section(report: ReportData) -> list[ReportSection]:
+    """Return the section of changed words and checks of attacks, if there is any."""
+    drawn: tuple[ReportFigure, ...] = ()
+    if report.groups_are_rows:
+        words = tables.words_tables_by_group(report)
+    else:
+        words = list(filter(None, [tables.words_table(report)]))
+        drawn = (figures.words_figure(report),) if words else ()
+    shown = [*words, *filter(None, [tables.checks_table(report)])]
+    return [ReportSection("attacks", "Attacks", drawn, tuple(shown))] if shown else []
 
 
-def _numbers(results: Results) -> Section:
-    glance = tuple(filter(None, (figures.gains_picture(results), figures.published_picture(results))))
-    columns = filter(None, (comparison.headline_table(results), comparison.pairs_table(results)))
-    return Section("numbers", "Numbers", glance, tuple(columns))
+# ---- images on which the models differ, and images drawn in training ----
 
 
-def _many_numbers(results: Results) -> Section:
-    arms = figures.arms_picture(results, ablation.ablation_axes(results))
-    glance = tuple(filter(None, (arms, figures.published_picture(results))))
-    return Section("numbers", "Numbers", glance, tuple(ablation.ablation_tables(results)))
-
-
-# ---- examples ----
-
-
-def _example(results: Results, example: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A picture on which the networks differ, for the template; one that is no PNG in `folder` is called missing."""
-    titles = titles_of(results)
-    where = ", ".join(
-        filter(None, (example["suite"], str(example["cell"]).replace("/", ", severity ").replace("_", " ")))
-    )
-    alts = {"file": f"{example['label']}, {where}", "words": "its visual words"}
-    found = [(example[key], _picture(example[key], alt, folder)) for key, alt in alts.items() if example.get(key)]
-    answers = [
-        f"{'✓' if answer == example['label'] else '✗'} {titles.get(model, model)}: {answer}"
-        for model, answer in example["answers"].items()
+def _example(report: ReportData, example: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return an image on which the models differ, for the template. Files that are no PNG in `folder` are missing."""
+    label, cell = example["label"], str(example["cell"])
+    where = ", ".join(filter(None, (example["suite"], cell.replace("/", ", severity ").replace("_", " "))))
+    alts = {"file": f"{label}, {where}", "words": "its visual words"}
+    images = [(example[key], _image(example[key], alt, folder)) for key, alt in alts.items() if example.get(key)]
+    predictions = [
+        f"{'✓' if prediction == label else '✗'} {report.model_titles.get(model, model)}: {prediction}"
+        for model, prediction in example["answers"].items()
     ]
-    pictures, lacking = [one for _, one in found if one], [file for file, one in found if not one]
-    return {"label": example["label"], "where": where, "answers": answers, "pictures": pictures, "lacking": lacking}
+    return {
+        "label": label,
+        "where": where,
+        "predictions": predictions,
+        "images": [image for _, image in images if image],
+        "missing": [file for file, image in images if not image],
+    }
 
 
 def _galleries(training: TrainingFacts, folder: Path) -> list[dict[str, Any]]:
-    return [{**one, "picture": _picture(one["file"], one["caption"], folder)} for one in training["galleries"]]
+    return [
+        {**gallery, "image": _image(gallery["file"], gallery["caption"], folder)} for gallery in training["galleries"]
+    ]
 
 
-def _picture(file: str, alt: str, folder: Path) -> ReportFigure | None:
-    """A PNG in `folder`; None for anything else."""
+def _image(file: str, alt: str, folder: Path) -> ReportFigure | None:
+    """Load a PNG that lies in `folder`; None for anything else."""
     path = (folder / file).resolve()
     png = path.read_bytes() if path.is_relative_to(folder.resolve()) and path.is_file() else b""
     return ReportFigure(path.name, png, alt, alt) if png.startswith(PNG_SIGNATURE) else None

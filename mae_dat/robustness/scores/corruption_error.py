@@ -1,12 +1,16 @@
-"""The corruption errors of the ImageNet-C paper (Hendrycks & Dietterich 2019, arXiv 1903.12261), in percent, exactly
-from counts.
+"""The mCE and relative mCE of ImageNet-C in percent (Hendrycks & Dietterich 2019, arXiv 1903.12261).
 
-E[s, c] is the error at severity s of corruption c, A[s, c] that of a baseline, by default AlexNet's:
-CE_c = sum_s E[s, c] / sum_s A[s, c], and mCE its mean over the 15 corruptions. Relative to the clean error:
-sum_s (E[s, c] - E_clean) / sum_s (A[s, c] - A_clean). Sums and ratios are of fractions, rounded once at the end.
+The equations of the paper's "Metric and Setup" (they have no numbers), with E[s, c] the top-1 error at severity s of
+corruption c, and A[s, c] that of a baseline, by default AlexNet:
 
-AlexNet's errors are those of the stored files, 224 px, centre crop. Nothing else may be divided by them: pictures of
-another kind or size have a baseline of their own, a network measured on the same pictures.
+    CE_c          = sum_s E[s, c] / sum_s A[s, c]
+    relative CE_c = sum_s (E[s, c] - E_clean) / sum_s (A[s, c] - A_clean)
+    mCE           = mean of CE_c over the 15 corruptions
+
+`mce` computes it, `corruption_errors` its terms. Sums and ratios are exact fractions, rounded once at the end.
+
+AlexNet's errors are those on the published files at 224 px with a centre crop. Only models measured on these files may
+be divided by them; for other images or sizes, pass a baseline measured on the same images.
 """
 
 import statistics
@@ -16,7 +20,7 @@ from fractions import Fraction
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
 from mae_dat.robustness.scores.accuracy import CorruptionCounts, Count
 
-IMAGES = 50_000  # in each cell of ImageNet-C
+IMAGES_PER_SEVERITY = 50_000  # of each corruption of ImageNet-C
 # Errors at severities 1 to 5, from an earlier README of hendrycks/robustness. The last four are held out, never part of
 # mCE. Clean: torchvision's weights, 56.522 % top-1 as measured by imagenet-testbed.
 _ALEXNET = """
@@ -43,96 +47,102 @@ saturate          0.59342 0.65514 0.51174 0.70834 0.82260
 _ALEXNET_CLEAN = "0.43478"
 
 
-def _count(error: str) -> Count:
-    """The count of right answers that a published error rate stands for."""
-    wrong = Fraction(error) * IMAGES
+def _published_count(error: str) -> Count:
+    """Return the count of correct predictions that a published error rate stands for."""
+    wrong = Fraction(error) * IMAGES_PER_SEVERITY
     assert wrong.denominator == 1, error
-    return {"correct": IMAGES - int(wrong), "total": IMAGES}
+    return {"correct": IMAGES_PER_SEVERITY - int(wrong), "total": IMAGES_PER_SEVERITY}
 
 
 ALEXNET: CorruptionCounts = {
-    "clean": {**_count(_ALEXNET_CLEAN)},
+    "clean": _published_count(_ALEXNET_CLEAN),
     "corruptions": {
-        name: {str(severity): _count(error) for severity, error in enumerate(errors, 1)}
+        name: {str(severity): _published_count(error) for severity, error in enumerate(errors, 1)}
         for name, *errors in map(str.split, _ALEXNET.strip().splitlines())
     },
 }
 
 
-def _error(count: Count) -> Fraction:
-    """The share of wrong answers, 0 to 1. Raises ValueError if nothing was counted."""
-    if count["total"] <= 0:
-        raise ValueError("no picture was counted, so there is no error rate")
-    return Fraction(count["total"] - count["correct"], count["total"])
-
-
-def _errors(scores: CorruptionCounts, baseline: CorruptionCounts, name: str) -> list[tuple[Fraction, Fraction]]:
-    """(E, A) at each severity of a corruption. Raises ValueError unless both were measured at the same ones."""
-    own, other = scores["corruptions"].get(name, {}), baseline["corruptions"].get(name, {})
-    if not own or own.keys() != other.keys():
-        measured, needed = ", ".join(sorted(own)) or "none", ", ".join(sorted(other)) or "none"
-        raise ValueError(f"{name}: measured at severities {measured}, the baseline at {needed}; measure the same ones")
-    return [(_error(own[severity]), _error(other[severity])) for severity in sorted(own)]
-
-
-def _ratio(pairs: Sequence[tuple[Fraction, Fraction]], name: str, less: tuple[Fraction, Fraction]) -> Fraction:
-    """sum(E - less_E) / sum(A - less_A) in percent. Raises ValueError unless the divisor is positive."""
-    divisor = sum(other - less[1] for _, other in pairs)
-    if divisor <= 0:
-        against = "than on clean pictures" if less[1] else "than without an error"
-        raise ValueError(f"{name}: the baseline is no worse {against}, so nothing can be divided by it; take another")
-    return 100 * sum((own - less[0] for own, _ in pairs), Fraction(0)) / divisor
-
-
-def _mean(values: Sequence[Fraction]) -> float:
-    return float(statistics.mean(values))
-
-
-def _corruption_error(
-    scores: CorruptionCounts, baseline: CorruptionCounts, name: str, relative: bool = False
-) -> Fraction:
-    less = (_error(scores["clean"]), _error(baseline["clean"])) if relative else (Fraction(0), Fraction(0))
-    return _ratio(_errors(scores, baseline, name), name, less)
-
-
-def corruption_errors(
-    scores: CorruptionCounts, baseline: CorruptionCounts = ALEXNET, relative: bool = False
-) -> dict[str, float]:
-    """CE of every corruption that was measured, the held-out ones too; `relative`: less the clean error, which must
-    come from the same network and crop.
-
-    Raises ValueError where the baseline lacks a corruption or severity, or is no worse than on clean pictures.
-    """
-    return {name: float(_corruption_error(scores, baseline, name, relative)) for name in scores["corruptions"]}
-
-
 def mce(
-    scores: CorruptionCounts,
+    counts: CorruptionCounts,
     baseline: CorruptionCounts = ALEXNET,
     relative: bool = False,
     names: Sequence[str] = CORRUPTIONS,
 ) -> float:
-    """Mean CE over `names`, by default the 15; raises ValueError unless all of them were measured at every severity of
-    the baseline."""
-    return _mean([_corruption_error(scores, baseline, name, relative) for name in names])
+    """Compute the mCE: the mean CE in percent over `names`, by default the 15 corruptions; `relative` as in
+    `corruption_errors`.
+
+    Raises ValueError unless all of `names` were measured at every severity of the baseline.
+    """
+    return _mean([_corruption_error(counts, baseline, name, relative) for name in names])
 
 
-def category_mce(scores: CorruptionCounts, baseline: CorruptionCounts = ALEXNET) -> dict[str, float]:
-    """Mean CE of noise, blur, weather and digital; raises as `mce`."""
-    return {
-        category: _mean([_corruption_error(scores, baseline, name) for name in names])
-        for category, names in CATEGORIES.items()
-    }
+def corruption_errors(
+    counts: CorruptionCounts, baseline: CorruptionCounts = ALEXNET, relative: bool = False
+) -> dict[str, float]:
+    """Compute the CE in percent of every corruption that was measured, the held-out ones included.
+
+    `relative` subtracts the clean error, which must come from the same model and crop. Raises ValueError where the
+    baseline lacks a corruption or severity, or is no worse than on clean images.
+    """
+    return {name: float(_corruption_error(counts, baseline, name, relative)) for name in counts["corruptions"]}
+
+
+def category_mce(counts: CorruptionCounts, baseline: CorruptionCounts = ALEXNET) -> dict[str, float]:
+    """Compute the mean CE in percent of noise, blur, weather and digital. Raises ValueError as `mce`."""
+    return {category: mce(counts, baseline, names=names) for category, names in CATEGORIES.items()}
 
 
 def severity_mce(
-    scores: CorruptionCounts, baseline: CorruptionCounts = ALEXNET, names: Sequence[str] = CORRUPTIONS
+    counts: CorruptionCounts, baseline: CorruptionCounts = ALEXNET, names: Sequence[str] = CORRUPTIONS
 ) -> dict[int, float]:
-    """Mean over `names` of E / A at one severity alone; their mean is not the mCE, which divides sums. Raises as
-    `mce`."""
+    """Compute the mean over `names` of E / A in percent at each severity alone. Raises ValueError as `mce`.
+
+    The mean of these is not the mCE, which divides sums over severities.
+    """
     ratios: dict[str, list[Fraction]] = {}
     for name in names:
-        pairs = _errors(scores, baseline, name)
-        for severity, pair in zip(sorted(scores["corruptions"][name]), pairs, strict=True):
-            ratios.setdefault(severity, []).append(_ratio([pair], name, (Fraction(0), Fraction(0))))
+        pairs = _error_pairs(counts, baseline, name)
+        for severity, pair in zip(sorted(counts["corruptions"][name]), pairs, strict=True):
+            ratios.setdefault(severity, []).append(_ratio([pair], name, clean=(Fraction(0), Fraction(0))))
     return {int(severity): _mean(values) for severity, values in ratios.items()}
+
+
+def _corruption_error(counts: CorruptionCounts, baseline: CorruptionCounts, name: str, relative: bool) -> Fraction:
+    """Compute CE_c or relative CE_c in percent. Raises ValueError as `corruption_errors`."""
+    clean = (Fraction(0), Fraction(0))
+    if relative:
+        clean = (_error(counts["clean"]), _error(baseline["clean"]))
+    return _ratio(_error_pairs(counts, baseline, name), name, clean)
+
+
+def _error_pairs(counts: CorruptionCounts, baseline: CorruptionCounts, name: str) -> list[tuple[Fraction, Fraction]]:
+    """Return (E, A) at each severity of a corruption. Raises ValueError unless both have the same severities."""
+    model_counts, baseline_counts = counts["corruptions"].get(name, {}), baseline["corruptions"].get(name, {})
+    if not model_counts or model_counts.keys() != baseline_counts.keys():
+        measured = ", ".join(sorted(model_counts)) or "none"
+        needed = ", ".join(sorted(baseline_counts)) or "none"
+        raise ValueError(f"{name}: measured at severities {measured}, the baseline at {needed}; measure the same ones")
+    return [(_error(model_counts[s]), _error(baseline_counts[s])) for s in sorted(model_counts)]
+
+
+def _ratio(pairs: Sequence[tuple[Fraction, Fraction]], name: str, clean: tuple[Fraction, Fraction]) -> Fraction:
+    """Compute sum(E - E_clean) / sum(A - A_clean) in percent. Raises ValueError unless the divisor is positive."""
+    model_clean, baseline_clean = clean
+    divisor = sum(baseline_error - baseline_clean for _, baseline_error in pairs)
+    if divisor <= 0:
+        against = "than on clean images" if baseline_clean else "than without an error"
+        raise ValueError(f"{name}: the baseline is no worse {against}, so nothing can be divided by it; use another")
+    return 100 * sum((error - model_clean for error, _ in pairs), Fraction(0)) / divisor
+
+
+def _error(count: Count) -> Fraction:
+    """Return the share of wrong predictions, 0 to 1. Raises ValueError if nothing was counted."""
+    if count["total"] <= 0:
+        raise ValueError("no image was counted, so there is no error rate")
+    return Fraction(count["total"] - count["correct"], count["total"])
+
+
+def _mean(values: Sequence[Fraction]) -> float:
+    """Return the exact mean, rounded once."""
+    return float(statistics.mean(values))

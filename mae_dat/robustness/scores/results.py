@@ -1,6 +1,7 @@
-"""What an evaluation leaves: integer counts of every cell, and all that tells one number from another of the same name.
+"""The content of `results.json`: integer counts of every cell, and the facts that they depend on.
 
-`results.json` holds a `Results`; every percentage in a report is computed from it, and can be again, offline.
+A cell is one measurement of a suite: all of its images, one corruption at one severity, or one share of changed words.
+Every percentage of a report is computed from these counts, and can be computed again offline.
 """
 
 import json
@@ -16,44 +17,44 @@ FORMAT = 1
 
 
 class ModelFacts(TypedDict):
-    """A network that was evaluated; all of it is part of its results' key."""
+    """A model that was evaluated; all of it is part of the key of its results."""
 
     title: str
     source: str
-    """What was given: a path, a released or timm's name, "callable"."""
+    """As it was given: a path, a released or timm's name, "callable"."""
     sha256: str | None
-    """Of its weights file and, of an ONNX graph, those beside it; of a network's weights from Python."""
+    """Of the weights file and of an ONNX graph's external files; of the weights of a model passed from Python."""
     architecture: str
     parameters: int
     size: list[int]
     """Input height and width in pixels."""
     normalization: str
-    """Inside the network: mean and deviation in words."""
+    """The mean and deviation that the model applies to its input, in words."""
     interpolation: str
     crop: NotRequired[float]
-    """The crop's side over the resized picture's, where it is not the usual one: of timm's weights, timm's crop_pct."""
+    """The crop's side over the resized image's, if it is not the default; for timm's weights, timm's crop_pct."""
     precision: str
     """fp32 or bf16."""
     averaged: bool | None
-    """Whether the weights are an exponential moving average; None where nothing says."""
+    """Whether the weights are an exponential moving average; None if unknown."""
 
 
 class SuiteFacts(TypedDict):
-    """How a benchmark was measured."""
+    """How a suite was measured."""
 
     title: str
     protocol: dict[str, str]
     """Reading of the logits, preprocessing, folder, subset, seed, strength: part of a result's key."""
     official: bool
-    """Whether the pictures are the published files; generated ones are labelled apart."""
+    """Whether the images are the published files; generated images are labelled as such."""
     images: int
-    """In each cell; in the fullest, where a partial folder's cells differ."""
+    """Number of images in each cell; in the largest one where the cells of a partial folder differ."""
     left_out: int
-    """Of each cell."""
+    """Number of images left out of each cell."""
     missing: list[str]
-    """What a partial folder lacks in any cell; such rows are marked."""
+    """What a partial folder lacks in any cell; the report marks such rows."""
     fingerprint: str
-    """sha256 of names, labels and some of the bytes of the pictures of all cells."""
+    """sha256 of the names, the labels and some of the bytes of the images of all cells."""
 
 
 TrainingCurve = list[list[float | None]]
@@ -61,36 +62,37 @@ TrainingCurve = list[list[float | None]]
 
 
 class TrainingRun(TypedDict):
-    """How a network came about; those of one arm differ in their seed alone."""
+    """The training of a model. Runs of the same `arm` differ in their seed alone and form a group in the report."""
 
     arm: str
     label: str
     seed: int
     seconds: float
-    """Of the training, by the clock."""
+    """Wall-clock time of the training."""
     cpu_seconds: NotRequired[float]
-    """The same in processor time, over all threads and ranks; loader workers are not in it."""
+    """Processor time of the training over all threads and ranks, without loader workers."""
     curves: dict[str, TrainingCurve]
     """train_loss, test_acc1 (%), changed_words (share, 0 to 1)."""
 
 
 class TrainingGallery(TypedDict):
-    """Pictures drawn in training; `file` is a PNG, relative to the results."""
+    """An image drawn in training."""
 
     title: str
     caption: str
     file: str
+    """A PNG, relative to the folder of results.json."""
 
 
 class TrainingFacts(TypedDict):
-    """What a comparison of trainings knows beside its counts."""
+    """The trainings of a comparison."""
 
     runs: dict[str, TrainingRun]
     """By model."""
     pretraining: dict[str, TrainingCurve]
-    """Its curves."""
+    """Curves of the pretraining."""
     seconds: float
-    """Of the pretraining."""
+    """Wall-clock time of the pretraining."""
     cpu_seconds: NotRequired[dict[str, float]]
     """Processor time of each pretraining, by its title."""
     settings: dict[str, dict[str, Any]]
@@ -99,7 +101,7 @@ class TrainingFacts(TypedDict):
 
 
 class VersionedCells(TypedDict):
-    """What was measured under some versions."""
+    """The cells that were measured under the same versions."""
 
     versions: dict[str, str]
     """Empty where an older release, which did not record them, stored the counts."""
@@ -108,7 +110,7 @@ class VersionedCells(TypedDict):
 
 
 class Results(TypedDict):
-    """Everything that an evaluation found."""
+    """Everything that an evaluation measured: the content of results.json."""
 
     format: int
     title: str
@@ -118,11 +120,12 @@ class Results(TypedDict):
     seconds: float
     machine: dict[str, str]
     versions: dict[str, str]
-    """All that any number was measured under."""
+    """All versions that any cell was measured under."""
     measured_under: NotRequired[list[VersionedCells]]
-    """Which number under which versions: stored ones may be of others than the run that wrote these results."""
+    """Which cells were measured under which versions: cached ones may be older than the run that wrote these
+    results."""
     models: dict[str, ModelFacts]
-    """By the name that cells use, in the order of the command line."""
+    """By the model's name, in the order of the command line."""
     suites: dict[str, dict[str, SuiteFacts]]
     """By model (its size and interpolation are part of the protocol) and suite: imagenet-v2, imagenet-c, generated,
     cue-conflict, pgd-5-1/255, words-symbolic, ..."""
@@ -132,39 +135,44 @@ class Results(TypedDict):
     calibration: dict[str, dict[str, dict[str, float | None]]]
     """By model and suite: ece, rms, rms_compat, nll (None where it is infinite), brier."""
     checks: dict[str, dict[str, list[dict[str, Any]]]]
-    """By model and attack: whether the attack can be believed (`pixel_attacks.attack_checks`)."""
+    """By model and attack: the sanity checks of the attack (`attacks.pixel.attack_checks`)."""
     agreement: NotRequired[dict[str, Count]]
-    """By model in bfloat16: for how many clean pictures its answer is the one that it gives in float32."""
+    """By model in bfloat16: for how many clean images its prediction equals the one in float32."""
     not_measured: dict[str, str]
-    """Suites that were asked for or known, and why there is no number."""
+    """Known or requested suites that were not measured -> the reason."""
     examples: list[dict[str, Any]]
-    """Pictures on which the models differ: file (PNG beside results.json), suite, cell, label, answers by model."""
+    """Images on which the models differ: file (PNG beside results.json), suite, cell, label, answers (prediction by
+    model)."""
     training: NotRequired[TrainingFacts]
 
 
-def all_versions(under: Sequence[VersionedCells]) -> dict[str, str]:
-    """The versions of each package that occur, and whether there are cells without any."""
-    every = [one["versions"] for one in under]
-    names = dict.fromkeys(name for one in every for name in one)
-    found = {name: " and ".join(dict.fromkeys(one[name] for one in every if name in one)) for name in names}
-    return found if all(every) else {**found, "of some cells": "not recorded by an older release"}
+def all_versions(measured_under: Sequence[VersionedCells]) -> dict[str, str]:
+    """Return all versions of each package that cells were measured under, and a note if some cells have none."""
+    versions = [entry["versions"] for entry in measured_under]
+    packages = dict.fromkeys(package for entry in versions for package in entry)
+    joined = {
+        package: " and ".join(dict.fromkeys(entry[package] for entry in versions if package in entry))
+        for package in packages
+    }
+    return joined if all(versions) else {**joined, "of some cells": "not recorded by an older release"}
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Writes `results.json`, whole or not at all."""
+    """Write `results.json` atomically. Raises StorageError."""
     with atomic_write(path) as file:
         file.write(json.dumps(results, indent=1).encode() + b"\n")
 
 
 def read_results(path: Path) -> Results:
-    """Reads `results.json`. Raises MissingInputError, CheckpointError for another file or a newer format."""
+    """Load `results.json`. Raises MissingInputError, or CheckpointError for another file or a newer format."""
     try:
-        found: Results = json.loads(path.read_text(), parse_constant=lambda infinity: None)  # of older releases
-        newest = found["format"] <= FORMAT and bool(found["cells"])
+        # Older releases wrote Infinity, which JSON does not have.
+        results: Results = json.loads(path.read_text(), parse_constant=lambda constant: None)
+        supported = results["format"] <= FORMAT and bool(results["cells"])
     except FileNotFoundError as error:
         raise MissingInputError(f"no such results: {path}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no results.json of an evaluation ({error}).") from error
-    if not newest:
+    if not supported:
         raise CheckpointError(f"{path} holds no cells, or has a newer format than {FORMAT}: update mae_dat.")
-    return found
+    return results

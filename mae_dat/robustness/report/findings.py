@@ -1,0 +1,132 @@
+"""The sentences at the top of a report: which groups differ beyond chance, and how far the numbers can be trusted."""
+
+from mae_dat.robustness.report.comparison import value_text
+from mae_dat.robustness.report.groups import Group
+from mae_dat.robustness.report.measurements import CLEAN_SUITES
+from mae_dat.robustness.report.metrics import Metric
+from mae_dat.robustness.report.summarize import ReportData
+from mae_dat.robustness.scores.results import TrainingRun
+from mae_dat.runtime.environment import COMMIT_KEY
+
+QUOTED_SUITES = (*CLEAN_SUITES, "imagenet-c", "generated")
+QUOTED_METRICS = (*CLEAN_SUITES, "imagenet-c/mce", "generated/mean")
+
+
+def findings(report: ReportData) -> list[str]:
+    """Return the findings that fit the report: of each group, or with many groups the ones that differ."""
+    return ablation_findings(report) if report.groups_are_rows else comparison_findings(report)
+
+
+def comparison_findings(report: ReportData) -> list[str]:
+    """Return a sentence for each group but the first, or the numbers of the only one, and the limits."""
+    first, *others = report.groups
+    sentences = [_compared(report, other, first) for other in others] or [_numbers_of(report, first)]
+    return [*sentences, *image_notes(report), *cautions(report)]
+
+
+def _compared(report: ReportData, group: Group, first: Group) -> str:
+    verdicts = report.verdicts(group, first)
+    if not verdicts:
+        return f"{group.title} shares no measurement with {first.title}: other pictures or input size."
+    better, worse, undecided = (sum(verdict == sign for verdict in verdicts.values()) for sign in (1, -1, 0))
+    quoted = (
+        _quote(metric, f"{value_text(metric, group)} against {value_text(metric, first)}")
+        for metric in verdicts
+        if metric.suite in QUOTED_SUITES
+    )
+    single = min(len(group.members), len(first.members)) == 1
+    chance = "number of pictures" if single else "scatter between seeds"
+    return (
+        f"Against {first.title}, {group.title} is better on {better} of {len(verdicts)} suites and worse on "
+        f"{worse}, beyond what the {chance} leaves to chance; {undecided} are undecided. "
+        + "".join(f"{text}. " for text in quoted)
+    )
+
+
+def _numbers_of(report: ReportData, group: Group) -> str:
+    count = len(report.suites)
+    quoted = [_quote(metric, value_text(metric, group)) for metric in report.metrics if metric.key in QUOTED_METRICS]
+    return ". ".join([f"{group.title} on {count} suite{'' if count == 1 else 's'}", *quoted]) + "."
+
+
+def _quote(metric: Metric, value: str) -> str:
+    """Return 'ImageNet: 84.58 against 83.60 %'."""
+    title = metric.title.removesuffix(" (%)")
+    return f"{title}: {value}{'' if title == metric.title else ' %'}"
+
+
+def ablation_findings(report: ReportData) -> list[str]:
+    """Return which groups differ from the first beyond chance on clean and on corrupted images, and the limits."""
+    first, *others = report.groups
+    sentences = []
+    for title in ("clean", "corruption error"):
+        if title in report.columns:
+            verdicts = {other: report.verdict(report.columns[title], other, first) for other in others}
+            better = ", ".join(group.title for group, verdict in verdicts.items() if verdict == 1) or "none"
+            worse = ", ".join(group.title for group, verdict in verdicts.items() if verdict == -1) or "none"
+            sentences.append(
+                f"{title.capitalize()}, beyond chance better than {first.title}: {better}; "
+                f"worse than {first.title}: {worse}."
+            )
+    return [*sentences, *image_notes(report), *cautions(report)]
+
+
+# ---- how far the numbers can be trusted ----
+
+
+def image_notes(report: ReportData) -> list[str]:
+    """Return which choice of images was measured, if it was a choice, and a warning about mixed versions."""
+    notes = []
+    if report.image_subset:
+        exception = "" if report.subset_of_all else "; clean and conflicting ones on all"
+        notes.append(f"Measured on {report.image_subset}{exception}.")
+    return notes + mixed_versions(report)
+
+
+def mixed_versions(report: ReportData) -> list[str]:
+    """Return a warning if the numbers were measured under several versions of a package."""
+    values: dict[str, set[str]] = {}
+    for entry in report.measured_under:
+        for package, version in entry["versions"].items():
+            if package != COMMIT_KEY:  # equal sources compute the same, whatever their commit
+                values.setdefault(package, set()).add(version)
+    mixed = [f"{package} {report.versions[package]}" for package, several in values.items() if len(several) > 1]
+    if values and not all(entry["versions"] for entry in report.measured_under):
+        mixed.append("cells of an older release, which recorded none")
+    if not mixed:
+        return []
+    return [
+        f"Caution: measured under several versions ({'; '.join(mixed)}), which differences may come from. To measure "
+        "all anew, delete the folder cells beside results.json and give the command again."
+    ]
+
+
+def cautions(report: ReportData) -> list[str]:
+    """Return how many seeds the numbers of trainings are from, and whether their attacks changed any visual words;
+    nothing without trainings."""
+    if report.training is None:
+        return []
+    runs, fewest = report.training["runs"], min(len(group.members) for group in report.groups)
+    sentences = [
+        f"Numbers are means over at least {fewest} seeds, ± the standard deviation between them."
+        if fewest > 1
+        else "One seed: the scatter between trainings is unknown, and a second seed may turn any of these differences."
+    ]
+    by_title = {
+        group.title: group.statistics(lambda model: changed_words_percent(runs[model])) for group in report.groups
+    }
+    changed = {title: share for title, share in by_title.items() if share is not None}
+    if changed:
+        shares = ", ".join(f"{title} {share.text(2)} %" for title, share in changed.items())
+        sentences.append(f"Visual words changed in the last epoch of training: {shares}.")
+    if idle := [title for title, share in changed.items() if share.mean == 0]:
+        sentences.append(
+            f"Where none was changed ({', '.join(idle)}), the attack did nothing beyond the reconstruction."
+        )
+    return sentences
+
+
+def changed_words_percent(run: TrainingRun) -> float | None:
+    """Return the percentage of visual words changed in the last epoch; None for a training without an adversary."""
+    values = [value for _, value in run["curves"].get("changed_words", []) if value is not None]
+    return 100 * values[-1] if values else None

@@ -1,0 +1,196 @@
+"""Measurements: which models were measured on the same images in the same way, and may therefore be compared.
+
+Models share a measurement of a suite only if the images, the protocol and the input size are equal. A suite that was
+measured in two ways gives two measurements. The title says if images are generated or missing, or another size than
+224 px.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mae_dat.robustness.report.groups import Group
+from mae_dat.robustness.scores.accuracy import CorruptionCounts, Count, CountsByCorruption
+from mae_dat.robustness.scores.results import Results, SuiteFacts
+
+CLEAN_SUITES = ("imagenet", "clean")
+SUITE_ORDER = (
+    *CLEAN_SUITES, "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "objnet-113",
+    "objnet-1000", "stylized", "imagenet-c", "generated", "imagenet-c-bar", "cue-conflict", "conflict",
+)  # fmt: skip
+MEASUREMENT_TITLES = {
+    "generated": "IN-C*",
+    "cue-conflict": "Cue conflict",
+    "objnet-113": "ObjectNet (113 classes)",
+    "objnet-1000": "ObjectNet (all 1000)",
+}
+USUAL_SIZE = [224, 224]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A suite, measured in the same way for several models."""
+
+    suite: str
+    title: str
+    kind: str
+    """plain, shape, corruptions or words."""
+    facts: SuiteFacts
+    """Those of the first model."""
+    models: tuple[str, ...]
+    groups: tuple[Group, ...]
+    """The groups with members among the models, with these members alone."""
+    counts: dict[str, dict[str, Count]]
+    """By model, then by cell as in `Results.cells`."""
+    corruptions: dict[str, CorruptionCounts]
+    """By model, for a suite of corruptions."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all images of the published benchmark were measured."""
+        return self.facts["official"] and not self.facts["missing"]
+
+    @property
+    def official_imagenet_c(self) -> bool:
+        """Whether the images are ImageNet-C's files, which alone may be divided by AlexNet's errors."""
+        return self.suite == "imagenet-c" and self.facts["official"]
+
+    @property
+    def changed_word_shares(self) -> list[str]:
+        """The cells of a suite that changes words: all shares of changed words in increasing order."""
+        return sorted({share for counts in self.counts.values() for share in counts}, key=float)
+
+
+def suites_of(results: Results) -> list[str]:
+    """Return every suite that any model was measured on, in the order of a report."""
+    suites = dict.fromkeys(suite for counts in results["cells"].values() for suite in counts)
+    return sorted(suites, key=lambda suite: SUITE_ORDER.index(suite) if suite in SUITE_ORDER else len(SUITE_ORDER))
+
+
+def measurements_of(results: Results, groups: Sequence[Group]) -> list[Measurement]:
+    """Return the measurements of all suites, each with the models and groups that share it."""
+    return [
+        measurement for suite in suites_of(results) for measurement in _measurements_of_suite(results, groups, suite)
+    ]
+
+
+def _measurements_of_suite(results: Results, groups: Sequence[Group], suite: str) -> Iterator[Measurement]:
+    comparable = _comparable_models(results, suite)
+    titles = [_title(results, models[0], suite) for models in comparable]
+    for models, title in zip(comparable, titles, strict=True):
+        if titles.count(title) > 1:  # on other images or with other settings, which are in the table of suites
+            title = f"{title}, as of {' and '.join(results['models'][model]['title'] for model in models)}"
+        kind = suite_kind(results["cells"][models[0]][suite])
+        restricted = (group.restricted_to(models) for group in groups)
+        yield Measurement(
+            suite=suite,
+            title=title,
+            kind=kind,
+            facts=results["suites"][models[0]][suite],
+            models=tuple(models),
+            groups=tuple(group for group in restricted if group.members),
+            counts={model: results["cells"][model][suite] for model in models},
+            corruptions={model: corruption_counts(results, model, suite) for model in models}
+            if kind == "corruptions"
+            else {},
+        )
+
+
+def _comparable_models(results: Results, suite: str) -> list[list[str]]:
+    """Return the models measured on a suite, those measured in the same way together."""
+    comparable: list[list[str]] = []
+    for model in results["models"]:
+        if not results["cells"].get(model, {}).get(suite):
+            continue
+        conditions = _conditions(results, model, suite)
+        for models in comparable:
+            if _conditions(results, models[0], suite) == conditions:
+                models.append(model)
+                break
+        else:
+            comparable.append([model])
+    return comparable
+
+
+def _conditions(results: Results, model: str, suite: str) -> tuple[Any, ...]:
+    """Return what must be equal for two numbers to be compared. Interpolation and precision belong to the model."""
+    facts, counts = results["suites"][model][suite], results["cells"][model][suite]
+    protocol = {key: value for key, value in facts["protocol"].items() if key != "preprocessing"}
+    totals = sorted((cell, count["total"]) for cell, count in counts.items())
+    size = results["models"][model]["size"]
+    return size, protocol, facts["fingerprint"], facts["official"], facts["missing"], totals
+
+
+def _title(results: Results, model: str, suite: str) -> str:
+    """Return the suite's title, marked with * if it is not official, and with what is particular to this model."""
+    facts, size = results["suites"][model][suite], results["models"][model]["size"]
+    title = MEASUREMENT_TITLES.get(suite, facts["title"])
+    if not facts["official"] and suite_kind(results["cells"][model][suite]) != "words":
+        title = f"{title.rstrip('*')}*"
+    notes = [] if size == USUAL_SIZE or shared_size(results) else [f"{size_text(size)} px"]
+    subset = facts["protocol"].get("subset", "")
+    notes += [subset] if subset and not shared_subset(results) else []
+    notes += ["partial†"] if facts["missing"] else []
+    return ", ".join([title, *notes])
+
+
+def suite_kind(counts: dict[str, Count]) -> str:
+    """Return the kind of a suite from its cells: plain, shape, corruptions or words."""
+    if "" in counts:
+        return "shape" if "shape" in counts[""] else "plain"
+    return "corruptions" if all("/" in cell for cell in counts) else "words"
+
+
+def corruption_counts(results: Results, model: str, suite: str) -> CorruptionCounts:
+    """Return the counts of a suite's corruptions, and of the clean images that they can be compared with: as many, of
+    the same model. Without such images the clean count is 0 of 0."""
+    counts = results["cells"][model]
+    corruptions: CountsByCorruption = {}
+    for cell, count in counts[suite].items():
+        name, _, severity = cell.partition("/")
+        corruptions.setdefault(name, {})[severity] = {"correct": count["correct"], "total": count["total"]}
+    totals = {count["total"] for count in counts[suite].values()}
+    clean: Count = {"correct": 0, "total": 0}
+    for name in CLEAN_SUITES:
+        if "" in counts.get(name, {}) and {counts[name][""]["total"]} == totals:
+            clean = {**counts[name][""]}
+            break
+    return {"clean": clean, "corruptions": corruptions}
+
+
+# ---- what all measurements share, which the report says once ----
+
+
+def subset_of_all(results: Results) -> str:
+    """Return the choice of images that all suites share, in words; empty if there is none, or several."""
+    subsets = {
+        facts["protocol"].get("subset", "") for suites in results["suites"].values() for facts in suites.values()
+    }
+    return subsets.pop() if len(subsets) == 1 else ""
+
+
+def shared_subset(results: Results) -> str:
+    """Return the same, or the choice that all suites share but clean and cue-conflict images of other classes than
+    ImageNet's, which are always measured on all images (`SuiteSettings.whole_clean`)."""
+    always_whole = ("clean", "conflict")
+    subsets = [
+        (name, facts["protocol"].get("subset", ""))
+        for suites in results["suites"].values()
+        for name, facts in suites.items()
+    ]
+    chosen = {subset for name, subset in subsets if name not in always_whole}
+    others_are_whole = {subset for name, subset in subsets if name in always_whole} <= {""}
+    return chosen.pop() if len(chosen) == 1 and others_are_whole else subset_of_all(results)
+
+
+def shared_size(results: Results) -> str:
+    """Return '64 px' if all models have this input size and it is not the usual 224; empty otherwise."""
+    sizes = {tuple(facts["size"]) for facts in results["models"].values()}
+    if len(sizes) != 1 or sizes == {tuple(USUAL_SIZE)}:
+        return ""
+    return f"{size_text(sizes.pop())} px"
+
+
+def size_text(size: Sequence[int]) -> str:
+    """Return '224', or '224 × 448' with the height first."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} × {size[1]}"

@@ -1,0 +1,171 @@
+"""From results to the data of a report: groups, metrics and differences, computed once.
+
+Tables, charts and sentences are made from `ReportData` alone and never see `Results`.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mae_dat.robustness.report.differences import Difference, best_group, compare_groups
+from mae_dat.robustness.report.groups import Group, groups_of, model_titles
+from mae_dat.robustness.report.measurements import (
+    Measurement,
+    measurements_of,
+    shared_size,
+    shared_subset,
+    subset_of_all,
+    suites_of,
+)
+from mae_dat.robustness.report.metrics import Metric, columns_of, metrics_of
+from mae_dat.robustness.scores.accuracy import Count
+from mae_dat.robustness.scores.results import ModelFacts, Results, SuiteFacts, TrainingFacts, VersionedCells
+
+MAX_COLUMNS = 4
+"""Groups that fit into a table as columns, beside their differences; more groups have a row each."""
+
+
+@dataclass(frozen=True)
+class CellCounts:
+    """The counts of one cell and all that they depend on: a row of report.csv."""
+
+    model: str
+    model_facts: ModelFacts
+    suite: str
+    suite_facts: SuiteFacts
+    cell: str
+    count: Count
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that a report shows."""
+
+    title: str
+    command: str
+    created: str
+    seconds: float
+    machine: dict[str, str]
+    versions: dict[str, str]
+    measured_under: list[VersionedCells]
+    models: dict[str, ModelFacts]
+    model_titles: dict[str, str]
+    groups: list[Group]
+    suites: list[str]
+    """Those that any model was measured on, in the order of a report."""
+    skipped: dict[str, str]
+    """Suites that were not measured -> the reason."""
+    measurements: list[Measurement]
+    metrics: list[Metric]
+    columns: dict[str, Metric]
+    """Metrics by short title, and the errors by category: the columns of a table with a row for every group."""
+    differences: dict[tuple[Metric, Group, Group], Difference]
+    """By metric or column, new group and old group, where a seed has a value in both."""
+    best: dict[Metric, Group]
+    """The group that is better than every other beyond chance, where there is one."""
+    image_subset: str
+    """The choice of images that was measured, in words, if all suites share it; empty otherwise."""
+    subset_of_all: bool
+    """Whether that is also true of clean and cue-conflict images."""
+    image_size: str
+    """Input size of all models, if it is not the usual one; empty otherwise."""
+    cells: list[CellCounts]
+    calibration: dict[str, dict[str, dict[str, float | None]]]
+    """By model and suite, as in `Results`."""
+    checks: dict[str, dict[str, list[dict[str, Any]]]]
+    """By model and attack, as in `Results`."""
+    agreement: dict[str, Count]
+    """By model in bfloat16: images with the same prediction in float32."""
+    examples: list[dict[str, Any]]
+    training: TrainingFacts | None
+
+    @property
+    def groups_are_rows(self) -> bool:
+        """Whether there are too many groups for a column each."""
+        return len(self.groups) > MAX_COLUMNS
+
+    def of_kind(self, kind: str) -> list[Measurement]:
+        """Return the measurements of one kind: plain, shape, corruptions or words."""
+        return [measurement for measurement in self.measurements if measurement.kind == kind]
+
+    def difference(self, metric: Metric, new: Group, old: Group) -> Difference | None:
+        """Return the difference of two groups; None if no seed has a value in both."""
+        return self.differences.get((metric, new, old))
+
+    def verdict(self, metric: Metric, new: Group, old: Group) -> int | None:
+        """Return `Difference.verdict`; None if no seed has a value in both groups."""
+        difference = self.difference(metric, new, old)
+        return None if difference is None else difference.verdict
+
+    def verdicts(self, new: Group, old: Group) -> dict[Metric, int]:
+        """Return a verdict for every measurement that two groups share: that of its first metric that has one."""
+        verdicts: dict[Metric, int] = {}
+        judged = set()
+        for metric in self.metrics:
+            measurement = metric.suite, tuple(metric.values)
+            verdict = self.verdict(metric, new, old)
+            if measurement not in judged and verdict is not None:
+                judged.add(measurement)
+                verdicts[metric] = verdict
+        return verdicts
+
+
+def summarize(results: Results) -> ReportData:
+    """Compute everything that a report shows."""
+    groups = groups_of(results)
+    measurements = measurements_of(results, groups)
+    metrics = metrics_of(results, measurements)
+    columns = columns_of(metrics, measurements)
+    best = {metric: best_group(metric, groups) for metric in metrics}
+    return ReportData(
+        title=results["title"],
+        command=results["command"],
+        created=results["created"],
+        seconds=results["seconds"],
+        machine=results["machine"],
+        versions=results["versions"],
+        measured_under=results.get("measured_under", []),
+        models=results["models"],
+        model_titles=model_titles(results),
+        groups=groups,
+        suites=suites_of(results),
+        skipped=results["not_measured"],
+        measurements=measurements,
+        metrics=metrics,
+        columns=columns,
+        differences=_differences(dict.fromkeys([*metrics, *columns.values()]), groups),
+        best={metric: group for metric, group in best.items() if group is not None},
+        image_subset=shared_subset(results),
+        subset_of_all=bool(subset_of_all(results)),
+        image_size=shared_size(results),
+        cells=list(_cells(results)),
+        calibration=results["calibration"],
+        checks=results["checks"],
+        agreement=results.get("agreement", {}),
+        examples=results["examples"],
+        training=results.get("training"),
+    )
+
+
+def _differences(metrics: dict[Metric, None], groups: list[Group]) -> dict[tuple[Metric, Group, Group], Difference]:
+    differences = {}
+    for metric, (new, old) in itertools.product(metrics, itertools.permutations(groups, 2)):
+        difference = compare_groups(metric, new, old)
+        if difference is not None:
+            differences[metric, new, old] = difference
+    return differences
+
+
+def _cells(results: Results) -> Iterator[CellCounts]:
+    for model, suites in results["cells"].items():
+        for suite, counts in suites.items():
+            for cell, count in counts.items():
+                yield CellCounts(
+                    model=model,
+                    model_facts=results["models"][model],
+                    suite=suite,
+                    suite_facts=results["suites"][model][suite],
+                    cell=cell,
+                    count=count,
+                )
