@@ -30,8 +30,10 @@ from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from mae_dat.robustness.measure import measure as measure_cells
-from mae_dat.robustness.suites.choose import Battery, SuiteSettings
+from mae_dat.robustness.suites.base import NetworkInput, SuiteSettings
 from mae_dat.robustness.suites.imagenet import SYNSETS
+from mae_dat.robustness.suites.sources import SuiteSources
+from mae_dat.robustness.suites.specs import build_suite
 from mae_dat.runtime.console import command_arguments
 from mae_dat.runtime.device import amp_dtype, pick_device
 
@@ -120,19 +122,20 @@ def ours(work: Work, model: Classifier) -> Run:
     """As `python -m mae_dat robustness` does it."""
     network, found = Timed(model), Run()
     start = time.perf_counter()
-    battery = Battery(SuiteSettings(stored_set(work.cells, work.images), partial=True), len(SYNSETS))
-    portions = sorted(battery.suite("imagenet-c", (224, 224), "bicubic").portions, key=lambda one: one.pictures.root)
+    sources = SuiteSources(SuiteSettings(stored_set(work.cells, work.images), partial=True), len(SYNSETS))
+    suite = build_suite("imagenet-c", sources, NetworkInput((224, 224)))
+    passes = sorted(suite.passes, key=lambda image_pass: image_pass.images.root)
     measured = measure_cells(
         {"net": network},
-        [(portion, ["net"]) for portion in portions],
+        [(image_pass, ["net"]) for image_pass in passes],
         batch_size=work.batch,
         num_workers=work.workers,
         device=work.device,
         precision=amp_dtype(work.precision, work.device),
     )
     restart_peak(work.device)
-    for portion, new in measured:
-        found.right.append(new["net"]["counts"][portion.cells[0]]["correct"])
+    for image_pass, counts in measured:
+        found.right.append(counts["net"].counts[image_pass.cells[0]]["correct"])
         found.peaks.append(peak_memory(work.device))
     found.seconds, found.starts = time.perf_counter() - start, network.first - start
     found.network = network.seconds

@@ -36,14 +36,16 @@ from mae_dat.experiments.variants import (
 )
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from mae_dat.robustness.evaluate_run import require_color
-from mae_dat.robustness.evaluation import EvaluationSetup, run_evaluation
+from mae_dat.robustness.evaluation import run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.report.comparison import value_text
 from mae_dat.robustness.report.findings import cautions
 from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.scores.results import Results, TrainingCurve, TrainingFacts, TrainingGallery, TrainingRun
-from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, WORDS, SuiteSettings
+from mae_dat.robustness.setup import EvaluationSetup
+from mae_dat.robustness.suites.attacks import WORD_SUITES
+from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, SuiteSettings
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.run_log import read_log
@@ -226,7 +228,7 @@ def _measure_and_report(config: CompareConfig, pretraining: PretrainConfig, runs
     suite_settings = SuiteSettings(
         root, limit=config.limit, whole_clean=True, tokenizer=any_run.dat.tokenizer, device=device
     )
-    suites = config.suite or (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []), *WORDS)
+    suites = config.suite or (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []), *WORD_SUITES)
     setup = EvaluationSetup(
         options, Path(config.output_dir), console, batch_size=64, num_workers=any_run.data.num_workers
     )

@@ -1,8 +1,9 @@
-"""What was measured already: a file for each portion and network, written at once, so that an interrupted evaluation
-goes on where it stopped.
+"""Cache of measurements: one file for each pass and network, written at once, so that an interrupted evaluation
+resumes where it stopped.
 
-A file's name is the hash of all that its numbers depend on: weights, protocol, pictures. What changes is measured anew,
-and what was measured before stays; also after an update, so that the versions stand in the file.
+A file's name is the hash of everything its numbers depend on: weights, protocol, images. If one of these changes, the
+pass is measured again, and the old file stays. An update of the software does not invalidate the cache; the versions a
+measurement was made with are therefore stored with it.
 """
 
 import hashlib
@@ -16,46 +17,50 @@ from mae_dat.storage.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Of how cells are measured: raise it where a change would give other counts."""
+CACHE_VERSION = 1
+"""Increase it when a change of the code gives other counts."""
+CacheKey = Mapping[str, Any]
 
 
-class Kept(NamedTuple):
-    """What was found, and under which versions of what measures; none where an older release did not write them."""
+class CachedMeasurement(NamedTuple):
+    """A measurement (anything that JSON can hold) and the package versions it was made with."""
 
-    found: Any
+    value: Any
     versions: dict[str, str]
+    """Empty where an older release did not record them."""
 
 
 class MeasurementCache:
-    """Results below `folder`; without a folder, or for a key of None, nothing is kept."""
+    """Measurements in `folder`. Without a folder, or for a key of None, nothing is stored."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, key: Mapping[str, Any] | None) -> Kept | None:
-        """What is stored under a key; None if nothing is. A damaged file is named in the log and measured anew."""
+    def read(self, key: CacheKey | None) -> CachedMeasurement | None:
+        """Return the measurement of a key, None if there is none. A damaged file is logged and ignored."""
         path = self._path(key)
         if path is None or not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text(), parse_constant=lambda infinity: None)  # of older releases
-            return Kept(content["found"], content.get("versions", {}))
+            # Older releases wrote Infinity, which is not JSON.
+            content = json.loads(path.read_text(), parse_constant=lambda constant: None)
+            return CachedMeasurement(content["found"], content.get("versions", {}))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            logger.warning("%s is damaged (%s): measured anew.", path, error)
+            logger.warning("%s is damaged (%s): measuring again.", path, error)
             return None
 
-    def write(self, key: Mapping[str, Any] | None, kept: Kept) -> None:
-        """Stores what was found. Raises StorageError."""
+    def write(self, key: CacheKey | None, measurement: CachedMeasurement) -> None:
+        """Store a measurement. Raises StorageError."""
         path = self._path(key)
         if path:
+            content = {"key": key, "found": measurement.value, "versions": measurement.versions}
             with atomic_write(path) as file:
-                file.write(json.dumps({"key": key, **kept._asdict()}, indent=1).encode() + b"\n")
+                file.write(json.dumps(content, indent=1).encode() + b"\n")
 
-    def _path(self, key: Mapping[str, Any] | None) -> Path | None:
+    def _path(self, key: CacheKey | None) -> Path | None:
         if self.folder is None or key is None:
             return None
-        text = json.dumps({"version": VERSION, **key}, sort_keys=True)
+        text = json.dumps({"version": CACHE_VERSION, **key}, sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

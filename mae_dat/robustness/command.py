@@ -20,11 +20,12 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import LaunchConfig, RunConfig, image_size
 from mae_dat.config.parse import load_config, suggest
 from mae_dat.data.open import image_root
-from mae_dat.robustness.evaluation import EvaluationSetup, print_headline, run_evaluation
+from mae_dat.robustness.evaluation import print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.open_networks import open_callable, open_network, open_networks
 from mae_dat.robustness.scores.results import Results, read_results
-from mae_dat.robustness.suites.choose import SuiteSettings
+from mae_dat.robustness.setup import EvaluationSetup
+from mae_dat.robustness.suites.base import SuiteSettings
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, pick_device

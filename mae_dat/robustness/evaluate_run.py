@@ -14,10 +14,11 @@ from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.load import check_class_count
 from mae_dat.models.weights.open import open_model
 from mae_dat.models.weights.read import read_model_file
-from mae_dat.robustness.evaluation import EvaluationSetup, print_headline, run_evaluation
+from mae_dat.robustness.evaluation import print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
-from mae_dat.robustness.suites.choose import CLEAN, CONFLICT, GENERATED, SuiteSettings
+from mae_dat.robustness.setup import EvaluationSetup
+from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, SuiteSettings
 from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.training.accuracy import evaluate_accuracy

@@ -37,9 +37,9 @@ def write_examples(plan: Plan, pair: tuple[str, str], folder: Path | None) -> li
             _save(image, folder, file)
             suite = entries[0].suite.name
             examples.append({"file": file, "suite": suite, "cell": cell, "label": label, "answers": answers})
-            if plan.battery.speaks:
+            if plan.sources.has_tokenizer:
                 words = f"examples/{len(examples)}-words.png"
-                tokenizer = plan.battery.tokenizer
+                tokenizer = plan.sources.tokenizer
                 decoded = tokenizer.decode(tokenizer.encode(image[None].to(tokenizer.codebook.device)))
                 _save(decoded[0].cpu(), folder, words)
                 examples[-1]["words"] = words
@@ -55,37 +55,38 @@ def _save(image: Tensor, folder: Path | None, file: str) -> None:
 def _cells(plan: Plan, pair: tuple[str, str]) -> Iterator[tuple[list[SuiteRun], ImagePass, int]]:
     """Cells to look at, corrupted ones first: the two networks' entries, the portion, the row in it."""
     for corrupted in (True, False):
-        for name in plan.names:
-            own = {entry.contender.name: entry for entry in plan.of(name)}
+        for name in plan.suite_names:
+            own = {entry.network.name: entry for entry in plan.runs_of(name)}
             entries = [own[one] for one in pair if one in own]
             if len(entries) < 2 or len({entry.suite.preprocessing for entry in entries}) > 1:
                 continue
-            for portion in entries[0].suite.portions:
+            for portion in entries[0].suite.passes:
                 for row, cell in enumerate(portion.cells):
                     corruption, _, severity = cell.partition("/")
                     wanted = corruption in SHOWN_CORRUPTIONS and severity == str(SHOWN_SEVERITY)
                     attacked = portion.adversary or portion.word_hits
-                    if not attacked and (wanted if corrupted else cell == "" and not portion.pictures.reading.pooled):
+                    plain = cell == "" and not portion.images.class_mapping.mean_probability
+                    if not attacked and (wanted if corrupted else plain):
                         yield entries, portion, row
 
 
 def _differing(entries: list[SuiteRun], portion: ImagePass, row: int) -> Iterator[tuple[Tensor, str, dict[str, str]]]:
     """A picture (3, H, W) that the first network alone has right, and one that the second has, with their answers."""
-    pictures, made = portion.pictures, PassImages([portion])
+    pictures, made = portion.images, PassImages([portion])
     chosen = evenly_spaced(len(pictures), LOOKED_AT)
-    image = torch.stack([_heard(made[0, index]["pictures"][row]) for index in chosen]).float() / 255
+    image = torch.stack([_heard(made[0, index]["images"][row]) for index in chosen]).float() / 255
     index = torch.tensor(chosen)
     answers, right = [], []
-    with evaluation_mode(*(entry.contender.model for entry in entries)):
+    with evaluation_mode(*(entry.network.model for entry in entries)):
         for entry in entries:
-            network, device = entry.contender.model, entry.contender.device
+            network, device = entry.network.model, entry.network.device
             logits = torch.cat([_heard(network(part.to(device)).float().cpu()) for part in image.split(16)])
-            answers.append(pictures.reading.answers(logits))
-            right.append(pictures.right(answers[-1], index))
+            answers.append(pictures.class_mapping.predictions(logits))
+            right.append(pictures.is_correct(answers[-1], index))
     for one, other in ((0, 1), (1, 0)):
         for at in (right[one] & ~right[other]).nonzero().flatten().tolist()[:1]:
             said = {
-                e.contender.name: _said(pictures.classes, int(a[at, 0])) for e, a in zip(entries, answers, strict=True)
+                e.network.name: _said(pictures.classes, int(a[at, 0])) for e, a in zip(entries, answers, strict=True)
             }
             yield image[at], _said(pictures.classes, int(answers[one][at, 0])), said
 

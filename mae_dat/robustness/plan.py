@@ -1,156 +1,137 @@
-"""What an evaluation will measure: all suites of all contenders, opened and looked at before any is measured."""
+"""What an evaluation will measure: all suites of all networks, opened and checked before any is measured."""
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mae_dat.attacks.checks import MAX_PROBES, PROBE_SIZE, require_pixel_model
 from mae_dat.config.errors import ConfigError, InputSizeError
-from mae_dat.data.sampler import evenly_spaced
-from mae_dat.models.modes import evaluation_mode
-from mae_dat.robustness.measure import ImagePass
 from mae_dat.robustness.network import EvaluatedNetwork
-from mae_dat.robustness.suites.base import Suite
-from mae_dat.robustness.suites.choose import CLEAN, NEED_GRADIENTS, Battery, SuiteSettings
-from mae_dat.robustness.suites.imagenet import Reading
-from mae_dat.robustness.suites.sets import BENCHMARKS, BenchmarkSet
+from mae_dat.robustness.suites.base import CLEAN, ImagePass, NetworkInput, Suite, SuiteSettings
+from mae_dat.robustness.suites.catalogue import BENCHMARKS
+from mae_dat.robustness.suites.choose import choose_suites
+from mae_dat.robustness.suites.sources import SuiteSources
+from mae_dat.robustness.suites.specs import SUITES, build_agreement, build_suite
 from mae_dat.runtime.environment import dependency_versions, installed_version, toolkit_version
 
 logger = logging.getLogger(__name__)
 
-CHECKED_PICTURES = 64
-
 
 @dataclasses.dataclass(frozen=True)
 class SuiteRun:
-    """One suite as one network sees it."""
+    """One suite on one network."""
 
-    contender: EvaluatedNetwork
+    network: EvaluatedNetwork
     suite: Suite
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of what measures it now."""
+        """The versions of everything that measures it now."""
         packages = {name: installed_version(name) for name in self.suite.packages}
-        return {**toolkit_version(), **dependency_versions(), **packages, **self.contender.versions}
+        return {**toolkit_version(), **dependency_versions(), **packages, **self.network.versions}
 
-    def key(self, portion: ImagePass, fingerprint: str) -> dict[str, Any] | None:
-        """What a portion's numbers are stored under; None where the network cannot be told from another."""
-        if self.contender.key is None:
+    def cache_key(self, image_pass: ImagePass, fingerprint: str) -> dict[str, Any] | None:
+        """Return what a pass's counts are cached under; None if nothing distinguishes the network from others."""
+        if self.network.key is None:
             return None
-        protocol = {**portion.pictures.protocol, **self.suite.made}
-        cells = {"suite": self.suite.name, "cells": portion.cells, "fingerprint": fingerprint}
-        return {"network": self.contender.key, "protocol": protocol, **cells}
+        return {
+            "network": self.network.key,
+            "protocol": {**image_pass.images.protocol, **self.suite.extra_protocol},
+            "suite": self.suite.name,
+            "cells": image_pass.cells,
+            "fingerprint": fingerprint,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What will be measured, all of it opened, and why the rest will not."""
+    """What will be measured, all of it opened, and why the rest is skipped."""
 
-    contenders: list[EvaluatedNetwork]
-    entries: list[SuiteRun]
-    lacking: dict[str, str]
-    battery: Battery
-    agreements: list[SuiteRun] = dataclasses.field(default_factory=list)
-    """Of the networks in bfloat16: how often they answer as in float32, on the first suite of stored pictures."""
+    networks: list[EvaluatedNetwork]
+    runs: list[SuiteRun]
+    """Suite by suite."""
+    skipped: dict[str, str]
+    """Suites that are not measured, or not for some networks, and why."""
+    sources: SuiteSources
+    agreement_runs: list[SuiteRun] = dataclasses.field(default_factory=list)
+    """Of the networks in bfloat16: how often they predict as in float32, on their first suite of stored images."""
 
     @property
-    def names(self) -> list[str]:
+    def suite_names(self) -> list[str]:
         """The suites, in order."""
-        return list(dict.fromkeys(entry.suite.name for entry in self.entries))
+        return list(dict.fromkeys(run.suite.name for run in self.runs))
 
-    def of(self, name: str) -> list[SuiteRun]:
-        """A suite's entries."""
-        return [entry for entry in self.entries if entry.suite.name == name]
+    def runs_of(self, suite: str) -> list[SuiteRun]:
+        """Return a suite's runs, one for each network."""
+        return [run for run in self.runs if run.suite.name == suite]
 
 
-def open_plan(contenders: Sequence[EvaluatedNetwork], choice: SuiteSettings, asked: Sequence[str]) -> Plan:
-    """Opens every suite for every network. Raises what is wrong with pictures, networks, or the two together; a suite
-    of `all` that cannot be made at a network's size is not measured."""
-    first = contenders[0]
-    for other in contenders[1:]:
+def open_plan(networks: Sequence[EvaluatedNetwork], settings: SuiteSettings, requested: Sequence[str]) -> Plan:
+    """Open every requested suite for every network.
+
+    A suite that cannot be built at a network's size is skipped if `all` was requested. Raises UserError for whatever is
+    wrong with the images, the networks, or the two together.
+    """
+    _require_same_classes(networks)
+    classes = next((network.classes for network in networks if network.classes), None)
+    sources = SuiteSources(settings, networks[0].outputs, classes)
+    names, skipped = choose_suites(requested, sources)
+    runs: list[SuiteRun] = []
+    for name in names:
+        reasons: list[str] = []
+        for network in networks:
+            if SUITES[name].needs_gradients and not network.differentiable:
+                reasons.append(f"{network.name} gives no gradient")
+                continue
+            network_input = NetworkInput(network.size, network.facts["interpolation"], network.facts.get("crop"))
+            try:
+                runs.append(SuiteRun(network, build_suite(name, sources, network_input)))
+            except InputSizeError as error:
+                if name in requested:
+                    raise
+                reasons.append(f"{network.name}: {error}")
+        if reasons:
+            skipped[name] = "; ".join(reasons)
+    if not runs:
+        reasons_by_suite = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ConfigError(f"nothing can be measured: {reasons_by_suite}.")
+    return Plan(
+        networks=list(networks),
+        runs=runs,
+        skipped=skipped,
+        sources=sources,
+        agreement_runs=_agreement_runs(runs, sources),
+    )
+
+
+def _require_same_classes(networks: Sequence[EvaluatedNetwork]) -> None:
+    """Raise ConfigError unless all networks have the same outputs, as far as their classes are known."""
+    first = networks[0]
+    for other in networks[1:]:
         if other.outputs != first.outputs or (other.classes or first.classes) != (first.classes or other.classes):
             raise ConfigError(
                 f"{first.name} ({first.outputs} outputs) and {other.name} ({other.outputs}) do not have the same "
                 "classes: evaluate them one by one."
             )
-    classes = next((one.classes for one in contenders if one.classes), None)
-    battery = Battery(choice, first.outputs, classes)
-    names, lacking = battery.chosen(asked)
-    entries = []
-    for name in names:
-        unable: list[str] = []
-        for one in contenders:
-            if not one.differentiable and name in NEED_GRADIENTS:
-                unable.append(f"{one.name} gives no gradient")
-                continue
-            try:
-                seen = one.size, one.facts["interpolation"], one.facts.get("crop")
-                entries.append(SuiteRun(one, battery.suite(name, *seen)))
-            except InputSizeError as error:
-                if name in asked:
-                    raise
-                unable.append(f"{one.name}: {error}")
-        if unable:
-            lacking[name] = "; ".join(unable)
-    if not entries:
-        raise ConfigError(f"nothing can be measured: {'; '.join(f'{name}: {why}' for name, why in lacking.items())}.")
-    return Plan(list(contenders), entries, lacking, battery, _agreements(entries, battery))
 
 
-def _agreements(entries: Sequence[SuiteRun], battery: Battery) -> list[SuiteRun]:
-    stored = [one for one in entries if one.suite.name in (*BENCHMARKS, CLEAN)]
-    first = {one.contender.name: one for one in reversed(stored) if one.contender.facts["precision"] == "bf16"}
-    return [SuiteRun(one.contender, battery.agreement(one.suite)) for one in first.values()]
-
-
-def refuse_normalised(plan: Plan) -> None:
-    """Raises ConfigError for a network that takes normalised pictures, or pixels up to 255, as far as its answers on up
-    to 1024 pictures of its first suite tell."""
-    first = {entry.contender.name: entry for entry in reversed(plan.entries)}
-    for contender in plan.contenders:
-        if contender.facts["normalization"] == "inside" and contender.name in first:
-            with torch.no_grad(), evaluation_mode(contender.model):
-                require_pixel_model(contender.model, _looks(first[contender.name].suite.portions[0], contender))
-
-
-def _looks(portion: ImagePass, contender: EvaluatedNetwork) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-    pictures, reading = portion.pictures, portion.pictures.reading.to(contender.device)
-    chosen = evenly_spaced(len(pictures), PROBE_SIZE * MAX_PROBES)
-    times = -(-len(chosen) // PROBE_SIZE)
-    for start in range(times):
-        index = chosen[start::times]
-        image = torch.stack([pictures[one]["image"] for one in index]).to(contender.device)
-        yield image, partial(_right, pictures, reading, torch.tensor(index))
-
-
-def _right(pictures: BenchmarkSet, reading: Reading, index: Tensor, logits: Tensor) -> Tensor:
-    return pictures.right(reading.answers(logits), index)
-
-
-def sample(portion: ImagePass, contender: EvaluatedNetwork) -> tuple[Tensor, Tensor]:
-    """Up to 64 pictures of a portion, evenly spread over it, and their labels, on the network's device."""
-    chosen = [portion.pictures[index] for index in evenly_spaced(len(portion.pictures), CHECKED_PICTURES)]
-    labels = torch.tensor([one["label"] for one in chosen])
-    return torch.stack([one["image"] for one in chosen]).to(contender.device), labels.to(contender.device)
+def _agreement_runs(runs: Sequence[SuiteRun], sources: SuiteSources) -> list[SuiteRun]:
+    stored = [run for run in runs if run.suite.name in (*BENCHMARKS, CLEAN)]
+    first_of_network = {run.network.name: run for run in reversed(stored) if run.network.facts["precision"] == "bf16"}
+    return [SuiteRun(run.network, build_agreement(sources, run.suite)) for run in first_of_network.values()]
 
 
 def print_plan(plan: Plan) -> None:
-    """Says what will be measured, and what not."""
-    wide = max(map(len, plan.names))
-    for name in plan.names:
-        suite = plan.of(name)[0].suite
-        cells = sum(len(portion.cells) for portion in suite.portions)
+    """Log what will be measured, and what is skipped for which reason."""
+    width = max(map(len, plan.suite_names))
+    for name in plan.suite_names:
+        suite = plan.runs_of(name)[0].suite
+        cells = sum(len(image_pass.cells) for image_pass in suite.passes)
         times = f"{cells} x " if cells > 1 else ""
-        marks = f", partial: {'; '.join(suite.missing)}" if suite.missing else ""
-        logger.info("%-*s  %s%s pictures%s", wide, name, times, f"{suite.images:,}", marks)
-    reasons: dict[str, list[str]] = {}
-    for name, why in plan.lacking.items():
-        reasons.setdefault(why, []).append(name)
-    for why, names in reasons.items():
-        logger.info("not measured: %s: %s", ", ".join(names), why)
+        partial = f", partial: {'; '.join(suite.missing)}" if suite.missing else ""
+        logger.info("%-*s  %s%s images%s", width, name, times, f"{suite.image_count:,}", partial)
+    suites_of_reason: dict[str, list[str]] = {}
+    for name, reason in plan.skipped.items():
+        suites_of_reason.setdefault(reason, []).append(name)
+    for reason, names in suites_of_reason.items():
+        logger.info("not measured: %s: %s", ", ".join(names), reason)

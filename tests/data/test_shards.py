@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from suites import open_sources
 from tiny_runs import draw_folder, finetune_in, one_thread, outcome_of, pretrain_in  # noqa: F401 - one by itself
 from torchvision.transforms.functional import to_tensor
 from weights_server import Server, serving
@@ -33,7 +34,6 @@ from mae_dat.data.shards.index import build_index, read_index
 from mae_dat.data.shards.pack import PackConfig, pack
 from mae_dat.data.shards.reader import Shards, count_lanes, shard_order
 from mae_dat.data.transforms import PretrainTransform
-from mae_dat.robustness.suites.choose import Battery, SuiteSettings
 from mae_dat.runtime.console import Console
 from mae_dat.training.finetune import held_out_images
 
@@ -259,7 +259,7 @@ def test_pictures_that_were_shrunk_too_much_are_told_of(
     given = ["--data_path", str(out), "--input_size", "24"]
     assert held_out_images(load_config(FinetuneConfig, given).data).packed_size == 24
     assert "shrunk to 24 px and stored anew" in caplog.text
-    clean = Battery(SuiteSettings(out), 10).sets("clean")[0]
+    clean = open_sources(out).image_sets("clean")[0]
     assert clean.protocol["folder"] == "shards, shrunk to 24 px"
 
 

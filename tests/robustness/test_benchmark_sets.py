@@ -19,17 +19,11 @@ from torchvision.transforms.functional import to_tensor
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError
 from mae_dat.data.loader import eval_loader
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA
+from mae_dat.robustness.suites.catalogue import BENCHMARKS, C_BAR, Benchmark
 from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, NO_CLASS, SIXTEEN, SYNSETS, synsets_of
-from mae_dat.robustness.suites.inventory import find, inventory, inventory_text
+from mae_dat.robustness.suites.inventory import find_benchmark, inventory, inventory_text
 from mae_dat.robustness.suites.labels import read_subset
-from mae_dat.robustness.suites.sets import (
-    BENCHMARKS,
-    C_BAR,
-    Benchmark,
-    BenchmarkSet,
-    Preprocessing,
-    open_benchmark,
-)
+from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing, open_benchmark
 
 SIDE = 40
 FEW = SYNSETS[:3]
@@ -71,7 +65,7 @@ def right_logits(found: BenchmarkSet, wrong: int = 0) -> torch.Tensor:
 
 
 def correct(found: BenchmarkSet, logits: torch.Tensor) -> int:
-    return int(found.right(found.reading.answers(logits), torch.arange(len(found))).sum())
+    return int(found.is_correct(found.class_mapping.predictions(logits), torch.arange(len(found))).sum())
 
 
 # ---- the usual folders ----
@@ -176,9 +170,9 @@ def test_too_few_too_many_and_misplaced_pictures(tmp_path: Path) -> None:
     (tmp_path / "aside.JPEG").rename(tmp_path / names[0])
     assert open_benchmark(benchmark, tmp_path, SIZE, partial=True)[0].missing == []
     write([tmp_path / FEW[1] / "ILSVRC2012_val_00000009.JPEG"])
-    with pytest.raises(DataError, match=f"{FEW[1]}: 3 pictures where ImageNet has 2"):
+    with pytest.raises(DataError, match=f"{FEW[1]}: 3 images where ImageNet has 2"):
         open_benchmark(benchmark, tmp_path, SIZE, partial=True)
-    with pytest.raises(DataError, match="7 pictures, ImageNet has 6"):
+    with pytest.raises(DataError, match="7 images, ImageNet has 6"):
         open_benchmark(dataclasses.replace(benchmark, per_class=None), tmp_path, SIZE)
     (tmp_path / FEW[1] / "more").mkdir()
     with pytest.raises(DataError, match=r"holds folders \(more\)"):
@@ -273,7 +267,7 @@ def test_pictures_of_another_size_are_refused_before_and_while_reading(tmp_path:
     paths[-1].write_bytes(b"")
     with pytest.raises(DataError, match="the file is empty; unpack it again"):
         cells[-1][5]
-    with pytest.raises(DataError, match="no picture that can be read"):
+    with pytest.raises(DataError, match="is not a readable image"):
         open_benchmark(reduced("imagenet-c"), tmp_path, SIZE)
 
 
@@ -324,7 +318,7 @@ def test_a_subset_needs_its_own_pictures_only(tmp_path: Path) -> None:
     assert cells[0].protocol["subset"] == "2 pictures of a list"
     assert not cells[0].missing
     (tmp_path / "fog" / "2" / names[1]).unlink()
-    with pytest.raises(DataError, match="fog/2: 1 of the 2 listed pictures are missing"):
+    with pytest.raises(DataError, match="fog/2: 1 of the 2 listed images are missing"):
         open_benchmark(reduced("imagenet-c"), tmp_path, SIZE, subset=names[1:3])
 
 
@@ -387,7 +381,7 @@ def test_real_skips_and_counts_pictures_without_a_label(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text(json.dumps(labels))
     first = tmp_path / "val" / validation_names()[0]
     first.rename(first.with_name("cat.JPEG"))
-    with pytest.raises(DataError, match=r"cat.JPEG: the name of a validation picture"):
+    with pytest.raises(DataError, match=r"cat.JPEG: the name of a validation image"):
         open_benchmark(benchmark, tmp_path / "val", SIZE)
 
 
@@ -426,7 +420,7 @@ def test_both_protocols_of_objectnet(tmp_path: Path) -> None:
     assert (correct(restricted, logits), correct(free, logits)) == (113, 113)
     logits[:50, 999] = 2  # no class of ObjectNet
     assert (correct(restricted, logits), correct(free, logits)) == (113, 63)
-    assert free.reading.answers(logits)[0, 0] == NO_CLASS
+    assert free.class_mapping.predictions(logits)[0, 0] == NO_CLASS
     assert restricted.protocol["reading"] != free.protocol["reading"]
     assert restricted.protocol["preprocessing"].startswith("border of 2 px cut")
 
@@ -461,9 +455,9 @@ def test_cue_conflict_counts_shapes_and_textures(tmp_path: Path) -> None:
         shape, texture = (names[int(i)] for i in found.targets[index])
         cue = [shape, texture, next(n for n in names if n not in (shape, texture))][index % 3]
         logits[index, SIXTEEN[cue][0]] = 9
-    answers, index = found.reading.answers(logits), torch.arange(32)
-    assert int(found.right(answers, index).sum()) == 11
-    assert int(found.texture(answers, index).sum()) == 11
+    answers, index = found.class_mapping.predictions(logits), torch.arange(32)
+    assert int(found.is_correct(answers, index).sum()) == 11
+    assert int(found.is_texture(answers, index).sum()) == 11
     (tmp_path / "cat" / "dog1-cat1.png").write_bytes((tmp_path / paths[0]).read_bytes())
     with pytest.raises(DataError, match=r"cat/dog1-cat1.png: expected <shape>/<shape>"):
         open_benchmark(dataclasses.replace(benchmark, images=49, per_class=None), tmp_path, SIZE)
@@ -485,17 +479,17 @@ def test_benchmarks_are_found_by_their_usual_names(tmp_path: Path) -> None:
         "imagenet-sketch": "imagenet-sketch/sketch",
         "imagenet-r": None,
     }
-    assert {name: find(tmp_path, name) for name in expected} == {
+    assert {name: find_benchmark(tmp_path, name) for name in expected} == {
         name: path and tmp_path / path for name, path in expected.items()
     }
-    assert find(tmp_path / "ImageNet-C", "imagenet-c") == tmp_path / "ImageNet-C"
+    assert find_benchmark(tmp_path / "ImageNet-C", "imagenet-c") == tmp_path / "ImageNet-C"
     rows = {row.benchmark.name: row for row in inventory(tmp_path)}
     assert rows["imagenet-real"].folder is None
-    assert "real.json is missing" in rows["imagenet-real"].note
-    assert "folder_to_objectnet_label.json is missing" in rows["objnet-113"].note
+    assert "real.json is missing" in rows["imagenet-real"].reason
+    assert "folder_to_objectnet_label.json is missing" in rows["objnet-113"].reason
     (tmp_path / "imagenet_c").mkdir()
     with pytest.raises(DataError, match="may each be ImageNet-C"):
-        find(tmp_path, "imagenet-c")
+        find_benchmark(tmp_path, "imagenet-c")
     lines = inventory_text(inventory(tmp_path)).splitlines()
     assert len(lines) == len(BENCHMARKS)
     assert lines[3] == f"imagenet-a       {tmp_path}/imagenet_a"

@@ -11,20 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from suites import open_sources, suite_from
 from test_robustness import Linear, own  # noqa: F401 - own is a fixture
 from torch import Tensor, nn
 
 from mae_dat.attacks.checks import CHECK_PASSES
 from mae_dat.config.errors import ConfigError, NumericsError
+from mae_dat.robustness.checks import check_attacks
 from mae_dat.robustness.command import evaluate
-from mae_dat.robustness.evaluation import EvaluationSetup, check_attacks, print_headline
+from mae_dat.robustness.evaluation import print_headline
 from mae_dat.robustness.examples import write_examples
 from mae_dat.robustness.measure import ImagePass, PassSampler, measure
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_callable
 from mae_dat.robustness.plan import open_plan
 from mae_dat.robustness.report.tables import precision_text
-from mae_dat.robustness.suites.choose import Battery, SuiteSettings
+from mae_dat.robustness.setup import EvaluationSetup
+from mae_dat.robustness.suites.base import SuiteSettings
 from mae_dat.runtime import watchdog as watch
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.world import World
@@ -41,7 +44,7 @@ def tensor_bytes() -> int:
 
 def clean(root: Path) -> ImagePass:
     """The pictures of a folder as one cell."""
-    return Battery(SuiteSettings(root), 10).suite("clean", (32, 32), "bicubic").portions[0]
+    return suite_from(open_sources(root), "clean").passes[0]
 
 
 def test_memory_does_not_grow_with_the_cells(own: Path) -> None:  # noqa: F811
@@ -74,16 +77,14 @@ def test_batches_are_made_as_they_are_asked_for(own: Path) -> None:  # noqa: F81
 
 
 def test_pictures_that_share_their_chance_meet_in_the_same_batches_on_any_number_of_ranks(own: Path) -> None:  # noqa: F811
-    portion = dataclasses.replace(clean(own), batched=True)
+    portion = dataclasses.replace(clean(own), fixed_batches=True)
     every = list(PassSampler([portion], World(), 6))
     assert [len(batch) for batch in every] == [6, 6, 6, 2]
     for size in (2, 3, 7):
         found = [list(PassSampler([portion], World(rank, size), 6)) for rank in range(size)]
         assert sorted(itertools.chain.from_iterable(found)) == every
     pytest.importorskip("torchattacks")
-    assert all(
-        one.batched for one in Battery(SuiteSettings(own), 10).suite("autoattack-4/255", (32, 32), "bicubic").portions
-    )
+    assert all(one.fixed_batches for one in suite_from(open_sources(own), "autoattack-4/255").passes)
 
 
 @pytest.fixture
@@ -110,9 +111,9 @@ def test_every_pass_of_an_attack_and_of_its_checks_beats(own: Path, beats: list[
     assert count_of(beats) == 1
     evaluate(network, "pgd-20-l2-0.5", own, size=32)
     assert count_of(beats) == 20 + 1 + 1 + CHECK_PASSES  # gradients, the answer, the batch, the checks
-    battery = Battery(SuiteSettings(own), 10)
+    sources = open_sources(own)
     for name, least in (("words-symbolic", 10), ("words-random", 5)):
-        (portion,) = battery.suite(name, (32, 32), "bicubic").portions
+        (portion,) = suite_from(sources, name).passes
         for _ in measure({"net": network}, [(portion, ["net"])], batch_size=64, device=CPU):
             assert count_of(beats) > least
 
@@ -148,8 +149,8 @@ def test_progress_tells_of_passes_before_the_first_batch_is_done(
     console.live = False
     with caplog.at_level("INFO"):
         evaluate(Linear(), "pgd-5-1/255", own, size=32, console=console)
-    lines = [one for one in caplog.messages if one.startswith("pgd-5-1/255: picture")]
-    assert lines[0].split() == ["pgd-5-1/255:", "picture", "0/20", "1", "passes"]
+    lines = [one for one in caplog.messages if one.startswith("pgd-5-1/255: image")]
+    assert lines[0].split() == ["pgd-5-1/255:", "image", "0/20", "1", "passes"]
     assert "20/20  6 passes  0:00 left" in lines[-1]
     assert any("pass 99/99" in one for one in caplog.messages)
 
@@ -170,7 +171,7 @@ class Close(nn.Module):
 
 
 def test_what_bfloat16_changes_is_counted_and_told(own: Path) -> None:  # noqa: F811
-    network, pictures = Close(), clean(own).pictures
+    network, pictures = Close(), clean(own).images
     pixels = torch.stack([pictures[index]["image"][:, 0, 0] for index in range(20)])
     changed = int((pixels.bfloat16().float() != pixels).any(1).sum())
     assert changed > 0

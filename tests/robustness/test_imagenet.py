@@ -17,7 +17,7 @@ from mae_dat.robustness.suites.imagenet import (
     SIXTEEN_CLASSES,
     SYNSETS,
     check_classes,
-    reading,
+    class_mapping,
     synsets_of,
 )
 
@@ -59,12 +59,12 @@ def test_a_mask_comes_before_the_argmax_and_the_masks_differ() -> None:
     only_a = next(i for i in IMAGENET_A if i not in IMAGENET_R)
     only_r = next(i for i in IMAGENET_R if i not in IMAGENET_A)
     logits = logits_of(outside, only_r, only_a)
-    assert ALL_CLASSES.answers(logits).tolist() == [[outside]]
-    assert CLASSES_OF_A.answers(logits).tolist() == [[only_a]]
-    assert CLASSES_OF_R.answers(logits).tolist() == [[only_r]]
-    assert ALL_CLASSES.answers(logits, best=3).tolist() == [[outside, only_r, only_a]]
-    assert set(CLASSES_OF_A.answers(torch.randn(1, 1000), best=1000)[0].tolist()) == set(IMAGENET_A)
-    assert CLASSES_OF_A.to("meta").answers(logits.to("meta"), best=2).shape == (1, 2)  # all of it moves
+    assert ALL_CLASSES.predictions(logits).tolist() == [[outside]]
+    assert CLASSES_OF_A.predictions(logits).tolist() == [[only_a]]
+    assert CLASSES_OF_R.predictions(logits).tolist() == [[only_r]]
+    assert ALL_CLASSES.predictions(logits, count=3).tolist() == [[outside, only_r, only_a]]
+    assert set(CLASSES_OF_A.predictions(torch.randn(1, 1000), count=1000)[0].tolist()) == set(IMAGENET_A)
+    assert CLASSES_OF_A.to("meta").predictions(logits.to("meta"), count=2).shape == (1, 2)  # all of it moves
 
 
 def test_masked_classes_have_no_probability() -> None:
@@ -73,15 +73,15 @@ def test_masked_classes_have_no_probability() -> None:
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.sum(1), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(found[:, list(IMAGENET_A)], logits.double()[:, list(IMAGENET_A)].softmax(1))
-    assert torch.equal(found.argmax(1, keepdim=True), CLASSES_OF_A.answers(logits))
+    assert torch.equal(found.argmax(1, keepdim=True), CLASSES_OF_A.predictions(logits))
 
 
 def test_several_classes_may_stand_for_one_and_others_for_none() -> None:
     classes = {"bicycle": (444, 671), "lemon": (951,)}
-    restricted, free = reading("2", classes, only_these=True), reading("1000", classes, only_these=False)
+    restricted, free = class_mapping("2", classes, restricted=True), class_mapping("1000", classes, restricted=False)
     logits = torch.cat([logits_of(0, 671, 951), logits_of(444), logits_of(951)])
-    assert restricted.answers(logits).flatten().tolist() == [0, 0, 1]
-    assert free.answers(logits).flatten().tolist() == [NO_CLASS, 0, 1]
+    assert restricted.predictions(logits).flatten().tolist() == [0, 0, 1]
+    assert free.predictions(logits).flatten().tolist() == [NO_CLASS, 0, 1]
     expected = logits.double()[:, [444, 671, 951]].softmax(1)
     torch.testing.assert_close(restricted.probabilities(logits)[:, 0], expected[:, :2].sum(1))
 
@@ -93,7 +93,7 @@ def test_sixteen_classes_are_told_by_the_mean_of_probabilities() -> None:
     logits[0, SIXTEEN["dog"][0]] = 2.5
     logits[0, SIXTEEN["knife"][0]] = 2.0
     names = list(SIXTEEN)
-    assert SIXTEEN_CLASSES.answers(logits, best=2).tolist() == [[names.index("knife"), names.index("dog")]]
+    assert SIXTEEN_CLASSES.predictions(logits, count=2).tolist() == [[names.index("knife"), names.index("dog")]]
     probabilities = logits.double().softmax(1)[0]
     for number, ids in enumerate(SIXTEEN.values()):
         torch.testing.assert_close(SIXTEEN_CLASSES.probabilities(logits)[0, number], probabilities[list(ids)].mean())
@@ -101,7 +101,7 @@ def test_sixteen_classes_are_told_by_the_mean_of_probabilities() -> None:
 
 def test_another_number_or_order_of_classes_is_an_error() -> None:
     with pytest.raises(DataError, match="10 outputs"):
-        ALL_CLASSES.answers(torch.zeros(2, 10))
+        ALL_CLASSES.predictions(torch.zeros(2, 10))
     with pytest.raises(DataError, match="21 outputs"):
         check_classes(None, 21)
     check_classes(None, 1000)

@@ -19,6 +19,7 @@ import timm
 import torch
 from PIL import Image
 from ranks import exit_codes, start_ranks
+from suites import open_sources, suite_from
 from test_benchmark_sets import FEW, SIDE, reduced, validation_names, write_objectnet
 from timm.models import save_for_hf
 from tiny_runs import ROOT, draw_folder, environment, outcome_of, run_script
@@ -40,9 +41,10 @@ from mae_dat.robustness.measure import ImagePass, PassImages, measure
 from mae_dat.robustness.report.measurements import corruption_counts
 from mae_dat.robustness.scores.corruption_error import mce
 from mae_dat.robustness.scores.results import Results, read_results
-from mae_dat.robustness.suites.choose import Battery, SuiteSettings
+from mae_dat.robustness.suites.catalogue import BENCHMARKS, C_BAR
+from mae_dat.robustness.suites.choose import choose_suites
 from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, SIXTEEN, SYNSETS, synsets_of
-from mae_dat.robustness.suites.sets import BENCHMARKS, C_BAR, BenchmarkSet, Preprocessing
+from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.world import World
 from mae_dat.storage.weight_files import write_weights
@@ -301,9 +303,9 @@ def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(own: Path)
         right = sum(best[0] == label for best, label in zip(five, truth, strict=True))
         top5 = sum(label in best for best, label in zip(five, truth, strict=True))
         assert found[f"{name}/{severity}"] == {"correct": right, "total": 20, "top5": top5}
-        clean = Battery(SuiteSettings(own), 10).suite("clean", (32, 32), "bicubic").portions[0].pictures
+        clean = suite_from(open_sources(own), "clean").passes[0].images
         portion = ImagePass(clean, (f"{name}/{severity}",), corruption=name, severities=(severity,), seed=3)
-        assert np.array_equal(PassImages([portion])[0, 7]["pictures"][0].permute(1, 2, 0), made[7])
+        assert np.array_equal(PassImages([portion])[0, 7]["images"][0].permute(1, 2, 0), made[7])
 
 
 SOME = ("clean", "generated", "pgd-5-1/255", "words-random", "words-symbolic")
@@ -358,22 +360,18 @@ class Ranks:
 @pytest.mark.parametrize("size", [2, 3, 7, 23])
 def test_counts_are_the_same_on_all_ranks(size: int, own: Path) -> None:
     """23 ranks leave three without a picture."""
-    network, battery = Linear().eval(), Battery(SuiteSettings(own), 10)
-    portions = [
-        one
-        for name in ("clean", "fgsm-1/255", "words-random")
-        for one in battery.suite(name, (32, 32), "bicubic").portions
-    ]
-    portions.append(battery.suite("generated", (32, 32), "bicubic").portions[9])
+    network, sources = Linear().eval(), open_sources(own)
+    portions = [one for name in ("clean", "fgsm-1/255", "words-random") for one in suite_from(sources, name).passes]
+    portions.append(suite_from(sources, "generated").passes[9])
     (expected,) = Ranks(1).run(network, portions)
     for found in Ranks(size).run(network, portions):
-        assert [one["counts"] for one in found] == [one["counts"] for one in expected]
-        assert found[0]["calibration"] == pytest.approx(expected[0]["calibration"])
+        assert [one.counts for one in found] == [one.counts for one in expected]
+        assert found[0].calibration == pytest.approx(expected[0].calibration)
 
 
 def test_a_nan_on_one_rank_is_an_error_on_all_that_names_network_and_cell(own: Path) -> None:
-    portions = list(Battery(SuiteSettings(own), 10).suite("clean", (32, 32), "bicubic").portions)
-    ill = portions[0].pictures[5]["image"].mean()
+    portions = list(suite_from(open_sources(own), "clean").passes)
+    ill = portions[0].images[5]["image"].mean()
 
     def network(image: Tensor) -> Tensor:
         means = image.mean((1, 2, 3))
@@ -381,7 +379,7 @@ def test_a_nan_on_one_rank_is_an_error_on_all_that_names_network_and_cell(own: P
 
     for found in Ranks(3).run(network, portions):
         assert isinstance(found, NumericsError)
-        assert re.search(r"net gave NaN or infinite logits for 1 of the first 1\d pictures of clean", str(found))
+        assert re.search(r"net gave NaN or infinite logits for 1 of the first 1\d images of clean", str(found))
     with pytest.raises(NumericsError, match="network gave NaN"):
         evaluate(network, "clean", own, size=32)
 
@@ -398,7 +396,7 @@ def test_logits_that_are_not_finite_stop_an_evaluation_in_their_batch(
         logits[:, 3:5] = bad if seen > after else 0.0
         return logits
 
-    (portion, *_) = Battery(SuiteSettings(own), 10).suite(suite, (32, 32), "bicubic").portions
+    (portion, *_) = suite_from(open_sources(own), suite).passes
     seen = 0
     with pytest.raises(NumericsError, match="NaN or infinite logits"):
         list(measure({"network": network}, [(portion, ["network"])], batch_size=2, device=CPU))
@@ -428,15 +426,12 @@ def test_a_limit_takes_the_same_pictures_with_the_same_chance(own: Path) -> None
     found = evaluate(network, ("clean", "generated"), own, size=32, limit=8, seed=1)
     assert {count["total"] for suite in ("clean", "generated") for count in cells(found, suite).values()} == {8}
     assert found["suites"]["Linear"]["clean"]["protocol"]["subset"] == "8 of 20 pictures (seed 1)"
-    few, whole = (
-        Battery(SuiteSettings(own, limit=limit, seed=1), 10).suite("clean", (32, 32), "bicubic").portions[0].pictures
-        for limit in (8, None)
-    )
+    few, whole = (suite_from(open_sources(own, limit=limit, seed=1), "clean").passes[0].images for limit in (8, None))
     assert [few.name_of(i) for i in range(8)] == [whole.name_of(number) for number in few.numbers]
     assert [few.label(i) for i in range(8)] == [whole.label(number) for number in few.numbers]
     portions = [ImagePass(one, ("fog/2",), corruption="fog", severities=(2,)) for one in (few, whole)]
     made = PassImages(portions)
-    assert torch.equal(made[0, 3]["pictures"], made[1, few.numbers[3]]["pictures"])
+    assert torch.equal(made[0, 3]["images"], made[1, few.numbers[3]]["images"])
 
 
 # ---- going on ----
@@ -448,10 +443,8 @@ def test_pictures_in_shards_count_as_in_folders(own: Path, tmp_path: Path) -> No
     names, options = ("clean", "fgsm-1/255"), {"size": 32, "num_workers": 1}
     found = evaluate(Linear(), names, packed, **options)
     assert found["cells"] == evaluate(Linear(), names, own, **options)["cells"]
-    assert Battery(SuiteSettings(packed), 10).chosen(["all"]) == Battery(SuiteSettings(own), 10).chosen(["all"])
-    few, all_ = (
-        Battery(SuiteSettings(packed, limit=limit), 10).suite("clean", (32, 32), "bicubic") for limit in (8, None)
-    )
+    assert choose_suites(["all"], open_sources(packed)) == choose_suites(["all"], open_sources(own))
+    few, all_ = (suite_from(open_sources(packed, limit=limit), "clean") for limit in (8, None))
     assert few.facts["fingerprint"] != all_.facts["fingerprint"]
     content = next(packed.glob("val/*.tar")).read_bytes()
     at = content.index(b"\x89PNG")
@@ -654,10 +647,10 @@ def knowing(pictures: BenchmarkSet) -> Linear:
 
 
 def test_attacks_count_what_they_count_on_their_own(own: Path) -> None:
-    battery = Battery(SuiteSettings(own), 10)
-    network = knowing(battery.suite("clean", (32, 32), "bicubic").portions[0].pictures)
+    sources = open_sources(own)
+    network = knowing(suite_from(sources, "clean").passes[0].images)
     found = evaluate(network, ("clean", "pgd-20-l2-0.5", "words-random", "words-symbolic"), own, size=32, batch_size=6)
-    pictures = battery.suite("clean", (32, 32), "bicubic").portions[0].pictures
+    pictures = suite_from(sources, "clean").passes[0].images
     image = torch.stack([pictures[index]["image"] for index in range(20)])
     label = torch.tensor([pictures.label(index) for index in range(20)])
     generators = [image_generator(0, index) for index in range(20)]
@@ -666,7 +659,7 @@ def test_attacks_count_what_they_count_on_their_own(own: Path) -> None:
         right = int((network(attacked).argmax(1) == label).sum())
     assert right == cells(found, "pgd-20-l2-0.5")[""]["correct"] < cells(found, "clean")[""]["correct"]
     curves = word_accuracy(
-        network, battery.tokenizer, eval_loader(pictures, 20, 0, 1, 0), WordAttack((0.0, 0.01, 0.05, 0.1, 0.2)), CPU
+        network, sources.tokenizer, eval_loader(pictures, 20, 0, 1, 0), WordAttack((0.0, 0.01, 0.05, 0.1, 0.2)), CPU
     )
     assert {kind: cells(found, f"words-{kind}") for kind in curves} == curves
 
@@ -735,9 +728,7 @@ def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(t
 
 
 def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
-    pictures = (
-        Battery(SuiteSettings(imagenet), 1000).suite("cue-conflict", (SIDE, SIDE), "bicubic").portions[0].pictures
-    )
+    pictures = suite_from(open_sources(imagenet, 1000), "cue-conflict", SIDE).passes[0].images
     ids = [members[0] for members in SIXTEEN.values()]
     image = torch.stack([pictures[index]["image"] for index in range(len(pictures))])
 
@@ -795,10 +786,10 @@ def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Pa
                 evaluate(Linear(outputs), suite, imagenet, size=SIDE)
     flat = tmp_path / "flat" / "imagenet" / "val"
     draw([flat / Path(name).name for name in validation_names()])
-    with pytest.raises(DataError, match=rf"{flat}: holds pictures in no class folders; move each .*valprep"):
+    with pytest.raises(DataError, match=rf"{flat}: holds images in no class folders; move each .*valprep"):
         evaluate(Linear(1000), "all", tmp_path / "flat", size=SIDE)
     (imagenet / "ILSVRC2012").symlink_to(imagenet / "imagenet", target_is_directory=True)
-    assert Battery(SuiteSettings(imagenet), 1000).clean == "imagenet"
+    assert open_sources(imagenet, 1000).clean_suite == "imagenet"
     (imagenet / "ILSVRC2012").unlink()
     shutil.copytree(imagenet / "imagenet", imagenet / "ILSVRC2012")
     with pytest.raises(DataError, match=rf"may each be ImageNet; move one of them out of {imagenet}, or rename it"):

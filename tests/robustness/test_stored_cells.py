@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from suites import open_sources, suite_from
 from test_benchmark_sets import FEW, SIDE, validation_names
 from test_robustness import Linear, draw, imagenet, own, write_onnx  # noqa: F401 - some are fixtures
 from tiny_runs import draw_folder, finetune_in
@@ -28,7 +29,6 @@ from mae_dat.robustness.report.render import counts_csv
 from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.report.tables import calibration_table
 from mae_dat.robustness.scores.results import Results, read_results
-from mae_dat.robustness.suites.choose import Battery, SuiteSettings
 from mae_dat.runtime import environment as provenance
 from mae_dat.runtime.environment import COMMIT_KEY
 from mae_dat.storage.weight_files import write_weights
@@ -56,7 +56,7 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     facts = found["suites"]["Linear"]["imagenet-c"]
     assert facts["missing"][-1] == "fog/3: 5 of 6 pictures are there"
     assert (facts["images"], found["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
-    assert any("imagenet-c  75 x 6 pictures, partial: " in line and "fog/3: 5 of 6" in line for line in caplog.messages)
+    assert any("imagenet-c  75 x 6 images, partial: " in line and "fog/3: 5 of 6" in line for line in caplog.messages)
     assert not any(metric.published for metric in summarize(found).metrics)
     assert all("partial†" in metric.title for metric in summarize(found).metrics)
     assert {row["partial"] for row in csv.DictReader(counts_csv(summarize(found)).splitlines())} == {"True"}
@@ -68,7 +68,7 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
 def test_what_all_cells_lack_is_said_once(imagenet: Path) -> None:  # noqa: F811
     for folder in (imagenet / "ImageNet-C").glob("*/*"):
         shutil.rmtree(folder / FEW[0])
-    suite = Battery(SuiteSettings(imagenet, partial=True), 1000).suite("imagenet-c", (SIDE, SIDE), "bicubic")
+    suite = suite_from(open_sources(imagenet, 1000, partial=True), "imagenet-c", SIDE)
     absent = f"1 of 3 class folders are missing or empty ({FEW[0]})"
     assert suite.missing == [absent, "4 of 6 pictures are there"]
 
@@ -76,22 +76,22 @@ def test_what_all_cells_lack_is_said_once(imagenet: Path) -> None:  # noqa: F811
 def test_a_chosen_picture_meets_the_same_chance_as_in_the_whole_folder(
     imagenet: Path,  # noqa: F811
 ) -> None:
-    names, whole = validation_names(), Battery(SuiteSettings(imagenet), 1000)
-    chosen = Battery(SuiteSettings(imagenet), 1000)
+    names, whole = validation_names(), open_sources(imagenet, 1000)
+    chosen = open_sources(imagenet, 1000)
     chosen.subset = {names[4], names[1]}
-    fewer = Battery(SuiteSettings(imagenet, limit=1), 1000)
+    fewer = open_sources(imagenet, 1000, limit=1)
     fewer.subset = {names[4], names[1]}
-    every = whole.suite("generated", (SIDE, SIDE), "bicubic")
-    assert "numbers" not in every.made, "the key of what was stored before"
-    for battery, count in ((chosen, 2), (fewer, 1)):
-        suite = battery.suite("generated", (SIDE, SIDE), "bicubic")
-        assert suite.made["numbers"] == "places in the whole folder"
-        portions = [suite.portions[0], every.portions[0]]
-        made, (part, all_) = PassImages(portions), (one.pictures for one in portions)
+    every = suite_from(whole, "generated", SIDE)
+    assert "numbers" not in every.extra_protocol, "the key of what was stored before"
+    for sources, count in ((chosen, 2), (fewer, 1)):
+        suite = suite_from(sources, "generated", SIDE)
+        assert suite.extra_protocol["numbers"] == "places in the whole folder"
+        portions = [suite.passes[0], every.passes[0]]
+        made, (part, all_) = PassImages(portions), (one.images for one in portions)
         assert len(part) == count
         for index in range(count):
             (at,) = [i for i in range(6) if all_.name_of(i) == part.name_of(index)]
-            assert torch.equal(made[0, index]["pictures"], made[1, at]["pictures"])
+            assert torch.equal(made[0, index]["images"], made[1, at]["images"])
             assert made[0, index]["number"] == at
 
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_known_is_measured_anew_and_told(
         assert right(found, "clean") == right(
             evaluate(lambda x, s=sign: s * brightest(x), "clean", own, size=32), "clean"
         )
-        assert "<lambda> cannot be told from other networks" in caplog.text
+        assert "<lambda> cannot be distinguished from other networks" in caplog.text
         caplog.clear()
     assert list((tmp_path / "cells").iterdir()) == []
 

@@ -1,62 +1,151 @@
-"""A suite as one network sees it: its measurements, and what a report says of them."""
+"""What a suite is: its passes over images, its settings, and what a report says about it.
+
+Shapes: B batch, S cells of a pass.
+"""
 
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
-from mae_dat.robustness.measure import ImagePass
+import torch
+from torch import Tensor
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import ImageSize
+from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import SuiteFacts
+from mae_dat.robustness.suites.sets import BenchmarkSet
 from mae_dat.storage.weight_files import listing
+
+CLEAN, GENERATED, CONFLICT = "clean", "generated", "conflict"
+
+Adversary = Callable[[Network, Tensor, Tensor, Tensor], Tensor]
+"""(network, images (B, 3, H, W), labels (B,), image numbers (B,)) to adversarial images (B, 3, H, W)."""
+WordHits = Callable[[Network, Tensor, Tensor, Tensor], Tensor]
+"""The same arguments to bool (S, B): whether the prediction is correct at each share of changed words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePass:
+    """One pass over an image set, which gives S cells: each image is read once and seen in S versions.
+
+    S is 1, or 5 where a corruption is made at every severity, or the number of word budgets of a word attack.
+    """
+
+    images: BenchmarkSet
+    cells: tuple[str, ...] = ("",)
+    """Names of the cells, in the order of the S axis."""
+    corruption: str = ""
+    severities: tuple[int, ...] = ()
+    """Of images that are corrupted here: one cell each."""
+    seed: int = 0
+    """Of the corruption's random draws."""
+    adversary: Adversary | None = None
+    word_hits: WordHits | None = None
+    calibrated: bool = False
+    """Whether confidences are measured too."""
+    float32: bool = False
+    """Whether it is always measured in float32."""
+    fixed_batches: bool = False
+    """Whether batches are the same for any number of ranks, because the images of a batch share their random draws."""
+    compare_with_float32: bool = False
+    """Whether a prediction counts as correct if it is the one that the same network makes in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Portions of pictures, measured in one way."""
+    """A suite as one network sees it: passes over images that are all measured in the same way."""
 
     name: str
     title: str
-    portions: tuple[ImagePass, ...]
+    passes: tuple[ImagePass, ...]
     official: bool
-    made: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What was done to the pictures: part of the protocol."""
+    """Whether the images are the published files."""
+    extra_protocol: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What was done to the images; added to the protocol of the image set."""
     packages: tuple[str, ...] = ()
-    """That it needs beside those of `mae_dat.runtime.environment`."""
+    """Packages it needs beyond those of `mae_dat.runtime.environment`."""
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """How it is measured: part of a result's key."""
+        return {**self.passes[0].images.protocol, **self.extra_protocol}
 
     @property
     def preprocessing(self) -> str:
-        """Networks for which it is the same look at the same pictures."""
-        return self.portions[0].pictures.protocol["preprocessing"]
+        """The preprocessing in words. Networks with the same one see the same pixels, which are read once for all."""
+        return self.passes[0].images.protocol["preprocessing"]
 
     @functools.cached_property
-    def prints(self) -> list[str]:
-        """The fingerprint of each portion's pictures."""
-        return [portion.pictures.fingerprint() for portion in self.portions]
+    def fingerprints(self) -> list[str]:
+        """The fingerprint of each pass's images."""
+        return [image_pass.images.fingerprint() for image_pass in self.passes]
 
     @property
-    def images(self) -> int:
-        """Pictures in each cell; in the fullest, where a partial folder's cells differ."""
-        return max(len(portion.pictures) for portion in self.portions)
+    def image_count(self) -> int:
+        """Images in each cell; in the largest one, where the cells of a partial folder differ."""
+        return max(len(image_pass.images) for image_pass in self.passes)
 
     @property
     def missing(self) -> list[str]:
-        """What any of its cells lacks, with the cells' names where not all lack it."""
-        lacking: dict[str, list[str]] = {}
-        for portion in self.portions:
-            for told in portion.pictures.missing:
-                lacking.setdefault(told, []).append(portion.cells[0])
-        every = len(self.portions)
-        return [told if len(cells) == every else f"{listing(cells, 5)}: {told}" for told, cells in lacking.items()]
+        """What any of its cells lacks, with the cells' names unless all lack it."""
+        cells_of: dict[str, list[str]] = {}
+        for image_pass in self.passes:
+            for text in image_pass.images.missing:
+                cells_of.setdefault(text, []).append(image_pass.cells[0])
+        return [
+            text if len(cells) == len(self.passes) else f"{listing(cells, 5)}: {text}"
+            for text, cells in cells_of.items()
+        ]
 
     @property
     def facts(self) -> SuiteFacts:
-        """What a report says of it."""
-        joined = hashlib.sha256("".join(self.prints).encode()).hexdigest()
+        """What a report says about it."""
+        joined = hashlib.sha256("".join(self.fingerprints).encode()).hexdigest()
         return {
             "title": self.title,
-            "protocol": {**self.portions[0].pictures.protocol, **self.made},
+            "protocol": self.protocol,
             "official": self.official,
-            "images": self.images,
-            "left_out": max(portion.pictures.left_out for portion in self.portions),
+            "images": self.image_count,
+            "left_out": max(image_pass.images.left_out for image_pass in self.passes),
             "missing": self.missing,
-            "fingerprint": joined if len(set(self.prints)) > 1 else self.prints[0],
+            "fingerprint": joined if len(set(self.fingerprints)) > 1 else self.fingerprints[0],
         }
+
+
+class NetworkInput(NamedTuple):
+    """How images are resized for a network."""
+
+    size_HW: ImageSize
+    interpolation: str = "bicubic"
+    crop: float | None = None
+    """The crop's side over the resized image's; None for the usual one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteSettings:
+    """Which images below a folder are measured, and how."""
+
+    root: Path
+    partial: bool = False
+    """Accept incomplete folders; their rows are marked."""
+    subset: Path | None = None
+    """RobustBench's list of 5,000 images, for ImageNet and ImageNet-C."""
+    limit: int | None = None
+    """Images of each cell."""
+    whole_clean: bool = False
+    """Count all images of clean and conflict, whatever the limit: they take one forward pass each."""
+    seed: int = 0
+    held_out: bool = False
+    """Also the four further corruptions, where they are made here."""
+    tokenizer: str = "embedded"
+    batch_size: int = 64
+    """Only AutoAttack's result depends on it."""
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit {self.limit}: give at least 1 picture a cell, or None for all.")

@@ -1,6 +1,6 @@
-"""Which benchmarks lie in a folder, under whatever of their usual names.
+"""Find the benchmarks in a folder, by their usual names.
 
-Names alone are looked at here; whether a folder holds all that it should is for `open_benchmark` to say.
+Only names are compared here; `open_benchmark` checks whether a folder is complete.
 """
 
 import re
@@ -10,63 +10,72 @@ from typing import NamedTuple
 
 from mae_dat.config.errors import DataError, UserError
 from mae_dat.data.folders import require_folder
+from mae_dat.robustness.suites.catalogue import BENCHMARKS, Benchmark
 from mae_dat.robustness.suites.folders import folders_in
-from mae_dat.robustness.suites.labels import beside, read_objectnet
-from mae_dat.robustness.suites.sets import BENCHMARKS, Benchmark
+from mae_dat.robustness.suites.labels import find_label_file, read_objectnet
 
 
-class Found(NamedTuple):
-    """Where a benchmark is, or why it is not there."""
+class BenchmarkLocation(NamedTuple):
+    """The folder of a benchmark, or why it is missing."""
 
     benchmark: Benchmark
     folder: Path | None
-    note: str
+    reason: str
 
 
 def _plain(name: str) -> str:
-    """'ImageNet-C' and 'imagenet_c' are one name."""
+    """Return a name without case and punctuation: 'ImageNet-C' and 'imagenet_c' become one."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def find(root: str | Path, name: str) -> Path | None:
-    """The folder of benchmark `name`: `root` itself or a folder in it, under one of its usual names in any spelling;
-    None if there is none. Raises MissingInputError without `root`, DataError for several."""
+def find_benchmark(root: str | Path, name: str) -> Path | None:
+    """Return the folder of benchmark `name`, None if there is none: `root` itself or a folder in it, under one of the
+    benchmark's usual names in any spelling.
+
+    Raises MissingInputError without `root`, DataError for several candidates.
+    """
     require_folder(root)
-    known = BENCHMARKS[name]
-    usual = {_plain(own) for own in known.usual}
-    around = {Path(root).resolve().name: str(root), **folders_in(str(root))}
-    places = [Path(path) for own, path in around.items() if _plain(own) in usual]
-    # `val` names ImageNet's pictures only where nothing else tells whose they are.
-    named = [place for place in places if place.name != "val"] or places
-    inside = [at / known.inside if (at / known.inside).is_dir() else at for at in named]
-    found = list({place.resolve(): place for place in reversed(inside)}.values())[::-1]  # a link is no second one
-    if len(found) > 1:
-        told = " and ".join(map(str, found))
-        raise DataError(f"{root}: {told} may each be {known.title}; move one of them out of {root}, or rename it")
-    return found[0] if found else None
+    benchmark = BENCHMARKS[name]
+    usual = {_plain(folder_name) for folder_name in benchmark.folder_names}
+    candidates = {Path(root).resolve().name: str(root), **folders_in(str(root))}
+    matches = [Path(path) for folder_name, path in candidates.items() if _plain(folder_name) in usual]
+    # `val` alone could hold any images: it means ImageNet only if no other name matches.
+    matches = [path for path in matches if path.name != "val"] or matches
+    folders = [path / benchmark.subfolder if (path / benchmark.subfolder).is_dir() else path for path in matches]
+    distinct = list({path.resolve(): path for path in reversed(folders)}.values())[::-1]  # a link is not a second one
+    if len(distinct) > 1:
+        paths = " and ".join(map(str, distinct))
+        raise DataError(f"{root}: {paths} may each be {benchmark.title}; move one of them out of {root}, or rename it")
+    return distinct[0] if distinct else None
 
 
-def inventory(root: str | Path) -> list[Found]:
-    """Every benchmark, found in `root` or not. Raises MissingInputError without `root`."""
+def inventory(root: str | Path) -> list[BenchmarkLocation]:
+    """Return every benchmark with its folder in `root` or the reason it is missing.
+
+    Raises MissingInputError without `root`.
+    """
     require_folder(root)
-    rows = []
-    for known in BENCHMARKS.values():
-        folder, note = None, ""
+    locations = []
+    for benchmark in BENCHMARKS.values():
+        folder, reason = None, ""
         try:
-            folder = find(root, known.name)
+            folder = find_benchmark(root, benchmark.name)
             if folder is None:
-                note = f"no folder {known.usual[0]}, in any spelling"
-            elif known.source == "real":
-                beside(folder, "real.json")
-            elif known.source in ("objnet-113", "objnet-1000"):
+                reason = f"no folder {benchmark.folder_names[0]}, in any spelling"
+            elif benchmark.label_source == "real":
+                find_label_file(folder, "real.json")
+            elif benchmark.label_source in ("objnet-113", "objnet-1000"):
                 read_objectnet(folder)
         except UserError as error:
-            folder, note = None, str(error)
-        rows.append(Found(known, folder, note))
-    return rows
+            folder, reason = None, str(error)
+        locations.append(BenchmarkLocation(benchmark, folder, reason))
+    return locations
 
 
-def inventory_text(found: Sequence[Found]) -> str:
-    """A line a benchmark: its name, and where it is or why it is not measured."""
-    wide = max(len(row.benchmark.name) for row in found)
-    return "\n".join(f"{row.benchmark.name:<{wide}}  {row.folder or 'not measured: ' + row.note}" for row in found)
+def inventory_text(locations: Sequence[BenchmarkLocation]) -> str:
+    """Return a line for each benchmark: its name, and its folder or why it is not measured."""
+    width = max(len(location.benchmark.name) for location in locations)
+    return "\n".join(
+        f"{location.benchmark.name:<{width}}  {location.folder or 'not measured: ' + location.reason}"
+        for location in locations
+    )

@@ -1,4 +1,4 @@
-"""Labels that benchmarks keep beside their pictures, in the files that they are published with."""
+"""Labels that benchmarks keep in files beside their images, or in the names of the images."""
 
 import hashlib
 import json
@@ -14,146 +14,172 @@ from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.data.folders import walk_images
 from mae_dat.data.generated.draw import SHAPES, TEXTURES
 from mae_dat.robustness.suites.folders import Listing
-from mae_dat.robustness.suites.imagenet import NO_CLASS, SIXTEEN, SYNSETS, Reading, reading
+from mae_dat.robustness.suites.imagenet import NO_CLASS, SIXTEEN, SYNSETS, ClassMapping, class_mapping
 
-VALIDATION = 50_000
-OVERLAP, OVERLAP_LOGITS = 113, 125  # ObjectNet's classes that ImageNet has, and how many ImageNet classes they are
-NO_LABEL = -2  # fills up rows of labels; no answer equals it, NO_CLASS included
+VALIDATION_IMAGES = 50_000
+OVERLAP, OVERLAP_LOGITS = 113, 125  # ObjectNet's classes that ImageNet has, and the number of their ImageNet classes
+NO_LABEL = -2  # pads rows of labels; no prediction equals it, NO_CLASS included
 SUBSET_IMAGES, SUBSET_DIGEST = 5000, "d4121626d07722a0"
 
 
-def beside(folder: Path, name: str, inside: str = "") -> Path:
-    """The file `name` in `folder` or one of the two above it, or in a folder `inside` of these. MissingInputError."""
-    places = [place / part for place in (folder, *folder.parents[:2]) for part in ("", inside)]
-    for place in places:
-        if (place / name).is_file():
-            return place / name
+def find_label_file(folder: Path, name: str, subfolder: str = "") -> Path:
+    """Return the file `name` in `folder` or one of its two parents, or in a folder `subfolder` of these.
+
+    Raises MissingInputError.
+    """
+    folders = [parent / inner for parent in (folder, *folder.parents[:2]) for inner in ("", subfolder)]
+    for candidate in folders:
+        if (candidate / name).is_file():
+            return candidate / name
     raise MissingInputError(
-        f"{folder}: {name} is missing; put it beside the pictures ({folder.parent / inside / name})"
+        f"{folder}: {name} is missing; put it beside the images ({folder.parent / subfolder / name})"
     )
 
 
-def _json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is no JSON that can be read ({error}); download it again") from error
 
 
-def validation_number(path: str) -> int:
-    """1 to 50,000 from 'n01440764/ILSVRC2012_val_00000293.JPEG'. Raises DataError for another name."""
-    found = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.\w+", path.rpartition("/")[2])
-    if not found or not 1 <= int(found[1]) <= VALIDATION:
-        raise DataError(f"{path}: the name of a validation picture is ILSVRC2012_val_<8 digits>.JPEG; unpack it again")
-    return int(found[1])
+# ---- ReaL ----
+
+
+def _validation_number(path: str) -> int:
+    """Return 1 to 50,000 from 'n01440764/ILSVRC2012_val_00000293.JPEG'. Raises DataError for another name."""
+    match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.\w+", path.rpartition("/")[2])
+    if not match or not 1 <= int(match[1]) <= VALIDATION_IMAGES:
+        raise DataError(f"{path}: the name of a validation image is ILSVRC2012_val_<8 digits>.JPEG; unpack it again")
+    return int(match[1])
 
 
 def real_targets(file: Path, listing: Listing) -> tuple[Listing, Tensor]:
-    """The pictures that ReaL has labels for, and the labels, int64 (N, most), filled up with NO_LABEL.
+    """Return the images that ReaL has labels for, and the labels, int64 (N, most), padded with NO_LABEL.
 
-    `file` is real.json of google-research/reassessed-imagenet: for each validation picture by its number a list of
-    ImageNet classes, empty where nobody agreed. Raises DataError.
+    `file` is real.json of google-research/reassessed-imagenet: for each validation image by its number a list of
+    ImageNet classes, empty where the annotators did not agree. Raises DataError.
     """
-    labels = _json(file)
-    if not isinstance(labels, list) or len(labels) != VALIDATION:
-        raise DataError(f"{file}: is no list of {VALIDATION} lists of labels; download ReaL's real.json again")
-    rows = [labels[validation_number(path) - 1] for path, _ in listing]
+    labels = _read_json(file)
+    if not isinstance(labels, list) or len(labels) != VALIDATION_IMAGES:
+        raise DataError(f"{file}: is no list of {VALIDATION_IMAGES} lists of labels; download ReaL's real.json again")
+    rows = [labels[_validation_number(path) - 1] for path, _ in listing]
     if bad := [row for row in rows if not all(isinstance(i, int) and 0 <= i < len(SYNSETS) for i in row)]:
         raise DataError(f"{file}: {bad[0]} are no ImageNet classes 0 to 999; download ReaL's real.json again")
-    kept = [(picture, row) for picture, row in zip(listing, rows, strict=True) if row]
-    most = max((len(row) for _, row in kept), default=1)
-    table = tensor([row + [NO_LABEL] * (most - len(row)) for _, row in kept])
-    return [picture for picture, _ in kept], table
+    labelled = [(image, row) for image, row in zip(listing, rows, strict=True) if row]
+    most = max((len(row) for _, row in labelled), default=1)
+    table = tensor([row + [NO_LABEL] * (most - len(row)) for _, row in labelled])
+    return [image for image, _ in labelled], table
+
+
+# ---- cue conflict ----
 
 
 def conflict_targets(root: str, listing: Listing) -> tuple[Listing, Tensor]:
-    """The cue-conflict pictures whose cues differ, and (shape, texture), int64 (N, 2), from names such as
-    'cat/cat3-truck1.png' (Geirhos et al. 2019). Raises DataError for another name, or another folder than the shape's.
+    """Return the cue-conflict images whose cues differ, and (shape, texture), int64 (N, 2), from names such as
+    'cat/cat3-truck1.png' (Geirhos et al. 2019).
+
+    Raises DataError for another name, or a folder other than the shape's.
     """
-    names, kept, rows = list(SIXTEEN), [], []
+    categories = list(SIXTEEN)
+    conflicting: Listing = []
+    rows = []
     for path, label in listing:
-        found = re.fullmatch(r"([a-z]+)/([a-z]+)\d+-([a-z]+)\d+\.png", path)
-        if not found or found[1] != found[2] or found[3] not in SIXTEEN:
+        match = re.fullmatch(r"([a-z]+)/([a-z]+)\d+-([a-z]+)\d+\.png", path)
+        if not match or match[1] != match[2] or match[3] not in SIXTEEN:
             raise DataError(f"{root}/{path}: expected <shape>/<shape><i>-<texture><j>.png of the 16 classes")
-        if found[2] != found[3]:
-            kept.append((path, label))
-            rows.append([label, names.index(found[3])])
-    return kept, tensor(rows)
+        if match[2] != match[3]:
+            conflicting.append((path, label))
+            rows.append([label, categories.index(match[3])])
+    return conflicting, tensor(rows)
 
 
 def read_conflicts(folder: Path, classes: Sequence[str]) -> tuple[Listing, Tensor]:
-    """Pictures `<shape>-<texture>` or `<shape>-<texture>-*` of one's own classes, anywhere below `folder`: their
-    listing, and int64 (N, 2), the classes that shape and texture belong to. A texture bears the name of its class, or,
-    of the shapes that we draw, one of `generated.TEXTURES`.
+    """List images `<shape>-<texture>` or `<shape>-<texture>-*` of custom classes anywhere below `folder`, and return
+    the classes of shape and texture, int64 (N, 2).
 
-    Pictures whose cues agree say nothing about the bias and are left out (Geirhos et al. 2019). Raises
-    MissingInputError or DataError, naming the folder, or a picture that is named otherwise.
+    A texture has the name of its class or, for the shapes of the generated data set, one of `TEXTURES`. Images whose
+    cues agree say nothing about the shape bias and are left out (Geirhos et al. 2019). Raises MissingInputError or
+    DataError, which names the folder, or an image with another name.
     """
     if not folder.is_dir():
-        raise MissingInputError(f"{folder}: no such folder of conflict pictures; leave the suite conflict out.")
-    drawn = set(classes) == set(SHAPES)
-    owner = dict(zip(TEXTURES, SHAPES, strict=True)) if drawn else {name: name for name in classes}
+        raise MissingInputError(f"{folder}: no such folder of conflict images; leave the suite conflict out.")
+    is_generated = set(classes) == set(SHAPES)
+    class_of_texture = dict(zip(TEXTURES, SHAPES, strict=True)) if is_generated else {name: name for name in classes}
     number = {name: i for i, name in enumerate(classes)}
     listing, cues = [], []
     for path in walk_images(str(folder), {os.path.realpath(folder)}):
-        shape, texture = _cues_in(path, classes, owner)
-        told = number[shape], number[owner[texture]]
-        if told[0] != told[1]:
-            listing.append((os.path.relpath(path, folder), told[0]))
-            cues.append(told)
+        shape, texture = _cues_in(path, classes, class_of_texture)
+        shape_label, texture_label = number[shape], number[class_of_texture[texture]]
+        if shape_label != texture_label:
+            listing.append((os.path.relpath(path, folder), shape_label))
+            cues.append((shape_label, texture_label))
     if not listing:
-        raise DataError(f"{folder}: no picture named <shape>-<texture>-* of two classes; leave the suite conflict out.")
+        raise DataError(f"{folder}: no image named <shape>-<texture>-* of two classes; leave the suite conflict out.")
     return listing, tensor(cues)
 
 
 def _cues_in(path: str, shapes: Iterable[str], textures: Iterable[str]) -> tuple[str, str]:
-    """The shape and the texture that a picture is named by, which may hold hyphens themselves: of a texture that begins
-    like another, the longer. Raises DataError, naming the picture, where no names of these fit, or several."""
+    """Return the shape and the texture in an image's name; both may contain hyphens themselves.
 
-    def begins(text: str, name: str) -> bool:
+    If one texture's name begins with another's, the longer one is taken. Raises DataError, which names the image,
+    unless exactly one shape fits.
+    """
+
+    def begins_with(text: str, name: str) -> bool:
         return text == name or text.startswith(f"{name}-")
 
     stem = os.path.splitext(os.path.basename(path))[0]
-    found = []
+    pairs = []
     for shape in (name for name in shapes if stem.startswith(f"{name}-")):
-        fit = [name for name in textures if begins(stem[len(shape) + 1 :], name)]
-        found += [(shape, max(fit, key=len))] if fit else []
-    if len(found) == 1:
-        return found[0]
-    if found:
-        told = " or ".join(f"the shape {shape!r} with the texture {texture!r}" for shape, texture in found)
-        raise DataError(f"{path} may be {told}: rename it")
-    some = [", ".join(list(names)[:10]) for names in (shapes, textures)]
-    raise DataError(f"{path}: expected <shape>-<texture>-*, a shape such as {some[0]} and a texture such as {some[1]}")
+        matches = [name for name in textures if begins_with(stem[len(shape) + 1 :], name)]
+        pairs += [(shape, max(matches, key=len))] if matches else []
+    if len(pairs) == 1:
+        return pairs[0]
+    if pairs:
+        choices = " or ".join(f"the shape {shape!r} with the texture {texture!r}" for shape, texture in pairs)
+        raise DataError(f"{path} may be {choices}: rename it")
+    some_shapes, some_textures = (", ".join(list(names)[:10]) for names in (shapes, textures))
+    raise DataError(
+        f"{path}: expected <shape>-<texture>-*, a shape such as {some_shapes} and a texture such as {some_textures}"
+    )
+
+
+# ---- ObjectNet ----
 
 
 class ObjectNet(NamedTuple):
-    """ObjectNet's classes as ImageNet's."""
+    """ObjectNet's classes in terms of ImageNet's."""
 
     labels: dict[str, int]
     """Each folder's class among the overlapping ones, or NO_CLASS."""
     members: dict[str, tuple[int, ...]]
-    """The ImageNet classes that each overlapping class is."""
+    """The ImageNet classes of each overlapping class."""
 
-    def reading(self, restricted: bool) -> Reading:
-        """objnet-113: only the logits of overlapping classes count (R50: 35.75 %); objnet-1000: all do (about 17 %)."""
+    def class_mapping(self, restricted: bool) -> ClassMapping:
+        """Return the mapping of objnet-113, where only the logits of overlapping classes are used (ResNet-50: 35.75 %),
+        or of objnet-1000, where all are (about 17 %)."""
         name = f"{OVERLAP_LOGITS} logits for {OVERLAP} classes" if restricted else f"1000 logits for {OVERLAP} classes"
-        return reading(name, self.members, only_these=restricted)
+        return class_mapping(name, self.members, restricted=restricted)
 
 
 def read_objectnet(folder: Path) -> ObjectNet:
-    """From the four files that ObjectNet is published with, in its folder `mappings`. Raises MissingInputError,
-    DataError."""
-    names_of = _json(beside(folder, "folder_to_objectnet_label.json", "mappings"))
-    imagenet_of = _json(beside(folder, "objectnet_to_imagenet_1k.json", "mappings"))
-    line_of = _json(beside(folder, "pytorch_to_imagenet_2012_id.json", "mappings"))
-    lines = beside(folder, "imagenet_to_label_2012_v2", "mappings").read_text().splitlines()
+    """Read the four files that ObjectNet is published with, in its folder `mappings`.
+
+    Raises MissingInputError, DataError.
+    """
+    label_of_folder = _read_json(find_label_file(folder, "folder_to_objectnet_label.json", "mappings"))
+    imagenet_names = _read_json(find_label_file(folder, "objectnet_to_imagenet_1k.json", "mappings"))
+    line_of_class = _read_json(find_label_file(folder, "pytorch_to_imagenet_2012_id.json", "mappings"))
+    lines = find_label_file(folder, "imagenet_to_label_2012_v2", "mappings").read_text().splitlines()
     try:
-        class_of_line = {int(line): int(number) for number, line in line_of.items()}
-        class_of = {text.strip(): class_of_line[line] for line, text in enumerate(lines) if text.strip()}
-        members = {own: tuple(class_of[text] for text in texts.split("; ")) for own, texts in imagenet_of.items()}
-        folder_of = {own: name for name, own in names_of.items()}
-        members = {folder_of[own]: ids for own, ids in members.items()}
+        class_of_line = {int(line): int(number) for number, line in line_of_class.items()}
+        class_of_name = {text.strip(): class_of_line[line] for line, text in enumerate(lines) if text.strip()}
+        folder_of_label = {label: name for name, label in label_of_folder.items()}
+        classes_of_label = {
+            label: tuple(class_of_name[name] for name in names.split("; ")) for label, names in imagenet_names.items()
+        }
+        members = {folder_of_label[label]: classes for label, classes in classes_of_label.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{folder}: ObjectNet's mapping files do not fit together at {error}; unpack them again"
@@ -164,11 +190,14 @@ def read_objectnet(folder: Path) -> ObjectNet:
         )
     members = dict(sorted(members.items()))
     numbers = {name: number for number, name in enumerate(members)}
-    return ObjectNet({name: numbers.get(name, NO_CLASS) for name in sorted(names_of)}, members)
+    return ObjectNet({name: numbers.get(name, NO_CLASS) for name in sorted(label_of_folder)}, members)
+
+
+# ---- RobustBench's subset ----
 
 
 def read_subset(file: Path, digest: str = SUBSET_DIGEST) -> set[str]:
-    """The 'n01440764/ILSVRC2012_val_00000293.JPEG' of RobustBench's imagenet_test_image_ids.txt, 5,000 of them.
+    """Return the 'n01440764/ILSVRC2012_val_00000293.JPEG' of RobustBench's imagenet_test_image_ids.txt, 5,000 of them.
 
     Raises MissingInputError, and DataError for a file whose sha256 does not start with `digest`.
     """
@@ -176,12 +205,12 @@ def read_subset(file: Path, digest: str = SUBSET_DIGEST) -> set[str]:
         raise MissingInputError(f"{file} does not exist; it is robustbench/data/imagenet_test_image_ids.txt")
     content = file.read_bytes()
     if not hashlib.sha256(content).hexdigest().startswith(digest):
-        raise DataError(f"{file}: is not RobustBench's list of {SUBSET_IMAGES} pictures (sha256 {digest}...)")
+        raise DataError(f"{file}: is not RobustBench's list of {SUBSET_IMAGES} images (sha256 {digest}...)")
     return {"/".join(line.split("/")[-2:]) for line in content.decode().split()}
 
 
-def only_these(listing: Listing, wanted: set[str], root: str) -> Listing:
-    """The pictures of a subset. Raises DataError for one that is not there."""
-    if absent := sorted(wanted - {path for path, _ in listing}):
-        raise DataError(f"{root}: {len(absent)} of the {len(wanted)} listed pictures are missing, first {absent[0]}")
-    return [(path, label) for path, label in listing if path in wanted]
+def select_subset(listing: Listing, subset: set[str], root: str) -> Listing:
+    """Return the images of a subset, in the order of `listing`. Raises DataError if one is missing."""
+    if absent := sorted(subset - {path for path, _ in listing}):
+        raise DataError(f"{root}: {len(absent)} of the {len(subset)} listed images are missing, first {absent[0]}")
+    return [(path, label) for path, label in listing if path in subset]

@@ -1,17 +1,17 @@
-"""The robustness benchmarks of ImageNet as image sets, from the folders that they are published in.
+"""Image sets of the benchmarks: the images, labels and protocol of each cell, read from the published folders.
 
-Each cell (a benchmark, or its corruption at a severity) is a `BenchmarkSet`: pictures, labels, the `Reading` that says
-which logits count, and the protocol that is part of a result's key. `open_benchmark` refuses what is not whole before
-anything is computed. Sizes are those of the published sets; N images of a cell.
+A cell is a benchmark, or one of its corruptions at one severity. `open_benchmark` rejects incomplete folders before
+anything is computed. Shapes: N images of a cell, L labels of an image, B batch.
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -24,55 +24,32 @@ from mae_dat.data.decode import ADVICE, decode_file, read_bytes
 from mae_dat.data.folders import require_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet
 from mae_dat.data.transforms import EvalTransform
-from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES
+from mae_dat.robustness.corruptions import SEVERITIES
+from mae_dat.robustness.suites.catalogue import BENCHMARKS, Benchmark
 from mae_dat.robustness.suites.folders import (
-    Expected,
+    ExpectedFolder,
     Listing,
     check_size,
     check_some_sizes,
     corruption_folders,
-    difference,
-    evenly_spread,
-    list_pictures,
+    describe_listing_difference,
+    list_images,
+    missing_images,
+    sampled_indices,
     severity_folders,
-    shortfall,
 )
-from mae_dat.robustness.suites.imagenet import (
-    ALL_CLASSES,
-    CLASSES_OF_A,
-    CLASSES_OF_R,
-    IMAGENET_A,
-    IMAGENET_R,
-    NO_CLASS,
-    SIXTEEN,
-    SIXTEEN_CLASSES,
-    SYNSETS,
-    Reading,
-    synsets_of,
-)
+from mae_dat.robustness.suites.imagenet import NO_CLASS, ClassMapping
 from mae_dat.robustness.suites.labels import (
-    beside,
     conflict_targets,
-    only_these,
+    find_label_file,
     read_objectnet,
     real_targets,
+    select_subset,
 )
 
 logger = logging.getLogger(__name__)
 
-C_BAR = (  # as its authors spell them
-    "blue_noise_sample",
-    "brownish_noise",
-    "caustic_refraction",
-    "checkerboard_cutout",
-    "cocentric_sine_waves",
-    "inverse_sparkles",
-    "perlin_noise",
-    "plasma_noise",
-    "single_frequency_greyscale",
-    "sparkles",
-)
-PARTIAL = "complete it, or measure what is there as a row of its own with --partial"
+PARTIAL_ADVICE = "complete it, or measure what is there as a row of its own with --partial"
 
 
 class Cell(NamedTuple):
@@ -84,133 +61,78 @@ class Cell(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """What is known of a benchmark."""
-
-    name: str
-    title: str
-    usual: tuple[str, ...]
-    """What its folder is called, in any spelling: ImageNet-C, imagenet_c."""
-    images: int
-    """Pictures in each cell, before any are left out by the protocol."""
-    labels: Mapping[str, int]
-    """Class folders and their labels; for ObjectNet its own files say it."""
-    per_class: int | None = None
-    """Pictures of each class, where they are equally many."""
-    reading: Reading = ALL_CLASSES
-    source: Literal["folder", "real", "conflict", "objnet-113", "objnet-1000"] = "folder"
-    """Where labels come from: the class folder, ReaL's file, the pictures' names, ObjectNet's mapping files."""
-    side: int | None = None
-    """Stored at this size in pixels, and never resized for a network of that size."""
-    border: int = 0
-    """Pixels cut off on each side first."""
-    inside: str = ""
-    """A folder within the benchmark's that may hold its class folders."""
-    corruptions: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
-    """Further corruptions, measured where they are there."""
-    by_strength: bool = False
-    """Whether folders of severities may be named by their strength, as its authors' generator does."""
-
-
-def _numbered(names: Sequence[str]) -> dict[str, int]:
-    return {name: number for number, name in enumerate(names)}
-
-
-_WNIDS = _numbered(SYNSETS)
-_A, _R = (dict(zip(synsets_of(part), part, strict=True)) for part in (IMAGENET_A, IMAGENET_R))
-# Labels are the folders' numbers: sorted as text, folder "100" would come third.
-_V2 = {str(number): number for number in range(len(SYNSETS))}
-_VAL = ("imagenet", "imagenet-1k", "imagenet-val", "ILSVRC2012", "val")
-_V2_NAMES = ("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency", "imagenet-v2")
-_SIN = ("stylized-imagenet", "imagenet-stylized", "imagenet-style")
-_SKETCH = ("imagenet-sketch", "sketch")
-_NET = ("objectnet-1.0", "objectnet")
-_CUE = ("cue-conflict", "style-transfer-preprocessed-512")
-_SHAPES = _numbered(list(SIXTEEN))
-_C = Benchmark("", "", ("imagenet-c",), 50_000, _WNIDS, 50, side=224, corruptions=C_BAR)
-
-BENCHMARKS: dict[str, Benchmark] = {
-    found.name: found
-    for found in (
-        Benchmark("imagenet", "ImageNet", _VAL, 50_000, _WNIDS, 50, inside="val"),
-        Benchmark("imagenet-real", "ImageNet-ReaL", _VAL, 50_000, _WNIDS, 50, source="real", inside="val"),
-        Benchmark("imagenet-v2", "ImageNet-V2", _V2_NAMES, 10_000, _V2, 10),
-        Benchmark("imagenet-a", "ImageNet-A", ("imagenet-a",), 7500, _A, reading=CLASSES_OF_A),
-        Benchmark("imagenet-r", "ImageNet-R", ("imagenet-r",), 30_000, _R, reading=CLASSES_OF_R),
-        Benchmark("imagenet-sketch", "ImageNet-Sketch", _SKETCH, 50_889, _WNIDS, inside="sketch"),
-        Benchmark("stylized", "Stylized-ImageNet", _SIN, 50_000, _WNIDS, 50, side=224, inside="val"),
-        Benchmark("objnet-113", "ObjectNet", _NET, 50_273, {}, source="objnet-113", border=2, inside="images"),
-        Benchmark("objnet-1000", "ObjectNet", _NET, 50_273, {}, source="objnet-1000", border=2, inside="images"),
-        dataclasses.replace(_C, name="imagenet-c", title="ImageNet-C", corruptions=CORRUPTIONS, held_out=EXTRA),
-        dataclasses.replace(
-            _C, name="imagenet-c-bar", title="ImageNet-C-bar", usual=("imagenet-c-bar",), by_strength=True
-        ),
-        Benchmark("cue-conflict", "cue conflict", _CUE, 1280, _SHAPES, 80, SIXTEEN_CLASSES, "conflict", 224),
-    )
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """From a decoded picture to the network's input; as text it is part of a result's key."""
+    """From a decoded image to the network's input; as text, part of a result's key."""
 
     size_HW: ImageSize
     interpolation: str = "bicubic"
     side: int | None = None
+    """Height and width of stored images, which are never cropped."""
     border: int = 0
+    """Pixels cut off on each side first."""
     crop: float | None = None
-    """The crop's side over the resized picture's, of a network that has one of its own; not for sets of one size."""
-    keep: bool = False
-    """Whether a picture that has the network's size by chance passes unchanged: not in the benchmarks."""
+    """The crop's side over the resized image's, of a network that has its own; not used for stored images."""
+    keep_size: bool = False
+    """Whether an image that happens to have the network's size passes unchanged; never in the benchmarks."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return to_tensor(self.picture(image))
+        """Return float pixels (3, H, W) in [0, 1]."""
+        return to_tensor(self.resize_and_crop(image))
 
-    def picture(self, image: Image.Image) -> Image.Image:
-        """The picture that becomes the input, 8 bits a channel."""
+    def resize_and_crop(self, image: Image.Image) -> Image.Image:
+        """Return the 8-bit RGB image that becomes the input."""
         width, height = image.size
         if self.border:
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        # What is stored at one size is never cropped.
-        stored = self.side is not None
-        crop_pct, keep_size = 1.0 if stored else self.crop, stored or self.keep
+        is_stored = self.side is not None
+        crop_pct = 1.0 if is_stored else self.crop
+        keep_size = is_stored or self.keep_size
         return EvalTransform(self.size_HW, self.interpolation, crop_pct, keep_size).resize_and_crop(image)
 
     def __str__(self) -> str:
         size, side = f"{self.size_HW[0]} x {self.size_HW[1]}", self.side
         if side is None:
             height, width = EvalTransform(self.size_HW, crop_pct=self.crop).cover_HW
-            cut = f"border of {self.border} px cut, " if self.border else ""
-            cut += f"if not {size}: " if self.keep else ""
-            own = f", the network's own share of {self.crop:g}" if self.crop else ""
-            return f"{cut}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}{own}"
+            prefix = f"border of {self.border} px cut, " if self.border else ""
+            prefix += f"if not {size}: " if self.keep_size else ""
+            suffix = f", the network's own share of {self.crop:g}" if self.crop else ""
+            return f"{prefix}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}{suffix}"
         as_stored = f"{side} x {side} as stored"
         return as_stored if self.size_HW == (side, side) else f"{as_stored}, resized to {size} ({self.interpolation})"
 
 
 class BenchmarkSet(ImageSet):
-    """The pictures of one cell. A bad one is an error, never a skip.
+    """The images of one cell. An unreadable one raises an error; none is ever skipped.
 
-    `targets` int64 (N, L): the labels that are right, filled up with a number that no answer has; for cue conflict
-    (N, 2), shape and texture.
+    `targets` int64 (N, L): the correct labels, padded with a number that no prediction equals; for cue conflict (N, 2),
+    shape and texture.
     """
 
+    transform: Preprocessing
+
     def __init__(
-        self, cell: Cell, root: str, listing: Listing, targets: Tensor, reading: Reading, prepare: Preprocessing
+        self,
+        cell: Cell,
+        root: str,
+        listing: Listing,
+        targets: Tensor,
+        class_mapping: ClassMapping,
+        preprocessing: Preprocessing,
     ) -> None:
-        super().__init__(root, prepare)
-        self.cell, self.listing, self.targets, self.reading, self.side = cell, listing, targets, reading, prepare.side
-        self.classes = list(reading.classes)
+        super().__init__(root, preprocessing)
+        self.cell, self.listing, self.targets = cell, listing, targets
+        self.class_mapping, self.side = class_mapping, preprocessing.side
+        self.classes = list(class_mapping.classes)
         self.numbers: list[int] = []
-        """The pictures' places in the whole folder, of which only some were chosen; empty for their places here."""
+        """The images' positions in the whole folder, if only some were selected; empty if these are 0 to N - 1."""
         self.left_out = 0
-        """Pictures that the protocol leaves out: unlabelled (ReaL), of equal cues, of classes that ImageNet lacks."""
+        """Number of images that the protocol leaves out: without label (ReaL), of equal cues, of classes that ImageNet
+        lacks."""
         self.missing: list[str] = []
         """What the folder lacks, in words; empty unless it was opened as partial."""
         self.protocol: dict[str, str] = {
-            "reading": reading.name,
-            "preprocessing": str(prepare),
+            "reading": class_mapping.name,
+            "preprocessing": str(preprocessing),
             "folder": "",
             "subset": "",
         }
@@ -219,80 +141,125 @@ class BenchmarkSet(ImageSet):
         return len(self.listing)
 
     def name_of(self, index: int) -> str:
-        """The path."""
+        """Return the path."""
         return f"{self.root}/{self.listing[index][0]}"
 
     def load_image(self, index: int) -> Image.Image:
-        """As the base class; DataError also for a picture of another size than the set is stored at."""
+        """Return the decoded image as the base class does; raise DataError also for an image whose size is not the
+        stored one."""
         path = self.name_of(index)
-        with _nothing_skipped():
-            picture = decode_file(path)
+        with _unpack_advice():
+            image = decode_file(path)
         if self.side is not None:
-            check_size(path, picture.size, self.side)
-        return picture
+            check_size(path, image.size, self.side)
+        return image
+
+    def prepared_image(self, index: int) -> Image.Image:
+        """Return the image as the network gets it, 8-bit RGB."""
+        return self.transform.resize_and_crop(self.load_image(index))
 
     def number(self, index: int) -> int:
-        """A picture's place in the whole folder, which its chance depends on: the same whichever others are taken."""
+        """Return an image's position in the whole folder. Its random draws depend on it, and so are the same whichever
+        other images are selected."""
         return self.numbers[index] if self.numbers else index
 
     def label(self, index: int) -> int:
-        """The first of the right labels; the shape's for cue conflict."""
+        """Return the first of the correct labels; for cue conflict the shape's."""
         return int(self.targets[index, 0])
 
     def fingerprint(self) -> str:
-        """Of the paths below the root, all labels, and the bytes of up to 16 of the pictures: a set that was made anew
-        under the same names is another. Raises DataError for one that cannot be read."""
+        """Return the hash of the paths below the root, all labels, and the bytes of up to 16 of the images, so that
+        other images under the same names have another fingerprint.
+
+        Raises DataError for an image that cannot be read.
+        """
         names = "".join(f"{path}\0" for path, _ in self.listing).encode(errors="surrogateescape")
-        return hashlib.sha256(names + self.targets.numpy().tobytes() + self._looks()).hexdigest()
+        return hashlib.sha256(names + self.targets.numpy().tobytes() + self._sampled_hashes()).hexdigest()
 
-    def _looks(self) -> bytes:
-        """Hashes of some pictures' files."""
-        return b"".join(hashlib.sha256(read_bytes(self.name_of(at))).digest() for at in evenly_spread(len(self)))
+    def _sampled_hashes(self) -> bytes:
+        """Return hashes of some image files."""
+        return b"".join(hashlib.sha256(read_bytes(self.name_of(i))).digest() for i in sampled_indices(len(self)))
 
-    def right(self, answers: Tensor, index: Tensor) -> Tensor:
-        """Bool (B,), where `answers` are: whether the first of `answers`, int64 (B, best), is a right one of images
-        int64 (B,), which stay on the CPU as they come from a loader."""
-        right = self.targets[index].to(answers.device, non_blocking=True)
-        if self.reading.pooled:
-            right = right[:, :1]
-        return (answers[:, :1] == right).any(1)
+    def is_correct(self, predictions: Tensor, index: Tensor) -> Tensor:
+        """Return whether the first of `predictions`, int64 (B, count), is a correct label of images `index`: bool (B,),
+        on their device. `index`, int64 (B,), stays on the CPU as it comes from a loader."""
+        targets = self.targets[index].to(predictions.device, non_blocking=True)
+        if self.class_mapping.mean_probability:  # cue conflict: the second column is the texture
+            targets = targets[:, :1]
+        return (predictions[:, :1] == targets).any(1)
 
-    def texture(self, answers: Tensor, index: Tensor) -> Tensor:
-        """Bool (B,): whether the answer is the texture's class of a cue-conflict picture."""
-        return answers[:, 0] == self.targets[index, 1].to(answers.device, non_blocking=True)
+    def is_texture(self, predictions: Tensor, index: Tensor) -> Tensor:
+        """Return whether the prediction is the texture's class of a cue-conflict image: bool (B,)."""
+        return predictions[:, 0] == self.targets[index, 1].to(predictions.device, non_blocking=True)
+
+    # ---- variants; each is a copy ----
+
+    def for_input(self, size_HW: ImageSize, interpolation: str, crop: float | None) -> "BenchmarkSet":
+        """Return the same images, preprocessed for a network of another input."""
+        preprocessing = dataclasses.replace(self.transform, size_HW=size_HW, interpolation=interpolation, crop=crop)
+        other = self.with_transform(preprocessing)
+        other.protocol = {**self.protocol, "preprocessing": str(preprocessing)}
+        return other
+
+    def named(self, name: str) -> "BenchmarkSet":
+        """Return the same images as a cell of another suite, for messages."""
+        other = copy.copy(self)
+        other.cell = Cell(name)
+        return other
+
+    def limited(self, limit: int, seed: int) -> "BenchmarkSet":
+        """Return `limit` images drawn by `seed`, in their old order; they keep their numbers."""
+        if limit >= len(self):
+            return self
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        selected = order[:limit].sort().values
+        other = copy.copy(self)
+        other.listing, other.targets = [self.listing[index] for index in selected], self.targets[selected]
+        other.numbers = [self.number(index) for index in selected.tolist()]
+        subset = f"{limit:,} of {len(self):,} pictures (seed {seed})"
+        previous = self.protocol["subset"]
+        other.protocol = {**self.protocol, "subset": f"{subset}, {previous}" if previous else subset}
+        return other
 
 
 class CustomSet(BenchmarkSet):
-    """The pictures of `images`, in a folder or in shards, with classes of their own, as one cell."""
+    """The images of `images`, in a folder or in shards, with their own classes, as one cell."""
 
-    def __init__(self, cell: Cell, images: ImageSet, reading: Reading, prepare: Preprocessing) -> None:
+    def __init__(self, cell: Cell, images: ImageSet, class_mapping: ClassMapping, preprocessing: Preprocessing) -> None:
         listing = [(str(index), images.label(index)) for index in range(len(images))]
         targets = torch.tensor([label for _, label in listing])[:, None]
-        super().__init__(cell, images.root, listing, targets, reading, prepare)
+        super().__init__(
+            cell,
+            images.root,
+            listing=listing,
+            targets=targets,
+            class_mapping=class_mapping,
+            preprocessing=preprocessing,
+        )
         self.images = images
         if images.packed_size is not None:
             self.protocol["folder"] = f"shards, shrunk to {images.packed_size} px"
 
     def name_of(self, index: int) -> str:
-        """As the image set names it."""
+        """Return the image set's name of the image."""
         return self.images.name_of(int(self.listing[index][0]))
 
     def load_image(self, index: int) -> Image.Image:
-        """As the base class."""
-        with _nothing_skipped():
+        """Return the decoded image."""
+        with _unpack_advice():
             return self.images.load_image(int(self.listing[index][0]))
 
     def fingerprint(self) -> str:
-        """Of the image set, of which of its pictures are taken, and of some of their bytes."""
-        chosen = "".join(f"{number}\0" for number, _ in self.listing)
-        # The index of shards tells the bytes of all of them.
-        looks = self._looks() if isinstance(self.images, ImageFolder) else b""
-        return hashlib.sha256((self.images.fingerprint() + chosen).encode() + looks).hexdigest()
+        """Return the hash of the image set's fingerprint, the selected images, and the bytes of some of them."""
+        selected = "".join(f"{index}\0" for index, _ in self.listing)
+        # The fingerprint of shards already covers the bytes of all images.
+        samples = self._sampled_hashes() if isinstance(self.images, ImageFolder) else b""
+        return hashlib.sha256((self.images.fingerprint() + selected).encode() + samples).hexdigest()
 
 
 @contextlib.contextmanager
-def _nothing_skipped() -> Iterator[None]:
-    """Takes the advice to delete or skip out of the errors of pictures: an evaluation does neither."""
+def _unpack_advice() -> Iterator[None]:
+    """Replace the advice in errors of images to delete or skip them: an evaluation needs all of them."""
     try:
         yield
     except DataError as error:
@@ -308,90 +275,109 @@ def open_benchmark(
     subset: Collection[str] | None = None,
     corruptions: Sequence[str] | None = None,
 ) -> list[BenchmarkSet]:
-    """The cells of a benchmark in `folder`, for a network of input `size_HW`: one, or one a corruption and severity.
+    """Open the cells of a benchmark in `folder`, for a network of input `size_HW`: one, or one for each corruption and
+    severity.
 
-    `partial`: what is missing is noted in the sets instead of refused; what is there must still be right. `subset`:
-    only these "wnid/file", all of them (`read_subset`). `corruptions`: these alone; by default all, and held-out ones
-    that are there. Raises MissingInputError and DataError, with the reason, before any picture is decoded; ConfigError
-    for a name.
+    With `partial`, missing images are noted in `BenchmarkSet.missing` instead of raising an error; those that are
+    present must still be correct. `subset` selects these "wnid/file", all of which must be present (`read_subset`).
+    `corruptions` selects these; the default is all, with the held-out ones that are present. Raises MissingInputError
+    and DataError, with the reason, before any image is decoded; ConfigError for an unknown name.
     """
     known = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
     if known is None:
         raise ConfigError(f"unknown benchmark {benchmark!r}: choose from {', '.join(BENCHMARKS)}")
     require_folder(folder)
-    root, reading = Path(folder), known.reading
-    if known.source in ("objnet-113", "objnet-1000"):
-        own = read_objectnet(root)
-        known = dataclasses.replace(known, labels=own.labels)
-        reading = own.reading(restricted=known.source == "objnet-113")
-    expected = Expected(known.title, known.labels, known.images, known.per_class)
-    places, missing = _places(known, str(root), corruptions)
-    _refuse(root, known, missing, partial)
-    prepare = Preprocessing(size_HW, interpolation, known.side, known.border)
-    logger.info("looking through %d folder(s) of %s", len(places), known.title)
+    root = Path(folder)
+    if known.label_source in ("objnet-113", "objnet-1000"):
+        objectnet = read_objectnet(root)
+        mapping = objectnet.class_mapping(restricted=known.label_source == "objnet-113")
+        known = dataclasses.replace(known, labels=objectnet.labels, class_mapping=mapping)
+    folders, missing = _cell_folders(known, str(root), corruptions)
+    _require_complete(root, known, missing, partial)
+    preprocessing = Preprocessing(size_HW, interpolation, known.side, known.border)
+    logger.info("looking through %d folder(s) of %s", len(folders), known.title)
     first: Listing = []
     sets: list[BenchmarkSet] = []
-    for cell, place in places.items():
-        every = list_pictures(place, expected)
-        listing, short = every, shortfall(place, every, expected)
-        if subset is not None:  # which are either all there or an error
-            listing, short = only_these(every, set(subset), place), []
-        _refuse(place, known, short, partial)
+    for cell, path in folders.items():
+        every_image, listing, missing_of_cell = _list_cell(known, path, subset)
+        _require_complete(path, known, missing_of_cell, partial)
         if first and listing != first and not partial:
-            raise DataError(f"{place}: {difference(listing, first)}, unlike {places[sets[0].cell]}; unpack it again")
+            difference = describe_listing_difference(listing, first)
+            raise DataError(f"{path}: {difference}, unlike {folders[sets[0].cell]}; unpack it again")
         first = first or listing
-        listing = first if listing == first else listing  # kept once for all cells
+        listing = first if listing == first else listing  # one list for all cells: 95 of 50,000 paths fill the memory
         if known.side is not None:
-            check_some_sizes(place, listing, known.side)
-        sets.append(_set_of(known, cell, place, listing, reading, prepare))
-        sets[-1].missing = missing + short
+            check_some_sizes(path, listing, known.side)
+        cell_set = _build_set(known, cell, path, listing, preprocessing=preprocessing)
+        cell_set.missing = missing + missing_of_cell
+        cell_set.protocol["folder"] = root.resolve().name  # distinguishes V2's two releases
         if subset is not None:
-            places_of = {path: number for number, (path, _) in enumerate(every)}
-            sets[-1].numbers = [places_of[path] for path, _ in sets[-1].listing]
-        sets[-1].protocol["folder"] = root.resolve().name  # tells V2's two releases apart
-        sets[-1].protocol["subset"] = f"{len(listing):,} pictures of a list" if subset is not None else ""
+            position = {image: number for number, (image, _) in enumerate(every_image)}
+            cell_set.numbers = [position[image] for image, _ in cell_set.listing]
+            cell_set.protocol["subset"] = f"{len(listing):,} pictures of a list"
+        sets.append(cell_set)
     return sets
 
 
-def _refuse(root: str | Path, benchmark: Benchmark, missing: list[str], partial: bool) -> None:
-    """Raises DataError for what is missing, unless that is wanted."""
+def _list_cell(benchmark: Benchmark, path: str, subset: Collection[str] | None) -> tuple[Listing, Listing, list[str]]:
+    """Return all images of a cell's folder, the selected ones, and what is missing. Raises DataError."""
+    expected = ExpectedFolder(benchmark.title, benchmark.labels, benchmark.images, benchmark.per_class)
+    every_image = list_images(path, expected)
+    missing = missing_images(path, every_image, expected)
+    if subset is None:
+        return every_image, every_image, missing
+    return every_image, select_subset(every_image, set(subset), path), []  # images beside the subset may be missing
+
+
+def _require_complete(root: str | Path, benchmark: Benchmark, missing: list[str], partial: bool) -> None:
+    """Raise DataError if something is missing, unless `partial` allows it."""
     if missing and not partial:
-        raise DataError(f"{root}: {benchmark.title} is not complete: {'; '.join(missing)}. {PARTIAL.capitalize()}.")
+        advice = PARTIAL_ADVICE.capitalize()
+        raise DataError(f"{root}: {benchmark.title} is not complete: {'; '.join(missing)}. {advice}.")
 
 
-def _places(benchmark: Benchmark, root: str, only: Sequence[str] | None) -> tuple[dict[Cell, str], list[str]]:
-    """The folder of each cell, and what is missing. Raises DataError, ConfigError."""
+def _cell_folders(
+    benchmark: Benchmark, root: str, corruptions: Sequence[str] | None
+) -> tuple[dict[Cell, str], list[str]]:
+    """Return the folder of each cell, and what is missing. Raises DataError, ConfigError."""
     if not benchmark.corruptions:
         return {Cell(benchmark.name): root}, []
-    every = benchmark.corruptions + benchmark.held_out
-    if only is not None and (unknown := [name for name in only if name not in every]):
-        raise ConfigError(f"{benchmark.title} has no corruption {unknown[0]!r}: choose from {', '.join(every)}")
-    found = corruption_folders(root, only or every, benchmark.title)
-    wanted = only or (*benchmark.corruptions, *(name for name in benchmark.held_out if name in found))
-    places: dict[Cell, str] = {}
+    known = benchmark.corruptions + benchmark.held_out
+    if corruptions is not None and (unknown := [name for name in corruptions if name not in known]):
+        raise ConfigError(f"{benchmark.title} has no corruption {unknown[0]!r}: choose from {', '.join(known)}")
+    present = corruption_folders(root, corruptions or known, benchmark.title)
+    expected = corruptions or (*benchmark.corruptions, *(name for name in benchmark.held_out if name in present))
+    folders: dict[Cell, str] = {}
     missing = []
-    for name in wanted:
-        severities = severity_folders(found[name], benchmark.title, benchmark.by_strength) if name in found else {}
-        places |= {Cell(benchmark.name, name, severity): path for severity, path in severities.items()}
-        if absent := [str(severity) for severity in SEVERITIES if severity not in severities]:
-            missing.append(f"{name} has no severity {', '.join(absent)}" if severities else f"{name} is missing")
-    return places, missing
+    for name in expected:
+        paths = severity_folders(present[name], benchmark.title, benchmark.by_strength) if name in present else {}
+        folders |= {Cell(benchmark.name, name, severity): path for severity, path in paths.items()}
+        if absent := [str(severity) for severity in SEVERITIES if severity not in paths]:
+            missing.append(f"{name} has no severity {', '.join(absent)}" if paths else f"{name} is missing")
+    return folders, missing
 
 
-def _set_of(
-    benchmark: Benchmark, cell: Cell, place: str, listing: Listing, reading: Reading, prepare: Preprocessing
+def _build_set(
+    benchmark: Benchmark, cell: Cell, path: str, listing: Listing, *, preprocessing: Preprocessing
 ) -> BenchmarkSet:
-    """One cell: the pictures that the protocol takes, and their labels."""
-    if benchmark.source == "real":
-        kept, targets = real_targets(beside(Path(place), "real.json"), listing)
-    elif benchmark.source == "conflict":
-        kept, targets = conflict_targets(place, listing)
+    """Return one cell: the images that the protocol measures, and their labels. Raises DataError if none is left."""
+    if benchmark.label_source == "real":
+        labelled, targets = real_targets(find_label_file(Path(path), "real.json"), listing)
+    elif benchmark.label_source == "conflict":
+        labelled, targets = conflict_targets(path, listing)
     else:
-        own = [(path, label) for path, label in listing if label != NO_CLASS]
-        kept = listing if len(own) == len(listing) else own
-        targets = torch.tensor([label for _, label in kept])[:, None]
-    if not kept:
-        raise DataError(f"{place}: {benchmark.title} leaves no picture to measure; check its labels")
-    found = BenchmarkSet(cell, place, kept, targets, reading, prepare)
-    found.left_out = len(listing) - len(kept)
-    return found
+        with_class = [(image, label) for image, label in listing if label != NO_CLASS]
+        labelled = listing if len(with_class) == len(listing) else with_class
+        targets = torch.tensor([label for _, label in labelled])[:, None]
+    if not labelled:
+        raise DataError(f"{path}: {benchmark.title} leaves no image to measure; check its labels")
+    cell_set = BenchmarkSet(
+        cell,
+        path,
+        listing=labelled,
+        targets=targets,
+        class_mapping=benchmark.class_mapping,
+        preprocessing=preprocessing,
+    )
+    cell_set.left_out = len(listing) - len(labelled)
+    return cell_set

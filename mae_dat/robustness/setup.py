@@ -1,0 +1,36 @@
+"""Where and how an evaluation runs."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.robustness.cache import MeasurementCache
+from mae_dat.robustness.network import EvalOptions
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.world import World
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSetup:
+    """Where and how an evaluation runs; nothing here changes a count."""
+
+    options: EvalOptions
+    folder: Path | None
+    """Where results, report and the cache are written; None to write nothing."""
+    console: Console
+    world: World = World()  # noqa: RUF009 - immutable
+    batch_size: int = 64
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ConfigError(
+                f"--batch_size {self.batch_size} --num_workers {self.num_workers}: give at least 1 picture, and 0 or "
+                "more workers."
+            )
+
+    @functools.cached_property
+    def cache(self) -> MeasurementCache:
+        """The measurements of earlier calls."""
+        return MeasurementCache(self.folder / "cells" if self.folder else None)

@@ -1,0 +1,136 @@
+"""What suites are built from: the image sets of a folder and the tokenizer, each opened once, whatever the number of
+networks."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mae_dat.config.errors import DataError, MissingInputError
+from mae_dat.data.folders import find_split, require_folder
+from mae_dat.data.open import holds_shards, open_images
+from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
+from mae_dat.robustness.suites.base import CLEAN, CONFLICT, SuiteSettings
+from mae_dat.robustness.suites.catalogue import BENCHMARKS
+from mae_dat.robustness.suites.folders import folders_in
+from mae_dat.robustness.suites.imagenet import SYNSETS, ClassMapping, check_classes
+from mae_dat.robustness.suites.inventory import find_benchmark
+from mae_dat.robustness.suites.labels import read_conflicts, read_subset
+from mae_dat.robustness.suites.sets import (
+    PARTIAL_ADVICE,
+    BenchmarkSet,
+    Cell,
+    CustomSet,
+    Preprocessing,
+    open_benchmark,
+)
+from mae_dat.storage.files import sha256_of
+
+ANY_INPUT = (224, 224)  # image sets are opened for this size, and adapted to a network's input later
+SUBSET_SUITES = ("imagenet", "imagenet-real", "imagenet-c")
+
+
+class SuiteSources:
+    """Image sets and tokenizer for networks with `outputs` logits, of these `classes` where they are known.
+
+    Everything that is wrong with the images raises a UserError, with the reason, when a set is opened: before the
+    evaluation starts.
+    """
+
+    def __init__(self, settings: SuiteSettings, outputs: int, classes: Sequence[str] | None = None) -> None:
+        require_folder(settings.root)
+        self.settings, self.outputs, self.classes = settings, outputs, classes
+        self.subset = read_subset(settings.subset) if settings.subset else None
+        self._sets: dict[str, list[BenchmarkSet]] = {}
+        self._tokenizer: VisualTokenizer | None = None
+
+    # ---- images ----
+
+    @property
+    def clean_suite(self) -> str:
+        """The suite of the clean images: `imagenet`, or `clean` for classes that are not ImageNet's."""
+        folder = find_benchmark(self.settings.root, "imagenet")
+        if self.outputs != len(SYNSETS) or folder is None or holds_shards(folder):
+            return CLEAN
+        return "imagenet" if folders_in(str(folder)).keys() <= set(SYNSETS) else CLEAN
+
+    def image_sets(self, name: str) -> list[BenchmarkSet]:
+        """Return the cells of a benchmark, or of `clean` or `conflict`, opened once."""
+        if name not in self._sets:
+            if name == CLEAN:
+                self._sets[name] = [self._open_custom_set()]
+            elif name == CONFLICT:
+                self._sets[name] = [self._open_conflict_set()]
+            else:
+                self._sets[name] = self._open_benchmark(name)
+        return self._sets[name]
+
+    def limited_sets(self, name: str) -> list[BenchmarkSet]:
+        """Return the cells with at most `limit` images each."""
+        limit, seed = self.settings.limit, self.settings.seed
+        sets = self.image_sets(name)
+        return sets if limit is None else [images.limited(limit, seed) for images in sets]
+
+    def _open_benchmark(self, name: str) -> list[BenchmarkSet]:
+        check_classes(self.classes, self.outputs)
+        root = self.settings.root
+        folder = find_benchmark(root, name)
+        if folder is None:
+            raise MissingInputError(f"{root} has no folder {BENCHMARKS[name].folder_names[0]}, in any spelling.")
+        subset = self.subset if name in SUBSET_SUITES else None
+        return open_benchmark(name, folder, ANY_INPUT, partial=self.settings.partial, subset=subset)
+
+    def _open_custom_set(self) -> BenchmarkSet:
+        """Open val/CLASS of classes other than ImageNet's."""
+        root = find_split(self.settings.root, "val")
+        images = open_images(root, lambda image: torch.zeros(0), self.classes)
+        if len(images.classes) != self.outputs:
+            raise DataError(f"{root} has {len(images.classes)} classes, the networks have {self.outputs} outputs.")
+        present = {images.label(index) for index in range(len(images))}
+        absent = [name for label, name in enumerate(images.classes) if label not in present]
+        missing = f"no pictures of {', '.join(absent[:5])} ({len(absent)} of {self.outputs} classes)"
+        if absent and not self.settings.partial:
+            raise DataError(f"{root} has {missing}; {PARTIAL_ADVICE}.")
+        every = torch.arange(self.outputs)
+        mapping = ClassMapping("its own classes", tuple(images.classes), every, every, outputs=self.outputs)
+        custom = CustomSet(Cell(CLEAN), images, mapping, Preprocessing(ANY_INPUT, keep_size=True))
+        custom.missing = [missing] if absent else []
+        return custom
+
+    def _open_conflict_set(self) -> BenchmarkSet:
+        """Open conflict/, whose shapes and textures are classes of the custom set."""
+        (clean,) = self.image_sets(CLEAN)
+        root = self.settings.root / CONFLICT
+        listing, cues = read_conflicts(root, clean.classes)
+        return BenchmarkSet(
+            Cell(CONFLICT),
+            str(root),
+            listing=listing,
+            targets=cues,
+            class_mapping=dataclasses.replace(clean.class_mapping, mean_probability=True),
+            preprocessing=Preprocessing(ANY_INPUT, keep_size=True),
+        )
+
+    # ---- tokenizer ----
+
+    @property
+    def tokenizer(self) -> VisualTokenizer:
+        """The tokenizer whose words are changed, loaded when it is first used."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.settings.tokenizer).to(self.settings.device)
+        return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer was loaded, for a suite that needs it."""
+        return self._tokenizer is not None
+
+    @functools.cached_property
+    def tokenizer_facts(self) -> dict[str, str]:
+        """What identifies the tokenizer in a protocol."""
+        return {
+            "tokenizer": Path(self.settings.tokenizer).name,
+            "tokenizer's sha256": sha256_of(tokenizer_path(self.settings.tokenizer)),
+        }

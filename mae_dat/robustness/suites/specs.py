@@ -1,0 +1,145 @@
+"""The table of suites: for each, its title, what it requires, and the function that builds it for a network.
+
+A suite is a benchmark's stored images, or is made from the clean images: corrupted, attacked, or with changed words.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mae_dat.attacks.pixel import PIXEL_ATTACKS
+from mae_dat.config.errors import DataError, InputSizeError
+from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, SOURCE, STORED_QUALITY, check_image
+from mae_dat.robustness.suites.attacks import (
+    AUTO_ATTACK,
+    build_auto_attack,
+    build_pixel_attack,
+    build_word_attack,
+    clean_images,
+    numbering,
+)
+from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, ImagePass, NetworkInput, Suite
+from mae_dat.robustness.suites.catalogue import BENCHMARKS
+from mae_dat.robustness.suites.sets import BenchmarkSet
+from mae_dat.robustness.suites.sources import SuiteSources
+
+AGREEMENT, AGREEMENT_IMAGES = "bf16 against fp32", 10_000
+BuildSuite = Callable[[SuiteSources, str, str, NetworkInput], Suite]
+"""(sources, name, title, network_input) to the suite as a network of this input sees it."""
+
+
+def build_benchmark(sources: SuiteSources, name: str, title: str, network_input: NetworkInput) -> Suite:
+    """Build the suite of a published benchmark: its stored images, counted in one cell each or one per corruption."""
+    return _stored_suite(name, title, sources.limited_sets(name), network_input)
+
+
+def build_custom(sources: SuiteSources, name: str, title: str, network_input: NetworkInput) -> Suite:
+    """Build the suite of custom classes, `clean` (val/CLASS) or `conflict`."""
+    sets = sources.image_sets(name) if sources.settings.whole_clean else sources.limited_sets(name)
+    return _stored_suite(name, title, sets, network_input)
+
+
+def _stored_suite(name: str, title: str, sets: list[BenchmarkSet], network_input: NetworkInput) -> Suite:
+    passes = tuple(_stored_pass(images.for_input(*network_input)) for images in sets)
+    return Suite(name, title, passes, official=name != CONFLICT)
+
+
+def _stored_pass(images: BenchmarkSet) -> ImagePass:
+    """Return a pass over stored images. Confidences are measured too where exactly one class is correct, but not on
+    the 75 cells of corruptions, whose calibration nobody reports."""
+    corruption, severity = images.cell.corruption, images.cell.severity
+    one_label = images.targets.shape[1] == 1 and not images.class_mapping.mean_probability
+    cell = f"{corruption}/{severity}" if corruption else ""
+    return ImagePass(images, (cell,), calibrated=one_label and not corruption)
+
+
+def build_generated(sources: SuiteSources, name: str, title: str, network_input: NetworkInput) -> Suite:
+    """Build the suite of corruptions made from the clean images: a pass for each corruption, a cell for each severity.
+
+    Raises InputSizeError for inputs that are too small for the corruptions.
+    """
+    images = clean_images(sources, network_input, name)
+    settings = sources.settings
+    try:
+        check_image(np.zeros((*network_input.size_HW, 3), np.uint8))
+    except DataError as error:
+        raise InputSizeError(str(error)) from error
+    passes = tuple(
+        ImagePass(
+            images,
+            cells=tuple(f"{corruption}/{severity}" for severity in SEVERITIES),
+            corruption=corruption,
+            severities=SEVERITIES,
+            seed=settings.seed,
+        )
+        for corruption in CORRUPTIONS + (EXTRA if settings.held_out else ())
+    )
+    protocol = {"corruptions": SOURCE, "stored as": f"JPEG {STORED_QUALITY}", "seed": str(settings.seed)}
+    return Suite(
+        name,
+        title,
+        passes,
+        official=False,
+        extra_protocol={**protocol, **numbering(sources)},
+        packages=("imagecorruptions-imaug",),  # its photographs of frost
+    )
+
+
+def build_agreement(sources: SuiteSources, measured: Suite) -> Suite:
+    """Build the check of how often a network in bfloat16 predicts what it predicts in float32, on images of a suite of
+    stored ones."""
+    seed = sources.settings.seed
+    images = measured.passes[0].images.limited(AGREEMENT_IMAGES, seed).named(AGREEMENT)
+    image_pass = ImagePass(images, compare_with_float32=True)
+    return Suite(AGREEMENT, "bf16 as fp32", (image_pass,), official=False, extra_protocol={"seed": str(seed)})
+
+
+class SuiteSpec(NamedTuple):
+    """What is known about a suite before any image is opened."""
+
+    title: str
+    kind: Literal["benchmark", "custom", "derived"]
+    """A published benchmark; custom classes in val/CLASS and conflict/; or made from the clean images."""
+    build: BuildSuite
+    forward_passes: int = 1
+    """Of an image, roughly: to estimate the time left. For generated corruptions the cost of making them counts too."""
+    needs_gradients: bool = False
+    by_name_only: str = ""
+    """Why `--suite all` does not include it."""
+
+
+SUITES: dict[str, SuiteSpec] = {
+    **{name: SuiteSpec(benchmark.title, "benchmark", build_benchmark) for name, benchmark in BENCHMARKS.items()},
+    CLEAN: SuiteSpec("Clean", "custom", build_custom),
+    CONFLICT: SuiteSpec("Cue conflict", "custom", build_custom),
+    GENERATED: SuiteSpec("Generated corruptions", "derived", build_generated, forward_passes=10),
+    "fgsm-1/255": SuiteSpec("FGSM, 1/255", "derived", build_pixel_attack, forward_passes=4, needs_gradients=True),
+    "pgd-5-1/255": SuiteSpec(
+        "PGD, 5 steps, 1/255", "derived", build_pixel_attack, forward_passes=16, needs_gradients=True
+    ),
+    "pgd-20-l2-0.5": SuiteSpec(
+        "PGD, 20 steps, L2 0.5", "derived", build_pixel_attack, forward_passes=61, needs_gradients=True
+    ),
+    AUTO_ATTACK: SuiteSpec(
+        "AutoAttack, 4/255",
+        "derived",
+        build_auto_attack,
+        needs_gradients=True,
+        by_name_only="takes thousands of passes a picture: name it, with --limit or --subset",
+    ),
+    "words-random": SuiteSpec("Random words", "derived", build_word_attack, forward_passes=8),
+    "words-symbolic": SuiteSpec(
+        "Symbolic adversary", "derived", build_word_attack, forward_passes=40, needs_gradients=True
+    ),
+}
+assert set(PIXEL_ATTACKS) <= set(SUITES)
+
+
+def build_suite(name: str, sources: SuiteSources, network_input: NetworkInput) -> Suite:
+    """Build a suite as a network of this input sees it.
+
+    Raises UserError for images that are missing or wrong, InputSizeError where it cannot be made at this size.
+    """
+    spec = SUITES[name]
+    return spec.build(sources, name, spec.title, network_input)
