@@ -124,7 +124,7 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
         for group in groups_to_train(config)
     }
     if config.measure:
-        require_color(runs[config.arms[0], config.seeds[0]])
+        require_color(runs[config.arms[0], config.seeds[0]].data.in_chans)
     images = training_images(pretraining.data, lambda image: torch.zeros(0), 0, labelled=False)
     console.plan = _stage_costs(config, pretraining.optim.epochs, runs, len(images))
     train_all(_training_stages(config, runs), config.jobs, console)

@@ -1,9 +1,9 @@
-"""Every robustness benchmark, exact, in one command: from checkpoints to results.json and a report.
+"""Measure networks on every robustness benchmark in a folder, and write results.json and a report.
 
-`python -m mae_dat robustness --checkpoint A B --suite all --data ROOT --output OUT` measures what lies in ROOT and says
-what does not: ImageNet's benchmarks in folders of their usual names, or ROOT/val/CLASS/*.jpg for other classes. Several
-networks become columns side by side. Interrupted, the same command goes on where it stopped. `--recompute
-OUT/results.json` prints the numbers again from the counts alone.
+`python -m mae_dat robustness --checkpoint A B --suite all --data ROOT --output OUT` runs every benchmark found in ROOT
+and lists the ones that are missing: ImageNet's benchmarks in folders of their usual names, or ROOT/val/CLASS/*.jpg for
+other classes. Several networks become columns side by side. To resume an interrupted evaluation, run the same command
+again. `--recompute OUT/results.json` prints the numbers again from the counts alone.
 """
 
 import dataclasses
@@ -41,22 +41,22 @@ class SuiteConfig:
     """What is measured."""
 
     suite: tuple[str, ...] = ("all",)
-    """all (what is there), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r, imagenet-sketch,
-    stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, cue-conflict; clean (val/CLASS of other classes);
-    conflict (conflict/**/SHAPE-TEXTURE-*.png or .jpg of two of those);
-    generated (15 corruptions x 5 severities made from the clean pictures, labelled apart); fgsm-1/255, pgd-5-1/255,
-    pgd-20-l2-0.5, autoattack-4/255; words-random, words-symbolic."""
+    """all (whatever is present), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r,
+    imagenet-sketch, stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, cue-conflict; clean (val/CLASS of
+    other classes); conflict (conflict/**/SHAPE-TEXTURE-*.png or .jpg of two of those); generated (15 corruptions x 5
+    severities made from the clean images, reported apart); fgsm-1/255, pgd-5-1/255, pgd-20-l2-0.5, autoattack-4/255;
+    words-random, words-symbolic."""
     data: str | None = None
-    """Folder that holds the benchmarks' folders, or val/CLASS; `demo` for generated pictures (default: the environment
+    """Folder that holds the benchmarks' folders, or val/CLASS; `demo` for generated images (default: the environment
     variable MAE_DAT_DATA)."""
     partial: bool = False
-    """Measure folders that are not whole; their rows are marked."""
+    """Measure incomplete folders; their rows are marked."""
     subset: str | None = None
-    """RobustBench's imagenet_test_image_ids.txt: of ImageNet and ImageNet-C, these 5,000 pictures alone."""
+    """RobustBench's imagenet_test_image_ids.txt: of ImageNet and ImageNet-C, measure these 5,000 images alone."""
     limit: int | None = None
-    """Pictures of each cell, drawn by --seed (default: all)."""
+    """Images of each cell, drawn by --seed (default: all)."""
     seed: int = 0
-    """Of everything that is drawn: generated corruptions, random starts, random words, --limit."""
+    """Of all random draws: generated corruptions, random starts, random words, --limit."""
     held_out: bool = False
     """Also the 4 held-out corruptions, where they are made here."""
     tokenizer: str = "embedded"
@@ -65,36 +65,36 @@ class SuiteConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RobustnessConfig:
-    """Which networks, and where to."""
+    """Which networks to measure, how, and where to write."""
 
     checkpoint: tuple[str, ...] = ()
     """Output folders, weights files, released names (`python -m mae_dat fetch`) or .onnx files."""
     model: tuple[str, ...] = ()
-    """Architecture where a file does not say: one for all, or one each. With --pretrained: timm's names,
+    """Architecture, if a file does not contain it: one for all, or one each. With --pretrained: timm's names,
     hf-hub:OWNER/NAME too."""
     pretrained: bool = False
     """Evaluate the networks of --model with timm's own weights."""
     names: tuple[str, ...] = ()
     """Titles of the columns (default: names of the folders or files)."""
     baseline: str | None = None
-    """The column that others are held against, which comes first (default: the first given)."""
+    """The column that others are compared with, which comes first (default: the first given)."""
     suites: SuiteConfig = SuiteConfig()
     output: str = "output/robustness"
-    """Folder of results.json, the report, and cells/, where an interrupted evaluation goes on."""
+    """Folder of results.json, the report, and cells/, the cache from which an interrupted evaluation resumes."""
     input_size: tuple[int, ...] = ()
     """Side, or height and width, in pixels (default: each network's own)."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Of resizing (default: each network's own)."""
     crop: float | None = None
-    """The centre crop's side over the resized picture's (default: of --pretrained timm's crop_pct, by which its figures
-    are published; else 7/8 up to 224 px, and all above)."""
+    """The centre crop's side over the resized image's (default: for --pretrained timm's crop_pct, with which its
+    accuracies are published; else 7/8 up to 224 px, and 1 above)."""
     batch_size: int = 64
     num_workers: int = 8
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bfloat16 autocast where the hardware has it; attacks always compute in float32."""
     hang_minutes: float = 30.0
-    """Without a batch for so long, the run stops with code 75; 0 for never."""
+    """After so long without a batch, the run stops with code 75; 0 for never."""
     title: str = "Robustness"
     recompute: str | None = None
     """A results.json: print its numbers from the counts and measure nothing."""
@@ -121,33 +121,49 @@ def evaluate(
     console: Console | None = None,
     **settings: Any,
 ) -> Results:
-    """Measures a network, or several by name, and returns integer counts: what the command does, from Python.
+    """Measure a network, or several by name, and return integer counts: the command, from Python.
 
-    A network is any callable float (B, 3, H, W) in [0, 1] -> logits (B, K), or what `--checkpoint` takes. `classes` are
-    the names of a callable's outputs in order, `size` its input's in pixels (224), `interpolation` and `crop` as in
-    `RobustnessConfig`. `settings` are those of `SuiteConfig`: partial, subset, limit, seed, held_out, tokenizer. With
-    `output` an interrupted call goes on there, and results.json and the report are written. In a process group all
-    ranks call it and get the same.
+    A network is any callable from float images (B, 3, H, W) in [0, 1] to logits (B, K), or what `--checkpoint` takes.
+    `classes` are the names of a callable's outputs in order, `size` its input's in pixels (224); `interpolation` and
+    `crop` as in `RobustnessConfig`. `settings` are those of `SuiteConfig`: partial, subset, limit, seed, held_out,
+    tokenizer. With `output`, results.json and the report are written, and an interrupted call can be repeated to
+    resume. In a process group all ranks call it and get the same.
 
-    Raises UserError: what is wrong with pictures or networks, before anything is measured; NumericsError for NaN or
-    infinite logits.
+    Raises UserError for wrong images or networks, before anything is measured; NumericsError for NaN or infinite
+    logits.
     """
-    where = pick_device(str(device))
-    sizes = size if size is None or isinstance(size, tuple) else (size, size)
-    view = EvalOptions(where, amp_dtype(precision, where), sizes, interpolation, crop)
-    named = models if isinstance(models, Mapping) else {_title_of(models): models}
-    contenders = [
-        open_network(str(one), None, name, view)
-        if isinstance(one, str | Path)
-        else open_callable(one, name, view, classes)
-        for name, one in named.items()
-    ]
-    wanted = SuiteConfig(data=None if data is None else str(data), **settings)
-    world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+    torch_device = pick_device(str(device))
+    size_HW = (size, size) if isinstance(size, int) else size
+    options = EvalOptions(torch_device, amp_dtype(precision, torch_device), size_HW, interpolation, crop)
+    suite_config = SuiteConfig(data=None if data is None else str(data), **settings)
+    networks = _open_all(models, options, classes)
     folder = None if output is None else on_main_rank(lambda: prepare_output_folder(Path(output)))
-    setting = EvaluationSetup(view, folder, console or Console(quiet=True), world, batch_size, num_workers)
-    asked = (suite,) if isinstance(suite, str) else tuple(suite)
-    return run_evaluation(contenders, choice_of(wanted, where, batch_size), asked, setting, title)
+    setup = EvaluationSetup(
+        options,
+        folder,
+        console=console or Console(quiet=True),
+        world=World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(),
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    return run_evaluation(
+        networks,
+        suite_settings(suite_config, torch_device, batch_size),
+        requested=(suite,) if isinstance(suite, str) else tuple(suite),
+        setup=setup,
+        title=title,
+    )
+
+
+def _open_all(models: Any, options: EvalOptions, classes: Sequence[str] | None) -> list[EvaluatedNetwork]:
+    """Open a model or a mapping from names to models: each a callable, or what `--checkpoint` takes."""
+    named_models = models if isinstance(models, Mapping) else {_title_of(models): models}
+    return [
+        open_network(str(model), None, name, options)
+        if isinstance(model, str | Path)
+        else open_callable(model, name, options, classes)
+        for name, model in named_models.items()
+    ]
 
 
 def _title_of(model: Any) -> str:
@@ -159,49 +175,70 @@ def _title_of(model: Any) -> str:
 # ---- the command ----
 
 
-def choice_of(wanted: SuiteConfig, device: torch.device, batch_size: int) -> SuiteSettings:
-    """The pictures that the flags mean."""
+def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -> SuiteSettings:
+    """Return the settings of the suites that the flags describe."""
     return SuiteSettings(
-        root=image_root(wanted.data),
-        partial=wanted.partial,
-        subset=Path(wanted.subset) if wanted.subset else None,
-        limit=wanted.limit,
-        seed=wanted.seed,
-        held_out=wanted.held_out,
-        tokenizer=wanted.tokenizer,
+        root=image_root(config.data),
+        partial=config.partial,
+        subset=Path(config.subset) if config.subset else None,
+        limit=config.limit,
+        seed=config.seed,
+        held_out=config.held_out,
+        tokenizer=config.tokenizer,
         batch_size=batch_size,
         device=device,
     )
 
 
-def measure_all(config: RobustnessConfig, console: Console) -> Results:
-    """What the command does, up to the report. Raises UserError."""
-    settings = RunConfig(
+def run_command_evaluation(config: RobustnessConfig, console: Console) -> Results:
+    """Open the networks, measure them and write the report. Raises UserError."""
+    run_config = RunConfig(
         output_dir=config.output, device=config.device, precision=config.precision, hang_minutes=config.hang_minutes
     )
-    with run_context(settings, LaunchConfig(), console, training=False) as context:
-        size = image_size(config.input_size) if config.input_size else None
-        view = EvalOptions(context.device, context.precision, size, config.interpolation, config.crop)
-        contenders = on_all_ranks(
-            lambda: open_networks(config.checkpoint, config.model, config.pretrained, config.names, view)
+    with run_context(run_config, LaunchConfig(), console, training=False) as context:
+        size_HW = image_size(config.input_size) if config.input_size else None
+        options = EvalOptions(context.device, context.precision, size_HW, config.interpolation, config.crop)
+        networks = on_all_ranks(
+            lambda: open_networks(
+                config.checkpoint,
+                config.model,
+                pretrained=config.pretrained,
+                names=config.names,
+                options=options,
+            )
         )
-        choice = choice_of(config.suites, context.device, config.batch_size)
-        setting = EvaluationSetup(view, context.output, console, context.world, config.batch_size, config.num_workers)
-        return run_evaluation(first(contenders, config.baseline), choice, config.suites.suite, setting, config.title)
+        setup = EvaluationSetup(
+            options,
+            context.output,
+            console=console,
+            world=context.world,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+        )
+        return run_evaluation(
+            _baseline_first(networks, config.baseline),
+            suite_settings(config.suites, context.device, config.batch_size),
+            requested=config.suites.suite,
+            setup=setup,
+            title=config.title,
+        )
 
 
-def first(contenders: Sequence[EvaluatedNetwork], baseline: str | None) -> list[EvaluatedNetwork]:
-    """The contenders, the baseline before the others. Raises ConfigError for a name that none has."""
-    names = [one.name for one in contenders]
+def _baseline_first(networks: Sequence[EvaluatedNetwork], baseline: str | None) -> list[EvaluatedNetwork]:
+    """Return the networks, the baseline before the others. Raises ConfigError for an unknown name."""
+    names = [network.name for network in networks]
     if baseline is not None and baseline not in names:
         raise ConfigError(f"--baseline {baseline}: {suggest(baseline, names)}")
-    return sorted(contenders, key=lambda one: one.name != (baseline or names[0]))
+    return sorted(networks, key=lambda network: network.name != (baseline or names[0]))
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command with its arguments."""
     console = console_for_command()
     config = load_config(RobustnessConfig, arguments, __doc__ or "")
-    results = read_results(Path(config.recompute)) if config.recompute is not None else measure_all(config, console)
+    if config.recompute is not None:
+        results = read_results(Path(config.recompute))
+    else:
+        results = run_command_evaluation(config, console)
     if world_from_environment().main:
         print_headline(results)

@@ -1,5 +1,5 @@
-"""From trained classifiers to results and a report: `main_finetune.py --eval --resume OUT [--suite corruptions]`, or
-`--suite` with names of its suites."""
+"""Evaluate a fine-tuned classifier: `main_finetune.py --eval --resume OUT [--suite corruptions]`, or `--suite` with
+names of the robustness suites."""
 
 import dataclasses
 import logging
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
-    """Measures one classifier on the validation images; with a suite other than `clean` it writes a report.
+    """Measure a fine-tuned classifier on the validation images; with a suite other than `clean`, write a report.
 
-    The report goes into --output_dir, or a folder `evaluation` beside the weights where none was named.
+    The report is written to --output_dir, by default to a folder `evaluation` beside the weights.
 
-    Raises ConfigError without --resume, CheckpointError when the checkpoint's head does not fit the data.
+    Raises ConfigError without --resume, CheckpointError if the checkpoint's head does not fit the data.
     """
     if not config.run.resume:
         raise ConfigError("--eval needs --resume: the output folder of a fine-tuning, or a weights file.")
@@ -62,31 +62,55 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
 
 
 def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
-    """Measure the suites, for the classifier of --resume on the benchmarks of --data_path; `corruptions`
-    are the corrupted pictures, all clean ones, and conflicting ones where there are some."""
-    require_color(config)
-    source, suite = str(config.run.resume), config.evaluation.suite
+    """Measure the classifier of --resume on the suites of --data_path, and write results.json and the report."""
+    require_color(config.data.in_chans)
+    source, model = str(config.run.resume), config.classifier.model
     with run_context(config.run, config.launch, console, training=False) as context:
-        view = EvalOptions(context.device, context.precision, config.data.image_size)
-        contender = on_all_ranks(lambda: open_network(source, config.classifier.model, Path(source).stem, view))
-        batch_size, root = 2 * config.optim.batch_size, image_root(config.data.data_path)
-        if "corruptions" in suite:
-            made = (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []))
-            suite = (*made, *(name for name in suite if name not in (*made, "corruptions")))
-        choice = SuiteSettings(
-            root, limit=config.evaluation.limit, whole_clean=True, seed=config.run.seed,
-            tokenizer=config.dat.tokenizer, batch_size=batch_size, device=context.device,
-        )  # fmt: skip
-        setting = EvaluationSetup(view, context.output, console, context.world, batch_size, config.data.num_workers)
-        results = run_evaluation([contender], choice, suite, setting, f"Robustness of {contender.name}")
+        options = EvalOptions(context.device, context.precision, config.data.image_size)
+        network = on_all_ranks(lambda: open_network(source, model, Path(source).stem, options))
+        root = image_root(config.data.data_path)
+        batch_size = 2 * config.optim.batch_size
+        settings = SuiteSettings(
+            root,
+            limit=config.evaluation.limit,
+            whole_clean=True,
+            seed=config.run.seed,
+            tokenizer=config.dat.tokenizer,
+            batch_size=batch_size,
+            device=context.device,
+        )
+        setup = EvaluationSetup(
+            options,
+            context.output,
+            console=console,
+            world=context.world,
+            batch_size=batch_size,
+            num_workers=config.data.num_workers,
+        )
+        results = run_evaluation(
+            [network],
+            settings,
+            requested=_requested_suites(config.evaluation.suite, root),
+            setup=setup,
+            title=f"Robustness of {network.name}",
+        )
         if context.world.main:
             print_headline(results)
 
 
-def require_color(config: FinetuneConfig) -> None:
-    """Raises ConfigError for a classifier of grey pictures: the corruptions are defined for colour."""
-    if config.data.in_chans != 3:
-        raise ConfigError(f"corruptions are defined for colour pictures, not for --in_chans {config.data.in_chans}.")
+def _requested_suites(suites: tuple[str, ...], root: Path) -> tuple[str, ...]:
+    """Return the suites, `corruptions` replaced by the corrupted images, all clean ones, and conflicting ones if there
+    are any."""
+    if "corruptions" not in suites:
+        return suites
+    expanded = (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []))
+    return (*expanded, *(name for name in suites if name not in (*expanded, "corruptions")))
+
+
+def require_color(in_chans: int) -> None:
+    """Raise ConfigError for a classifier of greyscale images: the corruptions are defined for colour."""
+    if in_chans != 3:
+        raise ConfigError(f"corruptions are defined for colour images, not for --in_chans {in_chans}.")
 
 
 def main(arguments: Sequence[str]) -> None:
