@@ -1,8 +1,8 @@
-"""Checkpoints: atomic, verified by SHA-256 on every load, the newest valid one found by itself.
+"""Checkpoints: written atomically, verified by SHA-256 on every load; the newest valid one is found automatically.
 
-A checkpoint is `checkpoint-STEP.pth` plus the manifest `checkpoint-STEP.json`, written last: without it, or when the
-file's hash differs from the one it records, the checkpoint does not count. Only tensors, numbers and strings go in;
-loading uses `weights_only`.
+A checkpoint is `checkpoint-STEP.pth` plus the manifest `checkpoint-STEP.json`, which is written last. Without a
+manifest, or if the hash of the file differs from the one in the manifest, the checkpoint is ignored. It contains only
+tensors, numbers and strings, and is loaded with `weights_only`.
 """
 
 import contextlib
@@ -33,23 +33,23 @@ _NAME = re.compile(r"checkpoint-(\d{8,})\.json")
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint on disk. `step` counts updates, or micro-batches where the manifest's `version` is 1."""
+    """A verified checkpoint on disk. `step` counts updates, or micro-batches if the manifest's `version` is 1."""
 
     path: Path
     step: int
     manifest: dict[str, Any]
 
     def load(self) -> dict[str, Any]:
-        """The saved state, on the CPU."""
+        """Load the saved state, with its tensors on the CPU."""
         return read_pickle(self.path)
 
 
 class Saver:
     """Writes the checkpoints of a run in the background, one at a time.
 
-    Of each it deletes the older ones, once the new one is complete: all but the newest `keep`, the best (the highest of
-    `facts["score"]`, None for no score) and those with a true `facts["kept"]`. `guard` is called before each file is
-    written; what it raises stops the save.
+    Once a checkpoint is complete, older ones are deleted, except for the newest `keep`, the best one (by the highest
+    `facts["score"]`; None is no score) and those whose `facts["kept"]` is true. `guard` is called before each file is
+    written; if it raises, the save fails with its error.
     """
 
     def __init__(self, folder: Path, keep: int = 2, guard: Callable[[], object] | None = None) -> None:
@@ -58,33 +58,37 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot: Snapshot | None = None
         self._written: Future[None] | None = None
-        self._given_up = threading.Event()
+        self._cancelled = threading.Event()
 
     def save(self, step: int, state: Mapping[str, Any], at_once: Iterable[Tensor] = (), **facts: Any) -> None:
-        """Begins to write a checkpoint of `state` as it is now; `facts` go into the manifest.
+        """Start to write a checkpoint of `state` as it is now; `facts` are stored in the manifest.
 
-        `at_once` are the tensors that a forward pass may change (`model.buffers()`); the others may not change before
-        `before_change` has returned. First waits for the save before, and raises what `check` would.
+        `at_once` are the tensors that a forward pass may change (`model.buffers()`): they are copied before `save`
+        returns. The others must not change before `before_change` has returned. Waits for the previous save first, and
+        raises its StorageError if it failed.
         """
         self.wait()
         self._snapshot = Snapshot(state, self._buffers, at_once)
         self._written = self._thread.submit(self._write, self._snapshot, step, facts)
 
     def before_change(self) -> None:
-        """Waits until weights and optimizer may change; to be called before every update."""
+        """Wait until weights and optimizer may change; to be called before every update."""
         if self._snapshot:
             self._snapshot.wait()
             self._snapshot = None
 
     def check(self) -> None:
-        """Raises the StorageError of a save that failed; to be called at every step, does not wait."""
+        """Raise the StorageError of a save that failed, without waiting; to be called at every step."""
         if self._written and self._written.done():
             self.wait()
 
     def close(self, abandon: bool = False) -> None:
-        """Waits for the last save and raises what `check` would; or gives it up, leaving the checkpoints before it."""
+        """Wait for the last save and raise its StorageError if it failed.
+
+        `abandon` cancels the last save instead; the checkpoints before it stay.
+        """
         if abandon:
-            self._given_up.set()
+            self._cancelled.set()
             self._written = None
         try:
             self.wait()
@@ -93,18 +97,18 @@ class Saver:
 
     @property
     def writing(self) -> bool:
-        """Whether a save is on its way to the disk."""
+        """Whether a save is in progress."""
         return self._written is not None and not self._written.done()
 
     def wait(self) -> None:
-        """Waits until the last save is on disk. Raises what `check` would."""
+        """Wait until the last save is on disk, and raise its StorageError if it failed."""
         written, self._written = self._written, None
         if written:
             written.result()
 
     def _may_write(self) -> None:
-        if self._given_up.is_set():
-            raise StorageError(f"the checkpoint in {self.folder} was given up.")
+        if self._cancelled.is_set():
+            raise StorageError(f"writing the checkpoint in {self.folder} was cancelled.")
         if self.guard:
             self.guard()
 
@@ -117,13 +121,12 @@ class Saver:
             snapshot.release()
 
     def _write_files(self, step: int, state: Mapping[str, Any], size: int, facts: dict[str, Any]) -> None:
-        """Writes a checkpoint of about `size` bytes, then its manifest. Raises StorageError; then nothing is left of
-        it."""
+        """Write a checkpoint of about `size` bytes, then its manifest. After a StorageError neither file remains."""
         path = _path_of(self.folder, step)
         self._may_write()
         with atomic_write(path, size) as file:
-            hashing = _HashingWriter(file, self._given_up)
-            torch.save(state, hashing)  # type: ignore[arg-type] # it asks for no more than write and flush
+            hashing = _HashingWriter(file, self._cancelled)
+            torch.save(state, hashing)  # type: ignore[arg-type] # it uses nothing but write and flush
         facts = {
             "version": FORMAT_VERSION,
             "step": step,
@@ -139,55 +142,58 @@ class Saver:
             with atomic_write(manifest) as file:
                 file.write(_manifest_text(facts))
         except BaseException:
-            for half in (manifest, path):
-                half.unlink(missing_ok=True)
+            for file_path in (manifest, path):
+                file_path.unlink(missing_ok=True)
             raise
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2, **facts: Any) -> Path:
-    """Writes a checkpoint and returns when it is on disk; see Saver. Raises StorageError."""
+    """Write a checkpoint and return its path when it is on disk; the arguments are those of Saver.
+
+    Raises StorageError.
+    """
     with contextlib.closing(Saver(folder, keep)) as saver:
         saver.save(step, state, **facts)
     return _path_of(folder, step)
 
 
 class _HashingWriter:
-    """A file for `torch.save` that knows the SHA-256 of what went into it."""
+    """A file for `torch.save` that computes the SHA-256 of its content while it is written."""
 
-    def __init__(self, file: BinaryIO, given_up: threading.Event) -> None:
-        self.file, self.given_up, self.digest, self.size = file, given_up, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO, cancelled: threading.Event) -> None:
+        self.file, self.cancelled, self.digest, self.size = file, cancelled, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
-        """Adds to the file. Raises StorageError once the checkpoint is given up."""
-        if self.given_up.is_set():
-            raise StorageError("the checkpoint was given up.")
+        """Append to the file. Raises StorageError once the checkpoint is cancelled."""
+        if self.cancelled.is_set():
+            raise StorageError("writing the checkpoint was cancelled.")
         self.digest.update(data)
         self.size += len(data)
         return self.file.write(data)
 
     def flush(self) -> None:
-        """For `torch.save`, which asks for it."""
+        """Flush the file, as `torch.save` requests."""
         self.file.flush()
 
 
 def _delete_old(folder: Path, step: int, keep: int) -> None:
-    """Deletes what a Saver does not keep, of the checkpoints up to this step.
+    """Delete the checkpoints up to this step that a Saver does not keep.
 
-    Those of later steps stay: a run that goes on before them found them damaged, and they must not take the place of
-    valid ones.
+    Checkpoints of later steps stay: a run that has resumed before them found them damaged, and they must not count
+    among the newest `keep` instead of valid ones.
     """
-    reached = [path for path in _manifests(folder) if _step_of(path) <= step]
-    facts = {path: _read_facts(path) for path in reached}
-    scores = {path: score for path in reached if isinstance(score := facts[path].get("score"), int | float)}
+    manifests = [path for path in _manifests(folder) if _step_of(path) <= step]
+    facts = {path: _read_facts(path) for path in manifests}
+    scores = {path: score for path in manifests if isinstance(score := facts[path].get("score"), int | float)}
     best = max((path for path in scores if not math.isnan(scores[path])), key=scores.__getitem__, default=None)
-    for old in reached[max(keep, 1) :]:
+    for old in manifests[max(keep, 1) :]:
         if old != best and not facts[old].get("kept"):
-            old.unlink(missing_ok=True)  # first: a file without a manifest does not count
+            old.unlink(missing_ok=True)  # first, because a file without a manifest is ignored
             old.with_suffix(".pth").unlink(missing_ok=True)
 
 
 def _manifest_text(facts: Mapping[str, Any]) -> bytes:
-    """A manifest with its own checksum: nothing in it can change unnoticed."""
+    """Return the text of a manifest with a checksum of its own, so that no change of it goes unnoticed."""
     check = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return json.dumps({**facts, "check": check}, indent=1).encode()
 
@@ -201,39 +207,41 @@ def _read_facts(manifest_path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest valid checkpoint in `folder`, or None. Damaged ones are named in the log and passed over."""
-    tried: set[Path] = set()
-    # Again while there are new ones: a run that is writing deletes what was the newest a moment ago.
-    while manifests := [path for path in _manifests(folder) if path not in tried]:
+    """Find the newest valid checkpoint in `folder`; None without one. Damaged ones are logged and skipped."""
+    invalid: set[Path] = set()
+    # Look again while there are new ones: a run that is writing may delete the newest one before it is read here.
+    while manifests := [path for path in _manifests(folder) if path not in invalid]:
         for manifest_path in manifests:
             try:
                 return verify_checkpoint(manifest_path)
             except CheckpointError as error:
-                logger.warning("%s Passed over.", error)
-        tried.update(manifests)
+                logger.warning("%s Skipped.", error)
+        invalid.update(manifests)
     return None
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that `--resume PATH` means: a `.pth` file of ours or a folder. Raises MissingInputError,
-    CheckpointError."""
+    """Return the checkpoint of `--resume PATH`: a `.pth` file of this package, or the newest one of a folder.
+
+    Raises MissingInputError, or CheckpointError for a damaged checkpoint or a file without a manifest.
+    """
     if path.is_dir():
-        found = newest_checkpoint(path)
-        if found is None:
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
             raise MissingInputError(f"no valid checkpoint-*.pth in {path}.")
-        return found
+        return checkpoint
     if not path.is_file():
         raise MissingInputError(f"no such checkpoint: {path}")
     manifest = path.with_suffix(".json")
     if not manifest.is_file():
         raise CheckpointError(
-            f"{path} has no manifest {manifest.name}: to start from foreign weights use --finetune {path}."
+            f"{path} has no manifest {manifest.name}: to start from other weights use --finetune {path}."
         )
     return verify_checkpoint(manifest)
 
 
 def verify_checkpoint(manifest_path: Path) -> Checkpoint:
-    """Checks a checkpoint against its manifest. Raises CheckpointError."""
+    """Verify a checkpoint: the manifest by its own checksum, the file by the SHA-256 in it. Raises CheckpointError."""
     path = manifest_path.with_suffix(".pth")
     try:
         text = manifest_path.read_bytes()
@@ -243,15 +251,15 @@ def verify_checkpoint(manifest_path: Path) -> Checkpoint:
         raise CheckpointError(f"the manifest {manifest_path} is damaged ({error}).") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {version}, newer than this program's {FORMAT_VERSION}: update mae_dat."
+            f"{path} has format {version}; this version of mae_dat reads up to {FORMAT_VERSION}: update mae_dat."
         )
     if _NAME.fullmatch(manifest_path.name) and step != _step_of(manifest_path):
-        raise CheckpointError(f"{manifest_path} is of step {step}: it belongs to another checkpoint.")
+        raise CheckpointError(f"{manifest_path} is of step {step}, so it belongs to another checkpoint.")
     check = manifest.pop("check", None)
     if (check or version == FORMAT_VERSION) and text != _manifest_text(manifest):
-        raise CheckpointError(f"the manifest {manifest_path} is damaged (its content is not what its checksum says).")
+        raise CheckpointError(f"the manifest {manifest_path} is damaged (its content does not match its checksum).")
     if not _has_digest(path, digest):
-        raise CheckpointError(f"{path} is damaged or missing: its sha256 is not the manifest's.")
+        raise CheckpointError(f"{path} is damaged or missing: its sha256 is not that of the manifest.")
     return Checkpoint(path, step, manifest)
 
 
@@ -264,23 +272,24 @@ def _has_digest(path: Path, digest: str) -> bool:
 
 
 def delete_unfinished(folder: Path) -> None:
-    """Removes what a killed run left behind: temporary files, and checkpoints that did not get their manifest.
+    """Delete what a killed run left behind: temporary files, and checkpoints without a manifest.
 
-    Call only where no other run writes."""
+    To be called only while no other run writes to the folder.
+    """
     unfinished = [
         path
         for path in folder.glob("checkpoint-*.pth")
         if _NAME.fullmatch(f"{path.stem}.json") and not path.with_suffix(".json").exists()
     ]
     for stale in [*folder.glob(".*.tmp"), *unfinished]:
-        logger.info("removing what a stopped run left unfinished: %s", stale)
+        logger.info("deleting an unfinished file of a stopped run: %s", stale)
         stale.unlink(missing_ok=True)
 
 
 def _manifests(folder: Path) -> list[Path]:
-    """Manifests in `folder`, newest step first."""
-    found = [path for path in folder.glob("checkpoint-*.json") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    """Return the paths of the manifests in `folder`, the newest step first."""
+    manifests = [path for path in folder.glob("checkpoint-*.json") if _NAME.fullmatch(path.name)]
+    return sorted(manifests, key=_step_of, reverse=True)
 
 
 def _path_of(folder: Path, step: int) -> Path:

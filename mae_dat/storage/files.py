@@ -1,5 +1,4 @@
-"""Files that are whole or absent: atomic writing, checksums, and a probe of the output folder before hours are
-spent."""
+"""Atomic writing, checksums, and a test that an output folder can be written, before hours are spent on a run."""
 
 import contextlib
 import errno
@@ -29,19 +28,18 @@ def home_folder() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a whole file."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, need: int = 0) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path`; on success it is synced and takes the place of `path`, on failure it is
-    removed.
+    """Open a temporary file beside `path`; on success it is synced to disk and replaces `path`, else it is removed.
 
-    Readers see the old content or the new, never a part; a previous file survives a full disk and a kill at any
-    instant. `need` are the bytes that will be written, if known: nothing is begun where they do not fit. Raises
-    StorageError, naming path, need and free bytes, when the disk is full, and on any other write fault.
+    Readers see either the old content or the new, never a part of it; a previous file survives a full disk and a kill
+    at any time. `need` is the number of bytes that will be written, if known: if they do not fit, nothing is written.
+    Raises StorageError, with path, needed and free bytes, for a full disk and any other failed write.
     """
     try:
         if need > shutil.disk_usage(path.parent).free:
@@ -73,7 +71,7 @@ def is_web_page(start: bytes) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename inside `folder` durable."""
+    """Sync a folder to disk, which makes a rename in it durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -82,8 +80,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write_fault(error: BaseException) -> Exception | None:
-    """The fault of writing behind an error, if there is one: `torch.save` covers a full disk by a RuntimeError of its
-    own."""
+    """Return the failed write behind an error, None if there is none: `torch.save` hides it in a RuntimeError."""
     if isinstance(error, OSError):
         return error
     if not isinstance(error, RuntimeError):
@@ -94,7 +91,7 @@ def _write_fault(error: BaseException) -> Exception | None:
 
 
 def storage_error(path: Path, error: Exception, need: int = 0) -> StorageError:
-    """The error for a write of `need` bytes that failed: full disks by name, anything else by its own words."""
+    """Return the StorageError for a failed write of `need` bytes, with the cause and the free space."""
     if not path.parent.is_dir():
         return StorageError(f"could not write {path}: there is no folder {path.parent}. Create it first.")
     free = shutil.disk_usage(path.parent).free
@@ -102,16 +99,18 @@ def storage_error(path: Path, error: Exception, need: int = 0) -> StorageError:
     cause = _DISK_FULL.get(code, str(error)) if code else str(error)
     needed = f"{need:,} bytes needed, " if need else ""
     return StorageError(
-        f"could not write {path}: {cause} ({needed}{free:,} bytes free there). What was saved before is intact."
+        f"could not write {path}: {cause} ({needed}{free:,} bytes free there). Earlier files are intact."
     )
 
 
 def prepare_output_folder(folder: Path, instead: str = "another with --output_dir or --output") -> Path:
-    """Creates `folder` and proves that files in it can be written, synced, renamed and deleted. Raises OutputError with
-    the cause and what to choose instead otherwise."""
+    """Create `folder`, check that files in it can be written, synced, renamed and deleted, and return it.
+
+    Raises OutputError with the cause, and the advice to choose `instead`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # As long a name as any of ours: a path near the limit may not leave room for it.
+        # A name as long as our longest: a path near the length limit may have no room for it.
         handle, name = tempfile.mkstemp(prefix=".checkpoint-00000000.pth.probe.", suffix=".tmp", dir=folder)
         with open(handle, "wb") as probe:
             probe.write(b"mae_dat")
@@ -126,9 +125,9 @@ def prepare_output_folder(folder: Path, instead: str = "another with --output_di
 
 
 def require_file(path: Path, what: str, error: type[UserError] = MissingInputError) -> Path:
-    """Returns `path` if it is a file; otherwise raises `error`, saying what was looked for."""
+    """Return `path` if it is a file; otherwise raise `error`, whose message begins with `what` the file is for."""
     if path.is_dir():
-        raise error(f"{what}: {path} is a folder, a file is needed.")
+        raise error(f"{what}: {path} is a folder, not a file.")
     if not path.is_file():
         raise error(f"{what}: no such file: {path}")
     return path

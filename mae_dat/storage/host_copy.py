@@ -1,5 +1,12 @@
-"""A copy of a training's state that costs the training next to nothing: small things are copied at once, large tensors
-by another thread while the next forward and backward pass compute."""
+"""Copies of a training state in host memory that delay training as little as possible.
+
+Small tensors are copied at once, large ones by another thread while the next forward and backward pass run:
+
+    training thread    Snapshot(state) | forward, backward | wait() | optimizer step
+    writing thread                     | copy_large() | torch.save(content) ... | release()
+
+`wait` returns as soon as the large tensors are copied; writing to disk goes on during the following steps.
+"""
 
 import copy
 import threading
@@ -10,27 +17,27 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 20
-"""Bytes from which a tensor is worth another thread."""
+"""Size in bytes from which a storage is copied by the other thread."""
 
 
 class HostBuffers:
-    """Host memory by size, used again from one snapshot to the next; page-locked where it is filled from a GPU."""
+    """Buffers of host memory, reused from one snapshot to the next; page-locked if they are filled from a GPU."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, bool], list[Tensor]] = {}
 
     def take(self, size: int, pinned: bool) -> Tensor:
-        """(size,) bytes of any content."""
+        """Return a buffer of shape (size,), uint8, with undefined content."""
         free = self._free.get((size, pinned))
         return free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
     def give_back(self, buffer: Tensor, pinned: bool) -> None:
-        """Takes back what `take` gave; nobody may look at it any more."""
+        """Accept a buffer from `take` for reuse; the caller must not read it any more."""
         self._free.setdefault((len(buffer), pinned), []).append(buffer)
 
 
 class _Copy(NamedTuple):
-    """A storage, the host memory that it goes to (both as bytes), and whether another thread may copy it."""
+    """A storage (`source`) and its copy (`host`), both as bytes, and whether the other thread copies it (`later`)."""
 
     host: Tensor
     source: Tensor
@@ -38,37 +45,42 @@ class _Copy(NamedTuple):
 
 
 class Snapshot:
-    """`state` (dictionaries and lists of tensors, numbers and strings) as it is now, in host memory.
+    """A copy of `state` (dictionaries and lists of tensors, numbers and strings) as it is now, in host memory.
 
-    After `copy_large`, which is for another thread, `content` is whole; `wait` blocks until the state may change.
-    Tensors that share memory do so in the copy, so that `torch.save` makes the same bytes of both. `at_once` are the
-    tensors that a forward pass changes: the running statistics of BatchNorm, a codebook.
+    `content` is complete after `copy_large`, which is called by another thread; `wait` blocks until the state may
+    change. Tensors that share memory share it in the copy too, so that `torch.save` writes the same bytes for both.
+    `at_once` are the tensors that a forward pass changes, which cannot wait for the other thread: the running
+    statistics of BatchNorm, a codebook.
     """
 
     def __init__(self, state: Mapping[str, Any], buffers: HostBuffers, at_once: Iterable[Tensor] = ()) -> None:
         self._state, self._buffers = state, buffers  # the state stays alive until it is copied
         self._copies: dict[int, _Copy] = {}
-        self._taken = threading.Event()
+        self._issued = threading.Event()  # all copies are done, or (on a GPU) in the queue of a stream
         self._copied: torch.cuda.Event | None = None
-        soon = {_identity(tensor) for tensor in at_once}
+        copied_now = {_storage_key(tensor) for tensor in at_once}
         tensors = [tensor for tensor in _tensors(state) if _is_plain(tensor)]
         self._device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-        memo: dict[int, Any] = {id(tensor): self._copy_of(tensor, soon) for tensor in tensors}
-        counted = [tensor for tensor in tensors if self._copies[_identity(tensor)].later and not tensor.is_inference()]
-        self._versions = [(tensor, tensor._version) for tensor in counted]
+        memo: dict[int, Any] = {id(tensor): self._copy_of(tensor, copied_now) for tensor in tensors}
+        # torch counts the changes of a tensor in `_version` (not in inference mode): they must not happen too early.
+        self._versions = [
+            (tensor, tensor._version)
+            for tensor in tensors
+            if self._copies[_storage_key(tensor)].later and not tensor.is_inference()
+        ]
         for host, source, later in self._copies.values():
             if not later:
                 host.copy_(source, non_blocking=source.is_cuda)
         self._began = torch.cuda.current_stream(self._device).record_event() if self._device else None
-        self.content: Any = copy.deepcopy(state, memo)
+        self.content: Any = copy.deepcopy(state, memo)  # the tensors' copies are in `memo` already
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(len(copied.host) for copied in self._copies.values())
 
     def copy_large(self) -> None:
-        """Copies the large tensors; returns when `content` is whole. Raises RuntimeError if they changed meanwhile."""
+        """Copy the large tensors; return when `content` is complete. Raises RuntimeError if they changed meanwhile."""
         try:
             if self._began:
                 side = torch.cuda.Stream(self._device)
@@ -79,19 +91,19 @@ class Snapshot:
             else:
                 self._copy_later()
         finally:
-            self._taken.set()
+            self._issued.set()
         if self._copied:
             self._copied.synchronize()
         self._state = {}
 
     def wait(self) -> None:
-        """Blocks until the state may change; on a GPU only its stream waits."""
-        self._taken.wait()
+        """Block until the state may change; for a state on a GPU, make only the current stream wait for the copies."""
+        self._issued.wait()
         if self._copied:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def release(self) -> None:
-        """Gives the memory back for the next snapshot; `content` is gone."""
+        """Return the memory for the next snapshot; `content` becomes None."""
         self.content = None
         for host, source, _ in self._copies.values():
             self._buffers.give_back(host, source.is_cuda)
@@ -105,20 +117,21 @@ class Snapshot:
             raise RuntimeError("the state changed while it was copied: call before_change() before every update.")
         self._versions = []
 
-    def _copy_of(self, tensor: Tensor, soon: set[int]) -> Tensor:
-        """The tensor's place in the copy of its storage."""
-        storage, key = tensor.untyped_storage(), _identity(tensor)
+    def _copy_of(self, tensor: Tensor, copied_now: set[int]) -> Tensor:
+        """Return a tensor of the same shape in the copy of its storage, which is filled later."""
+        storage, key = tensor.untyped_storage(), _storage_key(tensor)
         if key not in self._copies:
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             host = self._buffers.take(storage.nbytes(), tensor.is_cuda)
-            self._copies[key] = _Copy(host, source, later=storage.nbytes() >= LARGE and key not in soon)
-        place = (tensor.storage_offset(), tensor.size(), tensor.stride())
-        copied = torch.empty(0, dtype=tensor.dtype).set_(self._copies[key].host.untyped_storage(), *place)
+            self._copies[key] = _Copy(host, source, later=storage.nbytes() >= LARGE and key not in copied_now)
+        copied = torch.empty(0, dtype=tensor.dtype).set_(
+            self._copies[key].host.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
         return copied.requires_grad_(tensor.requires_grad)
 
 
-def _identity(tensor: Tensor) -> int:
-    """The same for tensors that share memory; what `torch.save` goes by."""
+def _storage_key(tensor: Tensor) -> int:
+    """Return a number that is equal for tensors that share memory; `torch.save` uses the same one."""
     return tensor.untyped_storage()._cdata
 
 
@@ -134,5 +147,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is its storage, offset, size and stride and nothing else; other kinds are copied as objects."""
+    """Return whether a tensor consists of storage, offset, size and stride only; others are copied as objects."""
     return type(tensor) is Tensor and tensor.layout is torch.strided and not (tensor.is_complex() or vars(tensor))

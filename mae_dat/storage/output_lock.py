@@ -1,10 +1,12 @@
-"""One run at a time in an output folder. Nothing here needs torch.
+"""One run at a time in an output folder, and an end to restarts without progress. Nothing here needs torch.
 
-The right to write is a POSIX lock: it ends with the process, however that ends, and not before, whatever children it
-has left; it works across the nodes of a cluster. It is on one byte of a lock file that nobody else opens. A job that
-the scheduler has started again elsewhere, while its first attempt sits on a node that was cut off, takes the next byte;
-lease.json says which byte counts, and tells others who holds it. Where the file system has no locks, the holder touches
-lease.json every few seconds instead.
+The right to write is a POSIX lock on one byte of a lock file that nobody else opens. It ends with the process, however
+that ends, and not before, whatever child processes it has left; it works across the nodes of a cluster. A job that the
+scheduler has restarted elsewhere, while its previous start is still on a node that was cut off, locks the next byte.
+lease.json records which byte counts and, for the messages of other runs, which run is the owner. On a file system
+without locks, the owner touches lease.json every few seconds instead.
+
+`record_start` counts the restarts of a job in attempts.json and ends a job that is restarted without a new step.
 """
 
 import contextlib
@@ -28,138 +30,200 @@ from mae_dat.storage.files import atomic_write, storage_error
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
-"""Seconds between two signs of life where the file system has no locks."""
+"""Interval at which the owner touches lease.json where the file system has no locks."""
 MISSED_BEATS = 3
-"""Signs of life after whose absence a folder is free."""
-_HELD = {errno.EACCES, errno.EAGAIN}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_GATE = 0  # the byte that is locked while lease.json is read or written; those above are leases
-_mine: set[tuple[int, Path]] = set()  # (process, folder): a lock does not keep out the process that holds it
+"""Number of missing touches after which a folder is free."""
+_LOCKED_ERRORS = {errno.EACCES, errno.EAGAIN}
+_NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_GATE = 0  # this byte is locked while lease.json is read or written; the bytes above it stand for the right to write
+_RESTARTS_FILE = "attempts.json"
+_MAX_STUCK_RESTARTS = 3  # restarts in a row without a new step, after which a job ends itself
+# (process, folder): POSIX locks do not keep out the process that has them, so its own locks are listed here.
+_locked_here: set[tuple[int, Path]] = set()
 
 
 class _LockedError(Exception):
-    """Another run holds the folder."""
+    """Another run has the folder."""
+
+
+# ---- restarts ----
+
+
+class Restarts(NamedTuple):
+    """The job of this process, and how often it has been restarted, from the environment."""
+
+    job: str
+    """SLURM's or torchrun's id; empty without either."""
+    counts: tuple[int, int, int]
+    """Restarts by SLURM, by torchrun, and by a shell loop that counts in MAE_DAT_RESTARTS."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the counters; those that are missing or no numbers are 0."""
+        names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "MAE_DAT_RESTARTS")
+        values = [os.environ.get(name, "") for name in names]
+        slurm, elastic, loop = (int(value) if value.isdecimal() else 0 for value in values)
+        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return cls("" if job == "none" else job, (slurm, elastic, loop))
+
+
+def record_start(folder: Path, step: int) -> None:
+    """Record in attempts.json that training starts at `step`; for rank 0, when the step to resume at is known.
+
+    Raises NoProgressError when a scheduler has restarted the same job three times and no start got further than the one
+    before it. A start by a person (a new job, or the same command without a scheduler) begins a new count.
+    """
+    restarts, previous = Restarts.from_environment(), read_json(folder / _RESTARTS_FILE)
+    stuck = 0
+    if any(restarts.counts) and (previous.get("job"), previous.get("step")) == (restarts.job, step):
+        stuck = previous.get("stuck", 0) + (previous.get("restarts") != list(restarts.counts))
+    record = {"job": restarts.job, "restarts": restarts.counts, "step": step, "stuck": stuck}
+    with atomic_write(folder / _RESTARTS_FILE) as file:
+        file.write(json.dumps(record).encode() + b"\n")
+    if stuck >= _MAX_STUCK_RESTARTS:
+        job = f"job {restarts.job}" if restarts.job else "this run"
+        raise NoProgressError(
+            f"{job} was started again {stuck} times and is still at step {step}, so it stops here. Find out from its "
+            "logs why it ended each time and fix the cause; then start it by hand (it resumes from "
+            f"{folder}, nothing in it is lost). If it was stopped before it could save, lower --save_minutes."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one if there is no readable object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# ---- the lock ----
 
 
 class OutputLock:
     """The right to write into a folder, from `lock_output_folder`."""
 
     def __init__(self, folder: Path) -> None:
-        attempt = Restarts.from_environment()
+        restarts = Restarts.from_environment()
         self.folder, self.file = folder, folder / "lease.json"
-        self.facts: dict[str, Any] = {
+        self.record: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "job": attempt.job,
-            "restarts": attempt.restarts[0],
+            "job": restarts.job,
+            "restarts": restarts.counts[0],
             "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "token": secrets.token_hex(8),
             "byte": _GATE + 1,
         }
 
     def check(self) -> None:
-        """For every time before something is written: raises OutputError if another run has taken the folder over."""
-        if not self._is_named():
+        """Raise OutputError if another run has taken the folder over; to be called before every write."""
+        if not self._is_owner():
             raise OutputError(
-                f"{self.folder} was taken over by {_told(read_json(self.file))}: this run, {_told(self.facts)}, stops "
-                "and writes nothing more."
+                f"{self.folder} was taken over by {_describe(read_json(self.file))}: this run, "
+                f"{_describe(self.record)}, stops and writes nothing more."
             )
 
-    def _is_named(self) -> bool:
-        """Whether lease.json is this run's; a file that was deleted has named nobody else."""
-        return bool(read_json(self.file).get("token", self.facts["token"]) == self.facts["token"])
+    def _is_owner(self) -> bool:
+        """Return whether lease.json names this run; if the file was deleted, no other run has taken over."""
+        return bool(read_json(self.file).get("token", self.record["token"]) == self.record["token"])
 
-    def _follows(self, holder: dict[str, Any]) -> bool:
-        """Whether `holder` is an attempt of this job that the scheduler has given up."""
-        job, restarts = self.facts["job"], self.facts["restarts"]
-        return bool(job and job == holder.get("job") and restarts > holder.get("restarts", restarts))
+    def _is_restart_of(self, owner: dict[str, Any]) -> bool:
+        """Return whether this process is a later start of the owner's job: the scheduler has given the owner up."""
+        job, restarts = self.record["job"], self.record["restarts"]
+        return bool(job and job == owner.get("job") and restarts > owner.get("restarts", restarts))
 
     def _lock(self, lock: int, take_over: bool) -> None:
-        """Takes a folder that is free, or that an attempt before this one holds. Raises _Taken."""
+        """Lock a folder that is free or, with `take_over`, owned by an earlier start of this job.
+
+        Raises _LockedError otherwise.
+        """
         with _gate(lock):
-            holder = read_json(self.file)
-            byte = int(holder.get("byte", self.facts["byte"]))
+            owner = read_json(self.file)
+            byte = int(owner.get("byte", self.record["byte"]))
             if not _lock_byte(lock, byte):
-                if not (take_over and self._follows(holder) and _lock_byte(lock, byte + 1)):
+                if not (take_over and self._is_restart_of(owner) and _lock_byte(lock, byte + 1)):
                     raise _LockedError
                 byte += 1
-                logger.warning("taking %s over from %s", self.folder, _told(holder))
-            self.facts["byte"] = byte
+                logger.warning("taking over %s from %s", self.folder, _describe(owner))
+            self.record["byte"] = byte
             with atomic_write(self.file) as file:
-                file.write(self._text())
+                file.write(self._content())
 
     def _unlock(self, lock: int) -> None:
-        # The number of a byte that is not the first must outlive this run: the first may still be locked somewhere.
-        if self.facts["byte"] == _GATE + 1:
+        # The number of a byte other than the first must outlive this run: the first may still be locked somewhere.
+        if self.record["byte"] == _GATE + 1:
             with contextlib.suppress(_LockedError, OSError), _gate(lock):
-                if self._is_named():
+                if self._is_owner():
                     self.file.unlink(missing_ok=True)
 
-    def _create(self, take_over: bool) -> None:
-        """The same without locks: whoever creates the file has the folder. Raises _Taken."""
-        holder = read_json(self.file)
+    def _create_file(self, take_over: bool) -> None:
+        """Do the same without locks: the run that creates lease.json has the folder. Raises _LockedError."""
+        owner = read_json(self.file)
         if self.file.exists():
-            if self._age() < MISSED_BEATS * BEAT_SECONDS and not (take_over and self._follows(holder)):
+            if self._age() < MISSED_BEATS * BEAT_SECONDS and not (take_over and self._is_restart_of(owner)):
                 raise _LockedError
-            self._put_aside(holder)
-            logger.warning("taking %s over from %s, of which there is no sign of life", self.folder, _told(holder))
+            self._remove_file_of(owner)
+            logger.warning("taking over %s from %s, which shows no sign of life", self.folder, _describe(owner))
         try:
             with open(self.file, "xb") as file:
-                file.write(self._text())
+                file.write(self._content())
         except FileExistsError as error:
             raise _LockedError from error
-        time.sleep(min(BEAT_SECONDS, 0.5))  # for one who has put aside this file instead of the old one to put it back
-        if read_json(self.file).get("token") != self.facts["token"]:
+        # Another run may have moved this file away instead of the old one: give it the time to move it back.
+        time.sleep(min(BEAT_SECONDS, 0.5))
+        if read_json(self.file).get("token") != self.record["token"]:
             raise _LockedError
 
-    def _put_aside(self, holder: dict[str, Any]) -> None:
-        """Removes the lease of `holder`, and no other that has taken its place meanwhile."""
-        aside = self.file.with_name(f".lease.{self.facts['token']}.tmp")
+    def _remove_file_of(self, owner: dict[str, Any]) -> None:
+        """Remove the owner's lease.json, and no other that has replaced it meanwhile. Raises _LockedError."""
+        moved = self.file.with_name(f".lease.{self.record['token']}.tmp")
         try:
-            self.file.rename(aside)
+            self.file.rename(moved)
         except FileNotFoundError as error:
             raise _LockedError from error
-        if read_json(aside).get("token") != holder.get("token"):
+        if read_json(moved).get("token") != owner.get("token"):
             with contextlib.suppress(FileNotFoundError):
-                aside.rename(self.file)
+                moved.rename(self.file)
             raise _LockedError
-        aside.unlink(missing_ok=True)
+        moved.unlink(missing_ok=True)
 
     def _age(self) -> float:
-        """Seconds since the last sign of life, by the clock of the file system."""
+        """Return the seconds since lease.json was touched, by the clock of the file system."""
         with contextlib.suppress(FileNotFoundError):
-            now = self.file.with_name(f".lease.{self.facts['token']}.tmp")
+            now = self.file.with_name(f".lease.{self.record['token']}.tmp")
             now.touch()
             age = now.stat().st_mtime - self.file.stat().st_mtime
             now.unlink()
             return age
         return 0.0
 
-    def _text(self) -> bytes:
-        return json.dumps(self.facts).encode() + b"\n"
+    def _content(self) -> bytes:
+        return json.dumps(self.record).encode() + b"\n"
 
 
 @contextlib.contextmanager
 def lock_output_folder(folder: Path, grace: float = 10.0) -> Iterator[OutputLock]:
-    """Keeps other runs out of an existing `folder` for the length of the block; for rank 0 only.
+    """Keep other runs out of an existing `folder` while the block runs; for rank 0 only.
 
-    Waits `grace` seconds for a run that is just ending; after that an attempt that SLURM has started again takes over
-    from the one before. Raises OutputError, naming the holder, when the folder is another's, and StorageError.
+    Waits `grace` seconds for a run that is about to end; after that, a job that SLURM has restarted takes over from its
+    previous start. Raises OutputError, naming the owner, if another run has the folder, and StorageError.
     """
-    lease, mine = OutputLock(folder), (os.getpid(), folder.resolve())
-    if mine in _mine:
+    lock, key = OutputLock(folder), (os.getpid(), folder.resolve())
+    if key in _locked_here:
         raise OutputError(f"this process is already writing to {folder}: give each run its own --output_dir.")
-    _mine.add(mine)
+    _locked_here.add(key)
     try:
-        with _held(lease, grace):
-            yield lease
+        with _locked(lock, grace):
+            yield lock
     finally:
-        _mine.discard(mine)
+        _locked_here.discard(key)
 
 
 @contextlib.contextmanager
-def _held(lease: OutputLock, grace: float) -> Iterator[None]:
-    path = lease.folder / ".lease.lock"
+def _locked(output_lock: OutputLock, grace: float) -> Iterator[None]:
+    path = output_lock.folder / ".lease.lock"
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -167,61 +231,64 @@ def _held(lease: OutputLock, grace: float) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, lock)
         try:
-            _patiently(lease, lambda last: lease._lock(lock, last), grace)
-            stack.callback(lease._unlock, lock)
+            _retry(output_lock, lambda take_over: output_lock._lock(lock, take_over), grace)
+            stack.callback(output_lock._unlock, lock)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _NO_LOCK_ERRORS:
                 raise storage_error(path, error) from error
             logger.info("%s: the file system has no locks (%s)", path, error.strerror)
-            stack.enter_context(_beating(lease, grace))
+            stack.enter_context(_locked_by_touching(output_lock, grace))
         yield
 
 
 @contextlib.contextmanager
-def _beating(lease: OutputLock, grace: float) -> Iterator[None]:
-    _patiently(lease, lease._create, max(grace, MISSED_BEATS * BEAT_SECONDS + 1))
+def _locked_by_touching(output_lock: OutputLock, grace: float) -> Iterator[None]:
+    _retry(output_lock, output_lock._create_file, max(grace, MISSED_BEATS * BEAT_SECONDS + 1))
     ended = threading.Event()
 
-    def beat() -> None:
+    def touch_repeatedly() -> None:
         while not ended.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):
-                if lease._is_named():
-                    os.utime(lease.file)
+                if output_lock._is_owner():
+                    os.utime(output_lock.file)
 
-    thread = threading.Thread(target=beat, name="lease", daemon=True)
+    thread = threading.Thread(target=touch_repeatedly, name="lease", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        if lease._is_named():
-            lease.file.unlink(missing_ok=True)
+        if output_lock._is_owner():
+            output_lock.file.unlink(missing_ok=True)
 
 
-def _patiently(lease: OutputLock, take: Callable[[bool], None], grace: float) -> None:
-    """Tries until it succeeds or `grace` seconds are over; the last try, which may take over, is told so."""
-    deadline, told = time.monotonic() + grace, False
+def _retry(output_lock: OutputLock, acquire: Callable[[bool], None], grace: float) -> None:
+    """Call `acquire(False)` until it succeeds; after `grace` seconds call `acquire(True)`, which may take over.
+
+    Raises OutputError if that fails too.
+    """
+    deadline, is_logged = time.monotonic() + grace, False
     while True:
-        last = time.monotonic() >= deadline
+        is_last = time.monotonic() >= deadline
         try:
-            return take(last)
-        except _LockedError as taken:
-            holder = read_json(lease.file)
-            if last:
+            return acquire(is_last)
+        except _LockedError as error:
+            owner = read_json(output_lock.file)
+            if is_last:
                 raise OutputError(
-                    f"{lease.folder} is in use by {_told(holder)}. Wait until it has ended or stop it, or choose "
-                    "another --output_dir."
-                ) from taken
-            if not told:
-                logger.info("%s is in use by %s: waiting up to %.0f s", lease.folder, _told(holder), grace)
-            told = True
+                    f"{output_lock.folder} is in use by {_describe(owner)}. Wait until it has ended or stop it, or "
+                    "choose another --output_dir."
+                ) from error
+            if not is_logged:
+                logger.info("%s is in use by %s: waiting up to %.0f s", output_lock.folder, _describe(owner), grace)
+            is_logged = True
             time.sleep(min(0.2, max(deadline - time.monotonic(), 0)))
 
 
 @contextlib.contextmanager
 def _gate(lock: int, patience: float = 5.0) -> Iterator[None]:
-    """Lets one process at a time through. Raises _Taken when another stays in it for `patience` seconds."""
+    """Let one process at a time through. Raises _LockedError if another process stays in it for `patience` seconds."""
     deadline = time.monotonic() + patience
     while not _lock_byte(lock, _GATE):
         if time.monotonic() > deadline:
@@ -234,75 +301,19 @@ def _gate(lock: int, patience: float = 5.0) -> Iterator[None]:
 
 
 def _lock_byte(lock: int, byte: int) -> bool:
-    """Locks a byte of the lock file, unless another process holds it."""
+    """Lock a byte of the lock file; return False if another process has locked it."""
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
     except OSError as error:
-        if error.errno in _HELD:
+        if error.errno in _LOCKED_ERRORS:
             return False
         raise
     return True
 
 
-def _told(facts: dict[str, Any]) -> str:
-    """A run in words."""
-    if "pid" not in facts:
+def _describe(record: dict[str, Any]) -> str:
+    """Describe the run of a lease.json in words."""
+    if "pid" not in record:
         return "another run"
-    job = f"job {facts.get('job')}, " if facts.get("job") else ""
-    return f"{job}process {facts['pid']} on {facts.get('host')} (since {facts.get('since')})"
-
-
-_STARTS_FILE = "attempts.json"
-
-
-_MAX_STUCK_RESTARTS = 3
-"""Restarts in a row without a new step after which a job ends by itself."""
-
-
-class Restarts(NamedTuple):
-    """One start of a job, as the environment tells it."""
-
-    job: str
-    """SLURM's or torchrun's id; empty without either."""
-    restarts: tuple[int, int, int]
-    """How often it was started again by SLURM, by torchrun, and by a loop that counts in MAE_DAT_RESTARTS."""
-
-    @classmethod
-    def from_environment(cls) -> Self:
-        """Counters that are absent or senseless are 0."""
-        names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "MAE_DAT_RESTARTS")
-        values = [os.environ.get(name, "") for name in names]
-        slurm, elastic, own = (int(value) if value.isdecimal() else 0 for value in values)
-        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
-        return cls("" if job == "none" else job, (slurm, elastic, own))
-
-
-def record_start(folder: Path, step: int) -> None:
-    """Notes in attempts.json that training starts at `step`; for rank 0, when the step to resume at is known.
-
-    Raises NoProgressError when a scheduler has started the same job again three times and no start got further than the
-    one before. Whatever a person starts, a new job or the same command without a scheduler, begins a new count.
-    """
-    attempt, before = Restarts.from_environment(), read_json(folder / _STARTS_FILE)
-    stuck = 0
-    if any(attempt.restarts) and (before.get("job"), before.get("step")) == (attempt.job, step):
-        stuck = before.get("stuck", 0) + (before.get("restarts") != list(attempt.restarts))
-    facts = {"job": attempt.job, "restarts": attempt.restarts, "step": step, "stuck": stuck}
-    with atomic_write(folder / _STARTS_FILE) as file:
-        file.write(json.dumps(facts).encode() + b"\n")
-    if stuck >= _MAX_STUCK_RESTARTS:
-        job = f"job {attempt.job}" if attempt.job else "this run"
-        raise NoProgressError(
-            f"{job} was started again {stuck} times and is still at step {step}: it stops here. See in its logs why it "
-            f"ended each time, mend that, and start it anew by hand (from {folder}, nothing there is lost); if it was "
-            "stopped before it could save, lower --save_minutes."
-        )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none to read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    job = f"job {record.get('job')}, " if record.get("job") else ""
+    return f"{job}process {record['pid']} on {record.get('host')} (since {record.get('since')})"

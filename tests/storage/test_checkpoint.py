@@ -102,7 +102,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "zeroed page": (zero_page, "checkpoint-00000002.pth is damaged"),
     "another's manifest": (
         lambda path: path.with_suffix(".json").write_bytes((path.parent / "checkpoint-00000001.json").read_bytes()),
-        "checkpoint-00000002.json is of step 1: it belongs to another checkpoint",
+        "checkpoint-00000002.json is of step 1, so it belongs to another checkpoint",
     ),
     "another's weights": (
         lambda path: path.write_bytes((path.parent / "checkpoint-00000001.pth").read_bytes()),
@@ -113,7 +113,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest's content": (lambda path: path.with_suffix(".json").write_text("[1]"), "00002.json is damaged"),
     "manifest without hash": (lambda path: path.with_suffix(".json").write_text('{"version": 1, "step": 2}'), "sha256"),
     "senseless version": (lambda path: change_manifest(path, version=None), "checkpoint-00000002.json is damaged"),
-    "future": (lambda path: change_manifest(path, version=3), "format 3, newer than this program's 2: update"),
+    "future": (
+        lambda path: change_manifest(path, version=3),
+        "format 3; this version of mae_dat reads up to 2: update",
+    ),
 }
 
 
@@ -130,7 +133,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert found is not None
     assert found.step == found.load()["step"] == 1
     assert message in caplog.text
-    assert "Passed over." in caplog.text
+    assert "Skipped." in caplog.text
     if path.exists():
         with pytest.raises(CheckpointError, match="checkpoint-00000002"):
             find_checkpoint(path)
