@@ -111,7 +111,7 @@ class _NoDowngrade(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        """Follow a redirect as the base class does. Raises UrlFailedError if it would leave the encrypted connection."""
+        """Follow a redirect as the base class does. Raises UrlFailedError for one from https to anything else."""
         if not newurl.startswith("https://") and not (req.full_url.startswith("http://") and newurl.startswith("http")):
             raise UrlFailedError(f"refused a redirect to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)

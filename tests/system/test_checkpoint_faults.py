@@ -221,7 +221,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
     if done.returncode != 0:
         pytest.skip(
-            "mounting a small file system needs root; tests/storage/test_weights.py limits the size of files instead"
+            "mounting a file system needs root; tests/storage/test_weight_files.py limits the size of files instead"
         )
     yield folder
     subprocess.run(["umount", str(folder)], check=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mae_dat.config.errors import NoProgressError, OutputError, StorageError
-from mae_dat.storage import output_lock as lease
+from mae_dat.storage import output_lock
 from mae_dat.storage.output_lock import lock_output_folder, read_json, record_start
 
 ROOT = Path(__file__).parents[2]
@@ -254,7 +254,7 @@ def test_a_folder_can_be_held_without_locks(code: str, tmp_path: Path, monkeypat
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(output_lock, "BEAT_SECONDS", 0.05)
     (tmp_path / "lease.json").write_text('{"token": "dead", "pid": 1, "host": "gone"}')
     os.utime(tmp_path / "lease.json", (0, 0))
     with lock_output_folder(tmp_path, grace=0) as held:
