@@ -13,14 +13,13 @@ from mae_dat.runtime.blocks import choose_attention
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.device import amp_dtype
 from mae_dat.runtime.run_log import RunLog
-from mae_dat.runtime.sharding import wrap_model
-from mae_dat.runtime.signals import StopRequest
 from mae_dat.runtime.world import World
-from mae_dat.training.loop import Ahead, Job, train_step
+from mae_dat.training.context import RunContext
+from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.optim import build_optimizer
+from mae_dat.training.setup import Reporting, TrainingSetup
 from mae_dat.training.state import TrainingState
-from mae_dat.training.step_report import Behind
 
 CLASSES = 1000
 ALONE = World(0, 1, 0)
@@ -45,26 +44,28 @@ def on_host(batch: Batch, device: torch.device) -> Batch:
 def training_step(
     model: nn.Module, objective: Objective, batch: Batch, device: torch.device, world: World = ALONE
 ) -> Callable[[], float]:
-    """`engine.train_step` in the precision that `--precision auto` chooses, at a constant learning rate; it returns the
-    loss of the step that was read, which on a GPU is the one before."""
+    """Build a step of the training loop, in the precision that `--precision auto` chooses, at a constant learning rate.
+
+    It returns the loss of the step that was read, which on a GPU is the one before.
+    """
     precision = amp_dtype("auto", device)
     choose_attention(model, device, precision)
     optim = OptimConfig(batch_size=len(batch["image"]), lr=1e-4, min_lr=1e-4, warmup_epochs=0, epochs=1)
-    job = Job(
-        run=RunConfig(),
+    context = RunContext(RunConfig(), world, device, precision, Console(quiet=True))
+    setup = TrainingSetup(
+        context=context,
         optim=optim,
         loader=itertools.repeat(on_host(batch, device)),
         steps_per_epoch=1_000_000,
-        world=world,
-        device=device,
-        precision=precision,
-        console=Console(quiet=True),
         log=RunLog(Path(), enabled=False),
-        title="",
-        facts={},
-        at_epoch_end=lambda training, epoch, log: {},
-        scalar_tags={},
+        reporting=Reporting(title=""),
     )
-    training = TrainingState(model, build_optimizer(model, 1e-4, 0.05, betas=(0.9, 0.95)), objective)
-    updates, behind, stop, wrapped = Ahead(job), Behind(device), StopRequest(), wrap_model(model, world, device)
-    return lambda: train_step(training, wrapped, updates, job, stop, None, behind)
+    optimizer = build_optimizer(model, 1e-4, 0.05, betas=(0.9, 0.95))
+    trainer = Trainer(TrainingState(model, optimizer, objective), setup)
+
+    def step() -> float:
+        trainer.train_step()
+        trainer.read_reports(trainer.reports.lag)
+        return trainer.loss
+
+    return step

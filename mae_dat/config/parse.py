@@ -14,7 +14,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -168,9 +168,9 @@ def flat_values(config: Any) -> dict[str, Any]:
     return values
 
 
-def write_config(config: Any, path: Path) -> None:
+def write_config(settings: Mapping[str, Any], path: Path) -> None:
     """Write the resolved settings of a run to a YAML file that `--config` reads."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in flat_values(config).items()}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     path.write_text(f"# {command_line()}\n" + yaml.safe_dump(values, sort_keys=False))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig
-from mae_dat.config.parse import load_config
+from mae_dat.config.parse import flat_values, load_config
 from mae_dat.config.runs import check_groups
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
@@ -32,13 +32,14 @@ from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.runtime.world import world_from_environment
-from mae_dat.training import run
 from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.export import export_model
 from mae_dat.training.finetune import initialize_from
 from mae_dat.training.galleries import galleries_due, show_galleries
 from mae_dat.training.objectives.dat import with_dat
 from mae_dat.training.optim import build_optimizer
+from mae_dat.training.session import run_training
+from mae_dat.training.setup import Reporting
 from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -134,11 +135,11 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
         settings = config.detector
         decay = settings.layer_decay if settings.model in VIT_SIZES else None
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, decay, opt=settings.opt)
-        training = TrainingState(model, optimizer, objective)
+        state = TrainingState(model, optimizer, objective)
         last_epoch = config.optim.total_epochs - 1
 
-        def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
-            if galleries_due(config.run, epoch, context):
+        def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
+            if galleries_due(epoch, context):
                 gallery = draw_detections(model, objective, held_out, seed=config.run.seed, device=context.device)
                 show_galleries({"boxes": gallery}, context, log, epoch)
             if (epoch + 1) % config.measure.eval_every and epoch != last_epoch:
@@ -146,8 +147,16 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
             scores = _validation_scores(model, held_out, config, context)
             return {f"test_{name}": value for name, value in scores.items()}
 
-        run.train(training, images, context, config, console, "detect", at_epoch_end, _SCALAR_TAGS)
-        facts = {**_detector_facts(config, images.classes), "steps": training.step}
+        run_training(
+            state,
+            images,
+            context,
+            data=config.data,
+            optim=config.optim,
+            settings=flat_values(config),
+            reporting=Reporting("detect", at_epoch_end, _SCALAR_TAGS),
+        )
+        facts = {**_detector_facts(config, images.classes), "steps": state.step}
         export_model(full_state_dict(model.net.state_dict()), context, facts)
         return _validation_scores(model, held_out, config, context)
 

@@ -1,4 +1,5 @@
-"""Where a run happens: ranks, device, precision, output folder; and a model made ready for it."""
+"""The context of a run: its settings, ranks, device, precision, output folder and console; and models prepared for
+it."""
 
 import contextlib
 import dataclasses
@@ -28,41 +29,37 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """Where a run happens."""
+    """Where and how a run is computed."""
 
+    run: RunConfig
     world: World
     device: torch.device
     precision: torch.dtype | None
-    output: Path
-    lease: OutputLock | None = None
-    """Of the output folder, on rank 0 of a training."""
-    shards: bool = False
+    """Of autocast; None for float32."""
+    console: Console
+    output_lock: OutputLock | None = None
+    """The right to write into the output folder, on rank 0 of a training."""
+    sharded: bool = False
     """Whether the ranks share one copy of a model (`--fsdp`)."""
-    compiled: bool = False
-    """Whether blocks are compiled."""
-    checkpointed: bool = False
-    """Whether blocks compute their activations twice to save memory."""
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.run.output_dir)
 
 
 @contextlib.contextmanager
 def run_context(run: RunConfig, launch: LaunchConfig, console: Console, training: bool = True) -> Iterator[RunContext]:
-    """Joins the peers, picks the device and prepares the output folder; the block runs inside the process group.
+    """Join the other ranks, choose the device and prepare the output folder; the block runs in the process group.
 
-    A training has the folder to itself: OutputError, on all ranks, if another one holds it.
+    A training locks its output folder. Raises OutputError, on all ranks, if another run uses it, and ConfigError.
     """
     world = world_from_environment()
-    if world.size == 1 and launch.world_size > 1:
-        logger.warning(
-            "--world_size %d alone starts nothing: use torchrun --nproc_per_node %d.",
-            launch.world_size,
-            launch.world_size,
-        )
-    fsdp = launch.fsdp and world.size > 1
-    if launch.fsdp and not fsdp:
-        logger.warning("--fsdp: a single rank has nobody to share the model with.")
+    sharded = launch.fsdp and world.size > 1
+    _warn_about_ranks(launch, world)
     if not world.main:
         console.quiet, console.live = True, False
-    if run.compile and fsdp:
+    if run.compile and sharded:
         raise ConfigError("--compile does not go with --fsdp: leave out one of them.")
     device = pick_device(run.device, world)
     set_float32_precision(run.precision)
@@ -71,35 +68,49 @@ def run_context(run: RunConfig, launch: LaunchConfig, console: Console, training
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     with process_group(world, device), contextlib.ExitStack() as stack:
-        output, leases = Path(run.output_dir), []
+        locks: list[OutputLock] = []  # stays empty on the other ranks, and where nothing is trained
 
-        def prepare() -> None:
+        def prepare_output() -> None:
+            output = Path(run.output_dir)
             prepare_output_folder(output)
             if training:
-                leases.append(stack.enter_context(lock_output_folder(output)))
+                locks.append(stack.enter_context(lock_output_folder(output)))
                 delete_unfinished(output)
 
-        on_main_rank(prepare)
+        on_main_rank(prepare_output)
         stack.enter_context(watchdog(run.hang_minutes, world.rank))
         yield RunContext(
-            world,
-            device,
-            amp_dtype(run.precision, device),
-            output,
-            leases[0] if leases else None,
-            fsdp,
-            run.compile,
-            run.checkpoint_activations,
+            run=run,
+            world=world,
+            device=device,
+            precision=amp_dtype(run.precision, device),
+            console=console,
+            output_lock=locks[0] if locks else None,
+            sharded=sharded,
         )
 
 
-def prepare_model(model: nn.Module, context: RunContext, copy: nn.Module | None = None) -> None:
-    """Makes of a model, and of its averaged copy, what the flags ask; the optimizer comes after. Raises ConfigError."""
+def _warn_about_ranks(launch: LaunchConfig, world: World) -> None:
+    if world.size > 1:
+        return
+    if launch.world_size > 1:
+        ranks = launch.world_size
+        logger.warning("--world_size %d alone starts nothing: use torchrun --nproc_per_node %d.", ranks, ranks)
+    if launch.fsdp:
+        logger.warning("--fsdp: a single rank has no other rank to share the model with.")
+
+
+def prepare_model(model: nn.Module, context: RunContext, average: nn.Module | None = None) -> None:
+    """Prepare a model, and the average of its weights, as the flags ask: attention, activations, compilation, shards.
+
+    Build the optimizer afterwards. Raises ConfigError.
+    """
     choose_attention(model, context.device, context.precision)
-    if context.checkpointed:
+    if context.run.checkpoint_activations:
         checkpoint_blocks(model)
-    if context.compiled:
+    if context.run.compile:
         compile_blocks(model)
-    for one in (model, copy):
-        if one is not None and context.shards:
-            shard_model(one, context.world, context.device)
+    if context.sharded:
+        for network in (model, average):
+            if network is not None:
+                shard_model(network, context.world, context.device)

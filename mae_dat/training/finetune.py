@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig
+from mae_dat.config.parse import flat_values
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
@@ -18,6 +19,7 @@ from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.data.open import image_root, open_images, training_images, with_channels
 from mae_dat.data.transforms import EvalTransform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
+from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
 from mae_dat.models.weights.load import load_pretrained
 from mae_dat.models.weights.read import errors_name_flag
@@ -25,7 +27,6 @@ from mae_dat.runtime.console import Console
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.runtime.sharding import full_state_dict
-from mae_dat.training import run
 from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.export import export_model
@@ -36,6 +37,8 @@ from mae_dat.training.objectives.consistency import AUGMIX_VIEWS, AugMix, Consis
 from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.pixel import WithPixelAdversary
 from mae_dat.training.optim import build_optimizer, effective_lr
+from mae_dat.training.session import run_training
+from mae_dat.training.setup import Reporting
 from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -52,55 +55,74 @@ _SLOW_LARS = 0.5  # MAE's linear probe has 6.4
 
 
 def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune") -> dict[str, float]:
-    """Fine-tunes, or goes on where the output folder stands, exports the classifier and returns its accuracy."""
+    """Fine-tune, or resume in the output folder, export the classifier, and return its accuracy on the validation split
+    (`evaluate_accuracy`)."""
     check_mixup(config.augment, config.optim.batch_size)
+    settings, data, seed = config.classifier, config.data, config.run.seed
     with run_context(config.run, config.launch, console) as context:
         images, held_out = labelled_images(config)
-        classes = class_count(config.classifier.nb_classes, images)
-        seed_everything(config.run.seed)
-        settings = config.classifier
+        classes = class_count(settings.nb_classes, images)
+        seed_everything(seed)
         warn_of_slow_lars(settings.opt, config.optim, context.world.size)
-        model = build_configured_classifier(settings, config.data, classes, settings.pretrained)
+        model = build_configured_classifier(settings, data, classes, settings.pretrained)
         initialize(model, settings)
         if config.baselines.splits_norms:
             split_norms(model)
         model.to(context.device)
-        objective = classification_objective(config, classes, context)
+        objective = classification_objective(config, classes, context.device)
         ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
         prepare_model(model, context, ema.module if ema else None)
-        # The rate is set in every step.
+        # The learning rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
-        training = TrainingState(model, optimizer, objective, ema)
-        loader = held_out_loader(held_out, 2 * config.optim.batch_size, config.data, context)
-        shown = [held_out[index * len(held_out) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
+        state = TrainingState(model, optimizer, objective, ema)
+        loader = held_out_loader(held_out, 2 * config.optim.batch_size, data, context)
+        samples = [held_out[index * len(held_out) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
 
-        def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
-            if galleries_due(config.run, epoch, context):
-                drawn = draw_held_out_adversary(training.model, objective, shown, config.run.seed, context.device)
-                show_galleries(drawn, context, log, epoch)
-            return evaluate_accuracy(training.averaged, loader, context.device, context.precision)
+        def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
+            if galleries_due(epoch, context):
+                galleries = draw_held_out_adversary(
+                    state.model, objective, samples=samples, seed=seed, device=context.device
+                )
+                show_galleries(galleries, context, log, epoch)
+            return evaluate_accuracy(state.averaged, loader, context.device, context.precision)
 
-        run.train(training, images, context, config, console, title, at_epoch_end, _SCALAR_TAGS)
-        averaged = training.averaged
+        run_training(
+            state,
+            images,
+            context,
+            data=data,
+            optim=config.optim,
+            settings=flat_values(config),
+            reporting=Reporting(title, at_epoch_end, _SCALAR_TAGS),
+        )
+        averaged = state.averaged
         assert isinstance(averaged, Classifier)
         tensors = main_norms(fused_head(full_state_dict(averaged.net.state_dict())))
-        export_model(tensors, context, export_facts(config, images, training))
+        facts = {
+            **classifier_facts(settings, data, images.classes),
+            "nb_classes": classes,
+            "averaged": ema is not None,
+            "steps": state.step,
+        }
+        export_model(tensors, context, facts)
         return evaluate_accuracy(averaged, loader, context.device, context.precision)
 
 
-def classification_objective(config: FinetuneConfig, classes: int, context: RunContext) -> Objective:
-    """What the flags ask to minimize: cross-entropy of the views that they name."""
-    own = config.baselines
-    if own.jsd:
-        return AugMix(config.augment, classes, own.jsd)
-    labels = Classification(config.augment, classes)
-    if own.at != "none":
-        attack = PixelAttack(own.eps, own.step, own.at_steps, own.at_norm, random_start=True)
-        return WithPixelAdversary(labels, attack, own.clean_weight)
-    if own.dat_jsd and config.dat.attack:
-        tokenizer = open_tokenizer(config.dat, config.data, context.device)
-        return ConsistentDAT(labels, tokenizer, config.dat.attack, own.dat_jsd)
-    return with_dat(labels, config.dat, config.data, context.device)
+def classification_objective(config: FinetuneConfig, classes: int, device: torch.device) -> Objective:
+    """Return the configured objective: cross-entropy of clean images or views, with DAT or one of its baselines."""
+    baselines, attack = config.baselines, config.dat.attack
+    if baselines.jsd:
+        return AugMix(config.augment, classes, baselines.jsd)
+    objective = Classification(config.augment, classes)
+    if baselines.at != "none":
+        pixel_attack = PixelAttack(
+            baselines.eps, baselines.step, baselines.at_steps, norm=baselines.at_norm, random_start=True
+        )
+        return WithPixelAdversary(objective, pixel_attack, baselines.clean_weight)
+    if baselines.dat_jsd and attack:
+        tokenizer = open_tokenizer(config.dat, config.data, device)
+        return ConsistentDAT(objective, tokenizer, attack, baselines.dat_jsd)
+    return with_dat(objective, config.dat, config.data, device)
 
 
 def check_mixup(augment: AugmentConfig, batch_size: int) -> None:
@@ -125,7 +147,10 @@ def warn_of_slow_lars(opt: str, optim: OptimConfig, ranks: int) -> None:
 
 
 def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
-    """Training and validation images, with the same classes. Raises ConfigError for an unknown --aa or --remode."""
+    """Open the training images, augmented, and the validation images, with the same classes.
+
+    Raises ConfigError for an unknown --aa or --remode.
+    """
     augment = config.augment
     try:
         transform = finetune_transform(
@@ -152,7 +177,7 @@ def held_out_images(data: DataConfig, classes: list[str] | None = None) -> Image
     images = open_images(root, transform, classes=classes, on_bad=data.on_bad)
     if images.packed_size is not None:
         logger.warning(
-            "accuracies are of the pictures in %s, shrunk to %d px and stored anew: not those of the originals.",
+            "the accuracies are of the images in %s, shrunk to %d px and stored anew, not of the original ones.",
             root,
             images.packed_size,
         )
@@ -206,18 +231,16 @@ def build_configured_classifier(
         raise ConfigError(f"--model {settings.model} cannot be built for {size} px: {error}") from error
 
 
-def export_facts(config: FinetuneConfig, images: ImageSet, training: TrainingState) -> dict[str, Any]:
-    """What it takes to rebuild the classifier, stored with its weights."""
-    settings = config.classifier
-    facts = {
+def classifier_facts(settings: ClassifierConfig, data: DataConfig, classes: list[str]) -> dict[str, Any]:
+    """Return what it takes to rebuild the classifier, for its exported weights; `classes` are the folders' names."""
+    return {
         "kind": "classifier",
         "model": settings.model,
         "global_pool": settings.mean_pool,
-        "classes": images.classes,
+        "classes": classes,
+        "input_size": list(data.image_size),
+        "in_chans": data.in_chans,
     }
-    size = {"input_size": list(config.data.image_size), "in_chans": config.data.in_chans}
-    told = {"averaged": training.ema is not None, "steps": training.step}
-    return {**facts, **size, "nb_classes": class_count(settings.nb_classes, images), **told}
 
 
 def draw_held_out_adversary(
@@ -234,8 +257,7 @@ def draw_held_out_adversary(
     label = torch.tensor([sample["label"] for sample in samples], device=device)
     target = torch.nn.functional.one_hot(label, objective.objective.num_classes).float()  # type: ignore[attr-defined]
     generator = step_generator(seed, 0, 0, device)
-    model.eval()
-    with auxiliary_norms(model):
+    with evaluation_mode(model), auxiliary_norms(model):
         adversary = objective.adversary(model, image, target, generator)
     return {"adversary": adversary_gallery(image, adversary)}
 

@@ -13,7 +13,6 @@ from matplotlib.colors import hsv_to_rgb
 from torch import Tensor
 
 from mae_dat.attacks.discrete import DiscreteAdversary
-from mae_dat.config.groups import RunConfig
 from mae_dat.data.gallery import Column, draw_gallery, draw_sheet, luminance, overlay, save_png, upsample_to
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import evaluation_mode
@@ -177,10 +176,10 @@ def used_words(words: Tensor) -> tuple[Tensor, list[float]]:
     return used[order], (counts[order] / words.numel()).tolist()
 
 
-def galleries_due(run: RunConfig, epoch: int, context: RunContext) -> bool:
-    """Whether this rank draws after this epoch: rank 0, and with a sharded model all of them."""
-    turn = run.pictures_every and (epoch + 1) % run.pictures_every == 0
-    return bool(turn) and (context.world.main or context.shards)
+def galleries_due(epoch: int, context: RunContext) -> bool:
+    """Return whether this rank draws galleries after this epoch: rank 0 does, and with a sharded model all ranks."""
+    every = context.run.pictures_every
+    return every > 0 and (epoch + 1) % every == 0 and (context.world.main or context.sharded)
 
 
 def show_galleries(pictures: Mapping[str, Tensor], context: RunContext, log: RunLog, epoch: int) -> None:

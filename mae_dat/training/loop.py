@@ -1,352 +1,378 @@
 """The training loop: any model, any objective; resumable at any step.
 
-All randomness of a step is a function of (seed, step, rank), and the order of samples of (seed, epoch), so the state of
-a run is its tensors and one integer.
+All randomness of a step is a function of (seed, step, rank), and the order of samples one of (seed, epoch). So the
+state of a run is its tensors and one integer (`TrainingState`). To follow one step read `Trainer.run`,
+`Trainer.train_step`, and step_report.py for when its numbers reach the host.
 """
 
 import contextlib
-import itertools
 import logging
 import math
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from timm.utils import distribute_bn
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae_dat.config.errors import InterruptError, NumericsError, UserError
-from mae_dat.config.groups import OptimConfig, RunConfig
 from mae_dat.data.image_set import Batch, as_float
 from mae_dat.models.modes import autocast
 from mae_dat.runtime.collectives import all_sum, catch_user_error, on_all_ranks, raise_on_all_ranks
-from mae_dat.runtime.console import Console
 from mae_dat.runtime.device import peak_memory
 from mae_dat.runtime.failures import explain_rank_failure
-from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator, step_seed
 from mae_dat.runtime.sharding import no_gradient_sync, wrap_model
 from mae_dat.runtime.signals import StopRequest, stop_requests
 from mae_dat.runtime.watchdog import heartbeat
-from mae_dat.runtime.world import World
 from mae_dat.storage.checkpoint import Saver
-from mae_dat.training.optim import clip_gradient, effective_lr, learning_rate, set_lr, step_unless, update_average
+from mae_dat.training.clock import TrainingClock
+from mae_dat.training.optim import (
+    clip_gradient,
+    learning_rate,
+    set_lr,
+    step_optimizer,
+    update_average,
+)
+from mae_dat.training.prefetch import Prefetcher
+from mae_dat.training.setup import TrainingSetup
 from mae_dat.training.state import TrainingState
-from mae_dat.training.step_report import Asked, Behind, Reading, Seen, Told, lag_of
+from mae_dat.training.step_report import DelayedReports, MicroBatch, RankRequests, StepReport
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """The surroundings of a training: what it reads, where it writes and how far it goes."""
+class Trainer:
+    """Trains the model of a `TrainingState` as a `TrainingSetup` describes."""
 
-    run: RunConfig
-    optim: OptimConfig
-    loader: Iterable[Batch]
-    steps_per_epoch: int
-    """Whole updates."""
-    world: World
-    device: torch.device
-    precision: torch.dtype | None
-    console: Console
-    log: RunLog
-    title: str
-    facts: dict[str, Any]
-    """Configuration and origin of the run, kept in every checkpoint's manifest."""
-    at_epoch_end: Callable[[TrainingState, int, RunLog], dict[str, float]]
-    """Evaluates and draws after an epoch (given its number); what it returns joins the epoch's record."""
-    scalar_tags: dict[str, str]
-    """TensorBoard tag of each key of an epoch's record, on the axis of thousandths of an epoch."""
-    name_of: Callable[[int], str] = str
-    """The file of a sample, given its number, for messages."""
-    guard: Callable[[], object] | None = None
-    """Raises when the output folder is no longer this run's."""
+    advice = "Lower --blr, set --clip_grad 1, or use --precision fp32"
+    """What to do about a loss that is not finite."""
+
+    def __init__(self, state: TrainingState, setup: TrainingSetup) -> None:
+        self.state, self.setup = state, setup
+        self.context, self.device = setup.context, setup.context.device
+        self.model = wrap_model(state.model, self.context.world, self.device)
+        """What is called in a step: the model, or DistributedDataParallel around it."""
+        self.model.train()
+        self.clock = TrainingClock(state.step)
+        self.reports = DelayedReports(self.device)
+        self.prefetcher = Prefetcher(setup.loader, setup.optim.accum_iter, self.reports.lag)
+        self.agreed = RankRequests()
+        """What at least one rank requested in the steps that were read, so that all ranks do it together."""
+        self.loss = math.nan
+        """This rank's mean loss in the newest step that was read."""
+        self.score: float | None = None
+        """Of the epoch that just ended, to keep its best checkpoint."""
+        self.stop_request = StopRequest()
+        self.saver: Saver | None = None
+
+    # ---- the run ----
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises on every rank, and without losing what was learned: InterruptError after a signal, NumericsError on a
+        loss or gradient that is not finite, and the UserError of a loader or a save.
+        """
+        self.log_plan()
+        raise_on_all_ranks(self.prefetcher.error)
+        with self.guards():
+            while self.state.step < self.setup.total_steps:
+                self.train_step()
+                self.read_reports(self.reports.lag)
+                self.show_progress()
+                if self.must_save:
+                    self.read_reports(lag=0)  # only steps that are known to be sound are evaluated and saved
+                    if self.epoch_is_over:
+                        self.end_epoch()
+                    self.save()
+                self.clock.restart()
+                if self.must_stop:
+                    self.stop_on_all_ranks()
 
     @property
-    def total_steps(self) -> int:
-        """Updates of the whole run."""
-        return self.optim.total_epochs * self.steps_per_epoch
+    def epoch_is_over(self) -> bool:
+        """Whether the last step was the last one of its epoch."""
+        return self.state.step % self.setup.steps_per_epoch == 0
 
     @property
-    def effective_batch(self) -> int:
-        """Images per update."""
-        return self.optim.batch_size * self.optim.accum_iter * self.world.size
+    def must_save(self) -> bool:
+        """Whether all ranks save now: saving is collective."""
+        return self.epoch_is_over or self.agreed.save or self.must_stop
 
     @property
-    def lr(self) -> float:
-        """Absolute peak learning rate."""
-        return effective_lr(self.optim.lr, self.optim.blr, self.effective_batch)
+    def must_stop(self) -> bool:
+        """Whether all ranks stop now."""
+        return self.agreed.stop or self.agreed.no_data
 
+    @contextlib.contextmanager
+    def guards(self) -> Iterator[None]:
+        """Show progress, catch signals, write checkpoints in the background, and explain the failure of another
+        rank."""
+        with (
+            self.context.console.task(
+                self.setup.reporting.title, self.setup.total_steps, completed=self.state.step
+            ) as self.progress,
+            stop_requests() as self.stop_request,
+            self.open_saver(),
+            explain_rank_failure(lambda: f"at step {self.state.step}"),
+        ):
+            yield
 
-def fit(training: TrainingState, job: Job) -> None:
-    """Trains to the end. Raises InterruptError after a signal, NumericsError on a loss that is not finite, and the
-    UserError of a loader or a save, on every rank alike; all of them keep what was learned."""
-    logger.info(
-        "effective batch %d (%d x %d x %d ranks), peak learning rate %.3g",
-        job.effective_batch,
-        job.optim.batch_size,
-        job.optim.accum_iter,
-        job.world.size,
-        job.lr,
-    )
-    if job.optim.warmup_epochs >= job.optim.epochs:
-        logger.warning(
-            "the learning rate warms up to the end and never comes to its peak: --warmup_epochs %g of --epochs %d.",
-            job.optim.warmup_epochs,
-            job.optim.epochs,
+    def log_plan(self) -> None:
+        """Log batch and learning rate, with a warning where the warm-up never ends."""
+        optim = self.setup.optim
+        logger.info(
+            "effective batch %d (%d x %d x %d ranks), peak learning rate %.3g",
+            self.setup.effective_batch,
+            optim.batch_size,
+            optim.accum_iter,
+            self.context.world.size,
+            self.setup.peak_lr,
         )
-    model = wrap_model(training.model, job.world, job.device)
-    model.train()
-    first = training.step
-    start = saved = last = time.monotonic()
-    busy = time.process_time()
-    updates, behind = Ahead(job), Behind(job.device)
-    raise_on_all_ranks(updates.failure)
-    with (
-        job.console.task(job.title, job.total_steps, completed=first) as task,
-        stop_requests() as stop,
-        saving(job, stop) as saver,
-        explain_rank_failure(lambda: f"at step {training.step}"),
-    ):
-        while training.step < job.total_steps:
-            updates.save_due = time.monotonic() - saved > 60 * job.run.save_minutes
-            loss = train_step(training, model, updates, job, stop, saver, behind)
-            heartbeat()
-            now = time.monotonic()
-            training.totals["seconds"] = training.totals.get("seconds", 0.0) + now - last
-            training.totals["cpu_seconds"] = training.totals.get("cpu_seconds", 0.0) + time.process_time() - busy
-            rate = job.effective_batch * (training.step - first) / (now - start)
-            lr = training.optimizer.param_groups[-1]["lr"]
-            task.advance(f"{rate:.0f} images/s  loss {loss:.4f}  lr {lr:.2e}")
-            epoch_over = training.step % job.steps_per_epoch == 0
-            if epoch_over or stop.all_ranks_stop or updates.failed or updates.save_agreed:
-                # What is evaluated and saved is only what the host knows to be sound.
-                read_steps(training, job, behind.due(0), updates, stop)
-            facts = end_epoch(training, job) if epoch_over else {}
-            stopping = stop.all_ranks_stop or updates.failed
-            if facts or stopping or updates.save_agreed:
-                save(training, job, saver, facts)
-                saved, updates.save_agreed = time.monotonic(), False
-            # Waiting for data counts as training, evaluating and saving does not.
-            last, busy = time.monotonic(), time.process_time()
-            if stopping:
-                on_all_ranks(lambda: saver.wait() if saver else None)
-                raise_on_all_ranks(updates.failure)
-                raise InterruptError(
-                    f"stopped at step {training.step} of {job.total_steps}; saved in {job.run.output_dir}. "
-                    "The same command goes on.",
-                    stop.exit_code,
-                )
+        if optim.warmup_epochs >= optim.epochs:
+            logger.warning(
+                "the learning rate warms up to the end and never comes to its peak: --warmup_epochs %g of --epochs %d.",
+                optim.warmup_epochs,
+                optim.epochs,
+            )
 
+    def show_progress(self) -> None:
+        """Tell the watchdog and the progress bar that a step is done, and add its time to the epoch's."""
+        heartbeat()
+        for name, seconds in zip(("seconds", "cpu_seconds"), self.clock.lap(), strict=True):
+            self.state.totals[name] = self.state.totals.get(name, 0.0) + seconds
+        rate = self.setup.effective_batch * self.clock.steps_per_second(self.state.step)
+        lr = self.state.optimizer.param_groups[-1]["lr"]
+        self.progress.advance(f"{rate:.0f} images/s  loss {self.loss:.4f}  lr {lr:.2e}")
 
-class Ahead:
-    """The micro-batches of the next update, fetched while this one is computed; on a GPU also those of the one after,
-    since that is launched before the host reads that a rank has none.
-
-    A loader's error is kept, so that all ranks hear of it, finish the updates at hand and save before any of them
-    stops.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.batches: Iterator[Batch] = iter(job.loader)
-        self.count = job.optim.accum_iter
-        self.next: deque[list[Batch]] = deque()
-        self.failure: UserError | None = None
-        self.failed = False
-        """Whether any rank has a failure; read from the step."""
-        self.save_due = False
-        """Whether it is time to save by the clock of this rank."""
-        self.save_agreed = False
-        """Whether it is by the clock of any, since saving is collective; read from the step."""
-        for _ in range(1 + lag_of(job.device)):
-            self.fetch()
-
-    def fetch(self) -> None:
-        """Reads one more update's batches; none at the run's end."""
-        try:
-            self.next.append(list(itertools.islice(self.batches, self.count)))
-        except UserError as error:
-            self.failure = self.failure or error
-
-    def take(self) -> list[Batch]:
-        """The batches at hand, in host memory."""
-        return self.next.popleft()
-
-
-def train_step(
-    training: TrainingState,
-    model: nn.Module,
-    updates: Ahead,
-    job: Job,
-    stop: StopRequest,
-    saver: Saver | None,
-    behind: Behind,
-) -> float:
-    """Launches one update, from `accum_iter` micro-batches, and reads those that are due; returns this rank's mean loss
-    in the newest one that was read, at first nan on a GPU.
-
-    A loss or gradient that is not finite on any rank changes nothing, and stops all ranks when it is read.
-    """
-    accum = job.optim.accum_iter
-    plan = (job.lr, job.optim.min_lr, job.optim.warmup_epochs, job.optim.epochs, job.optim.warmup_lr)
-    epoch = training.step / job.steps_per_epoch
-    set_lr(training.optimizer, learning_rate(epoch, *plan))
-    training.objective.begin(epoch)
-    while training.heard and training.heard[0][0] < training.step - behind.lag:
-        training.objective.observe(training.heard.pop(0)[1])
-    seen: list[Seen] = []
-    for number, batch in enumerate(updates.take()):
-        micro = training.step * accum + number
-        seed_everything(step_seed(job.run.seed, micro, job.world.rank))
-        generator = step_generator(job.run.seed, micro, job.world.rank, job.device)
-        alone = job.world.size == 1 or number == accum - 1
-        with contextlib.nullcontext() if alone else no_gradient_sync(model):
-            with autocast(job.device, job.precision):
-                parts = training.objective(model, _to_device(batch, job.device), generator)
-            (parts["loss"] / accum).backward()
-        seen.append(Seen.of(batch, parts))
-    updates.fetch()
-    failure = catch_user_error(saver.check) if saver else None
-    asked = Asked(failure is not None, stop.signal is not None, updates.failure is not None, updates.save_due)
-    every = behind.agree(seen, asked)
-    norm = update(training, job, behind, saver)
-    behind.add(training.step, seen, failure, norm, every)
-    training.step += 1
-    return read_steps(training, job, behind.due(), updates, stop)
-
-
-def update(training: TrainingState, job: Job, behind: Behind, saver: Saver | None) -> Tensor:
-    """Clips and applies the gathered gradient, unless this step is spoiled or one before it was; returns the norm from
-    before clipping, on the device.
-
-    The gradient is the same on all ranks here, so they agree about it without another reduction.
-    """
-    norm = clip_gradient(training.model, job.optim.clip_grad)
-    behind.spoil(~norm.isfinite())
-    if saver:
-        saver.before_change()
-    step_unless(training.optimizer, behind.spoiled)
-    training.optimizer.zero_grad(set_to_none=True)
-    if training.ema:
-        update_average(training.ema, training.model, training.step, behind.spoiled)
-    return norm
-
-
-def read_steps(
-    training: TrainingState, job: Job, readings: Iterable[Reading], updates: Ahead, stop: StopRequest
-) -> float:
-    """Takes note of steps: sums, what the ranks agreed on. Returns this rank's mean loss in the last of them, or nan.
-
-    Raises, on all ranks, what a step failed by; `training.step` is then the number of sound updates.
-    """
-    loss = math.nan
-    for reading in readings:
-        told = reading.read()
-        if told.spoiled:
-            training.step = reading.step
-            raise_on_all_ranks(_not_finite(training, job, reading, told))
-        if told.agreed.failed:
-            raise_on_all_ranks(reading.failure)
-        stop.all_ranks_stop, updates.failed = (
-            stop.all_ranks_stop or told.agreed.stop,
-            updates.failed or told.agreed.no_data,
+    def stop_on_all_ranks(self) -> None:
+        """Wait for the checkpoint, then raise the error of a loader, or InterruptError."""
+        on_all_ranks(lambda: self.saver.wait() if self.saver else None)
+        raise_on_all_ranks(self.prefetcher.error)
+        raise InterruptError(
+            f"stopped at step {self.state.step} of {self.setup.total_steps}; saved in {self.context.output}. "
+            "To resume, run the same command again.",
+            self.stop_request.exit_code,
         )
-        updates.save_agreed = updates.save_agreed or told.agreed.save
-        sums = {"images": 0.0, "skipped": 0.0, "updates": 1.0, "grad_norm": told.grad_norm}
-        for micro, facts in zip(reading.seen, told.parts, strict=True):
-            training.heard.append((reading.step, facts))
-            of_images = {name: len(micro.images) * value for name, value in facts.items()}
-            for name, value in {**of_images, "images": len(micro.images), "skipped": micro.skipped}.items():
+
+    # ---- one step ----
+
+    def train_step(self) -> None:
+        """Launch one update, from `accum_iter` micro-batches, without waiting for its numbers (`read_reports`)."""
+        self.set_learning_rate()
+        self.advance_objective()
+        batches = self.prefetcher.next_batches()
+        micro_batches = [self.forward_backward(batch, number) for number, batch in enumerate(batches)]
+        self.prefetcher.prefetch()
+        save_error = catch_user_error(self.saver.check) if self.saver else None
+        counts = self.reports.sum_over_ranks(micro_batches, self.requests_of_this_rank(save_error))
+        grad_norm = self.apply_gradient()
+        self.reports.add(self.state.step, micro_batches, save_error, grad_norm, counts)
+        self.state.step += 1
+
+    @property
+    def epoch(self) -> float:
+        """The fractional epoch of the current step."""
+        return self.state.step / self.setup.steps_per_epoch
+
+    def set_learning_rate(self) -> None:
+        """Set the rate of the current step: warm-up, then half a cosine."""
+        optim = self.setup.optim
+        lr = learning_rate(
+            self.epoch,
+            lr=self.setup.peak_lr,
+            min_lr=optim.min_lr,
+            warmup_epochs=optim.warmup_epochs,
+            epochs=optim.epochs,
+            warmup_lr=optim.warmup_lr,
+        )
+        set_lr(self.state.optimizer, lr)
+
+    def advance_objective(self) -> None:
+        """Let the objective set its schedule for this step, and observe the metrics of the steps before it.
+
+        It always observes a step's metrics the same number of steps later, although the host reads some of them
+        earlier, before it saves.
+        """
+        self.state.objective.begin(self.epoch)
+        delayed = self.state.delayed_metrics
+        while delayed and delayed[0][0] < self.state.step - self.reports.lag:
+            self.state.objective.observe(delayed.pop(0)[1])
+
+    def forward_backward(self, batch: Batch, number: int) -> MicroBatch:
+        """Compute the loss of one of the step's micro-batches, and add its gradient to that of the others."""
+        accum, world, seed = self.setup.optim.accum_iter, self.context.world, self.context.run.seed
+        micro_step = self.state.step * accum + number
+        seed_everything(step_seed(seed, micro_step, world.rank))
+        generator = step_generator(seed, micro_step, world.rank, self.device)
+        # The ranks exchange gradients once, in the last backward pass.
+        exchanges = world.size == 1 or number == accum - 1
+        with contextlib.nullcontext() if exchanges else no_gradient_sync(self.model):
+            with autocast(self.device, self.context.precision):
+                metrics = self.state.objective(self.model, _to_device(batch, self.device), generator)
+            (metrics["loss"] / accum).backward()
+        return MicroBatch.from_batch(batch, metrics)
+
+    def requests_of_this_rank(self, save_error: UserError | None) -> RankRequests:
+        """Return what this rank requests of all ranks."""
+        return RankRequests(
+            save_failed=save_error is not None,
+            stop=self.stop_request.signal is not None,
+            no_data=self.prefetcher.error is not None,
+            save=self.clock.seconds_since_save() > 60 * self.context.run.save_minutes,
+        )
+
+    def apply_gradient(self) -> Tensor:
+        """Clip the gradient and update the weights and their average, except where `skip_updates` is 1.
+
+        Returns the gradient's norm before clipping, a scalar on the device. The gradient is the same on all ranks, so
+        they need no further reduction to agree whether it is finite.
+        """
+        grad_norm = self.clip_gradient()
+        self.reports.skip_where(~grad_norm.isfinite())
+        if self.saver:
+            self.saver.before_change()
+        step_optimizer(self.state.optimizer, skip=self.reports.skip_updates)
+        self.state.optimizer.zero_grad(set_to_none=True)
+        if self.state.ema:
+            update_average(self.state.ema, self.state.model, self.state.step, self.reports.skip_updates)
+        return grad_norm
+
+    def clip_gradient(self) -> Tensor:
+        """Clip the gradient; returns its norm before, a scalar on the device."""
+        return clip_gradient(self.state.model, self.setup.optim.clip_grad)
+
+    # ---- what steps report ----
+
+    def read_reports(self, lag: int) -> None:
+        """Read the reports of launched steps until only `lag` are left: metrics, and what the ranks agreed on.
+
+        Raises, on all ranks, what made a step fail; `state.step` is then the number of sound updates.
+        """
+        for report in self.reports.read(lag):
+            if report.update_skipped:
+                self.state.step = report.step
+                raise_on_all_ranks(self.numerics_error(report))
+            if report.requests.save_failed:
+                raise_on_all_ranks(report.save_error)
+            self.agreed = RankRequests(*(old or new for old, new in zip(self.agreed, report.requests, strict=True)))
+            self.add_metrics(report)
+
+    def add_metrics(self, report: StepReport) -> None:
+        """Add a step's metrics to the epoch's totals, weighted by images, and put them aside for the objective."""
+        sums = {"images": 0.0, "skipped": 0.0, "updates": 1.0, "grad_norm": report.grad_norm}
+        for batch, metrics in zip(report.micro_batches, report.metrics, strict=True):
+            self.state.delayed_metrics.append((report.step, metrics))
+            weighted = {name: len(batch.images) * value for name, value in metrics.items()}
+            for name, value in {**weighted, "images": len(batch.images), "skipped": batch.skipped}.items():
                 sums[name] = sums.get(name, 0.0) + value
         for name, value in sums.items():
-            training.totals[name] = training.totals.get(name, 0.0) + value
-        loss = sums["loss"] / sums["images"]
-    return loss
+            self.state.totals[name] = self.state.totals.get(name, 0.0) + value
+        self.loss = sums["loss"] / sums["images"]
 
+    def numerics_error(self, report: StepReport) -> NumericsError | None:
+        """Return this rank's error about a bad step: about its first micro-batch whose loss is not finite, or about the
+        last one where no loss is to blame but the gradient. None if only other ranks are affected."""
+        bad = [number for number, metrics in enumerate(report.metrics) if not math.isfinite(metrics["loss"])]
+        if report.bad_loss and not bad:
+            return None
+        number = bad[0] if bad else -1
+        metrics = report.metrics[number] if bad else {**report.metrics[-1], "grad_norm": report.grad_norm}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        files = [self.setup.name_of(index) for index in report.micro_batches[number].images]
+        more = f" and {len(files) - 8} more" if len(files) > 8 else ""
+        return NumericsError(
+            f"not finite at step {self.state.step} on rank {self.context.world.rank} ({values}), "
+            f"with {', '.join(files[:8])}{more}. The weights are as before the step. {self.advice}; "
+            f"the last checkpoint in {self.context.output} is intact."
+        )
 
-def _not_finite(training: TrainingState, job: Job, reading: Reading, told: Told) -> NumericsError | None:
-    """This rank's error: about its first micro-batch whose loss is not finite; None where that happened on others only;
-    about the last one where no loss is at fault but the gradient."""
-    at_fault = [number for number, facts in enumerate(told.parts) if not math.isfinite(facts["loss"])]
-    if told.bad_loss and not at_fault:
-        return None
-    facts = told.parts[at_fault[0]] if at_fault else {**told.parts[-1], "grad_norm": told.grad_norm}
-    listed = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-    files = [job.name_of(index) for index in reading.seen[at_fault[0] if at_fault else -1].images]
-    more = f" and {len(files) - 8} more" if len(files) > 8 else ""
-    return NumericsError(
-        f"not finite at step {training.step} on rank {job.world.rank} ({listed}), with {', '.join(files[:8])}{more}. "
-        "The weights are as before the step. Lower --blr, set --clip_grad 1, or use --precision fp32; "
-        f"the last checkpoint in {job.run.output_dir} is intact."
-    )
+    # ---- the end of an epoch ----
 
+    def end_epoch(self) -> None:
+        """Average the epoch's metrics over images and ranks, evaluate, write the record, and start new totals."""
+        epoch = self.state.step // self.setup.steps_per_epoch - 1
+        self.average_batch_norm()
+        totals = self.totals_of_all_ranks()
+        images, skipped, updates = (totals.pop(name) for name in ("images", "skipped", "updates"))
+        seconds = totals.pop("seconds") / self.context.world.size
+        cpu_seconds = totals.pop("cpu_seconds", 0.0)  # missing in checkpoints of older versions
+        means = {
+            f"train_{name}": total / (updates if name == "grad_norm" else images) for name, total in totals.items()
+        }
+        if skipped:
+            logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
+        record = {
+            **means,
+            "train_lr": self.state.optimizer.param_groups[-1]["lr"],
+            **self.setup.reporting.at_epoch_end(self.state, epoch, self.setup.log),
+        }
+        facts = {
+            "epoch": epoch,
+            "step": self.state.step,
+            "n_parameters": sum(p.numel() for p in self.state.model.parameters() if p.requires_grad),
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu_seconds, 2),
+            "skipped": int(skipped),
+            "peak_memory_gb": round(peak_memory(self.device) / 1e9, 2),
+        }
+        self.write_record(epoch, record, facts)
+        self.score = record.get("test_acc1", record.get("test_map", -means["train_loss"]))
+        self.state.totals = {}
+        self.state.model.train()
 
-def end_epoch(training: TrainingState, job: Job) -> dict[str, Any]:
-    """Averages the epoch over images and ranks, evaluates, and writes the record; returns what its checkpoint is kept
-    by."""
-    epoch = training.step // job.steps_per_epoch - 1
-    if job.world.size > 1:
-        # Every rank has its own running statistics of BatchNorm; what is evaluated and kept is their mean.
-        for network in dict.fromkeys((training.model, training.averaged)):
-            distribute_bn(network, job.world.size, reduce=True)
-    names = sorted(training.totals)
-    sums = all_sum(torch.tensor([training.totals[name] for name in names], dtype=torch.float64, device=job.device))
-    totals = dict(zip(names, sums.tolist(), strict=True))
-    images, skipped, seconds = totals.pop("images"), totals.pop("skipped"), totals.pop("seconds") / job.world.size
-    cpu_seconds = totals.pop("cpu_seconds", 0.0)  # a checkpoint amid an epoch may be of before it was counted
-    parts = {"grad_norm": totals.pop("updates")}
-    means = {f"train_{name}": value / parts.get(name, images) for name, value in totals.items()}
-    if skipped:
-        logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
-    record = {
-        **means,
-        "train_lr": training.optimizer.param_groups[-1]["lr"],
-        **job.at_epoch_end(training, epoch, job.log),
-    }
-    n_parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-    facts = {
-        "epoch": epoch,
-        "step": training.step,
-        "n_parameters": n_parameters,
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(cpu_seconds, 2),
-        "skipped": int(skipped),
-        "peak_memory_gb": round(peak_memory(job.device) / 1e9, 2),
-    }
-    if epoch == 0:
-        logger.info("peak memory %.2f GB", facts["peak_memory_gb"])
-    job.log.record({**record, **facts})
-    job.log.scalars({job.scalar_tags.get(name, name): value for name, value in record.items()}, 1000 * (epoch + 1))
-    training.totals = {}
-    training.model.train()
-    kept = job.run.keep_every is not None and (epoch + 1) % job.run.keep_every == 0
-    score = record.get("test_acc1", record.get("test_map", -means["train_loss"]))
-    return {"score": score, "kept": kept}
+    def average_batch_norm(self) -> None:
+        """Replace every rank's own running statistics of BatchNorm by their mean, which is evaluated and saved."""
+        if self.context.world.size > 1:
+            for network in dict.fromkeys((self.state.model, self.state.averaged)):
+                distribute_bn(network, self.context.world.size, reduce=True)
 
+    def totals_of_all_ranks(self) -> dict[str, float]:
+        """Return the epoch's totals, summed over the ranks. Collective."""
+        names = sorted(self.state.totals)
+        totals = torch.tensor([self.state.totals[name] for name in names], dtype=torch.float64, device=self.device)
+        return dict(zip(names, all_sum(totals).tolist(), strict=True))
 
-@contextlib.contextmanager
-def saving(job: Job, stop: StopRequest) -> Iterator[Saver | None]:
-    """Rank 0's writer of checkpoints; at the block's end the last one is on disk, or all ranks hear why not."""
-    saver = Saver(Path(job.run.output_dir), job.run.keep, job.guard) if job.world.main else None
-    try:
-        yield saver
-        on_all_ranks(lambda: saver.wait() if saver else None)
-    finally:
-        if saver:
-            saver.close(abandon=stop.immediate)
+    def write_record(self, epoch: int, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write an epoch's record to log.txt and TensorBoard, where the axis counts thousandths of an epoch."""
+        if epoch == 0:
+            logger.info("peak memory %.2f GB", facts["peak_memory_gb"])
+        self.setup.log.record({**record, **facts})
+        tags = self.setup.reporting.scalar_tags
+        self.setup.log.scalars({tags.get(name, name): value for name, value in record.items()}, 1000 * (epoch + 1))
 
+    # ---- checkpoints ----
 
-def save(training: TrainingState, job: Job, saver: Saver | None, facts: dict[str, Any]) -> None:
-    """Begins to write a checkpoint, on rank 0. Collective."""
-    state = training.state_dict()
-    facts = {**facts, **job.facts, "epoch": training.step / job.steps_per_epoch}
-    buffers = training.model.buffers()
-    on_all_ranks(lambda: saver.save(training.step, state, buffers, **facts) if saver else None)
+    @contextlib.contextmanager
+    def open_saver(self) -> Iterator[None]:
+        """Open rank 0's writer of checkpoints. At the end of the block the last one is on disk, or all ranks raise the
+        reason why not."""
+        lock = self.context.output_lock
+        if self.context.world.main:
+            self.saver = Saver(self.context.output, self.context.run.keep, lock.check if lock else None)
+        try:
+            yield
+            on_all_ranks(lambda: self.saver.wait() if self.saver else None)
+        finally:
+            if self.saver:
+                self.saver.close(abandon=self.stop_request.immediate)
+
+    def save(self) -> None:
+        """Start to write a checkpoint, on rank 0. Collective."""
+        content = self.state.state_dict()
+        manifest = {**self.epoch_manifest(), **self.setup.manifest, "epoch": self.epoch}
+        buffers = self.state.model.buffers()
+        on_all_ranks(lambda: self.saver.save(self.state.step, content, buffers, **manifest) if self.saver else None)
+        self.clock.saved()
+        self.agreed = self.agreed._replace(save=False)
+
+    def epoch_manifest(self) -> dict[str, Any]:
+        """Return what decides how long a checkpoint is kept: nothing amid an epoch."""
+        if not self.epoch_is_over:
+            return {}
+        every = self.context.run.keep_every
+        return {"score": self.score, "kept": every is not None and round(self.epoch) % every == 0}
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -60,7 +60,8 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update, or none where `found_inf`, as in torch's fused optimizers, is 1; a closure is not called."""
+        """Update the parameters, except where `found_inf` is 1, as in torch's fused optimizers; `closure` is not
+        called."""
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 update = parameter.grad
@@ -70,21 +71,23 @@ class Lars(torch.optim.Optimizer):
                     update = update * torch.where((size > 0) & (length > 0), group["trust"] * size / length, 1.0)
                 state = self.state[parameter]
                 before = state.get("momentum_buffer", torch.zeros_like(update))
-                state["momentum_buffer"] = momentum = self._unless(before, group["momentum"] * before + update)
-                parameter.copy_(self._unless(parameter, parameter.sub(momentum, alpha=group["lr"])))
+                state["momentum_buffer"] = momentum = self._unless_skipped(before, group["momentum"] * before + update)
+                parameter.copy_(self._unless_skipped(parameter, parameter.sub(momentum, alpha=group["lr"])))
 
-    def _unless(self, before: Tensor, after: Tensor) -> Tensor:
-        spoiled: Tensor | None = getattr(self, "found_inf", None)
-        return after if spoiled is None else torch.where(spoiled > 0, before, after)
+    def _unless_skipped(self, before: Tensor, after: Tensor) -> Tensor:
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        return after if skip is None else torch.where(skip > 0, before, after)
 
 
-def step_unless(optimizer: torch.optim.Optimizer, spoiled: Tensor) -> None:
-    """One update, or none where `spoiled`, a scalar on the device, is 1. The host waits for it only where the optimizer
-    is neither fused nor Lars."""
+def step_optimizer(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Update the parameters, except where `skip`, a scalar on the device, is 1.
+
+    The host waits for `skip` only where the optimizer is neither fused nor Lars.
+    """
     if isinstance(optimizer, Lars) or all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = spoiled  # type: ignore[attr-defined]
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
         optimizer.step()
-    elif not spoiled:
+    elif not skip:
         optimizer.step()
 
 

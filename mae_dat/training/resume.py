@@ -1,26 +1,23 @@
-"""Going on from a checkpoint: whether settings and images are those that it was made with, and the same global batch on
-another number of ranks."""
+"""Resuming from a checkpoint: which settings may change, and the same global batch on another number of ranks."""
 
 import dataclasses
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import OptimConfig, RunConfig
-from mae_dat.config.parse import flat_values
-from mae_dat.data.image_set import ImageSet
-from mae_dat.data.open import describe_images
 from mae_dat.runtime.collectives import on_all_ranks
-from mae_dat.runtime.environment import code_facts, describe_code
-from mae_dat.runtime.world import World
+from mae_dat.runtime.environment import CodeFacts, describe_code
 from mae_dat.storage.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, verify_checkpoint
 from mae_dat.training.context import RunContext
 from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-# Settings that may change on the way: they say where and how a run is computed, not what. All others change the result.
+# Settings that may change when a run is resumed: they say where and how it is computed, not what. All others change the
+# result.
 FREE_SETTINGS = {
     *("output_dir", "log_dir", "resume", "start_epoch", "deterministic", "save_minutes", "keep", "keep_every"),
     "checkpoint_activations",
@@ -29,134 +26,168 @@ FREE_SETTINGS = {
     *("eval", "dist_eval", "suite", "limit"),
     *("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url"),
 }
-BATCH_SETTINGS = {"batch_size", "accum_iter"}  # free as long as their product with the ranks, the global batch, is kept
+BATCH_SETTINGS = {"batch_size", "accum_iter"}  # free while the global batch, their product with the ranks, is the same
+
+# A setting that only one kind of training has.
+_KINDS = {
+    "mask_ratio": "a pretraining",
+    "gan_weight": "a tokenizer's training",
+    "teacher": "a distillation",
+}
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, each with its value before and now. What only one side has (another version's) is left
-    out."""
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, each with its value before and now.
+
+    Settings that only one side has are left out: the other side is of another version.
+    """
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
     shared = [name for name in listed if name in before]
     return {name: (before[name], listed[name]) for name in shared if before[name] != listed[name]}
 
 
-def check_changes(found: Checkpoint, now: dict[str, Any], images: str, batch: int, allowed: tuple[str, ...]) -> None:
-    """Shows what differs from the checkpoint. Raises ConfigError when it changes the result and is not `allowed`, and
-    CheckpointError for a checkpoint of another kind of run.
+def check_changes(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], images: str, batch: int, allowed: Iterable[str]
+) -> None:
+    """Compare the run with the one that made the checkpoint, and log what differs.
 
-    `now` are the settings, `images` tells which the training images are, `batch` is the global batch.
+    `settings` are those of now, `images` describes the training images, `batch` is the global batch. Raises ConfigError
+    for a change that affects the result and is not `allowed`, and CheckpointError for another kind of run.
     """
-    before = found.manifest.get("settings", {})
-    if before and ("mask_ratio" in before) != ("mask_ratio" in now):
-        kinds = ("a pretraining", "a fine-tuning")
-        was, is_now = kinds if "mask_ratio" in before else kinds[::-1]
+    before = checkpoint.manifest.get("settings", {})
+    if before and _kind_of(before) != _kind_of(settings):
         raise CheckpointError(
-            f"{found.path} does not fit this run: it is {was}'s, not {is_now}'s. Use another --output_dir."
+            f"{checkpoint.path} does not fit this run: it is of {_kind_of(before)}, not of {_kind_of(settings)}. Use "
+            "another --output_dir."
         )
-    if unknown := sorted(set(allowed) - set(now) - {"images"}):
+    if unknown := sorted(set(allowed) - set(settings) - {"images"}):
         raise ConfigError(f"--allow_change {' '.join(unknown)}: no such setting; see --help.")
-    changed = changes(before, now)
-    same_batch = found.manifest.get("global_batch", batch) == batch
+    changed = changes(before, settings)
+    same_batch = checkpoint.manifest.get("global_batch", batch) == batch
     free = FREE_SETTINGS | (BATCH_SETTINGS if same_batch else set())
-    if found.manifest.get("images", images) != images:
-        changed["images"] = (found.manifest["images"], images)
+    if checkpoint.manifest.get("images", images) != images:
+        changed["images"] = (checkpoint.manifest["images"], images)
     lines = [
         f"  --{name}: {old} before, {new} now" + ("" if name in free else "  (changes the result)")
         for name, (old, new) in changed.items()
     ]
     refused = [name for name in changed if name not in free and name not in allowed]
-    describe_code = "\n".join([f"{found.path} was made with other settings:", *lines])
+    message = "\n".join([f"{checkpoint.path} was made with other settings:", *lines])
     if refused:
         raise ConfigError(
-            f"{describe_code}\nTo go on all the same repeat the command with --allow_change {' '.join(refused)}; "
-            "to start anew choose another --output_dir."
+            f"{message}\nTo resume anyway, repeat the command with --allow_change {' '.join(refused)}; "
+            "to start anew, choose another --output_dir."
         )
     if lines:
-        logger.warning("%s", describe_code)
+        logger.warning("%s", message)
 
 
-def keep_global_batch(optim: OptimConfig, found: Checkpoint | None, ranks: int) -> OptimConfig:
-    """The checkpoint's images per update on this number of ranks, in micro-batches no larger than `--batch_size`.
+def _kind_of(settings: Mapping[str, Any]) -> str:
+    return next((kind for name, kind in _KINDS.items() if name in settings), "a fine-tuning")
 
-    Raises ConfigError when they cannot be shared out evenly. Where another `--batch_size` or `--accum_iter` is asked
-    for than when the checkpoint was made, it is left as it is.
+
+def keep_global_batch(optim: OptimConfig, checkpoint: Checkpoint | None, ranks: int) -> OptimConfig:
+    """Return settings with the checkpoint's images per update on this number of ranks, in micro-batches no larger than
+    `--batch_size`.
+
+    Settings with another `--batch_size` or `--accum_iter` than the checkpoint's are returned as they are. Raises
+    ConfigError when the images cannot be divided evenly.
     """
-    before = found.manifest if found else {}
-    asked = {name: before.get("settings", {}).get(name) for name in BATCH_SETTINGS}
-    whole: int = before.get("global_batch", 0)
-    if (
-        asked != {name: getattr(optim, name) for name in BATCH_SETTINGS}
-        or whole == optim.batch_size * optim.accum_iter * ranks
-    ):
+    manifest = checkpoint.manifest if checkpoint else {}
+    before = {name: manifest.get("settings", {}).get(name) for name in BATCH_SETTINGS}
+    now = {name: getattr(optim, name) for name in BATCH_SETTINGS}
+    global_batch: int = manifest.get("global_batch", 0)
+    if before != now or global_batch == optim.batch_size * optim.accum_iter * ranks:
         return optim
-    share, rest = divmod(whole, ranks)
+    share, rest = divmod(global_batch, ranks)
     sizes = [size for size in range(min(optim.batch_size, share), 0, -1) if share % size == 0]
     if rest or not sizes:
         raise ConfigError(
-            f"{found.path if found else ''} was made with {whole} images per update, which {ranks} ranks cannot share "
-            f"evenly: use {before['ranks']} ranks or another divisor of {whole}, or set --batch_size and --accum_iter."
+            f"{checkpoint.path if checkpoint else ''} was made with {global_batch} images per update, which {ranks} "
+            f"ranks cannot share evenly: use {manifest['ranks']} ranks or another divisor of {global_batch}, or set "
+            "--batch_size and --accum_iter."
         )
-    # Mixup pairs the images of a micro-batch, so an even one stays even where that is possible.
-    size = next((one for one in sizes if one % 2 == 0 or optim.batch_size % 2), sizes[0])
-    kept = dataclasses.replace(optim, batch_size=size, accum_iter=share // size)
+    # Mixup pairs the images of a micro-batch, so an even size stays even where that is possible.
+    size = next((size for size in sizes if size % 2 == 0 or optim.batch_size % 2), sizes[0])
+    divided = dataclasses.replace(optim, batch_size=size, accum_iter=share // size)
     logger.warning(
         "%d ranks instead of %d: %d images per update as before, now %d x %d x %d ranks.",
-        *(ranks, before["ranks"], whole, kept.batch_size, kept.accum_iter, ranks),
+        ranks,
+        manifest["ranks"],
+        global_batch,
+        divided.batch_size,
+        divided.accum_iter,
+        ranks,
     )
-    return kept
+    return divided
 
 
 def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
-    """The newest valid checkpoint of the output folder; else the one that `--resume` names; else None. Raises
-    CheckpointError for one of the first format."""
-    own = newest_checkpoint(output)
-    if own and run.resume:
-        # A requeued job repeats its command line: what it has learned since counts, not where it began.
-        logger.info("%s has a checkpoint of its own, which goes before --resume %s.", output, run.resume)
-    found = own or (find_checkpoint(Path(run.resume)) if run.resume else None)
-    if found and found.manifest["version"] < 2:
+    """Find the newest valid checkpoint of the output folder; else the one that `--resume` names; else None.
+
+    Raises CheckpointError for a checkpoint of the first format.
+    """
+    newest = newest_checkpoint(output)
+    if newest and run.resume:
+        # A requeued job repeats its command line, so its own progress takes precedence over where it started.
+        logger.info("%s has a checkpoint of its own, which takes precedence over --resume %s.", output, run.resume)
+    checkpoint = newest or (find_checkpoint(Path(run.resume)) if run.resume else None)
+    if checkpoint and checkpoint.manifest["version"] < 2:
         raise CheckpointError(
-            f"{found.path} has format {found.manifest['version']}, of a version of mae_dat that counted steps "
-            f"otherwise: finish the run with that, or start a new one, in another --output_dir, from its weights with "
-            f"--finetune {found.path}."
+            f"{checkpoint.path} has format {checkpoint.manifest['version']}, of a version of mae_dat that counted "
+            f"steps in another way: finish the run with that version, or start a new one, in another --output_dir, "
+            f"from its weights with --finetune {checkpoint.path}."
         )
-    return found
+    return checkpoint
 
 
-def restore(training: TrainingState, found: Checkpoint, world: World) -> None:
-    """Resumes from a checkpoint. Raises CheckpointError when it is of another model or kind of run."""
+def load_checkpoint(state: TrainingState, checkpoint: Checkpoint, rank: int, ranks: int) -> None:
+    """Load a checkpoint into the state on one of `ranks` ranks. Raises CheckpointError when it is of another model or
+    kind of run."""
     try:
-        # Every rank checks the file as it sees it: what rank 0 read whole may be old or torn on another machine.
-        training.load_state_dict(verify_checkpoint(found.path.with_suffix(".json")).load(), world.rank, world.size)
+        # Every rank checks the file as it sees it: another machine may see an old or incomplete one.
+        content = verify_checkpoint(checkpoint.path.with_suffix(".json")).load()
+        state.load_state_dict({"step": checkpoint.step, **content}, rank, ranks)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{found.path} does not fit this run: {cause}. Use the settings it was made with (config.yaml beside it), "
-            "or another --output_dir."
+            f"{checkpoint.path} does not fit this run: {cause}. Use the settings it was made with (config.yaml in the "
+            "same folder), or another --output_dir."
         ) from error
-    logger.info("resuming from %s (epoch %.2f)", found.path, found.manifest.get("epoch", 0))
+    logger.info("resuming from %s (epoch %.2f)", checkpoint.path, checkpoint.manifest.get("epoch", 0))
 
 
 def restore_progress(
-    training: TrainingState, found: Checkpoint | None, config: Any, images: ImageSet, batch: int, context: RunContext
+    state: TrainingState,
+    checkpoint: Checkpoint,
+    manifest: Mapping[str, Any],
+    epoch_steps: int,
+    context: RunContext,
 ) -> None:
-    """Brings the training to where the checkpoint, if there is one, left it; `batch` is the global one. Raises
-    ConfigError, CheckpointError."""
-    epoch_steps, which = len(images) // batch, describe_images(images)
-    training.step = config.run.start_epoch * epoch_steps
-    if found is None:
-        return
-    check_changes(found, flat_values(config), which, batch, config.run.allow_change)
-    warn_if_code_changed(found)
-    on_all_ranks(lambda: restore(training, found, context.world))
-    if (found.manifest.get("global_batch", batch), found.manifest.get("images", which)) != (batch, which):
-        training.step = round(found.manifest["epoch"] * epoch_steps)
+    """Load a checkpoint into the state, after a check that it belongs to the run that `manifest` describes.
+
+    With another global batch or other images, the step is the one at the same epoch. Raises ConfigError,
+    CheckpointError. Collective.
+    """
+    images, batch = manifest["images"], manifest["global_batch"]
+    check_changes(
+        checkpoint,
+        manifest["settings"],
+        images=images,
+        batch=batch,
+        allowed=context.run.allow_change,
+    )
+    warn_if_code_changed(checkpoint, manifest["code"])
+    on_all_ranks(lambda: load_checkpoint(state, checkpoint, context.world.rank, context.world.size))
+    before = checkpoint.manifest
+    if (before.get("global_batch", batch), before.get("images", images)) != (batch, images):
+        state.step = round(before["epoch"] * epoch_steps)
 
 
-def warn_if_code_changed(found: Checkpoint) -> None:
-    """A note where the package's sources are not those that the checkpoint was made with."""
-    before, now = found.manifest.get("code", {}), code_facts()
-    if before and before["sha256"] != now["sha256"]:
+def warn_if_code_changed(checkpoint: Checkpoint, code: CodeFacts) -> None:
+    """Warn where the package's source code is not the one that made the checkpoint."""
+    before = checkpoint.manifest.get("code", {})
+    if before and before["sha256"] != code["sha256"]:
         logger.warning(
-            "the code has changed since the checkpoint: %s before, %s now.", describe_code(before), describe_code(now)
+            "the code has changed since the checkpoint: %s before, %s now.", describe_code(before), describe_code(code)
         )

@@ -24,58 +24,74 @@ class TrainingState:
     ema: Any = None
     """timm's ModelEmaV3, or None."""
     step: int = 0
-    """Updates done, since the start of the run."""
+    """Updates since the start of the run."""
     totals: dict[str, float] = field(default_factory=dict)
-    """Sums of the logged parts over the current epoch's images of this rank, with `images`, `updates` and `seconds`."""
-    heard: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    """Steps and what they told, for the objective to observe before a step that is a fixed number of steps later:
-    not when it is read, which depends on when the run was saved."""
+    """Sums of the metrics over the current epoch's images of this rank, with `images`, `updates` and `seconds`."""
+    delayed_metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """Steps and their metrics, which the objective has not observed yet.
+
+    It observes them a fixed number of steps later. When the host reads them depends on when a checkpoint was saved, and
+    a run that was stopped and resumed must equal one that was not.
+    """
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, whole on rank 0. Collective: what differs between ranks is gathered from all of them."""
+        """Return the content of a checkpoint, complete on rank 0. Collective: what differs between the ranks is
+        gathered."""
+        rank_state = {
+            "totals": self.totals,
+            "heard": self.delayed_metrics,  # the key of older checkpoints
+            "statistics": _on_cpu(self._batch_norm_statistics()),
+        }
         return {
             "model": full_state_dict(self.model.state_dict()),
             "optimizer": full_state_dict(self.optimizer.state_dict()),
             "objective": self.objective.state_dict(),
             "ema": full_state_dict(self.ema.module.state_dict()) if self.ema else None,
             "step": self.step,
-            "ranks": gather({"totals": self.totals, "heard": self.heard, "statistics": on_cpu(self._statistics())}),
+            "ranks": gather(rank_state),
         }
 
     def load_state_dict(self, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
-        """From a checkpoint. What differed between the ranks goes back to each of them; with another number of ranks
-        now, rank 0 gets the sums, and all the mean of BatchNorm's statistics."""
+        """Load the content of a checkpoint on one of `ranks` ranks.
+
+        What differed between the ranks goes back to each of them. With another number of ranks than before, rank 0 gets
+        the sums, and all get the mean of BatchNorm's statistics.
+        """
         load_model_state(self.model, state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         if self.ema:
             load_model_state(self.ema.module, state["ema"] or state["model"])
         self.step = state["step"]
-        told = state["ranks"]
-        self.heard = told[rank if len(told) == ranks else 0].get("heard", [])
-        if len(told) == ranks:
-            self.totals, statistics = told[rank]["totals"], told[rank]["statistics"]
+        rank_states = state["ranks"]
+        if len(rank_states) == ranks:
+            rank_state = rank_states[rank]
+            self.totals, statistics = rank_state["totals"], rank_state["statistics"]
         else:
-            names = told[0]["totals"] if rank == 0 else ()
-            self.totals = {name: sum(one["totals"][name] for one in told) for name in names}
-            statistics = {name: _mean([one["statistics"][name] for one in told]) for name in told[0]["statistics"]}
-        for name, value in self._statistics().items():
-            value.copy_(statistics[name])
+            rank_state = rank_states[0]
+            names = rank_state["totals"] if rank == 0 else ()
+            self.totals = {name: sum(other["totals"][name] for other in rank_states) for name in names}
+            statistics = {
+                name: _mean([other["statistics"][name] for other in rank_states]) for name in rank_state["statistics"]
+            }
+        self.delayed_metrics = rank_state.get("heard", [])  # missing in checkpoints of older versions
+        for name, buffer in self._batch_norm_statistics().items():
+            buffer.copy_(statistics[name])
 
-    def _statistics(self) -> dict[str, Tensor]:
-        """Running statistics of BatchNorm, which each rank gathers from its own images."""
-        networks = {"model": self.model, **({"ema": self.ema.module} if self.ema else {})}
-        buffers = {f"{name}.{key}": value for name, one in networks.items() for key, value in one.named_buffers()}
+    def _batch_norm_statistics(self) -> dict[str, Tensor]:
+        """Return the running statistics of BatchNorm, which each rank gathers from its own images."""
+        models = {"model": self.model, **({"ema": self.ema.module} if self.ema else {})}
+        buffers = {f"{name}.{key}": value for name, model in models.items() for key, value in model.named_buffers()}
         return {name: value for name, value in buffers.items() if name.rpartition(".")[2] in _BATCH_NORM}
 
     @property
     def averaged(self) -> nn.Module:
-        """The network to evaluate and export: the EMA's where there is one."""
+        """The model to evaluate and export: the EMA's where there is one."""
         return self.ema.module if self.ema else self.model
 
 
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that another process can take."""
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors so that another process can receive them."""
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 

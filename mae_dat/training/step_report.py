@@ -1,8 +1,22 @@
-"""What a step tells of itself, read by the host when the next step is under way: a GPU never waits for Python.
+"""Reports of training steps: losses, the gradient's norm and what the ranks request of each other.
 
-Losses, the gradient's norm and what the ranks ask of each other stay on the device until they are copied into
-page-locked memory, beside the computation. Until they are read, a flag on the device keeps a step that must not count
-from changing anything (`Behind.spoiled`).
+Two ideas keep a GPU busy without making the result less safe.
+
+**The host reads late.** A GPU works through a queue of operations. If the host read a step's loss at once, it would
+have to wait for the queue to become empty, and the GPU would then wait for the host to launch the next step. So the
+numbers of a step stay on the device and are copied into page-locked memory beside the computation. The host launches
+the next step before it reads them. On a CPU an operation is complete when its call returns, reading costs nothing, and
+no step is late (`LAG`).
+
+    host     launch 0   launch 1   read 0   launch 2   read 1   launch 3   read 2   ...
+    device              step 0              step 1              step 2              ...
+    copies                        0                   1                   2         ...
+                                  -> read 0           -> read 1           -> read 2
+
+**A flag on the device stops a bad step.** When the host reads that the loss or gradient of step 1 is not finite, it has
+already launched step 2. The host comes too late to protect the weights, so the device does it: `skip_updates` becomes 1
+in the first bad step and stays 1. The optimizer and the average of the weights take no update while it is 1. When the
+host reads the flag it raises an error, and the weights are still those from before the bad step.
 """
 
 from collections import deque
@@ -17,105 +31,128 @@ from mae_dat.data.image_set import Batch
 from mae_dat.runtime.collectives import all_sum
 
 LAG = {"cuda": 1}
-"""Steps that the host launches before it reads one, by kind of device; 0 for others, where reading costs nothing."""
+"""Steps that the host launches before it reads one, by kind of device; 0 for the others."""
 
 
-def lag_of(device: torch.device) -> int:
-    """Steps that the host is behind its device."""
+def report_lag(device: torch.device) -> int:
+    """Return the number of steps that the host launches before it reads one."""
     return LAG.get(device.type, 0)
 
 
-class Asked(NamedTuple):
-    """What a rank asks of all of them and, once they have agreed, whether any did."""
+class RankRequests(NamedTuple):
+    """What one rank requests of all of them; once summed over the ranks: whether any of them does."""
 
-    failed: bool
+    save_failed: bool = False
     """A checkpoint could not be written."""
-    stop: bool
-    no_data: bool
-    """The loader failed: there is no batch for a later step."""
-    save: bool
+    stop: bool = False
+    """A signal asked this process to stop."""
+    no_data: bool = False
+    """The loader failed, so there is no batch for a later step."""
+    save: bool = False
+    """A checkpoint is due by this rank's clock."""
 
 
-class Seen(NamedTuple):
-    """A micro-batch: what the host knows of it, and what the objective said, on the device."""
+class MicroBatch(NamedTuple):
+    """One forward and backward pass: the images, known to the host, and the objective's metrics, on the device."""
 
     images: list[int]
-    """Their numbers in the data set."""
+    """Indices in the image set."""
     skipped: int
-    parts: Mapping[str, Tensor]
+    """How many of them replace an image that could not be read."""
+    metrics: Mapping[str, Tensor]
+    """`loss` and its parts, scalars without gradient."""
 
     @classmethod
-    def of(cls, batch: Batch, parts: Mapping[str, Tensor]) -> "Seen":
-        """From a batch in host memory."""
-        return cls(batch["index"].tolist(), int(batch["skipped"].sum()), {k: v.detach() for k, v in parts.items()})
+    def from_batch(cls, batch: Batch, metrics: Mapping[str, Tensor]) -> "MicroBatch":
+        """Create one from a batch in host memory and what the objective returned for it."""
+        detached = {name: value.detach() for name, value in metrics.items()}
+        return cls(batch["index"].tolist(), int(batch["skipped"].sum()), detached)
 
 
-class Told(NamedTuple):
-    """A step as numbers."""
+class StepReport:
+    """A step of this rank. Its numbers are on their way to the host from the start, and can be used after `wait`."""
 
-    parts: list[dict[str, float]]
-    """Of this rank's micro-batches."""
-    agreed: Asked
+    metrics: list[dict[str, float]]
+    """The objective's metrics, one dictionary for each of this rank's micro-batches."""
     grad_norm: float
+    """Norm of the gradient before clipping; the same on all ranks."""
+    update_skipped: bool
+    """Whether this step, or one before it, was bad on any rank."""
     bad_loss: bool
-    """Whether a loss was not finite, on any rank."""
-    spoiled: bool
-    """Whether it changed nothing, because of such a loss or a gradient that was not finite."""
+    """Whether any rank had a loss that is not finite."""
+    requests: RankRequests
+    """What any rank requested."""
 
-
-class Reading:
-    """A step's facts on their way to the host."""
-
-    def __init__(self, step: int, seen: Sequence[Seen], failure: UserError | None, values: Tensor) -> None:
-        self.step, self.seen, self.failure = step, seen, failure
-        self.copied: torch.cuda.Event | None = None
+    def __init__(
+        self, step: int, micro_batches: Sequence[MicroBatch], save_error: UserError | None, values: Tensor
+    ) -> None:
+        self.step, self.micro_batches, self.save_error = step, micro_batches, save_error
         self._values = values
+        self._copied: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self.copied = torch.cuda.current_stream(values.device).record_event()
+            self._copied = torch.cuda.current_stream(values.device).record_event()
 
-    def read(self) -> Told:
-        """The facts; waits for this step, and for no later one."""
-        if self.copied:
-            self.copied.synchronize()
+    def wait(self) -> None:
+        """Wait until this step's numbers are on the host, and for no later step."""
+        if self._copied:
+            self._copied.synchronize()
         numbers = iter(self._values.tolist())
-        parts = [{name: next(numbers) for name in one.parts} for one in self.seen]
-        norm, spoiled, bad_loss, *asked = numbers
-        return Told(parts, Asked(*(one > 0 for one in asked)), norm, bad_loss > 0, spoiled > 0)
+        self.metrics = [{name: next(numbers) for name in batch.metrics} for batch in self.micro_batches]
+        self.grad_norm, self.update_skipped = next(numbers), next(numbers) > 0
+        self.bad_loss = next(numbers) > 0
+        self.requests = RankRequests(*(count > 0 for count in numbers))
 
 
-class Behind:
-    """The steps that were launched and are not read yet."""
+class DelayedReports:
+    """The reports of the steps that were launched and not read yet, and the flag that protects the weights meanwhile.
+
+    In a step call `sum_over_ranks`, `skip_where` and `add`, in this order.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.lag = device, lag_of(device)
-        self.spoiled = torch.zeros((), device=device)
-        """1 from the first step on whose loss, on any rank, or gradient is not finite: nothing changes any more."""
-        self._readings: deque[Reading] = deque()
+        self.device, self.lag = device, report_lag(device)
+        self.skip_updates = torch.zeros((), device=device)
+        """1 from the first step on whose loss, on any rank, or gradient is not finite; otherwise 0. On the device."""
+        self._pending: deque[StepReport] = deque()
 
-    def agree(self, seen: Sequence[Seen], asked: Asked) -> Tensor:
-        """Sums over ranks, a vector on the device: of losses that are not finite, and of what is asked. Collective.
+    def sum_over_ranks(self, micro_batches: Sequence[MicroBatch], requests: RankRequests) -> Tensor:
+        """Count over all ranks the losses that are not finite and the requests of each kind; float32 (5,), on the
+        device. Collective.
 
-        Marks the step as spoiled if there is such a loss.
+        Sets `skip_updates` if there is such a loss.
         """
-        bad = torch.stack([one.parts["loss"] for one in seen]).isfinite().logical_not().sum()
-        mine = torch.tensor(asked, dtype=torch.float32, pin_memory=self.device.type == "cuda")
-        every = all_sum(torch.cat([bad.float().view(1), mine.to(self.device, non_blocking=True)]))
-        self.spoil(every[0] > 0)
-        return every
+        bad_losses = torch.stack([batch.metrics["loss"] for batch in micro_batches]).isfinite().logical_not().sum()
+        requested = torch.tensor(requests, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        counts = all_sum(torch.cat([bad_losses.float().view(1), requested.to(self.device, non_blocking=True)]))
+        self.skip_where(counts[0] > 0)
+        return counts
 
-    def spoil(self, bad: Tensor) -> None:
-        """Marks the step as spoiled where `bad`, a boolean scalar on the device, says so."""
-        self.spoiled = torch.maximum(self.spoiled, bad.float())
+    def skip_where(self, bad: Tensor) -> None:
+        """Set `skip_updates` where `bad`, a boolean scalar on the device, is true."""
+        self.skip_updates = torch.maximum(self.skip_updates, bad.float())
 
-    def add(self, step: int, seen: Sequence[Seen], failure: UserError | None, norm: Tensor, every: Tensor) -> None:
-        """A step was launched: its facts, with what `agree` gave, begin their way to the host."""
-        parts = [value for one in seen for value in one.parts.values()]
-        numbers = [value.to(self.device, torch.float64, non_blocking=True) for value in (*parts, norm, self.spoiled)]
-        self._readings.append(Reading(step, seen, failure, torch.cat([torch.stack(numbers), every.double()])))
+    def add(
+        self,
+        step: int,
+        micro_batches: Sequence[MicroBatch],
+        save_error: UserError | None,
+        grad_norm: Tensor,
+        counts: Tensor,
+    ) -> None:
+        """Start to copy the numbers of a launched step to the host; `counts` are those of `sum_over_ranks`."""
+        metrics = [value for batch in micro_batches for value in batch.metrics.values()]
+        scalars = [
+            value.to(self.device, torch.float64, non_blocking=True)
+            for value in (*metrics, grad_norm, self.skip_updates)
+        ]
+        values = torch.cat([torch.stack(scalars), counts.double()])
+        self._pending.append(StepReport(step, micro_batches, save_error, values))
 
-    def due(self, lag: int | None = None) -> Iterator[Reading]:
-        """The oldest steps, until only as many are left as the host may be behind (`lag`, by default the device's)."""
-        while len(self._readings) > (self.lag if lag is None else lag):
-            yield self._readings.popleft()
+    def read(self, lag: int) -> Iterator[StepReport]:
+        """Yield the oldest reports with their numbers, until only `lag` of them are left."""
+        while len(self._pending) > lag:
+            report = self._pending.popleft()
+            report.wait()
+            yield report

@@ -38,7 +38,7 @@ from mae_dat.robustness.corruptions import CORRUPTIONS
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.checkpoint import newest_checkpoint
-from mae_dat.training import loop as engine
+from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.optim import build_optimizer
 
@@ -434,15 +434,15 @@ def test_resume_amid_an_epoch_is_bitwise(folder: Path, tmp_path: Path, monkeypat
     flags = ["--dat", "--tokenizer", str(tokenizer), "--dat_eps", "2", "--pictures_every", "0", "--limit", "1"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     detect(config_for(folder, straight, *flags), Console(quiet=True))
-    real: Callable[..., float] = engine.train_step
+    real = Trainer.train_step
 
-    def interrupted(training: Any, *rest: Any) -> float:
-        if training.step == 3:  # the first of the second epoch's three
+    def interrupted(trainer: Trainer) -> None:
+        if trainer.state.step == 3:  # the first of the second epoch's three
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(training, *rest)
+        real(trainer)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptError, match="stopped at step 4 of 6"):
-        patch.setattr(engine, "train_step", interrupted)
+        patch.setattr(Trainer, "train_step", interrupted)
         detect(config_for(folder, broken, *flags), Console(quiet=True))
     detect(config_for(folder, broken, *flags), Console(quiet=True))
     assert equal_states(weights_in(straight), weights_in(broken))

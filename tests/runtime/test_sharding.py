@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,12 @@ from mae_dat.runtime.run_log import read_log
 from mae_dat.runtime.sharding import full_state_dict, is_sharded, load_model_state, shard_model
 from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.storage.checkpoint import newest_checkpoint
-from mae_dat.training import loop as engine
 from mae_dat.training.accuracy import evaluate_accuracy, synchronized
 from mae_dat.training.context import run_context
 from mae_dat.training.finetune import finetune
+from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.pretrain import pretrain
-from mae_dat.training.state import TrainingState
 
 SIDE = 32
 TINY = ViTSize(SIDE, 8, 32, 2, 2)
@@ -115,15 +114,15 @@ RUNS = {"mae": run_mae, "dat": run_dat, "probe": run_probe, "resnet": run_resnet
 @contextmanager
 def stopping_at(step: int, rank: int) -> Iterator[None]:
     """Sends this rank, if it is rank 1, a signal in the middle of a step."""
-    real: Callable[..., float] = engine.train_step
+    real = Trainer.train_step
 
-    def interrupted(training: TrainingState, *rest: Any) -> float:
-        if training.step == step and rank == 1:
+    def interrupted(trainer: Trainer) -> None:
+        if trainer.state.step == step and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(training, *rest)
+        real(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "train_step", interrupted)
+        patch.setattr(Trainer, "train_step", interrupted)
         with pytest.raises(InterruptError):
             yield
 
@@ -171,20 +170,25 @@ def evaluation(rank: int, folder: Path) -> dict[str, Any]:
 def nan_on_rank_1(rank: int, folder: Path, output: Path) -> dict[str, Any]:
     """NaN on rank 1 in its 3rd step: the weights that are left, and those of the same run without it before step 3."""
     results: dict[str, Any] = {}
-    real = engine.train_step
+    real_step, real_read = Trainer.train_step, Trainer.read_reports
 
-    def step(training: TrainingState, *rest: Any) -> float:
-        if training.step == 2:
-            results["before"] = full_state_dict(training.model.state_dict())
-            local = [value.to_local() for value in training.model.state_dict().values()]  # type: ignore[operator]
-            results["share"] = sum(map(torch.numel, local)) / sum(map(torch.numel, training.model.parameters()))
-            states = [one["exp_avg"].to_local().shape for one in training.optimizer.state.values()]
-            results["states"] = sum(map(math.prod, states)) / sum(map(torch.numel, training.model.parameters()))
-            training.objective.left = 1 if rank == 1 else math.inf  # type: ignore[attr-defined]
+    def step(trainer: Trainer) -> None:
+        state = trainer.state
+        if state.step == 2:
+            results["before"] = full_state_dict(state.model.state_dict())
+            local = [value.to_local() for value in state.model.state_dict().values()]  # type: ignore[operator]
+            results["share"] = sum(map(torch.numel, local)) / sum(map(torch.numel, state.model.parameters()))
+            states = [one["exp_avg"].to_local().shape for one in state.optimizer.state.values()]
+            results["states"] = sum(map(math.prod, states)) / sum(map(torch.numel, state.model.parameters()))
+            state.objective.left = 1 if rank == 1 else math.inf  # type: ignore[attr-defined]
+        real_step(trainer)
+
+    def read(trainer: Trainer, lag: int) -> None:
         try:
-            return real(training, *rest)
+            real_read(trainer, lag)
         except UserError as error:  # on both ranks alike, or the line below waits for ever
-            results.update(after=full_state_dict(training.model.state_dict()), code=error.exit_code, message=str(error))
+            after = full_state_dict(trainer.state.model.state_dict())
+            results.update(after=after, code=error.exit_code, message=str(error))
             raise
 
     config = FinetuneConfig(
@@ -193,7 +197,8 @@ def nan_on_rank_1(rank: int, folder: Path, output: Path) -> dict[str, Any]:
         **run_of(folder, output, True),
     )
     with pytest.MonkeyPatch.context() as patch, pytest.raises((NumericsError, RankError)):
-        patch.setattr(engine, "train_step", step)
+        patch.setattr(Trainer, "train_step", step)
+        patch.setattr(Trainer, "read_reports", read)
         patch.setattr("mae_dat.training.finetune.Classification", _NaNAt)
         finetune(config, Console(quiet=True))
     return results
@@ -336,7 +341,7 @@ def test_what_is_gathered_by_itself() -> None:
 def test_a_single_rank_says_that_it_shards_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = run_of(tmp_path, tmp_path / "output", True)
     with run_context(config["run"], config["launch"], Console(quiet=True)) as context:
-        assert not context.shards
+        assert not context.sharded
     assert "--fsdp: a single rank" in caplog.text
 
 

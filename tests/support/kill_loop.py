@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tiny_runs import MEASURED, draw_folder, save_tokenizer
@@ -31,9 +31,8 @@ from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.robustness import evaluate_run as evaluate
 from mae_dat.runtime.watchdog import STACKS_S, STACKS_SIGNAL
-from mae_dat.training import loop as engine
 from mae_dat.training import pretrain
-from mae_dat.training.state import TrainingState
+from mae_dat.training.loop import Trainer
 
 TINY = ViTSize(32, 8, 32, 2, 2)
 PATIENCE_S = 120  # an attempt is a matter of two seconds, of ten on a busy machine
@@ -118,19 +117,18 @@ def fork_rank(arm: Arm, output: Path, rank: int, ranks: int, port: int) -> int:
 def tell_progress(folder: Path, rank: int) -> None:
     """Marks when this rank has joined the others, and every step that is done; no kill can take that back."""
     joined, steps = folder / f"joined-{rank}", folder / f"steps-{rank}.txt"
-    real_fit, real_step = engine.fit, engine.train_step
+    real_run, real_step = Trainer.run, Trainer.train_step
 
-    def fit(training: TrainingState, *rest: Any) -> None:
+    def run(trainer: Trainer) -> None:
         joined.touch()
-        real_fit(training, *rest)
+        real_run(trainer)
 
-    def step(training: TrainingState, *rest: Any) -> float:
-        loss = real_step(training, *rest)
+    def step(trainer: Trainer) -> None:
+        real_step(trainer)
         with steps.open("a") as file:
-            file.write(f"{training.step}\n")
-        return loss
+            file.write(f"{trainer.state.step}\n")
 
-    engine.fit, engine.train_step = fit, step
+    Trainer.run, Trainer.train_step = run, step  # type: ignore[method-assign]
 
 
 def wait_for(pids: set[int], seconds: float) -> dict[int, int]:

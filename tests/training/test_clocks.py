@@ -13,18 +13,19 @@ from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.runtime.console import Console
-from mae_dat.training import loop as engine
+from mae_dat.training import clock
+from mae_dat.training.loop import Trainer
 from mae_dat.training.pretrain import pretrain
 
 
 def train_with_own_clock(rank: int, folder: Path, output: Path) -> None:
     mae.MAE_MODELS["mae_tiny"] = MaeSize(ViTSize(32, 8, 32, 2, 2), 16, 1, 2)
     saved = []
-    real = engine.save
-    engine.save = lambda training, *rest: (saved.append(training.step), real(training, *rest))[1]
+    real = Trainer.save
+    Trainer.save = lambda self: (saved.append(self.state.step), real(self))[1]  # type: ignore[method-assign]
     seconds = iter(range(0, 1_000_000, 100)) if rank == 0 else iter([0.001 * tick for tick in range(1000)])
     clocks = types.SimpleNamespace(monotonic=lambda: next(seconds), process_time=time.process_time)
-    engine.time = clocks  # type: ignore[assignment]
+    clock.time = clocks  # type: ignore[assignment]
     run = RunConfig(str(output), device="cpu", precision="fp32", pictures_every=0, hang_minutes=0, save_minutes=1)
     data = DataConfig(str(folder), input_size=(32,), num_workers=0)
     optim = OptimConfig(batch_size=2, epochs=1, warmup_epochs=0, lr=1e-3)

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,17 @@ from mae_dat.runtime.console import Console
 from mae_dat.runtime.run_log import RunLog, read_log
 from mae_dat.runtime.world import World, process_group
 from mae_dat.storage.checkpoint import newest_checkpoint
-from mae_dat.training import loop as engine
 from mae_dat.training.accuracy import evaluate_accuracy
+from mae_dat.training.context import RunContext
 from mae_dat.training.finetune import finetune
-from mae_dat.training.loop import Job
+from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import build_optimizer, learning_rate
 from mae_dat.training.pretrain import pretrain
+from mae_dat.training.setup import EpochEnd, Reporting, TrainingSetup
 from mae_dat.training.state import TrainingState
 
 SIDE = 32
@@ -136,15 +137,15 @@ RUNS = {"mae": run_mae, "accumulation": run_accumulating_mae, "mixup, EMA, drop 
 @contextlib.contextmanager
 def signal_in_step(step: int, number: int) -> Iterator[None]:
     """Sends this process a real signal in the middle of a training step."""
-    real: Callable[..., float] = engine.train_step
+    real = Trainer.train_step
 
-    def interrupted(training: TrainingState, *rest: Any) -> float:
-        if training.step == step:
+    def interrupted(trainer: Trainer) -> None:
+        if trainer.state.step == step:
             os.kill(os.getpid(), number)
-        return real(training, *rest)
+        real(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "train_step", interrupted)
+        patch.setattr(Trainer, "train_step", interrupted)
         yield
 
 
@@ -222,7 +223,7 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(
 def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
     """Copies of one request that a scheduler and a launcher send within two seconds are one request; a second Ctrl-C is
     a second one always."""
-    real: Callable[..., float] = engine.train_step
+    real = Trainer.train_step
     stopped: list[InterruptError] = []
     cases = {
         "copies": (signal.SIGTERM, signal.SIGTERM, 0.0, 3),
@@ -231,18 +232,18 @@ def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: 
     }
     for name, (first, second, later, saved) in cases.items():
 
-        def interrupted(training: TrainingState, *rest: Any, case: Any = (first, second, later)) -> float:
-            if training.step == 2:
+        def interrupted(trainer: Trainer, case: Any = (first, second, later)) -> None:
+            if trainer.state.step == 2:
                 os.kill(os.getpid(), case[0])
                 now = time.monotonic()
                 with pytest.MonkeyPatch.context() as clock:
                     clock.setattr(stopping.time, "monotonic", lambda: now + case[2])
                     os.kill(os.getpid(), case[1])
                     time.sleep(0)  # the handler runs here, at the latest
-            return real(training, *rest)
+            real(trainer)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "train_step", interrupted)
+            patch.setattr(Trainer, "train_step", interrupted)
             with pytest.raises(InterruptError) as caught:
                 run_mae(folder, tmp_path / name, tokenizer, save_minutes=0)
         stopped.append(caught.value)
@@ -277,9 +278,11 @@ def test_a_bad_picture_stops_the_run_between_two_steps(folder: Path, tokenizer: 
 def test_the_best_and_every_nth_checkpoint_are_kept(folder: Path, tmp_path: Path) -> None:
     optim = OptimConfig(batch_size=16, epochs=7, warmup_epochs=0, lr=1e-3)
     scores = iter([3.0, 9.0, 1.0, 2.0, 4.0, 5.0, 6.0])
-    job = job_for(still_images(folder), tmp_path, optim, at_epoch_end=lambda *_: {"test_acc1": next(scores)})
-    run = dataclasses.replace(job.run, keep=2, keep_every=3)
-    engine.fit(training_of(classifier(), Classification(AugmentConfig(), 10)), dataclasses.replace(job, run=run))
+    run = dataclasses.replace(run_config(tmp_path), keep=2, keep_every=3)
+    setup = setup_for(
+        still_images(folder), tmp_path, optim, at_epoch_end=lambda *_: {"test_acc1": next(scores)}, run=run
+    )
+    Trainer(state_of(classifier(), Classification(AugmentConfig(), 10)), setup).run()
     manifests = {path: json.loads(path.read_text()) for path in sorted(tmp_path.glob("checkpoint-*.json"))}
     assert {round(one["epoch"]): one["score"] for one in manifests.values()} == {2: 9.0, 3: 1.0, 6: 5.0, 7: 6.0}
 
@@ -290,7 +293,7 @@ def test_a_rerun_of_a_complete_run_trains_nothing(
     run_mae(folder, tmp_path, tokenizer)
     before = {name: (tmp_path / name).read_bytes() for name in ("log.txt", "model.safetensors")}
     with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "train_step", lambda *arguments: pytest.fail("trained"))
+        patch.setattr(Trainer, "train_step", lambda trainer: pytest.fail("trained"))
         run_mae(folder, tmp_path, tokenizer)
     assert "is complete (8 steps)" in caplog.text
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
@@ -328,37 +331,33 @@ def still_images(folder: Path) -> ImageFolder:
     return ImageFolder(folder / "train", EvalTransform((SIDE, SIDE)))
 
 
-def job_for(
+def setup_for(
     images: ImageFolder,
     output: Path,
     optim: OptimConfig,
     world: World = World(),  # noqa: B008 - immutable
-    at_epoch_end: Callable[[TrainingState, int, RunLog], dict[str, float]] = lambda training, epoch, log: {},
-) -> Job:
-    """A job over `images` from its first step to its last; TensorBoard is left out."""
+    at_epoch_end: EpochEnd = lambda state, epoch, log: {},
+    device: torch.device = CPU,
+    precision: torch.dtype | None = None,
+    run: RunConfig | None = None,
+) -> TrainingSetup:
+    """A training on `images` from its first step to its last; TensorBoard is left out."""
     epoch_steps = steps_per_epoch(len(images), optim.batch_size, world.size, optim.accum_iter)
     order = (world.rank, world.size, 0, 0, optim.epochs * epoch_steps, optim.accum_iter)
     sampler = TrainSampler(len(images), optim.batch_size, *order)
     output.mkdir(exist_ok=True)
-    return Job(
-        run=run_config(output),
+    return TrainingSetup(
+        context=RunContext(run or run_config(output), world, device, precision, Console(quiet=True)),
         optim=optim,
-        loader=train_loader(images, sampler, 0),
+        loader=train_loader(images, sampler, 0, pin_memory=device.type == "cuda"),
         steps_per_epoch=epoch_steps,
-        world=world,
-        device=CPU,
-        precision=None,
-        console=Console(quiet=True),
         log=RunLog(output, enabled=False),
-        title="train",
-        facts={},
-        at_epoch_end=at_epoch_end,
-        scalar_tags={},
+        reporting=Reporting("train", at_epoch_end),
         name_of=lambda index: images.samples[index][0],
     )
 
 
-def training_of(model: nn.Module, objective: Objective) -> TrainingState:
+def state_of(model: nn.Module, objective: Objective) -> TrainingState:
     return TrainingState(model, build_optimizer(model, 0.0, 0.05), objective)
 
 
@@ -366,23 +365,22 @@ def training_of(model: nn.Module, objective: Objective) -> TrainingState:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Losses, learning rates and gradients of the steps to come, as the optimizer sees them."""
     seen: list[dict[str, Any]] = []
-    real_step, real_update = engine.train_step, engine.update
+    real_show, real_apply = Trainer.show_progress, Trainer.apply_gradient
+    gradients: dict[str, Any] = {}
 
-    def step(training: TrainingState, *rest: Any) -> float:
-        loss = real_step(training, *rest)
-        seen.append({"loss": loss, "lr": training.optimizer.param_groups[-1]["lr"], **gradients})
+    def show(trainer: Trainer) -> None:
+        real_show(trainer)
+        seen.append({"loss": trainer.loss, "lr": trainer.state.optimizer.param_groups[-1]["lr"], **gradients})
         gradients.clear()
-        return loss
 
-    def update(training: TrainingState, *rest: Any) -> Tensor:
-        gradients["gradient"] = flat_gradient(training.model)
-        norm = real_update(training, *rest)
+    def apply(trainer: Trainer) -> Tensor:
+        gradients["gradient"] = flat_gradient(trainer.state.model)
+        norm = real_apply(trainer)
         gradients["norm"] = float(norm)
         return norm
 
-    gradients: dict[str, Any] = {}
-    monkeypatch.setattr(engine, "train_step", step)
-    monkeypatch.setattr(engine, "update", update)
+    monkeypatch.setattr(Trainer, "show_progress", show)
+    monkeypatch.setattr(Trainer, "apply_gradient", apply)
     return seen
 
 
@@ -395,7 +393,7 @@ def test_accumulated_batches_equal_one_large_batch(folder: Path, tmp_path: Path,
         steps.clear()
         optim = OptimConfig(batch_size=batch_size, accum_iter=accum_iter, epochs=1, warmup_epochs=0, lr=1e-3)
         objective = Classification(AugmentConfig(smoothing=0.1), 10)
-        engine.fit(training_of(classifier(), objective), job_for(still_images(folder), tmp_path, optim))
+        Trainer(state_of(classifier(), objective), setup_for(still_images(folder), tmp_path, optim)).run()
         return list(steps)
 
     whole, halves = train(8, 1), train(4, 2)
@@ -411,9 +409,8 @@ def test_accumulated_batches_equal_one_large_batch(folder: Path, tmp_path: Path,
 
 def test_the_optimizer_gets_the_schedules_rate(folder: Path, tmp_path: Path, steps: list[dict[str, Any]]) -> None:
     optim = OptimConfig(batch_size=8, epochs=3, warmup_epochs=1.5, blr=0.01, min_lr=1e-5)
-    engine.fit(
-        training_of(classifier(), Classification(AugmentConfig(), 10)), job_for(still_images(folder), tmp_path, optim)
-    )
+    state = state_of(classifier(), Classification(AugmentConfig(), 10))
+    Trainer(state, setup_for(still_images(folder), tmp_path, optim)).run()
     expected = [learning_rate(step / 4, 0.01 * 8 / 256, 1e-5, 1.5, 3) for step in range(12)]
     assert [step["lr"] for step in steps] == pytest.approx(expected)
     assert steps[0]["lr"] == 0
@@ -439,53 +436,53 @@ class _NaNAt(Classification):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(kind: str, folder: Path, tmp_path: Path) -> None:
     optim = OptimConfig(batch_size=8, epochs=2, warmup_epochs=0, lr=1e-3)
     before: dict[str, Tensor] = {}
-    training = training_of(classifier(), _NaNAt(5, kind))
+    state = state_of(classifier(), _NaNAt(5, kind))
 
-    def keep(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
-        before.update({key: value.clone() for key, value in training.model.state_dict().items()})
+    def keep(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
+        before.update({key: value.clone() for key, value in state.model.state_dict().items()})
         return {}
 
     images = still_images(folder)
-    job = job_for(images, tmp_path, optim, at_epoch_end=keep)
+    setup = setup_for(images, tmp_path, optim, at_epoch_end=keep)
     with pytest.raises(NumericsError, match="not finite at step 5") as error:
-        engine.fit(training, job)
+        Trainer(state, setup).run()
     sampler = list(TrainSampler(len(images), 8, 0, 1, 0, 5, 6))
     for _, index in sampler[0]:
         assert images.samples[index][0] in str(error.value), "the files are named"
-    assert training.step == 5
+    assert state.step == 5
     saved = final_state(tmp_path)
     assert_equal_states(dict(saved["model"]), before)
     # One more step was made after the epoch's end: only the batch with the fault left no mark.
-    assert_equal_states(dict(training.model.state_dict()), state_after(5, folder, tmp_path / "clean", optim))
+    assert_equal_states(dict(state.model.state_dict()), state_after(5, folder, tmp_path / "clean", optim))
 
 
 def state_after(count: int, folder: Path, output: Path, optim: OptimConfig) -> dict[str, Tensor]:
     """The same run without a fault, left after `count` steps."""
-    training = training_of(classifier(), Classification(AugmentConfig(), 10))
-    real = engine.train_step
+    state = state_of(classifier(), Classification(AugmentConfig(), 10))
+    real = Trainer.train_step
 
     class Enough(Exception):
         pass
 
-    def counted(training: TrainingState, *rest: Any) -> float:
-        if training.step == count:
+    def counted(trainer: Trainer) -> None:
+        if trainer.state.step == count:
             raise Enough
-        return real(training, *rest)
+        real(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "train_step", counted)
+        patch.setattr(Trainer, "train_step", counted)
         with pytest.raises(Enough):
-            engine.fit(training, job_for(still_images(folder), output, optim))
-    return dict(training.model.state_dict())
+            Trainer(state, setup_for(still_images(folder), output, optim)).run()
+    return dict(state.model.state_dict())
 
 
 def test_a_loss_that_is_not_finite_has_its_exit_code(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optim = OptimConfig(batch_size=8, epochs=1, warmup_epochs=0, lr=1e-3)
-    job = job_for(still_images(folder), tmp_path, optim)
+    trainer = Trainer(state_of(classifier(), _NaNAt(1)), setup_for(still_images(folder), tmp_path, optim))
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: engine.fit(training_of(classifier(), _NaNAt(1)), job))
+        run_command(trainer.run)
     assert stopped.value.code == 76
     told = capsys.readouterr().err
     assert told.startswith("error: not finite at step 1")
@@ -509,14 +506,15 @@ def test_the_gradient_is_clipped_and_its_norm_logged_before(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     logged: list[float] = []
 
-    def at_epoch_end(training: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
-        logged.append(training.totals["grad_norm"] / 4)
+    def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
+        logged.append(state.totals["grad_norm"] / 4)
         return {}
 
     for limit in (None, 0.05):
         optim = OptimConfig(batch_size=8, epochs=1, warmup_epochs=0, lr=1e-6, clip_grad=limit)
-        training = training_of(classifier(), Classification(AugmentConfig(), 10))
-        engine.fit(training, job_for(still_images(folder), tmp_path / str(limit), optim, at_epoch_end=at_epoch_end))
+        state = state_of(classifier(), Classification(AugmentConfig(), 10))
+        setup = setup_for(still_images(folder), tmp_path / str(limit), optim, at_epoch_end=at_epoch_end)
+        Trainer(state, setup).run()
     assert min(norms[:4]) > 0.06
     assert norms[4:] == pytest.approx([0.05] * 4, rel=1e-3)
     assert logged[1] == pytest.approx(logged[0], rel=0.01), "at so small a rate both see the same gradients"
@@ -533,11 +531,11 @@ def test_an_epochs_record_holds_means_and_what_evaluation_returns(folder: Path, 
             seen.append(float((value := super().loss(model, image, context)).detach()))
             return value
 
-    job = job_for(still_images(folder), tmp_path, optim, at_epoch_end=lambda training, epoch, log: {"test_acc1": 12.5})
-    job = dataclasses.replace(job, log=RunLog(tmp_path, enabled=True))
+    setup = setup_for(still_images(folder), tmp_path, optim, at_epoch_end=lambda state, epoch, log: {"test_acc1": 12.5})
+    setup = dataclasses.replace(setup, log=RunLog(tmp_path, enabled=True))
     model = classifier()
-    engine.fit(training_of(model, Recording(AugmentConfig(), 10)), job)
-    job.log.close()
+    Trainer(state_of(model, Recording(AugmentConfig(), 10)), setup).run()
+    setup.log.close()
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert len(lines) == 1
     assert lines[0]["train_loss"] == pytest.approx(sum(seen) / 4)
@@ -614,32 +612,32 @@ def train_pieces(folder: Path, output: Path, tokenizer: Path, world: World, rank
     torch.set_num_threads(1)
     optim = OptimConfig(batch_size=rank_size, epochs=1, warmup_epochs=0, lr=3e-3)
     losses: list[float] = []
-    real = engine.train_step
+    real = Trainer.show_progress
 
-    def step(training: TrainingState, model: nn.Module, *rest: Any) -> float:
-        assert isinstance(model, DistributedDataParallel) == (world.size > 1)
-        losses.append(real(training, model, *rest))
-        return losses[-1]
+    def show(trainer: Trainer) -> None:
+        assert isinstance(trainer.model, DistributedDataParallel) == (world.size > 1)
+        real(trainer)
+        losses.append(trainer.loss)
 
     images = still_images(folder)
     seen: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "train_step", step)
+        patch.setattr(Trainer, "show_progress", show)
         torch.manual_seed(0)
-        plain = training_of(build_mae("mae_tiny", img_size=SIDE), _NoiseOfImage(0.5, True))
-        engine.fit(plain, job_for(images, output / "plain", optim, world))
+        plain = state_of(build_mae("mae_tiny", img_size=SIDE), _NoiseOfImage(0.5, True))
+        Trainer(plain, setup_for(images, output / "plain", optim, world)).run()
         seen.update(losses=losses[:], weights=plain.model.state_dict())
         if world.size == 1:
             return seen
         words = LightTokenizer.from_file(tokenizer, engine_weights(tokenizer)).freeze()
         config = DatConfig("released", share=0.05).attack
         assert config is not None
-        dat = training_of(build_mae("mae_tiny", img_size=SIDE), WithDAT(_NoiseOfImage(0.5, True), words, config))
-        engine.fit(dat, job_for(images, output / "dat", optim, world))
+        dat = state_of(build_mae("mae_tiny", img_size=SIDE), WithDAT(_NoiseOfImage(0.5, True), words, config))
+        Trainer(dat, setup_for(images, output / "dat", optim, world)).run()
         seen.update(dat=dat.model.state_dict(), eps=dat.objective.state_dict()["controller"]["eps"])
-        broken = training_of(classifier(), _NaNAt(2 if world.rank == 1 else 1000))
+        broken = state_of(classifier(), _NaNAt(2 if world.rank == 1 else 1000))
         try:
-            engine.fit(broken, job_for(images, output / "broken", optim, world))
+            Trainer(broken, setup_for(images, output / "broken", optim, world)).run()
         except (NumericsError, RankError) as error:
             seen.update(stopped=broken.step, told=str(error))
     return seen

@@ -6,7 +6,6 @@ anew after a change that is meant to change them: `PYTHONPATH=.:tests:tests/supp
 tests/training/test_loss_curve.py`.
 """
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN
-from test_engine import job_for, training_of
+from test_engine import setup_for, state_of
 from tiny_models import tiny, tiny_mae
 from tiny_runs import one_thread
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.groups import AugmentConfig, OptimConfig
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.blocks import choose_attention
-from mae_dat.training import loop as engine
+from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT
@@ -82,11 +81,11 @@ def curve(
     """What each step told."""
     told: list[dict[str, float]] = []
     objective.observe = lambda facts: told.append(dict(facts))  # type: ignore[method-assign]
-    training = training_of(model, objective)
+    state = state_of(model, objective)
     optim = OptimConfig(batch_size=8, epochs=STEPS // 4, warmup_epochs=1, lr=1e-3, clip_grad=1.0)
-    job = dataclasses.replace(job_for(Noise(), output, optim), precision=precision)  # type: ignore[arg-type]
-    engine.fit(training, job)
-    return told + [facts for _, facts in training.heard]
+    setup = setup_for(Noise(), output, optim, precision=precision)  # type: ignore[arg-type]
+    Trainer(state, setup).run()
+    return told + [metrics for _, metrics in state.delayed_metrics]
 
 
 @pytest.mark.parametrize("number", range(3))

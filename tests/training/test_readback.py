@@ -1,9 +1,10 @@
 """What a step tells, read a step later: the same weights and logs, the same faults found, nothing unsound kept."""
 
-import dataclasses
+import contextlib
 import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from test_engine import (
     classifier,
     final_state,
     folder,
-    job_for,
     records,
+    setup_for,
     signal_in_step,
     state_after,
+    state_of,
     still_images,
     surroundings,
     tokenizer,
-    training_of,
 )
 from tiny_runs import one_thread
 
@@ -34,11 +35,11 @@ from mae_dat.config.groups import AugmentConfig, OptimConfig
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.sampler import TrainSampler
 from mae_dat.runtime.world import process_group, world_from_environment
-from mae_dat.training import loop as engine
 from mae_dat.training import step_report as readback
+from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.classification import Classification
-from mae_dat.training.optim import build_optimizer, step_unless, update_average
-from mae_dat.training.step_report import Asked, Behind, Seen
+from mae_dat.training.optim import build_optimizer, step_optimizer, update_average
+from mae_dat.training.step_report import DelayedReports, MicroBatch, RankRequests
 
 __all__ = ["folder", "one_thread", "surroundings", "tokenizer"]
 
@@ -57,8 +58,8 @@ def test_reading_late_changes_nothing(
         monkeypatch.setitem(readback.LAG, "cpu", lag)
         RUNS[name](folder, tmp_path / str(lag), tokenizer)
     states = [final_state(tmp_path / str(lag)) for lag in (0, 1)]
-    heard = [one["ranks"][0].pop("heard") for one in states]
-    assert len(heard[1]) > len(heard[0]), "it is observed a step later"
+    delayed = [one["ranks"][0].pop("heard") for one in states]
+    assert len(delayed[1]) > len(delayed[0]), "it is observed a step later"
     for one in states:
         for measured in ("seconds", "cpu_seconds"):
             one["ranks"][0]["totals"].pop(measured, None)
@@ -86,17 +87,17 @@ def test_a_fault_that_is_read_late_has_changed_nothing(
 ) -> None:
     """Amid an epoch, in its first step, and in its last one, which is read before anything is evaluated."""
     optim = OptimConfig(batch_size=8, epochs=2, warmup_epochs=0, lr=1e-3)
-    training, images, evaluated = training_of(classifier(), _NaNAt(step, kind)), still_images(folder), []
-    job = job_for(images, tmp_path, optim, at_epoch_end=lambda training, epoch, log: evaluated.append(epoch) or {})
+    state, images, evaluated = state_of(classifier(), _NaNAt(step, kind)), still_images(folder), []
+    setup = setup_for(images, tmp_path, optim, at_epoch_end=lambda state, epoch, log: evaluated.append(epoch) or {})
     with pytest.raises(NumericsError, match=f"not finite at step {step} on rank 0") as error:
-        engine.fit(training, job)
+        Trainer(state, setup).run()
     (batch,) = TrainSampler(len(images), 8, 0, 1, 0, step, step + 1)
     assert all(images.samples[index][0] in str(error.value) for _, index in batch), "the files are named"
-    assert training.step == step
+    assert state.step == step
     assert evaluated == [0]
     assert final_state(tmp_path)["step"] == 4
     assert all(bool(value.isfinite().all()) for value in final_state(tmp_path)["model"].values())
-    assert_equal_states(dict(training.model.state_dict()), state_after(step, folder, tmp_path / "clean", optim))
+    assert_equal_states(dict(state.model.state_dict()), state_after(step, folder, tmp_path / "clean", optim))
 
 
 def test_a_bad_picture_is_heard_of_in_time(late: None, folder: Path, tmp_path: Path) -> None:
@@ -112,10 +113,10 @@ def test_a_bad_picture_is_heard_of_in_time(late: None, folder: Path, tmp_path: P
             return super().__getitem__(key)
 
     torn = Torn(folder / "train", images.transform)
-    training = training_of(classifier(), Classification(AugmentConfig(), 10))
+    state = state_of(classifier(), Classification(AugmentConfig(), 10))
     with pytest.raises(DataError, match="torn"):
-        engine.fit(training, job_for(torn, tmp_path, optim))
-    assert training.step == final_state(tmp_path)["step"] == 6
+        Trainer(state, setup_for(torn, tmp_path, optim)).run()
+    assert state.step == final_state(tmp_path)["step"] == 6
 
 
 # ---- an update that is spoiled ----
@@ -131,7 +132,7 @@ def test_a_spoiled_update_changes_neither_weights_nor_state(opt: str, fused: boo
     def update(scale: float, spoiled: float) -> None:
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, scale)
-        step_unless(optimizer, torch.tensor(spoiled))
+        step_optimizer(optimizer, torch.tensor(spoiled))
 
     def state() -> dict[str, Any]:
         kept = {number: dict(one) for number, one in optimizer.state_dict()["state"].items()}
@@ -168,15 +169,16 @@ def test_a_spoiled_update_leaves_the_average() -> None:
 
 
 def test_a_step_stays_spoiled() -> None:
-    behind, none = Behind(CPU), Asked(failed=False, stop=False, no_data=False, save=True)
+    pending, requests = DelayedReports(CPU), RankRequests(save=True)
     for number, loss in enumerate((1.0, math.inf, 1.0)):
-        seen = [Seen([number], 0, {"loss": torch.tensor(loss), "share": torch.tensor(0.5)})]
-        behind.add(number, seen, None, torch.tensor(2.0), behind.agree(seen, none))
-    told = [reading.read() for reading in behind.due()]
-    assert [(one.bad_loss, one.spoiled) for one in told] == [(False, False), (True, True), (False, True)]
-    assert told[0].parts == [{"loss": 1.0, "share": 0.5}]
-    assert told[0].agreed == none
-    assert told[0].grad_norm == 2.0
+        batches = [MicroBatch([number], 0, {"loss": torch.tensor(loss), "share": torch.tensor(0.5)})]
+        counts = pending.sum_over_ranks(batches, requests)
+        pending.add(number, batches, None, torch.tensor(2.0), counts)
+    reports = list(pending.read(lag=0))
+    assert [(one.bad_loss, one.update_skipped) for one in reports] == [(False, False), (True, True), (False, True)]
+    assert reports[0].metrics == [{"loss": 1.0, "share": 0.5}]
+    assert reports[0].requests == requests
+    assert reports[0].grad_norm == 2.0
 
 
 # ---- two ranks ----
@@ -192,22 +194,22 @@ def two_ranks(rank: int, folder: Path, output: Path) -> None:
     optim = OptimConfig(batch_size=4, epochs=2, warmup_epochs=0, lr=1e-3)
     found: dict[str, Any] = {}
     with process_group(world, CPU):
-        stopped = training_of(classifier(), Classification(AugmentConfig(), 10))
-        real = engine.train_step
+        stopped = state_of(classifier(), Classification(AugmentConfig(), 10))
+        real = Trainer.train_step
 
-        def step(training: Any, *rest: Any) -> float:
-            if training is stopped and training.step == 2 and rank == 1:
+        def step(trainer: Trainer) -> None:
+            if trainer.state is stopped and stopped.step == 2 and rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return real(training, *rest)
+            real(trainer)
 
-        engine.train_step = step
+        Trainer.train_step = step  # type: ignore[method-assign]
         try:
-            engine.fit(stopped, job_for(images, output / "stopped", optim, world))
+            Trainer(stopped, setup_for(images, output / "stopped", optim, world)).run()
         except InterruptError:
             found["stopped"] = stopped.step
-        broken = training_of(classifier(), _NaNAt(2 if rank == 1 else 1000))
+        broken = state_of(classifier(), _NaNAt(2 if rank == 1 else 1000))
         try:
-            engine.fit(broken, job_for(images, output / "broken", optim, world))
+            Trainer(broken, setup_for(images, output / "broken", optim, world)).run()
         except (NumericsError, RankError) as error:
             found.update(broken=broken.step, told=str(error), weights=dict(broken.model.state_dict()))
     torch.save(found, output / f"rank{rank}.pt")
@@ -231,13 +233,22 @@ class _NoSync:
     """Launches steps under torch's check for operations that make the host wait."""
 
     def __init__(self) -> None:
-        self.real, self.count = engine.train_step, 0
+        self.real_step, self.real_read, self.count = Trainer.train_step, Trainer.read_reports, 0
 
-    def __call__(self, *arguments: Any) -> float:
+    def step(self, trainer: Trainer) -> None:
         self.count += 1
+        with self.checked():
+            self.real_step(trainer)
+
+    def read(self, trainer: Trainer, lag: int) -> None:
+        with self.checked():
+            self.real_read(trainer, lag)
+
+    @contextlib.contextmanager
+    def checked(self) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("error" if self.count > 2 else "default")  # the first ones allocate
         try:
-            return self.real(*arguments)
+            yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -247,16 +258,13 @@ class _NoSync:
 def test_no_step_makes_the_host_wait(
     clip_grad: float | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mae_dat.data.loader import train_loader
-
     device, images = torch.device("cuda", 0), still_images(folder)
     optim = OptimConfig(batch_size=8, epochs=4, warmup_epochs=0, lr=1e-3, clip_grad=clip_grad)
-    job = job_for(images, tmp_path, optim)
-    loader = train_loader(images, TrainSampler(len(images), 8, 0, 1, 0, 0, 16), 0, pin_memory=True)
+    setup = setup_for(images, tmp_path, optim, device=device, precision=torch.bfloat16)
     steps = _NoSync()
-    monkeypatch.setattr(engine, "train_step", steps)
-    training = training_of(classifier().to(device), Classification(AugmentConfig(mixup=0.8), 10))
-    job = dataclasses.replace(job, device=device, loader=loader, precision=torch.bfloat16)
-    engine.fit(training, job)
-    assert steps.count == training.step == 16
-    assert bool(torch.stack([parameter.isfinite().all() for parameter in training.model.parameters()]).all())
+    monkeypatch.setattr(Trainer, "train_step", lambda trainer: steps.step(trainer))
+    monkeypatch.setattr(Trainer, "read_reports", lambda trainer, lag: steps.read(trainer, lag))
+    state = state_of(classifier().to(device), Classification(AugmentConfig(mixup=0.8), 10))
+    Trainer(state, setup).run()
+    assert steps.count == state.step == 16
+    assert bool(torch.stack([parameter.isfinite().all() for parameter in state.model.parameters()]).all())

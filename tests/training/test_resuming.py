@@ -110,9 +110,9 @@ def test_all_changes_are_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="--allow_change epoch: no such setting"):
         check_changes(checkpoint(FINE_TUNING), FINE_TUNING, "", 1, ("epoch",))
-    with pytest.raises(CheckpointError, match="it is a pretraining's, not a fine-tuning's. Use another --output_dir"):
+    with pytest.raises(CheckpointError, match="it is of a pretraining, not of a fine-tuning. Use another --output_dir"):
         check_changes(checkpoint(PRETRAINING), FINE_TUNING, "", 1, ())
-    with pytest.raises(CheckpointError, match="it is a fine-tuning's, not a pretraining's"):
+    with pytest.raises(CheckpointError, match="it is of a fine-tuning, not of a pretraining"):
         check_changes(checkpoint(FINE_TUNING), PRETRAINING, "", 1, ())
 
 

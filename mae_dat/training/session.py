@@ -1,0 +1,122 @@
+"""One session of a training: resumes or starts it in its output folder, and trains to the end."""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mae_dat.config.errors import OutputError
+from mae_dat.config.groups import DataConfig, OptimConfig
+from mae_dat.config.parse import write_config
+from mae_dat.data.image_set import ImageSet
+from mae_dat.data.loader import ImageLoader, train_loader
+from mae_dat.data.open import describe_images
+from mae_dat.data.sampler import TrainSampler, steps_per_epoch
+from mae_dat.runtime.collectives import on_main_rank
+from mae_dat.runtime.environment import code_facts
+from mae_dat.runtime.run_log import RunLog
+from mae_dat.storage.files import prepare_output_folder
+from mae_dat.storage.output_lock import record_start
+from mae_dat.training.context import RunContext
+from mae_dat.training.loop import Trainer
+from mae_dat.training.resume import checkpoint_to_resume, keep_global_batch, restore_progress
+from mae_dat.training.setup import Reporting, TrainingSetup
+from mae_dat.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(
+    state: TrainingState,
+    images: ImageSet,
+    context: RunContext,
+    *,
+    data: DataConfig,
+    optim: OptimConfig,
+    settings: Mapping[str, Any],
+    reporting: Reporting,
+    trainer: type[Trainer] = Trainer,
+    epoch_steps: int | None = None,
+) -> None:
+    """Resume or start a training in the output folder, and train to the end.
+
+    `settings` are all settings of the run by flag, for its manifests and config.yaml. `epoch_steps` are the updates of
+    an epoch, by default as many as its images fill. Raises what `Trainer.run` raises, and ConfigError, CheckpointError,
+    DataError, NoProgressError and StorageError before the first step.
+    """
+    run, world = context.run, context.world
+    checkpoint = on_main_rank(lambda: checkpoint_to_resume(run, context.output))
+    optim = keep_global_batch(optim, checkpoint, world.size)
+    batch = optim.batch_size * optim.accum_iter * world.size
+    epoch_steps = epoch_steps or steps_per_epoch(len(images), optim.batch_size, world.size, optim.accum_iter)
+    state.step = run.start_epoch * epoch_steps
+    manifest = {
+        "settings": settings,
+        "images": describe_images(images),
+        "ranks": world.size,
+        "global_batch": batch,
+        "code": code_facts(),
+    }
+    if checkpoint:
+        restore_progress(state, checkpoint, manifest, epoch_steps=epoch_steps, context=context)
+    total_steps = optim.total_epochs * epoch_steps
+    if state.step >= total_steps:
+        logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, state.step)
+        return
+
+    on_main_rank(lambda: _record_start(context.output, state.step, settings))
+    log = RunLog(
+        context.output,
+        _log_folder(run.log_dir),
+        state.step,
+        enabled=world.main,
+        purge_from=1000 * state.step // epoch_steps + 1,
+    )
+    with contextlib.closing(log):
+        setup = TrainingSetup(
+            context=context,
+            optim=optim,
+            loader=_loader(images, context, data, optim, first_step=state.step, total_steps=total_steps),
+            steps_per_epoch=epoch_steps,
+            log=log,
+            reporting=reporting,
+            manifest=manifest,
+            name_of=images.name_of,
+        )
+        trainer(state, setup).run()
+
+
+def _record_start(output: Path, step: int, settings: Mapping[str, Any]) -> None:
+    """Record that training starts at a step, and with which settings. Raises NoProgressError, StorageError."""
+    record_start(output, step)
+    write_config(settings, output / "config.yaml")
+
+
+def _loader(
+    images: ImageSet, context: RunContext, data: DataConfig, optim: OptimConfig, first_step: int, total_steps: int
+) -> ImageLoader:
+    """Open the loader of this rank's micro-batches of all steps from `first_step` on."""
+    sampler = TrainSampler(
+        len(images),
+        optim.batch_size,
+        rank=context.world.rank,
+        world_size=context.world.size,
+        seed=context.run.seed,
+        start_step=first_step,
+        total_steps=total_steps,
+        accum_iter=optim.accum_iter,
+        order=images.order,
+    )
+    pinned = data.pin_mem and context.device.type == "cuda"
+    return train_loader(images, sampler, data.num_workers, pin_memory=pinned)
+
+
+def _log_folder(log_dir: str | None) -> Path | None:
+    """Create and check the folder that `--log_dir` names; None for the output folder. Raises OutputError."""
+    if not log_dir:
+        return None
+    try:
+        return prepare_output_folder(Path(log_dir))
+    except OutputError as error:
+        raise OutputError(f"--log_dir: {error}") from error
