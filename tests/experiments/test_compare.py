@@ -11,7 +11,7 @@ from tiny_runs import draw_folder, one_thread, save_tokenizer  # noqa: F401 - on
 from mae_dat.config.errors import ConfigError
 from mae_dat.experiments.compare import CompareConfig, compare
 from mae_dat.robustness.scores.results import read_results
-from mae_dat.robustness.suites.choose import WORDS
+from mae_dat.robustness.suites.attacks import WORD_SUITES
 from mae_dat.runtime.console import Console
 
 ARMS = ("plain", "random", "released")
@@ -47,7 +47,7 @@ def test_the_report_holds_every_arm(config: CompareConfig) -> None:
         assert 0 < cells["conflict"][""]["total"] <= 20
         assert len(cells["generated"]) == 75
         assert all(cell["total"] == 4 for cell in cells["generated"].values())
-        assert all(cell["total"] == 4 for kind in WORDS for cell in cells[kind].values())
+        assert all(cell["total"] == 4 for kind in WORD_SUITES for cell in cells[kind].values())
         assert run["seconds"] > 0
         assert ("changed_words" in run["curves"]) == (run["arm"] != "plain")
     assert training["pretraining"]["train_loss"]

@@ -27,7 +27,7 @@ from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_st
 from mae_dat.robustness.corruptions.blur import GLASS, enlarge, smear, smooth
 from mae_dat.robustness.corruptions.digital import _gaussian_gain
 from mae_dat.robustness.corruptions.noise import IMPULSE_SHARE, SHOT_PHOTONS
-from mae_dat.robustness.corruptions.weather import _frost_picture
+from mae_dat.robustness.corruptions.weather import _frost_photograph
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -251,7 +251,7 @@ def test_as_stored_is_the_jpeg_of_the_official_files() -> None:
 
 
 def test_missing_photographs_of_frost_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    _frost_picture.cache_clear()
+    _frost_photograph.cache_clear()
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "imagecorruptions", raising=False)
     with pytest.raises(MissingInputError, match="pip install imagecorruptions-imaug"):

@@ -1,8 +1,9 @@
-"""The corruptions of ImageNet-C (Hendrycks & Dietterich 2019) for one image, reproducible from a seed.
+"""The corruptions of ImageNet-C (Hendrycks & Dietterich 2019) for one image, reproducible from a seed: `corrupt`.
 
-Written anew. The algorithms and constants are those of the code that made ImageNet-C, hendrycks/robustness
-(Apache-2.0), and of ImageMagick where it calls that; docs/robustness.md says where the results differ. What is made
-here is not the official files: `SOURCE` says so wherever a number is shown.
+`corrupt` calls the function of that name in noise.py, blur.py, weather.py or digital.py. They are a new implementation
+with the algorithms and constants of the code that made ImageNet-C, make_imagenet_c.py in hendrycks/robustness
+(Apache-2.0), and of ImageMagick where that calls it; docs/robustness.md lists where results differ. Images made here
+are not the official files: `SOURCE` is printed with every number.
 """
 
 import functools
@@ -25,14 +26,14 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
 CORRUPTIONS: tuple[str, ...] = tuple(name for names in CATEGORIES.values() for name in names)
-EXTRA: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # hold-out: never in a mean
+EXTRA: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # held out: never in a mean
 SEVERITIES: tuple[int, ...] = (1, 2, 3, 4, 5)
 MIN_SIDE = 32  # px
 STORED_QUALITY = 85  # of the official files
 
 
-def check(name: str, severity: int) -> None:
-    """Raise ValueError for an unknown corruption or a severity outside 1..5."""
+def check_corruption(name: str, severity: int) -> None:
+    """Raise ValueError for an unknown corruption or a severity outside 1 to 5."""
     if name not in CORRUPTIONS + EXTRA:
         raise ValueError(f"unknown corruption {name!r}; choose from {', '.join(CORRUPTIONS + EXTRA)}")
     if severity not in SEVERITIES:
@@ -42,8 +43,8 @@ def check(name: str, severity: int) -> None:
 def check_image(image: NDArray[Any]) -> None:
     """Raise DataError unless `image` is uint8, (H, W, 3) and at least 32 px on both sides."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        found = f"{image.dtype} of shape {image.shape}"
-        raise DataError(f"corruptions need a uint8 RGB image (H, W, 3), got {found}; convert it to 8-bit RGB first")
+        actual = f"{image.dtype} of shape {image.shape}"
+        raise DataError(f"corruptions need a uint8 RGB image (H, W, 3), got {actual}; convert it to 8-bit RGB first")
     if min(image.shape[:2]) < MIN_SIDE:
         size = f"{image.shape[0]} x {image.shape[1]}"
         raise DataError(
@@ -52,25 +53,26 @@ def check_image(image: NDArray[Any]) -> None:
 
 
 def image_seed(seed: int, index: int, name: str, severity: int) -> int:
-    """A stable 32-bit seed for one picture: the same on every machine, rank, worker and in any order."""
+    """Return a stable 32-bit seed for one image: the same on every machine, rank and worker, and in any order."""
     key = f"{seed}/{index}/{name}/{severity}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
 
 
 def corrupt(image: Image, name: str, severity: int, seed: int) -> Image:
-    """Corrupt a uint8 image (H, W, 3) with `name` from `CORRUPTIONS` or `EXTRA` at severity 1..5; same shape and type.
+    """Return an image, uint8 (H, W, 3), corrupted by `name` from `CORRUPTIONS` or `EXTRA` at severity 1 to 5.
 
-    The result depends on the arguments alone: each call draws from a generator of its own, in the order in which the
-    original draws from numpy's global one, so that threads do not disturb each other. RandomState, because numpy
-    promises that its numbers never change. Raises ValueError (name, severity) and DataError (image).
+    The result depends on the arguments alone. Raises ValueError (name, severity) and DataError (image).
     """
-    check(name, severity)
+    check_corruption(name, severity)
     check_image(image)
-    return _corruption(name)(np.ascontiguousarray(image), severity, np.random.RandomState(seed % 2**32))
+    # Each call has its own generator and draws in the order in which the original draws from numpy's global one. It is
+    # a RandomState because numpy guarantees that its numbers never change.
+    random = np.random.RandomState(seed % 2**32)
+    return _corruption(name)(np.ascontiguousarray(image), severity, random)
 
 
 def as_stored(image: Image) -> Image:
-    """A uint8 image (H, W, 3) as it comes back from the JPEG of quality 85 that ImageNet-C is stored in."""
+    """Return an image, uint8 (H, W, 3), as ImageNet-C stores it: encoded and decoded as JPEG of quality 85."""
     from mae_dat.robustness.corruptions.digital import jpeg
 
     check_image(image)
@@ -79,7 +81,7 @@ def as_stored(image: Image) -> Image:
 
 @functools.cache
 def _corruption(name: str) -> Callable[[Image, int, np.random.RandomState], Image]:
-    """The function of that name. Imported on first use: whoever wants the names alone need not wait for OpenCV."""
+    """Return the function of that name. The modules are imported on first use, because they import OpenCV."""
     from mae_dat.robustness.corruptions import blur, digital, noise, weather
 
     for module in (noise, blur, weather, digital):

@@ -1,4 +1,8 @@
-"""Blur: defocus, glass, motion, zoom and Gaussian. Lengths are pixels, whatever the size; zooms are factors."""
+"""Blur: defocus, glass, motion, zoom and Gaussian, as in ImageNet-C's make_imagenet_c.py (hendrycks/robustness).
+
+Every function takes uint8 (H, W, 3), a severity 1 to 5 and the generator of its random draws, and returns uint8
+(H, W, 3). Lengths are in pixels, whatever the size of the image; zooms are factors.
+"""
 
 import functools
 import math
@@ -9,28 +13,28 @@ from numpy.random import RandomState
 
 from mae_dat.robustness.corruptions.pixels import Image, Levels, whole_levels
 
-DEFOCUS = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))  # radius of the disk, sigma that softens its edge
-GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))  # sigma, largest step, rounds
-MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))  # radius, sigma along the line
+DEFOCUS = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))  # `disk(radius, alias_blur)`
+GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))  # sigma, max_delta, iterations
+MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))  # `motion_blur(radius, sigma)`
 MOTION_ANGLE = 45  # degrees to either side of horizontal
-ZOOM = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))  # 1 to excluded end in steps
-GAUSSIAN_SIGMA = (1, 2, 3, 4, 6)
+ZOOM = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))  # np.arange(1, end, step)
+GAUSSIAN_SIGMA = (1, 2, 3, 4, 6)  # `gaussian(sigma)`
 
-_SLACK = 1e-3  # levels; float32 sums fall short of whole levels by 1e-5, and truncation would make that a whole one
+_SLACK = 1e-3  # levels: float32 sums can be 1e-5 short of a whole level, and truncation would subtract a full level
 
 
 def gaussian_blur(image: Image, severity: int, random: RandomState) -> Image:
-    """Convolves with a Gaussian."""
+    """Convolve with a Gaussian: `gaussian_blur`."""
     return whole_levels(smooth(image, GAUSSIAN_SIGMA[severity - 1]) + _SLACK)
 
 
 def defocus_blur(image: Image, severity: int, random: RandomState) -> Image:
-    """Convolves with a disk whose edge is softened."""
+    """Convolve with a disk whose edge is softened: `defocus_blur`, cv2.filter2D with `disk`."""
     return whole_levels(cv2.filter2D(image.astype(np.float32), -1, _disk(*DEFOCUS[severity - 1])) + _SLACK)
 
 
 def glass_blur(image: Image, severity: int, random: RandomState) -> Image:
-    """Between two Gaussian blurs, replaces every pixel in turn by one nearby."""
+    """Between two Gaussian blurs, replace every pixel in turn by a random neighbour: `glass_blur`."""
     sigma, reach, rounds = GLASS[severity - 1]
     image = whole_levels(smooth(image, sigma) + _SLACK)
     for _ in range(rounds):
@@ -39,13 +43,14 @@ def glass_blur(image: Image, severity: int, random: RandomState) -> Image:
 
 
 def motion_blur(image: Image, severity: int, random: RandomState) -> Image:
-    """Smears the picture to one side along a random line."""
+    """Blur to one side along a line of random angle: `motion_blur`, ImageMagick's, angle np.random.uniform(-45, 45)."""
     radius, sigma = MOTION[severity - 1]
     return smear(image, radius, sigma, random.uniform(-MOTION_ANGLE, MOTION_ANGLE))
 
 
 def zoom_blur(image: Image, severity: int, random: RandomState) -> Image:
-    """Averages the picture and its enlargements, from factor 1 on: the picture itself counts twice."""
+    """Average the image and its enlargements, starting at factor 1: `zoom_blur`, `clipped_zoom`. The image itself thus
+    counts twice."""
     end, step = ZOOM[severity - 1]
     factors = np.arange(1, end, step)
     levels = image.astype(np.float32)
@@ -56,15 +61,18 @@ def zoom_blur(image: Image, severity: int, random: RandomState) -> Image:
 
 
 def smooth(levels: Levels, sigma: float) -> Levels:
-    """Gaussian of `sigma` px, cut off at 4 sigma, edges repeated, of any type of number; float32."""
+    """Return levels (H, W) or (H, W, 3) of any number type, filtered by a Gaussian of `sigma` px: float32.
+
+    Cut off at 4 sigma, edges repeated.
+    """
     size = 2 * int(4 * sigma + 0.5) + 1
     return cv2.GaussianBlur(levels.astype(np.float32), (size, size), sigma, borderType=cv2.BORDER_REPLICATE)
 
 
 def enlarge(levels: Levels, factor: float) -> Levels:
-    """The middle of float32 (H, W) or (H, W, 3), linearly enlarged by `factor` to the full size.
+    """Enlarge the middle of float32 (H, W) or (H, W, 3) linearly by `factor` to the full size: `clipped_zoom`.
 
-    The corners of the grids meet, as in `scipy.ndimage.zoom`.
+    The corners of the two grids coincide, as in `scipy.ndimage.zoom`.
     """
     rows, columns = (_zoomed_axis(length, factor) for length in levels.shape[:2])
     warp = np.array([[columns[0], 0, columns[1]], [0, rows[0], rows[1]]])
@@ -73,23 +81,23 @@ def enlarge(levels: Levels, factor: float) -> Levels:
 
 
 def _zoomed_axis(length: int, factor: float) -> tuple[float, float]:
-    """Scale and offset from a coordinate of the enlarged axis, cut to `length`, to the one it comes from."""
-    kept = math.ceil(length / factor)
-    enlarged = round(kept * factor)
-    scale = (kept - 1) / (enlarged - 1)
-    return scale, (length - kept) // 2 + (enlarged - length) // 2 * scale
+    """Return scale and offset from a coordinate of the enlarged axis, cut to `length`, to the source coordinate."""
+    source = math.ceil(length / factor)
+    enlarged = round(source * factor)
+    scale = (source - 1) / (enlarged - 1)
+    return scale, (length - source) // 2 + (enlarged - length) // 2 * scale
 
 
 def smear(image: Image, radius: int, sigma: float, angle: float) -> Image:
-    """ImageMagick's motion blur of uint8 (H, W) or (H, W, 3): half a Gaussian along a line at `angle` degrees.
+    """Apply ImageMagick's motion blur to uint8 (H, W) or (H, W, 3): half a Gaussian along a line at `angle` degrees.
 
-    2 radius + 1 pixels, each weighted by its place; edges repeated; rounded to the nearest level as there.
+    2 radius + 1 pixels, each weighted by its distance; edges repeated; rounded to the nearest level as there.
     """
-    place = np.arange(2 * radius + 1)
-    weights = np.exp(-(place**2) / (2 * sigma**2))
+    distance = np.arange(2 * radius + 1)
+    weights = np.exp(-(distance**2) / (2 * sigma**2))
     weights /= weights.sum()
-    down = np.ceil(place * math.sin(math.radians(angle)) - 0.5).astype(int)
-    right = np.ceil(place * math.cos(math.radians(angle)) - 0.5).astype(int)
+    down = np.ceil(distance * math.sin(math.radians(angle)) - 0.5).astype(int)
+    right = np.ceil(distance * math.cos(math.radians(angle)) - 0.5).astype(int)
     top, left = -down.min(), -right.min()
     padded = cv2.copyMakeBorder(image, top, down.max(), left, right.max(), cv2.BORDER_REPLICATE).astype(np.float32)
     total = np.full(image.shape, 0.5, dtype=np.float32)
@@ -101,8 +109,10 @@ def smear(image: Image, radius: int, sigma: float, angle: float) -> Image:
 
 @functools.cache
 def _disk(radius: int, sigma: float) -> Levels:
-    """Float32 kernel (K, K). Its edge is softened within the original's grid, which cuts some of it off at radius 8 and
-    10: the picture gets a little brighter there.
+    """Return the kernel of `defocus_blur`, float32 (K, K), ImageNet-C's `disk(radius, alias_blur=sigma)`.
+
+    Its edge is softened within the original's grid, which cuts some of it off at radius 8 and 10: the sum is then not
+    exactly 1, and the image gets a little brighter.
     """
     reach, size = (8, 3) if radius <= 8 else (radius, 5)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -113,24 +123,25 @@ def _disk(radius: int, sigma: float) -> Levels:
 
 
 def _replaced_by_neighbours(image: Image, reach: int, random: RandomState) -> Image:
-    """One round of glass: from the last pixel to the first, each takes the present value of one up to `reach` away.
+    """Return the image (H, W, 3) after one iteration of `glass_blur`: from the last pixel to the first, each takes the
+    current value of a pixel up to `reach` away.
 
-    The original means to swap the two, but writes through a view, so that the other pixel keeps its value. A pixel
-    that takes from one already replaced has what that one took: following these links to their ends does the whole
-    round at once.
+    The original intends to swap the two, but assigns through a view, so that the other pixel keeps its value. A pixel
+    whose source was already replaced gets the value which that source took: following these links to their ends
+    computes the whole iteration at once.
     """
     height, width = image.shape[:2]
     size = height * width
     places = np.arange(size).reshape(height, width)
-    own = places[height - reach : reach : -1, width - reach : reach : -1].ravel()
-    step_x, step_y = random.randint(-reach, reach, size=(len(own), 2)).T
-    taken = own + step_y * width + step_x
+    pixels = places[height - reach : reach : -1, width - reach : reach : -1].ravel()
+    step_x, step_y = random.randint(-reach, reach, size=(len(pixels), 2)).T
+    neighbours = pixels + step_y * width + step_x
     replaced = np.zeros(size, dtype=bool)
-    replaced[own] = True
-    again = replaced[taken] & (taken > own)
-    source = np.arange(size, 2 * size)  # from `size` on: a pixel as it was; below: a pixel once replaced
-    source[own] = taken + size * ~again
-    linked = own[again]
+    replaced[pixels] = True
+    is_linked = replaced[neighbours] & (neighbours > pixels)  # the neighbour was replaced earlier in this iteration
+    source = np.arange(size, 2 * size)  # from `size` on: an original pixel; below: a replaced one
+    source[pixels] = neighbours + size * ~is_linked
+    linked = pixels[is_linked]
     while len(linked):
         source[linked] = source[source[linked]]
         linked = linked[source[linked] < size]

@@ -1,4 +1,9 @@
-"""Digital: contrast, elastic transform, pixelation, JPEG and saturation."""
+"""Digital: contrast, elastic transform, pixelation, JPEG and saturation, as in ImageNet-C's make_imagenet_c.py
+(hendrycks/robustness).
+
+Every function takes uint8 (H, W, 3), a severity 1 to 5 and the generator of its random draws, and returns uint8
+(H, W, 3).
+"""
 
 import functools
 from io import BytesIO
@@ -11,17 +16,17 @@ from scipy.fft import dctn, idctn
 
 from mae_dat.robustness.corruptions.pixels import Image, Levels, whole_levels
 
-CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
-# Amplitude and sigma of the displacements and reach of the affine map, in units of ELASTIC_UNIT.
+CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # c of (x - means) * c + means
+# alpha and sigma of the displacements, alpha_affine of the affine map, in units of ELASTIC_UNIT.
 ELASTIC = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
-ELASTIC_UNIT = 244 / 224  # of the shorter side; the original's slip of a digit, which is part of ImageNet-C
-PIXELATE = (0.6, 0.5, 0.4, 0.3, 0.25)  # of the side
-JPEG_QUALITY = (25, 18, 15, 10, 7)
-SATURATE = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))  # factor and summand
+ELASTIC_UNIT = 244 / 224  # of the shorter side; the original writes 244 for 224, which is part of ImageNet-C
+PIXELATE = (0.6, 0.5, 0.4, 0.3, 0.25)  # `resize` to this share of the side
+JPEG_QUALITY = (25, 18, 15, 10, 7)  # `quality`
+SATURATE = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))  # factor and summand of the saturation of HSV
 
 
 def contrast(image: Image, severity: int, random: RandomState) -> Image:
-    """Shrinks the distance of every value to its channel's mean."""
+    """Shrink the distance of every value to its channel's mean: `contrast`."""
     means = np.array(cv2.mean(image)[:3]) / 255
     values = np.arange(256)[:, None] / 255
     table = whole_levels(((values - means) * CONTRAST[severity - 1] + means) * 255)
@@ -29,7 +34,10 @@ def contrast(image: Image, severity: int, random: RandomState) -> Image:
 
 
 def elastic_transform(image: Image, severity: int, random: RandomState) -> Image:
-    """A random affine map, then smooth random displacements; both grow with the shorter side."""
+    """Apply a random affine map, then smooth random displacements: `elastic_transform`, after Simard et al. 2003.
+
+    Both grow with the shorter side.
+    """
     height, width = image.shape[:2]
     unit = ELASTIC_UNIT * min(height, width)
     amplitude, sigma, reach = (unit * factor for factor in ELASTIC[severity - 1])
@@ -49,54 +57,54 @@ def elastic_transform(image: Image, severity: int, random: RandomState) -> Image
 
 
 def _jittered(height: int, width: int, reach: float, random: RandomState) -> Levels:
-    """Affine map (2, 3) that moves three points around the middle by up to `reach` px in x and y."""
-    center, arm = np.array([width // 2, height // 2]), min(height, width) // 3
-    points = (center + arm * np.array([[1, 1], [1, -1], [-1, -1]])).astype(np.float32)
+    """Return an affine map (2, 3) that moves three points around the middle by up to `reach` px in x and y."""
+    center, distance = np.array([width // 2, height // 2]), min(height, width) // 3
+    points = (center + distance * np.array([[1, 1], [1, -1], [-1, -1]])).astype(np.float32)
     return cv2.getAffineTransform(points, points + random.uniform(-reach, reach, size=(3, 2)).astype(np.float32))
 
 
 @functools.lru_cache(maxsize=64)
 def _gaussian_gain(length: int, sigma: float) -> Levels:
-    """Gain of a Gaussian of `sigma` px, cut off at 3 sigma, for the cosines of an axis of `length`.
+    """Return the gain, float32 (length,), of a Gaussian of `sigma` px, cut off at 3 sigma, for the cosines of an axis.
 
     A filter that reflects at the edges multiplies the cosine transform: exact, and as fast for a kernel of a thousand
     pixels as for one of ten.
     """
-    place = np.arange(1, int(3 * sigma + 0.5) + 1)
-    weights = np.exp(-(place**2) / (2 * sigma**2))
-    gain = 1 + 2 * np.cos(np.pi / length * np.outer(np.arange(length), place)) @ weights
+    distance = np.arange(1, int(3 * sigma + 0.5) + 1)
+    weights = np.exp(-(distance**2) / (2 * sigma**2))
+    gain = 1 + 2 * np.cos(np.pi / length * np.outer(np.arange(length), distance)) @ weights
     return (gain / gain[0]).astype(np.float32)
 
 
 def pixelate(image: Image, severity: int, random: RandomState) -> Image:
-    """Shrinks and enlarges again, both by averaging boxes."""
+    """Shrink and enlarge again, both by averaging boxes: `pixelate`, PIL's resize with Image.BOX."""
     height, width = image.shape[:2]
     small = int(width * PIXELATE[severity - 1]), int(height * PIXELATE[severity - 1])
-    picture = PIL.Image.fromarray(image).resize(small, PIL.Image.Resampling.BOX)
-    return np.array(picture.resize((width, height), PIL.Image.Resampling.BOX))
+    shrunk = PIL.Image.fromarray(image).resize(small, PIL.Image.Resampling.BOX)
+    return np.array(shrunk.resize((width, height), PIL.Image.Resampling.BOX))
 
 
 def jpeg_compression(image: Image, severity: int, random: RandomState) -> Image:
-    """A JPEG round trip at low quality."""
+    """Compress as JPEG of low quality: `jpeg_compression`, PIL's save with quality=c."""
     return jpeg(image, JPEG_QUALITY[severity - 1])
 
 
 def jpeg(image: Image, quality: int) -> Image:
-    """What is left of a picture after JPEG at `quality`, encoded and decoded by Pillow as in the original."""
+    """Return an image, uint8 (H, W, 3), after JPEG at `quality`, encoded and decoded by Pillow as in the original."""
     file = BytesIO()
     PIL.Image.fromarray(image).save(file, "JPEG", quality=quality)
-    with PIL.Image.open(file) as picture:
-        return np.array(picture)
+    with PIL.Image.open(file) as decoded:
+        return np.array(decoded)
 
 
 def saturate(image: Image, severity: int, random: RandomState) -> Image:
-    """Changes the saturation of HSV; greys, which have no hue, count as red."""
+    """Change the saturation of HSV: `saturate`. Greys, which have no hue, count as red."""
     factor, summand = SATURATE[severity - 1]
     channels = cv2.split(image.astype(np.float32))
     largest, smallest = functools.reduce(np.maximum, channels), functools.reduce(np.minimum, channels)
     spread = largest - smallest
     saturation = np.clip(spread / np.maximum(largest, 1) * factor + summand, 0, 1)
-    # A channel's distance below the largest one, in units of what the saturation stretches; greys: green and blue all.
+    # Saturation scales a channel's distance below the largest one. For greys, green and blue drop by all of it.
     scale = largest * saturation / np.maximum(spread, 1)
     shifted = [largest - (largest - channel) * scale for channel in channels]
     grey = (spread == 0) * (largest * saturation)

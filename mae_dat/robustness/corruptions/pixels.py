@@ -1,4 +1,4 @@
-"""Grey levels as the corruptions exchange them."""
+"""Pixel types that the corruptions exchange."""
 
 from typing import Any
 
@@ -10,5 +10,6 @@ Levels = NDArray[Any]  # grey levels 0..255 that need not be whole, float32 or f
 
 
 def whole_levels(levels: Levels) -> Image:
-    """Clips to 0..255, in place, and drops the fraction as the original's `np.uint8` does: it never rounds."""
+    """Clip levels to 0..255, in place, and return them as uint8 without their fraction: ImageNet-C's `np.uint8(x)` does
+    not round either."""
     return np.clip(levels, 0, 255, out=levels).astype(np.uint8)
