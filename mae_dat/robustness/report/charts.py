@@ -1,8 +1,8 @@
-"""Charts of the report, as PNG bytes. They know nothing of results: numbers and labels come in, a picture goes out.
+"""Charts as PNG bytes, from numbers and labels alone.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; every series also has its own marker and line
-style, so the charts survive a black-and-white printer. 96 CSS pixels are one inch, and the density is twice that.
-Charts are narrow (a phone shows them nearly at full size) and stand side by side on a wide screen.
+The colours are Okabe and Ito's, which colour-blind readers can distinguish; every series also has its own marker and
+line style for black-and-white prints. An inch is 96 CSS pixels, and the PNG has twice as many pixels. Charts are narrow
+enough for a phone, and the page puts them side by side on a wide screen.
 """
 
 import io
@@ -25,7 +25,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
 GREY = "#5f6368"
-LONGEST_LABEL = 26  # characters; longer ones would push the legend out of the picture
+LONGEST_LABEL = 26  # characters; longer labels would push the legend out of the image
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -49,26 +49,28 @@ STYLE: Any = {
     "ytick.labelcolor": "black",
 }
 
-Point = tuple[float, float, float]  # x, y, half the length of the error bar (0: none)
+Point = tuple[float, float, float]
+"""x, y, half the length of the error bar (0: none)."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One model in one chart; `style` numbers its colour, marker and line style and is the same in all charts."""
+    """The points of one model or group in a chart."""
 
     label: str
     style: int
+    """Number of its colour, marker and line style, the same in all charts."""
     points: tuple[Point, ...]
 
 
 def _plain(text: str) -> str:
-    """Text for matplotlib: no mathematics, no endless label."""
+    """Shorten a label and escape it for matplotlib, which would read `$` as mathematics."""
     short = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
     return short.replace("$", r"\$")
 
 
 def signed(value: float, digits: int) -> str:
-    """'+1.2', '−0.3', and '0.0' for what rounds to it."""
+    """Format a difference as '+1.2' or '−0.3', and as '0.0' if it rounds to zero."""
     text = f"{value:+.{digits}f}"
     return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
 
@@ -80,18 +82,17 @@ def _figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def _png(figure: Figure) -> bytes:
-    """The same bytes for the same numbers: no date, no version inside."""
+    """Return the figure as PNG, without date and version, so that the same numbers give the same bytes."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from", category=UserWarning
-        )  # a label in a script without font
+        # A label may be in a script that the font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _legend(figure: Figure, axes: Axes, count: int, across: int = 3) -> None:
-    """One legend above the axes, where it covers no data, of `across` columns; nothing for a single series."""
+    """Draw one legend of up to `across` columns above the axes, where it covers no data; none for a single series."""
     handles, labels = axes.get_legend_handles_labels()
     if count > 1:
         figure.legend(
@@ -99,14 +100,14 @@ def _legend(figure: Figure, axes: Axes, count: int, across: int = 3) -> None:
         )
 
 
-def _look(series: Series) -> dict[str, Any]:
-    """Colour, marker and line of a series."""
-    i = series.style
-    turn = i // len(COLORS)  # when colours come again, with another marker and line
+def _style(series: Series) -> dict[str, Any]:
+    """Return the colour, marker and line style of a series."""
+    style = series.style
+    turn = style // len(COLORS)  # when the colours repeat, they get another marker and line style
     return {
-        "color": COLORS[i % len(COLORS)],
-        "marker": MARKERS[(i + turn) % len(MARKERS)],
-        "linestyle": LINES[(i + turn) % len(LINES)],
+        "color": COLORS[style % len(COLORS)],
+        "marker": MARKERS[(style + turn) % len(MARKERS)],
+        "linestyle": LINES[(style + turn) % len(LINES)],
         "markeredgecolor": "white",
         "markeredgewidth": 0.7,
         "label": _plain(series.label),
@@ -114,34 +115,35 @@ def _look(series: Series) -> dict[str, Any]:
 
 
 def _draw_line(axes: Axes, series: Series, markers: bool = True) -> None:
-    """A line with markers, and error bars where there is a spread."""
+    """Draw a line with markers, and with error bars if there is a spread."""
     if not series.points:
         return
     x, y, bar = zip(*series.points, strict=True)
-    look = _look(series)
+    style = _style(series)
     if not markers:
-        look["markevery"] = max(1, len(x) // 6)
-    axes.errorbar(x, y, yerr=bar if any(bar) else None, capsize=3, elinewidth=1.2, **look)
+        style["markevery"] = max(1, len(x) // 6)
+    axes.errorbar(x, y, yerr=bar if any(bar) else None, capsize=3, elinewidth=1.2, **style)
 
 
 @rc_context(STYLE)
 def dot_plot(
     rows: Sequence[str], series: Sequence[Series], xlabel: str, zero: bool = False, log: bool = False
 ) -> bytes:
-    """Rows from top to bottom, one dot a series; a point is (value, row number, half error bar). `zero`: a line there,
-    for differences. `log`: a logarithmic axis, for values above 0; others are left out.
+    """Draw rows from top to bottom with a dot for each series; a point is (value, row number, half error bar).
+
+    `zero` draws a line at 0, for differences. `log` makes the axis logarithmic, which leaves out values up to 0.
     """
     figure = _figure(1.2 + 0.16 * len(rows) * (1.6 + len(series)))
     axes = figure.subplots()
     if zero:
         axes.axvline(0, color=GREY, linewidth=1)
     step = 0.68 / max(1, len(series))
-    for i, one in enumerate(series):
-        shift = (i - (len(series) - 1) / 2) * step
-        look = _look(one) | {"linestyle": "none"}
-        x, y, bar = zip(*one.points, strict=True) if one.points else ((), (), ())
+    for number, line in enumerate(series):
+        shift = (number - (len(series) - 1) / 2) * step  # the dots of a row do not cover each other
+        style = _style(line) | {"linestyle": "none"}
+        x, y, bar = zip(*line.points, strict=True) if line.points else ((), (), ())
         heights = [row + shift for row in y]
-        axes.errorbar(x, heights, xerr=bar if any(bar) else None, capsize=3, elinewidth=1.2, **look)
+        axes.errorbar(x, heights, xerr=bar if any(bar) else None, capsize=3, elinewidth=1.2, **style)
     axes.set_yticks(range(len(rows)), [_plain(row) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for edge in range(1, len(rows)):
@@ -160,8 +162,10 @@ def dot_plot(
 def severity_plot(
     panels: Mapping[str, Sequence[Series]], xlabel: str = "severity (0 = clean)", ylabel: str = "error (%)"
 ) -> bytes:
-    """Error against severity, one small panel a title, all on one scale; severity 0 is the clean image. Other labels
-    make it a plot of something else against a strength."""
+    """Draw the error against severity in a small panel for each title, all on one scale; severity 0 is the clean image.
+
+    With other labels it plots something else against a strength.
+    """
     columns = 1 if len(panels) == 1 else 2
     rows = math.ceil(len(panels) / columns)
     figure = _figure(4.2 if rows == 1 else 0.6 + 2.2 * rows)
@@ -169,8 +173,8 @@ def severity_plot(
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, series) in zip(grid.flat, panels.items(), strict=False):
-        for one in series:
-            _draw_line(axes, one)
+        for line in series:
+            _draw_line(axes, line)
         axes.set_title(_plain(title))
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -188,15 +192,16 @@ def heat_map(
     breaks: Sequence[int],
     difference: bool = False,
 ) -> bytes:
-    """Error in percent, rows x columns with numbers; None is an empty cell. A gap is drawn above each row in
-    `breaks`. `difference`: of two errors, with a sign; green is less, brown is more.
+    """Draw errors in percent as rows x columns of numbers; None is an empty cell, and `breaks` are rows below a gap.
+
+    `difference` is for differences of errors, drawn with a sign: green is less, brown is more.
     """
     figure = _figure(0.75 + 0.3 * len(rows))
     axes = figure.subplots()
-    cells = [[math.nan if value is None else value for value in row] for row in values]
+    filled = [[math.nan if value is None else value for value in row] for row in values]
     largest = max([abs(value) for row in values for value in row if value is not None] + [1.0])
     low, high, colors = (-largest, largest, "BrBG_r") if difference else (0, 100, "Blues")
-    axes.imshow(cells, cmap=colors, vmin=low, vmax=high, aspect="auto")
+    axes.imshow(filled, cmap=colors, vmin=low, vmax=high, aspect="auto")
     for r, row in enumerate(values):
         for c, value in enumerate(row):
             text = "–" if value is None else signed(value, 1) if difference else f"{value:.1f}"
@@ -214,39 +219,39 @@ def heat_map(
 
 @rc_context(STYLE)
 def curve_plot(series: Sequence[Series], ylabel: str, xlabel: str = "epoch") -> bytes:
-    """Lines over epochs; several runs of one model share its style and appear once in the legend."""
+    """Draw lines over epochs; several runs of one group share its style and appear once in the legend."""
     figure = _figure(3.2)
     axes = figure.subplots()
-    seen: set[str] = set()
-    for one in series:
-        label = one.label if one.label not in seen else "_again"  # matplotlib leaves labels with an underscore out
-        seen.add(one.label)
-        _draw_line(axes, Series(label, one.style, one.points), markers=False)
+    labels: set[str] = set()
+    for line in series:
+        # Matplotlib's legend ignores labels that start with an underscore.
+        label = line.label if line.label not in labels else "_again"
+        labels.add(line.label)
+        _draw_line(axes, Series(label, line.style, line.points), markers=False)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y")
     axes.margins(x=0.03)
-    _legend(figure, axes, len(seen))
+    _legend(figure, axes, len(labels))
     return _png(figure)
 
 
 @rc_context(STYLE)
 def shape_plot(series: Sequence[Series], notes: Sequence[str]) -> bytes:
-    """Shape bias from 0 (texture alone) to 1 (shape alone), one row a model; a note such as the coverage stands under
-    each name.
-    """
+    """Draw the shape bias from 0 (texture alone) to 1 (shape alone), a row for each series, with a note such as the
+    coverage under its name."""
     figure = _figure(1.1 + 0.55 * len(series))
     axes = figure.subplots()
     axes.axvline(0.5, color=GREY, linewidth=1, linestyle=(0, (2, 3)))
-    for row, one in enumerate(series):
-        for x, _, bar in one.points:
-            look = _look(one) | {"linestyle": "none"}
-            axes.errorbar([x], [row], xerr=[bar] if bar else None, capsize=3, **look)
+    for row, line in enumerate(series):
+        for x, _, bar in line.points:
+            style = _style(line) | {"linestyle": "none"}
+            axes.errorbar([x], [row], xerr=[bar] if bar else None, capsize=3, **style)
             right = x < 0.8
             offset = bar + 0.03 if right else -bar - 0.03
             axes.text(x + offset, row, f"{x:.2f}", va="center", ha="left" if right else "right")
-    names = [f"{_plain(one.label)}\n{note}" for one, note in zip(series, notes, strict=True)]
+    names = [f"{_plain(line.label)}\n{note}" for line, note in zip(series, notes, strict=True)]
     axes.set_yticks(range(len(series)), names)
     axes.set_ylim(len(series) - 0.4, -0.6)
     axes.set_xlim(0, 1)
@@ -259,11 +264,11 @@ def shape_plot(series: Sequence[Series], notes: Sequence[str]) -> bytes:
 
 @rc_context(STYLE)
 def spectrum_plot(series: Sequence[Series], ylabel: str, xlabel: str) -> bytes:
-    """Lines over a frequency; values above 0 on a logarithmic axis."""
+    """Draw lines over a frequency, on a logarithmic axis of values above 0."""
     figure = _figure(4.2)
     axes = figure.subplots()
-    for one in series:
-        _draw_line(axes, one, markers=False)
+    for line in series:
+        _draw_line(axes, line, markers=False)
     axes.set_yscale("log")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)

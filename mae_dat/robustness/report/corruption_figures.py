@@ -1,6 +1,6 @@
 """The figures of a suite of corruptions: error by category, against severity, and as heat maps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mae_dat.robustness.corruptions import CATEGORIES, SEVERITIES
 from mae_dat.robustness.report import charts
@@ -27,56 +27,66 @@ MEAN_OF_ALL = "mean of all"
 
 def corruption_figures(measurement: Measurement, number: int) -> list[ReportFigure]:
     """Draw dots by category, and lines over severities: of all corruptions, and of each category."""
-    counts = measurement.corruptions
-    errors = {model: {MEAN_OF_ALL: suite_mean_error(own), **category_errors(own)} for model, own in counts.items()}
-    kinds = [kind for kind in (MEAN_OF_ALL, *CATEGORIES) if any(kind in by_kind for by_kind in errors.values())]
-    by_kind = {
-        group: [SeedStatistics.of(errors[model].get(kind) for model in group.members.values()) for kind in kinds]
-        for group in measurement.groups
+    groups, counts = measurement.groups, measurement.corruptions
+    errors = {
+        model: {MEAN_OF_ALL: suite_mean_error(model_counts), **category_errors(model_counts)}
+        for model, model_counts in counts.items()
     }
-    means = in_words({group.title: statistics[0] for group, statistics in by_kind.items()})
+    kinds = [kind for kind in (MEAN_OF_ALL, *CATEGORIES) if any(kind in by_kind for by_kind in errors.values())]
+    statistics = {
+        group: [SeedStatistics.of(errors[model].get(kind) for model in group.members.values()) for kind in kinds]
+        for group in groups
+    }
+    means = in_words({group.title: by_kind[0] for group, by_kind in statistics.items()})
     summary = f"Mean corruption error in percent: {means}."
-    dots = [row_series(group, enumerate(statistics)) for group, statistics in by_kind.items()]
-    any_clean = any(own["clean"]["total"] for own in counts.values())
-    severity_label = "severity (0 = clean)" if any_clean else "severity"
-    panels = {"mean of the corruptions": [_severity_series(group, counts, None) for group in measurement.groups]}
+    lines = {"mean of the corruptions": [_severity_series(group, counts, None) for group in groups]}
     figures = [
         ReportFigure(
             name=f"{number}-categories.png",
-            png=charts.dot_plot(kinds, dots, "error (%)"),
+            png=charts.dot_plot(
+                kinds, [row_series(group, enumerate(by_kind)) for group, by_kind in statistics.items()], "error (%)"
+            ),
             alt=f"Dot plot of the error by kind of corruption. {summary}",
             caption="Error by kind of corruption, each averaged over severities. Further left is better.",
         ),
         ReportFigure(
             name=f"{number}-severity.png",
-            png=charts.severity_plot(panels, severity_label),
+            png=charts.severity_plot(lines, _severity_label(measurement)),
             alt=f"Line plot of the error against severity. {summary}",
             caption="Error against severity, averaged over corruptions.",
         ),
     ]
     if len(kinds) > 2:
-        panels = {
-            kind: [_severity_series(group, counts, kind) for group in measurement.groups]
-            for kind in kinds
-            if kind != MEAN_OF_ALL
-        }
-        by_category = ReportFigure(
-            name=f"{number}-severity-kinds.png",
-            png=charts.severity_plot(panels, severity_label),
-            alt="Line plots of the error against severity by kind of corruption; the table below holds the numbers.",
-            caption="The same by kind of corruption.",
-        )
-        figures.append(by_category)
+        figures.append(_category_lines(measurement, kinds[1:], number))
     return figures
+
+
+def _category_lines(measurement: Measurement, categories: Sequence[str], number: int) -> ReportFigure:
+    lines = {
+        category: [_severity_series(group, measurement.corruptions, category) for group in measurement.groups]
+        for category in categories
+    }
+    return ReportFigure(
+        name=f"{number}-severity-kinds.png",
+        png=charts.severity_plot(lines, _severity_label(measurement)),
+        alt="Line plots of the error against severity by kind of corruption; the table below holds the numbers.",
+        caption="The same by kind of corruption.",
+    )
+
+
+def _severity_label(measurement: Measurement) -> str:
+    any_clean = any(counts["clean"]["total"] for counts in measurement.corruptions.values())
+    return "severity (0 = clean)" if any_clean else "severity"
 
 
 def _severity_series(group: Group, counts: Mapping[str, CorruptionCounts], category: str | None) -> charts.Series:
     """Return the error against severity over all corruptions or one category; at 0 that on as many clean images."""
     members = [counts[model] for model in group.members.values()]
     lines = [
-        severity_errors(own, CATEGORIES[category]) if category else mean_errors_by_severity(own) for own in members
+        severity_errors(member, CATEGORIES[category]) if category else mean_errors_by_severity(member)
+        for member in members
     ]
-    clean = SeedStatistics.of(top1_error(own["clean"]) for own in members if own["clean"]["total"])
+    clean = SeedStatistics.of(top1_error(member["clean"]) for member in members if member["clean"]["total"])
     severities = sorted({severity for line in lines for severity in line})
     points = [(severity, SeedStatistics.of(line.get(severity) for line in lines)) for severity in severities]
     return mean_series(group, [(0, clean), *points])
@@ -126,7 +136,7 @@ def error_grid(measurement: Measurement, group: Group) -> ErrorGrid:
     counts = [measurement.counts[model] for model in group.members.values()]
 
     def mean(cell: str) -> float | None:
-        statistics = SeedStatistics.of(top1_error(own[cell]) for own in counts if cell in own)
+        statistics = SeedStatistics.of(top1_error(member[cell]) for member in counts if cell in member)
         return None if statistics is None else statistics.mean
 
     return [[mean(f"{name}/{severity}") for severity in SEVERITIES] for name in names]

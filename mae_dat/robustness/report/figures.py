@@ -45,18 +45,16 @@ class ReportFigure:
         return round(pixels / charts.DENSITY)
 
 
-def mean_series(group: Group, points: Iterable[tuple[float, SeedStatistics | None]]) -> charts.Series:
+def mean_series(group: Group, values: Iterable[tuple[float, SeedStatistics | None]]) -> charts.Series:
     """Return the means at these positions as a line with error bars; positions without a mean are left out."""
-    known = [(position, statistics) for position, statistics in points if statistics is not None]
-    return charts.Series(
-        group.title, group.style, tuple((float(position), stat.mean, stat.spread) for position, stat in known)
-    )
+    points = tuple((float(position), mean.mean, mean.spread) for position, mean in values if mean is not None)
+    return charts.Series(group.title, group.style, points)
 
 
-def row_series(group: Group, points: Iterable[tuple[float, SeedStatistics | None]]) -> charts.Series:
+def row_series(group: Group, values: Iterable[tuple[float, SeedStatistics | None]]) -> charts.Series:
     """Return the same for a dot plot, where the positions are rows and the values go across."""
-    known = [(row, statistics) for row, statistics in points if statistics is not None]
-    return charts.Series(group.title, group.style, tuple((stat.mean, float(row), stat.spread) for row, stat in known))
+    points = tuple((mean.mean, float(row), mean.spread) for row, mean in values if mean is not None)
+    return charts.Series(group.title, group.style, points)
 
 
 def in_words(values: Mapping[str, SeedStatistics | None], digits: int = 1) -> str:
@@ -70,12 +68,12 @@ def in_words(values: Mapping[str, SeedStatistics | None], digits: int = 1) -> st
 def gains_figure(report: ReportData) -> ReportFigure | None:
     """Draw what every group gains over the first on each suite, with its interval; None for a single group."""
     first, *others = report.groups
-    judged = {other: list(report.verdicts(other, first)) for other in others}
-    rows = [metric for metric in report.metrics if any(metric in metrics for metrics in judged.values())]
+    with_verdict = {other: list(report.verdicts(other, first)) for other in others}
+    rows = [metric for metric in report.metrics if any(metric in metrics for metrics in with_verdict.values())]
     if not rows:
         return None
     series = []
-    for other, metrics in judged.items():
+    for other, metrics in with_verdict.items():
         points = tuple(_gain(report, metric, other, old=first, row=rows.index(metric)) for metric in metrics)
         if points:
             series.append(charts.Series(other.title, other.style, points))
@@ -150,11 +148,11 @@ def published_figure(report: ReportData) -> ReportFigure | None:
         for row in published_rows()
         if not row.more_data and (value := row.number(key)) is not None
     )
-    drawn = [line for line in series if line.points] + [charts.Series("published", NEUTRAL_STYLE, published)]
+    lines = [line for line in series if line.points] + [charts.Series("published", NEUTRAL_STYLE, published)]
     names = [re.sub(r" \(%\)(?= [↑↓])", "", PUBLISHED_COLUMNS[key]) for key in columns]
     return ReportFigure(
         name="published.png",
-        png=charts.dot_plot(names, drawn, "% (mCE: in units of AlexNet's error)"),
+        png=charts.dot_plot(names, lines, "% (mCE: in units of AlexNet's error)"),
         alt="Dot plot of the networks among the published rows; the table of published rows holds the numbers.",
         caption="The networks among published ones of ImageNet-1k alone; only whole official benchmarks have a row. ↑ "
         "more is better, ↓ less is.",
@@ -198,16 +196,16 @@ def _shape_figure(measurement: Measurement, number: int) -> ReportFigure | None:
 
 def words_figure(report: ReportData) -> ReportFigure:
     """Draw the accuracy against the share of changed words, a panel for each kind of attack."""
-    panels = {
+    lines = {
         measurement.title: [_words_series(measurement, group) for group in measurement.groups]
         for measurement in report.of_kind("words")
     }
     last = ", ".join(
-        f"{line.label}, {title} {line.points[-1][1]:.1f}" for title, lines in panels.items() for line in lines
+        f"{line.label}, {title} {line.points[-1][1]:.1f}" for title, by_group in lines.items() for line in by_group
     )
     return ReportFigure(
         name="words.png",
-        png=charts.severity_plot(panels, "visual words changed, up to (%)", "accuracy (%)"),
+        png=charts.severity_plot(lines, "visual words changed, up to (%)", "accuracy (%)"),
         alt=f"Line plots of the accuracy against the share of changed words. At the largest, in percent: {last}.",
         caption="Accuracy when up to so many of a picture's visual words are changed. Higher is better.",
     )
@@ -216,7 +214,9 @@ def words_figure(report: ReportData) -> ReportFigure:
 def _words_series(measurement: Measurement, group: Group) -> charts.Series:
     counts = [measurement.counts[model] for model in group.members.values()]
     shares = measurement.changed_word_shares
-    points = [(100 * float(share), SeedStatistics.of(top1_accuracy(own[share]) for own in counts)) for share in shares]
+    points = [
+        (100 * float(share), SeedStatistics.of(top1_accuracy(count[share]) for count in counts)) for share in shares
+    ]
     return mean_series(group, points)
 
 

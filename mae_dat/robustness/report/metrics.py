@@ -245,11 +245,11 @@ def columns_of(metrics: Sequence[Metric], measurements: Sequence[Measurement]) -
         if metric.key.endswith("/mce-first"):
             continue
         title = _short_title(metric)
-        taken = title in columns
-        columns[metric.title if taken else title] = metric
+        is_duplicate = title in columns
+        columns[metric.title if is_duplicate else title] = metric
         if metric.key.endswith("/mean"):
             for category, error in _category_metrics(metric, measurements).items():
-                columns[f"{metric.title}: {category}" if taken else category] = error
+                columns[f"{metric.title}: {category}" if is_duplicate else category] = error
     return columns
 
 
@@ -271,7 +271,11 @@ def _category_metrics(mean: Metric, measurements: Sequence[Measurement]) -> dict
     errors = {model: category_errors(counts[model]) for model in mean.values}
     metrics = {}
     for category in CATEGORIES:
-        values = {model: MetricValue(own[category]) for model, own in errors.items() if category in own}
+        values = {
+            model: MetricValue(by_category[category])
+            for model, by_category in errors.items()
+            if category in by_category
+        }
         if values:
             key = f"{mean.suite}/{category}"
             metrics[category] = Metric(key, suite=mean.suite, title=category, better=-1, values=values)

@@ -87,7 +87,7 @@ def published_tables(report: ReportData) -> list[Table]:
         return []
     candidates = [row for row in published_rows() if any(key in row.values for key in columns)]
     near = _near_rows(candidates, columns, metrics)
-    shown = sorted((row for row in candidates if row in near), key=lambda row: row.more_data)
+    first = sorted((row for row in candidates if row in near), key=lambda row: row.more_data)
     folded = sorted((row for row in candidates if row not in near), key=lambda row: row.more_data)
     measured = _rows_of_groups(report, columns, metrics)
     head = ("", "px", *(PUBLISHED_COLUMNS[key] for key in columns), "source")
@@ -95,8 +95,8 @@ def published_tables(report: ReportData) -> list[Table]:
         key="published",
         title="Beside published rows",
         head=head,
-        rows=(*measured, *_rows_as_text(shown, columns)),
-        notes=_notes(shown, columns),
+        rows=(*measured, *_rows_as_text(first, columns)),
+        notes=_notes(first, columns),
         breaks=frozenset({len(measured)}),
     )
     if not folded:
@@ -137,7 +137,7 @@ def _near_rows(rows: Sequence[PublishedRow], columns: Sequence[str], metrics: Se
 
 
 def _source_numbers(rows: Sequence[PublishedRow]) -> dict[str, int]:
-    """Number the sources in the order of the rows."""
+    """Return the number of each source, in the order of the rows."""
     return {source: number for number, source in enumerate(dict.fromkeys(row.source for row in rows), 1)}
 
 

@@ -101,12 +101,12 @@ class ReportData:
     def verdicts(self, new: Group, old: Group) -> dict[Metric, int]:
         """Return a verdict for every measurement that two groups share: that of its first metric that has one."""
         verdicts: dict[Metric, int] = {}
-        judged = set()
+        with_verdict = set()
         for metric in self.metrics:
             measurement = metric.suite, tuple(metric.values)
             verdict = self.verdict(metric, new, old)
-            if measurement not in judged and verdict is not None:
-                judged.add(measurement)
+            if measurement not in with_verdict and verdict is not None:
+                with_verdict.add(measurement)
                 verdicts[metric] = verdict
         return verdicts
 

@@ -82,9 +82,9 @@ def report_sections(report: ReportData) -> list[ReportSection]:
         sections.append(ReportSection("published", published[0].title, tables=tuple(published)))
     for number, measurement in enumerate(report.of_kind("corruptions"), 1):
         lines = [] if report.groups_are_rows else corruption_figures.corruption_figures(measurement, number)
-        drawn = (*lines, *corruption_figures.heat_map_figures(measurement, number))
+        charts = (*lines, *corruption_figures.heat_map_figures(measurement, number))
         table = corruption_table(measurement)
-        sections.append(ReportSection(f"corruptions-{number}", measurement.title, drawn, (table,)))
+        sections.append(ReportSection(f"corruptions-{number}", measurement.title, charts, (table,)))
     if shape := figures.shape_figures(report):
         sections.append(ReportSection("shape", "Shape bias", tuple(shape)))
     sections += _attacks_section(report)
@@ -98,26 +98,26 @@ def report_sections(report: ReportData) -> list[ReportSection]:
 
 
 def _numbers_section(report: ReportData) -> ReportSection:
-    shown: list[Table | None]
+    numbers: list[Table | None]
     if report.groups_are_rows:
-        gains, shown = figures.ablation_figure(report), [*comparison.ablation_tables(report)]
+        gains, numbers = figures.ablation_figure(report), [*comparison.ablation_tables(report)]
     else:
         gains = figures.gains_figure(report)
-        shown = [comparison.headline_table(report), comparison.pairs_table(report)]
-    drawn = (gains, figures.published_figure(report))
-    return ReportSection("numbers", "Numbers", tuple(filter(None, drawn)), tuple(filter(None, shown)))
+        numbers = [comparison.headline_table(report), comparison.pairs_table(report)]
+    charts = (gains, figures.published_figure(report))
+    return ReportSection("numbers", "Numbers", tuple(filter(None, charts)), tuple(filter(None, numbers)))
 
 
 def _attacks_section(report: ReportData) -> list[ReportSection]:
     """Return the section of changed words and checks of attacks, if there is any."""
-    drawn: tuple[ReportFigure, ...] = ()
+    charts: tuple[ReportFigure, ...] = ()
     if report.groups_are_rows:
         words = tables.words_tables_by_group(report)
     else:
         words = list(filter(None, [tables.words_table(report)]))
-        drawn = (figures.words_figure(report),) if words else ()
-    shown = [*words, *filter(None, [tables.checks_table(report)])]
-    return [ReportSection("attacks", "Attacks", drawn, tuple(shown))] if shown else []
+        charts = (figures.words_figure(report),) if words else ()
+    attacks = [*words, *filter(None, [tables.checks_table(report)])]
+    return [ReportSection("attacks", "Attacks", charts, tuple(attacks))] if attacks else []
 
 
 # ---- images on which the models differ, and images drawn in training ----
@@ -126,8 +126,8 @@ def _attacks_section(report: ReportData) -> list[ReportSection]:
 def _example(report: ReportData, example: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return an image on which the models differ, for the template. Files that are no PNG in `folder` are missing."""
     label, cell = example["label"], str(example["cell"])
-    where = ", ".join(filter(None, (example["suite"], cell.replace("/", ", severity ").replace("_", " "))))
-    alts = {"file": f"{label}, {where}", "words": "its visual words"}
+    place = ", ".join(filter(None, (example["suite"], cell.replace("/", ", severity ").replace("_", " "))))
+    alts = {"file": f"{label}, {place}", "words": "its visual words"}
     images = [(example[key], _image(example[key], alt, folder)) for key, alt in alts.items() if example.get(key)]
     predictions = [
         f"{'✓' if prediction == label else '✗'} {report.model_titles.get(model, model)}: {prediction}"
@@ -135,7 +135,7 @@ def _example(report: ReportData, example: Mapping[str, Any], folder: Path) -> di
     ]
     return {
         "label": label,
-        "where": where,
+        "place": place,
         "predictions": predictions,
         "images": [image for _, image in images if image],
         "missing": [file for file, image in images if not image],
@@ -149,7 +149,7 @@ def _galleries(training: TrainingFacts, folder: Path) -> list[dict[str, Any]]:
 
 
 def _image(file: str, alt: str, folder: Path) -> ReportFigure | None:
-    """Load a PNG that lies in `folder`; None for anything else."""
+    """Load a PNG in `folder`; None for anything else."""
     path = (folder / file).resolve()
     png = path.read_bytes() if path.is_relative_to(folder.resolve()) and path.is_file() else b""
     return ReportFigure(path.name, png, alt, alt) if png.startswith(PNG_SIGNATURE) else None
