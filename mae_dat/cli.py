@@ -43,7 +43,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "scan": Command("mae_dat.data.scan", "find unreadable and changed files"),
     },
     "weights": {
-        "fetch": Command("mae_dat.models.weights.get", "list and download released weights"),
+        "fetch": Command("mae_dat.models.weights.fetch", "list and download released weights"),
         "convert": Command(
             "mae_dat.models.weights.convert", "convert weights to timm, MAE, Hugging Face, ONNX, export"
         ),

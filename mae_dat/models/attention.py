@@ -1,7 +1,7 @@
-"""Where a vision transformer looks: attention weights, read off the queries and keys that a forward pass computes.
+"""Where a vision transformer looks: attention weights, computed from the queries and keys of a forward pass.
 
-timm's fused attention never forms the weights. Its `q_norm` and `k_norm` (identities where a model normalises neither)
-see exactly the queries and keys that it uses, so softmax(q k^T / sqrt(d)) of what they return is the attention.
+timm's fused attention never computes the weights. Its `q_norm` and `k_norm` (identities if a model normalises neither)
+return exactly the queries and keys that it uses, so softmax(q k^T / sqrt(d)) of these is the attention.
 
 Shapes: T tokens, the first `prefix` of them class and register tokens, then h x w patches in row-major order.
 """
@@ -23,11 +23,14 @@ QUERIES = ("auto", "class", "mean")
 
 
 def attention_layers(model: Classifier | MaskedAutoencoder) -> list[Attention]:
-    """The attention of every block of a vision transformer, or of an autoencoder's encoder. ConfigError for others."""
+    """Return the attention layer of every block of a vision transformer, or of an autoencoder's encoder.
+
+    Raises ConfigError for other models.
+    """
     net = model if isinstance(model, MaskedAutoencoder) else model.net
     layers: list[Any] = [getattr(block, "attn", None) for block in getattr(net, "blocks", [])]
-    known = isinstance(net, MaskedAutoencoder | VisionTransformer)
-    if not known or not layers or not all(isinstance(layer, Attention) for layer in layers):
+    is_vit = isinstance(net, MaskedAutoencoder | VisionTransformer)
+    if not is_vit or not layers or not all(isinstance(layer, Attention) for layer in layers):
         raise ConfigError(
             f"{type(net).__name__} has no self-attention between all patches that could be drawn; use a plain vision "
             "transformer (vit_*, deit_*) or a masked autoencoder."
@@ -36,22 +39,23 @@ def attention_layers(model: Classifier | MaskedAutoencoder) -> list[Attention]:
 
 
 def attention_weights(model: Classifier | MaskedAutoencoder, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-    """Attention (B, heads, T, T) of the given blocks, counted from 0: each row, a query's, sums to 1.
+    """Compute the attention (B, heads, T, T) of each of `blocks` (from 0) for images (B, C, H, W).
 
-    The autoencoder sees the whole picture, nothing masked. ConfigError for a block that is not there.
+    Each row, a query's, sums to 1. An autoencoder gets the whole image, nothing masked. Raises ConfigError for a block
+    that does not exist.
     """
     layers = attention_layers(model)
     if wrong := [block for block in blocks if not 0 <= block < len(layers)]:
         raise ConfigError(f"there is no block {wrong[0] + 1}: the model has blocks 1 to {len(layers)}.")
-    seen: dict[tuple[int, str], Tensor] = {}
+    recorded: dict[tuple[int, str], Tensor] = {}
 
-    def keep(key: tuple[int, str], module: nn.Module, given: Any, result: Tensor) -> None:
-        seen[key] = result.detach()
+    def record(key: tuple[int, str], module: nn.Module, inputs: Any, output: Tensor) -> None:
+        recorded[key] = output.detach()
 
-    places = [(block, name) for block in blocks for name in ("q", "k")]
     hooks = [
-        getattr(layers[block], f"{name}_norm").register_forward_hook(partial(keep, (block, name)))
-        for block, name in places
+        getattr(layers[block], f"{name}_norm").register_forward_hook(partial(record, (block, name)))
+        for block in blocks
+        for name in ("q", "k")
     ]
     try:
         with torch.no_grad(), evaluation_mode(model):
@@ -60,13 +64,13 @@ def attention_weights(model: Classifier | MaskedAutoencoder, image: Tensor, bloc
         for hook in hooks:
             hook.remove()
     return [
-        (seen[block, "q"] * layers[block].scale @ seen[block, "k"].transpose(-2, -1)).softmax(-1) for block in blocks
+        (recorded[block, "q"] * layers[block].scale @ recorded[block, "k"].transpose(-2, -1)).softmax(-1)
+        for block in blocks
     ]
 
 
 def default_query(model: Classifier | MaskedAutoencoder) -> str:
-    """`class` where the class token is what the network classifies (or, in an autoencoder, what it has), else
-    `mean`."""
+    """Return `class` if the model classifies by its class token or is an autoencoder, which has one, else `mean`."""
     if isinstance(model, MaskedAutoencoder):
         return "class"
     return "class" if getattr(model.net, "global_pool", "") == "token" else "mean"
@@ -75,12 +79,14 @@ def default_query(model: Classifier | MaskedAutoencoder) -> str:
 def attention_maps(
     model: Classifier | MaskedAutoencoder, image: Tensor, block: int, query: str = "auto", rollout: bool = False
 ) -> Tensor:
-    """Attention to each patch, (B, heads, h, w): of the class token (`class`), or the mean over the patches' queries
-    (`mean`); `auto` is what the network pools. What a map lacks to a sum of 1 falls on class and register tokens.
+    """Compute the attention to each patch (B, heads, h, w) of images (B, C, H, W), in the block `block` (from 0).
 
-    With `rollout` one map (B, 1, h, w) for all blocks up to `block` (from 0), heads averaged and residuals counted as
-    half: the product of (A + 1) / 2 (Abnar & Zuidema 2020, arXiv 2005.00928, eq. 1). ConfigError for a network or block
-    without such attention, and for `class` without a class token.
+    `query` `class`: the class token's attention; `mean`: the mean over the patches' queries; `auto`: by what the model
+    pools. A map sums to less than 1: the rest is attention to class and register tokens. With `rollout` one map (B, 1,
+    h, w) for all blocks up to `block`, heads averaged and residuals counted as half: the product of (A + 1) / 2
+    (Abnar & Zuidema 2020, arXiv 2005.00928, eq. 1).
+
+    Raises ConfigError for a model or block without such attention, and for `class` without a class token.
     """
     attention_layers(model)
     net: Any = model if isinstance(model, MaskedAutoencoder) else model.net
@@ -89,10 +95,11 @@ def attention_maps(
     if query == "class" and not isinstance(model, MaskedAutoencoder) and not net.has_class_token:
         raise ConfigError("the model has no class token: use --query mean.")
     if rollout:
-        every = attention_weights(model, image, range(block + 1))
-        weights = torch.eye(every[0].shape[-1], device=image.device)
-        for one in every:
-            weights = (one.mean(1, keepdim=True) + torch.eye(one.shape[-1], device=one.device)) / 2 @ weights
+        layers = attention_weights(model, image, range(block + 1))
+        identity = torch.eye(layers[0].shape[-1], device=image.device)
+        weights = identity
+        for layer in layers:
+            weights = (layer.mean(1, keepdim=True) + identity) / 2 @ weights
     else:
         (weights,) = attention_weights(model, image, [block])
     on_patches = weights[:, :, 0, prefix:] if query == "class" else weights[:, :, prefix:, prefix:].mean(2)

@@ -13,20 +13,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError, MissingInputError
+from mae_dat.config.groups import ImageSize
 from mae_dat.models.mae import VIT_SIZES, ViTSize, check_image_size, layer_norm, pixel_statistics, unknown_name
 
 logger = logging.getLogger(__name__)
 
 PatchGrid = tuple[int, int]
-HEAD_STD = 2e-5  # MAE's fine-tuning starts from a head that is almost zero
-PROBE_STD, PROBE_EPSILON = 0.01, 1e-6  # and its linear probe from these: head, BatchNorm
+"""Rows and columns of patches."""
+HEAD_STD = 2e-5  # MAE starts fine-tuning from a head that is almost zero
+PROBE_STD, PROBE_EPSILON = 0.01, 1e-6  # and a linear probe from these values of head and BatchNorm
 POOLS = ("cls", "mean", "tokens")
 
 
 class Classifier(nn.Module):
-    """A network on normalised pictures, made a classifier of pixels in [0, 1]; state dict keys have the prefix `net.`.
+    """A timm network that takes normalised images, as a classifier of pixels in [0, 1]; keys have the prefix `net.`.
 
-    `mean` and `std` hold one value a channel; they are a setting, not weights, and stay out of the state dict.
+    `mean` and `std` hold one value per channel; they are settings, not weights, and are not in the state dict.
     """
 
     mean: Tensor
@@ -43,30 +45,30 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, classes) of pictures (B, C, H, W) with pixels in [0, 1]."""
+        """Return logits (B, classes) of images (B, C, H, W) with pixels in [0, 1]."""
         return self.net((image - self.mean) / self.std)
 
     def features(self, image: Tensor, pool: str = "mean") -> Tensor:
-        """What the network sees in pictures (B, C, H, W) with pixels in [0, 1], before its head; D is its width.
+        """Return the features before the head of images (B, C, H, W) with pixels in [0, 1]; D is the network's width.
 
         `cls`: the class token (B, D). `mean`: the mean over all places (B, D). `tokens`: every place in row-major order
-        (B, N, D), without class token. ConfigError for another pool, and for `cls` without a class token.
+        (B, N, D), without class token. Raises ConfigError for another pool, and for `cls` without a class token.
         """
         net: Any = self.net
-        found = net.forward_features((image - self.mean) / self.std)
-        if found.ndim == 3:
-            pooled = pool_tokens(found, getattr(net, "num_prefix_tokens", 0), pool)
+        features = net.forward_features((image - self.mean) / self.std)
+        if features.ndim == 3:  # tokens of a transformer
+            pooled = pool_tokens(features, getattr(net, "num_prefix_tokens", 0), pool)
             return net.fc_norm(pooled) if hasattr(net, "fc_norm") else pooled
         if pool == "mean":
-            return net.forward_head(found, pre_logits=True).flatten(1)
+            return net.forward_head(features, pre_logits=True).flatten(1)
         if getattr(net, "output_fmt", "NCHW") != "NHWC":
-            found = found.permute(0, 2, 3, 1)
-        return pool_tokens(found.flatten(1, 2), 0, pool)
+            features = features.permute(0, 2, 3, 1)
+        return pool_tokens(features.flatten(1, 2), 0, pool)
 
     def make_linear_probe(self) -> None:
-        """Freezes the network and gives it a new head: BatchNorm without affine, then a linear layer (MAE, appendix A).
+        """Freeze the network and add a new head: BatchNorm without affine, then a linear layer (MAE, appendix A).
 
-        Only the head is trained and in training mode from now on. ConfigError for a head that is no linear layer.
+        From now on only the head is trained, and in training mode. Raises ConfigError if the head is no linear layer.
         """
         net: Any = self.net
         head = net.get_classifier()
@@ -83,7 +85,7 @@ class Classifier(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode; of a linear probe for the head alone."""
+        """Set training mode; for a linear probe only the head's."""
         super().train(mode)
         if self.probing:
             self.net.eval()
@@ -92,22 +94,24 @@ class Classifier(nn.Module):
 
 
 def pool_tokens(tokens: Tensor, prefix: int, pool: str) -> Tensor:
-    """(B, prefix + N, D) to the class token or the mean of the N others, (B, D), or to these themselves, (B, N, D).
+    """Pool tokens (B, prefix + N, D): the class token (B, D), the mean of the N patches (B, D), or these (B, N, D).
 
-    ConfigError for `cls` where there is no prefix, and for a pool that is none of POOLS.
+    Raises ConfigError for `cls` without a prefix, and for a pool that is not in POOLS.
     """
     if pool not in POOLS:
         raise ConfigError(f"unknown pool {pool!r}: known are {', '.join(POOLS)}")
     if pool != "cls":
         return tokens[:, prefix:].mean(1) if pool == "mean" else tokens[:, prefix:]
     if not prefix:
-        raise ConfigError("this network has no class token: use the pool mean")
+        raise ConfigError("this model has no class token: use the pool mean")
     return tokens[:, 0]
 
 
 def fused_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A linear probe's weights with its head, BatchNorm NAME.0 and linear NAME.1, as the one linear layer NAME that
-    they are in evaluation; other weights as they are."""
+    """Fuse a linear probe's head, BatchNorm NAME.0 and linear NAME.1, into one linear layer NAME, equal in evaluation.
+
+    Other tensors stay the same.
+    """
     fused = dict(state)
     names = [key.removesuffix(".0.running_mean") for key in state if key.endswith(".0.running_mean")]
     for name in names:
@@ -124,15 +128,16 @@ def fused_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build_vit(
     size: ViTSize,
     num_classes: int,
-    img_size: int | PatchGrid | None = None,
+    img_size: int | ImageSize | None = None,
     drop_path: float = 0.0,
     global_pool: bool = True,
     in_chans: int = 3,
 ) -> VisionTransformer:
-    """MAE's fine-tuned form: mean of the patch tokens and `fc_norm` (global_pool), or `norm` and the class token.
+    """Build the transformer that MAE fine-tunes: mean of the patch tokens and `fc_norm` (global_pool), or `norm` and
+    the class token.
 
-    `img_size` is a side or (H, W), by default the size's own; pictures of another size divisible by the patch are
-    taken too, with the position embedding resized. Weights start as timm's, but for a nearly zero head.
+    `img_size` is a side or (H, W), by default that of `size`; images of another size divisible by the patch are
+    accepted too, with the position embedding resized. Weights start as timm's, except for a nearly zero head.
     """
     net = VisionTransformer(
         img_size=check_image_size(img_size or size.img_size, size.patch_size),
@@ -157,7 +162,7 @@ def build_vit(
 def build_classifier(
     name: str,
     num_classes: int,
-    img_size: int | PatchGrid | None = None,
+    img_size: int | ImageSize | None = None,
     drop_path: float = 0.0,
     global_pool: bool = True,
     in_chans: int = 3,
@@ -165,12 +170,12 @@ def build_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Classifier:
-    """The classifier `name`: one of MAE's fine-tuning names (`VIT_SIZES`) or any timm model.
+    """Build the classifier `name`: one of MAE's fine-tuning names (`VIT_SIZES`) or any timm model.
 
-    MAE's models normalise by ImageNet's statistics (0.5 where channels are not 3), timm's by their own: MAE weights
+    MAE's models normalise by ImageNet's statistics (0.5 if channels are not 3), timm's by their own: MAE weights
     belong in `vit_base_patch16`, not in timm's `vit_base_patch16_224`. `mean` and `std` override both. `drop_path` and
-    `img_size` reach timm models that take them; `global_pool` is for MAE's, `pretrained` (timm's weights) for timm's.
-    ConfigError for an unknown name (with the nearest) or settings that do not fit.
+    `img_size` reach timm models that accept them; `global_pool` is for MAE's, `pretrained` (timm's weights) for timm's.
+    Raises ConfigError for an unknown name (with the nearest) or settings that do not fit.
     """
     if num_classes < 1:
         raise ConfigError(f"number of classes {num_classes}: give at least 1")
@@ -179,10 +184,12 @@ def build_classifier(
             raise ConfigError(
                 f"{name} has no weights of its own: give a checkpoint instead, or use a timm model's name"
             )
-        net: nn.Module = build_vit(VIT_SIZES[name], num_classes, img_size, drop_path, global_pool, in_chans)
+        net: nn.Module = build_vit(
+            VIT_SIZES[name], num_classes, img_size, drop_path=drop_path, global_pool=global_pool, in_chans=in_chans
+        )
         default_mean, default_std = pixel_statistics(in_chans)
     else:
-        net = _build_timm(name, num_classes, img_size, drop_path, in_chans, pretrained)
+        net = _build_timm(name, num_classes, img_size, drop_path=drop_path, in_chans=in_chans, pretrained=pretrained)
         statistics = resolve_model_data_config(net)
         default_mean, default_std = (
             (statistics["mean"], statistics["std"]) if in_chans == 3 else pixel_statistics(in_chans)
@@ -190,13 +197,13 @@ def build_classifier(
     return Classifier(net, mean or default_mean, std or default_std)
 
 
-def pretrained_timm(name: str, img_size: int | PatchGrid | None = None) -> Classifier:
-    """A timm model with its own weights, classes and normalisation, by its name or by where timm finds it
+def pretrained_timm(name: str, img_size: int | ImageSize | None = None) -> Classifier:
+    """Build a timm model with timm's own weights, classes and normalisation, by its name or by a place that timm knows
     (hf-hub:OWNER/NAME, local-dir:PATH).
 
-    ConfigError for an unknown name or one without classes, MissingInputError without weights.
+    Raises ConfigError for an unknown name or one without classes, MissingInputError without weights.
     """
-    net = _build_timm(name, None, img_size, 0.0, 3, True)
+    net = _build_timm(name, None, img_size, drop_path=0.0, in_chans=3, pretrained=True)
     if not net.num_classes:
         raise ConfigError(f"{name} has no classes, it gives features: fine-tune it first")
     statistics = resolve_model_data_config(net)
@@ -206,16 +213,17 @@ def pretrained_timm(name: str, img_size: int | PatchGrid | None = None) -> Class
 def _build_timm(
     name: str,
     num_classes: int | None,
-    img_size: int | PatchGrid | None,
+    img_size: int | ImageSize | None,
+    *,
     drop_path: float,
     in_chans: int,
     pretrained: bool,
 ) -> nn.Module:
     try:
-        source, own = parse_model_name(name)
-    except ValueError as error:  # whose words name the prefix that is meant
+        source, timm_name = parse_model_name(name)
+    except ValueError as error:  # timm's message names the prefix at fault
         raise ConfigError(str(error)) from error
-    if source is None and not timm.is_model(own):
+    if source is None and not timm.is_model(timm_name):
         raise unknown_name("model", name, [*VIT_SIZES, *timm.list_models()])
     options: dict[str, Any] = {"drop_path_rate": drop_path}
     if img_size is not None:
@@ -235,14 +243,17 @@ def _build_timm(
 
 
 def _create_with_accepted(name: str, options: dict[str, Any], **always: Any) -> nn.Module:
-    """timm offers no way to ask which options a model takes: drop those that its constructor names in a TypeError."""
+    """Create a timm model without the options that it does not accept.
+
+    timm cannot be asked which options a model accepts, so those that its constructor names in a TypeError are dropped.
+    """
     while True:
         try:
             return timm.create_model(name, **options, **always)
         except TypeError as error:
-            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if refused is None or refused[1] not in options:
+            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if match is None or match[1] not in options:
                 raise
-            # A network without img_size takes pictures of any size; one without drop path trains otherwise than asked.
-            if (value := options.pop(refused[1])) and refused[1] == "drop_path_rate":
+            # A model without img_size accepts images of any size; one without drop path trains differently: warn.
+            if (value := options.pop(match[1])) and match[1] == "drop_path_rate":
                 logger.warning("%s has no drop path: drop_path %s is not used", name, value)

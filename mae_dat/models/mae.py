@@ -3,8 +3,8 @@
 Shapes: B images, C channels, H x W pixels, p pixel patch side, N = H/p * W/p patches in row-major order, K kept
 patches, P = p * p * C pixels of a patch in (row, column, channel) order, D width of the encoder.
 
-Pixels enter as floats in [0, 1]; the network normalises them. The mask's noise is an argument and the loss a function
-beside the model, so that two views of a picture, a figure and a test can share one mask.
+Pixels are floats in [0, 1]; the model normalises them itself. The mask's noise is an argument, and the loss a function
+outside of the model, so that two views of an image, a figure and a test can share one mask.
 """
 
 import difflib
@@ -64,15 +64,15 @@ MAE_MODELS: dict[str, MaeSize] = {
 }
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a mistyped `name`, with the nearest of the `known` ones (the first eight where none is near)."""
-    known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5) or known[:8]
+def unknown_name(kind: str, name: str, names: Iterable[str]) -> ConfigError:
+    """Return the error for a mistyped name, with the nearest of the valid `names` (the first eight if none is near)."""
+    names = list(names)
+    nearest = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:8]
     return ConfigError(f"unknown {kind} {name!r}; did you mean {' or '.join(nearest)}?")
 
 
 def check_image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """(H, W) in pixels; ConfigError with the nearest sizes that work where a side is not a multiple of the patch."""
+    """Return (H, W) in pixels. Raises ConfigError with the nearest valid sizes if the patch does not divide a side."""
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2 or patch_size < 1:
         raise ConfigError(
@@ -89,7 +89,7 @@ def check_image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[in
 
 
 def pixel_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Default per-channel mean and deviation of pixels in [0, 1]: ImageNet's for 3 channels, otherwise 0.5 and 0.5."""
+    """Return the default mean and deviation per channel of pixels in [0, 1]: ImageNet's for 3 channels, else 0.5."""
     if in_chans == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     return (0.5,) * in_chans, (0.5,) * in_chans
@@ -103,7 +103,7 @@ def _check_width(name: str, width: int, heads: int) -> None:
 
 
 def sincos_position_embedding(dim: int, grid_hw: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sine-cosine embedding, float32 (1, 1 + h*w, dim), with a zero row for the class token.
+    """Compute the fixed 2-D sine-cosine embedding, float32 (1, 1 + h*w, dim), with a zero row for the class token.
 
     The first half of the width encodes x (the column), the second half y; each half holds the sines, then cosines, of
     position / 10000^(i / (dim/4)), computed in float64 (section "implementation details" of the paper's appendix).
@@ -120,17 +120,18 @@ def sincos_position_embedding(dim: int, grid_hw: tuple[int, int]) -> Tensor:
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error of the removed patches (the paper's section 3, "reconstruction target"), a scalar.
+    """Compute the mean squared error of the masked patches (the paper's section 3, "reconstruction target"), a scalar.
 
-    `prediction` and `target` (B, N, P), `mask` (B, N) with 1 for removed: the mean over a patch's pixels, then
-    sum(loss * mask) / sum(mask). nan where nothing was removed.
+    `prediction` and `target` (B, N, P), `mask` (B, N) with 1 for masked: the mean over a patch's pixels, then
+    sum(loss * mask) / sum(mask). nan if nothing is masked.
     """
     loss = (prediction - target).square().mean(dim=-1)
     return (loss * mask).sum() / mask.sum()
 
 
 def _transformer(size: ViTSize, in_chans: int) -> VisionTransformer:
-    """timm's transformer of this size, for its parts; without class token and head, weights not yet initialised."""
+    """Build timm's transformer of this size, without class token and head and with uninitialised weights, for its
+    parts."""
     return VisionTransformer(
         img_size=size.img_size,
         patch_size=size.patch_size,
@@ -156,8 +157,9 @@ def _initialize(module: nn.Module) -> None:
 class MaskedAutoencoder(nn.Module):
     """Encoder of the visible patches and a light decoder that predicts every patch; keys as in MAE's weights.
 
-    ConfigError where `img_size` (a side, or (H, W)) is not divisible by `patch_size`, or a width not by its heads.
-    `mean` and `std` (one value a channel, of pixels in [0, 1]) are ImageNet's for 3 channels by default, else 0.5.
+    `img_size` is a side or (H, W). `mean` and `std` (one value per channel, of pixels in [0, 1]) are by default
+    ImageNet's for 3 channels, else 0.5. Raises ConfigError if `patch_size` does not divide `img_size`, or the heads do
+    not divide a width.
     """
 
     mean: Tensor
@@ -214,14 +216,16 @@ class MaskedAutoencoder(nn.Module):
 
     def _initialize_weights(self) -> None:
         self.apply(_initialize)
-        # The projection is a linear layer in all but name; its bias keeps the convolution's default.
+        # As in MAE: the patch projection is initialised as a linear layer; its bias keeps the convolution's default.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def add_word_head(self, factor: int, num_words: int, pixels: bool = True) -> None:
-        """Lets the decoder predict the words of a tokenizer that has one for `factor` x `factor` pixels, beside the
-        pixels or, without `pixels`, in their place. ConfigError where a patch is no whole number of words."""
+        """Add a head that predicts the visual words of each patch: one for `factor` x `factor` pixels, of `num_words`.
+
+        Without `pixels` only the words are predicted. Raises ConfigError if a patch is no whole number of words.
+        """
         if self.patch_size % factor:
             raise ConfigError(
                 f"a patch of {self.patch_size} pixels is no whole number of visual words of {factor}: give a --model "
@@ -230,33 +234,34 @@ class MaskedAutoencoder(nn.Module):
         per_patch = (self.patch_size // factor) ** 2
         self.decoder_words = WordHead(self.decoder_pred.in_features, per_patch, num_words)
         self.decoder_words.apply(_initialize)
-        self.decoder_pred.requires_grad_(pixels)  # what has no gradient must not be waited for
+        # DistributedDataParallel expects a gradient of every parameter that requires one.
+        self.decoder_pred.requires_grad_(pixels)
 
     def patch_words(self, words: Tensor) -> Tensor:
-        """Visual words (B, h, w) by patch: (B, N, n), row by row in both."""
+        """Group visual words (B, h, w) by patch: (B, N, n), patches and the words of each row by row."""
         rows, columns = self.grid
         return rearrange(words, "b (h i) (w j) -> b (h w) (i j)", h=rows, w=columns)
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Pixels in [0, 1], (B, C, H, W), to zero mean and unit deviation."""
+        """Normalise pixels in [0, 1], (B, C, H, W), to zero mean and unit deviation."""
         return (image - self.mean) / self.std
 
     def denormalize(self, image: Tensor) -> Tensor:
-        """The inverse of `normalize`; predictions may leave [0, 1]: nothing is clipped."""
+        """Invert `normalize`, without clipping: predictions may leave [0, 1]."""
         return image * self.std + self.mean
 
     def patchify(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, N, P), patches row by row, pixels of a patch in (row, column, channel) order."""
+        """Cut (B, C, H, W) into patches (B, N, P), row by row; pixels of a patch in (row, column, channel) order."""
         return rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """The inverse of `patchify`."""
+        """Invert `patchify`: (B, N, P) to (B, C, H, W)."""
         height, width = self.grid
         side = self.patch_size
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=side, q=side)
 
     def target(self, image: Tensor, norm_pix: bool) -> Tensor:
-        """What the decoder has to predict for pixels in [0, 1]: (B, N, P).
+        """Compute what the decoder has to predict, (B, N, P), for images (B, C, H, W) in [0, 1].
 
         With `norm_pix` each patch has zero mean and unit (unbiased) variance: the paper's table 1d, "pixel (w/ norm)".
         """
@@ -267,7 +272,10 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / deviation
 
     def prediction_to_image(self, prediction: Tensor, image: Tensor, norm_pix: bool) -> Tensor:
-        """Predicted patches (B, N, P) as unclipped pixels (B, C, H, W); norm_pix uses the true patches' statistics."""
+        """Turn predicted patches (B, N, P) into unclipped pixels (B, C, H, W).
+
+        With `norm_pix` the statistics of the true patches of `image` undo the normalisation.
+        """
         if norm_pix:
             mean, deviation = self._patch_statistics(self.patchify(self.normalize(image)))
             prediction = prediction * deviation + mean
@@ -281,10 +289,10 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self, image: Tensor, mask_ratio: float, noise: Tensor, words: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Prediction (B, N, P) of every patch, in the scale of `target`, and mask (B, N) with 1 for removed patches.
+        """Predict every patch, (B, N, P) in the scale of `target`, and return the mask (B, N), 1 for masked patches.
 
-        With visual words (B, N, n) also what the word head says of them at the R removed patches of each picture, in
-        the order of their noise: negative log-likelihood and whether each is the most probable, (B, R, n).
+        With visual words (B, N, n) return also the word head's results at the R masked patches of each image, in the
+        order of their noise: negative log-likelihood and whether each word is the most probable one, both (B, R, n).
         """
         latent, mask, ids_restore = self.encode(image, mask_ratio, noise)
         features = self.decode(latent, ids_restore)
@@ -292,16 +300,17 @@ class MaskedAutoencoder(nn.Module):
         if words is None:
             return prediction, mask
         assert self.decoder_words is not None, "add_word_head comes first"
-        removed = ids_restore.argsort(dim=1)[:, latent.shape[1] - 1 :, None]
-        chosen = (one.gather(1, removed.expand(-1, -1, one.shape[-1])) for one in (features, words))
-        return prediction, mask, *self.decoder_words(*chosen)
+        masked = ids_restore.argsort(dim=1)[:, latent.shape[1] - 1 :, None]
+        features = features.gather(1, masked.expand(-1, -1, features.shape[-1]))
+        words = words.gather(1, masked.expand(-1, -1, words.shape[-1]))
+        return prediction, mask, *self.decoder_words(features, words)
 
     def encode(self, image: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latent (B, 1 + K, D) of the class token and the kept patches, mask (B, N), and ids_restore (B, N).
+        """Encode the visible patches: latent (B, 1 + K, D) with the class token, mask (B, N), and ids_restore (B, N).
 
-        Kept are the K = int(N * (1 - mask_ratio)) patches of smallest `noise` (B, N), in that order; patch n of the
-        image stands at place ids_restore[n] of the shuffled order. ConfigError for a ratio that keeps none, ValueError
-        for noise or an image of another shape.
+        Visible are the K = int(N * (1 - mask_ratio)) patches of smallest `noise` (B, N), in that order; patch n of the
+        image is at place ids_restore[n] of the shuffled order. Raises ConfigError for a ratio that masks everything,
+        ValueError for noise or an image of another shape.
         """
         self._check_shapes(image, noise)
         keep = int(self.num_patches * (1 - mask_ratio))
@@ -310,35 +319,34 @@ class MaskedAutoencoder(nn.Module):
         ids_shuffle = noise.argsort(dim=1, stable=True)
         ids_restore = ids_shuffle.argsort(dim=1)
         mask = (ids_restore >= keep).to(image.dtype)
-        return self._encode_kept(image, ids_shuffle[:, :keep]), mask, ids_restore
+        return self._encode_patches(image, ids_shuffle[:, :keep]), mask, ids_restore
 
     def features(self, image: Tensor) -> Tensor:
-        """Latent (B, 1 + N, D) of the class token and of all patches in row-major order, nothing masked."""
+        """Encode all patches: latent (B, 1 + N, D) of the class token and of the patches in row-major order."""
         every = torch.arange(self.num_patches, device=image.device).expand(image.shape[0], -1)
-        return self._encode_kept(image, every)
+        return self._encode_patches(image, every)
 
-    def _encode_kept(self, image: Tensor, kept: Tensor) -> Tensor:
-        tokens = self.embed_patches(image, kept) + self.pos_embed[0, 1:][kept]
+    def _encode_patches(self, image: Tensor, visible: Tensor) -> Tensor:
+        tokens = self.embed_patches(image, visible) + self.pos_embed[0, 1:][visible]
         # Not len(image): an exported graph would keep the batch size of its example.
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(image.shape[0], -1, -1)
         return self.norm(self.blocks(torch.cat([cls_token, tokens], dim=1)))
 
-    def embed_patches(self, image: Tensor, kept: Tensor) -> Tensor:
-        """Patch embedding (B, K, D) of the patches with index `kept` (B, K) only.
+    def embed_patches(self, image: Tensor, visible: Tensor) -> Tensor:
+        """Embed only the patches with index `visible` (B, K): (B, K, D).
 
         Equal to the convolution `patch_embed.proj` followed by the selection, at K / N of its cost.
         """
         patches = self.patchify(self.normalize(image))
-        patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        patches = patches.gather(1, visible.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         weight = rearrange(self.patch_embed.proj.weight, "d c p q -> d (p q c)")
         return F.linear(patches, weight, self.patch_embed.proj.bias)
 
     def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Features (B, N, decoder's width) to predict from, of a latent (B, 1 + K, D): mask tokens fill the removed
-        places."""
+        """Decode a latent (B, 1 + K, D) to features (B, N, decoder's width); mask tokens stand for masked patches."""
         tokens = self.decoder_embed(latent)
-        removed = self.num_patches + 1 - tokens.shape[1]
-        mask_tokens = self.mask_token.expand(len(tokens), removed, -1)
+        masked = self.num_patches + 1 - tokens.shape[1]
+        mask_tokens = self.mask_token.expand(len(tokens), masked, -1)
         shuffled = torch.cat([tokens[:, 1:], mask_tokens], dim=1)
         patches = shuffled.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, shuffled.shape[-1]))
         tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
@@ -355,7 +363,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def mae_arguments(name: str) -> dict[str, Any]:
-    """Constructor arguments of the registered model `name`. ConfigError with the nearest names for an unknown one."""
+    """Return the constructor arguments of the registered model `name`. Raises ConfigError, with the nearest names."""
     if name not in MAE_MODELS:
         raise unknown_name("MAE model", name, MAE_MODELS)
     size = MAE_MODELS[name]
@@ -363,13 +371,13 @@ def mae_arguments(name: str) -> dict[str, Any]:
 
 
 def build_mae(name: str, **overrides: Any) -> MaskedAutoencoder:
-    """The registered model `name`, with constructor arguments replaced by `overrides` (img_size, in_chans, depth, ...).
+    """Build the registered model `name`; `overrides` replace constructor arguments (img_size, in_chans, depth, ...).
 
-    ConfigError with the nearest names for an unknown model.
+    Raises ConfigError, with the nearest names, for an unknown model.
     """
     return MaskedAutoencoder(**{**mae_arguments(name), **overrides})
 
 
 def mask_noise(batch: int, num_patches: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-    """Uniform noise (B, N) that orders each picture's patches; a generator on the same device makes it repeatable."""
+    """Draw uniform noise (B, N) that orders each image's patches; a generator of that device makes it repeatable."""
     return torch.rand(batch, num_patches, generator=generator, device=device)

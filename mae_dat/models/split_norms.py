@@ -1,8 +1,11 @@
 """AdvProp's two sets of norms (Xie et al. 2020): one for clean views and one for adversarial ones, whose statistics
 differ.
 
-Each norm of a network keeps its place, its class and the keys of its tensors, and gets an auxiliary copy as a part of
-its own, under the key `auxiliary`. What is evaluated and exported are the norms that were there before.
+A trick makes this work for every network: `split_norms` changes the class of each norm, in place, to a subclass made
+for it. The norm keeps its place in the network, the keys of its tensors and `isinstance` of its old class, so
+optimizer, checkpoints and timm's code need not know about it; its auxiliary copy is a child under the key `auxiliary`.
+Wrapper modules in place of the norms would change every key and break networks that access `norm.weight`. Evaluated
+and exported are the original norms.
 """
 
 import contextlib
@@ -18,40 +21,40 @@ from mae_dat.config.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_TIMMS = (
+_TIMM_NORMS = (
     *("RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32"),
     *("SimpleNorm", "SimpleNormFp32", "SimpleNorm2d", "SimpleNorm2dFp32"),
     *("EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2", "EvoNorm2dS0", "EvoNorm2dS1", "EvoNorm2dS2"),
     *("FilterResponseNormTlu2d", "FilterResponseNormAct2d"),
-)  # timm's own, which derive from none of torch's; older ones lack some
+)  # timm's own classes, which derive from none of torch's; older versions lack some
 NORMS: tuple[type[nn.Module], ...] = (
     *(nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
-    *(getattr(timm.layers, name) for name in _TIMMS if hasattr(timm.layers, name)),
+    *(getattr(timm.layers, name) for name in _TIMM_NORMS if hasattr(timm.layers, name)),
 )
 AUXILIARY = "auxiliary"
 
 
 class SplitNorm(nn.Module):
-    """What the class of a norm becomes, in front of the class that it had."""
+    """The first base of a split norm's new class; the second one is the class that the norm had."""
 
     auxiliary: nn.Module
     routed = False
-    """Whether the auxiliary copy is in its place now."""
+    """Whether the auxiliary copy is used instead."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The norm of x, or its auxiliary copy's."""
+        """Normalise x, by the auxiliary copy if `routed`."""
         return self.auxiliary(x) if self.routed else super().forward(x)
 
 
 def split_norms(model: nn.Module) -> None:
-    """Gives each norm an auxiliary copy of itself, as it is now; in place. Build optimizer and averages afterwards.
+    """Add to each norm an auxiliary copy of its current state, in place. Build optimizer and averages afterwards.
 
-    Raises ConfigError for a network without any, and warns of parts with weights that are norms by their name alone:
-    both views share those.
+    Raises ConfigError for a model without norms, and warns about modules with weights that are norms by their name
+    only: both views share those.
     """
     norms = [part for part in model.modules() if isinstance(part, NORMS)]
     if not norms:
-        raise ConfigError("this network has no norms to split: leave out --split_norms, and --at advprop.")
+        raise ConfigError("this model has no norms to split: leave out --split_norms, and --at advprop.")
     shared = {
         type(part).__name__
         for part in model.modules()
@@ -67,7 +70,7 @@ def split_norms(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def auxiliary_norms(model: nn.Module) -> Iterator[None]:
-    """Sends what passes through the model through the auxiliary norms, where it has any."""
+    """Use the auxiliary norms inside the block, if the model has any."""
     norms = [part for part in model.modules() if isinstance(part, SplitNorm)]
     try:
         for norm in norms:
@@ -79,5 +82,5 @@ def auxiliary_norms(model: nn.Module) -> Iterator[None]:
 
 
 def main_norms(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the auxiliary norms: that of the network as it was before `split_norms`."""
+    """Return a state dict without the auxiliary norms: that of the model before `split_norms`."""
     return {key: value for key, value in state.items() if f".{AUXILIARY}." not in f".{key}"}

@@ -17,9 +17,11 @@ from mae_dat.models.classifier import Classifier, build_classifier, build_vit
 from mae_dat.models.mae import IMAGENET_STD, VIT_SIZES, MaskedAutoencoder, build_mae
 from mae_dat.models.weights import convert as converting
 from mae_dat.models.weights.convert import ConvertConfig, convert
+from mae_dat.models.weights.converters import TIMM_NAMES, timm_arguments
+from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.huggingface import HubClassifier, HubMaskedAutoencoder
 from mae_dat.models.weights.load import load_autoencoder
-from mae_dat.models.weights.open import ModelPlan, open_model
+from mae_dat.models.weights.open import ModelPlan, OpenedModel, open_model
 from mae_dat.storage.weight_files import read_weights, write_weights
 
 CLASSES = 7
@@ -168,13 +170,14 @@ def test_timm_loads_the_classifier_with_the_same_logits(
 def test_timm_has_the_published_sizes_under_their_names(name: str) -> None:
     with torch.device("meta"):
         ours = build_vit(VIT_SIZES[name], 1000).state_dict()
-        theirs = timm.create_model(converting.TIMM_NAMES[name], num_classes=1000, global_pool="avg").state_dict()
+        theirs = timm.create_model(TIMM_NAMES[name], num_classes=1000, global_pool="avg").state_dict()
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
 def test_timm_models_keep_their_name() -> None:
-    model = build_classifier("test_vit", 5)
-    name, options = converting.timm_arguments(ModelPlan("classifier", "test_vit", 5, (160, 160)), model)
+    plan = ModelPlan("classifier", "test_vit", 5, (160, 160))
+    opened = OpenedModel(build_classifier("test_vit", 5), plan, ModelFile({}, "classifier"), "test_vit")
+    name, options = timm_arguments(opened)
     assert (name, options["num_classes"], options["pretrained_cfg_overlay"]["mean"]) == ("test_vit", 5, (0.5, 0.5, 0.5))
     assert "img_size" not in options
 

@@ -23,7 +23,7 @@ from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.models.mae import IMAGENET_MEAN, MaskedAutoencoder, build_mae, mask_noise
 from mae_dat.models.tokenizer import VQGAN, LightTokenizer, load_tokenizer
 from mae_dat.models.weights import torch_hub as hub
-from mae_dat.models.weights.get import main as fetch_main
+from mae_dat.models.weights.fetch import main as fetch_main
 from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.evaluate_run import evaluated_config
 from mae_dat.storage import released as store

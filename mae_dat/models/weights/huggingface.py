@@ -1,7 +1,7 @@
-"""Networks for the Hugging Face hub: `from_pretrained(FOLDER or REPOSITORY)`, `save_pretrained`, `push_to_hub`.
+"""Models for the Hugging Face hub: `from_pretrained(FOLDER or REPOSITORY)`, `save_pretrained`, `push_to_hub`.
 
-A folder holds `config.json` (the arguments of the class), `model.safetensors` and a model card. Weights are read by our
-own loader: never a pickle, and never a part of them.
+A folder holds `config.json` (the arguments of the class), `model.safetensors` and a model card. Our own loader reads
+the weights: never a pickle, and only if every key matches.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,22 @@ from mae_dat.models.mae import MaskedAutoencoder, mae_arguments
 from mae_dat.models.weights.load import DECODER_KEYS, load_autoencoder, load_classifier
 from mae_dat.storage.weight_files import write_weights
 
-_DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")  # the rest is for the network
+_DOWNLOAD = (
+    "revision",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+)  # other arguments are for the model
 _CARD = """---
 {{ card_data }}
 ---
 
-# {{ name | default("A network of mae_dat") }}
+# {{ name | default("A model of mae_dat") }}
 
 {{ description | default("Masked autoencoders and Discrete Adversarial Training (DAT).") }}
 
-Pixels are float in [0, 1], (B, C, H, W); the network normalises them itself, by the `mean` and `std` of `config.json`.
+Pixels are float in [0, 1], (B, C, H, W); the model normalises them itself, by the `mean` and `std` of `config.json`.
 
 ```python
 from mae_dat.models.weights.huggingface import {{ class_name | default("HubClassifier") }}
@@ -37,7 +43,7 @@ model = {{ class_name | default("HubClassifier") }}.from_pretrained("FOLDER or U
 
 
 class _FromHub(PyTorchModelHubMixin, library_name="mae_dat", model_card_template=_CARD):
-    """Reads and writes weights with our own code in place of the mixin's, which takes any difference of the keys."""
+    """Read and write weights with our own code instead of the mixin's, which ignores keys that differ."""
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_weights(save_directory / SAFETENSORS_SINGLE_FILE, self.tensors(), {})  # type: ignore[attr-defined]
@@ -54,7 +60,7 @@ class _FromHub(PyTorchModelHubMixin, library_name="mae_dat", model_card_template
 
 
 class HubClassifier(Classifier, _FromHub, tags=["image-classification"]):
-    """A classifier that comes from and goes to the hub; the arguments are those of `build_classifier`.
+    """A classifier that the hub can store; the arguments are those of `build_classifier`.
 
     `classes` are the names of its outputs, if known.
     """
@@ -71,26 +77,26 @@ class HubClassifier(Classifier, _FromHub, tags=["image-classification"]):
         classes: Sequence[str] | None = None,
     ) -> None:
         size = (img_size[0], img_size[-1]) if img_size else None
-        built = build_classifier(
+        classifier = build_classifier(
             name, num_classes, size, global_pool=global_pool, in_chans=in_chans, mean=mean, std=std
         )
-        super().__init__(built.net, built.mean.flatten().tolist(), built.std.flatten().tolist())
+        super().__init__(classifier.net, classifier.mean.flatten().tolist(), classifier.std.flatten().tolist())
         self.classes = classes
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is written: bare keys."""
+        """Return the tensors to write, by bare key."""
         return dict(self.net.state_dict())
 
     def load_file(self, file: Path) -> None:
-        """Strictly loads the weights. Raises MissingInputError, CheckpointError."""
+        """Load the weights; every key has to match. Raises MissingInputError, CheckpointError."""
         grid = getattr(getattr(self.net, "patch_embed", None), "grid_size", None)
         load_classifier(self, file, grid)
 
 
 class HubMaskedAutoencoder(MaskedAutoencoder, _FromHub, tags=["masked-autoencoder"]):
-    """A masked autoencoder that comes from and goes to the hub; `name` is one of `MAE_MODELS`.
+    """A masked autoencoder that the hub can store; `name` is one of `MAE_MODELS`.
 
-    `decoder` False: the files hold the encoder alone.
+    With `decoder` False the files hold only the encoder.
     """
 
     def __init__(
@@ -109,17 +115,17 @@ class HubMaskedAutoencoder(MaskedAutoencoder, _FromHub, tags=["masked-autoencode
         self.has_decoder = decoder
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is written: without a decoder that was never trained."""
+        """Return the tensors to write, without a decoder that was never trained."""
         state = self.state_dict()
         return {key: state[key] for key in state if self.has_decoder or not key.startswith(DECODER_KEYS)}
 
     def load_file(self, file: Path) -> None:
-        """Strictly loads the weights. Raises MissingInputError, CheckpointError."""
+        """Load the weights; every key has to match. Raises MissingInputError, CheckpointError."""
         load_autoencoder(self, file, self.has_decoder, self.grid)
 
 
 def write_card(folder: Path, kind: type, description: str, license: str | None) -> None:
-    """Writes the folder's model card, README.md, with a licence where one is named."""
+    """Write the folder's model card, README.md, with a licence if one is given."""
     tags = list(kind._hub_mixin_info.model_card_data.tags)  # type: ignore[attr-defined]
     data = ModelCardData(library_name="mae_dat", license=license, tags=tags)
     text = {"name": folder.name, "description": description, "class_name": kind.__name__}

@@ -1,11 +1,11 @@
-"""The models of `torch.hub`: one function a name, with released weights or a file's.
+"""The models of `torch.hub`: one function for each name, with released weights or those of a file.
 
     model = torch.hub.load(REPOSITORY, "mae_dat_demo", pretrained=True, trust_repo=True)
     model = torch.hub.load("FOLDER", "mae_dat_demo", pretrained=True, source="local")   # no network
 
 `pretrained` is False (fresh weights), True (the released ones, downloaded once, hashed on every load) or the path of a
-weights file in any format that `docs/formats.md` names. Further arguments go to the constructor. Pictures are (B, 3, H,
-W) with pixels in [0, 1]: every model normalizes them by itself. Models come in evaluation mode.
+weights file in any format that `docs/formats.md` lists. Further arguments go to the constructor. Images are (B, 3, H,
+W) with pixels in [0, 1]: every model normalizes them itself. Models are returned in evaluation mode.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def mae_vit_huge_patch14_dat(pretrained: Pretrained = False, **settings: Any) ->
 
 
 def mae_dat_demo(pretrained: Pretrained = False) -> Classifier | MaskedAutoencoder:
-    """The project's own small model for 64 px, pixels in [0, 1], pretrained with MAE, fine-tuned with DAT; shipped.
+    """The project's own small model for 64 px, pixels in [0, 1], pretrained with MAE, fine-tuned with DAT; included.
 
-    Apache-2.0. What it was trained on and what it reaches stand in mae_dat/models/weights/demo_classifier.json.
+    Apache-2.0. What it was trained on and its accuracy are in mae_dat/models/weights/demo_classifier.json.
     """
     from mae_dat.models.weights.open import open_model, plan_model
     from mae_dat.models.weights.read import read_model_file
@@ -153,7 +153,7 @@ def vqgan_demo(pretrained: Pretrained = False) -> VisualTokenizer:
     return _tokenizer("vqgan_demo", pretrained)
 
 
-# ---- how they are made ----
+# ---- building ----
 
 
 def _autoencoder(name: str, pretrained: Pretrained, decoder: bool, settings: dict[str, Any]) -> MaskedAutoencoder:

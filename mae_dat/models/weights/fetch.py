@@ -1,6 +1,6 @@
-"""Lists released weights, or downloads those that are named into $MAE_DAT_HOME/weights (~/.cache/mae_dat/weights).
+"""List released weights, or download those named into $MAE_DAT_HOME/weights (~/.cache/mae_dat/weights).
 
-For a machine without network: --mirror DIR where there is one, copy DIR, and set MAE_DAT_MIRROR=DIR there.
+For a machine without internet: run --mirror DIR where there is internet, copy DIR, and set MAE_DAT_MIRROR=DIR.
 """
 
 import dataclasses
@@ -40,23 +40,24 @@ class FetchConfig:
     """Folder to download into."""
 
 
-def table(entries: dict[str, ReleasedWeights]) -> Table:
-    """One row for each of the weights; names stay whole, so that they can be copied."""
+def _table(entries: dict[str, ReleasedWeights]) -> Table:
+    """Return a table with a row for each of the weights; names are not wrapped, so that they can be copied."""
     name = Column("name", no_wrap=True, min_width=max(map(len, entries)))
-    shown = Table(name, "what it is", "MB", "licence", "sha256", "here", box=None, pad_edge=False)
+    headings = ("what it is", "MB", "licence", "sha256", "here")
+    rows = Table(name, *headings, box=None, pad_edge=False)
     for entry in entries.values():
         path = find_local_file(entry)
         size = path.stat().st_size if path else entry.size
         licence = NON_COMMERCIAL if NON_COMMERCIAL in entry.licence else entry.licence.partition(" (")[0]
         sha256 = "shipped" if entry.embedded else "known" if entry.sha256 else "first use"
-        shown.add_row(
+        rows.add_row(
             entry.name, entry.what, f"{size / 1e6:,.0f}" if size else "", licence, sha256, "" if path is None else "yes"
         )
-    return shown
+    return rows
 
 
-def details(entry: ReleasedWeights) -> str:
-    """What the registry says of one of the weights."""
+def _details(entry: ReleasedWeights) -> str:
+    """Return what the registry records about one of the weights, as text."""
     facts = {
         "name": entry.name,
         "what it is": entry.what,
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(FetchConfig, arguments, __doc__ or "")
     entries = {name: find_released(name) for name in config.names}
     if not entries:
-        screen.print(table(released_weights()))
+        screen.print(_table(released_weights()))
         screen.print(
             f"\n{NON_COMMERCIAL}: not for commercial use. Names stand for paths: --finetune, --resume, "
             f"--tokenizer. Downloads go to {weights_folder()}.",
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     for name, entry in entries.items():
         if config.list:
-            screen.print(details(entry), end="\n\n", soft_wrap=True, highlight=False)
+            screen.print(_details(entry), end="\n\n", soft_wrap=True, highlight=False)
         else:
             path = fetch(entry, config.trust, Path(config.mirror) if config.mirror else None)
             screen.print(f"{name}: {path}", soft_wrap=True, highlight=False)
