@@ -1,7 +1,7 @@
-"""Speed and memory of this toolkit beside what the reference code does, on this machine: `python -m benchmarks`.
+"""Measure speed and memory of this toolkit and of the reference code, on this machine: `python -m benchmarks`.
 
-Both versions of a case run in this process and take turns, so that whatever else the machine does falls on both. What
-counts is the ratio; goals are those of docs/performance.md.
+Both versions of a case run in this process in turns, so that other load on the machine slows both. The ratio is the
+result; the goals are those of docs/performance.md.
 """
 
 import json
@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import attention, checkpoint, corruptions, dat, evaluation, finetune, loader, mae, startup, tokenizer
-from benchmarks.kept import keep
 from benchmarks.rate import matrix_rates
+from benchmarks.stored_rows import store_rows
 from benchmarks.table import as_json, print_rows
 from benchmarks.timing import Case, Row, measure
 from mae_dat.config.errors import ConfigError
@@ -44,7 +44,7 @@ MODULES: dict[str, ModuleType] = {
     "loader": loader,
     "checkpoint": checkpoint,
 }
-"""What is measured, in this order: each module has `cases(quick, device)`."""
+"""The modules that are measured, in this order: each has `cases(quick, device)`."""
 BUSY = "Other programs were running: only ratios count."
 OUT_OF_TIME = "no time left (--minutes)"
 
@@ -59,13 +59,13 @@ class BenchmarkConfig:
     """Fewer and smaller cases and few rounds: some minutes on a CPU."""
     device: str = "auto"
     rounds: int | None = None
-    """Rounds that count (default 7, with --quick 3)."""
+    """Timed rounds (default 7, with --quick 3)."""
     output: str | None = None
     """Write the numbers as JSON to this file, after every case."""
     markdown: bool = False
-    """Renew these rows of the table in docs/performance.md."""
+    """Update these rows of the table in docs/performance.md."""
     minutes: float | None = None
-    """Begin no case after so long: what is left is told, and can be measured by another run (default: no limit)."""
+    """Start no case after this time; the remaining ones are listed, for another run to measure (default: no limit)."""
 
     def __post_init__(self) -> None:
         if self.rounds is not None and self.rounds < 1:
@@ -75,31 +75,32 @@ class BenchmarkConfig:
 
 
 def main() -> None:
-    """Measures, prints a table and writes the numbers."""
+    """Measure, print a table and write the numbers."""
     config = load_config(BenchmarkConfig, command_arguments(), __doc__ or "", program="python -m benchmarks")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device, console = pick_device(config.device), Console(width=max(Console().width, TABLE_WIDTH))
-    start, wanted = time.monotonic(), chosen(config, device)
+    start, cases = time.monotonic(), select_cases(config, device)
     set_float32_precision("auto")
-    facts = surroundings(device)
-    print_surroundings(facts, console)
+    facts = environment_facts(device)
+    print_environment(facts, console)
     rows: list[Row] = []
-    for case in wanted:
+    for case in cases:
         late = config.minutes is not None and time.monotonic() - start > 60 * config.minutes
-        rows.append(measured(replace(case, left_out=OUT_OF_TIME) if late else case, config, device, facts["rate"]))
+        case = replace(case, skip_reason=OUT_OF_TIME) if late else case
+        rows.append(measure_case(case, config, device, facts["rate"]))
         if config.output:
             text = json.dumps({**facts, "rows": [as_json(row) for row in rows]}, indent=1)
             Path(config.output).write_text(text + "\n")
     print_rows(rows, console)
     console.print(f"{(time.monotonic() - start) / 60:.1f} minutes", highlight=False)
     if config.markdown:
-        keep(facts, [row for row in rows if row.note != OUT_OF_TIME], chosen(BenchmarkConfig(), device))
+        store_rows(facts, [row for row in rows if row.note != OUT_OF_TIME], select_cases(BenchmarkConfig(), device))
     if any(row.failed for row in rows):
         sys.exit(1)
 
 
-def chosen(config: BenchmarkConfig, device: torch.device) -> list[Case]:
-    """The cases that are asked for. Raises ConfigError for a word that chooses none."""
+def select_cases(config: BenchmarkConfig, device: torch.device) -> list[Case]:
+    """Return the cases that --only selects. Raises ConfigError for a word that selects none."""
     cases = [(group, case) for group, module in MODULES.items() for case in module.cases(config.quick, device)]
     for word in config.only:
         if not any(word == group or word in case.name for group, case in cases):
@@ -109,8 +110,8 @@ def chosen(config: BenchmarkConfig, device: torch.device) -> list[Case]:
     return [case for group, case in cases if not words or any(w == group or w in case.name for w in words)]
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, load and matrix rates; `rate` is that of the precision that our training steps compute in."""
+def environment_facts(device: torch.device) -> dict[str, Any]:
+    """Return machine, versions, load and matrix rates; `rate` is the one of the precision of our training steps."""
     load = busy_with_others()
     rates = matrix_rates(device)
     facts = {
@@ -120,12 +121,13 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "time": time.strftime("%F %T"),
     }
     busy = load > 0.3 * (os.cpu_count() or 1)
-    ours = "bf16" if amp_dtype("auto", device) else "fp32"
-    return {**facts, "load": load, "matrix_rates": rates, "precision": ours, "rate": rates[ours], "busy": busy}
+    precision = "bf16" if amp_dtype("auto", device) else "fp32"
+    rate = rates[precision]
+    return {**facts, "load": load, "matrix_rates": rates, "precision": precision, "rate": rate, "busy": busy}
 
 
 def busy_with_others(seconds: float = 1.0) -> float:
-    """How many processors are busy while this program sleeps; the load average where there is no /proc/stat."""
+    """Count the processors that are busy while this program sleeps; the load average where there is no /proc/stat."""
 
     def busy() -> int:
         user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8])
@@ -139,8 +141,8 @@ def busy_with_others(seconds: float = 1.0) -> float:
         return os.getloadavg()[0]
 
 
-def told(facts: dict[str, Any]) -> list[str]:
-    """The surroundings as lines of text."""
+def environment_lines(facts: dict[str, Any]) -> list[str]:
+    """Return the environment as lines of text."""
     parts = [", ".join(f"{name} {value}" for name, value in facts[group].items()) for group in ("machine", "versions")]
     rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in facts["matrix_rates"].items())
     parts.append(f"{facts['time']}, {facts['device']}, ours in {facts['precision']}; matrix rates: {rates}")
@@ -148,14 +150,14 @@ def told(facts: dict[str, Any]) -> list[str]:
     return [*parts, BUSY] if facts["busy"] else parts
 
 
-def print_surroundings(facts: dict[str, Any], console: Console) -> None:
-    """What the numbers depend on."""
-    for line in told(facts):
+def print_environment(facts: dict[str, Any], console: Console) -> None:
+    """Print what the numbers depend on."""
+    for line in environment_lines(facts):
         console.print(line, style="bold" if line == BUSY else None, highlight=False)
 
 
-def measured(case: Case, config: BenchmarkConfig, device: torch.device, rate: float) -> Row:
-    """One case; a failure becomes a note, so that the others are still told."""
+def measure_case(case: Case, config: BenchmarkConfig, device: torch.device, rate: float) -> Row:
+    """Measure one case; a failure becomes a note, so that the other cases are still reported."""
     logger.info("%s ...", case.name)
     torch.manual_seed(0)
     try:

@@ -92,7 +92,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
     found = []
     for name, side in (("vit_demo_patch8", 64), ("vit_base_patch16", 224)):
         size = (name, side, device)
-        both = {"unit": "s", "own_clock": True, "in_process": False}
+        both = {"unit": "s", "returns_seconds": True, "in_process": False}
         goal = {"goal": 10, "at_least": GOAL} if side > 64 else {}
         found.append(
             Case(f"{name} standing still", partial(ours, *size), partial(plain, *size), "torch.save", **both, **goal)

@@ -57,7 +57,7 @@ def builder(act: Corrupt, names: Sequence[str]) -> Step:
 def case(what: str, names: Sequence[str], first: Corrupt = ours, second: Corrupt = theirs, **more: object) -> Case:
     """Ours against theirs over some corruptions and all severities."""
     build = partial(builder, first, names), partial(builder, second, names)
-    shared = {"batch": len(names) * len(SEVERITIES), "own_clock": True, "in_process": False}
+    shared = {"batch": len(names) * len(SEVERITIES), "returns_seconds": True, "in_process": False}
     return Case(what, *build, "imagecorruptions", **shared, **more)  # type: ignore[arg-type]
 
 

@@ -79,7 +79,7 @@ def released(work: Work) -> Step:
     return lambda: dat_step(model, trainer, tokenizer, image, target, torch.randn_like(image))
 
 
-def mode_cases(work: Work, quick: bool, most: tuple[float | None, ...], left_out: str = "") -> list[Case]:
+def mode_cases(work: Work, quick: bool, most: tuple[float | None, ...], skip_reason: str = "") -> list[Case]:
     """The modes against our plain step, with the most that those of QUICK may cost."""
     plain = partial(finetune.ours, work.name, work.side, work.batch, work.device)
     found = []
@@ -87,7 +87,13 @@ def mode_cases(work: Work, quick: bool, most: tuple[float | None, ...], left_out
         if MODES[mode].get("batch_share") and work.batch < 5:
             continue  # less than a picture
         goal = dict(zip(QUICK, most, strict=True)).get(mode)
-        more: dict[str, Any] = {"goal": 6, "at_most": goal, "is_cost": True, "batch": work.batch, "left_out": left_out}
+        more: dict[str, Any] = {
+            "goal": 6,
+            "at_most": goal,
+            "is_cost": True,
+            "batch": work.batch,
+            "skip_reason": skip_reason,
+        }
         found.append(Case(f"{work.name} DAT, {mode}", partial(ours, work, mode), plain, "our plain step", **more))
     return found
 
@@ -99,14 +105,14 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
     found = [Case(f"{demo.name} DAT step", partial(ours, demo), partial(released, demo), "released DAT", batch=16)]
     found += mode_cases(demo, quick, (None, None, None))
     for name, gpu_batch, gflop, faster, most in SIZES:
-        left_out = "" if gpu or name == "vit_base_patch16" else NEEDS_GPU
+        skip_reason = "" if gpu or name == "vit_base_patch16" else NEEDS_GPU
         work = Work(name, 224, gpu_batch if gpu else CPU_BATCH, device, VQ_F8)
         build = partial(ours, work), partial(released, work)
-        more: dict[str, Any] = {"goal": 5, "batch": work.batch, "gflop": gflop, "left_out": left_out}
-        more["at_least"] = faster if gpu or left_out else CPU_GOAL
+        more: dict[str, Any] = {"goal": 5, "batch": work.batch, "gflop": gflop, "skip_reason": skip_reason}
+        more["at_least"] = faster if gpu or skip_reason else CPU_GOAL
         found.append(Case(f"{name} DAT step", *build, "released DAT", **more))
         if gpu and not quick:
             build = partial(ours, work, compiled=True), partial(released, work)
             found.append(Case(f"{name} DAT step, compiled", *build, "released DAT", **more))
-        found += mode_cases(work, quick, most, left_out)
+        found += mode_cases(work, quick, most, skip_reason)
     return found

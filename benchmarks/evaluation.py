@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.timing import Case, Step, middle_half, peak_memory, restart_peak, wait_for
+from benchmarks.timing import Case, Step, peak_memory, quartiles, restart_peak, wait_for
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.classifier import Classifier, build_classifier
@@ -197,7 +197,7 @@ def _case(work: Work) -> Case:
         return built
 
     name = f"evaluation, {work.model}"
-    settings = {"against": USUAL, "goal": 7, "batch": work.total, "at_least": GOAL, "own_clock": True}
+    settings = {"against": USUAL, "goal": 7, "batch": work.total, "at_least": GOAL, "returns_seconds": True}
     return Case(name, step(ours), step(usual), **settings)  # type: ignore[arg-type]
 
 
@@ -240,7 +240,7 @@ def profile(work: Work, best: str, rounds: int) -> None:
     for name in ways:
         runs = [turn[name] for turn in turns]
         ratios = [_speed(turn[name]) / _speed(turn[first]) for turn in turns]
-        low, high = middle_half(ratios)
+        low, high = quartiles(ratios)
         shares = [1 - one.network / (one.seconds - one.starts) for one in runs]
         share = "" if work.device.type == "cuda" else f"{statistics.median(shares):.0%}"
         told = f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"

@@ -59,7 +59,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
         for fused in (False,) if quick else (False, True):
             goals = {
                 "at_least": GOALS[fused] if gpu or not base else None,
-                "left_out": "" if gpu or base else NEEDS_GPU,
+                "skip_reason": "" if gpu or base else NEEDS_GPU,
             }
             for compiled in (False, True) if gpu and not quick else (False,):
                 found.append(case(size, fused, compiled, goal=3, gflop=gflop, **goals))

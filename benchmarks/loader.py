@@ -131,7 +131,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 def cases(quick: bool, device: torch.device) -> list[Case]:
     """Originals, shrunk shards, and the wait of a training step."""
     shared = {"baseline": plain, "against": "ImageFolder + PIL on originals", "goal": 9, "batch": BATCH}
-    clock = {"own_clock": True, "in_process": False}
+    clock = {"returns_seconds": True, "in_process": False}
     batch = min(IMAGES, 64 if device.type == "cuda" else 8)
     return [
         Case("loader, originals", partial(ours, False), at_least=ORIGINALS_GOAL, **shared, **clock),  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
             "MAE ViT-B fed by shards",
             partial(fed, batch, device),
             batch=batch,
-            waits=True,
+            returns_waiting=True,
             waiting_at_most=WAITING_GOAL,
         ),
     ]

@@ -53,7 +53,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
         base = name == "mae_vit_base_patch16"
         goals = {"at_least": faster if gpu else CPU_GOAL, "share_at_least": share if gpu else None}
         if not (base or gpu):
-            goals = {"at_least": faster, "share_at_least": share, "left_out": NEEDS_GPU}
+            goals = {"at_least": faster, "share_at_least": share, "skip_reason": NEEDS_GPU}
         size = (name, batch if gpu else CPU_BATCH, device)
         found.append(case(*size, goal=1, gflop=gflop, **goals))
         if gpu and not quick:  # the best form may be this one

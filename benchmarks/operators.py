@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.__main__ import BenchmarkConfig, chosen
+from benchmarks.__main__ import BenchmarkConfig, select_cases
 from benchmarks.timing import Case, Step, wait_for
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config, run_command
@@ -90,14 +90,14 @@ def main() -> None:
     if not config.only:
         raise ConfigError("name at least one case: --only NAME, as in `python -m benchmarks`")
     device, console = pick_device(config.device), Console()
-    for case in chosen(BenchmarkConfig(config.only), device):
+    for case in select_cases(BenchmarkConfig(config.only), device):
         build = case.baseline if config.baseline else case.ours
-        if case.left_out or build is None:
-            console.print(f"{case.name}: {case.left_out or 'held against nothing'}")
+        if case.skip_reason or build is None:
+            console.print(f"{case.name}: {case.skip_reason or 'held against nothing'}")
             continue
         torch.manual_seed(0)
         step = build()
-        tensors = case.in_process and not case.own_clock
+        tensors = case.in_process and not case.returns_seconds
         shares = operators_of(step, config.steps, device) if tensors else functions_of(step, config.steps)
         show(case, shares, config.top, console)
 

@@ -1,4 +1,4 @@
-"""Our side of the training cases: the engine's own step, on random pictures that come from the host in 8 bits."""
+"""Our version of the training cases: the training loop's own step, on random 8-bit images from the host."""
 
 import itertools
 from collections.abc import Callable
@@ -26,7 +26,7 @@ ALONE = World(0, 1, 0)
 
 
 def make_batch(size: int, side: int, device: torch.device, classes: int = CLASSES) -> Batch:
-    """Random pictures of 8 bits, as float in [0, 1], with labels."""
+    """Return random 8-bit images (size, 3, side, side) as float in [0, 1], with labels."""
     label = torch.randint(0, classes, (size,), device=device)
     index = torch.arange(size, device=device)
     image = torch.randint(0, 256, (size, 3, side, side), device=device) / 255
@@ -34,7 +34,7 @@ def make_batch(size: int, side: int, device: torch.device, classes: int = CLASSE
 
 
 def on_host(batch: Batch, device: torch.device) -> Batch:
-    """As a loader with `--pin_mem` gives it: in 8 bits, and page-locked for a GPU."""
+    """Return a batch as a loader with `--pin_mem` yields it: in 8 bits, and page-locked for a GPU."""
     moved = {name: value.cpu() for name, value in batch.items()}  # type: ignore[attr-defined]
     moved["image"] = (255 * moved["image"]).round().to(torch.uint8)
     pinned = {name: value.pin_memory() if device.type == "cuda" else value for name, value in moved.items()}

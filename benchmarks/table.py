@@ -1,4 +1,4 @@
-"""Rows of the benchmark as a table on the console and in Markdown, and as JSON."""
+"""Format rows of the benchmark as a table on the console and in Markdown, and as JSON."""
 
 import dataclasses
 import math
@@ -20,8 +20,8 @@ LEGEND = (
 )
 
 
-def cells(row: Row) -> list[str]:
-    """A row as text, in the order of COLUMNS."""
+def row_texts(row: Row) -> list[str]:
+    """Return a row as text, in the order of COLUMNS."""
     what = f"{row.name} / {row.against}" if row.is_cost else f"{row.name}, against {row.against}"
     start = [what if row.against else row.name, str(row.batch)]
     if row.rounds == 0:
@@ -32,7 +32,7 @@ def cells(row: Row) -> list[str]:
 
 
 def ratio_of(row: Row) -> str:
-    """The ratio and its spread."""
+    """Format the ratio and its spread."""
     if row.ratio is None or row.spread is None:
         return ""
     numbers = [speed(value, "images/s") for value in (row.ratio, *row.spread)]
@@ -40,7 +40,7 @@ def ratio_of(row: Row) -> str:
 
 
 def goal_of(row: Row) -> str:
-    """The goals as text, with their row of the table of goals."""
+    """Format the goals, with their row of the table of goals."""
     parts = [f">= {row.at_least:g}x"] if row.at_least else []
     parts += [f"<= {row.at_most:g}x"] if row.at_most else []
     parts += [f"{row.share_at_least:.0%} of rate"] if row.share_at_least else []
@@ -49,7 +49,7 @@ def goal_of(row: Row) -> str:
 
 
 def speed(value: float | None, unit: str) -> str:
-    """Three digits, and the unit where it is not images a second."""
+    """Format three digits, and the unit where it is not images per second."""
     if value is None:
         return ""
     digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
@@ -57,23 +57,23 @@ def speed(value: float | None, unit: str) -> str:
 
 
 def share(value: float | None) -> str:
-    """Per cent."""
+    """Format a share in percent."""
     return "" if value is None else f"{value:.1%}"
 
 
 def size(value: float | None) -> str:
-    """Gigabytes."""
+    """Format gigabytes."""
     return "" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
-    """The table, and below it what was not run."""
+    """Print the table, and below it the cases that were not run."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for number, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if number in (0, 6) else "right", no_wrap=number > 0)
     for row in (row for row in rows if row.rounds):
         style = {True: "green", False: "bold red", None: ""}[row.met]
-        texts = cells(row)
+        texts = row_texts(row)
         texts[0] = (
             f"{row.name}\n[dim]{'over' if row.is_cost else 'against'} {row.against}[/]" if row.against else row.name
         )
@@ -89,12 +89,12 @@ def print_rows(rows: list[Row], console: Console) -> None:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The same as Markdown."""
-    lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *map(cells, rows)]
+    """Return the table as Markdown."""
+    lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *map(row_texts, rows)]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", LEGEND])
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row's numbers and whether its goals are met; what is not a number becomes null."""
+    """Return a row's numbers and whether its goals are met; nan becomes null."""
     facts = {**dataclasses.asdict(row), "met": row.met}
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in facts.items()}

@@ -1,7 +1,7 @@
-"""One case of the benchmark: two versions of the same work, built and timed in one process, in turns.
+"""Time one case of the benchmark: two versions of the same work, in turns in one process.
 
-Whatever else the machine does falls on both versions, so their ratio means something where neither speed does. A round
-times a group of steps of each; the device is waited for before and after a group, never within.
+Other load on the machine slows both versions, so their ratio is meaningful where neither speed is. A round times a
+group of steps of each version; the device is synchronized before and after a group, never within.
 """
 
 import ctypes
@@ -21,21 +21,21 @@ import torch
 logger = logging.getLogger(__name__)
 
 Step = Callable[[], Any]
-GROUP = 0.3  # seconds that a timed group of steps lasts at least
+GROUP = 0.3  # minimum seconds of a timed group of steps
 NEEDS_GPU = "needs a GPU"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two versions of the same work. Each is built when its turn comes, with weights and pictures of its own."""
+    """Two versions of the same work. Each is built when its turn comes, with its own weights and images."""
 
     name: str
     ours: Callable[[], Step]
-    """Builds our version; calling what it returns does one step."""
+    """Builds our version and returns a function that does one step."""
     baseline: Callable[[], Step] | None = None
-    """Builds what ours is held against; None where nothing is."""
+    """Builds the version to compare with; None where there is none."""
     against: str = ""
-    """What the baseline is, in a few words."""
+    """The baseline in a few words."""
     goal: int | None = None
     """Row in the table of goals of docs/performance.md."""
     batch: int = 1
@@ -46,26 +46,26 @@ class Case:
     at_most: float | None = None
     """Goal: times as long as the baseline takes."""
     is_cost: bool = False
-    """The row's ratio tells how many times as long ours takes, and not how many times as fast it is."""
+    """The ratio is how many times as long our version takes, not how many times as fast it is."""
     gflop: float | None = None
-    """Of one image, two FLOP a multiply-add: gives the share of the machine's matrix rate."""
+    """Of one image, two FLOP per multiply-add, to compute the share of the machine's matrix rate."""
     share_at_least: float | None = None
     """Goal: share of the matrix rate."""
-    own_clock: bool = False
-    """A step returns the seconds that count, instead of being timed (time that training stands still, CPU time)."""
+    returns_seconds: bool = False
+    """A step returns its seconds instead of being timed (the pause of a training, CPU time)."""
     waits: bool = False
-    """A step returns the seconds in which it waited for data."""
+    """A step returns the seconds that it waited for data."""
     waiting_at_most: float | None = None
-    """Goal: share of the time that is waited for data."""
+    """Goal: share of the time spent waiting for data."""
     in_process: bool = True
-    """Whether the work, and so its memory, is this process's."""
-    left_out: str = ""
-    """Why the case is not run here; empty where it is."""
+    """Whether the work is done in this process, so that its memory can be measured."""
+    skip_reason: str = ""
+    """Why the case is not run here; empty where it is run."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a case: medians over the rounds."""
+    """The measurements of a case: medians over the rounds."""
 
     name: str
     against: str = ""
@@ -86,12 +86,12 @@ class Row:
     """Of the machine's matrix rate."""
     share_at_least: float | None = None
     memory: float | None = None
-    """GB that our version takes at its peak, weights and optimizer included; host memory where it runs on a CPU."""
+    """Peak memory of our version in GB, with weights and optimizer; host memory on a CPU."""
     memory_baseline: float | None = None
     first: float | None = None
     """Seconds of our first step, compilation included."""
     waiting: float | None = None
-    """Share of our time that was waited for data."""
+    """Share of our version's time spent waiting for data."""
     waiting_at_most: float | None = None
     rounds: int = 0
     note: str = ""
@@ -112,40 +112,40 @@ class Row:
 
 
 class _Version:
-    """A built version: how long its steps take, how much memory it needs and how long it waits for data."""
+    """A built version: measures the time of its steps, its memory and its waiting for data."""
 
     def __init__(self, build: Callable[[], Step], case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        before = held_memory(device)
+        before = allocated_memory(device)
         self.step = build()
         self.first = last = self.group(1)[1]
         for _ in range(2):
             if last < 1:
                 last = self.group(1)[1]
-        self.held = held_memory(device) - before
+        self.allocated = allocated_memory(device) - before
         self.count = max(1, min(100, math.ceil(GROUP / max(last, 1e-6))))
         self.peak: float | None = None
-        self.told = self.clock = 0.0
+        self.returned = self.clock = 0.0
 
     def group(self, count: int) -> tuple[float, float]:
-        """What that many steps returned, summed where they return anything, and their wall time."""
+        """Run `count` steps; return the sum of what they returned (0 where they return nothing) and their wall time."""
         wait_for(self.device)
         start = time.perf_counter()
-        told = [self.step() for _ in range(count)]
+        values = [self.step() for _ in range(count)]
         wait_for(self.device)
-        returns = self.case.own_clock or self.case.waits
-        return sum(told) if returns else 0.0, time.perf_counter() - start
+        returns = self.case.returns_seconds or self.case.returns_waiting
+        return sum(values) if returns else 0.0, time.perf_counter() - start
 
     def round(self) -> float:
-        """Seconds of a step, the mean of a timed group; the first group also finds the peak of the memory."""
-        before = held_memory(self.device) if self.peak is None else 0.0
+        """Return the mean seconds of a step in a timed group; the first group also measures the peak of the memory."""
+        before = allocated_memory(self.device) if self.peak is None else 0.0
         if self.peak is None:
             restart_peak(self.device)
-        told, clock = self.group(self.count)
+        returned, clock = self.group(self.count)
         if self.peak is None:
-            self.peak = self.held + peak_memory(self.device) - before
-        self.told, self.clock = self.told + told, self.clock + clock
-        return (told if self.case.own_clock else clock) / self.count
+            self.peak = self.allocated + peak_memory(self.device) - before
+        self.returned, self.clock = self.returned + returned, self.clock + clock
+        return (returned if self.case.returns_seconds else clock) / self.count
 
 
 SHARED = ("name", "against", "goal", "batch", "unit", "at_least", "at_most", "is_cost")
@@ -153,62 +153,62 @@ SHARED += ("share_at_least", "waiting_at_most")
 
 
 def measure(case: Case, rounds: int, device: torch.device, rate: float | None = None, limit: float = math.inf) -> Row:
-    """Both versions in turns, each `rounds` times after a warm-up, or at least twice once `limit` seconds are over.
+    """Time both versions in turns, `rounds` times after a warm-up; after `limit` seconds two rounds are enough.
 
-    `rate` is the machine's matrix rate in FLOP/s, for the share of it.
+    `rate` is the machine's matrix rate in FLOP/s, to compute the share of it.
     """
     facts: dict[str, Any] = {name: getattr(case, name) for name in SHARED}
-    if case.left_out:
-        return Row(**facts, note=case.left_out)
-    gc.collect()  # of the case before
+    if case.skip_reason:
+        return Row(**facts, note=case.skip_reason)
+    gc.collect()  # frees the objects of the previous case
     versions = [_Version(build, case, device) for build in (case.ours, case.baseline) if build]
     start = time.perf_counter()
     times: list[list[float]] = []
     while len(times) < rounds and (len(times) < 2 or time.perf_counter() - start < limit):
         times.append([version.round() for version in versions])
     seconds = [statistics.median(column) for column in zip(*times, strict=True)]
-    speeds = [case.batch / one if case.unit == "images/s" else one for one in seconds]
+    speeds = [case.batch / step if case.unit == "images/s" else step for step in seconds]
     peaks = [version.peak / 1e9 if case.in_process and version.peak else None for version in versions]
     facts |= {"ours": speeds[0], "first": versions[0].first, "rounds": len(times), "memory": peaks[0]}
     if rate and case.gflop:
         facts["share"] = case.gflop * 1e9 * case.batch / seconds[0] / rate
-    if case.waits:
-        facts["waiting"] = versions[0].told / versions[0].clock
+    if case.returns_waiting:
+        facts["waiting"] = versions[0].returned / versions[0].clock
     if case.baseline:
         ratios = [ours / baseline if case.is_cost else baseline / ours for ours, baseline in times]
         facts |= {"baseline": speeds[1], "memory_baseline": peaks[1]}
-        facts |= {"ratio": statistics.median(ratios), "spread": middle_half(ratios)}
+        facts |= {"ratio": statistics.median(ratios), "spread": quartiles(ratios)}
     return Row(**facts)
 
 
-def middle_half(values: list[float]) -> tuple[float, float]:
-    """First and third quartile, as values that occurred."""
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """Return the first and third quartile, as values of the list."""
     ordered = sorted(values)
     quarter = len(ordered) // 4
     return ordered[quarter], ordered[-1 - quarter]
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was told to."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-# ---- memory, in bytes: of a GPU what tensors hold; of a CPU the process's resident set, which Linux tells ----
+# ---- memory, in bytes: on a GPU that of all tensors; on a CPU the resident set of the process (Linux only) ----
 
 
-def held_memory(device: torch.device) -> float:
-    """What is held now."""
+def allocated_memory(device: torch.device) -> float:
+    """Return the memory in use now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if sys.platform == "linux":
-        # What was freed goes back to the system, or it would count as held (glibc only).
+        # Returns freed memory to the system, which would count as in use otherwise (glibc only).
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
     return _resident("VmRSS")
 
 
 def restart_peak(device: torch.device) -> None:
-    """Peaks are counted from here on."""
+    """Reset the peak of `peak_memory`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -216,7 +216,7 @@ def restart_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most that was held since `restart_peak`."""
+    """Return the largest memory in use since `restart_peak`."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
 
 

@@ -18,7 +18,6 @@ from torch.nn.functional import one_hot
 
 from benchmarks import __main__ as command
 from benchmarks import dat, finetune, mae, operators
-from benchmarks.kept import keep
 from benchmarks.operators import functions_of, operators_of
 from benchmarks.ours import make_batch, training_step
 from benchmarks.plain import (
@@ -30,8 +29,9 @@ from benchmarks.plain import (
     mae_step,
     torch_defaults,
 )
-from benchmarks.table import as_json, cells
-from benchmarks.timing import NEEDS_GPU, Case, Row, Step, measure, middle_half
+from benchmarks.stored_rows import store_rows
+from benchmarks.table import as_json, row_texts
+from benchmarks.timing import NEEDS_GPU, Case, Row, Step, measure, quartiles
 from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import AugmentConfig
@@ -163,7 +163,7 @@ def work(seconds: float, megabytes: int = 1, sleep: float = 0.0) -> Callable[[],
 
 @pytest.mark.usefixtures("short_groups")
 def test_a_row_tells_ratio_share_memory_and_goal() -> None:
-    case = Case("x", work(0.01, 32), work(0.03, 128), batch=2, at_least=2.0, gflop=1e-3, own_clock=True)
+    case = Case("x", work(0.01, 32), work(0.03, 128), batch=2, at_least=2.0, gflop=1e-3, returns_seconds=True)
     row = measure(case, 3, CPU, rate=1e9)
     assert (row.ratio, row.ours, row.baseline) == pytest.approx((3, 2 / 0.01, 2 / 0.03))
     assert row.spread == pytest.approx((3, 3))
@@ -173,10 +173,10 @@ def test_a_row_tells_ratio_share_memory_and_goal() -> None:
     assert row.met
     assert dataclasses.replace(row, ratio=1.9).met is False
     assert dataclasses.replace(row, share_at_least=0.3).met is False
-    cost = measure(Case("x", work(0.03), work(0.01), at_most=2.0, is_cost=True, own_clock=True), 2, CPU)
+    cost = measure(Case("x", work(0.03), work(0.01), at_most=2.0, is_cost=True, returns_seconds=True), 2, CPU)
     assert cost.ratio == pytest.approx(3)
     assert cost.met is False
-    assert middle_half([5.0, 1.0, 2.0, 3.0, 4.0, 9.0, 7.0]) == (2.0, 7.0)
+    assert quartiles([5.0, 1.0, 2.0, 3.0, 4.0, 9.0, 7.0]) == (2.0, 7.0)
 
 
 @pytest.mark.usefixtures("short_groups")
@@ -184,7 +184,7 @@ def test_the_wall_clock_and_the_time_that_is_waited() -> None:
     row = measure(Case("x", work(0, sleep=0.001), work(0, sleep=0.1)), 3, CPU)
     assert row.ratio is not None
     assert row.ratio > 5
-    waits = measure(Case("x", work(0.02, sleep=0.02), waits=True, waiting_at_most=0.03), 2, CPU)
+    waits = measure(Case("x", work(0.02, sleep=0.02), returns_waiting=True, waiting_at_most=0.03), 2, CPU)
     assert waits.waiting is not None
     assert 0.1 < waits.waiting <= 1
     assert waits.met is False
@@ -192,11 +192,11 @@ def test_the_wall_clock_and_the_time_that_is_waited() -> None:
 
 
 def test_what_does_not_run_is_told() -> None:
-    row = measure(Case("x", work(0), at_least=1.0, left_out=NEEDS_GPU), 2, CPU)
+    row = measure(Case("x", work(0), at_least=1.0, skip_reason=NEEDS_GPU), 2, CPU)
     assert row.met is None
-    assert NEEDS_GPU in cells(row)
+    assert NEEDS_GPU in row_texts(row)
     config = command.BenchmarkConfig(rounds=1)
-    failed = command.measured(Case("broken", lambda: lambda: 1 / 0), config, CPU, 1.0)  # type: ignore[arg-type]
+    failed = command.measure_case(Case("broken", lambda: lambda: 1 / 0), config, CPU, 1.0)  # type: ignore[arg-type]
     assert failed.failed
     assert "division by zero" in failed.note
     assert as_json(Row("x", memory=math.nan))["memory"] is None, "JSON knows no nan"
@@ -204,16 +204,16 @@ def test_what_does_not_run_is_told() -> None:
 
 def test_every_case_of_the_table_of_goals_has_a_row() -> None:
     for device in (CPU, torch.device("cuda")):
-        cases = command.chosen(command.BenchmarkConfig(), device)
+        cases = command.select_cases(command.BenchmarkConfig(), device)
         names = [f"{case.name} {case.against}" for case in cases]
         assert len(names) == len(set(names))
         assert {case.goal for case in cases} == {None, 1, *range(3, 11)}
     gpu = {case.name: case for case in mae.cases(True, torch.device("cuda"))}
-    assert not any(case.left_out for case in gpu.values())
+    assert not any(case.skip_reason for case in gpu.values())
     assert gpu["mae_vit_huge_patch14 step"].at_least == 1.5
     assert gpu["mae_vit_huge_patch14 step"].share_at_least == 0.65
     assert [case.at_least for case in dat.cases(True, CPU) if case.name == "vit_base_patch16 DAT step"] == [4.0]
-    assert all(case.left_out for case in finetune.cases(False, CPU) if "large" in case.name)
+    assert all(case.skip_reason for case in finetune.cases(False, CPU) if "large" in case.name)
 
 
 # ---- the command ----
@@ -225,7 +225,7 @@ def test_the_command_measures_prints_and_writes(
 ) -> None:
     document = tmp_path / "performance.md"
     document.write_text("before\n\n<!-- table: cpu -->\nold\n<!-- end of table: cpu -->\n\nafter\n")
-    monkeypatch.setattr(command, "keep", partial(keep, document=document))
+    monkeypatch.setattr(command, "store_rows", partial(store_rows, document=document))
     output = tmp_path / "found.json"
     flags = ["--quick", "--only", "mae_vit_demo", "large", "--rounds", "2", "--markdown", "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["python -m benchmarks", *flags])
@@ -257,7 +257,7 @@ def test_a_later_run_replaces_its_rows_alone(tmp_path: Path) -> None:
     facts |= {"device": "cpu", "matrix_rates": {"bf16": 4e11}}
 
     def kept(time: str, *found: Row, **changed: Any) -> list[tuple[str, float, str]]:
-        told = json.loads(keep({**facts, "time": time, **changed}, list(found), cases, document).read_text())
+        told = json.loads(store_rows({**facts, "time": time, **changed}, list(found), cases, document).read_text())
         assert {row["run"] for row in told["rows"]} == set(told["runs"])
         return [(row["name"], row["ours"], row["run"]) for row in told["rows"]]
 
@@ -288,7 +288,7 @@ def test_no_case_is_begun_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_mistyped_case_is_answered() -> None:
     with pytest.raises(ConfigError, match=r"did you mean .*checkpoint"):
-        command.chosen(command.BenchmarkConfig(only=("checkpiont",)), CPU)
+        command.select_cases(command.BenchmarkConfig(only=("checkpiont",)), CPU)
     with pytest.raises(ConfigError, match="rounds"):
         command.BenchmarkConfig(rounds=0)
 
