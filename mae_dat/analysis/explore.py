@@ -1,8 +1,7 @@
-"""A local page: drop a picture, corrupt it or change its visual words, and see what one or several classifiers make of
-it.
+"""Explore an image on a local page: corrupt it or change its visual words, and compare one or several classifiers.
 
-`python -m mae_dat explore [--checkpoint OUT_A OUT_B]` serves it to this machine alone, and the page loads nothing from
-elsewhere. `panels` computes; here it is drawn, by NiceGUI.
+`python -m mae_dat explore [--checkpoint OUT_A OUT_B]` serves the page to this machine only, and the page loads nothing
+from elsewhere. `views` computes what NiceGUI shows here.
 """
 
 import base64
@@ -64,7 +63,7 @@ _STYLE = """
 
 @dataclasses.dataclass(frozen=True)
 class ExploreConfig:
-    """A local page: drop a picture, corrupt it or change its visual words, and see what classifiers make of it."""
+    """A local page: drop an image, corrupt it or change its visual words, and compare classifiers' predictions."""
 
     checkpoint: tuple[str, ...] = ("mae_dat_demo",)
     """Classifiers, shown side by side: output folders, weights files or names of released weights."""
@@ -73,12 +72,12 @@ class ExploreConfig:
     tokenizer: str = "embedded"
     """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN."""
     images: str = DEMO
-    """Folder of pictures to choose from, a picture, or `demo` for generated ones."""
+    """Folder of images to choose from, an image, or `demo` for generated ones."""
     input_size: tuple[int, ...] | None = None
     """Side, or height and width, in pixels (default: each checkpoint's)."""
     device: str = "auto"
     port: int = 0
-    """Of 127.0.0.1; 0 for any that is free. Nothing is served to other machines."""
+    """Port of 127.0.0.1; 0 for any free one. Nothing is served to other machines."""
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
@@ -88,49 +87,52 @@ class ExploreConfig:
 
 
 class Example(NamedTuple):
-    """A picture to choose: its file, whose folder may name its class, and what opens it."""
+    """An image to choose: its file, whose folder may name its class, and a function that opens it."""
 
     path: Path
     open: Callable[[], Image.Image]
 
 
-def load_examiners(config: ExploreConfig) -> list[ImageInspector]:
-    """The classifiers that the flags name. Raises ConfigError, MissingInputError, CheckpointError, DownloadError."""
+def load_inspectors(config: ExploreConfig) -> list[ImageInspector]:
+    """Load the classifiers that the flags name.
+
+    Raises ConfigError, MissingInputError, CheckpointError, DownloadError.
+    """
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer).to(device)
     size = image_size(config.input_size) if config.input_size else None
     return [
-        ImageInspector(open_model(one, config.model, size, flag="--checkpoint").to(device), tokenizer)
-        for one in config.checkpoint
+        ImageInspector(open_model(source, config.model, size, flag="--checkpoint").to(device), tokenizer)
+        for source in config.checkpoint
     ]
 
 
 def find_examples(images: str) -> list[Example]:
-    """Up to ten pictures, evenly spread over a folder, or generated. Raises MissingInputError, DataError."""
+    """Find up to ten images, evenly spread over a folder, or generated. Raises MissingInputError, DataError."""
     if images == DEMO:
         return [
-            Example(Path(generated.SHAPES[index], f"generated-{index}.png"), partial(_generated, index))
+            Example(Path(generated.SHAPES[index], f"generated-{index}.png"), partial(_generated_image, index))
             for index in range(len(generated.SHAPES))
         ]
     paths = [Path(images)]
     if not paths[0].is_file():
         paths = [Path(path) for path, *_ in ImageFolder(paths[0], functional.to_tensor, labelled=False).samples]
-    chosen = [paths[index] for index in evenly_spaced(len(paths), EXAMPLES)]
-    return [Example(path, partial(decode_file, path)) for path in chosen]
+    selection = [paths[index] for index in evenly_spaced(len(paths), EXAMPLES)]
+    return [Example(path, partial(decode_file, path)) for path in selection]
 
 
 def _reason(error: UserError) -> str:
-    """Why a picture cannot be opened, without advice on flags that training has."""
+    """Return why an image cannot be opened, without advice on flags that only training has."""
     return str(error).removesuffix(f"; {ADVICE}")
 
 
-def _generated(index: int) -> Image.Image:
+def _generated_image(index: int) -> Image.Image:
     return Image.fromarray(generated.draw_image(0, "val", index).image)
 
 
-def data_url(picture: Tensor | Image.Image) -> str:
-    """A picture, (C, H, W) in [0, 1] with 1 or 3 channels or one of PIL's, as the PNG inside a URL."""
-    image = functional.to_pil_image(picture.cpu()) if isinstance(picture, Tensor) else picture
+def data_url(image: Tensor | Image.Image) -> str:
+    """Encode an image as a PNG inside a URL: (C, H, W) in [0, 1] with 1 or 3 channels, or one of PIL's."""
+    image = functional.to_pil_image(image.cpu()) if isinstance(image, Tensor) else image
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -140,67 +142,70 @@ def data_url(picture: Tensor | Image.Image) -> str:
 
 
 class ExplorePage:
-    """One visit: the chosen picture and change, and what is drawn of it."""
+    """One visit: the chosen image and change, and the elements of the page that show them."""
 
-    def __init__(self, examiners: list[ImageInspector], examples: list[Example], thumbnails: list[str]) -> None:
-        self.examiners = examiners
+    def __init__(self, inspectors: list[ImageInspector], examples: list[Example], thumbnails: list[str]) -> None:
+        self.inspectors = inspectors
         self.change = Change()
         self.path, self.image = examples[0].path, examples[0].open()
-        self.asked = self.answered = 0
+        self.requests = self.shown_request = 0
         self.busy = False
         self._draw_frame(examples, thumbnails)
 
-    async def set(self, **values: Any) -> None:
-        """Another change: fields of `Change`."""
+    async def set_change(self, **values: Any) -> None:
+        """Replace fields of `Change`, and update the page."""
         self.change = dataclasses.replace(self.change, **values)
         await self.update()
 
     async def open(self, path: Path, opener: Callable[[], Image.Image]) -> None:
-        """Another picture, or a message why not."""
+        """Open another image and update the page, or show why it cannot be opened."""
         from nicegui import run as threads
 
         try:
             image = await threads.io_bound(opener)
         except UserError as error:
-            self.say(_reason(error))
+            self.show_message(_reason(error))
             return
-        if image is not None:  # as it is when the server is about to end
+        if image is not None:  # None when the server is shutting down
             self.image, self.path = image, path
             await self.update()
 
     async def update(self) -> None:
-        """Computes and draws what is asked for now; while a slider moves, only the newest of what it passed over."""
-        self.asked += 1
+        """Compute and draw the current image and change.
+
+        Requests that arrive meanwhile, such as while a slider moves, are skipped, except for the newest.
+        """
+        self.requests += 1
         if self.busy:
             return
         self.busy = True
-        self.waiting.set_visibility(True)
-        while self.answered != self.asked:
-            self.answered = self.asked
-            await self._answer()
+        self.spinner.set_visibility(True)
+        while self.shown_request != self.requests:
+            self.shown_request = self.requests
+            await self._compute_and_draw()
         self.busy = False
-        self.waiting.set_visibility(False)
+        self.spinner.set_visibility(False)
 
-    async def _answer(self) -> None:
+    async def _compute_and_draw(self) -> None:
         from nicegui import run as threads
 
         try:
-            if found := await threads.io_bound(self.compute):
-                self._draw(found)
-                self.say("")
+            if results := await threads.io_bound(self.compute):
+                self._draw_results(results)
+                self.show_message("")
         except UserError as error:
-            self.say(str(error))
+            self.show_message(str(error))
         except Exception as error:
-            logger.exception("the page could not show a picture")
-            self.say(f"This could not be computed ({type(error).__name__}); the console says more.")
+            logger.exception("the page could not show an image")
+            self.show_message(f"This could not be computed ({type(error).__name__}); see the console for details.")
 
     def compute(self) -> list[tuple[str, list[ImageView]]]:
-        """Each classifier's name and panels."""
+        """Return each classifier's name and views."""
         image, path, change = self.image, self.path, self.change
-        return [(one.name, one.panels(image, path, change)) for one in self.examiners]
+        return [(inspector.name, inspector.inspect(image, path, change)) for inspector in self.inspectors]
 
-    def say(self, message: str) -> None:
-        """A message above the pictures; none if it is empty."""
+    def show_message(self, message: str) -> None:
+        """Show a message above the images; hide it if it is empty."""
         self.message.set_text(message)
         self.message.set_visibility(bool(message))
 
@@ -214,117 +219,128 @@ class ExplorePage:
         with ui.row().classes("w-full no-wrap max-md:flex-wrap items-start gap-6 p-2"):
             with ui.column().classes("w-80 shrink-0 gap-3"):
                 ui.label("mae_dat explore").classes("text-xl font-medium").props("role=heading aria-level=1")
-                with ui.row().classes("gap-1"):
-                    for example, thumbnail in zip(examples, thumbnails, strict=True):
-                        with (
-                            ui.button(on_click=partial(self.open, *example)).props("flat").classes("example") as button
-                        ):
-                            _draw_picture(thumbnail, "")
-                        button.props["aria-label"] = f"picture {'/'.join(example.path.parts[-2:])}"
-                self.upload = (
-                    ui.upload(
-                        label="or drop a picture here",
-                        auto_upload=True,
-                        max_file_size=MAX_BYTES,
-                        on_upload=self._dropped,
-                        on_rejected=lambda: self.say(f"Give one file, of at most {MAX_BYTES >> 20} MiB."),
-                    )
-                    .props("flat bordered")
-                    .classes("w-full")
-                )
-                self._draw_controls()
-                tokenizer = self.examiners[0].tokenizer
+                self._draw_image_choice(examples, thumbnails)
+                self._draw_change_choice()
+                tokenizer = self.inspectors[0].tokenizer
                 words = f"Tokenizer: factor {tokenizer.factor}, {tokenizer.num_words} words."
-                ui.label(f"{words} Served to this machine alone; nothing is kept.").classes("small quiet")
+                ui.label(f"{words} Served to this machine only; nothing is stored.").classes("small quiet")
             with ui.column().classes("grow gap-3"):
                 self.message = ui.label().classes("w-full p-3 bg-amber-100").props("role=alert")
                 self.message.set_visibility(False)
-                self.stage = ui.row().classes("w-full gap-4 items-start")
-                self.waiting = ui.spinner(size="lg")
+                self.results = ui.row().classes("w-full gap-4 items-start")
+                self.spinner = ui.spinner(size="lg")
 
-    def _draw_controls(self) -> None:
+    def _draw_image_choice(self, examples: list[Example], thumbnails: list[str]) -> None:
         from nicegui import ui
 
-        names = {name: f"{name.replace('_', ' ')} ({group})" for group, names in CATEGORIES.items() for name in names}
-        names |= {name: f"{name.replace('_', ' ')} (extra)" for name in EXTRA}
-        now = self.change
-        kind = ui.toggle(_CHANGE_KINDS, value=now.kind, on_change=lambda event: self.set(kind=event.value))
+        with ui.row().classes("gap-1"):
+            for example, thumbnail in zip(examples, thumbnails, strict=True):
+                with ui.button(on_click=partial(self.open, *example)).props("flat").classes("example") as button:
+                    _draw_image(thumbnail, "")
+                button.props["aria-label"] = f"image {'/'.join(example.path.parts[-2:])}"
+        self.upload = (
+            ui.upload(
+                label="or drop an image here",
+                auto_upload=True,
+                max_file_size=MAX_BYTES,
+                on_upload=self._open_upload,
+                on_rejected=lambda: self.show_message(f"Give one file, of at most {MAX_BYTES >> 20} MiB."),
+            )
+            .props("flat bordered")
+            .classes("w-full")
+        )
+
+    def _draw_change_choice(self) -> None:
+        from nicegui import ui
+
+        kind = ui.toggle(
+            _CHANGE_KINDS, value=self.change.kind, on_change=lambda event: self.set_change(kind=event.value)
+        )
         kind.props("no-caps dense spread").classes("w-full")
         with ui.column().classes("w-full gap-1").bind_visibility_from(kind, "value", value="corruption"):
-            ui.select(
-                names,
-                value=now.corruption,
-                label="corruption",
-                on_change=lambda event: self.set(corruption=event.value),
-            ).classes("w-full")
-            severity = ui.label().classes("small mt-2")
-            slider = ui.slider(
-                min=SEVERITIES[0],
-                max=SEVERITIES[-1],
-                value=now.severity,
-                on_change=lambda event: self.set(severity=int(event.value)),
-            ).props("markers aria-label=severity")
-            severity.bind_text_from(slider, "value", lambda value: f"severity {value} of {SEVERITIES[-1]}")
-        with (
-            ui.column().classes("w-full gap-1").bind_visibility_from(kind, "value", lambda value: value != "corruption")
-        ):
+            self._draw_corruption_controls()
+        with ui.column().classes("w-full gap-1") as word_controls:
+            word_controls.bind_visibility_from(kind, "value", lambda value: value != "corruption")
             share = ui.label().classes("small mt-2")
             slider = ui.slider(
                 min=1,
                 max=_MAX_SHARE,
-                value=round(100 * now.share),
-                on_change=lambda event: self.set(share=event.value / 100),
+                value=round(100 * self.change.share),
+                on_change=lambda event: self.set_change(share=event.value / 100),
             ).props('aria-label="word budget"')
-            share.bind_text_from(slider, "value", lambda value: f"word budget: {value} % of the picture's words")
-        ui.number("seed", value=now.seed, min=0, precision=0, on_change=self._seeded).classes("w-full")
+            share.bind_text_from(slider, "value", lambda value: f"word budget: {value} % of the image's words")
+        ui.number("seed", value=self.change.seed, min=0, precision=0, on_change=self._set_seed).classes("w-full")
 
-    async def _seeded(self, event: "events.ValueChangeEventArguments[float | None]") -> None:
-        if event.value is not None and event.value >= 0:  # an emptied field is about to be filled
-            await self.set(seed=int(event.value))
-
-    async def _dropped(self, event: "events.UploadEventArguments") -> None:
-        content = await event.file.read()
-        self.upload.reset()
-        # Not below a folder: only a folder's name is taken for a class.
-        await self.open(Path(event.file.name), partial(decode_bytes, content, event.file.name))
-
-    def _draw(self, found: list[tuple[str, list[ImageView]]]) -> None:
+    def _draw_corruption_controls(self) -> None:
         from nicegui import ui
 
-        self.stage.clear()
-        with self.stage:
-            for name, panels in found:
+        names = {name: f"{name.replace('_', ' ')} ({group})" for group, names in CATEGORIES.items() for name in names}
+        names |= {name: f"{name.replace('_', ' ')} (extra)" for name in EXTRA}
+        ui.select(
+            names,
+            value=self.change.corruption,
+            label="corruption",
+            on_change=lambda event: self.set_change(corruption=event.value),
+        ).classes("w-full")
+        severity = ui.label().classes("small mt-2")
+        slider = ui.slider(
+            min=SEVERITIES[0],
+            max=SEVERITIES[-1],
+            value=self.change.severity,
+            on_change=lambda event: self.set_change(severity=int(event.value)),
+        ).props("markers aria-label=severity")
+        severity.bind_text_from(slider, "value", lambda value: f"severity {value} of {SEVERITIES[-1]}")
+
+    async def _set_seed(self, event: "events.ValueChangeEventArguments[float | None]") -> None:
+        if event.value is not None and event.value >= 0:  # None while the visitor edits the field
+            await self.set_change(seed=int(event.value))
+
+    async def _open_upload(self, event: "events.UploadEventArguments") -> None:
+        content = await event.file.read()
+        self.upload.reset()
+        # The path has no folder, since only a folder's name would be taken for the class.
+        await self.open(Path(event.file.name), partial(decode_bytes, content, event.file.name))
+
+    def _draw_results(self, results: list[tuple[str, list[ImageView]]]) -> None:
+        from nicegui import ui
+
+        self.results.clear()
+        with self.results:
+            for name, views in results:
                 with ui.card().classes("model p-4 gap-3"):
                     ui.label(name).classes("font-medium").props("role=heading aria-level=2")
-                    ui.label(prediction_change(panels)).classes("verdict")
+                    ui.label(prediction_change(views)).classes("verdict")
                     with ui.element("div").classes("views w-full"):
-                        for panel in panels:
-                            _draw_panel(panel)
+                        for view in views:
+                            _draw_view(view)
 
 
-def _draw_picture(url: str, description: str) -> None:
+def _draw_image(url: str, description: str) -> None:
     from nicegui import ui
 
     ui.element("img").props.update(src=url, alt=description)
 
 
-def _draw_panel(panel: ImageView) -> None:
+def _draw_view(view: ImageView) -> None:
     from nicegui import ui
 
     with ui.column().classes("gap-1 panel"):
-        _draw_picture(data_url(panel.picture), panel.title)
-        ui.label(panel.title).classes("small font-medium")
-        if panel.caption:
-            ui.label(panel.caption).classes("small quiet")
-        for answer, share in panel.answers:
+        _draw_image(data_url(view.image), view.title)
+        ui.label(view.title).classes("small font-medium")
+        if view.caption:
+            ui.label(view.caption).classes("small quiet")
+        for name, probability in view.predictions:
             with ui.row().classes("w-full no-wrap justify-between small gap-1 answer"):
-                ui.label(answer).classes("truncate")
-                ui.label(f"{share:.1%}")
-            ui.linear_progress(share, show_value=False, size="4px").props("instant-feedback aria-hidden=true")
+                ui.label(name).classes("truncate")
+                ui.label(f"{probability:.1%}")
+            ui.linear_progress(probability, show_value=False, size="4px").props("instant-feedback aria-hidden=true")
 
 
-def build_application(examiners: list[ImageInspector], examples: list[Example]) -> "FastAPI":
-    """The web application. Raises MissingInputError without NiceGUI, DataError for an example that is no picture."""
+def build_application(inspectors: list[ImageInspector], examples: list[Example]) -> "FastAPI":
+    """Build the web application.
+
+    Raises MissingInputError without NiceGUI, DataError for an example that cannot be decoded.
+    """
     try:
         from fastapi import FastAPI
         from nicegui import ui
@@ -334,44 +350,44 @@ def build_application(examiners: list[ImageInspector], examples: list[Example]) 
     thumbnails = []
     for example in examples:
         try:
-            picture = example.open()
+            image = example.open()
         except DataError as error:
             raise DataError(f"--images: {_reason(error)}") from error
-        picture.thumbnail((96, 96))
-        thumbnails.append(data_url(picture))
+        image.thumbnail((96, 96))
+        thumbnails.append(data_url(image))
 
     def show() -> None:
-        # The page appears first: a large network may take longer than a browser likes to wait for one.
-        ui.timer(0, ExplorePage(examiners, examples, thumbnails).update, once=True)
+        # The timer lets the page appear first: a browser may not wait as long as a large model computes.
+        ui.timer(0, ExplorePage(inspectors, examples, thumbnails).update, once=True)
 
     application = FastAPI(openapi_url=None)
-    # Another site's name that resolves to this machine does not reach the page.
+    # Rejects requests of other sites whose name resolves to this machine (DNS rebinding).
     application.add_middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])
     ui.run_with(application, root=show, title="mae_dat explore", show_welcome_message=False)
     return application
 
 
 def listen_locally(port: int) -> socket.socket:
-    """A socket on this machine's loopback alone. Raises ConfigError for a port that is taken."""
+    """Open a socket on this machine's loopback interface only. Raises ConfigError for a port that is in use."""
     try:
         return socket.create_server((_HOST, port))
     except OSError as error:
-        raise ConfigError(f"--port {port}: {error.strerror}; give another, or 0 for any that is free.") from error
+        raise ConfigError(f"--port {port}: {error.strerror}; give another, or 0 for any free one.") from error
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command with its arguments."""
     console_for_command()
     config = load_config(ExploreConfig, arguments)
-    application = build_application(load_examiners(config), find_examples(config.images))
+    application = build_application(load_inspectors(config), find_examples(config.images))
     import uvicorn
 
-    with listen_locally(config.port) as place:
-        print(f"Open http://{_HOST}:{place.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
-        # From NiceGUI, which looks at every object in memory for the server that runs it, torch's old names included.
+    with listen_locally(config.port) as server_socket:
+        print(f"Open http://{_HOST}:{server_socket.getsockname()[1]} in a browser; Ctrl-C stops it.", flush=True)
+        # NiceGUI looks through all objects in memory for the server that runs it, which triggers torch's warning.
         warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
         settings = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
         try:
-            uvicorn.Server(settings).run([place])
+            uvicorn.Server(settings).run([server_socket])
         except KeyboardInterrupt:
-            print("ended.")
+            print("stopped.")

@@ -1,7 +1,7 @@
-"""Features of images by any network, to a file, and how well their nearest neighbours classify.
+"""Extract features of images with any model, and measure how well their nearest neighbours classify.
 
 `python -m mae_dat features --checkpoint OUT --data_path DIR --knn 20 --output features.npz`: a pretraining or a
-classifier, without training anything. One process on one device.
+classifier, without any training. It runs in one process on one device.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from mae_dat.storage.weight_files import write_weights
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".npz", ".safetensors")
-_CHUNK = 1024  # pictures compared with the whole bank at once
+_CHUNK = 1024  # images that are compared with the whole bank at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ class FeaturesConfig:
     checkpoint: str = ""
     """An output folder, a weights file or a released name: a pretraining or a classifier."""
     model: str | None = None
-    """The network, where the file does not say."""
+    """The architecture, where the file does not say."""
     data_path: str | None = None
     """Folder of images, or `demo` (default: the environment variable MAE_DAT_DATA)."""
     split: Literal["val", "train", "all"] = "val"
     """Images for --output: a split, or everything below data_path, unlabelled."""
     pool: Literal["cls", "mean", "tokens"] = "mean"
-    """Class token, mean over the places, or every place's own."""
+    """Class token, mean over the patches, or the features of every patch."""
     output: str | None = None
     """File to write, .npz or .safetensors: features, labels (-1: none) and paths."""
     knn: int | None = None
@@ -61,7 +61,7 @@ class FeaturesConfig:
     temperature: float = 0.07
     """A neighbour's vote is exp(cosine similarity / temperature)."""
     input_size: tuple[int, ...] | None = None
-    """Side, or height and width, in pixels (default: the network's)."""
+    """Side, or height and width, in pixels (default: the model's)."""
     batch_size: int = 64
     num_workers: int = 10
     device: str = "auto"
@@ -76,7 +76,7 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """`values` float32 (n, D), or (n, N, D) of every place; `labels` int64 (n,); the images that they are of."""
+    """Features `values` float32 (n, D), or (n, N, D) of every patch; `labels` int64 (n,); the images' `paths`."""
 
     values: Tensor
     labels: Tensor
@@ -84,64 +84,75 @@ class Features:
 
 
 def model_features(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
-    """A classifier's or a masked autoencoder's features of pictures (B, C, H, W) in [0, 1]; see
-    `Classifier.features`."""
+    """Compute a classifier's or a masked autoencoder's features of images (B, C, H, W) in [0, 1].
+
+    Returns (B, D), or (B, N, D) for `pool="tokens"`; see `Classifier.features`.
+    """
     if isinstance(model, MaskedAutoencoder):
         return pool_tokens(model.features(image), 1, pool)
-    found: Tensor = model.features(image, pool)  # type: ignore[operator]
-    return found
+    features: Tensor = model.features(image, pool)  # type: ignore[operator]
+    return features
 
 
 @torch.inference_mode()
 def extract_features(opened: OpenedModel, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
-    """The features of all images, in their order, on the CPU."""
+    """Compute the features of all images, in their order; the result is on the CPU."""
     device = next(opened.model.parameters()).device
     precision = amp_dtype(config.precision, device)
-    loader = eval_loader(images, config.batch_size, 0, 1, config.num_workers, device.type == "cuda")
+    loader = eval_loader(
+        images,
+        batch_size=config.batch_size,
+        rank=0,
+        world_size=1,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+    )
     values, labels = [], []
     with console.task(f"features of {Path(images.root).name}", len(loader)) as task:
         for batch in loader:
             with autocast(device, precision):
-                found = model_features(opened.encoder(), batch["image"].to(device, non_blocking=True), config.pool)
-            values.append(found.float().cpu())
+                features = model_features(opened.encoder(), batch["image"].to(device, non_blocking=True), config.pool)
+            values.append(features.float().cpu())
             labels.append(batch["label"])
             task.advance("")
     return Features(torch.cat(values), torch.cat(labels), [images.name_of(index) for index in range(len(images))])
 
 
 def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature: float) -> dict[str, float]:
-    """Top-1 and top-5 in percent (knn_acc1, knn_acc5) of votes by cosine similarity (Wu et al. 2018, arXiv 1805.01978).
+    """Compute the accuracy in percent, top-1 and top-5 (knn_acc1, knn_acc5), of votes by cosine similarity (Wu et al.
+    2018, arXiv 1805.01978).
 
     Each of the `neighbours` nearest images of the bank votes for its class with exp(similarity / temperature). Raises
     ConfigError when the bank has fewer images.
     """
     if neighbours > len(bank.labels):
         raise ConfigError(f"--knn {neighbours}: there are only {len(bank.labels)} training images; give a lower one.")
-    known, classes, hits = F.normalize(bank.values, dim=1), int(bank.labels.max()) + 1, torch.zeros(2)
+    bank_ND, classes, hits = F.normalize(bank.values, dim=1), int(bank.labels.max()) + 1, torch.zeros(2)
     for values, labels in zip(queries.values.split(_CHUNK), queries.labels.split(_CHUNK), strict=True):
-        similarity, nearest = (F.normalize(values, dim=1) @ known.T).topk(neighbours, dim=1)
+        similarity, nearest = (F.normalize(values, dim=1) @ bank_ND.T).topk(neighbours, dim=1)
         votes = torch.zeros(len(values), classes)
         # Less the largest, so that no exponential overflows at a small temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes.scatter_add_(1, bank.labels[nearest], weights)
-        right = votes.topk(min(5, classes), dim=1).indices == labels[:, None]
-        hits += torch.stack([right[:, 0].sum(), right.sum()])
+        correct = votes.topk(min(5, classes), dim=1).indices == labels[:, None]
+        hits += torch.stack([correct[:, 0].sum(), correct.sum()])
     acc1, acc5 = (100 * hits / len(queries.labels)).tolist()
     return {"knn_acc1": acc1, "knn_acc5": acc5}
 
 
-def save_features(found: Features, path: Path) -> None:
-    """Writes features, labels and paths, atomically; .safetensors keeps the paths in its metadata as JSON."""
+def save_features(features: Features, path: Path) -> None:
+    """Write features, labels and paths atomically; .safetensors has the paths in its metadata as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        write_weights(path, {"features": found.values, "labels": found.labels}, {"paths": json.dumps(found.paths)})
+        tensors = {"features": features.values, "labels": features.labels}
+        write_weights(path, tensors, {"paths": json.dumps(features.paths)})
         return
     with atomic_write(path) as file:
-        np.savez(file, features=found.values.numpy(), labels=found.labels.numpy(), paths=np.array(found.paths))
+        np.savez(file, features=features.values.numpy(), labels=features.labels.numpy(), paths=np.array(features.paths))
 
 
 def open_split(config: FeaturesConfig, split: str, opened: OpenedModel) -> ImageSet:
-    """A split's images, unaugmented, at the network's size; `all` takes every picture below the folder."""
+    """Open a split's images, unaugmented, at the model's size; `all` takes every image below the folder."""
     root = image_root(config.data_path)
     # The same labels in both splits, even where a class has no folder in one of them.
     classes = open_split(config, "train", opened).classes if split == "val" and config.knn else None
@@ -151,15 +162,17 @@ def open_split(config: FeaturesConfig, split: str, opened: OpenedModel) -> Image
 
 
 def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
-    """Extracts, measures and writes what the flags ask for; returns `knn_accuracy`. Raises ConfigError when they ask
-    for nothing."""
+    """Extract, measure and write what the flags request; return `knn_accuracy`, empty without --knn.
+
+    Raises ConfigError when they request nothing.
+    """
     if not config.output and config.knn is None:
         raise ConfigError("nothing to do: give --output features.npz, --knn 20, or both.")
     device = pick_device(config.device)
     size = image_size(config.input_size) if config.input_size else None
     opened = open_model(config.checkpoint, config.model, size, flag="--checkpoint").to(device)
 
-    @functools.cache
+    @functools.cache  # --knn and --output may need the same split
     def features(split: str) -> Features:
         return extract_features(opened, open_split(config, split, opened), config, console)
 

@@ -1,6 +1,5 @@
-"""The network that pictures are made of: built and loaded from any checkpoint, and asked what it makes of an image."""
+"""Score images for an attack and for captions: with a classifier by its prediction, with an autoencoder by its loss."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,25 +16,23 @@ from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
-logger = logging.getLogger(__name__)
-
 
 class Scorer(ABC):
-    """The loss that an attack raises, and in words what the network makes of a view of the pictures."""
+    """The objective that an attack raises, and captions for a model's output on views of the same images."""
 
     objective: Objective
 
     @abstractmethod
     def context(self, image: Tensor, paths: Sequence[Path], generator: torch.Generator) -> Any:
-        """What the objective compares pictures (B, C, H, W) with."""
+        """Return what the objective needs besides images (B, C, H, W): targets of the clean images and a mask."""
 
     @abstractmethod
-    def verdicts(self, image: Tensor, context: Any) -> list[str]:
-        """A few words on every picture."""
+    def captions(self, image: Tensor, context: Any) -> list[str]:
+        """Describe the model's output on each image of a view (B, C, H, W)."""
 
 
 class ClassScorer(Scorer):
-    """A classifier, with the class of the picture's folder as target where there is one, else its own answer."""
+    """Score by a classifier; the target is the class that an image's folder names, else the model's prediction."""
 
     def __init__(self, model: Classifier, classes: Sequence[str] | None) -> None:
         self.model, self.classes = model, list(classes or [])
@@ -43,7 +40,7 @@ class ClassScorer(Scorer):
 
     @torch.no_grad()
     def context(self, image: Tensor, paths: Sequence[Path], generator: torch.Generator) -> Tensor:
-        """Targets, one-hot (B, classes)."""
+        """Return the targets, one-hot (B, K)."""
         logits = self.model(image)
         label = logits.argmax(1)
         for row, path in enumerate(paths):
@@ -52,35 +49,44 @@ class ClassScorer(Scorer):
         return F.one_hot(label, logits.shape[1]).float()
 
     @torch.no_grad()
-    def verdicts(self, image: Tensor, context: Tensor) -> list[str]:
-        """The answer and its probability; the target's too, where it is another."""
-        shares = self.model(image).float().softmax(1)
-        told = []
-        for row, best, target in zip(shares, shares.argmax(1).tolist(), context.argmax(1).tolist(), strict=True):
-            named = {best: "", target: "" if best == target else "target "}
-            told.append("\n".join(f"{what}{self.name_of(index)} {row[index]:.0%}" for index, what in named.items()))
-        return told
+    def captions(self, image: Tensor, context: Tensor) -> list[str]:
+        """Return the predicted class and its probability, and those of the target where it is another class."""
+        probabilities = self.model(image).float().softmax(1)
+        captions = []
+        for row, predicted, target in zip(
+            probabilities, probabilities.argmax(1).tolist(), context.argmax(1).tolist(), strict=True
+        ):
+            lines = [f"{self.class_name(predicted)} {row[predicted]:.0%}"]
+            if target != predicted:
+                lines.append(f"target {self.class_name(target)} {row[target]:.0%}")
+            captions.append("\n".join(lines))
+        return captions
 
-    def name_of(self, index: int) -> str:
-        """A class in words."""
+    def class_name(self, index: int) -> str:
+        """Return the name of a class, or its number where names are unknown."""
         return self.classes[index] if self.classes else f"class {index}"
 
 
 class ReconstructionScorer(Scorer):
-    """A masked autoencoder and its reconstruction loss; one mask for all views of a picture."""
+    """Score by a masked autoencoder's reconstruction loss, with the same mask for all views of an image."""
 
     def __init__(self, model: MaskedAutoencoder, mask_ratio: float, norm_pix: bool) -> None:
         self.model, self.norm_pix = model, norm_pix
         self.objective = MaskedReconstruction(mask_ratio, norm_pix)
 
     def context(self, image: Tensor, paths: Sequence[Path], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The clean target patches and the mask's noise."""
+        """Return the target patches of the clean images (B, N, P) and the noise that draws the mask (B, N)."""
         noise = mask_noise(len(image), self.model.num_patches, generator, image.device)
         return self.model.target(image, self.norm_pix), noise
 
     @torch.no_grad()
-    def verdicts(self, image: Tensor, context: tuple[Tensor, Tensor]) -> list[str]:
-        """The loss of each picture."""
+    def captions(self, image: Tensor, context: tuple[Tensor, Tensor]) -> list[str]:
+        """Return the loss of each image."""
         target, noise = context
-        one_by_one = zip(image.split(1), zip(target.split(1), noise.split(1), strict=True), strict=True)
-        return [f"loss {float(self.objective.loss(self.model, one, own)):.3f}" for one, own in one_by_one]
+        losses = [
+            self.objective.loss(self.model, single_image, (single_target, single_noise))
+            for single_image, single_target, single_noise in zip(
+                image.split(1), target.split(1), noise.split(1), strict=True
+            )
+        ]
+        return [f"loss {float(loss):.3f}" for loss in losses]

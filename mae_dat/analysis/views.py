@@ -1,6 +1,6 @@
-"""One picture, corrupted or with some of its visual words changed, and what a classifier answers before and after.
+"""Inspect an image: corrupt it or change some of its visual words, and compare a classifier's predictions.
 
-What `python -m mae_dat explore` shows, without the page. Pictures are (C, H, W) in [0, 1].
+`python -m mae_dat explore` shows the result on a page. Images are (C, H, W) in [0, 1].
 """
 
 import math
@@ -16,7 +16,8 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from mae_dat.analysis.scorers import ClassScorer
-from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_adversary
+from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
+from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.errors import CheckpointError
 from mae_dat.data.open import with_channels
 from mae_dat.data.transforms import EvalTransform
@@ -27,159 +28,161 @@ from mae_dat.robustness.corruptions.pixels import Image as Pixels
 from mae_dat.runtime.seeds import step_generator
 from mae_dat.training.galleries import adversary_columns
 
-TOP = 5  # answers of each view
+TOP = 5  # predictions of each view
 AMPLIFICATIONS = (16, 8, 4, 2, 1)
 IMAGENET_CLASSES = 1000
 
 Predictions = list[tuple[str, float]]
+"""Class names with their probabilities, the most probable first."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to a picture: a corruption, or words changed at random or by the symbolic adversary."""
+    """A change to an image: a corruption, or words changed at random or by the symbolic adversary."""
 
     kind: Literal["corruption", "random", "symbolic"] = "corruption"
     corruption: str = "gaussian_noise"
     severity: int = 3
     """Of the corruption, 1 to 5."""
     share: float = 0.05
-    """Of the words, in (0, 1)."""
+    """Share of the words to change, in (0, 1)."""
     seed: int = 0
     """Of the corruption and of random words."""
 
 
 class ImageView(NamedTuple):
-    """A view of the picture, with the classifier's first answers and their probabilities; a map has none."""
+    """A view of an image (C, H, W), with the classifier's first predictions; maps and differences have none."""
 
     title: str
-    picture: Tensor
+    image: Tensor
     caption: str = ""
-    answers: Sequence[tuple[str, float]] = ()
+    predictions: Sequence[tuple[str, float]] = ()
 
 
-class Views(NamedTuple):
-    """Titled pictures (1, C, H, W): the picture, the changed one, and what their words decode to; the change in pixels
-    and words; and what the difference is to."""
+class _Comparison(NamedTuple):
+    """The image, its changed version and what they look like decoded from their words, each (1, C, H, W) with a title;
+    the change in pixels and words; and what the shown difference is relative to."""
 
-    shown: list[tuple[str, Tensor]]
-    found: DiscreteAdversary
+    images: list[tuple[str, Tensor]]
+    adversary: DiscreteAdversary
     baseline: str
 
 
 class ImageInspector:
-    """A classifier and a tokenizer, asked about one picture after the other."""
+    """A classifier and a tokenizer that inspect one image after another."""
 
     def __init__(self, opened: OpenedModel, tokenizer: VisualTokenizer) -> None:
-        """Raises CheckpointError for a pretraining, ConfigError where size or channels do not fit the tokenizer."""
+        """Raise CheckpointError for a pretraining, ConfigError where size or channels do not fit the tokenizer."""
         if opened.kind == "autoencoder":
             raise CheckpointError(
-                f"{opened.title} is a pretraining and has no answers: give a classifier. What it reconstructs is drawn "
-                "by python -m mae_dat visualize reconstruction."
+                f"{opened.title} is a pretraining and has no predictions: give a classifier. To see its "
+                "reconstructions, use python -m mae_dat visualize reconstruction."
             )
-        self.name, self.model, self.size, self.tokenizer = (
-            opened.title,
-            opened.classifier(),
-            opened.input_size,
-            tokenizer,
-        )
+        self.name, self.model, self.size = opened.title, opened.classifier(), opened.input_size
+        self.tokenizer = tokenizer
         tokenizer.check(torch.zeros(1, opened.plan.in_chans, *opened.input_size))
         classes = opened.classes
         if not classes and self.model.net.num_classes == IMAGENET_CLASSES:
-            named = ImageNetInfo()
-            classes = [named.index_to_description(index) for index in range(IMAGENET_CLASSES)]
-        self.judge = ClassScorer(self.model, classes)
+            imagenet = ImageNetInfo()
+            classes = [imagenet.index_to_description(index) for index in range(IMAGENET_CLASSES)]
+        self.scorer = ClassScorer(self.model, classes)
         self.crop = EvalTransform(opened.input_size)
-        self.to_pixels = with_channels(functional.to_tensor, opened.plan.in_chans)
+        self.to_input = with_channels(functional.to_tensor, opened.plan.in_chans)
         self.device = tokenizer.codebook.device
 
-    def panels(self, image: Image.Image, path: Path, change: Change) -> list[ImageView]:
-        """The picture, the changed one and their difference; what they look like decoded from their words, and which
-        words changed.
+    def inspect(self, image: Image.Image, path: Path, change: Change) -> list[ImageView]:
+        """Return the image, its changed version, their difference, both decoded from their words, and a map of the
+        changed words. Changed words need no decoding, so only the image is shown decoded then.
 
-        The folder of `path` names the picture's class, if it is one of the classifier's. Raises DataError for a size
+        The folder of `path` names the class of the image, if it is one of the classifier's. Raises DataError for a size
         that cannot be corrupted.
         """
-        views = self._corrupted(image, change) if change.kind == "corruption" else self._reworded(image, path, change)
-        answers = self.answers([picture for _, picture in views.shown])
-        panels = [
-            ImageView(title, picture[0], answers=own)
-            for (title, picture), own in zip(views.shown, answers, strict=True)
+        if change.kind == "corruption":
+            comparison = self._corrupt(image, change)
+        else:
+            comparison = self._change_words(image, path, change)
+        predictions = self.predict([view for _, view in comparison.images])
+        views = [
+            ImageView(title, view[0], predictions=best)
+            for (title, view), best in zip(comparison.images, predictions, strict=True)
         ]
-        if path.parent.name in self.judge.classes:
-            panels[0] = panels[0]._replace(title=f"picture ({path.parent.name})")
-        factor = amplification(views.found.adversarial - views.found.reconstruction)
-        *_, (_, difference), (_, marked) = adversary_columns(views.found.reconstruction, views.found, factor)
-        scale = f"to {views.baseline}; grey: none, black and white: {127.5 / factor:.0f} grey levels or more"
-        panels.insert(2, ImageView(f"difference × {factor}", difference[0].clamp(0, 1), scale))
-        flips, total = int((views.found.words != views.found.adversarial_words).sum()), views.found.words.numel()
-        return [*panels, ImageView("changed words", marked[0], f"dark: {flips} of {total} words ({flips / total:.1%})")]
+        if path.parent.name in self.scorer.classes:
+            views[0] = views[0]._replace(title=f"image ({path.parent.name})")
+        adversary = comparison.adversary
+        factor = amplification(adversary.adversarial - adversary.reconstruction)
+        *_, (_, difference), (_, word_map) = adversary_columns(adversary.reconstruction, adversary, factor)
+        scale = f"to {comparison.baseline}; grey: none, black and white: {127.5 / factor:.0f} grey levels or more"
+        views.insert(2, ImageView(f"difference × {factor}", difference[0].clamp(0, 1), scale))
+        changed, total = int((adversary.words != adversary.adversarial_words).sum()), adversary.words.numel()
+        legend = f"dark: {changed} of {total} words ({changed / total:.1%})"
+        return [*views, ImageView("changed words", word_map[0], legend)]
 
     @torch.no_grad()
-    def answers(self, pictures: Sequence[Tensor]) -> list[Predictions]:
-        """The first answers and their probabilities to each of the pictures (1, C, H, W)."""
-        shares = self.model(torch.cat(list(pictures))).float().softmax(1)
-        best = shares.topk(min(TOP, shares.shape[1]), dim=1)
+    def predict(self, images: Sequence[Tensor]) -> list[Predictions]:
+        """Return the first predictions for each of the images (1, C, H, W)."""
+        probabilities = self.model(torch.cat(list(images))).float().softmax(1)
+        best = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
         return [
-            [(self.judge.name_of(index), share) for share, index in zip(values, indices, strict=True)]
+            [(self.scorer.class_name(index), probability) for probability, index in zip(values, indices, strict=True)]
             for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
-    def _pixels(self, image: Image.Image) -> Pixels:
-        """The crop that the network gets, uint8 (H, W, 3)."""
+    def _cropped_pixels(self, image: Image.Image) -> Pixels:
+        """Crop an image as for evaluation, to uint8 (H, W, 3)."""
         pixels: Pixels = self.crop(image).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
         return pixels
 
-    def _given(self, pixels: Pixels) -> Tensor:
-        """The same as the network gets it, (1, C, H, W)."""
-        return self.to_pixels(Image.fromarray(pixels)).unsqueeze(0).to(self.device)
+    def _input(self, pixels: Pixels) -> Tensor:
+        """Convert pixels to the model's input (1, C, H, W)."""
+        return self.to_input(Image.fromarray(pixels)).unsqueeze(0).to(self.device)
 
     @torch.no_grad()
-    def _corrupted(self, image: Image.Image, change: Change) -> Views:
-        pixels = self._pixels(image)
-        clean = self._given(pixels)
+    def _corrupt(self, image: Image.Image, change: Change) -> _Comparison:
+        pixels = self._cropped_pixels(image)
+        clean = self._input(pixels)
         seed = image_seed(change.seed, 0, change.corruption, change.severity)
-        # ImageNet-C's pictures are stored as JPEG, which is a part of what they do to a network.
-        corrupted = self._given(as_stored(corrupt(pixels, change.corruption, change.severity, seed)))
+        # ImageNet-C's images are stored as JPEG, and this compression is a part of what a model sees.
+        corrupted = self._input(as_stored(corrupt(pixels, change.corruption, change.severity, seed)))
         words, corrupted_words = self.tokenizer.encode(clean), self.tokenizer.encode(corrupted)
         title = f"{change.corruption.replace('_', ' ')} {change.severity}"
-        shown = [
-            ("picture", clean),
+        images = [
+            ("image", clean),
             (title, corrupted),
-            ("picture, decoded from its words", self.tokenizer.decode(words)),
+            ("image, decoded from its words", self.tokenizer.decode(words)),
             (f"{title}, decoded from its words", self.tokenizer.decode(corrupted_words)),
         ]
-        return Views(shown, DiscreteAdversary(clean, corrupted, words, corrupted_words), "the picture")
+        return _Comparison(images, DiscreteAdversary(clean, corrupted, words, corrupted_words), "the image")
 
-    def _reworded(self, image: Image.Image, path: Path, change: Change) -> Views:
+    def _change_words(self, image: Image.Image, path: Path, change: Change) -> _Comparison:
         assert change.kind != "corruption"
-        clean = self._given(self._pixels(image))
+        clean = self._input(self._cropped_pixels(image))
         generator = step_generator(change.seed, 0, 0, self.device)
-        target = self.judge.context(clean, [path], generator)
-        found = discrete_adversary(
+        target = self.scorer.context(clean, [path], generator)
+        adversary = discrete_adversary(
             clean,
-            lambda x: self.judge.objective.loss(self.model, x, target),
-            self.tokenizer,
-            AttackConfig(change.kind, share=change.share),
-            generator,
+            lambda x: self.scorer.objective.loss(self.model, x, target),
+            tokenizer=self.tokenizer,
+            config=AttackConfig(change.kind, share=change.share),
+            generator=generator,
         )
-        shown = [
-            ("picture", clean),
-            (f"{change.share:.0%} of its words changed ({change.kind})", found.adversarial),
-            ("picture, decoded from its words", found.reconstruction),
+        images = [
+            ("image", clean),
+            (f"{change.share:.0%} of its words changed ({change.kind})", adversary.adversarial),
+            ("image, decoded from its words", adversary.reconstruction),
         ]
-        return Views(shown, found, "the decoded picture")
+        return _Comparison(images, adversary, "the decoded image")
 
 
 def amplification(difference: Tensor) -> int:
-    """The largest of 16, 8, 4, 2, 1 by which at most one value in a hundred leaves the range that can be shown."""
+    """Return the largest of 16, 8, 4, 2, 1 that clips at most 1 % of the values of a difference shown around grey."""
     values = difference.abs().flatten().float()
     large = float(values.kthvalue(max(1, math.ceil(0.99 * len(values)))).values)
     return next((factor for factor in AMPLIFICATIONS if factor * large <= 0.5), 1)
 
 
-def prediction_change(panels: Sequence[ImageView]) -> str:
-    """Whether the first answer to the changed picture is another one, in words."""
-    (before, share), (after, later) = panels[0].answers[0], panels[1].answers[0]
+def prediction_change(views: Sequence[ImageView]) -> str:
+    """Say whether the first prediction for the changed image differs from the one for the image."""
+    (before, before_probability), (after, after_probability) = views[0].predictions[0], views[1].predictions[0]
     if before == after:
-        return f"The answer stays: {before} {share:.0%} → {later:.0%}"
-    return f"The answer changes: {before} {share:.0%} → {after} {later:.0%}"
+        return f"The prediction stays: {before} {before_probability:.0%} → {after_probability:.0%}"
+    return f"The prediction changes: {before} {before_probability:.0%} → {after} {after_probability:.0%}"

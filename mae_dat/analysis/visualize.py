@@ -1,15 +1,14 @@
-"""Pictures of what a network does, from any checkpoint and any pictures, as PNG and for TensorBoard.
+"""Draw what a model does, for any checkpoint and any images, as PNG and for TensorBoard.
 
-The four kinds share their flags for pictures and checkpoints; each has a configuration and a function of its own.
+The four kinds of galleries share their flags for images and checkpoints; each has its own configuration and function.
 """
 
-import contextlib
 import dataclasses
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -49,21 +48,21 @@ from mae_dat.training.objectives.dat import WithDAT
 
 logger = logging.getLogger(__name__)
 
-_MAX_WORDS = 24  # words on a sheet of the most used or most changed ones
+_MAX_WORDS = 24  # on a sheet of the most used or most changed words
 _RELEASED_DAT = DatConfig("released")
-LARGEST_CODEBOOK = 1024  # words drawn; of a larger one only those in use
+_MAX_CODEBOOK = 1024  # words in the drawing of a codebook; of a larger one the most used are drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
-    """Pictures: which, and where the galleries go."""
+    """Images: which, and where the galleries go."""
 
     images: str = DEMO
-    """A picture, a folder of any depth, or `demo` for generated ones."""
+    """An image, a folder of any depth, or `demo` for generated ones."""
     limit: int | None = 6
-    """Pictures, evenly spread over the folder (None: all)."""
+    """Images, evenly spread over the folder (None: all)."""
     per_page: int = 6
-    """Pictures in one gallery."""
+    """Images in one gallery."""
     input_size: tuple[int, ...] | None = None
     """Side, or height and width, in pixels (default: the checkpoint's)."""
     output_dir: str = "./output_pictures"
@@ -104,39 +103,39 @@ class MaskingConfig:
 class ReconstructionConfig:
     """What a masked autoencoder fills in: masked / prediction pasted into the visible patches / original.
 
-    Such as: --checkpoint PRETRAINING --images PHOTO_OR_FOLDER
+    Example: --checkpoint PRETRAINING --images PHOTO_OR_FOLDER
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    pictures: ImagesConfig = ImagesConfig()
+    images: ImagesConfig = ImagesConfig()
     masking: MaskingConfig = MaskingConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Where a vision transformer looks: attention of one block, per head and averaged, over the picture.
+    """Where a vision transformer looks: attention of one block, per head and averaged, over the image.
 
-    Such as: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
+    Example: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    pictures: ImagesConfig = ImagesConfig()
+    images: ImagesConfig = ImagesConfig()
     block: int | None = None
     """Block, from 1 (default: the last)."""
     query: Literal["auto", "class", "mean"] = "auto"
-    """Whose attention: the class token's, the mean over the patches', or auto: what the network pools."""
+    """Whose attention: the class token's, the mean over the patches', or auto: what the model pools."""
     rollout: bool = False
     """One map of all blocks up to --block instead, through the residual connections (Abnar & Zuidema 2020)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WordsConfig:
-    """Visual words: pictures decoded from their words, each word alone, index maps, the most used words, the codebook.
+    """Visual words: images decoded from their words, each word alone, index maps, the most used words, the codebook.
 
-    Such as: --images PHOTO_OR_FOLDER [--tokenizer FILE]
+    Example: --images PHOTO_OR_FOLDER [--tokenizer FILE]
     """
 
-    pictures: ImagesConfig = ImagesConfig()
+    images: ImagesConfig = ImagesConfig()
     tokenizer: str = "embedded"
     """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or
     easyrobust."""
@@ -144,16 +143,16 @@ class WordsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdversaryConfig:
-    """Clean / adversarial pairs, their difference amplified, the changed words, and what the network makes of it.
+    """Clean / adversarial pairs, their difference amplified, the changed words, and the model's output on them.
 
-    A classifier is attacked at the picture's class, where its folder names one, else at what it answers; a masked
-    autoencoder at its reconstruction loss.
+    A classifier is attacked at the class of the image, where its folder names one, else at the predicted class; a
+    masked autoencoder at its reconstruction loss.
 
-    Such as: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
+    Example: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
     """
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    pictures: ImagesConfig = ImagesConfig()
+    images: ImagesConfig = ImagesConfig()
     dat: DatConfig = _RELEASED_DAT
     masking: MaskingConfig = MaskingConfig()
     amplify: float = 4.0
@@ -162,7 +161,7 @@ class AdversaryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GalleryPage:
-    """Pictures of one gallery, (B, C, H, W) in [0, 1], their files, and its number from 1 (None: the only one)."""
+    """The images of one gallery, (B, C, H, W) in [0, 1], their files, and its number from 1 (None: the only one)."""
 
     image: Tensor
     paths: list[Path]
@@ -175,48 +174,43 @@ class GalleryPage:
 
 
 class GalleryWriter:
-    """Where galleries go: NAME-PAGE.png in the output folder (NAME.png where one page holds all), and TensorBoard."""
+    """Write galleries as NAME-PAGE.png into the output folder (NAME.png if there is one page), and to TensorBoard."""
 
     def __init__(self, config: ImagesConfig) -> None:
+        """Raise OutputError if the folder cannot be written."""
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self.folder = prepare_output_folder(Path(config.output_dir))
-        self.writer: Any = SummaryWriter(config.log_dir or config.output_dir)
+        self.tensorboard: Any = SummaryWriter(config.log_dir or config.output_dir)
 
-    def add(self, name: str, picture: Tensor, page: int | None = None) -> None:
-        """Writes one gallery, (3, H, W) in [0, 1]; pages count from 1."""
+    def write(self, name: str, gallery: Tensor, page: int | None = None) -> None:
+        """Write one gallery, (3, H, W) in [0, 1]; pages count from 1."""
         path = self.folder / (f"{name}-{page}.png" if page else f"{name}.png")
-        save_png(picture, path)
-        self.writer.add_image(f"visualize/{name}", picture, page or 1)
+        save_png(gallery, path)
+        self.tensorboard.add_image(f"visualize/{name}", gallery, page or 1)
         logger.info("wrote %s", path)
 
+    def __enter__(self) -> Self:
+        return self
 
-@contextlib.contextmanager
-def open_gallery_writer(config: ImagesConfig) -> Iterator[GalleryWriter]:
-    """An album whose TensorBoard file is closed at the end. Raises OutputError."""
-    opened = GalleryWriter(config)
-    try:
-        yield opened
-    finally:
-        opened.writer.close()
+    def __exit__(self, *exception: object) -> None:
+        self.tensorboard.close()
 
 
-# ---- what is looked at ----
+# ---- images and models ----
 
 
 def read_pages(config: ImagesConfig, size: ImageSize, in_chans: int, device: torch.device) -> list[GalleryPage]:
-    """The pictures at the size of the network, cropped as for evaluation. Raises MissingInputError, DataError."""
+    """Read the images at the size of the model, cropped as for evaluation. Raises MissingInputError, DataError."""
     transform = with_channels(EvalTransform(size), in_chans)
     path = image_root(DEMO) / "val" if config.images == DEMO else Path(config.images)
     if path.is_file():
         paths, images = [path], [transform(decode_file(path))]
     else:
         folder = ImageFolder(path, transform, labelled=False)
-        chosen = evenly_spaced(len(folder), config.limit or len(folder))
-        paths, images = (
-            [Path(folder.samples[index][0]) for index in chosen],
-            [folder[index]["image"] for index in chosen],
-        )
+        indices = evenly_spaced(len(folder), config.limit or len(folder))
+        paths = [Path(folder.samples[index][0]) for index in indices]
+        images = [folder[index]["image"] for index in indices]
     starts = range(0, len(paths), config.per_page)
     return [
         GalleryPage(
@@ -243,8 +237,7 @@ def make_scorer(opened: OpenedModel, masking: MaskingConfig) -> Scorer:
 
 
 def predicts_normalized_patches(opened: OpenedModel, norm_pix_loss: bool | None) -> bool:
-    """Return whether an autoencoder predicts normalised patches: by the flag, else by its file, else False with a
-    warning."""
+    """Return the flag, else what the autoencoder's file says, else False with a warning."""
     if norm_pix_loss is None and "norm_pix_loss" not in opened.facts:
         logger.warning(
             "%s does not say whether it was trained with --norm_pix_loss; taken as False. If its reconstructions are "
@@ -254,113 +247,124 @@ def predicts_normalized_patches(opened: OpenedModel, norm_pix_loss: bool | None)
     return bool(opened.facts.get("norm_pix_loss", False) if norm_pix_loss is None else norm_pix_loss)
 
 
-# ---- what is drawn ----
+# ---- the galleries ----
 
 
 def draw_reconstruction(config: ReconstructionConfig) -> None:
-    """Writes reconstruction.png."""
-    device = pick_device(config.pictures.device)
-    opened = open_checkpoint(config.checkpoint, config.pictures, device)
+    """Write reconstruction.png."""
+    device = pick_device(config.images.device)
+    opened = open_checkpoint(config.checkpoint, config.images, device)
     model = opened.autoencoder()
     norm_pix = predicts_normalized_patches(opened, config.masking.norm_pix_loss)
-    generator = step_generator(config.pictures.seed, 0, 0, device)
-    heading = f"{opened.title}, masks of seed {config.pictures.seed}"
-    pages = read_pages(config.pictures, opened.input_size, opened.plan.in_chans, device)
-    with open_gallery_writer(config.pictures) as drawn:
+    generator = step_generator(config.images.seed, 0, 0, device)
+    heading = f"{opened.title}, masks of seed {config.images.seed}"
+    pages = read_pages(config.images, opened.input_size, opened.plan.in_chans, device)
+    with GalleryWriter(config.images) as writer:
         for page in pages:
             noise = mask_noise(len(page.image), model.num_patches, generator, device)
-            columns = reconstruction_columns(model, page.image, config.masking.mask_ratio, noise, norm_pix)
+            columns = reconstruction_columns(
+                model, page.image, mask_ratio=config.masking.mask_ratio, noise=noise, norm_pix=norm_pix
+            )
             captions = [["", "", name] for name in page.names]
-            drawn.add("reconstruction", draw_gallery(columns, captions, heading), page.number)
+            writer.write("reconstruction", draw_gallery(columns, captions, heading), page.number)
 
 
 def draw_attention(config: AttentionConfig) -> None:
-    """Writes attention.png."""
-    device = pick_device(config.pictures.device)
-    opened = open_checkpoint(config.checkpoint, config.pictures, device)
-    depth = len(attention_layers(opened.encoder()))
+    """Write attention.png."""
+    device = pick_device(config.images.device)
+    opened = open_checkpoint(config.checkpoint, config.images, device)
+    model = opened.encoder()
+    depth = len(attention_layers(model))
     block = depth if config.block is None else config.block
     if not 1 <= block <= depth:
         raise ConfigError(f"--block {block}: {opened.title} has blocks 1 to {depth}.")
-    query = default_query(opened.encoder()) if config.query == "auto" else config.query
-    whose = "attention of the class token" if query == "class" else "mean attention of all patches"
-    where = f"rollout of blocks 1 to {block}" if config.rollout else f"block {block} of {depth}"
-    pages = read_pages(config.pictures, opened.input_size, opened.plan.in_chans, device)
-    with open_gallery_writer(config.pictures) as drawn:
+    query = default_query(model) if config.query == "auto" else config.query
+    queries = "attention of the class token" if query == "class" else "mean attention of all patches"
+    blocks = f"rollout of blocks 1 to {block}" if config.rollout else f"block {block} of {depth}"
+    heading = f"{opened.title}: {queries}, {blocks}"
+    pages = read_pages(config.images, opened.input_size, opened.plan.in_chans, device)
+    with GalleryWriter(config.images) as writer:
         for page in pages:
-            maps = attention_maps(opened.encoder(), page.image, block - 1, query, config.rollout)
+            maps = attention_maps(model, page.image, block=block - 1, query=query, rollout=config.rollout)
             columns, captions = attention_columns(page.image, maps)
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
-            heading = f"{opened.title}: {whose}, {where}"
-            drawn.add("attention", draw_gallery(columns, captions, heading, cell=192), page.number)
+            writer.write("attention", draw_gallery(columns, captions, heading, cell=192), page.number)
 
 
 def draw_words(config: WordsConfig) -> None:
-    """Writes words.png, most_used_words.png and codebook.png."""
-    device = pick_device(config.pictures.device)
+    """Write words.png, most_used_words.png and codebook.png."""
+    device = pick_device(config.images.device)
     tokenizer = load_tokenizer(config.tokenizer).to(device)
-    size = config.pictures.input_size or ((64,) if config.tokenizer == EMBEDDED else (224,))
-    pages = read_pages(config.pictures, image_size(size), tokenizer.in_chans, device)
+    size = config.images.input_size or ((64,) if config.tokenizer == EMBEDDED else (224,))
+    pages = read_pages(config.images, image_size(size), tokenizer.in_chans, device)
     heading = f"{Path(config.tokenizer).name} tokenizer: factor {tokenizer.factor}, {tokenizer.num_words} words"
-    found = []
-    with open_gallery_writer(config.pictures) as drawn:
+    words = []
+    with GalleryWriter(config.images) as writer:
         for page in pages:
-            found.append(tokenizer.encode(page.image))
-            columns, captions = word_columns(page.image, found[-1], tokenizer)
+            words.append(tokenizer.encode(page.image))
+            columns, captions = word_columns(page.image, words[-1], tokenizer)
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
-            drawn.add("words", draw_gallery(columns, captions, heading), page.number)
-        used, shares = used_words(torch.cat(found))
-        pictures = f"{sum(len(page.paths) for page in pages)} pictures"
+            writer.write("words", draw_gallery(columns, captions, heading), page.number)
+        used, shares = used_words(torch.cat(words))
+        sample = f"{sum(len(page.paths) for page in pages)} images"
         texts = [f"{word}\n{share:.1%}" for word, share in zip(used[:_MAX_WORDS].tolist(), shares, strict=False)]
         tiles = word_tiles(tokenizer, used[:_MAX_WORDS])
-        drawn.add("most_used_words", draw_sheet(tiles, texts, f"{heading}; the most used in {pictures}"))
-        whole = tokenizer.num_words <= LARGEST_CODEBOOK
-        listed = torch.arange(tokenizer.num_words, device=device) if whole else used[:LARGEST_CODEBOOK]
-        order = "all, by index" if whole else f"the {len(listed)} most used in {pictures}"
-        book = codebook_picture(word_tiles(tokenizer, listed))
-        drawn.add("codebook", draw_gallery([("", book)], heading=f"{heading}; {order}", cell=1))
+        writer.write("most_used_words", draw_sheet(tiles, texts, f"{heading}; the most used in {sample}"))
+        if tokenizer.num_words <= _MAX_CODEBOOK:
+            entries, order = torch.arange(tokenizer.num_words, device=device), "all, by index"
+        else:
+            entries = used[:_MAX_CODEBOOK]
+            order = f"the {len(entries)} most used in {sample}"
+        codebook = codebook_picture(word_tiles(tokenizer, entries))
+        writer.write("codebook", draw_gallery([("", codebook)], heading=f"{heading}; {order}", cell=1))
 
 
 def draw_adversary(config: AdversaryConfig) -> None:
-    """Writes adversary.png and changed_words.png."""
+    """Write adversary.png and changed_words.png."""
     attack = config.dat.attack
     if attack is None:
         raise ConfigError("--dat none changes nothing: give released, paper, symbolic, random or reconstruction.")
-    device = pick_device(config.pictures.device)
-    opened = open_checkpoint(config.checkpoint, config.pictures, device)
-    pages = read_pages(config.pictures, opened.input_size, opened.plan.in_chans, device)
+    device = pick_device(config.images.device)
+    opened = open_checkpoint(config.checkpoint, config.images, device)
+    pages = read_pages(config.images, opened.input_size, opened.plan.in_chans, device)
     tokenizer = load_tokenizer(config.dat.tokenizer).to(device)
     tokenizer.check(pages[0].image)
-    judge = make_scorer(opened, config.masking)
-    attacked = WithDAT(judge.objective, tokenizer, attack)
-    generator = step_generator(config.pictures.seed, 0, 0, device)
-    found = []
-    with open_gallery_writer(config.pictures) as drawn:
+    scorer = make_scorer(opened, config.masking)
+    objective = WithDAT(scorer.objective, tokenizer, attack)
+    generator = step_generator(config.images.seed, 0, 0, device)
+    heading = ""
+    words, adversarial_words = [], []
+    with GalleryWriter(config.images) as writer:
         for page in pages:
-            context = judge.context(page.image, page.paths, generator)
-            found.append(attacked.adversary(opened.model, page.image, context, generator))
-            columns = adversary_columns(page.image, found[-1], config.amplify)
-            eps = f", eps {attacked.strength().eps:.3g}" if attack.moves_pixels else ""
+            context = scorer.context(page.image, page.paths, generator)
+            adversary = objective.adversary(opened.model, page.image, context, generator)
+            words.append(adversary.words)
+            adversarial_words.append(adversary.adversarial_words)
+            columns = adversary_columns(page.image, adversary, config.amplify)
+            eps = f", eps {objective.strength().eps:.3g}" if attack.moves_pixels else ""
             heading = f"{opened.title}, attacked by --dat {config.dat.kind}{eps}"
-            captions = adversary_captions(judge, page, found[-1], context)
-            drawn.add("adversary", draw_gallery(columns, captions, heading), page.number)
-        before, after = (torch.cat([getattr(one, name) for one in found]) for name in ("words", "adversarial_words"))
-        if rows := most_changed_words(before, after, _MAX_WORDS):
-            heading += "; words most often changed, what they mostly became, and in how many of their places"
-            drawn.add("changed_words", changed_word_sheet(tokenizer, rows, heading))
-        else:
+            captions = adversary_captions(scorer, page, adversary, context)
+            writer.write("adversary", draw_gallery(columns, captions, heading), page.number)
+        rows = most_changed_words(torch.cat(words), torch.cat(adversarial_words), _MAX_WORDS)
+        if not rows:
             logger.warning("no word changed: the attack is too weak for this tokenizer; give --dat_share 0.05.")
+            return
+        heading += "; words most often changed, what they mostly became, and in how many of their places"
+        writer.write("changed_words", changed_word_sheet(tokenizer, rows, heading))
 
 
-def adversary_captions(judge: Scorer, page: GalleryPage, found: DiscreteAdversary, context: Any) -> list[list[str]]:
-    """File and answer, the answers after reconstruction and attack, and the number of changed words."""
-    views = (page.image, found.reconstruction, found.adversarial)
-    answers = zip(*(judge.verdicts(view, context) for view in views), strict=True)
-    flips = (found.words != found.adversarial_words).flatten(1).sum(1).tolist()
-    total = found.words[0].numel()
+def adversary_captions(
+    scorer: Scorer, page: GalleryPage, adversary: DiscreteAdversary, context: Any
+) -> list[list[str]]:
+    """Return for each image the captions of its row: the model's output on the image, with the file's name, on its
+    reconstruction and on its adversary, and the number of changed words."""
+    views = (page.image, adversary.reconstruction, adversary.adversarial)
+    outputs = zip(*(scorer.captions(view, context) for view in views), strict=True)
+    counts = (adversary.words != adversary.adversarial_words).flatten(1).sum(1).tolist()
+    total = adversary.words[0].numel()
     return [
-        [f"{clean}\n{name}", decoded, adversarial, "", f"{count} of {total}"]
-        for name, (clean, decoded, adversarial), count in zip(page.names, answers, flips, strict=True)
+        [f"{clean}\n{name}", reconstructed, adversarial, "", f"{count} of {total}"]
+        for name, (clean, reconstructed, adversarial), count in zip(page.names, outputs, counts, strict=True)
     ]
 
 
@@ -375,24 +379,22 @@ GALLERY_KINDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
 
 
 def usage_overview() -> str:
-    """The kinds of pictures, for `--help`."""
-    lines = ["usage: python -m mae_dat visualize WHAT [FLAGS]", "", (__doc__ or "").split("\n")[0], ""]
-    for what, (kind, _) in GALLERY_KINDS.items():
-        first = (kind.__doc__ or "").split("\n\n")[0]
-        lines.append(
-            textwrap.fill(" ".join(first.split()), 100, initial_indent=f"  {what:<15}", subsequent_indent=" " * 17)
-        )
-    return "\n".join([*lines, "", "The flags of each: python -m mae_dat visualize WHAT --help"])
+    """Return the text of `--help`: the kinds of galleries."""
+    lines = ["usage: python -m mae_dat visualize KIND [FLAGS]", "", (__doc__ or "").split("\n")[0], ""]
+    for name, (config, _) in GALLERY_KINDS.items():
+        summary = " ".join((config.__doc__ or "").split("\n\n")[0].split())
+        lines.append(textwrap.fill(summary, 100, initial_indent=f"  {name:<15}", subsequent_indent=" " * 17))
+    return "\n".join([*lines, "", "The flags of each: python -m mae_dat visualize KIND --help"])
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command with its arguments."""
     console_for_command()
-    what, *arguments = arguments or ["--help"]
-    if what in ("-h", "--help"):
+    kind, *flags = arguments or ["--help"]
+    if kind in ("-h", "--help"):
         print(usage_overview())
         return
-    if what not in GALLERY_KINDS:
-        raise ConfigError(f"no picture {what!r}: {suggest(what, list(GALLERY_KINDS))} WHAT comes before the flags.")
-    kind, draw = GALLERY_KINDS[what]
-    draw(load_config(kind, arguments, program=f"python -m mae_dat visualize {what}"))
+    if kind not in GALLERY_KINDS:
+        raise ConfigError(f"no gallery {kind!r}: {suggest(kind, list(GALLERY_KINDS))} KIND comes before the flags.")
+    config, draw = GALLERY_KINDS[kind]
+    draw(load_config(config, flags, program=f"python -m mae_dat visualize {kind}"))

@@ -45,7 +45,7 @@ def picture(index: int = 3, size: int = 64) -> Image.Image:
 
 
 def pixels(panel: ImageView) -> np.ndarray:
-    return panel.picture.mul(255).round().byte().permute(1, 2, 0).numpy()
+    return panel.image.mul(255).round().byte().permute(1, 2, 0).numpy()
 
 
 def opened(model: Classifier | MaskedAutoencoder, title: str, size: tuple[int, int], channels: int = 3) -> OpenedModel:
@@ -60,71 +60,71 @@ def tokenizer() -> VisualTokenizer:
 
 
 @pytest.fixture(scope="module")
-def examiner(tokenizer: VisualTokenizer) -> ImageInspector:
+def inspector(tokenizer: VisualTokenizer) -> ImageInspector:
     return ImageInspector(open_model("mae_dat_demo"), tokenizer)
 
 
 # ---- what is computed ----
 
 
-def test_a_corruption_ends_as_a_stored_file_does(examiner: ImageInspector) -> None:
+def test_a_corruption_ends_as_a_stored_file_does(inspector: ImageInspector) -> None:
     image, change = picture(), Change("corruption", "fog", 4, seed=5)
-    before, after, difference, decoded, after_decoded, words = examiner.panels(image, STAR, change)
+    before, after, difference, decoded, after_decoded, words = inspector.inspect(image, STAR, change)
     expected = as_stored(corrupt(np.asarray(image), "fog", 4, image_seed(5, 0, "fog", 4)))
     assert np.array_equal(pixels(before), np.asarray(image))
     assert np.array_equal(pixels(after), expected)
-    assert [before.title, after.title] == ["picture (star)", "fog 4"]
-    tokenizer = examiner.tokenizer
-    clean_words, other_words = (tokenizer.encode(one.picture[None]) for one in (before, after))
-    assert torch.equal(decoded.picture, tokenizer.decode(clean_words)[0])
-    assert torch.equal(after_decoded.picture, tokenizer.decode(other_words)[0])
+    assert [before.title, after.title] == ["image (star)", "fog 4"]
+    tokenizer = inspector.tokenizer
+    clean_words, other_words = (tokenizer.encode(one.image[None]) for one in (before, after))
+    assert torch.equal(decoded.image, tokenizer.decode(clean_words)[0])
+    assert torch.equal(after_decoded.image, tokenizer.decode(other_words)[0])
     assert words.caption.startswith(f"dark: {int((clean_words != other_words).sum())} of 256 words (")
     factor = int(difference.title.removeprefix("difference × "))
     assert torch.allclose(
-        difference.picture, (0.5 + factor * (after.picture - before.picture)).clamp(0, 1), rtol=0, atol=1e-6
+        difference.image, (0.5 + factor * (after.image - before.image)).clamp(0, 1), rtol=0, atol=1e-6
     )
     assert f"{127.5 / factor:.0f} grey levels" in difference.caption
-    assert not difference.answers
-    assert not words.answers
+    assert not difference.predictions
+    assert not words.predictions
 
 
-def test_answers_are_the_networks_first_five(examiner: ImageInspector) -> None:
-    for panel in examiner.panels(picture(), STAR, Change("random")):
-        if panel.answers:
+def test_predictions_are_the_models_first_five(inspector: ImageInspector) -> None:
+    for panel in inspector.inspect(picture(), STAR, Change("random")):
+        if panel.predictions:
             with torch.no_grad():
-                shares = examiner.model(panel.picture[None]).softmax(1)[0]
+                shares = inspector.model(panel.image[None]).softmax(1)[0]
             order = shares.argsort(descending=True)[:5].tolist()
-            assert [name for name, _ in panel.answers] == [CLASSES[index] for index in order]
-            assert [share for _, share in panel.answers] == pytest.approx(shares[order].tolist(), abs=1e-5)
+            assert [name for name, _ in panel.predictions] == [CLASSES[index] for index in order]
+            assert [share for _, share in panel.predictions] == pytest.approx(shares[order].tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["random", "symbolic"])
 @pytest.mark.parametrize("share", [0.01, 0.25])
-def test_a_budget_is_so_many_words(examiner: ImageInspector, kind: Any, share: float) -> None:
-    panels = examiner.panels(picture(), STAR, Change(kind, share=share))
+def test_a_budget_is_so_many_words(inspector: ImageInspector, kind: Any, share: float) -> None:
+    panels = inspector.inspect(picture(), STAR, Change(kind, share=share))
     count = round(share * 256)
     assert panels[-1].caption == f"dark: {count} of 256 words ({count / 256:.1%})"
     # A word is a square of 4 x 4 px, dark where it has changed.
-    dark = (panels[-1].picture < 0.5).all(0)[::4, ::4]
+    dark = (panels[-1].image < 0.5).all(0)[::4, ::4]
     assert int(dark.sum()) == count
-    assert "to the decoded picture" in panels[2].caption
+    assert "to the decoded image" in panels[2].caption
 
 
-def test_chance_is_the_seeds(examiner: ImageInspector) -> None:
+def test_chance_is_the_seeds(inspector: ImageInspector) -> None:
     for change in (Change("random"), Change("corruption", "shot_noise")):
         one, same, other = (
-            examiner.panels(picture(), STAR, Change(change.kind, change.corruption, seed=seed))[1].picture
+            inspector.inspect(picture(), STAR, Change(change.kind, change.corruption, seed=seed))[1].image
             for seed in (1, 1, 2)
         )
         assert torch.equal(one, same)
         assert not torch.equal(one, other)
 
 
-def test_the_symbolic_adversary_is_stronger_than_chance(examiner: ImageInspector) -> None:
+def test_the_symbolic_adversary_is_stronger_than_chance(inspector: ImageInspector) -> None:
     def share_of_star(kind: Any, path: Path = STAR) -> float:
-        after = examiner.panels(picture(), path, Change(kind, share=0.1))[1].picture[None]
+        after = inspector.inspect(picture(), path, Change(kind, share=0.1))[1].image[None]
         with torch.no_grad():
-            return float(examiner.model(after).softmax(1)[0, CLASSES.index("star")])
+            return float(inspector.model(after).softmax(1)[0, CLASSES.index("star")])
 
     assert share_of_star("symbolic") < share_of_star("random") - 0.2
     # The clean answer is star: it is the target of a picture without a class, but not where the folder says heart.
@@ -132,10 +132,10 @@ def test_the_symbolic_adversary_is_stronger_than_chance(examiner: ImageInspector
     assert share_of_star("symbolic", Path("heart/x.png")) > share_of_star("symbolic")
 
 
-def test_a_photo_is_cropped_as_for_evaluation(examiner: ImageInspector) -> None:
-    panels = examiner.panels(picture(size=300).resize((400, 300)), STRANGER, Change())
-    assert panels[0].title == "picture"
-    assert {tuple(panel.picture.shape) for panel in panels} == {(3, 64, 64)}
+def test_a_photo_is_cropped_as_for_evaluation(inspector: ImageInspector) -> None:
+    panels = inspector.inspect(picture(size=300).resize((400, 300)), STRANGER, Change())
+    assert panels[0].title == "image"
+    assert {tuple(panel.image.shape) for panel in panels} == {(3, 64, 64)}
 
 
 @pytest.mark.parametrize(("largest", "factor"), [(0.0, 16), (0.03, 16), (0.0625, 8), (0.2, 2), (0.3, 1), (1.0, 1)])
@@ -148,21 +148,21 @@ def test_the_difference_is_amplified_as_far_as_it_can_be_shown(largest: float, f
     assert amplification(difference) == 16
 
 
-def test_verdicts() -> None:
-    first, same = (ImageView("", torch.zeros(3, 1, 1), answers=[("star", share)]) for share in (0.6, 0.4))
-    other = first._replace(answers=[("moon", 0.5)])
-    assert prediction_change([first, same]) == "The answer stays: star 60% → 40%"
-    assert prediction_change([first, other]) == "The answer changes: star 60% → moon 50%"
+def test_prediction_changes() -> None:
+    first, same = (ImageView("", torch.zeros(3, 1, 1), predictions=[("star", share)]) for share in (0.6, 0.4))
+    other = first._replace(predictions=[("moon", 0.5)])
+    assert prediction_change([first, same]) == "The prediction stays: star 60% → 40%"
+    assert prediction_change([first, other]) == "The prediction changes: star 60% → moon 50%"
 
 
 def test_imagenet_classes_have_names(tokenizer: VisualTokenizer) -> None:
-    examiner = ImageInspector(opened(tiny(1000), "x", (64, 64), 3), tokenizer)
-    assert examiner.judge.name_of(0).startswith("tench")
-    assert ImageInspector(opened(tiny(10), "x", (64, 64), 3), tokenizer).judge.name_of(3) == "class 3"
+    inspector = ImageInspector(opened(tiny(1000), "x", (64, 64), 3), tokenizer)
+    assert inspector.scorer.class_name(0).startswith("tench")
+    assert ImageInspector(opened(tiny(10), "x", (64, 64), 3), tokenizer).scorer.class_name(3) == "class 3"
 
 
-def test_what_cannot_be_examined(tokenizer: VisualTokenizer) -> None:
-    with pytest.raises(CheckpointError, match=r"pre\.pth is a pretraining and has no answers"):
+def test_what_cannot_be_inspected(tokenizer: VisualTokenizer) -> None:
+    with pytest.raises(CheckpointError, match=r"pre\.pth is a pretraining and has no predictions"):
         ImageInspector(opened(tiny_mae(), "pre.pth", (64, 64), 3), tokenizer)
     with pytest.raises(ConfigError, match="not divisible by the tokenizer's factor 4"):
         ImageInspector(opened(tiny(), "x", (62, 62), 3), tokenizer)
@@ -170,8 +170,8 @@ def test_what_cannot_be_examined(tokenizer: VisualTokenizer) -> None:
         ImageInspector(opened(tiny(channels=1), "x", (64, 64), 1), tokenizer)
     small = ImageInspector(opened(tiny(img_size=16), "x", (16, 16), 3), tokenizer)
     with pytest.raises(DataError, match="at least 32 px"):
-        small.panels(picture(), STAR, Change())
-    assert len(small.panels(picture(), STAR, Change("random"))) == 5
+        small.inspect(picture(), STAR, Change())
+    assert len(small.inspect(picture(), STAR, Change("random"))) == 5
 
 
 # ---- the command ----
@@ -317,17 +317,17 @@ def visitor(server: tuple[str, Any]) -> Iterator[Visitor]:
 def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]], visitor: Visitor) -> None:
     address, end = server
     page = visitor.page
-    first, first_verdicts = visitor.pictures(), visitor.verdicts()
+    first, first_verdicts = visitor.images(), visitor.verdicts()
     assert len(first_verdicts) == 2
-    assert list(first)[:2] == ["picture (disc)", "gaussian noise 3"]
-    assert np.array_equal(first["picture (disc)"], np.asarray(picture(0)))
+    assert list(first)[:2] == ["image (disc)", "gaussian noise 3"]
+    assert np.array_equal(first["image (disc)"], np.asarray(picture(0)))
 
     # A dropped picture, which has no class, though a generated one is called the same.
     dropped = picture(3)
     visitor.drop("star.png", encoded(dropped))
-    visitor.wait_for_title("picture")
-    assert np.array_equal(visitor.pictures()["picture"], np.asarray(dropped))
-    assert np.array_equal(visitor.pictures(1)["picture"], np.asarray(dropped))
+    visitor.wait_for_title("image")
+    assert np.array_equal(visitor.images()["image"], np.asarray(dropped))
+    assert np.array_equal(visitor.images(1)["image"], np.asarray(dropped))
     assert visitor.verdicts() != first_verdicts
 
     # Another corruption, then another severity.
@@ -339,9 +339,7 @@ def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]]
     visitor.nudge("severity")
     visitor.wait_for_title("contrast 4")
     seed = image_seed(0, 0, "contrast", 4)
-    assert np.array_equal(
-        visitor.pictures()["contrast 4"], as_stored(corrupt(np.asarray(dropped), "contrast", 4, seed))
-    )
+    assert np.array_equal(visitor.images()["contrast 4"], as_stored(corrupt(np.asarray(dropped), "contrast", 4, seed)))
 
     # Words: random ones, more of them, another seed; then chosen ones.
     page.get_by_role("button", name="random words").click()
@@ -349,19 +347,19 @@ def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]]
     visitor.nudge("word budget")
     visitor.wait_for_title("6% of its words changed (random)")
     visitor.wait_for_title("dark: 15 of 256 words (5.9%)")
-    chance = visitor.pictures()["6% of its words changed (random)"]
+    chance = visitor.images()["6% of its words changed (random)"]
     page.get_by_label("seed").fill("7")
     page.wait_for_function(
         "before => [...document.querySelectorAll('.panel img')].every(one => one.src !== before)",
         arg=page.locator('.panel img[alt^="6%"]').first.get_attribute("src"),
     )
-    assert not np.array_equal(visitor.pictures()["6% of its words changed (random)"], chance)
+    assert not np.array_equal(visitor.images()["6% of its words changed (random)"], chance)
     page.get_by_role("button", name="symbolic words").click()
     visitor.wait_for_title("6% of its words changed (symbolic)")
-    assert all("The answer changes: star" in told for told in visitor.verdicts())
+    assert all("The prediction changes: star" in told for told in visitor.verdicts())
 
     # What is no picture gets a message, and the pictures stay.
-    before = visitor.pictures()
+    before = visitor.images()
     frames = [picture(index) for index in range(2)]
     for name, content, told in [
         ("letter.txt", b"dear reader", "letter.txt: it is not an image that can be read"),
@@ -373,14 +371,14 @@ def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]]
         visitor.drop(name, content)
         visitor.told(told)
         assert "on_bad" not in page.locator("[role=alert]").inner_text()
-        assert all(itertools.starmap(np.array_equal, zip(before.values(), visitor.pictures().values(), strict=True)))
+        assert all(itertools.starmap(np.array_equal, zip(before.values(), visitor.images().values(), strict=True)))
     visitor.drop("print.jpg", encoded(dropped.convert("CMYK"), "JPEG"), "image/jpeg")
     page.locator("[role=alert]").wait_for(state="hidden")
-    assert not np.array_equal(visitor.pictures()["picture"], before["picture"])
+    assert not np.array_equal(visitor.images()["image"], before["image"])
 
     # An example again; its class is its folder's.
-    page.get_by_role("button", name="picture moon/").click()
-    visitor.wait_for_title("picture (moon)")
+    page.get_by_role("button", name="image moon/").click()
+    visitor.wait_for_title("image (moon)")
 
     assert not visitor.errors
     hosts = {url.removeprefix("blob:").split("/")[2] for url in visitor.requests if not url.startswith("data:")}
