@@ -34,7 +34,6 @@ from mae_dat.robustness.suites.base import NetworkInput, SuiteSettings
 from mae_dat.robustness.suites.imagenet import SYNSETS
 from mae_dat.robustness.suites.sources import SuiteSources
 from mae_dat.robustness.suites.specs import build_suite
-from mae_dat.runtime.console import command_arguments
 from mae_dat.runtime.device import amp_dtype, pick_device
 
 USUAL = "75 loaders, float32, a read-back a batch"
@@ -216,7 +215,7 @@ class ProfileConfig:
 
 def main() -> None:
     """The two ways and ours in float32, in turns."""
-    config = load_config(ProfileConfig, command_arguments(), __doc__ or "", program="python -m benchmarks.evaluation")
+    config = load_config(ProfileConfig(), __doc__ or "", program="python -m benchmarks.evaluation")
     device = pick_device(config.device)
     best = "bf16" if amp_dtype("auto", device) else "fp32"
     print(f"{device}, {torch.get_num_threads()} threads and {Work('', 0, 0, 0, device).workers} workers of the loader")

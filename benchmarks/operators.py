@@ -20,7 +20,6 @@ from benchmarks.__main__ import BenchmarkConfig, select_cases
 from benchmarks.timing import Case, Step, wait_for
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config, run_command
-from mae_dat.runtime.console import command_arguments
 from mae_dat.runtime.device import pick_device
 
 Shares = list[tuple[str, int, float]]
@@ -86,7 +85,7 @@ def show(case: Case, shares: Shares, top: int, console: Console) -> None:
 
 def main() -> None:
     """Command line."""
-    config = load_config(OperatorsConfig, command_arguments(), __doc__ or "", program="python -m benchmarks.operators")
+    config = load_config(OperatorsConfig(), __doc__ or "", program="python -m benchmarks.operators")
     if not config.only:
         raise ConfigError("name at least one case: --only NAME, as in `python -m benchmarks`")
     device, console = pick_device(config.device), Console()
