@@ -97,7 +97,7 @@ def _examples(axes: Axes, results: Results, folder: Path) -> None:
         top = 1 - number / PAIRS
         for column, key in enumerate(("file", "words")):
             own = axes.inset_axes((0.21 * column, top - 0.225, 0.2, 0.215))
-            own.imshow(np.asarray(Image.open(folder / example[key]).convert("RGB")), interpolation="suggest")
+            own.imshow(np.asarray(Image.open(folder / example[key]).convert("RGB")), interpolation="nearest")
             own.set_axis_off()
         said = [f"{example['label']}, {str(example['cell']).replace('_', ' ').replace('/', ' ')}".rstrip(", ")]
         said += [f"{'✓' if a == example['label'] else '✗'} {titles[n]}: {a}" for n, a in example["answers"].items()]

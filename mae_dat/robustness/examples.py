@@ -1,8 +1,8 @@
-"""Pictures on which two networks differ, for a report: what each answers, and the picture as its words tell it."""
+"""Example images for a report, on which two models differ: their predictions, and the image decoded from its words."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,39 +10,65 @@ from torch import Tensor
 from mae_dat.data.gallery import save_png
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import evaluation_mode
-from mae_dat.robustness.measure import ImagePass, PassImages
+from mae_dat.robustness.measure import PassImages
 from mae_dat.robustness.plan import Plan, SuiteRun
+from mae_dat.robustness.suites.base import ImagePass
 from mae_dat.robustness.suites.imagenet import NO_CLASS
 from mae_dat.runtime.watchdog import heartbeat
 
-SHOWN, LOOKED_AT = 8, 128
-SHOWN_CORRUPTIONS = ("gaussian_noise", "glass_blur", "fog", "pixelate")
-SHOWN_SEVERITY = 3
+MAX_EXAMPLES = 8
+CANDIDATES = 128  # evenly spaced images of a cell
+EXAMPLE_CORRUPTIONS = ("gaussian_noise", "glass_blur", "fog", "pixelate")
+EXAMPLE_SEVERITY = 3
+BATCH_SIZE = 16
+
+
+class _Cell(NamedTuple):
+    """One cell of a suite and the runs of the two models on it."""
+
+    runs: list[SuiteRun]
+    image_pass: ImagePass
+    row: int
+    """Position of the cell in the pass."""
+
+
+class _Example(NamedTuple):
+    """An image (3, H, W) in [0, 1] that one of two models predicts correctly."""
+
+    image: Tensor
+    label: str
+    predictions: dict[str, str]
+    """By model."""
 
 
 @torch.no_grad()
 def write_examples(plan: Plan, pair: tuple[str, str], folder: Path | None) -> list[dict[str, Any]]:
-    """Up to 8 pictures, as PNG below `folder`, on which two networks differ, one rightly.
+    """Write up to 8 images on which two models differ as PNG below `folder`, and return them as `Results.examples`.
 
-    For each cell one of either kind, of 128 pictures that are evenly spread. Without a folder nothing is written, which
-    is for the other ranks: they look along, because one that waits would seem to hang. Raises StorageError.
+    Of each cell, one image that only the first model predicts correctly and one that only the second does, out of 128
+    evenly spaced ones. Ranks other than the main one pass no folder: they compute the same and write nothing, because a
+    rank that only waits would look as if it hung. Raises StorageError.
     """
     examples: list[dict[str, Any]] = []
-    for entries, portion, row in _cells(plan, pair):
-        cell = portion.cells[row]
-        for image, label, answers in _differing(entries, portion, row):
-            if len(examples) == SHOWN:
+    for cell in _cells(plan, pair):
+        for example in _differing_images(cell):
+            if len(examples) == MAX_EXAMPLES:
                 return examples
-            file = f"examples/{len(examples) + 1}.png"
-            _save(image, folder, file)
-            suite = entries[0].suite.name
-            examples.append({"file": file, "suite": suite, "cell": cell, "label": label, "answers": answers})
+            name = f"examples/{len(examples) + 1}"
+            entry: dict[str, Any] = {
+                "file": f"{name}.png",
+                "suite": cell.runs[0].suite.name,
+                "cell": cell.image_pass.cells[cell.row],
+                "label": example.label,
+                "answers": example.predictions,
+            }
+            _save(example.image, folder, entry["file"])
             if plan.sources.has_tokenizer:
-                words = f"examples/{len(examples)}-words.png"
                 tokenizer = plan.sources.tokenizer
-                decoded = tokenizer.decode(tokenizer.encode(image[None].to(tokenizer.codebook.device)))
-                _save(decoded[0].cpu(), folder, words)
-                examples[-1]["words"] = words
+                words = tokenizer.encode(example.image[None].to(tokenizer.codebook.device))
+                entry["words"] = f"{name}-words.png"
+                _save(tokenizer.decode(words)[0].cpu(), folder, entry["words"])
+            examples.append(entry)
     return examples
 
 
@@ -52,50 +78,65 @@ def _save(image: Tensor, folder: Path | None, file: str) -> None:
         save_png(image, folder / file)
 
 
-def _cells(plan: Plan, pair: tuple[str, str]) -> Iterator[tuple[list[SuiteRun], ImagePass, int]]:
-    """Cells to look at, corrupted ones first: the two networks' entries, the portion, the row in it."""
+def _cells(plan: Plan, pair: tuple[str, str]) -> Iterator[_Cell]:
+    """Yield the cells to take examples from, those of corruptions first, where both models see the same images."""
     for corrupted in (True, False):
-        for name in plan.suite_names:
-            own = {entry.network.name: entry for entry in plan.runs_of(name)}
-            entries = [own[one] for one in pair if one in own]
-            if len(entries) < 2 or len({entry.suite.preprocessing for entry in entries}) > 1:
+        for suite in plan.suite_names:
+            by_model = {run.network.name: run for run in plan.runs_of(suite)}
+            runs = [by_model[model] for model in pair if model in by_model]
+            if len(runs) < 2 or len({run.suite.preprocessing for run in runs}) > 1:
                 continue
-            for portion in entries[0].suite.passes:
-                for row, cell in enumerate(portion.cells):
-                    corruption, _, severity = cell.partition("/")
-                    wanted = corruption in SHOWN_CORRUPTIONS and severity == str(SHOWN_SEVERITY)
-                    attacked = portion.adversary or portion.word_hits
-                    plain = cell == "" and not portion.images.class_mapping.mean_probability
-                    if not attacked and (wanted if corrupted else plain):
-                        yield entries, portion, row
+            for image_pass in runs[0].suite.passes:
+                for row, cell in enumerate(image_pass.cells):
+                    if _is_suitable(image_pass, cell, corrupted):
+                        yield _Cell(runs, image_pass, row)
 
 
-def _differing(entries: list[SuiteRun], portion: ImagePass, row: int) -> Iterator[tuple[Tensor, str, dict[str, str]]]:
-    """A picture (3, H, W) that the first network alone has right, and one that the second has, with their answers."""
-    pictures, made = portion.images, PassImages([portion])
-    chosen = evenly_spaced(len(pictures), LOOKED_AT)
-    image = torch.stack([_heard(made[0, index]["images"][row]) for index in chosen]).float() / 255
-    index = torch.tensor(chosen)
-    answers, right = [], []
-    with evaluation_mode(*(entry.network.model for entry in entries)):
-        for entry in entries:
-            network, device = entry.network.model, entry.network.device
-            logits = torch.cat([_heard(network(part.to(device)).float().cpu()) for part in image.split(16)])
-            answers.append(pictures.class_mapping.predictions(logits))
-            right.append(pictures.is_correct(answers[-1], index))
-    for one, other in ((0, 1), (1, 0)):
-        for at in (right[one] & ~right[other]).nonzero().flatten().tolist()[:1]:
-            said = {
-                e.network.name: _said(pictures.classes, int(a[at, 0])) for e, a in zip(entries, answers, strict=True)
-            }
-            yield image[at], _said(pictures.classes, int(answers[one][at, 0])), said
+def _is_suitable(image_pass: ImagePass, cell: str, corrupted: bool) -> bool:
+    """Return whether a cell is one of the example corruptions, or if not `corrupted` a whole suite without conflicting
+    cues; never an attack."""
+    if image_pass.adversary or image_pass.word_hits:
+        return False
+    if corrupted:
+        corruption, _, severity = cell.partition("/")
+        return corruption in EXAMPLE_CORRUPTIONS and severity == str(EXAMPLE_SEVERITY)
+    return cell == "" and not image_pass.images.class_mapping.mean_probability
 
 
-def _heard(found: Tensor) -> Tensor:
-    """The same, once the watchdog knows of it."""
-    heartbeat()
-    return found
+def _differing_images(cell: _Cell) -> Iterator[_Example]:
+    """Yield the first image that only the first model predicts correctly, and the first that only the second does."""
+    images = cell.image_pass.images
+    indices = evenly_spaced(len(images), CANDIDATES)
+    batch = _load_images(cell, indices)
+    predictions = [images.class_mapping.predictions(_logits(run, batch)) for run in cell.runs]
+    first, second = (images.is_correct(predicted, torch.tensor(indices)) for predicted in predictions)
+    for correct, only_this in ((0, first & ~second), (1, second & ~first)):
+        for position in only_this.nonzero().flatten().tolist()[:1]:
+            names = [_class_name(images.classes, int(predicted[position, 0])) for predicted in predictions]
+            by_model = {run.network.name: name for run, name in zip(cell.runs, names, strict=True)}
+            yield _Example(batch[position], label=names[correct], predictions=by_model)
 
 
-def _said(classes: list[str], answer: int) -> str:
-    return "no class of the set" if answer == NO_CLASS else classes[answer]
+def _load_images(cell: _Cell, indices: list[int]) -> Tensor:
+    """Load images of a cell as float (N, 3, H, W) in [0, 1]."""
+    dataset = PassImages([cell.image_pass])
+    images = []
+    for index in indices:
+        images.append(dataset[0, index]["images"][cell.row])
+        heartbeat()
+    return torch.stack(images).float() / 255
+
+
+def _logits(run: SuiteRun, images: Tensor) -> Tensor:
+    """Return a model's logits (N, K) for float images (N, 3, H, W) in [0, 1], on the CPU."""
+    model, device = run.network.model, run.network.device
+    logits = []
+    with evaluation_mode(model):
+        for batch in images.split(BATCH_SIZE):
+            logits.append(model(batch.to(device)).float().cpu())
+            heartbeat()
+    return torch.cat(logits)
+
+
+def _class_name(classes: list[str], prediction: int) -> str:
+    return "no class of the set" if prediction == NO_CLASS else classes[prediction]
