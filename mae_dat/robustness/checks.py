@@ -80,9 +80,9 @@ def check_attacks(plan: Plan, counts: PlanCounts, setup: EvaluationSetup) -> Che
 def _compare_with_random_words(symbolic_counts: SuiteCounts, random_counts: SuiteCounts) -> Check:
     """Check that chosen words are never weaker than random ones, at any share."""
     symbolic = [count["correct"] for count in symbolic_counts.counts.values()]
-    random = [count["correct"] for count in random_counts.counts.values()]
-    details = f"{symbolic[-1]} right at the largest share, {random[-1]} under random words"
-    passed = all(chosen <= drawn for chosen, drawn in zip(symbolic, random, strict=True))
+    with_random_words = [count["correct"] for count in random_counts.counts.values()]
+    details = f"{symbolic[-1]} right at the largest share, {with_random_words[-1]} under random words"
+    passed = all(a <= b for a, b in zip(symbolic, with_random_words, strict=True))
     return Check("beats random words", passed, details)
 
 

@@ -134,24 +134,28 @@ def evaluate(
     """
     torch_device = pick_device(str(device))
     size_HW = (size, size) if isinstance(size, int) else size
-    options = EvalOptions(torch_device, amp_dtype(precision, torch_device), size_HW, interpolation, crop)
-    suite_config = SuiteConfig(data=None if data is None else str(data), **settings)
+    options = EvalOptions(
+        torch_device, amp_dtype(precision, torch_device), size=size_HW, interpolation=interpolation, crop=crop
+    )
     networks = _open_all(models, options, classes)
-    folder = None if output is None else on_main_rank(lambda: prepare_output_folder(Path(output)))
-    setup = EvaluationSetup(
+    suite_config = SuiteConfig(data=None if data is None else str(data), **settings)
+    suites = suite_settings(suite_config, torch_device, batch_size)
+    requested = (suite,) if isinstance(suite, str) else tuple(suite)
+    setup = _setup_in_python(options, output, console, batch_size, num_workers=num_workers)
+    return run_evaluation(networks, suites, requested, setup, title=title)
+
+
+def _setup_in_python(
+    options: EvalOptions, output: str | Path | None, console: Console | None, batch_size: int, *, num_workers: int
+) -> EvaluationSetup:
+    """Return the setup of a call from Python, whose process may be part of a process group."""
+    return EvaluationSetup(
         options,
-        folder,
+        None if output is None else on_main_rank(lambda: prepare_output_folder(Path(output))),
         console=console or Console(quiet=True),
         world=World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(),
         batch_size=batch_size,
         num_workers=num_workers,
-    )
-    return run_evaluation(
-        networks,
-        suite_settings(suite_config, torch_device, batch_size),
-        requested=(suite,) if isinstance(suite, str) else tuple(suite),
-        setup=setup,
-        title=title,
     )
 
 
@@ -197,14 +201,16 @@ def run_command_evaluation(config: RobustnessConfig, console: Console) -> Result
     )
     with run_context(run_config, LaunchConfig(), console, training=False) as context:
         size_HW = image_size(config.input_size) if config.input_size else None
-        options = EvalOptions(context.device, context.precision, size_HW, config.interpolation, config.crop)
+        options = EvalOptions(
+            context.device,
+            context.precision,
+            size=size_HW,
+            interpolation=config.interpolation,
+            crop=config.crop,
+        )
         networks = on_all_ranks(
             lambda: open_networks(
-                config.checkpoint,
-                config.model,
-                pretrained=config.pretrained,
-                names=config.names,
-                options=options,
+                config.checkpoint, config.model, pretrained=config.pretrained, names=config.names, options=options
             )
         )
         setup = EvaluationSetup(

@@ -43,7 +43,7 @@ class NonFiniteFlag:
     """Whether counts on a device are no longer zero, without waiting for the device.
 
     Reading a GPU tensor waits until all queued work is done. So the counts are copied asynchronously, and `is_set`
-    answers with the last copy that has arrived: right at the first call, one or two batches late afterwards.
+    looks at the last copy that has arrived: it is right at the first call, and one or two batches late afterwards.
     """
 
     def __init__(self, counts: Tensor) -> None:

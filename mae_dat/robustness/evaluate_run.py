@@ -23,11 +23,7 @@ from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import run_context
-from mae_dat.training.finetune import (
-    finetune,
-    held_out_images,
-    held_out_loader,
-)
+from mae_dat.training.finetune import finetune, held_out_images, held_out_loader
 
 logger = logging.getLogger(__name__)
 

@@ -149,7 +149,9 @@ def measure(
         for position, (image_pass, names) in enumerate(passes):
             report = functools.partial(_report, progress, image_pass)
             models = {name: _monitored(networks[name], image_pass, report) for name in names}
-            counters = [PassCounter(name, models[name], image_pass, device, precision) for name in names]
+            counters = [
+                PassCounter(name, models[name], image_pass, device=device, precision=precision) for name in names
+            ]
             steps = len(sampler.batches(position))
             on_all_ranks(functools.partial(_count_batches, batches, steps, counters, device, report))
             yield image_pass, {counter.name: counter.sum_over_ranks(reduce) for counter in counters}

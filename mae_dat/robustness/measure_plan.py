@@ -120,9 +120,7 @@ def _from_json(measurement: CachedMeasurement) -> SuiteCounts:
 
 
 def _write_to_cache(
-    cache: MeasurementCache,
-    keys: Mapping[str, dict[str, Any] | None],
-    measurements: Mapping[str, CachedMeasurement],
+    cache: MeasurementCache, keys: Mapping[str, dict[str, Any] | None], measurements: Mapping[str, CachedMeasurement]
 ) -> None:
     for name, measurement in measurements.items():
         cache.write(keys[name], measurement)

@@ -26,7 +26,7 @@ class EvaluationSetup:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:
             raise ConfigError(
-                f"--batch_size {self.batch_size} --num_workers {self.num_workers}: give at least 1 picture, and 0 or "
+                f"--batch_size {self.batch_size} --num_workers {self.num_workers}: give at least 1 image, and 0 or "
                 "more workers."
             )
 

@@ -199,7 +199,7 @@ def test_a_limit_is_said_before_the_numbers(own: Path, capsys: pytest.CaptureFix
 def test_what_cannot_work_is_said_before_anything_is_read(own: Path) -> None:  # noqa: F811
     wrong: list[dict[str, Any]] = [{"batch_size": 0}, {"num_workers": -1}]
     for setting in wrong:
-        with pytest.raises(ConfigError, match="give at least 1 picture, and 0 or more workers"):
+        with pytest.raises(ConfigError, match="give at least 1 image, and 0 or more workers"):
             evaluate(Linear(), "clean", own, size=32, **setting)
     damaged = Linear()
     damaged[2].weight.data.fill_(torch.nan)

@@ -835,7 +835,7 @@ def test_flags_that_do_not_fit_together(
         (["--checkpoint", file, file], "the same name"),
         (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 networks"),
         (["--checkpoint", file, "--names", ""], "a name that can be seen"),
-        (["--checkpoint", file, "--batch_size", "0"], "give at least 1 picture"),
+        (["--checkpoint", file, "--batch_size", "0"], "give at least 1 image"),
         (["--recompute", ""], "is no results.json"),
         (["--checkpoint", file, "--model", "a", "b"], "one name for all"),
         (["--checkpoint", file, "--baseline", "nett"], "did you mean net?"),

@@ -45,7 +45,7 @@ def _pixel_adversary(attack: PixelAttack, seed: int) -> Adversary:
     def adversary(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
         # A generator for each image: its random start does not depend on the batch it is in.
         generators = [image_generator(seed, image_number) for image_number in number.tolist()]
-        return pixel_adversary(network, image, label, attack, generators)
+        return pixel_adversary(network, image, label, attack, generators=generators)
 
     return adversary
 

@@ -148,4 +148,4 @@ class SuiteSettings:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"--limit {self.limit}: give at least 1 picture a cell, or None for all.")
+            raise ConfigError(f"--limit {self.limit}: give at least 1 image per cell, or None for all.")

@@ -72,14 +72,20 @@ _R_LABELS = dict(zip(synsets_of(IMAGENET_R), IMAGENET_R, strict=True))
 # ImageNet-V2's folders are class numbers. Sorted as text, folder "100" would become class 2.
 _V2_LABELS = {str(number): number for number in range(len(SYNSETS))}
 _CATEGORY_LABELS = _numbered(list(SIXTEEN))
-_IMAGENET_FOLDERS = ("imagenet", "imagenet-1k", "imagenet-val", "ILSVRC2012", "val")
-
-_IMAGENET = Benchmark("imagenet", "ImageNet", _IMAGENET_FOLDERS, 50_000, _WNIDS, per_class=50, subfolder="val")
+_IMAGENET = Benchmark(
+    "imagenet",
+    "ImageNet",
+    folder_names=("imagenet", "imagenet-1k", "imagenet-val", "ILSVRC2012", "val"),
+    images=50_000,
+    labels=_WNIDS,
+    per_class=50,
+    subfolder="val",
+)
 _OBJECTNET = Benchmark(
     "objnet-113",
     "ObjectNet",
-    ("objectnet-1.0", "objectnet"),
-    50_273,
+    folder_names=("objectnet-1.0", "objectnet"),
+    images=50_273,
     labels={},
     label_source="objnet-113",
     border=2,
@@ -88,13 +94,22 @@ _OBJECTNET = Benchmark(
 _IMAGENET_C = Benchmark(
     "imagenet-c",
     "ImageNet-C",
-    ("imagenet-c",),
-    50_000,
-    _WNIDS,
+    folder_names=("imagenet-c",),
+    images=50_000,
+    labels=_WNIDS,
     per_class=50,
     side=224,
     corruptions=CORRUPTIONS,
     held_out=EXTRA,
+)
+_C_BAR = dataclasses.replace(
+    _IMAGENET_C,
+    name="imagenet-c-bar",
+    title="ImageNet-C-bar",
+    folder_names=("imagenet-c-bar",),
+    corruptions=C_BAR,
+    held_out=(),
+    by_strength=True,
 )
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -105,22 +120,45 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "imagenet-v2",
             "ImageNet-V2",
-            ("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency", "imagenet-v2"),
-            10_000,
-            _V2_LABELS,
+            folder_names=(
+                "imagenetv2-matched-frequency-format-val",
+                "imagenetv2-matched-frequency",
+                "imagenet-v2",
+            ),
+            images=10_000,
+            labels=_V2_LABELS,
             per_class=10,
         ),
-        Benchmark("imagenet-a", "ImageNet-A", ("imagenet-a",), 7500, _A_LABELS, class_mapping=CLASSES_OF_A),
-        Benchmark("imagenet-r", "ImageNet-R", ("imagenet-r",), 30_000, _R_LABELS, class_mapping=CLASSES_OF_R),
         Benchmark(
-            "imagenet-sketch", "ImageNet-Sketch", ("imagenet-sketch", "sketch"), 50_889, _WNIDS, subfolder="sketch"
+            "imagenet-a",
+            "ImageNet-A",
+            folder_names=("imagenet-a",),
+            images=7500,
+            labels=_A_LABELS,
+            class_mapping=CLASSES_OF_A,
+        ),
+        Benchmark(
+            "imagenet-r",
+            "ImageNet-R",
+            folder_names=("imagenet-r",),
+            images=30_000,
+            labels=_R_LABELS,
+            class_mapping=CLASSES_OF_R,
+        ),
+        Benchmark(
+            "imagenet-sketch",
+            "ImageNet-Sketch",
+            folder_names=("imagenet-sketch", "sketch"),
+            images=50_889,
+            labels=_WNIDS,
+            subfolder="sketch",
         ),
         Benchmark(
             "stylized",
             "Stylized-ImageNet",
-            ("stylized-imagenet", "imagenet-stylized", "imagenet-style"),
-            50_000,
-            _WNIDS,
+            folder_names=("stylized-imagenet", "imagenet-stylized", "imagenet-style"),
+            images=50_000,
+            labels=_WNIDS,
             per_class=50,
             side=224,
             subfolder="val",
@@ -128,21 +166,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         _OBJECTNET,
         dataclasses.replace(_OBJECTNET, name="objnet-1000", label_source="objnet-1000"),
         _IMAGENET_C,
-        dataclasses.replace(
-            _IMAGENET_C,
-            name="imagenet-c-bar",
-            title="ImageNet-C-bar",
-            folder_names=("imagenet-c-bar",),
-            corruptions=C_BAR,
-            held_out=(),
-            by_strength=True,
-        ),
+        _C_BAR,
         Benchmark(
             "cue-conflict",
             "cue conflict",
-            ("cue-conflict", "style-transfer-preprocessed-512"),
-            1280,
-            _CATEGORY_LABELS,
+            folder_names=("cue-conflict", "style-transfer-preprocessed-512"),
+            images=1280,
+            labels=_CATEGORY_LABELS,
             per_class=80,
             class_mapping=SIXTEEN_CLASSES,
             label_source="conflict",

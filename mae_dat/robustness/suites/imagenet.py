@@ -117,7 +117,7 @@ def class_mapping(
     for number, members in enumerate(classes.values()):
         class_of_logit[list(members)] = number
     used = torch.arange(len(SYNSETS))[(class_of_logit != NO_CLASS) | (not restricted)]
-    return ClassMapping(name, tuple(classes), used, class_of_logit[used], mean_probability)
+    return ClassMapping(name, tuple(classes), used, class_of_logit[used], mean_probability=mean_probability)
 
 
 def _imagenet_subset(name: str, classes: Sequence[int]) -> ClassMapping:

@@ -283,15 +283,7 @@ def open_benchmark(
     `corruptions` selects these; the default is all, with the held-out ones that are present. Raises MissingInputError
     and DataError, with the reason, before any image is decoded; ConfigError for an unknown name.
     """
-    known = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
-    if known is None:
-        raise ConfigError(f"unknown benchmark {benchmark!r}: choose from {', '.join(BENCHMARKS)}")
-    require_folder(folder)
-    root = Path(folder)
-    if known.label_source in ("objnet-113", "objnet-1000"):
-        objectnet = read_objectnet(root)
-        mapping = objectnet.class_mapping(restricted=known.label_source == "objnet-113")
-        known = dataclasses.replace(known, labels=objectnet.labels, class_mapping=mapping)
+    known, root = _look_up(benchmark, folder), Path(folder)
     folders, missing = _cell_folders(known, str(root), corruptions)
     _require_complete(root, known, missing, partial)
     preprocessing = Preprocessing(size_HW, interpolation, known.side, known.border)
@@ -312,11 +304,29 @@ def open_benchmark(
         cell_set.missing = missing + missing_of_cell
         cell_set.protocol["folder"] = root.resolve().name  # distinguishes V2's two releases
         if subset is not None:
-            position = {image: number for number, (image, _) in enumerate(every_image)}
-            cell_set.numbers = [position[image] for image, _ in cell_set.listing]
-            cell_set.protocol["subset"] = f"{len(listing):,} pictures of a list"
+            _record_subset(cell_set, every_image, len(listing))
         sets.append(cell_set)
     return sets
+
+
+def _look_up(benchmark: str | Benchmark, folder: str | Path) -> Benchmark:
+    """Return a benchmark by its name, with ObjectNet's labels read from `folder`. Raises UserError."""
+    known = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
+    if known is None:
+        raise ConfigError(f"unknown benchmark {benchmark!r}: choose from {', '.join(BENCHMARKS)}")
+    require_folder(folder)
+    if known.label_source not in ("objnet-113", "objnet-1000"):
+        return known
+    objectnet = read_objectnet(Path(folder))
+    mapping = objectnet.class_mapping(restricted=known.label_source == "objnet-113")
+    return dataclasses.replace(known, labels=objectnet.labels, class_mapping=mapping)
+
+
+def _record_subset(cell_set: BenchmarkSet, every_image: Listing, count: int) -> None:
+    """Give the selected images their numbers in the whole folder, and note the selection of `count` images."""
+    position = {image: number for number, (image, _) in enumerate(every_image)}
+    cell_set.numbers = [position[image] for image, _ in cell_set.listing]
+    cell_set.protocol["subset"] = f"{count:,} pictures of a list"
 
 
 def _list_cell(benchmark: Benchmark, path: str, subset: Collection[str] | None) -> tuple[Listing, Listing, list[str]]:
