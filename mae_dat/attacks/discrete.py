@@ -93,45 +93,37 @@ def discrete_adversary(
         require_pixels(image)
     image = image.detach().float()
     if config.kind == "released":
-        return _released(
-            image,
-            loss_fn,
-            tokenizer=tokenizer,
-            config=config,
-            generator=generator,
-            known_gradient=gradient,
-            known_words=words,
-        )
+        return _released(image, loss_fn, tokenizer, config, generator=generator, gradient=gradient, words=words)
     words = encode_words(tokenizer, image) if words is None else words
     if config.kind == "paper":
-        return _paper(image, loss_fn, tokenizer=tokenizer, alpha=config.eps, words=words)
-    return _replaced(words, loss_fn, tokenizer=tokenizer, config=config, generator=generator)
+        return _paper(image, loss_fn, tokenizer, alpha=config.eps, words=words)
+    return _replaced(words, loss_fn, tokenizer, config=config, generator=generator)
 
 
 def _released(
     image: Tensor,
     loss_fn: LossFn,
-    *,
     tokenizer: VisualTokenizer,
     config: AttackConfig,
+    *,
     generator: torch.Generator,
-    known_gradient: Tensor | None,
-    known_words: Tensor | None,
+    gradient: Tensor | None,
+    words: Tensor | None,
 ) -> DiscreteAdversary:
     """Attack as the authors' released code does.
 
     c = Q(x), or x itself (`config.at`); p_0 = c or a random point of the ball;
     p_t = c + project(p_(t-1) + eps * unit(dL/dp) - c, eps), clamped to [0, 1]; the adversary is Q(p_T).
+    `gradient` and `words` are those of the image, if known.
     """
     at_image = config.at == "image"
     if at_image:
         center = image
     else:
-        words = encode_words(tokenizer, image) if known_words is None else known_words
-        center = decode_words(tokenizer, words)
+        center = decode_words(tokenizer, encode_words(tokenizer, image) if words is None else words)
     point = random_start(center, config, generator)
     for _ in range(config.steps):
-        direction = unit(input_gradient(point, loss_fn) if known_gradient is None else known_gradient)
+        direction = unit(input_gradient(point, loss_fn) if gradient is None else gradient)
         delta = project(point + config.eps * direction - center, config.eps)
         point = (center + delta).clamp(0, 1)
     adversarial_words = encode_words(tokenizer, point)
@@ -145,7 +137,7 @@ def _released(
 
 
 def _paper(
-    image: Tensor, loss_fn: LossFn, *, tokenizer: VisualTokenizer, alpha: float, words: Tensor
+    image: Tensor, loss_fn: LossFn, tokenizer: VisualTokenizer, *, alpha: float, words: Tensor
 ) -> DiscreteAdversary:
     """Attack by the paper's Algorithm 1: Q(x + alpha * dL/dQ(x)), with the gradient of each sample's own loss."""
     reconstruction = decode_words(tokenizer, words)  # Q(x)
@@ -156,7 +148,7 @@ def _paper(
 
 
 def _replaced(
-    words: Tensor, loss_fn: LossFn, *, tokenizer: VisualTokenizer, config: AttackConfig, generator: torch.Generator
+    words: Tensor, loss_fn: LossFn, tokenizer: VisualTokenizer, *, config: AttackConfig, generator: torch.Generator
 ) -> DiscreteAdversary:
     """Replace a share of the words (B, h, w): to raise the loss to first order, at random, or not at all."""
     adversarial_words = words

@@ -8,7 +8,6 @@ a share if the model was right there and at every smaller share, because *up to*
 and images that are already misclassified are not attacked any further.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,17 +18,11 @@ from torch import Tensor, nn
 from mae_dat.attacks.discrete import image_generator, other_words
 from mae_dat.attacks.gradient import LossFn, require_pixels
 from mae_dat.attacks.symbolic import symbolic_words
-from mae_dat.config.errors import ConfigError, DataError, NumericsError
-from mae_dat.data.image_set import Batch
-from mae_dat.models.modes import evaluation_mode
+from mae_dat.config.errors import ConfigError, NumericsError
 from mae_dat.models.tokenizer.base import VisualTokenizer
-from mae_dat.runtime.collectives import all_sum
 
 WORD_ATTACK_KINDS = ("symbolic", "random")
 WORD_SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
-
-WordCurve = dict[str, dict[str, int]]
-"""Share as text (JSON keys are text) -> `correct` of `total` images."""
 
 
 @dataclass(frozen=True)
@@ -66,43 +59,6 @@ class WordAttack:
 
 
 @torch.no_grad()
-def word_accuracy(
-    model: nn.Module,
-    tokenizer: VisualTokenizer,
-    batches: Iterable[Batch],
-    attack: WordAttack,
-    device: torch.device,
-    reduce: Callable[[Tensor], Tensor] = all_sum,
-) -> dict[str, WordCurve]:
-    """Measure the curve of each kind in integer counts; `reduce` sums them over ranks, each with its own images.
-
-    The model runs in evaluation mode, and its training flags are restored. Images that replace unreadable ones
-    (`skipped`) are not counted. Raises DataError if no image is left, ConfigError (size, shares), NumericsError (NaN or
-    infinite logits).
-    """
-    counts = torch.zeros(len(WORD_ATTACK_KINDS) + 1, len(attack.shares), dtype=torch.int64, device=device)
-    with evaluation_mode(model):
-        for batch in batches:
-            readable = batch["skipped"] == 0
-            image, label = batch["image"][readable].to(device), batch["label"][readable].to(device)
-            index = batch["index"][readable]
-            for row, kind in enumerate(WORD_ATTACK_KINDS if len(image) else ()):
-                hits = word_hits(
-                    model, tokenizer=tokenizer, image=image, label=label, index=index, kind=kind, attack=attack
-                )
-                counts[row] += hits.sum(1)
-            counts[-1] += len(image)
-    *correct, total = reduce(counts).tolist()
-    if not total[0]:
-        raise DataError("no image to attack could be read: check the validation folder.")
-    shares = [f"{share:g}" for share in attack.shares]
-    return {
-        kind: {share: {"correct": hits, "total": total[0]} for share, hits in zip(shares, row, strict=True)}
-        for kind, row in zip(WORD_ATTACK_KINDS, correct, strict=True)
-    }
-
-
-@torch.no_grad()
 def word_hits(
     model: nn.Module,
     tokenizer: VisualTokenizer,
@@ -127,9 +83,7 @@ def word_hits(
         for previous, budget in pairwise(budgets):
             rows = right.nonzero()[:, 0]  # images that still resist
             if kind == "random":
-                places = order[rows, previous:budget]
-                changed = words[rows].flatten(1).scatter(1, places, other[rows].gather(1, places))
-                words[rows] = changed.view_as(words[rows])
+                words[rows] = _with_changes(words[rows], order[rows, previous:budget], other[rows])
             elif len(rows):
                 words[rows] = symbolic_words(
                     words[rows],
@@ -173,3 +127,8 @@ def _random_changes(
         order.append(torch.randperm(len(image_words), generator=generator))
         other.append(other_words(image_words, codebook, generator, attack.nearest))
     return torch.stack(order).to(words.device), torch.stack(other).to(words.device)
+
+
+def _with_changes(words: Tensor, places: Tensor, other: Tensor) -> Tensor:
+    """Replace the words (B, h, w) at `places` (B, n) by those of `other` (B, h * w)."""
+    return words.flatten(1).scatter(1, places, other.gather(1, places)).view_as(words)

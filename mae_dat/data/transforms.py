@@ -55,11 +55,9 @@ def finetune_transform(
 ) -> Transform:
     """Return crop, flip, `aa` (a policy in timm's notation) or else `color_jitter`, then erasing with `reprob`.
 
-    The result is uint8 (3, H, W), or (V, 3, H, W) for V > 1 `views` that share one crop: the first is only cropped and
-    flipped, and erased unless `resplit`; the others are augmented. AugMix has the paper's operations: timm adds others,
-    most of which are corruptions of ImageNet-C.
+    Maps an image to uint8 (3, H, W), or to (V, 3, H, W) for V > 1 `views` of one crop: the first is only cropped and
+    flipped, and erased unless `resplit`; the others are augmented. AugMix has only the paper's operations.
     """
-    jitter: Any = color_jitter  # timm's annotation forgets None
     # timm gets its default mean, which becomes the fill colour of the policy. Its normalization is not used.
     timm_transform: Any = create_transform(
         (3, *size_HW),
@@ -67,7 +65,7 @@ def finetune_transform(
         scale=crop_scale,
         ratio=_aspect_ratios(size_HW),
         hflip=hflip,
-        color_jitter=jitter,
+        color_jitter=color_jitter,  # type: ignore[arg-type] # timm's annotation forgets None
         auto_augment=aa or None,
         interpolation="bicubic",
         separate=True,
@@ -85,6 +83,7 @@ def finetune_transform(
     )
 
 
+# timm adds these to the paper's operations; most of them are corruptions of ImageNet-C.
 _NOT_IN_AUGMIX = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
 
 

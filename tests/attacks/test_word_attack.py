@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_attack import Mosaic, trained_classifier
 from torch import Tensor, nn
+from word_curves import WordCurve, word_accuracy
 
-from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WordAttack, WordCurve, word_accuracy, word_hits
+from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WordAttack, word_hits
 from mae_dat.config.errors import ConfigError, DataError, NumericsError
 from mae_dat.data.image_set import Batch
 

@@ -26,10 +26,11 @@ from tiny_runs import ROOT, draw_folder, environment, outcome_of, run_script
 from torch import Tensor, nn
 from torchvision.transforms import functional
 from torchvision.transforms.functional import to_tensor
+from word_curves import word_accuracy
 
 from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.pixel import PIXEL_ATTACKS, pixel_adversary
-from mae_dat.attacks.word_budget import WordAttack, word_accuracy
+from mae_dat.attacks.word_budget import WordAttack
 from mae_dat.config.errors import CheckpointError, ConfigError, DataError, MissingInputError, NumericsError, UserError
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.shards.pack import PackConfig, pack
