@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from ranks import exit_codes, start_ranks
-from test_dat_modes import CLASSES, CountedTokenizer, batch_of, generator, gradients, labels
+from test_dat import CLASSES, CountedTokenizer, batch_of, generator, gradients, labels
 from timm.layers.grn import GlobalResponseNorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_dat_modes import (
+from test_dat import (
     CLASSES,
     IMAGES,
     WIDTH,

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from ranks import exit_codes, start_ranks
-from test_dat_modes import CountedTokenizer, batch_of, generator, gradients
+from test_dat import CountedTokenizer, batch_of, generator, gradients
 from test_engine import assert_equal_states, final_state, records, signal_in_step
 from tiny_runs import (
     draw_folder,

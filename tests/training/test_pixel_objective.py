@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_dat_modes import (
+from test_dat import (
     CLASSES,
     IMAGES,
     SIDE,

@@ -1,23 +1,17 @@
-"""Pixel attacks: closed forms, exact balls, no trace, and that a broken attack is told from a robust model."""
+"""Pixel attacks: closed forms, exact balls, and no trace left behind."""
 
-import functools
 import math
-from collections.abc import Callable, Iterator
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from test_attack import Mixed, golden_classifier, trained_classifier
+from test_discrete import Mixed, golden_classifier, trained_classifier
 from torch import Tensor, nn
 
-from mae_dat.attacks.auto_attack import auto_attack
-from mae_dat.attacks.checks import attack_checks, require_no_declared_normalization, require_pixel_model
 from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.gradient import require_pixels
 from mae_dat.attacks.pixel import PIXEL_ATTACKS, PixelAttack, loss_gradient, pixel_adversary, project_into_ball
-from mae_dat.config.errors import ConfigError, MissingInputError
-from mae_dat.models.classifier import Classifier
+from mae_dat.config.errors import ConfigError
 
 LINF, L2 = PixelAttack(4 / 255, 1 / 255, 6, random_start=True), PixelAttack(0.7, 0.2, 6, "l2", random_start=True)
 
@@ -154,158 +148,7 @@ def test_an_attack_that_cannot_work_is_refused(settings: dict[str, object], mess
         PixelAttack(**{"eps": 0.1, "step": 0.1, **settings})  # type: ignore[arg-type]
 
 
-# ---- models that take something else ----
-
-
-def look(model: Callable[[Tensor], Tensor], image: Tensor, label: Tensor) -> None:
-    """All pictures in looks of 64."""
-    parts = zip(image.split(64), label.split(64), strict=True)
-    require_pixel_model(model, ((some, lambda logits, own=own: logits.argmax(1) == own) for some, own in parts))
-
-
-def test_a_model_of_other_pictures_is_refused() -> None:
-    net, image, label = trained_classifier()
-    shift = Classifier(net, (-1.0, -1.0, -1.0), (2.0, 2.0, 2.0))  # what it is given comes back to [0, 1]: as from -1..1
-    with pytest.raises(
-        ConfigError,
-        match=r"normalized by mean 0.5.*of \d+ images it is right about \d+ this way, and about \d+ in .*Give mae",
-    ):
-        look(shift, image, label)
-    with pytest.raises(ConfigError, match=r"from 0 to 255: of \d+ .* Give lambda image: model\(255 \* image\)"):
-        look(lambda x: net(x / 255), image, label)
-    look(net, image, label)
-    look(Classifier(net, (0, 0, 0), (1, 1, 1)), image, label)
-
-    def strict(x: Tensor) -> Tensor:
-        require_pixels(x)
-        return net(x)
-
-    look(strict, image, label)
-    bare = timm.create_model("test_resnet", num_classes=5)
-    with pytest.raises(ConfigError, match=r"normalized by mean \(0.5, 0.5, 0.5\)|normalized by mean \(0.485"):
-        require_no_declared_normalization(bare)
-    require_no_declared_normalization(Classifier(bare, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-
-def partly_right(pixels_alone: float, normalised_alone: float, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model that has 61 % of 1024 pictures right, and of the others such shares in one version alone."""
-    chance = torch.Generator().manual_seed(seed)
-    image, label = torch.rand(1024, 3, 1, 1, generator=chance, dtype=torch.float64), torch.ones(1024, dtype=torch.int64)
-    fate = torch.rand(1024, generator=chance)
-
-    class Fated(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            if x.max() > 1.5:  # other versions, of which it knows nothing
-                return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
-            normal = bool(x.min() < 0)
-            pixels = (x / 2 + 0.5 if normal else x)[:, :1, 0, 0]
-            known = fate[(pixels - image[None, :, 0, 0, 0]).abs().argmin(1)]
-            start = 0.61 + (pixels_alone if normal else 0.0)
-            width = normalised_alone if normal else pixels_alone
-            right = (known < 0.61) | ((start <= known) & (known < start + width))
-            return torch.stack([~right, right], 1).double()
-
-    return Fated(), image, label
-
-
-def test_ten_points_of_accuracy_are_seen_and_equally_good_versions_pass() -> None:
-    for seed in range(5):
-        with pytest.raises(ConfigError, match=r"normalized by mean 0\.5"):
-            look(*partly_right(0.05, 0.15, seed))
-        for share in (0.05, 0.15):
-            look(*partly_right(share, share, seed))
-
-
-def test_a_good_model_is_decided_in_few_looks() -> None:
-    net, image, label = trained_classifier()
-    taken = 0
-
-    def looks() -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        nonlocal taken
-        for _ in range(8):
-            taken += 1
-            yield image, lambda logits: logits.argmax(1) == label
-
-    require_pixel_model(net, looks())
-    assert taken < 8
-
-
-# ---- broken attacks ----
-
-
-class Broken(nn.Module):
-    """A network behind something that hides its gradients, or its answer."""
-
-    def __init__(self, net: nn.Module, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.net, self.how = net, how
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.how(self.net, image)
-
-
-@functools.cache
-def failed(kind: str) -> set[str]:
-    """Names of the checks that a network fails behind one of these."""
-    net, image, label = trained_classifier()
-    kinds: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-        "nothing": lambda net, x: net(x),
-        "rounding": lambda net, x: net((8 * x).round() / 8),
-        "saturated": lambda net, x: 1e5 * net(x),
-        "noise": lambda net, x: net(x + 0.1 * torch.randn(x.shape)),
-        "misled": lambda net, x: net(2 * x.detach() - x),  # the gradient of a model that points the wrong way
-    }
-    checks = attack_checks(Broken(net, kinds[kind]), image[:40], label[:40], generators(40))
-    return {check.name for check in checks if not check.passed}
-
-
-def test_a_clean_model_passes_and_each_broken_one_is_caught() -> None:
-    assert failed("nothing") == set()
-    assert failed("rounding") >= {"gradients", "a large eps wins"}
-    assert "gradients" in failed("saturated")
-    assert "no chance" in failed("noise")
-    assert failed("misled") >= {"FGSM beats noise", "a large eps wins"}
-
-
-def test_the_checks_tell_their_numbers() -> None:
-    net, image, label = trained_classifier()
-    checks = attack_checks(net, image[:5], label[:5], generators(5))
-    assert [check.name for check in checks][:2] == ["gradients", "no chance"]
-    assert checks[0].details == "0 of 5 pictures have no gradient"
-    assert "loss " in checks[2].details
-    assert "(4/255)" in checks[2].details
-
-
 def test_gradients_are_of_each_pictures_own_loss() -> None:
     net, image, label = trained_classifier()
     all_of_them = loss_gradient(net, image[:4], label[:4])
     torch.testing.assert_close(loss_gradient(net, image[2:3], label[2:3])[0], all_of_them[2])
-
-
-# ---- AutoAttack ----
-
-
-def test_autoattack_says_what_to_install() -> None:
-    try:
-        import torchattacks  # noqa: F401
-    except ImportError:
-        with pytest.raises(MissingInputError, match=r'pip install "mae_dat\[autoattack\]"'):
-            auto_attack(golden_classifier(), torch.rand(1, 3, 16, 16), torch.zeros(1, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("levels", [8, pytest.param(2, marks=pytest.mark.slow)])  # only few survive 8: quickly done
-def test_autoattack_is_no_weaker_than_pgd_and_leaves_no_trace(levels: int) -> None:
-    pytest.importorskip("torchattacks")
-    net, image, label = trained_classifier()
-    image, label, eps = image[:16], label[:16], levels / 255
-    net.train()
-    attack = PixelAttack(eps, eps / 4, 10)
-    weaker = int((net(pixel_adversary(net, image, label, attack, generators(16))).argmax(1) == label).sum())
-    before = torch.get_rng_state()
-    found = auto_attack(net, image, label, eps)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(auto_attack(net, image, label, eps), found)
-    assert all(part.training for part in net.modules())
-    assert all(weight.requires_grad and weight.grad is None for weight in net.parameters())
-    assert (found - image).abs().max() <= eps + 1e-6
-    assert int((net(found).argmax(1) == label).sum()) <= weaker < 16
