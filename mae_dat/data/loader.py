@@ -56,6 +56,9 @@ def batch_loader(
 class ImageLoader(DataLoader[Any]):
     """A DataLoader of `Batch` that raises a worker's UserError as it is, and RetryError if a worker was killed."""
 
+    samples: Dataset[Any]
+    """The single samples."""
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in detect_killed_workers(super().__iter__):
             if isinstance(batch, UserError):
@@ -65,8 +68,8 @@ class ImageLoader(DataLoader[Any]):
 
 def _loader(dataset: Dataset[Sample], num_workers: int, pin_memory: bool, **sampling: Any) -> ImageLoader:
     workers = _workers(num_workers)
-    return ImageLoader(
-        _ErrorsAsValues(dataset),
+    loader = ImageLoader(
+        _ErrorsAsValues(dataset.__getitem__),
         pin_memory=pin_memory,
         collate_fn=_collate,
         persistent_workers=workers["num_workers"] > 0,
@@ -74,17 +77,19 @@ def _loader(dataset: Dataset[Sample], num_workers: int, pin_memory: bool, **samp
         **workers,
         **sampling,
     )
+    loader.samples = dataset
+    return loader
 
 
 class _ErrorsAsValues(Dataset[Any]):
-    """A dataset that returns its UserErrors: torch would turn a raised one into the text of a traceback."""
+    """function(key), or the UserError that it raises: torch would turn a raised one into the text of a traceback."""
 
-    def __init__(self, dataset: Dataset[Sample]) -> None:
-        self.dataset = dataset
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample | UserError:
+    def __getitem__(self, key: Any) -> Any:
         try:
-            return self.dataset[key]
+            return self.function(key)
         except UserError as error:
             return error
 
@@ -99,25 +104,12 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], num_wor
     A DataError is yielded as a value; any other UserError is raised. There are no more workers than cores.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Map(function, items), batch_size=None, sampler=range(len(items)), **_workers(num_workers)
+        _ErrorsAsValues(function), batch_size=None, sampler=items, **_workers(num_workers)
     )
     for result in detect_killed_workers(loader.__iter__):
         if isinstance(result, UserError) and not isinstance(result, DataError):
             raise result
         yield result
-
-
-class _Map(Dataset[Any]):
-    """function(item) for each item, or the UserError that it raises."""
-
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.function, self.items = function, items
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.function(self.items[index])
-        except UserError as error:
-            return error
 
 
 # ---- worker processes ----

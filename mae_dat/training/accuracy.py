@@ -66,7 +66,7 @@ def synchronized(loader: ImageLoader, model: nn.Module) -> Iterator[tuple[Batch,
     for _ in range(max(gather(len(loader)))):
         batch = next(batches, None)
         if batch is None and last is None:  # fewer images than ranks: this one borrows an image
-            last = default_collate([loader.dataset.dataset[0]])  # type: ignore[attr-defined]
+            last = default_collate([loader.samples[0]])
         last = batch or last
         assert last is not None
         yield last, batch is not None
