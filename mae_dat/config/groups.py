@@ -192,7 +192,7 @@ class ClassifierConfig:
         for name in ("drop_path", "ema_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise ConfigError(f"--{name} must lie in [0, 1), got {value}.")
+                raise ConfigError(f"--{name} must be in [0, 1), got {value}.")
         if self.pretrained and self.finetune:
             raise ConfigError(f"--pretrained and --finetune {self.finetune}: give one of them to start from.")
 
@@ -230,7 +230,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"--{name} must lie in [0, 1], got {getattr(self, name)}.")
+                raise ConfigError(f"--{name} must be in [0, 1], got {getattr(self, name)}.")
 
 
 @dataclasses.dataclass(frozen=True)

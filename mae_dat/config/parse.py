@@ -184,14 +184,14 @@ def command_line(command: str = "") -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command: errors that the user can mend become one message and their exit code; Ctrl-C becomes 130."""
+    """Run a command: errors that the user can fix become one message and their exit code; Ctrl-C becomes code 130."""
     try:
         main()
     except UserError as error:
         logging.getLogger("mae_dat").debug("", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:

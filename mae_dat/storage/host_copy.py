@@ -5,7 +5,7 @@ Small tensors are copied at once, large ones by another thread while the next fo
     training thread    Snapshot(state) | forward, backward | wait() | optimizer step
     writing thread                     | copy_large() | torch.save(content) ... | release()
 
-`wait` returns as soon as the large tensors are copied; writing to disk goes on during the following steps.
+`wait` returns as soon as the large tensors are copied; the file is written during the following steps.
 """
 
 import copy

@@ -1,13 +1,12 @@
-"""Reading and writing weight files. Nothing that a file says is ever executed, and what is damaged is never loaded.
+"""Read and write weight files. Code in a file is never executed, and damaged files are never loaded.
 
-`.safetensors` is what we write. Foreign `.pth`, `.pt` and `.ckpt` files are read with torch's `weights_only` and
-exactly two further names allowed: the `argparse.Namespace` of MAE's checkpoints, and a stub for the callback of
+This package writes `.safetensors`. Other `.pth`, `.pt` and `.ckpt` files are read with torch's `weights_only` and
+exactly two further classes allowed: `argparse.Namespace`, for MAE's checkpoints, and a stub for a callback, for
 Lightning's.
 """
 
 import argparse
 import json
-import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,32 +18,31 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, MissingInputError
-from mae_dat.storage.files import atomic_write, require_file, sha256_of
+from mae_dat.storage.files import atomic_write, is_web_page, require_file, sha256_of
 
 WEIGHTS_FILE = "model.safetensors"  # the exported model of a run, in its output folder
-# Where MAE, timm and Lightning keep the weights in a checkpoint; an average goes before what it averages, as in timm.
+# Where MAE, timm and Lightning store the weights in a checkpoint; averaged weights take precedence, as in timm.
 _AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema")
 _STATE_KEYS = (*_AVERAGE_KEYS, "model", "state_dict")
-_DEEPEST = 4  # levels of such keys that are looked into: a file can nest them without end
+_MAX_DEPTH = 4  # levels of such keys that are searched: a file can nest them without end
 _PREFIXES = ("module.", "net.", "model.", "1.")  # DDP; Classifier; a wrapper; easyrobust's (normalisation, model)
 _STATISTICS = ("0.mean", "0.std")  # of easyrobust's pair of normalisation and model
-_ROWS = 6  # of each kind in a table of keys
+_MAX_ROWS = 6  # of each kind in a table of keys
 _SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors"}
-_WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
 class LightningCallbackStub:
-    """Stands for `ModelCheckpoint` as a dictionary key in Lightning's files; carries no behaviour."""
+    """Replaces `ModelCheckpoint` as a dictionary key in Lightning's files; has no behaviour."""
 
 
 PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class WeightsFile(NamedTuple):
-    """Tensors by bare key, a safetensors file's string metadata, where they are from, and what was taken off.
+    """Tensors by key without prefixes, the string metadata of a safetensors file, the source, and removed wrappers.
 
-    `statistics` are the mean and deviation of pixels in [0, 1], one value a channel, where the file holds them.
+    `statistics` are the mean and standard deviation of pixels in [0, 1], one value per channel, if the file has them.
     """
 
     tensors: dict[str, Tensor]
@@ -55,7 +53,7 @@ class WeightsFile(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a file of ours says about its model; empty for a foreign one. Raises CheckpointError."""
+        """Description of the model in a file of this package; empty for other files. Raises CheckpointError."""
         try:
             facts = json.loads(self.metadata.get("mae_dat", "{}"))
         except ValueError as error:
@@ -64,16 +62,16 @@ class WeightsFile(NamedTuple):
 
 
 def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
-    """The weights in a `.safetensors` or torch file, on the CPU, under bare keys (see `extract_weights`).
+    """Read the weights of a `.safetensors` or torch file to the CPU, with keys as from `extract_weights`.
 
-    `what` names the purpose in messages. Raises MissingInputError for no such file and CheckpointError for anything
-    that is not a whole weights file.
+    `what` names the purpose in messages. Raises MissingInputError for a missing file and CheckpointError for anything
+    else than a complete weights file.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
         raise MissingInputError(
-            f"{what}: {path} is a folder; name a weights file in it ({listing(files) or 'there is none'})."
+            f"{what}: {path} is a folder; give a weights file in it ({listing(files) or 'there is none'})."
         )
     require_file(path, what)
     content, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (read_pickle(path), {})
@@ -81,9 +79,9 @@ def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
 
 
 def read_pickle(path: Path) -> Any:
-    """The object in a torch file, under `weights_only`. Raises CheckpointError."""
-    _refuse_other_files(path)
-    _refuse_odd_archives(path)
+    """Read the object in a torch file with `weights_only`. Raises CheckpointError."""
+    _reject_other_files(path)
+    _reject_unusual_archives(path)
     # torch types the list as callables; (class, full name) pairs are documented and needed to allow a name that is not
     # installed.
     allowed: list[Any] = [argparse.Namespace, (LightningCallbackStub, _LIGHTNING_CALLBACK)]
@@ -95,11 +93,11 @@ def read_pickle(path: Path) -> Any:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically: equal weights and metadata make equal files. Raises StorageError."""
+    """Write a safetensors file atomically; equal weights and metadata give identical files. Raises StorageError."""
     payload = serialize({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
     start = 8 + int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8:start])
-    # safetensors writes the metadata in an order that changes from call to call, and with it the file's hash.
+    # safetensors writes the metadata in an order that differs from call to call, and so does the hash of the file.
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -109,19 +107,19 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def extract_weights(content: Any, source: str, metadata: dict[str, str] | None = None) -> WeightsFile:
-    """The tensors of a state dict, or of a checkpoint that holds one under `model`, `state_dict` or as an average.
+    """Return the tensors of a state dict, or of a checkpoint that has one under `model`, `state_dict` or as an average.
 
-    What wrappers add is taken off: prefixes that all keys share, `_orig_mod.` anywhere, statistics of a normalisation.
-    Raises CheckpointError, naming `source` and what it holds, where there are no tensors.
+    The additions of wrappers are removed: prefixes that all keys share, `_orig_mod.` anywhere, the statistics of a
+    normalization. Raises CheckpointError, with `source` and its content, if there are no tensors.
     """
     wrappers: list[str] = []
-    for _ in range(_DEEPEST):
-        inner = next((key for key in _STATE_KEYS if isinstance(content, Mapping) and _holds(content, key)), None)
-        if inner is None:
+    for _ in range(_MAX_DEPTH):
+        key = next((key for key in _STATE_KEYS if isinstance(content, Mapping) and _has_state_dict(content, key)), None)
+        if key is None:
             break
-        wrappers += [f"the average ({inner})"] if inner in _AVERAGE_KEYS else []
-        content = content[inner]
-    found = [str(key) for key in content] if isinstance(content, Mapping) else [type(content).__name__]
+        wrappers += [f"the average ({key})"] if key in _AVERAGE_KEYS else []
+        content = content[key]
+    names = [str(key) for key in content] if isinstance(content, Mapping) else [type(content).__name__]
     items = content.items() if isinstance(content, Mapping) else ()
     tensors = {str(key): value for key, value in items if isinstance(value, Tensor)}
     if any("_orig_mod." in key for key in tensors):  # torch.compile wraps modules at any depth
@@ -136,42 +134,42 @@ def extract_weights(content: Any, source: str, metadata: dict[str, str] | None =
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
         wrappers += ["DDP (module.)"] if prefix == "module." else []
     if not tensors:
-        raise CheckpointError(f"{source} holds no weights (it holds {listing(found)}); give a model's checkpoint.")
+        raise CheckpointError(f"{source} holds no weights (it holds {listing(names)}); give a model's checkpoint.")
     file = WeightsFile(tensors, metadata or {}, source, tuple(wrappers))
     return file._replace(statistics=_statistics(statistics, file.facts))
 
 
-def _holds(content: Mapping[Any, Any], key: str, deepest: int = _DEEPEST) -> bool:
-    """Whether `content[key]` is a state dict or holds one: an `ema` may as well be a rate."""
+def _has_state_dict(content: Mapping[Any, Any], key: str, depth: int = _MAX_DEPTH) -> bool:
+    """Return whether `content[key]` is or contains a state dict: `ema` may also be a number."""
     inner = content.get(key)
     return isinstance(inner, Mapping) and (
         any(isinstance(value, Tensor) for value in inner.values())
-        or (deepest > 1 and any(_holds(inner, below, deepest - 1) for below in _STATE_KEYS))
+        or (depth > 1 and any(_has_state_dict(inner, inner_key, depth - 1) for inner_key in _STATE_KEYS))
     )
 
 
-def _statistics(found: Mapping[str, Tensor], facts: Mapping[str, Any]) -> PixelStatistics | None:
-    values = [found[key].flatten().tolist() for key in _STATISTICS if key in found]
+def _statistics(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> PixelStatistics | None:
+    values = [tensors[key].flatten().tolist() for key in _STATISTICS if key in tensors]
     values = values or [facts[key] for key in ("mean", "std") if key in facts]
     return (tuple(values[0]), tuple(values[1])) if len(values) == 2 else None
 
 
-def check_keys(source: Path | str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], advice: str) -> None:
-    """Raises CheckpointError with a table of missing, unexpected and mis-shaped keys, unless both sides agree exactly.
+def check_keys(source: Path | str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], advice: str) -> None:
+    """Raise CheckpointError with a table of missing, unexpected and mis-shaped keys, unless keys and shapes are equal.
 
-    `source` names the found tensors, `advice` says what to give instead.
+    `source` names the file of `tensors` in the message, `advice` is its last sentence.
     """
     differences = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "of another shape": [key for key in expected if key in found and found[key].shape != expected[key].shape],
+        "missing": [key for key in expected if key not in tensors],
+        "unexpected": [key for key in tensors if key not in expected],
+        "of another shape": [key for key in expected if key in tensors and tensors[key].shape != expected[key].shape],
     }
     if not any(differences.values()):
         return
     rows = [("key", "in the file", "expected", "")]
     for what, keys in differences.items():
-        rows += [(key, _shape(found.get(key)), _shape(expected.get(key)), what) for key in keys[:_ROWS]]
-        rows += [(f"and {len(keys) - _ROWS} more", "", "", what)] if len(keys) > _ROWS else []
+        rows += [(key, _shape(tensors.get(key)), _shape(expected.get(key)), what) for key in keys[:_MAX_ROWS]]
+        rows += [(f"and {len(keys) - _MAX_ROWS} more", "", "", what)] if len(keys) > _MAX_ROWS else []
     counts = ", ".join(f"{len(keys)} {what}" for what, keys in differences.items() if keys)
     raise CheckpointError(f"{source} does not fit the model ({counts}):\n{_table(rows)}\nFix: {advice}.")
 
@@ -181,20 +179,20 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def _table(rows: Sequence[Iterable[str]]) -> str:
-    """Lines of left-aligned columns."""
+    """Return rows as lines with left-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:
-    """The first `most` names, and how many more there are."""
+    """Return the first `most` names, and the number of the others, in words."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _refuse_other_files(path)
+    _reject_other_files(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -202,39 +200,40 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _unreadable(path, error) from error
 
 
-def _refuse_other_files(path: Path) -> None:
-    """What a failed download leaves behind gets its own message."""
+def _reject_other_files(path: Path) -> None:
+    """Raise a CheckpointError with the cause for the files that failed downloads leave behind."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
         raise _unreadable(path, error) from error
     if not start:
-        raise CheckpointError(f"{path} is empty; fetch or write the file again.")
-    if _WEB_PAGE.match(start):
-        raise CheckpointError(f"{path} is a web page, not weights; the download failed: fetch the file again.")
+        raise CheckpointError(f"{path} is empty; download or write the file again.")
+    if is_web_page(start):
+        raise CheckpointError(f"{path} is a web page, not weights: the download failed; repeat it.")
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull`.")
 
 
-def _refuse_odd_archives(path: Path) -> None:
-    """torch compresses nothing and writes no name twice: what does would fill the memory, or be read in two ways."""
+def _reject_unusual_archives(path: Path) -> None:
+    """Raise CheckpointError for compressed records, which could fill the memory, and for two records of one name, which
+    can be read in two ways. torch writes neither."""
     try:
         with zipfile.ZipFile(path) as archive:
             records, size = archive.infolist(), path.stat().st_size
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # another format, or damaged: torch's reader says what is wrong
+        return  # another format, or damaged: torch's reader reports the cause
     if len({record.filename for record in records}) < len(records):
         raise _unreadable(path, ValueError("it holds two records of the same name"))
     if sum(record.file_size for record in records) > size:
-        raise _unreadable(path, ValueError("its records are compressed, as torch writes none"))
+        raise _unreadable(path, ValueError("its records are compressed, and torch writes no such files"))
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     cause = str(error).strip().split("\n")[0] or type(error).__name__
-    if "Weights only load failed" in cause:  # torch goes on with advice to load it all the same
-        cause = "it holds more than tensors, numbers and text, or is damaged, and nothing else is loaded"
-    return CheckpointError(f"{path} cannot be read as weights: {cause}. Fetch or write the file again.")
+    if "Weights only load failed" in cause:  # torch then advises to load it without this protection
+        cause = "it is damaged, or holds other objects than tensors, numbers and text, which are not loaded"
+    return CheckpointError(f"{path} cannot be read as weights: {cause}. Download or write the file again.")
 
 
 def verify_card(path: Path) -> None:
