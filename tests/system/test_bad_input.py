@@ -127,7 +127,7 @@ def write_truncated(path: Path) -> None:
 
 
 BAD_FILES = {
-    "not a picture": write_text,
+    "not an image": write_text,
     "web page": write_web_page,
     "damaged or truncated": write_truncated,
     "empty": Path.touch,

@@ -1,0 +1,159 @@
+"""Parsing: flags and YAML files with one set of names, checked strictly; commands that end with a message."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mae_dat.config.errors import ConfigError, MissingInputError
+from mae_dat.config.parse import PACKAGE, command_line, flat_values, load_config, run_command, write_config
+from mae_dat.config.runs import FinetuneConfig, PretrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def flags(config: Any) -> dict[str, Any]:
+    return flat_values(config)
+
+
+def finetune_flags(*arguments: str) -> dict[str, Any]:
+    return flags(load_config(FinetuneConfig, arguments))
+
+
+def yaml_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_mistyped_flag_is_suggested_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--epochz", "3"], ["--mask_ration", "0.5"]):
+        with pytest.raises(SystemExit) as stopped:
+            load_config(PretrainConfig, arguments)
+        assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert "--epochs" in told.err + told.out
+    assert "--mask_ratio" in told.err + told.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--epochs", "many"], ["--dat", "strong"], ["--precision", "fp16"], ["--mixup_mode", "none"]]
+)
+def test_a_wrong_value_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_config(FinetuneConfig, arguments)
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert arguments[0] in told.err + told.out
+
+
+def test_command_line_before_file_before_default(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "epochs: 7\nblr: 1e-4\nglobal_pool: true\ninput_size: [64, 48]\naa: null\n")
+    found = finetune_flags("--epochs", "9", "--config", path, "--no_global_pool", "--input_size", "32")
+    assert (found["epochs"], found["blr"], found["warmup_epochs"]) == (9, 1e-4, 5)
+    assert (found["global_pool"], found["input_size"], found["aa"]) == (False, (32,), None)
+    assert finetune_flags(f"--config={path}")["epochs"] == 7
+    assert finetune_flags("--config", path)["input_size"] == (64, 48)
+
+
+def test_every_flag_survives_the_way_through_a_file(tmp_path: Path) -> None:
+    changed = [
+        "--output_dir", "out put", "--resume", "R", "--seed", "3", "--input_size", "64", "48", "--no_pin_mem",
+        "--blr", "3e-05", "--clip_grad", "1.5", "--dat", "--dat_share", "0.04", "--cutmix_minmax", "0.2", "0.8",
+        "--aa", "None", "--no_global_pool", "--ema_decay", "0.99", "--limit", "7", "--crop_scale", "0.3", "0.9",
+    ]  # fmt: skip
+    for kind, arguments in ((FinetuneConfig, changed), (FinetuneConfig, []), (PretrainConfig, ["--norm_pix_loss"])):
+        config = load_config(kind, arguments)
+        write_config(config, tmp_path / "config.yaml")
+        assert load_config(kind, ["--config", str(tmp_path / "config.yaml")]) == config
+    assert (tmp_path / "config.yaml").read_text().startswith("# python ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", r"recipe.yaml: unknown key 'epoch': did you mean .*epochs"),
+        ("zzz: 3", r"recipe.yaml: unknown key 'zzz': known are output_dir,"),
+        ("blr: 1e-3\nepochs: many", r"recipe.yaml: `epochs many` is no valid value"),
+        ("epochs: 2.5", r"recipe.yaml: `epochs 2.5`"),
+        ("epochs: true", r"recipe.yaml: `epochs`"),
+        ("dat: strong", r"recipe.yaml: `dat strong`"),
+        ("global_pool: 7", r"recipe.yaml: `global_pool 7`"),
+        ("cutmix_minmax: [1]", r"recipe.yaml: `cutmix_minmax 1`"),
+        ("batch_size: 0", "--batch_size must be at least 1, got 0"),
+        ("- epochs", "recipe.yaml must contain `key: value` lines"),
+        ("epochs: [", "recipe.yaml is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_names_itself_and_the_key(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(FinetuneConfig, ["--config", yaml_file(tmp_path, text)])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_missing_file_is_an_error_with_the_nearest(tmp_path: Path) -> None:
+    yaml_file(tmp_path, "")
+    with pytest.raises(MissingInputError, match=r"recip.yaml: no such file; did you mean .*recipe.yaml"):
+        load_config(FinetuneConfig, ["--config", str(tmp_path / "recip.yaml")])
+    with pytest.raises(ConfigError, match="--config needs the path"):
+        load_config(FinetuneConfig, ["--config"])
+
+
+def test_a_users_error_is_one_line_and_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise MissingInputError("no such file: x")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    for command, code, told in ((fail, 66, "error: no such file: x\n"), (interrupt, 130, "interrupted.\n")):
+        with pytest.raises(SystemExit) as stopped:
+            run_command(command)
+        assert stopped.value.code == code
+        assert capsys.readouterr().err == told
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    code = "from mae_dat.config.parse import run_command\nrun_command(lambda: print('x' * 10**6, flush=True))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([str(PACKAGE / "__main__.py"), "demo"], "python -m mae_dat demo --seeds 1"),
+        (["/a/main_pretrain.py"], "python main_pretrain.py --seeds 1"),
+    ],
+)
+def test_the_command_is_logged_as_it_can_be_typed(
+    arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1"])
+    assert command_line() == text
+
+
+@pytest.mark.parametrize(("script", "refusal"), [("main_pretrain.py", 2), ("main_finetune.py", 2), ("submit.py", 64)])
+def test_help_and_mistyped_flags_are_answered_without_torch(script: str, refusal: int) -> None:
+    told = (
+        "import runpy, sys\n"
+        f"for sys.argv in ([{script!r}, '--help'], [{script!r}, '--epochz', '3', 'main_pretrain.py']):\n"
+        "    try:\n"
+        f"        runpy.run_path({script!r}, run_name='__main__')\n"
+        "    except SystemExit as end:\n"
+        "        print(end.code, 'torch' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    answers = [line for line in done.stderr.splitlines() if line.endswith(("True", "False"))]
+    assert answers == ["0 False", f"{refusal} False"], done.stderr
