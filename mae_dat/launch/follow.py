@@ -83,11 +83,11 @@ def _current_states(jobs: Sequence[Job[int]], slurm: bool) -> dict[str, JobState
     if not slurm:
         running = {job.job_id: job.get_info().get("jobState") == "RUNNING" for job in jobs}
         return {job: JobState("RUNNING" if runs else "COMPLETED") for job, runs in running.items()}
-    known = job_states(jobs[0].job_id.partition("_")[0])
-    if known is None:
+    slurm_states = job_states(jobs[0].job_id.partition("_")[0])
+    if slurm_states is None:
         logger.warning("SLURM's controller does not reply; asking again")
         return None
-    return {job.job_id: known.get(job.job_id, UNKNOWN) for job in jobs}
+    return {job.job_id: slurm_states.get(job.job_id, UNKNOWN) for job in jobs}
 
 
 def _is_over(state: JobState, before: JobState | None) -> bool:

@@ -50,7 +50,7 @@ def parse_command(argv: Sequence[str], commands: Collection[str] = ()) -> tuple[
     Raises ConfigError for a mistyped flag or no script, MissingInputError if there is no such file or command. A value
     of the wrong type ends the program with exit code 2 and a message.
     """
-    import tyro  # half a second: nothing else here needs it
+    import tyro  # takes a moment, which the import of this module should not
 
     flags, script_words = split_command(argv)
     config = tyro.cli(

@@ -1,4 +1,4 @@
-"""Operations over all ranks: sums, gathers, barriers and errors. "Collective" means that every rank has to call it.
+"""Operations over all ranks: sums, gathers and errors. "Collective" means that every rank has to call it.
 
 A single process is a world of one rank: the functions return their argument and wait for nobody.
 """
@@ -25,12 +25,6 @@ def all_sum(value: Tensor) -> Tensor:
 def all_mean(value: Tensor) -> Tensor:
     """Return the mean over ranks of a tensor of any shape. Collective."""
     return all_sum(value) / dist.get_world_size() if dist.is_initialized() else value
-
-
-def barrier() -> None:
-    """Wait for all ranks. Collective."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def gather(value: T) -> list[T]:

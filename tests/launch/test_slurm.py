@@ -1,7 +1,7 @@
-"""Jobs on a real scheduler of two nodes, which these tests start themselves: its signals, requeues, lost nodes, arrays,
+"""Jobs on a real scheduler of two nodes, which these tests start themselves: signals, requeues, lost nodes and arrays,
 and training that ends with the same weights through all of it.
 
-Needs root, and Debian's SLURM packages or apt to get them; what is missing is said where the tests skip.
+Needs root, and Debian's SLURM packages or apt to get them; a skipped test names what is missing.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ pytestmark = pytest.mark.slow
 TOOLS = Path(__file__).parents[1] / "support" / "slurm"
 DAT = [*FINETUNE, "--epochs", "14", "--save_minutes", "0.03", "--dat", "--device", "cpu"]
 
-# Stands for training where seconds count: a step each 0.1 s, saved by rank 0 every 10 steps and on SIGTERM, slowly. The
-# other rank leaves at once then. Arguments: folder, what happens at step 20 of the first attempt, and where.
+# A fast stand-in for training: a step each 0.1 s, saved by rank 0 every 10 steps and, slowly, on SIGTERM. The other
+# rank leaves at once on SIGTERM. Arguments: folder, event at step 20 of the first attempt, and the rank it happens on.
 TRAINER = """
 import os, pathlib, signal, sys, time
-folder, event, place = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+folder, event, event_rank = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 rank = os.environ.get("RANK") or os.environ["SLURM_PROCID"]
 restarts = os.environ.get("MAE_DAT_RESTARTS") or os.environ.get("SLURM_RESTART_COUNT", "0")
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
 def save():
     (folder / "new").write_text(str(step))
     (folder / "new").rename(folder / "state")
@@ -45,16 +45,16 @@ print("attempt", restarts, "rank", rank, "from step", step, flush=True)
 while step < 60:
     time.sleep(0.1)
     step += 1
-    if restarts == "0" and rank == place and step == 20:
+    if restarts == "0" and rank == event_rank and step == 20:
         if event.startswith("kill"):
             os.kill(os.getpid(), 9)
         if event.startswith("exit"):
             sys.exit(int(event[4:]))
     if event == "deaf" and restarts == "0":
-        step = 30 if len(asked) < 2 else step  # until the time limit itself
-    if asked and not (event == "deaf" and len(asked) < 2):
+        step = 30 if len(signals) < 2 else step  # until the time limit itself
+    if signals and not (event == "deaf" and len(signals) < 2):
         if rank == "0":
-            time.sleep(8 if event in ("USR2", "TERM") else 1)  # longer than KillWait: nobody may hurry this
+            time.sleep(8 if event in ("USR2", "TERM") else 1)  # longer than KillWait: nothing may interrupt this
             save()
         sys.exit(75)
     if rank == "0" and step % 10 == 0:
@@ -91,7 +91,7 @@ def lab() -> Iterator[str]:
 
 
 def slurm(*command: str) -> str:
-    """What one of SLURM's commands prints."""
+    """Run one of SLURM's commands and return its output."""
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
@@ -123,23 +123,23 @@ class Submitted:
 
     @property
     def text(self) -> str:
-        """What `--wait` has shown so far."""
+        """The output of `--wait` so far."""
         return self.shown.read_text()
 
     @property
     def state(self) -> str:
-        """Such as RUNNING."""
+        """The state of the job, such as RUNNING."""
         return (job_states(self.id) or {}).get(self.id, JobState("")).name
 
     def result(self, seconds: float = 240) -> int:
-        """The exit code of `--wait`."""
+        """Wait for the end and return the exit code of `--wait`."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             pytest.fail(f"job {self.id} has not ended within {seconds} s:\n{self.text}")
 
     def exits(self, attempt: int) -> dict[int, RankExit]:
-        """How the ranks' scripts ended."""
+        """Return how the script ended on each rank."""
         (folder,) = self.jobs.glob("*/*_exits_*")
         return RankExits(folder).read(attempt)
 
@@ -148,22 +148,22 @@ class Submitted:
 def trainer(lab: str, tmp_path: Path) -> Callable[..., tuple[Submitted, Path]]:
     """Starts the stand-in; returns the job and its folder."""
 
-    def start(event: str = "nothing", place: str = "0", *flags: str) -> tuple[Submitted, Path]:
-        folder = tmp_path / f"{event}-{place}"
+    def start(event: str = "nothing", rank: str = "0", *flags: str) -> tuple[Submitted, Path]:
+        folder = tmp_path / f"{event}-{rank}"
         folder.mkdir()
         (folder / "train.py").write_text(TRAINER)
-        return Submitted(folder, folder / "train.py", folder, event, place, flags=flags), folder
+        return Submitted(folder, folder / "train.py", folder, event, rank, flags=flags), folder
 
     return start
 
 
-def started(job: Submitted, folder: Path) -> None:
+def wait_for_step_10(job: Submitted, folder: Path) -> None:
     until(lambda: (folder / "state").exists() and (folder / "from-0-1").exists(), f"job {job.id} at step 10")
 
 
 @pytest.fixture(scope="module")
 def out_of_time(lab: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Submitted, Path]:
-    """A job that hears nothing until its time is up, started early because that takes more than a minute."""
+    """A job that ignores signals until its time limit, started early because that takes more than a minute."""
     folder = tmp_path_factory.mktemp("limit")
     (folder / "train.py").write_text(TRAINER)
     return Submitted(folder, folder / "train.py", folder, "deaf", "0", flags=("--timeout", "1")), folder
@@ -180,40 +180,41 @@ def test_waiting_returns_the_scripts_exit_code(trainer: Callable[..., tuple[Subm
 
 
 @pytest.mark.usefixtures("out_of_time")
-def test_a_job_that_is_signalled_or_killed_goes_on(trainer: Callable[..., tuple[Submitted, Path]]) -> None:
-    signalled = {name: trainer(name, "0") for name in ("USR2", "TERM")}
-    killed = [trainer("kill", "0"), trainer("kill", "1"), trainer("exit75", "1")]
-    for name, (job, folder) in signalled.items():
-        started(job, folder)
+def test_a_job_that_is_signalled_or_killed_resumes(trainer: Callable[..., tuple[Submitted, Path]]) -> None:
+    signalled = {}
+    for name in ("USR2", "TERM"):
+        job, folder = signalled[name] = trainer(name, "0")
+        wait_for_step_10(job, folder)
         slurm("scancel", f"--signal={name}", job.id)
+    killed = [trainer("kill", "0"), trainer("kill", "1"), trainer("exit75", "1")]
     for job, folder in [*signalled.values(), *killed]:
         assert job.result() == 0, job.text
         assert (folder / "done-0").exists()
         assert (folder / "done-1").exists()
-        assert not (folder / "from-2-0").exists(), "one requeue, however many ranks ask for it"
+        assert not (folder / "from-2-0").exists(), "one requeue, although several ranks ask for it"
         assert int((folder / "from-1-0").read_text()) >= 10
     for job, _ in signalled.values():
         exits = job.exits(0)
-        assert (exits[0].code, exits[1].code) == (75, 75)  # rank 0 had the time to save although rank 1 had left before
+        assert (exits[0].code, exits[1].code) == (75, 75)  # rank 0 had time to save although rank 1 had left
         assert exits[0].seconds > exits[1].seconds + 5
 
 
 @pytest.mark.usefixtures("out_of_time")
 def test_a_cancelled_job_is_not_revived(trainer: Callable[..., tuple[Submitted, Path]]) -> None:
     job, folder = trainer()
-    started(job, folder)
+    wait_for_step_10(job, folder)
     slurm("scancel", job.id)
     assert job.result() == 130
     time.sleep(8)  # a requeued job would start within that time
     assert job.state == "CANCELLED"
     assert not (folder / "from-1-0").exists()
-    assert job.exits(0)[0].exit_code == 75  # which otherwise means: start me again
+    assert job.exits(0)[0].exit_code == 75  # which otherwise means a restart
 
 
 @pytest.mark.usefixtures("out_of_time")
-def test_a_job_that_an_administrator_requeues_goes_on(trainer: Callable[..., tuple[Submitted, Path]]) -> None:
+def test_a_job_that_an_administrator_requeues_resumes(trainer: Callable[..., tuple[Submitted, Path]]) -> None:
     job, folder = trainer()
-    started(job, folder)
+    wait_for_step_10(job, folder)
     slurm("scontrol", "requeue", job.id)
     assert job.result() == 0, job.text
     assert (folder / "from-1-0").exists()
@@ -267,7 +268,7 @@ def test_an_array_has_its_own_folders_and_the_first_error(lab: str, tmp_path: Pa
     assert "\n[7] attempt 0 rank 0 from step 0\n" in job.text
 
 
-def test_the_accounting_tells_of_jobs_that_the_controller_has_forgotten(
+def test_the_accounting_knows_jobs_that_the_controller_has_forgotten(
     trainer: Callable[..., tuple[Submitted, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _ = trainer("exit65", "0")
@@ -277,7 +278,7 @@ def test_the_accounting_tells_of_jobs_that_the_controller_has_forgotten(
 
     until(lambda: _recorded_states(job.id) == {job.id: JobState("FAILED")}, "the accounting")
     monkeypatch.setenv("PATH", "")
-    assert job_states(job.id) is None  # no answer is not an end
+    assert job_states(job.id) is None  # no reply is not an end
 
 
 def test_out_of_time(out_of_time: tuple[Submitted, Path]) -> None:
@@ -292,7 +293,7 @@ def test_out_of_time(out_of_time: tuple[Submitted, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def flags(lab: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of a fine-tuning with DAT on generated pictures."""
+    """Flags of a fine-tuning with DAT on generated images."""
     folder = tmp_path_factory.mktemp("images")
     draw_folder(folder / "images", train=160, val=20, conflict=0)
     tokenizer = save_tokenizer(folder / "tokenizer.safetensors")
@@ -308,9 +309,9 @@ def newest_step(output: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights' hash of a job that nothing happens to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the hash of the weights of a job without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     job = Submitted(folder, ROOT / "main_finetune.py", *flags, "--output_dir", folder / "out")
     assert job.result(400) == 0, job.text
     assert "2 ranks" in job.text
@@ -318,37 +319,37 @@ def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 @pytest.mark.parametrize("way", ["srun", "torchrun"])
-def test_the_same_script_without_the_launcher(way: str, undisturbed: str, flags: list[str], tmp_path: Path) -> None:
+def test_the_same_script_without_the_launcher(way: str, uninterrupted: str, flags: list[str], tmp_path: Path) -> None:
     start = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--unbuffered"]
     python = [sys.executable]
     if way == "torchrun":
         python += ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
         python += ["--rdzv-endpoint=n1:29511", "--rdzv-id=test"]
     command = [*start, *python, str(ROOT / "main_finetune.py"), *flags, "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    assert weights_hash(tmp_path / "out") == undisturbed
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    assert weights_hash(tmp_path / "out") == uninterrupted
 
 
-def test_preempted_and_bereft_of_a_node_a_job_ends_with_the_same_weights(
-    lab: str, undisturbed: str, flags: list[str], tmp_path: Path
+def test_a_job_that_is_preempted_and_loses_a_node_ends_with_the_same_weights(
+    lab: str, uninterrupted: str, flags: list[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     job = Submitted(tmp_path, ROOT / "main_finetune.py", *flags, "--output_dir", output, flags=("--partition", "low"))
-    until(lambda: newest_step(output) >= 20, "the first checkpoints")
+    until(lambda: newest_step(output) >= 20, "the first checkpoints", 400)
     slurm("sbatch", "--wait", "--partition=debug", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=srun true")
     before = newest_step(output)
     assert job.exits(0)[0].signal
     assert job.exits(0)[0].exit_code == 75
-    until(lambda: newest_step(output) > before, "steps of the second attempt")
-    laboratory = os.environ | {"SLURM_LAB": lab}
-    subprocess.run([TOOLS / "slurm-down", "--node", "n2"], env=laboratory, check=True)  # a power cut
+    until(lambda: newest_step(output) > before, "steps of the second attempt", 400)
+    lab_environment = os.environ | {"SLURM_LAB": lab}
+    subprocess.run([TOOLS / "slurm-down", "--node", "n2"], env=lab_environment, check=True)  # a power cut
     slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")  # seen at once, not after SlurmdTimeout
     until(lambda: job.state == "PENDING", "the job back in the queue")
     assert before < newest_step(output) < 140
-    subprocess.run([TOOLS / "slurm-up", "--node", "n2"], env=laboratory, check=True)
+    subprocess.run([TOOLS / "slurm-up", "--node", "n2"], env=lab_environment, check=True)
     assert job.result(400) == 0, job.text
-    assert weights_hash(output) == undisturbed
+    assert weights_hash(output) == uninterrupted
     assert set(job.exits(2)) == {0, 1}
     records = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(14))

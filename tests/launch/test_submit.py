@@ -21,7 +21,7 @@ from mae_dat.launch.task import ScriptTask
 ROOT = Path(__file__).parents[2]
 RANKS = ("MAE_DAT_RESTARTS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# Writes what it was given to <folder>/<rank>.json and ends with the exit code in its first argument.
+# Writes its arguments and rank variables to <folder>/<rank>.json and exits with the code in its first argument.
 SCRIPT = f"""
 import json, os, pathlib, sys
 folder = pathlib.Path("FOLDER")
@@ -31,8 +31,8 @@ print("rank", os.environ["RANK"], "is here")
 sys.exit(int(sys.argv[1]))
 """
 
-# Stands for training: the first attempt is preempted by the signal in its argument, saves on SIGTERM and asks to be
-# started again; the second one resumes.
+# A stand-in for training: the first attempt is preempted by the signal in its argument, saves on SIGTERM and asks for a
+# restart; the second one resumes.
 PREEMPTED = """
 import os, pathlib, signal, sys, time
 state = pathlib.Path("STATE")
@@ -86,15 +86,7 @@ def test_dry_run_prints_the_batch_file_and_leaves_no_trace(script: Path, tmp_pat
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "#!/bin/bash"
-    expected = {
-        "nodes=4",
-        "ntasks-per-node=2",
-        "gpus-per-node=2",
-        "time=60",
-        "partition=gpu",
-        "account=lab",
-        "qos=high",
-    }
+    expected = {"nodes=4", "ntasks-per-node=2", "gpus-per-node=2", "time=60", "partition=gpu", "account=lab"}
     expected |= {"constraint=a100", "mem=1536MB", "cpus-per-task=3", "comment='two words'", "job-name=train"}
     expected |= {"qos=high", "exclude='n[03-05]'", "requeue", f"output={tmp_path}/jobs/%j/%j_0_log.out"}
     directives = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH --")}
@@ -116,7 +108,7 @@ def batch_text(*words: str) -> str:
     return batch_file(config.resolve(), task, ROOT, "python submit.py")
 
 
-def test_unset_flags_leave_the_choice_to_the_cluster(script: Path) -> None:
+def test_unset_flags_are_left_to_the_cluster(script: Path) -> None:
     text = batch_text(str(script))
     assert "--nodes=1" in text
     assert "--ntasks-per-node=8" in text
@@ -255,7 +247,7 @@ def finetune_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "main_finetune.py"
 
 
-def test_mistyped_flags_of_our_scripts_are_found_before_the_queue(
+def test_mistyped_flags_of_our_scripts_are_rejected_before_the_queue(
     finetune_script: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert checked("--dry_run", finetune_script, "--dat", "--epochs", "3")[0].args == ("--dat", "--epochs", "3")
@@ -267,7 +259,7 @@ def test_mistyped_flags_of_our_scripts_are_found_before_the_queue(
         checked("--dry_run", finetune_script, "--config", "missing.yaml")
 
 
-def test_a_job_without_images_is_refused_before_the_queue(
+def test_a_job_without_images_is_rejected_before_the_queue(
     finetune_script: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("MAE_DAT_DATA")
@@ -282,7 +274,7 @@ def test_a_job_without_images_is_refused_before_the_queue(
     assert not caplog.messages
 
 
-def test_weights_and_output_folder_are_tried_before_the_queue(finetune_script: str, tmp_path: Path) -> None:
+def test_weights_and_output_folder_are_checked_before_the_queue(finetune_script: str, tmp_path: Path) -> None:
     words = ["--cluster", "local", finetune_script]
     with pytest.raises(MissingInputError, match="--finetune nowhere.pth: there is no such file"):
         checked(*words, "--finetune", "nowhere.pth")
@@ -300,7 +292,7 @@ def test_jobs_of_an_array_must_not_share_a_folder(finetune_script: str) -> None:
     assert [task.args for task in tasks] == [("--seed", n, "--output_dir", f"out/{n}") for n in ("0", "3", "7")]
 
 
-def test_a_refusal_of_sbatch_is_passed_on(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_sbatch_is_passed_on(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, body in {
         "srun": "exit 0",
         "sbatch": "echo sbatch: error: invalid partition specified: gpux >&2; exit 1",

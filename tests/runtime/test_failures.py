@@ -1,4 +1,4 @@
-"""Ranks that are killed, fail alone or fail amid a collective: the others are gone soon, with the right exit code."""
+"""Ranks that are killed or fail, alone or during a collective: the others exit soon, with the right exit code."""
 
 import math
 import os
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class _FailsBackward(torch.autograd.Function):
-    """The identity, whose gradient fails when it is asked to."""
+    """The identity, with a gradient that fails when `failing` is set."""
 
     failing = False
 
@@ -48,7 +48,7 @@ class _FailsBackward(torch.autograd.Function):
 
 
 class _Net(nn.Module):
-    """Two layers whose gradients travel apart; the second one's is under way when the first one's fails."""
+    """Two layers whose gradients are reduced separately; the second one is under way when the first one fails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Net(nn.Module):
 
 
 def train_until(rank: int, victim: int, fault: str) -> None:
-    """Trains for ever, but for rank `victim`, which meets a fault at step 3."""
+    """Train for ever; the rank `victim` fails at step 3."""
 
     def run() -> None:
         if fault.startswith("kill,"):
@@ -69,15 +69,15 @@ def train_until(rank: int, victim: int, fault: str) -> None:
             for step in range(10**6):
                 with explain_rank_failure(lambda step=step: f"at step {step}"):  # type: ignore[misc]
                     if rank == victim and step == 3:
-                        meet(fault)
-                    if fault == "kill, others blind" and step == 3:
+                        fail(fault)
+                    if fault == "kill, others blocked" and step == 3:
                         time.sleep(60)  # as in a kernel of NCCL's, which does not see that a peer is gone
                     net(torch.ones(1, 600)).sum().backward()
 
     run_command(run)
 
 
-def meet(fault: str) -> None:
+def fail(fault: str) -> None:
     if fault == "kill, worker left" and os.fork() == 0:
         sys.stderr.write(f"worker {os.getpid()}\n")
         time.sleep(2 * GONE)  # with all connections of its parent
@@ -99,13 +99,13 @@ def meet(fault: str) -> None:
         (0, "kill", -signal.SIGKILL, 75),
         (1, "kill", -signal.SIGKILL, 75),
         (2, "kill", -signal.SIGKILL, 75),
-        (0, "kill, others blind", -signal.SIGKILL, 75),
-        (1, "kill, others blind", -signal.SIGKILL, 75),
+        (0, "kill, others blocked", -signal.SIGKILL, 75),
+        (1, "kill, others blocked", -signal.SIGKILL, 75),
         (1, "kill, worker left", -signal.SIGKILL, 75),
         (1, "data", 65, 65),
         (0, "disk", 74, 74),
         (2, "bug", 1, 1),
-        (1, "amid backward", 1, 1),
+        (1, "during backward", 1, 1),
     ],
 )
 def test_a_ranks_fault_ends_the_others_too(
@@ -118,17 +118,17 @@ def test_a_ranks_fault_ends_the_others_too(
         os.kill(int(worker), signal.SIGKILL)
     messages = {
         "kill": f"error: rank {victim} was lost at step 3; run the same command again to resume",
-        "kill, others blind": f"error: rank {victim} was lost; run the same command again to resume",
+        "kill, others blocked": f"error: rank {victim} was lost; run the same command again to resume",
         "kill, worker left": f"error: rank {victim} was lost; run the same command again to resume",
         "data": f"error: rank {victim} stopped: cat.jpg cannot be read",
         "disk": f"error: rank {victim} stopped: no space left for",
         "bug": f"error: rank {victim} stopped: IndexError: list index out of range",
-        "amid backward": f"error: rank {victim} stopped: ValueError: no memory left for this gradient",
+        "during backward": f"error: rank {victim} stopped: ValueError: no memory left for this gradient",
     }
     for rank in set(range(3)) - {victim}:
         assert messages[fault] in logs[rank]
         assert "Traceback" not in logs[rank]
-    assert ("Traceback" in logs[victim]) == (fault in ("bug", "amid backward"))
+    assert ("Traceback" in logs[victim]) == (fault in ("bug", "during backward"))
 
 
 def test_other_errors_are_not_taken_for_the_loss_of_a_rank() -> None:
@@ -169,7 +169,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_training_whose_rank_is_killed_is_gone_entirely(victim: int, tmp_path: Path) -> None:
+def test_a_training_with_a_killed_rank_ends_entirely(victim: int, tmp_path: Path) -> None:
     images = draw_folder(tmp_path / "images", train=34)
     ranks = start_ranks(2, train_for_long, images, tmp_path / "output", log=tmp_path / "log")
     while not list(tmp_path.glob("output/checkpoint-*.json")) and all(rank.is_alive() for rank in ranks):

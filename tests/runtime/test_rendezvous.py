@@ -1,4 +1,4 @@
-"""How ranks find each other when the port is taken: by a service that says nothing, by rubbish, by another job."""
+"""How ranks find each other when the port is taken: by a silent service, by one that sends garbage, by another job."""
 
 import contextlib
 import socket
@@ -18,7 +18,7 @@ HOST = "127.0.0.1"
 
 @pytest.fixture
 def ports() -> list[int]:
-    """Free ports in a row of which a test occupies the first ones."""
+    """Free ports, of which a test occupies the first ones."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(5)]
         return [server.getsockname()[1] for server in servers]
@@ -39,15 +39,15 @@ def assert_shared(stores: list[TCPStore]) -> None:
 
 
 @contextlib.contextmanager
-def foreign_service(port: int, answer: bytes) -> Iterator[None]:
-    """A service that takes connections and says `answer`, or nothing, and never closes them."""
+def foreign_service(port: int, reply: bytes) -> Iterator[None]:
+    """A service that takes connections and sends `reply`, or nothing, and never closes them."""
     server, callers = socket.create_server(("", port)), []
 
     def serve() -> None:
         with contextlib.suppress(OSError):
             while True:
                 callers.append(server.accept()[0])
-                callers[-1].sendall(answer)
+                callers[-1].sendall(reply)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()

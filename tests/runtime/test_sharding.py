@@ -1,4 +1,4 @@
-"""Models in shards (FSDP2) against copies (DDP) on two ranks: losses, checkpoints, pictures, accuracy, faults."""
+"""Models in shards (FSDP2) against copies (DDP) on two ranks: losses, checkpoints, galleries, accuracy, faults."""
 
 import dataclasses
 import math
@@ -113,7 +113,7 @@ RUNS = {"mae": run_mae, "dat": run_dat, "probe": run_probe, "resnet": run_resnet
 
 @contextmanager
 def stopping_at(step: int, rank: int) -> Iterator[None]:
-    """Sends this rank, if it is rank 1, a signal in the middle of a step."""
+    """Send this rank, if it is rank 1, a signal in the middle of a step."""
     real = Trainer.train_step
 
     def interrupted(trainer: Trainer) -> None:
@@ -128,7 +128,7 @@ def stopping_at(step: int, rank: int) -> Iterator[None]:
 
 
 class _NaNAt(Classification):
-    """Not a number on rank 1, at its `left`-th loss."""
+    """A loss of NaN after `left` losses."""
 
     left = math.inf
 
@@ -153,7 +153,7 @@ def both_ways(rank: int, folder: Path, output: Path) -> None:
 
 
 def evaluation(rank: int, folder: Path) -> dict[str, Any]:
-    """Accuracy of shards where the ranks have different numbers of batches, or no picture at all."""
+    """Accuracy of shards where the ranks have different numbers of batches, or no image at all."""
     results: dict[str, Any] = {}
     with process_group(world_from_environment(), CPU):
         model = labelling_model()
@@ -216,7 +216,7 @@ def labelling_model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folders of `both_ways`, and what its ranks saw."""
+    """The output folders of `both_ways`, and the results of its ranks."""
     root = tmp_path_factory.mktemp("parallel")
     write_image_folder(root / "images", FolderSettings(train=34, val=20, conflict=10, silhouette=10, size=SIDE))
     torch.manual_seed(0)
@@ -288,7 +288,7 @@ def test_a_run_in_shards_resumes_bit_for_bit(outputs: Path) -> None:
         ("dat, copies then shards", "dat, copies"),
     ],
 )
-def test_a_checkpoint_goes_on_in_the_other_form(run: str, like: str, outputs: Path) -> None:
+def test_a_checkpoint_resumes_in_the_other_form(run: str, like: str, outputs: Path) -> None:
     for mine, theirs in zip(records(outputs / run), records(outputs / like), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
     assert_close(outputs / run, outputs / like, 1e-4)
@@ -323,7 +323,7 @@ def test_nan_on_one_rank_stops_all_shards_before_the_weights_change(outputs: Pat
 # ---- a single process ----
 
 
-def test_what_is_gathered_by_itself() -> None:
+def test_model_blocks() -> None:
     small_models()
     vit = build_classifier("vit_tiny", 10, (SIDE, SIDE), 0.0)
     assert [type(block).__name__ for block in model_blocks(vit)] == ["Block", "Block"]
@@ -338,14 +338,14 @@ def test_what_is_gathered_by_itself() -> None:
     assert not is_sharded(vit)
 
 
-def test_a_single_rank_says_that_it_shards_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_rank_warns_that_it_shards_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = run_of(tmp_path, tmp_path / "output", True)
     with run_context(config["run"], config["launch"], Console(quiet=True)) as context:
         assert not context.sharded
     assert "--fsdp: a single rank" in caplog.text
 
 
-def test_a_state_without_shards_is_given_as_it_is() -> None:
+def test_a_state_without_shards_is_returned_as_it_is() -> None:
     model = nn.Linear(3, 2)
     state = {"model": model.state_dict(), "list": [1, {"x": torch.ones(2)}], "step": 3}
     given = full_state_dict(state)

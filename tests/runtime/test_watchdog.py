@@ -30,7 +30,7 @@ def watchdogs_of(pid: int | None) -> list[int]:
 
 
 def hang(rank: int, how: str, folder: Path) -> None:
-    """Two ranks train; at step 3 rank 1 hangs."""
+    """Train on two ranks; rank 1 hangs at step 3."""
 
     def run() -> None:
         with process_group(world_from_environment(), torch.device("cpu")), watchdog(LIMIT / 60, rank):
@@ -43,24 +43,24 @@ def hang(rank: int, how: str, folder: Path) -> None:
                     if how == "stopped":
                         os.kill(os.getpid(), signal.SIGSTOP)
                     else:
-                        re.search("(a+)+$", "a" * 64 + "b")  # longer than the universe, with the lock held
+                        re.search("(a+)+$", "a" * 64 + "b")  # takes for ever, with the lock held
 
     run_command(run)
 
 
 def worker(folder: Path) -> None:
-    """What a data loader forks: it outlives its parent for a moment, and must do so unhurt."""
+    """What a data loader forks: it outlives its parent for a moment, and must not be killed."""
     parent = os.getpid()
     if os.fork() == 0:
         while os.getppid() == parent:
             time.sleep(0.02)
         time.sleep(0.5)
-        (folder / "unhurt").touch()
+        (folder / "not_killed").touch()
         os._exit(0)
 
 
 class Hung(NamedTuple):
-    """What became of two ranks of which the second hung."""
+    """The outcome of two ranks of which the second hung."""
 
     seconds: float
     codes: list[int | None]
@@ -101,10 +101,10 @@ def test_a_rank_that_hangs_is_found_and_all_are_ended(how: str, exit_code: int, 
         assert re.search(r'collectives.py", line \d+ in all_sum', logs[0]), "the stacks of all ranks"
     assert len(watchdogs) == 2
     end = time.monotonic() + 10
-    while time.monotonic() < end and (any(map(running, watchdogs)) or not (folder / "unhurt").exists()):
+    while time.monotonic() < end and (any(map(running, watchdogs)) or not (folder / "not_killed").exists()):
         time.sleep(0.05)
     assert not any(map(running, watchdogs)), "no watchdog is left"
-    assert (folder / "unhurt").exists(), "nor was a loader's worker ended with its parent"
+    assert (folder / "not_killed").exists(), "nor was a loader's worker ended with its parent"
 
 
 def running(pid: int) -> bool:

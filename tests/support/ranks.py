@@ -16,14 +16,14 @@ CONTEXT.set_forkserver_preload(["torch", "timm", "mae_dat.training.finetune", "m
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def start_ranks(size: int, act: Callable[..., None], *arguments: Any, log: Path | None = None) -> list[BaseProcess]:
-    """Starts `act(rank, *arguments)` in `size` processes that know each other; stderr goes to `log`-RANK."""
+    """Start `act(rank, *arguments)` in `size` processes that find each other; stderr goes to `log`-RANK."""
     port = free_port()
     ranks = [CONTEXT.Process(target=_rank, args=(rank, size, port, log, act, arguments)) for rank in range(size)]
     for rank in ranks:
@@ -37,7 +37,7 @@ def _rank(
 ) -> None:
     import torch
 
-    multiprocessing.set_start_method("fork", force=True)  # for its loader's workers, as if it had been started by hand
+    multiprocessing.set_start_method("fork", force=True)  # for its loader's workers, as in a process started by hand
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
@@ -47,11 +47,11 @@ def _rank(
     try:
         act(rank, *arguments)
     finally:
-        atexit._run_exitfuncs()  # which a process started by hand would do, and one of multiprocessing's does not
+        atexit._run_exitfuncs()  # a process of multiprocessing skips them
 
 
 def exit_codes(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
-    """Exit codes, None for those that still run after so long (they are then killed)."""
+    """Return the exit codes; None for processes that still run after `seconds` (they are then killed)."""
     end = time.monotonic() + seconds
     for rank in ranks:
         rank.join(max(end - time.monotonic(), 0))
