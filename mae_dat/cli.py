@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "robustness": Command("mae_dat.robustness.command", "measure models on every benchmark, with a report"),
         "scorecard": Command("mae_dat.robustness.report.write", "make the report again from results.json"),
         "compare": Command("mae_dat.experiments.compare", "fine-tune plainly, with random words, with DAT; one report"),
-        "proof": Command("mae_dat.experiments.proof", "compare every adversary and baseline over data sets and seeds"),
+        "proof": Command("mae_dat.experiments.proof", "compare all adversaries over data sets and seeds"),
         "features": Command("mae_dat.analysis.features", "write features of a model; classify by nearest neighbors"),
     },
     "look": {
@@ -49,7 +49,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "help": {
-        "demo": Command("mae_dat.experiments.demo", "run the whole toolkit on generated images in 10 to 20 minutes"),
+        "demo": Command("mae_dat.experiments.demo", "run the whole toolkit on generated images"),
     },
 }
 COMMANDS: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}

@@ -29,7 +29,7 @@ from mae_dat.config.groups import AugmentConfig, ClassifierConfig, OptimConfig
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models import mae
 from mae_dat.models.classifier import build_classifier
-from mae_dat.runtime import sharding as parallel
+from mae_dat.runtime import blocks
 from mae_dat.runtime.blocks import checkpoint_blocks, choose_attention, compile_blocks, model_blocks
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.device import amp_dtype, set_float32_precision
@@ -58,7 +58,7 @@ def train(folder: Path, output: Path, **flags: Any) -> None:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_attention_step_by_step_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within what bfloat16 keeps, by which both forms differ from float32."""
-    monkeypatch.setattr(parallel, "cpu_has_amx", lambda: False)
+    monkeypatch.setattr(blocks, "cpu_has_amx", lambda: False)
     image, found = torch.rand(2, 3, 224, 224), []
     for chosen, precision in ((False, None), (False, torch.bfloat16), (True, torch.bfloat16)):
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_attention_step_by_step_gives_the_same_gradients(name: str, monkeypatch:
 def test_elsewhere_attention_stays_fused(
     device: str, precision: str | None, amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "cpu_has_amx", lambda: amx)
+    monkeypatch.setattr(blocks, "cpu_has_amx", lambda: amx)
     model = build_classifier("vit_tiny_patch16_224", 10, (224, 224), 0.0)
     choose_attention(model, torch.device(device), torch.bfloat16 if precision else None)
     assert all(one.fused_attn for one in model.modules() if hasattr(one, "fused_attn"))

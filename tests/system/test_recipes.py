@@ -170,10 +170,10 @@ def test_the_commands_in_headers_and_guide_can_be_given(monkeypatch: pytest.Monk
     assert len(found) > len(PUBLISHED) + 8
     for script, *flags in found:
         if script == "submit.py":
-            task = launch.parse(flags)[1]
+            task = launch.parse_command(flags)[1]
             script, flags = Path(task.script).name, list(task.args)
         load_config(PretrainConfig if script == "main_pretrain.py" else FinetuneConfig, flags)
-    names = re.search(r"mae_dat\.fetch (\w[\w ]+)\n", guide)
+    names = re.search(r"mae_dat fetch (\w[\w ]+)\n", guide)
     assert names
     assert [find_released(name).name for name in names[1].split()] == names[1].split()
 
