@@ -60,8 +60,8 @@ def print_exactness(tokenizer: VisualTokenizer, image: Tensor, delta: Tensor) ->
         for eps in PRECISION_RADII:
             found = agreement(tokenizer, fast, image, eps * delta)
             print(
-                f"{name:12} {eps:5.2f} {found.flips:19.2%} {found.fast_changed:16.2%} ({found.changed:.2%})"
-                f" {found.overlap:17.0%} ({found.overlap_same_picture:.0%}) {255 * found.pixels:16.3f}"
+                f"{name:12} {eps:5.2f} {found.flips:19.2%} {found.fast_changes:16.2%} ({found.exact_changes:.2%})"
+                f" {found.overlap:17.0%} ({found.overlap_same_image:.0%}) {255 * found.pixels:16.3f}"
             )
     print()
 
@@ -153,7 +153,7 @@ def main() -> None:
         with torch.no_grad():
             moved = share_changed(words, tokenizer.encode((reconstruction + eps * direction).clamp(0, 1)))
         level = 255 * eps / image[0].numel() ** 0.5
-        print(f"{eps:6.2f} {found.changed_share:23.2%} {moved:23.2%} {level:27.2f}")
+        print(f"{eps:6.2f} {found.exact_changes_share:23.2%} {moved:23.2%} {level:27.2f}")
     damage(model, image, label, tokenizer)
     curves(model, image, label, tokenizer)
 

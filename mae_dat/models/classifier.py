@@ -234,7 +234,7 @@ def _build_timm(
         if not pretrained and source is None:
             raise
         raise MissingInputError(
-            f"{name} cannot be had: {error}. Check the network, or give a file downloaded before"
+            f"{name} is not available: {error}. Check the internet connection, or give a file downloaded before"
         ) from error
     patch_size = getattr(getattr(net, "patch_embed", None), "patch_size", None)
     if img_size is not None and patch_size is not None:

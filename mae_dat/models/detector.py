@@ -244,5 +244,7 @@ def _build_torchvision_detector(name: str, num_classes: int, size: tuple[int, in
     try:
         net = torchvision.models.get_model(name, weights=None, num_classes=num_classes + 1, **options)
     except OSError as error:
-        raise MissingInputError(f"weights of {name}'s backbone cannot be had: {error}. Check the network.") from error
+        raise MissingInputError(
+            f"weights of {name}'s backbone are not available: {error}. Check the internet connection."
+        ) from error
     return Detector(net)

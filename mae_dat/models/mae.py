@@ -7,6 +7,7 @@ Pixels are floats in [0, 1]; the model normalises them itself. The mask's noise 
 outside of the model, so that two views of an image, a figure and a test can share one mask.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -193,9 +194,14 @@ class MaskedAutoencoder(nn.Module):
         default_mean, default_std = pixel_statistics(in_chans)
         self.register_buffer("mean", torch.tensor(mean or default_mean).view(in_chans, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or default_std).view(in_chans, 1, 1), persistent=False)
-        decoder = (decoder_embed_dim, decoder_depth, decoder_num_heads)
-        self._build_encoder(ViTSize(self.img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio))
-        self._build_decoder(ViTSize(self.img_size, patch_size, *decoder, mlp_ratio))
+        encoder = ViTSize(
+            self.img_size, patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio
+        )
+        self._build_encoder(encoder)
+        decoder = dataclasses.replace(
+            encoder, embed_dim=decoder_embed_dim, depth=decoder_depth, num_heads=decoder_num_heads
+        )
+        self._build_decoder(decoder)
         self._initialize_weights()
 
     def _build_encoder(self, size: ViTSize) -> None:

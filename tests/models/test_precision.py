@@ -19,7 +19,13 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.models.tokenizer import VQGAN, VQGAN_PRESETS, LightTokenizer, VisualTokenizer, load_tokenizer
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.models.tokenizer.blocks import Upsample
-from mae_dat.models.tokenizer.precision import PRECISIONS, agreement, drawn_pictures, in_precision, quickest_exact
+from mae_dat.models.tokenizer.precision import (
+    PRECISIONS,
+    agreement,
+    first_accurate_precision,
+    generated_images,
+    in_precision,
+)
 
 CPU = torch.device("cpu")
 
@@ -113,8 +119,8 @@ def test_words_of_the_embedded_tokenizer_in_16_bits() -> None:
     assert 0 < decoder.pixels < 0.5 / 255
     assert half.flips < brain.flips < 0.02
     assert half.flips < 0.005
-    assert half.overlap_same_picture > brain.overlap_same_picture > 0.8
-    assert brain.fast_changed == pytest.approx(brain.changed, rel=0.1)
+    assert half.overlap_same_image > brain.overlap_same_image > 0.8
+    assert brain.fast_changes == pytest.approx(brain.exact_changes, rel=0.1)
     exact = agreement(embedded(), load_tokenizer().prepare(CPU), image, delta)
     assert (exact.flips, exact.overlap, exact.pixels) == (0, 1, 0)
 
@@ -126,14 +132,14 @@ def test_auto_is_float32_on_a_cpu() -> None:
 
 def test_the_gate_takes_what_keeps_the_words_and_refuses_what_overflows(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    assert quickest_exact(embedded(), CPU, ("fp16",)) == "fp16"
+    assert first_accurate_precision(embedded(), CPU, ("fp16",)) == "fp16"
     loud = copy.deepcopy(embedded())
     with torch.no_grad():
         loud.get_parameter("decoder.1.conv2.weight").mul_(1e7)  # beyond the largest number of 16 bits
-    assert quickest_exact(loud, CPU, ("fp16",)) == "fp32"
+    assert first_accurate_precision(loud, CPU, ("fp16",)) == "fp32"
     assert "in fp16" in caplog.text
     assert "tokenizer in float32" in caplog.text
-    assert drawn_pictures(embedded()).shape == (4, 3, 128, 128)
+    assert generated_images(embedded()).shape == (4, 3, 128, 128)
 
 
 def test_exact_float32_restores_what_the_run_has_set() -> None:

@@ -576,11 +576,11 @@ def test_timms_own_names_reach_timm(
     assert found == expected
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # timm itself says that it finds nothing
     for flags, told in [
-        (["--model", "hf-hub:timm/no_such_model", "--pretrained"], r"hf-hub:timm/no_such_model cannot be had: .*"),
+        (["--model", "hf-hub:timm/no_such_model", "--pretrained"], r"hf-hub:timm/no_such_model is not available: .*"),
         (["--checkpoint", "hf-hub:timm/resnet18"], "--model hf-hub:timm/resnet18 --pretrained"),
         (["--checkpoint", "timm/resnet18"], "--model hf-hub:timm/resnet18 --pretrained"),
         (["--model", "timm/resnet18", "--pretrained"], "Use 'hf-hub:timm/resnet18'"),
-        (["--model", f"local-dir:{tmp_path / 'none'}", "--pretrained"], "none cannot be had: Config file not found"),
+        (["--model", f"local-dir:{tmp_path / 'none'}", "--pretrained"], "none is not available: Config file not found"),
     ]:
         outcome = outcome_of(robustness.main, [*flags, *given], monkeypatch, capsys)
         assert outcome.code in (64, 66), flags

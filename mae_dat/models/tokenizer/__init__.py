@@ -1,4 +1,4 @@
-"""Visual words: images to indices of a codebook and back. `load_tokenizer` is the door."""
+"""Visual words: from images to indices of a codebook and back. Start with `load_tokenizer`."""
 
 from importlib import resources
 from pathlib import Path
@@ -28,11 +28,11 @@ EMBEDDED = "embedded"
 
 
 def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
-    """A frozen tokenizer: `embedded` (shipped, for 64 px), a released one's name, a light one's `.safetensors`, or a
+    """Load a frozen tokenizer: `embedded` (included, for 64 px), a released name, a light one's `.safetensors`, or a
     VQGAN checkpoint.
 
-    A card `NAME.json` beside the file with a `sha256` is checked on every load. Raises MissingInputError,
-    CheckpointError, DownloadError.
+    If there is a card `NAME.json` with a `sha256`, the file is compared with it on every load. Raises
+    MissingInputError, CheckpointError, DownloadError.
     """
     path = tokenizer_path(name_or_path)
     require_file(path, f"tokenizer (use --tokenizer {EMBEDDED} for the shipped one, or the path of a checkpoint)")
@@ -44,10 +44,10 @@ def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
 
 
 def tokenizer_path(name_or_path: str | Path) -> Path:
-    """Where the weights that `load_tokenizer` reads lie; a released one's are fetched. Raises DownloadError."""
+    """Return the path of the weights that `load_tokenizer` reads, downloading released ones. Raises DownloadError."""
     return embedded_path() if str(name_or_path) == EMBEDDED else local_path(name_or_path)
 
 
 def embedded_path() -> Path:
-    """Where the shipped weights lie."""
+    """Return the path of the included weights."""
     return Path(str(resources.files("mae_dat.models.tokenizer") / "weights" / "light_f4_512.safetensors"))

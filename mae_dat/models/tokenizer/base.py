@@ -1,4 +1,4 @@
-"""The one interface behind which all tokenizers stand: images in, visual words out, and back."""
+"""The interface of all tokenizers: from images to visual words and back."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -31,11 +31,11 @@ class VisualTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def latent(self, image: Tensor) -> Tensor:
-        """Pre-quantization map (B, D, h, w) of an image in [0, 1]."""
+        """Encode images (B, C, H, W) in [0, 1] to a pre-quantization map (B, D, h, w)."""
 
     @abstractmethod
     def pixels(self, quantized: Tensor) -> Tensor:
-        """Image, *not yet clamped* to [0, 1], from a map of codes (B, D, h, w)."""
+        """Decode a map of codes (B, D, h, w) to images (B, C, H, W), *not yet clamped* to [0, 1]."""
 
     @property
     def num_words(self) -> int:
@@ -43,25 +43,24 @@ class VisualTokenizer(nn.Module, ABC):
         return self.codebook.shape[0]
 
     def words_of(self, latent: Tensor) -> Tensor:
-        """The nearest word at each place of a latent map: (B, D, h, w) -> (B, h, w)."""
+        """Return the nearest word at each place of a latent map: (B, D, h, w) -> (B, h, w)."""
         batch, dim, height, width = latent.shape
         flat = latent.permute(0, 2, 3, 1).reshape(-1, dim)
         return nearest_words(flat, self.codebook).view(batch, height, width)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Visual words (B, h, w) of an image (B, C, H, W) in [0, 1]. Raises ConfigError if a side is not divisible by
-        `factor`."""
+        """Return the visual words (B, h, w) of images (B, C, H, W) in [0, 1]. Raises as `check`."""
         self.check(image)
         with exact_float32():
             return self.words_of(self.latent(image))
 
     def decode(self, words: Tensor) -> Tensor:
-        """Image (B, C, H, W) in [0, 1] of visual words (B, h, w)."""
+        """Return the images (B, C, H, W) in [0, 1] of visual words (B, h, w)."""
         with exact_float32():
             return self.pixels(look_up(words, self.codebook)).clamp(0, 1)
 
     def reconstruct(self, image: Tensor) -> Tensor:
-        """Q(x) = decode(nearest_code(encode(x))), an image in [0, 1]."""
+        """Compute Q(x) = decode(encode(x)), images (B, C, H, W) in [0, 1]."""
         return self.decode(self.encode(image))
 
     def check(self, image: Tensor) -> None:
@@ -80,14 +79,14 @@ class VisualTokenizer(nn.Module, ABC):
             )
 
     def freeze(self) -> Self:
-        """Evaluation mode and no parameter gradients, as every use but training a tokenizer wants it."""
+        """Set evaluation mode and exclude parameters from gradients, as all uses but training a tokenizer need."""
         return self.eval().requires_grad_(False)
 
     def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """Layers of the encoder and of the decoder that may compute in 16 bits.
+        """Return the layers of the encoder and of the decoder that may compute in 16 bits.
 
-        Never among them: the first convolution, because a DAT step is a fraction of a grey level that bfloat16 would
-        lose there, and the ends, whose rounding would move words and pixels.
+        Never the first convolution, because a DAT step is a fraction of a grey level, which bfloat16 would lose there,
+        nor the last layers, whose rounding would change words and pixels.
         """
         return [], []
 
@@ -98,9 +97,11 @@ class VisualTokenizer(nn.Module, ABC):
         decoder: torch.dtype = torch.float32,
         compiled: bool = False,
     ) -> Self:
-        """Moves a frozen tokenizer to its device in the form that is fastest there: channels last, the `reducible`
-        layers in these types, and, with `compiled`, norm and activation fused by torch.compile (ConfigError without a
-        C++ compiler)."""
+        """Move a frozen tokenizer to its device in the form that is fastest there.
+
+        Channels last, the `reducible` layers in these types, and, with `compiled`, norm and activation fused by
+        torch.compile. Raises ConfigError without a C++ compiler.
+        """
         self.to(device)
         self.to(memory_format=torch.channels_last)
         for layers, dtype in zip(self.reducible(), (encoder, decoder), strict=True):
@@ -115,8 +116,10 @@ class VisualTokenizer(nn.Module, ABC):
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Without TF32 on NVIDIA GPUs, whatever the run has set: with it, words would differ from those of other machines.
-    Elsewhere it changes nothing."""
+    """Disable TF32 on NVIDIA GPUs inside the block, whatever the run has set.
+
+    With TF32, words would differ from those of other machines.
+    """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     try:
@@ -127,5 +130,5 @@ def exact_float32() -> Iterator[None]:
 
 
 def share_changed(words: Tensor, other: Tensor) -> Tensor:
-    """Share of words that differ, a float32 scalar in [0, 1]."""
+    """Return the share of words that differ, a float32 scalar in [0, 1]."""
     return (words != other).to(torch.float32).mean()

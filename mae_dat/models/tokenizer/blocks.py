@@ -1,11 +1,11 @@
-"""Encoder and decoder of a VQGAN, with the key names of taming-transformers' weights and its function, but quicker.
+"""Encoder and decoder of a VQGAN, with the keys and the function of taming-transformers', but faster.
 
-What differs is only the order of rounding: swish is one operation, attention is PyTorch's fused one, and an enlargement
-by 2 followed by a 3 x 3 convolution is one transposed convolution of 4 x 4, which needs 4 multiplications per output
-where that needs 9. No level's feature map is kept for later.
+Only the order of rounding differs: swish is one operation, attention is PyTorch's fused one, and an enlargement by 2
+followed by a 3 x 3 convolution is one transposed convolution of 4 x 4, which needs 4 multiplications per output instead
+of 9. No level's feature map is stored for later.
 
-Precision: `conv_in` stays float32 when the rest is cast (`cast`), because a DAT step is a fraction of a grey level and
-bfloat16 would lose it there; so do the encoder's last norm and convolution, whose rounding would move words.
+Precision: `conv_in` stays in float32 when other layers are cast, because a DAT step is a fraction of a grey level,
+which bfloat16 would lose there; so do the encoder's last norm and convolution, whose rounding would change words.
 Shapes: maps are (B, C, H, W).
 """
 
@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def norm(width: int) -> nn.GroupNorm:
-    """The group norm that stands before every convolution and attention."""
+def _group_norm(width: int) -> nn.GroupNorm:
+    """Return the norm in front of every convolution and attention."""
     return nn.GroupNorm(32, width, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
-    """shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))), 3 x 3; the shortcut is 1 x 1 where the width changes."""
+    """shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))), 3 x 3; the shortcut is 1 x 1 if the width changes."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(width_in), nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2, self.conv2 = norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm1, self.conv1 = _group_norm(width_in), nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2, self.conv2 = _group_norm(width), nn.Conv2d(width, width, 3, padding=1)
         if width_in != width:
             self.nin_shortcut = nn.Conv2d(width_in, width, 1)
 
@@ -39,7 +39,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = norm(width)
+        self.norm = _group_norm(width)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,25 +71,24 @@ class Upsample(nn.Module):
         self.register_buffer("kernel", None, persistent=False)
 
     def freeze(self) -> None:
-        """Folds once for all calls; the weights must not change afterwards."""
-        self.kernel = folded(self.conv.weight)
+        """Fold the kernel once for all calls; the weights must not change afterwards."""
+        self.kernel = _fold_kernel(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = folded(self.conv.weight) if self.kernel is None else self.kernel
+        kernel = _fold_kernel(self.conv.weight) if self.kernel is None else self.kernel
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
-def folded(kernel: Tensor) -> Tensor:
-    """The transposed convolution's kernel (C_in, C_out, 4, 4) that enlarges by 2 and applies `kernel` (C_out, C_in, 3,
-    3)."""
+def _fold_kernel(kernel: Tensor) -> Tensor:
+    """Return the kernel (C_in, C_out, 4, 4) of a transposed convolution that enlarges by 2 and applies `kernel` (C_out,
+    C_in, 3, 3)."""
     # Enlarging is itself a transposed convolution with 2 x 2 ones; the two kernels are convolved with each other.
     mirrored = kernel.float().flip(2, 3).transpose(0, 1)
     return F.avg_pool2d(F.pad(mirrored, (1, 1, 1, 1)), 2, stride=1, divisor_override=1).to(kernel.dtype)
 
 
 class Level(nn.Module):
-    """The blocks at one resolution, each followed by attention where `attention`, and the step to the next
-    resolution."""
+    """The blocks at one resolution, each followed by attention if `attention`, and the step to the next resolution."""
 
     def __init__(self, width_in: int, width: int, num_blocks: int, attention: bool, step: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -125,7 +124,7 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """(B, in_chans, H, W) in [-1, 1] -> (B, z_channels, H / factor, W / factor).
 
-    `levels` are the width and whether it has attention of each resolution, from the highest to the lowest.
+    `levels` holds for each resolution, from the highest to the lowest, the width and whether it has attention.
     """
 
     def __init__(
@@ -137,10 +136,10 @@ class Encoder(nn.Module):
         before = stem
         for index, (width, attention) in enumerate(levels):
             step: dict[str, nn.Module] = {"downsample": Downsample(width)} if index < len(levels) - 1 else {}
-            self.down.append(Level(before, width, num_blocks, attention, step))
+            self.down.append(Level(before, width, num_blocks, attention=attention, step=step))
             before = width
         self.mid = Middle(before)
-        self.norm_out = norm(before)
+        self.norm_out = _group_norm(before)
         self.conv_out = nn.Conv2d(before, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,9 +161,9 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for index, (width, attention) in reversed(list(enumerate(levels))):
             step: dict[str, nn.Module] = {"upsample": Upsample(width)} if index else {}
-            self.up.insert(0, Level(before, width, num_blocks + 1, attention, step))
+            self.up.insert(0, Level(before, width, num_blocks + 1, attention=attention, step=step))
             before = width
-        self.norm_out = norm(before)
+        self.norm_out = _group_norm(before)
         self.conv_out = nn.Conv2d(before, out_chans, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

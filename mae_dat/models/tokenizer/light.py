@@ -1,4 +1,4 @@
-"""The light tokenizer: residual blocks behind a space-to-depth stem, for small images and small machines.
+"""The light tokenizer: residual blocks after a space-to-depth stem, for small images and small machines.
 
 All convolutions run at 1 / factor of the resolution, so a 64 px reconstruction costs 0.3 GFLOP, a thousandth of VQ-f8's
 at 224 px.
@@ -35,7 +35,7 @@ class LightConfig:
     in_chans: int = 3
 
 
-class ResidualBlock(nn.Module):
+class LightBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))))), 3 x 3, same width."""
 
     def __init__(self, width: int) -> None:
@@ -44,15 +44,15 @@ class ResidualBlock(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) -> the same shape."""
+        """Compute the block: (B, width, h, w) to the same shape."""
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
-class Layers(nn.Sequential):
+class MixedPrecisionLayers(nn.Sequential):
     """Layers one after the other, each computed in the type of its own weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> what the last layer gives."""
+        """Apply the layers to a map (B, C, H, W)."""
         for layer in self:
             weight = next(layer.parameters(), None)
             x = layer(x if weight is None else x.to(weight.dtype))
@@ -67,15 +67,15 @@ class LightTokenizer(VisualTokenizer):
         self.config = config
         self.factor, self.in_chans = config.factor, config.in_chans
         width, pixels = config.width, config.in_chans * config.factor**2
-        self.encoder = Layers(
+        self.encoder = MixedPrecisionLayers(
             nn.PixelUnshuffle(config.factor),
             nn.Conv2d(pixels, width, 3, padding=1),
-            *[ResidualBlock(width) for _ in range(config.encoder_blocks)],
+            *[LightBlock(width) for _ in range(config.encoder_blocks)],
             nn.Conv2d(width, config.word_dim, 1),
         )
-        self.decoder = Layers(
+        self.decoder = MixedPrecisionLayers(
             nn.Conv2d(config.word_dim, width, 3, padding=1),
-            *[ResidualBlock(width) for _ in range(config.decoder_blocks)],
+            *[LightBlock(width) for _ in range(config.decoder_blocks)],
             nn.Conv2d(width, pixels, 3, padding=1),
             nn.PixelShuffle(config.factor),
         )
@@ -87,25 +87,25 @@ class LightTokenizer(VisualTokenizer):
         return self.codes
 
     def latent(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> (B, D, h, w)."""
+        """Encode images (B, C, H, W) in [0, 1] to a pre-quantization map (B, D, h, w)."""
         return self.encoder(2 * image - 1)
 
     def pixels(self, quantized: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, C, H, W), about [0, 1]."""
+        """Decode a map of codes (B, D, h, w) to images (B, C, H, W), roughly in [0, 1]."""
         return (self.decoder(quantized) + 1) / 2
 
     def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The residual blocks."""
+        """Return the residual blocks."""
         return [*self.encoder][2:-1], [*self.decoder][1:-2]
 
     def save(self, path: Path) -> None:
-        """Writes safetensors with the configuration inside, so that the file alone rebuilds the tokenizer."""
+        """Write a safetensors file that also holds the configuration, so that it alone rebuilds the tokenizer."""
         settings = json.dumps(dataclasses.asdict(self.config))
         write_weights(path, dict(self.state_dict()), {"tokenizer": "light", "config": settings})
 
     @classmethod
     def from_file(cls, path: Path, file: WeightsFile) -> Self:
-        """Rebuilds a saved tokenizer. Raises CheckpointError if the file is not one."""
+        """Build a saved tokenizer again. Raises CheckpointError if the file is not one."""
         try:
             config = LightConfig(**json.loads(file.metadata["config"]))
         except (KeyError, TypeError, ValueError) as error:

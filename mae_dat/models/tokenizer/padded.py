@@ -1,4 +1,4 @@
-"""Pictures of any size, for tokenizers that take multiples of their factor."""
+"""Images of any size, for tokenizers that need multiples of their factor."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,9 +7,9 @@ from mae_dat.models.tokenizer.base import VisualTokenizer
 
 
 class PaddedTokenizer(VisualTokenizer):
-    """A tokenizer for pictures of one size (height, width), whatever its factor.
+    """A tokenizer for images of one size (height, width), whatever its factor.
 
-    Edges are repeated at the right and below up to multiples of the factor, and what is decoded is cropped back: every
+    Edges are repeated at the right and below up to multiples of the factor, and decoded images are cropped back: every
     pixel, and so every box, stays where it is. Words are (B, ceil(height / factor), ceil(width / factor)).
     """
 
@@ -20,21 +20,21 @@ class PaddedTokenizer(VisualTokenizer):
 
     @property
     def codebook(self) -> Tensor:
-        """As the base class."""
+        """The codes, (K, D)."""
         return self.tokenizer.codebook
 
     def latent(self, image: Tensor) -> Tensor:
-        """Of the padded image."""
+        """Encode the padded image."""
         below, right = (-side % self.factor for side in self.size)
         return self.tokenizer.latent(F.pad(image, (0, right, 0, below), mode="replicate"))
 
     def pixels(self, quantized: Tensor) -> Tensor:
-        """Cropped back to the size of the picture."""
+        """Decode, and crop to the size of the image."""
         height, width = self.size
         return self.tokenizer.pixels(quantized)[..., :height, :width]
 
     def check(self, image: Tensor) -> None:
-        """Raises ConfigError unless `image` has the tokenizer's channels, ValueError unless it has the size."""
+        """Raise ConfigError unless `image` has the tokenizer's channels, ValueError unless it has the size."""
         self.tokenizer.check(image[..., : self.factor, : self.factor])
         if tuple(image.shape[-2:]) != self.size:
-            raise ValueError(f"built for pictures of {self.size}, given {tuple(image.shape[-2:])}")
+            raise ValueError(f"built for images of {self.size}, got {tuple(image.shape[-2:])}")

@@ -1,7 +1,7 @@
 """Which layers of a tokenizer compute in 16 bits, and what that does to its words.
 
 A DAT step at 224 px is 0.07 grey levels: rounding decides which words it changes. So 16 bits are a choice, and `auto`
-makes it only after a look at the words.
+chooses them only after comparing the words.
 """
 
 import copy
@@ -17,90 +17,90 @@ from mae_dat.runtime.collectives import on_main_rank
 
 logger = logging.getLogger(__name__)
 
-# The layers that `VisualTokenizer.reducible` names, of the encoder and of the decoder; all else is float32.
+# Of the layers in `VisualTokenizer.reducible`, of encoder and decoder; all other layers stay in float32.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float16),
     "bf16_decoder": (torch.float32, torch.bfloat16),
     "bf16": (torch.bfloat16, torch.bfloat16),
 }
-# The gate of `auto`: share of words that may differ from float32's, and mean difference of pixels in [0, 1].
-MOST_FLIPS, MOST_PIXELS = 0.01, 0.5 / 255
+# Limits of `auto`: share of words that may differ from float32's, and mean difference of pixels in [0, 1].
+MAX_FLIPS, MAX_PIXELS = 0.01, 0.5 / 255
 
 
 class Agreement(NamedTuple):
-    """A tokenizer in 16 bits beside the same one in float32, all as shares in [0, 1] but the last."""
+    """A tokenizer in 16 bits compared with the same one in float32; shares in [0, 1], except the last field."""
 
     flips: float
-    """Words of the pictures that differ."""
-    changed: float
-    """Words that a step changes, in float32."""
-    fast_changed: float
+    """Words of the images that differ."""
+    exact_changes: float
+    """Words that a step changes in float32."""
+    fast_changes: float
     """Words that it changes in 16 bits."""
     overlap: float
     """Places that it changes in both, of those in either; each attacks its own reconstruction."""
-    overlap_same_picture: float
-    """The same where both attack float32's reconstruction: what the encoder alone does."""
+    overlap_same_image: float
+    """The same if both attack float32's reconstruction: the effect of the encoder alone."""
     pixels: float
-    """Mean absolute difference of the pictures drawn from the same words, in [0, 1]."""
+    """Mean absolute difference of the images decoded from the same words, in [0, 1]."""
 
 
 @torch.no_grad()
 def agreement(exact: VisualTokenizer, fast: VisualTokenizer, image: Tensor, delta: Tensor) -> Agreement:
-    """Compares two forms of one tokenizer on pictures (B, C, H, W) in [0, 1] and steps `delta` of the same shape."""
+    """Compare two forms of one tokenizer on images (B, C, H, W) in [0, 1] and steps `delta` of the same shape."""
 
-    def moved(tokenizer: VisualTokenizer, view: Tensor) -> Tensor:
+    def changes(tokenizer: VisualTokenizer, view: Tensor) -> Tensor:
         return tokenizer.encode((view + delta).clamp(0, 1)) != tokenizer.encode(view)
 
     words, fast_words = exact.encode(image), fast.encode(image)
-    drawn, fast_drawn = exact.decode(words), fast.decode(words)
-    changed, own, same = moved(exact, drawn), moved(fast, fast.decode(fast_words)), moved(fast, drawn)
+    decoded, fast_decoded = exact.decode(words), fast.decode(words)
+    exact_changes, fast_changes = changes(exact, decoded), changes(fast, fast.decode(fast_words))
     return Agreement(
-        share_changed(words, fast_words).item(),
-        changed.float().mean().item(),
-        own.float().mean().item(),
-        _overlap(changed, own),
-        _overlap(changed, same),
-        (drawn - fast_drawn).abs().mean().item(),
+        flips=share_changed(words, fast_words).item(),
+        exact_changes=exact_changes.float().mean().item(),
+        fast_changes=fast_changes.float().mean().item(),
+        overlap=_overlap(exact_changes, fast_changes),
+        overlap_same_image=_overlap(exact_changes, changes(fast, decoded)),
+        pixels=(decoded - fast_decoded).abs().mean().item(),
     )
 
 
-def _overlap(one: Tensor, other: Tensor) -> float:
-    return ((one & other).sum() / (one | other).sum().clamp(min=1)).item()
+def _overlap(first: Tensor, second: Tensor) -> float:
+    return ((first & second).sum() / (first | second).sum().clamp(min=1)).item()
 
 
 def in_precision(
     tokenizer: VisualTokenizer, device: torch.device, precision: str = "auto", compiled: bool = False
 ) -> VisualTokenizer:
-    """The frozen tokenizer on its device, in the precision of this name (`PRECISIONS`).
+    """Move a frozen tokenizer to its device, in the precision of this name (`PRECISIONS`), and return it.
 
-    `auto` is float32 on a CPU; on a GPU fp16, if on a few drawn pictures its words and pixels are within the gate on
-    rank 0. Collective.
+    `auto` is float32 on a CPU; on a GPU fp16, if its words and pixels of a few generated images are within the limits
+    on rank 0. Collective.
     """
     if precision == "auto":
         candidates = ("fp16",) if device.type == "cuda" else ()
-        precision = on_main_rank(lambda: quickest_exact(tokenizer, device, candidates))
+        precision = on_main_rank(lambda: first_accurate_precision(tokenizer, device, candidates))
     encoder, decoder = PRECISIONS[precision]
     return tokenizer.prepare(device, encoder, decoder, compiled)
 
 
 @torch.no_grad()
-def quickest_exact(tokenizer: VisualTokenizer, device: torch.device, candidates: tuple[str, ...]) -> str:
-    """The first of `candidates` that is within the gate on drawn pictures, or `fp32`."""
-    image, exact = drawn_pictures(tokenizer), copy.deepcopy(tokenizer).prepare(device)
+def first_accurate_precision(tokenizer: VisualTokenizer, device: torch.device, candidates: tuple[str, ...]) -> str:
+    """Return the first of `candidates` that is within the limits on generated images, or `fp32`."""
+    image, exact = generated_images(tokenizer), copy.deepcopy(tokenizer).prepare(device)
     for name in candidates:
         fast = copy.deepcopy(tokenizer).prepare(device, *PRECISIONS[name])
-        found = agreement(exact, fast, image.to(device), torch.zeros_like(image, device=device))
-        if found.flips <= MOST_FLIPS and found.pixels <= MOST_PIXELS:  # not true of NaN either
-            logger.info("tokenizer in %s: %.2f %% of the words differ from float32's", name, 100 * found.flips)
+        comparison = agreement(exact, fast, image.to(device), torch.zeros_like(image, device=device))
+        if comparison.flips <= MAX_FLIPS and comparison.pixels <= MAX_PIXELS:  # False for NaN
+            logger.info("tokenizer in %s: %.2f %% of the words differ from float32's", name, 100 * comparison.flips)
             return name
-        logger.warning("tokenizer in float32: in %s %.1f %% of the words would differ", name, 100 * found.flips)
+        logger.warning("tokenizer in float32: in %s %.1f %% of the words would differ", name, 100 * comparison.flips)
     return "fp32"
 
 
-def drawn_pictures(tokenizer: VisualTokenizer, count: int = 4) -> Tensor:
-    """Generated pictures (count, C, H, H) in [0, 1] of 32 words a side."""
-    from mae_dat.data.generated.draw import draw_image  # with Pillow, which nothing else here needs
+def generated_images(tokenizer: VisualTokenizer, count: int = 4) -> Tensor:
+    """Draw images (count, C, H, H) in [0, 1] of 32 words per side."""
+    from mae_dat.data.generated.draw import draw_image  # imports Pillow, which the tokenizers do not need
 
     images = np.stack([draw_image(0, "val", index, size=32 * tokenizer.factor).image for index in range(count)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float()[:, : tokenizer.in_chans] / 255

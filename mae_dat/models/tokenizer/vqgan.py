@@ -1,6 +1,6 @@
 """VQGANs with the published weights' key names: taming-transformers, latent-diffusion, and DAT's own (easyrobust).
 
-The configuration is read off the shapes in the checkpoint, so a file is enough; `VQGAN_PRESETS` lists the published
+The configuration is derived from the shapes in the checkpoint, so a file is enough; `VQGAN_PRESETS` lists the published
 ones.
 """
 
@@ -83,7 +83,9 @@ class VQGAN(VisualTokenizer):
             (config.ch * mult, _REFERENCE_RESOLUTION >> level in config.attn_resolutions)
             for level, mult in enumerate(config.ch_mult)
         ]
-        self.encoder = Encoder(config.in_chans, config.ch, levels, config.num_res_blocks, config.z_channels)
+        self.encoder = Encoder(
+            config.in_chans, config.ch, levels, num_blocks=config.num_res_blocks, z_channels=config.z_channels
+        )
         self.decoder = Decoder(config.in_chans, levels, config.num_res_blocks, config.z_channels)
         self.quantize = GumbelQuantizer(config) if config.gumbel else NearestQuantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels if config.gumbel else config.word_dim, 1)
@@ -98,59 +100,59 @@ class VQGAN(VisualTokenizer):
         return self.quantize.embedding.weight
 
     def latent(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> pre-quantization map (B, D, h, w)."""
+        """Encode images (B, C, H, W) in [0, 1] to a pre-quantization map (B, D, h, w)."""
         return self.quant_conv(self.encoder(2 * image - 1))
 
     def words_of(self, latent: Tensor) -> Tensor:
-        """(B, D, h, w) -> words (B, h, w): nearest code, or the argmax of a Gumbel model's scores."""
+        """Return the words (B, h, w) of a map (B, D, h, w): nearest codes, or the argmax of a Gumbel model's scores."""
         if isinstance(self.quantize, GumbelQuantizer):
             # One sample at a time: K score maps of a batch would be gigabytes.
             return torch.cat([self.quantize.proj(sample).argmax(1) for sample in latent.split(1)])
         return super().words_of(latent)
 
     def pixels(self, quantized: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, C, H, W), about [0, 1]."""
+        """Decode a map of codes (B, D, h, w) to images (B, C, H, W), roughly in [0, 1]."""
         return (self.decoder(self.post_quant_conv(quantized)) + 1) / 2
 
     def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """All between the first and the last convolution; of the encoder without the last norm."""
+        """Return all layers between the first and the last convolution; of the encoder without the last norm."""
         names = ["encoder.down", "encoder.mid"], ["decoder.mid", "decoder.up", "decoder.norm_out"]
         encoder, decoder = ([self.get_submodule(name) for name in part] for part in names)
         return encoder, decoder
 
-    def prepare(self, *form: Any, **more: Any) -> Self:
-        """As the base class, with the enlargements' kernels folded once."""
+    def prepare(self, *arguments: Any, **options: Any) -> Self:
+        """Prepare as the base class does, and fold the kernels of the enlargements once."""
         for module in self.modules():
             if isinstance(module, Upsample):
                 module.freeze()
-        return super().prepare(*form, **more)
+        return super().prepare(*arguments, **options)
 
     @classmethod
     def from_state_dict(cls, path: Path | str, tensors: Mapping[str, Tensor]) -> Self:
-        """Builds the model that the tensors describe and loads them strictly.
+        """Build the model that the tensors describe, and load them; every key has to match.
 
-        `loss.*` (the training losses) and `model_ema.*` are left out. Raises CheckpointError with the missing and
+        `loss.*` (the training losses) and `model_ema.*` are ignored. Raises CheckpointError with the missing and
         unexpected keys.
         """
-        kept = {key: value for key, value in tensors.items() if not key.startswith(("loss.", "model_ema."))}
-        config = read_config(path, kept)
+        weights = {key: value for key, value in tensors.items() if not key.startswith(("loss.", "model_ema."))}
+        config = read_config(path, weights)
         with torch.device("meta"):
             expected = cls(config).state_dict()
-        check_keys(path, expected, kept, "give a VQGAN of taming-transformers, latent-diffusion or easyrobust")
+        check_keys(path, expected, weights, "give a VQGAN of taming-transformers, latent-diffusion or easyrobust")
         model = cls(config)
-        model.load_state_dict(kept)
+        model.load_state_dict(weights)
         return model
 
 
 def read_config(path: Path | str, tensors: Mapping[str, Tensor]) -> VQGANConfig:
-    """Reads the architecture off key names and shapes. Raises CheckpointError when these are no VQGAN's."""
+    """Derive the architecture from keys and shapes. Raises CheckpointError if these are no VQGAN's."""
     gumbel = "quantize.proj.weight" in tensors
     codebook_key = "quantize.embed.weight" if gumbel else "quantize.embedding.weight"
-    needed = [codebook_key, "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight"]
-    absent = [key for key in needed if key not in tensors]
+    required = [codebook_key, "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight"]
+    absent = [key for key in required if key not in tensors]
     if absent:
-        some = ", ".join(list(tensors)[:6])
-        raise CheckpointError(f"{path} is no VQGAN: missing {', '.join(absent)}; it holds {some}, ...")
+        first_keys = ", ".join(list(tensors)[:6])
+        raise CheckpointError(f"{path} is no VQGAN: missing {', '.join(absent)}; it holds {first_keys}, ...")
     ch, in_chans = tensors["encoder.conv_in.weight"].shape[:2]
     levels = 1 + max(_numbers(tensors, r"encoder\.down\.(\d+)\."))
     widths = [tensors.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]
@@ -172,5 +174,5 @@ def read_config(path: Path | str, tensors: Mapping[str, Tensor]) -> VQGANConfig:
 
 
 def _numbers(tensors: Mapping[str, Tensor], pattern: str) -> set[int]:
-    found = {int(match[1]) for key in tensors if (match := re.match(pattern, key))}
-    return found or ({0} if "attn" not in pattern else set())
+    numbers = {int(match[1]) for key in tensors if (match := re.match(pattern, key))}
+    return numbers or ({0} if "attn" not in pattern else set())

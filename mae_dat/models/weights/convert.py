@@ -46,7 +46,7 @@ class ConvertConfig:
     """timm: for timm.create_model(checkpoint_path=...). mae: MAE's own layout. hf: a folder for from_pretrained and
     push_to_hub. onnx, export: a graph of the model, pixels in [0, 1] to logits (without a head: to tokens)."""
     model: str | None = None
-    """Name of the architecture, if neither the file nor its shapes tell it."""
+    """Name of the architecture, if neither the file nor its shapes show it."""
     license: str | None = None
     """hf: licence for the model card, such as cc-by-nc-4.0 for what comes from MAE's published weights."""
 

@@ -104,14 +104,23 @@ def load_autoencoder(
     state = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(excluded)}
     resized = None
     for key in ("pos_embed", "decoder_pos_embed"):
-        old = _source_grid(state, key, expected.get(key), 1, source_grid, file)
+        old = _source_grid(state.get(key), expected.get(key), prefix=1, source_grid=source_grid, file=file)
         if old is not None and old != model.grid:
             state[key] = resize_position_embedding(state[key], old, model.grid)
             resized = (old, model.grid)
     check_keys(file.label, expected, state, _advice(state, "the same --model"))
     model.load_state_dict(state, strict=False)
     ignored = tuple(key for key in file.tensors if key.startswith(excluded))
-    return _logged(LoadReport(file.source, len(state), (), ignored, resized, file.format, file.wrappers))
+    return _logged(
+        LoadReport(
+            source=file.source,
+            loaded=len(state),
+            ignored=ignored,
+            resized=resized,
+            format=file.format,
+            wrappers=file.wrappers,
+        )
+    )
 
 
 def load_detector(detector: "Detector", source: ModelSource) -> LoadReport:
@@ -242,7 +251,8 @@ def _fit_position_embedding(
     if not isinstance(net, VisionTransformer) or net.pos_embed is None:
         return None
     prefix = 0 if net.no_embed_class else net.num_prefix_tokens
-    old = _source_grid(state, "pos_embed", net.pos_embed, prefix, source_grid, file)
+    position = state.get("pos_embed")
+    old = _source_grid(position, net.pos_embed, prefix=prefix, source_grid=source_grid, file=file)
     rows, columns = net.patch_embed.grid_size
     if old is None or old == (rows, columns):
         return None
@@ -251,22 +261,21 @@ def _fit_position_embedding(
 
 
 def _source_grid(
-    state: Mapping[str, Tensor],
-    key: str,
+    position: Tensor | None,
     expected: Tensor | None,
+    *,
     prefix: int,
     source_grid: PatchGrid | None,
     file: ModelFile,
 ) -> PatchGrid | None:
-    """Return the rows and columns of patches that state[key] is for: given, recorded by the file, or else square.
+    """Return the rows and columns of patches that a position embedding is for: `source_grid`, recorded, or else square.
 
     None if there is nothing to resize. Raises CheckpointError if the number of patches does not fit.
     """
-    position = state.get(key)
     if position is None or expected is None or position.ndim != 3 or position.shape[-1] != expected.shape[-1]:
         return None
     patches = position.shape[1] - prefix
-    # The number of patches alone does not tell 4 x 16 from 8 x 8.
+    # The number of patches alone does not distinguish 4 x 16 from 8 x 8.
     grid = source_grid or recorded_grid(file, patches)
     if grid is None and position.shape == expected.shape:
         return None
@@ -293,7 +302,7 @@ def recorded_grid(file: ModelFile, patches: int) -> PatchGrid | None:
     return (rows, columns) if rows * columns == patches else None
 
 
-# ---- messages ----
+# ---- sizes and messages ----
 
 
 def size_by_shapes(tensors: Mapping[str, Tensor]) -> str | None:

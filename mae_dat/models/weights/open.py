@@ -142,9 +142,9 @@ def open_model(
 ) -> OpenedModel:
     """Open a model on the CPU, in evaluation mode, from the name of released weights, a file, a folder or tensors.
 
-    `name` is the architecture, required if neither file nor shapes tell it; `img_size` (height, width) replaces the
-    image size of the file. `flag` is the command-line flag that gave the source, for messages. An autoencoder's decoder
-    that the file does not hold is left as initialised.
+    `name` is the architecture, required if neither the file nor its shapes show it; `img_size` (height, width) replaces
+    the image size of the file. `flag` is the command-line flag that gave the source, for messages. An autoencoder's
+    decoder that the file does not hold is left as initialised.
 
     Raises MissingInputError, ConfigError, CheckpointError, DownloadError.
     """
