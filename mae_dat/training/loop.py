@@ -8,7 +8,7 @@ state of a run is its tensors and one integer (`TrainingState`). To follow one s
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -143,8 +143,11 @@ class Trainer:
         for name, seconds in zip(("seconds", "cpu_seconds"), self.clock.lap(), strict=True):
             self.state.totals[name] = self.state.totals.get(name, 0.0) + seconds
         rate = self.setup.effective_batch * self.clock.steps_per_second(self.state.step)
-        lr = self.state.optimizer.param_groups[-1]["lr"]
-        self.progress.advance(f"{rate:.0f} images/s  loss {self.loss:.4f}  lr {lr:.2e}")
+        self.progress.advance(f"{rate:.0f} images/s  {self.progress_note()}")
+
+    def progress_note(self) -> str:
+        """Return what the progress bar shows of the newest step that was read."""
+        return f"loss {self.loss:.4f}  lr {self.state.optimizer.param_groups[-1]['lr']:.2e}"
 
     def stop_on_all_ranks(self) -> None:
         """Wait for the checkpoint, then raise the error of a loader, or InterruptError."""
@@ -362,10 +365,15 @@ class Trainer:
         """Start to write a checkpoint, on rank 0. Collective."""
         content = self.state.state_dict()
         manifest = {**self.epoch_manifest(), **self.setup.manifest, "epoch": self.epoch}
-        buffers = self.state.model.buffers()
-        on_all_ranks(lambda: self.saver.save(self.state.step, content, buffers, **manifest) if self.saver else None)
+        changing = self.changed_in_forward()
+        on_all_ranks(lambda: self.saver.save(self.state.step, content, changing, **manifest) if self.saver else None)
         self.clock.saved()
         self.agreed = self.agreed._replace(save=False)
+
+    def changed_in_forward(self) -> Iterable[Tensor]:
+        """Return the tensors that a forward pass may change. They are copied at once; the others, while the next
+        forward pass computes."""
+        return self.state.model.buffers()
 
     def epoch_manifest(self) -> dict[str, Any]:
         """Return what decides how long a checkpoint is kept: nothing amid an epoch."""

@@ -24,6 +24,7 @@ FREE_SETTINGS = {
     *("allow_change", "hang_minutes", "pictures_every"),
     *("data_path", "on_bad", "num_workers", "pin_mem"),
     *("eval", "dist_eval", "suite", "limit"),
+    *("val_path", "save_every"),  # of a tokenizer's training
     *("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url"),
 }
 BATCH_SETTINGS = {"batch_size", "accum_iter"}  # free while the global batch, their product with the ranks, is the same

@@ -16,6 +16,8 @@ from mae_dat.config.parse import flat_values
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.training.resume import BATCH_SETTINGS, FREE_SETTINGS, changes, check_changes, keep_global_batch
+from mae_dat.training.tokenizer.distill import DistillConfig
+from mae_dat.training.tokenizer.train import TokenizerConfig
 
 # Every other setting changes the result; a new one must be put into one of the two lists by its author.
 CHANGES_THE_RESULT = {
@@ -40,8 +42,13 @@ CHANGES_THE_RESULT = {
     *("layer_decay", "ema_decay"),
     *("color_jitter", "aa", "crop_scale", "smoothing", "reprob", "remode", "recount", "resplit"),
     *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
+    # of tokenizers
+    *("width", "encoder_blocks", "decoder_blocks", "steps", "factor", "num_words", "word_dim", "beta"),
+    *("gan_weight", "gan_start", "restart_every", "teacher", "word_weight"),
 }
 PRETRAINING, FINE_TUNING = flat_values(PretrainConfig()), flat_values(FinetuneConfig())
+TOKENIZER, STUDENT = flat_values(TokenizerConfig()), flat_values(DistillConfig())
+KINDS = (FINE_TUNING, PRETRAINING, TOKENIZER, STUDENT)
 
 
 def checkpoint(settings: dict[str, Any], **facts: Any) -> Checkpoint:
@@ -52,11 +59,11 @@ def checkpoint(settings: dict[str, Any], **facts: Any) -> Checkpoint:
 
 def test_every_setting_is_of_one_kind() -> None:
     assert not CHANGES_THE_RESULT & (FREE_SETTINGS | BATCH_SETTINGS)
-    assert set(PRETRAINING) | set(FINE_TUNING) == CHANGES_THE_RESULT | FREE_SETTINGS | BATCH_SETTINGS
+    assert set().union(*KINDS) == CHANGES_THE_RESULT | FREE_SETTINGS | BATCH_SETTINGS
 
 
 def test_what_is_the_same_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
-    for settings in (PRETRAINING, FINE_TUNING):
+    for settings in KINDS:
         found = checkpoint(settings, images="100 (ab)", global_batch=64)
         assert changes(found.manifest["settings"], settings) == {}
         check_changes(found, settings, "100 (ab)", 64, ())
@@ -71,7 +78,7 @@ def other(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", sorted(CHANGES_THE_RESULT | FREE_SETTINGS | BATCH_SETTINGS))
 def test_each_setting_changed_alone(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    settings = FINE_TUNING if name in FINE_TUNING else PRETRAINING
+    settings = next(kind for kind in KINDS if name in kind)
     now = {**settings, name: other(settings[name])}
     found = checkpoint(settings, images="100 (ab)", global_batch=64)
     if name in FREE_SETTINGS | BATCH_SETTINGS:
@@ -80,7 +87,7 @@ def test_each_setting_changed_alone(name: str, caplog: pytest.LogCaptureFixture)
         with pytest.raises(ConfigError, match=rf"(?s)--{name}: .* now  \(changes the result\).*--allow_change {name};"):
             check_changes(found, now, "100 (ab)", 64, ())
         caplog.clear()
-        check_changes(found, now, "100 (ab)", 64, ("blr", name))
+        check_changes(found, now, "100 (ab)", 64, ("seed", name))
     assert f"--{name}: " in caplog.text
     assert ("changes the result" in caplog.text) == (name in CHANGES_THE_RESULT)
 
@@ -114,6 +121,8 @@ def test_mistakes_are_named() -> None:
         check_changes(checkpoint(PRETRAINING), FINE_TUNING, "", 1, ())
     with pytest.raises(CheckpointError, match="it is of a fine-tuning, not of a pretraining"):
         check_changes(checkpoint(FINE_TUNING), PRETRAINING, "", 1, ())
+    with pytest.raises(CheckpointError, match="it is of a tokenizer's training, not of a distillation"):
+        check_changes(checkpoint(TOKENIZER), STUDENT, "", 1, ())
 
 
 @pytest.mark.parametrize(

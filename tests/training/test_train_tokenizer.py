@@ -15,18 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from single_steps import SingleSteps
 from taming.modules.discriminator.model import NLayerDiscriminator
 from test_tokenizer import pictures
 from torch import Tensor
 
 from golden_rule import fill_by_rule
-from mae_dat.config.errors import InterruptError, MissingInputError, NumericsError
+from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, NumericsError
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models.tokenizer import LightTokenizer, load_tokenizer
 from mae_dat.runtime.console import Console
-from mae_dat.storage.checkpoint import newest_checkpoint
+from mae_dat.storage.checkpoint import newest_checkpoint, save_checkpoint
 from mae_dat.storage.files import sha256_of
-from mae_dat.training.tokenizer.train import TokenizerConfig, TokenizerTrainer, cosine, train_tokenizer
+from mae_dat.training.tokenizer.train import TokenizerConfig, VQReconstruction, train_tokenizer
+from mae_dat.training.tokenizer.trainer import TokenizerTrainer, cosine
 
 TINY = TokenizerConfig(
     input_size=(32,), width=16, encoder_blocks=1, decoder_blocks=1, num_words=64, steps=12, batch_size=8
@@ -110,16 +112,16 @@ def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(
 def test_a_signalled_run_saves_and_ends_bitwise_the_same(
     trained: Path, config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = TokenizerTrainer.step
+    real = TokenizerTrainer.train_step
 
-    def interrupted(self: TokenizerTrainer, step: int, image: torch.Tensor) -> dict[str, float]:
-        if step == 4:
+    def interrupted(trainer: TokenizerTrainer) -> None:
+        if trainer.state.step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(self, step, image)
+        real(trainer)
 
     short = dataclasses.replace(config, output_dir=str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(TokenizerTrainer, "step", interrupted)
+        patch.setattr(TokenizerTrainer, "train_step", interrupted)
         with pytest.raises(InterruptError, match="stopped at step 5") as stopped:
             train_tokenizer(short, Console(quiet=True))
     assert stopped.value.exit_code == 75
@@ -161,82 +163,132 @@ def test_help_names_the_settings() -> None:
 # ---- one step ----
 
 
-def trainer(**overrides: object) -> TokenizerTrainer:
-    return TokenizerTrainer(dataclasses.replace(TINY, **overrides), torch.device("cpu"))  # type: ignore[arg-type]
+def training(**overrides: object) -> SingleSteps:
+    return SingleSteps(VQReconstruction(dataclasses.replace(TINY, **overrides), torch.device("cpu")))  # type: ignore[arg-type]
 
 
 def test_training_converges() -> None:
-    image, training = pictures(8, size=32), trainer(steps=400, gan_start=1.0, restart_every=20, lr=1e-2)
-    psnr = [training.step(step, image)["psnr"] for step in range(60)]
+    image, steps = pictures(8, size=32), training(steps=400, gan_start=1.0, restart_every=20, lr=1e-2)
+    psnr = [steps.step(step, image)["psnr"] for step in range(60)]
     assert sum(psnr[-5:]) / 5 > sum(psnr[:5]) / 5 + 3
 
 
 def test_the_discriminator_joins_at_its_step_and_learns() -> None:
-    image, training = pictures(8, size=32), trainer(steps=10, gan_start=0.5)
-    judge = training.discriminator
-    before = [weight.clone() for weight in judge.parameters()]
+    image, steps = pictures(8, size=32), training(steps=10, gan_start=0.5)
+    discriminator = steps.objective.discriminator
+    before = [weight.clone() for weight in discriminator.parameters()]
 
     def moved() -> bool:
-        return any(not torch.equal(old, new) for old, new in zip(before, judge.parameters(), strict=True))
+        return any(not torch.equal(old, new) for old, new in zip(before, discriminator.parameters(), strict=True))
 
-    training.step(4, image)
+    steps.step(4, image)
     assert not moved()
-    training.step(5, image)
+    steps.step(5, image)
     assert moved()
 
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_loss_that_is_not_finite_changes_no_weight(step: int) -> None:
-    image, training = pictures(8, size=32), trainer()
+    image, steps = pictures(8, size=32), training()
     if step:
-        training.step(0, image)
-    before = weights(training.tokenizer)
+        steps.step(0, image)
+    before = weights(steps.objective.tokenizer)
     image[0, 0, 0, 0] = math.nan
-    with pytest.raises(NumericsError, match=rf"nan at step {step}: lower --lr"):
-        training.step(step, image)
-    after = training.tokenizer.state_dict()
+    with pytest.raises(NumericsError, match=rf"not finite at step {step} .*loss nan.*Lower --lr"):
+        steps.step(step, image)
+    after = steps.objective.tokenizer.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_discriminator() -> None:
+    image, steps = pictures(8, size=32), training(gan_start=0.0)
+    steps.step(0, image)
+    before = {key: value.clone() for key, value in steps.objective.discriminator.state_dict().items()}
+    image[0, 0, 0, 0] = math.nan
+    with pytest.raises(NumericsError):
+        steps.step(1, image)
+    after = steps.objective.discriminator.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_codes_out_of_use_are_restarted_on_current_latents() -> None:
-    training, latent = trainer(steps=100), torch.randn(2, 8, 4, 4)
+    objective, latent = training(steps=100).objective, torch.randn(2, 8, 4, 4)
     places = {tuple(vector) for vector in latent.permute(0, 2, 3, 1).flatten(0, 2).tolist()}
-    training.uses_K = torch.arange(64.0) % 4
-    before = training.tokenizer.codes.detach().clone()
-    training.restart_codes(3, latent)  # not a step of restarts
-    training.restart_codes(84, latent)  # too near the end
-    assert torch.equal(training.tokenizer.codes, before)
-    assert training.uses_K.sum() > 0
-    training.restart_codes(8, latent)
-    codes = training.tokenizer.codes.detach()
+    objective.uses_K = torch.arange(64.0) % 4
+    before = objective.tokenizer.codes.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    for step in (3, 84):  # not a step of restarts, and too near the end
+        objective.begin(step)
+        objective.restart_codes(latent, generator)
+    assert torch.equal(objective.tokenizer.codes, before)
+    assert objective.uses_K.sum() > 0
+    objective.begin(8)
+    objective.restart_codes(latent, generator)
+    codes = objective.tokenizer.codes.detach()
     unused = torch.arange(64) % 4 == 0
     assert all(tuple(code) in places for code in codes[unused].tolist())
     assert torch.equal(codes[~unused], before[~unused])
-    assert training.uses_K.sum() == 0
+    assert objective.uses_K.sum() == 0
 
 
 def test_a_dead_codebook_comes_to_life() -> None:
-    image, training = pictures(8, size=32), trainer(steps=100, gan_start=1.0, restart_every=4)
+    image, steps = pictures(8, size=32), training(steps=100, gan_start=1.0, restart_every=4)
+    tokenizer = steps.objective.tokenizer
     for step in range(1, 4):
-        training.step(step, image)
+        steps.step(step, image)
     with torch.no_grad():
-        training.tokenizer.codes[1:] = 1e4  # far from all that is seen
-    assert training.tokenizer.encode(image).unique().numel() == 1
-    training.uses_K.zero_()
+        tokenizer.codes[1:] = 1e4  # far from all that is seen
+    assert tokenizer.encode(image).unique().numel() == 1
+    steps.objective.uses_K.zero_()
     for step in range(5, 10):
-        training.step(step, image)
-    assert training.tokenizer.encode(image).unique().numel() > 16
+        steps.step(step, image)
+    assert tokenizer.encode(image).unique().numel() > 16
 
 
 def test_state_holds_all_that_the_next_step_needs() -> None:
-    image, one, other = pictures(8, size=32), trainer(gan_start=0.0), trainer(gan_start=0.0, seed=9)
+    image, one, other = pictures(8, size=32), training(gan_start=0.0), training(gan_start=0.0, seed=9)
     for step in range(3):
         one.step(step, image)
-    other.load_state(copy.deepcopy(one.state()))  # as from a file: an optimizer takes the tensors themselves
-    other.config = one.config
+    other.state.load_state_dict(copy.deepcopy(one.state.state_dict()))  # as from a file: optimizers take the tensors
+    other.objective.config = one.objective.config
     assert one.step(3, image) == other.step(3, image)
-    first, second = weights(one.tokenizer), weights(other.tokenizer)
+    first, second = weights(one.objective.tokenizer), weights(other.objective.tokenizer)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_checkpoint_of_the_tokenizers_own_loop_is_resumed(
+    trained: Path, config: TokenizerConfig, tmp_path: Path
+) -> None:
+    """As mae_dat wrote it before tokenizers were trained by the common loop: other keys, and no settings."""
+    (path,) = trained.glob("checkpoint-00000006.pth")
+    state = torch.load(path, weights_only=True)
+    old = {"tokenizer": state["model"], "optimizer": state["optimizer"], **state["objective"]}
+    assert old.keys() == {"tokenizer", "discriminator", "optimizer", "judge", "uses"}
+    save_checkpoint(tmp_path, 6, old)
+    train_tokenizer(dataclasses.replace(config, output_dir=str(tmp_path)), Console(quiet=True))
+    name = "tokenizer.safetensors"
+    assert sha256_of(tmp_path / name) == sha256_of(trained / name)
+
+
+def test_changed_settings_are_refused_unless_they_are_allowed(
+    trained: Path, config: TokenizerConfig, tmp_path: Path
+) -> None:
+    for half in trained.glob("checkpoint-00000006.*"):
+        shutil.copy(half, tmp_path)
+    changed = dataclasses.replace(config, output_dir=str(tmp_path), lr=1e-3)
+    with pytest.raises(
+        ConfigError, match=r"(?s)--lr: 0.002 before, 0.001 now  \(changes the result\).*--allow_change lr"
+    ):
+        train_tokenizer(changed, Console(quiet=True))
+    train_tokenizer(dataclasses.replace(changed, allow_change=("lr",)), Console(quiet=True))
+    assert (tmp_path / "tokenizer.safetensors").is_file()
+
+
+def test_one_process_trains_a_tokenizer(config: TokenizerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="trained by one process"):
+        train_tokenizer(config, Console(quiet=True))
 
 
 def test_warm_up_and_cosine() -> None:

@@ -1,36 +1,33 @@
-"""Trains a light student of any tokenizer: `python -m mae_dat distill_tokenizer --teacher FILE --data_path DIR ...
+"""Train a light student of any tokenizer: `python -m mae_dat distill_tokenizer --teacher FILE --data_path DIR ...
 --output_dir OUT`.
 
-The student keeps its teacher's codebook, so that words mean the same: its encoder learns to say the teacher's words,
-its decoder to draw what the teacher draws of them. `OUT/tokenizer.safetensors` is used as `--tokenizer
-OUT/tokenizer.safetensors`; its card `OUT/tokenizer.json` tells, on held-out pictures, the share of equal words, the
-PSNR to the teacher's reconstructions, and the cost of both. A rerun of the same command resumes.
+The student keeps its teacher's codebook, so that words mean the same. Its encoder learns to predict the teacher's
+words, its decoder to draw what the teacher draws of them. `OUT/tokenizer.safetensors` is used as `--tokenizer
+OUT/tokenizer.safetensors`; its card `OUT/tokenizer.json` reports, on held-out images, the share of equal words, the
+PSNR to the teacher's reconstructions, and the cost of both. Running the same command again resumes.
 """
 
 import dataclasses
-import math
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_dat.config.errors import NumericsError
 from mae_dat.config.parse import load_config
 from mae_dat.data.loader import ImageLoader
-from mae_dat.models.modes import autocast
 from mae_dat.models.tokenizer import VQGAN, VisualTokenizer, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.models.tokenizer.quantize import look_up, nearness
 from mae_dat.runtime.console import Console
-from mae_dat.runtime.device import amp_dtype, pick_device
-from mae_dat.runtime.seeds import step_generator
-from mae_dat.training.tokenizer.train import FoldersConfig, cosine, train_to_file
+from mae_dat.training.objectives.base import Parts
+from mae_dat.training.optim import clip_gradient
+from mae_dat.training.tokenizer.trainer import FoldersConfig, TokenizerObjective, TokenizerTrainer, train_to_file
 
 # Places of a batch whose words are classified: the scores of 16,384 words at all of them would be gigabytes.
 _PLACES = 2048
@@ -50,11 +47,13 @@ class DistillConfig(FoldersConfig):
     """Weight of the words' cross-entropy beside the distance to the teacher's latents."""
 
 
-class StudentTrainer:
-    """Teacher, student and optimizer; `step` does one update."""
+class Distillation(TokenizerObjective):
+    """Distance to the teacher's latents and drawings, and cross-entropy of its words; holds teacher and student."""
+
+    config: DistillConfig
 
     def __init__(self, config: DistillConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+        super().__init__(config, device)
         self.teacher: VisualTokenizer = load_tokenizer(config.teacher).prepare(device)
         self.by_distance = not (isinstance(self.teacher, VQGAN) and self.teacher.config.gumbel)
         codes = self.teacher.codebook
@@ -70,66 +69,51 @@ class StudentTrainer:
         )
         self.tokenizer = LightTokenizer(size).to(device)
         self.tokenizer.codes.requires_grad_(False).copy_(codes)
-        self.optimizer = torch.optim.Adam(
-            [weight for weight in self.tokenizer.parameters() if weight.requires_grad], betas=(0.9, 0.99)
-        )
-        self.precision = amp_dtype(config.precision, device)
-        among = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[:_PLACES].to(device)
-        self.spacing = torch.cdist(codes[among], codes).square().topk(2, largest=False).values[:, 1].mean()
+        sample = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[:_PLACES].to(device)
+        self.spacing = torch.cdist(codes[sample], codes).square().topk(2, largest=False).values[:, 1].mean()
+        """Mean squared distance of a code to its nearest neighbour."""
 
-    def state(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the step number."""
-        return {"tokenizer": self.tokenizer.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer of the student's encoder and decoder."""
+        trained = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(trained, betas=(0.9, 0.99))
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state` returned."""
-        self.tokenizer.load_state_dict(state["tokenizer"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def step(self, step: int, image: Tensor) -> dict[str, float]:
-        """One update on images (B, C, H, W) in [0, 1]: `loss`, `psnr` in dB to the teacher's drawing of the same words,
-        and `agreement`, the share of equal words.
-
-        Raises NumericsError on a loss that is not finite, before the weights change.
-        """
-        config, student = self.config, self.tokenizer.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine(step, config.steps, config.lr)
-        with torch.no_grad(), exact_float32():
+    def parts(self, model: nn.Module, image: Tensor, context: torch.Generator) -> Parts:
+        """Compute for an image (B, C, H, W) in [0, 1] the `loss`, the `squared_error` to the teacher's drawing of the
+        same words, and the share of `changed_words`."""
+        student = self.tokenizer
+        # The loop computes objectives in its precision; here only the student's layers are meant.
+        with torch.autocast(self.device.type, enabled=False), torch.no_grad(), exact_float32():
             target = self.teacher.latent(image)
             words = self.teacher.words_of(target)
             quantized = look_up(words, student.codes)
             drawing = self.teacher.pixels(quantized).clamp(0, 1)
-        with autocast(self.device, self.precision):
-            latent, output = student.latent(image).float(), student.pixels(quantized).float()
-        # A Gumbel model's words are no nearest codes: its student aims at the codes themselves.
-        target = target if self.by_distance else quantized
-        squared = F.mse_loss(output, drawing)
-        loss = (
-            F.mse_loss(latent, target) / self.spacing
-            + config.word_weight * self.cross_entropy(step, latent, words)
-            + F.l1_loss(output, drawing)
-            + 5 * squared
-        )
-        if not math.isfinite(loss.item()):
-            raise NumericsError(
-                f"the student's loss is {loss.item()} at step {step}: lower --lr (now {config.lr}). "
-                "The last checkpoint is intact."
+        latent, output = student.latent(image).float(), student.pixels(quantized).float()
+        with torch.autocast(self.device.type, enabled=False):
+            # A Gumbel model's words are no nearest codes: its student aims at the codes themselves.
+            target = target if self.by_distance else quantized
+            squared_error = F.mse_loss(output, drawing)
+            loss = (
+                F.mse_loss(latent, target) / self.spacing
+                + self.config.word_weight * self.cross_entropy(latent, words, context)
+                + F.l1_loss(output, drawing)
+                + 5 * squared_error
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for part in (student.encoder, student.decoder):
-            nn.utils.clip_grad_norm_(part.parameters(), 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            agreement = 1 - share_changed(words, student.words_of(latent)).item()
-        return {"loss": loss.item(), "psnr": -10 * math.log10(max(squared.item(), 1e-10)), "agreement": agreement}
+            with torch.no_grad():
+                changed = share_changed(words, student.words_of(latent))
+        return {"loss": loss, "squared_error": squared_error, "changed_words": changed}
 
-    def cross_entropy(self, step: int, latent: Tensor, words: Tensor) -> Tensor:
-        """Of the teacher's words under scores that fall with the squared distance, at some places of the batch."""
+    def figures(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the loss, the PSNR in dB to the teacher's drawings, and the share of equal words."""
+        return {**super().figures(metrics), "agreement": 1 - metrics["changed_words"]}
+
+    def cross_entropy(self, latent: Tensor, words: Tensor, generator: torch.Generator) -> Tensor:
+        """Compute the cross-entropy of the teacher's words (B, h, w), a scalar, at some places of the batch.
+
+        The scores fall with the squared distance of the latent (B, D, h, w) to each code.
+        """
         flat_MD, words_M = latent.permute(0, 2, 3, 1).flatten(0, 2), words.flatten()
         if len(flat_MD) > _PLACES:
-            generator = step_generator(self.config.seed, step, 0, self.device)
             chosen = torch.randperm(len(flat_MD), generator=generator, device=self.device)[:_PLACES]
             flat_MD, words_M = flat_MD[chosen], words_M[chosen]
         scores_MK = nearness(flat_MD, self.tokenizer.codes)  # + a constant of each row
@@ -137,15 +121,15 @@ class StudentTrainer:
 
     @torch.no_grad()
     def measure(self, loader: ImageLoader) -> dict[str, float]:
-        """On held-out pictures: the share of words equal to the teacher's, PSNR in dB to the teacher's reconstructions
-        and of both to the pictures; and the cost of a reconstruction of both."""
+        """Return figures on held-out images: the share of words equal to the teacher's, PSNR in dB to the teacher's
+        reconstructions, PSNR of both to the images, and the cost of a reconstruction of both."""
         student, teacher, count = self.tokenizer.eval(), self.teacher, 0
         sums = dict.fromkeys(("word_agreement", "psnr_to_teacher_db", "psnr_db", "teacher_psnr_db"), 0.0)
         for batch in loader:
             image = batch["image"].to(self.device)
-            words, own = teacher.encode(image), student.encode(image)
-            drawing, output = teacher.decode(words), student.decode(own)
-            sums["word_agreement"] += len(image) * (1 - share_changed(words, own).item())
+            words, student_words = teacher.encode(image), student.encode(image)
+            drawing, output = teacher.decode(words), student.decode(student_words)
+            sums["word_agreement"] += len(image) * (1 - share_changed(words, student_words).item())
             sums["psnr_to_teacher_db"] += sum_of_psnr(output, drawing)
             sums["psnr_db"] += sum_of_psnr(output, image)
             sums["teacher_psnr_db"] += sum_of_psnr(drawing, image)
@@ -153,35 +137,48 @@ class StudentTrainer:
         return {**{name: value / count for name, value in sums.items()}, "pictures": count, **self.cost(image)}
 
     def cost(self, image: Tensor) -> dict[str, float]:
-        """GFLOP a reconstruction of one image, and how many times as many images a second the student reconstructs (in
-        turns with the teacher, median of 5 rounds)."""
+        """Return GFLOP per reconstruction of an image (B, C, H, W), and how many times as fast the student is as the
+        teacher (measured in turns, median of 5 rounds)."""
         pair = (self.teacher, self.tokenizer.eval())
         gflop = []
-        for one in pair:
+        for tokenizer in pair:
             with FlopCounterMode(display=False) as counter:
-                one.reconstruct(image[:1])
+                tokenizer.reconstruct(image[:1])
             gflop.append(counter.get_total_flops() / 1e9)
         ratios = []
         for _ in range(5):
-            theirs, ours = (self.seconds(one, image) for one in pair)
-            ratios.append(theirs / ours)
+            teacher_seconds, student_seconds = (self.seconds(tokenizer, image) for tokenizer in pair)
+            ratios.append(teacher_seconds / student_seconds)
         return {"gflop": gflop[1], "teacher_gflop": gflop[0], "times_as_fast": statistics.median(ratios)}
 
     def seconds(self, tokenizer: VisualTokenizer, image: Tensor) -> float:
-        """Wall time of a reconstruction; reading a pixel waits for the device."""
+        """Return the wall time of a reconstruction; reading a pixel waits for the device."""
         start = time.perf_counter()
         tokenizer.reconstruct(image)[0, 0, 0, 0].item()
         return time.perf_counter() - start
 
 
 def sum_of_psnr(image: Tensor, other: Tensor) -> float:
-    """Sum over a batch of each picture's PSNR in dB, pixels in [0, 1]."""
+    """Return the sum over a batch of each image's PSNR in dB, pixels (B, C, H, W) in [0, 1]."""
     return float((-10 * (image - other).square().mean((1, 2, 3)).clamp(min=1e-10).log10()).sum())
+
+
+class StudentTrainer(TokenizerTrainer):
+    """A tokenizer's training loop that clips encoder and decoder apart."""
+
+    def clip_gradient(self) -> Tensor:
+        """Clip the gradients of encoder and decoder to a norm of 1 each; returns the norm of both before."""
+        student = self.objective.tokenizer
+        return torch.stack([clip_gradient(part, 1.0) for part in (student.encoder, student.decoder)]).norm()
+
+
+def train_student(config: DistillConfig, console: Console) -> Path:
+    """Train a student and write it with its card; returns its path."""
+    return train_to_file(config, console, Distillation, StudentTrainer)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command with its arguments."""
     console = Console()
     console.start_logging()
-    config = load_config(DistillConfig, arguments, __doc__ or "")
-    train_to_file(StudentTrainer(config, pick_device(config.device)), config, console)
+    train_student(load_config(DistillConfig, arguments, __doc__ or ""), console)

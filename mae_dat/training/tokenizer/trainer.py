@@ -1,0 +1,315 @@
+"""What every training of a light tokenizer shares: settings, images, its variant of the training loop, the exported
+file.
+
+It counts steps instead of epochs: for the loop, each step is an epoch of its own, and checkpoints come every
+`save_every` steps.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig, image_size
+from mae_dat.config.parse import command_line, flat_values
+from mae_dat.data.folders import find_split
+from mae_dat.data.image_set import Batch, ImageFolder, ImageSet, Sample
+from mae_dat.data.loader import ImageLoader, eval_loader
+from mae_dat.data.open import DEMO, image_root
+from mae_dat.data.transforms import EvalTransform
+from mae_dat.models.tokenizer.light import LightTokenizer
+from mae_dat.runtime.console import Console
+from mae_dat.runtime.world import world_from_environment
+from mae_dat.storage.files import sha256_of
+from mae_dat.training.context import RunContext, run_context
+from mae_dat.training.loop import Trainer
+from mae_dat.training.objectives.base import Objective
+from mae_dat.training.optim import set_lr
+from mae_dat.training.session import run_training
+from mae_dat.training.setup import Reporting
+from mae_dat.training.state import TrainingState
+from mae_dat.training.step_report import StepReport
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY = 100
+"""Steps between records in log.txt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldersConfig:
+    """What every training of a light tokenizer needs: images, steps, output folder."""
+
+    command: ClassVar[str]
+    """Of `python -m mae_dat`."""
+    data_path: tuple[str, ...] = ("demo",)
+    """Folders of images, or `demo` for the generated ones; DIR/train is taken where it exists."""
+    val_path: tuple[str, ...] = ()
+    """Held-out folders, without a split of their own, measured at the end; `demo` for the generated ones."""
+    output_dir: str = "./output_tokenizer"
+    input_size: tuple[int, ...] = (64,)
+    on_bad: Literal["fail", "skip"] = "fail"
+    width: int = 64
+    encoder_blocks: int = 2
+    decoder_blocks: int = 4
+    steps: int = 15000
+    batch_size: int = 32
+    lr: float = 2e-3
+    save_every: int = 500
+    num_workers: int = 2
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: int = 0
+    allow_change: tuple[str, ...] = ()
+    """Settings that may differ from the checkpoint's although they change the result, such as `steps lr`."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return image_size(self.input_size)
+
+
+class TokenizerObjective(Objective):
+    """What a light tokenizer is trained for, with the tokenizer and all else that training changes."""
+
+    tokenizer: LightTokenizer
+    step = 0
+
+    def __init__(self, config: FoldersConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+    def begin(self, epoch: float) -> None:
+        """Start a step; an epoch is one step."""
+        self.step = round(epoch)
+
+    def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, torch.Generator]:
+        """Return the image, (B, C, H, W) in [0, 1], and the generator of the step."""
+        return batch["image"], generator
+
+    def loss(self, model: nn.Module, image: Tensor, context: torch.Generator) -> Tensor:
+        """Compute the loss of an image (B, C, H, W), a float32 scalar."""
+        return self.parts(model, image, context)["loss"]
+
+    @abstractmethod
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer of the tokenizer."""
+
+    def changed_in_forward(self) -> Iterable[Tensor]:
+        """Return the tensors that a forward pass changes."""
+        return ()
+
+    def after_update(self, skip: Tensor) -> None:
+        """Train what has an optimizer of its own, except where `skip`, a scalar on the device, is 1."""
+
+    def figures(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return what is logged of a step's metrics: the loss, and the PSNR in dB."""
+        return {"loss": metrics["loss"], "psnr": -10 * math.log10(max(metrics["squared_error"], 1e-10))}
+
+    @abstractmethod
+    def measure(self, loader: ImageLoader) -> dict[str, float]:
+        """Return figures on held-out images, for the card."""
+
+
+class TokenizerState(TrainingState):
+    """The state of a tokenizer's training."""
+
+    def load_state_dict(self, state: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
+        """Load the content of a checkpoint, also of the format that the tokenizers' own loop wrote before."""
+        if "tokenizer" in state:
+            state = {
+                "model": state["tokenizer"],
+                "optimizer": state["optimizer"],
+                "objective": {name: state[name] for name in ("discriminator", "judge", "uses") if name in state},
+                "ema": None,
+                "step": state["step"],
+                "ranks": [{"totals": {}, "heard": [], "statistics": {}}],
+            }
+        super().load_state_dict(state, rank, ranks)
+
+
+class TokenizerTrainer(Trainer):
+    """The training loop with a schedule, checkpoints and a log by steps."""
+
+    advice = "Lower --lr, or use --precision fp32"
+    last_metrics: Mapping[str, float]
+
+    @property
+    def objective(self) -> TokenizerObjective:
+        """The objective, with the settings."""
+        assert isinstance(self.state.objective, TokenizerObjective)
+        return self.state.objective
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether a checkpoint is due: every `save_every` steps, and at the end."""
+        step = self.state.step
+        return step % self.objective.config.save_every == 0 or step == self.setup.total_steps
+
+    def set_learning_rate(self) -> None:
+        """Set the rate of the current step: warm-up, then half a cosine to a hundredth of the peak."""
+        config = self.objective.config
+        set_lr(self.state.optimizer, cosine(self.state.step, config.steps, config.lr))
+
+    def apply_gradient(self) -> Tensor:
+        """Update the tokenizer, then what the objective trains beside it."""
+        grad_norm = super().apply_gradient()
+        self.objective.after_update(self.reports.skip_updates)
+        return grad_norm
+
+    def changed_in_forward(self) -> Iterable[Tensor]:
+        """Return the buffers, and what the objective changes."""
+        return [*super().changed_in_forward(), *self.objective.changed_in_forward()]
+
+    def add_metrics(self, report: StepReport) -> None:
+        """Log the figures of every hundredth step."""
+        super().add_metrics(report)
+        self.last_metrics = report.metrics[-1]
+        step = report.step + 1
+        if step % LOG_EVERY == 0:
+            figures = self.objective.figures(self.last_metrics)
+            self.setup.log.record({"step": step, **figures})
+            self.setup.log.scalars({f"tokenizer/{name}": value for name, value in figures.items()}, step)
+
+    def progress_note(self) -> str:
+        """Return loss and PSNR of the newest step that was read."""
+        figures = self.objective.figures(self.last_metrics) if math.isfinite(self.loss) else {"psnr": math.nan}
+        return f"loss {self.loss:.3f}  PSNR {figures['psnr']:.1f} dB"
+
+    def end_epoch(self) -> None:
+        """Start new totals: records were written by steps, and nothing is evaluated before the end."""
+        self.state.totals = {}
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int = 200) -> float:
+    """Linear warm-up, then half a cosine to a hundredth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2)
+
+
+def train_transform(size: tuple[int, int]) -> v2.Transform:
+    """Crops at many scales, flips and colour changes: a tokenizer must also draw pictures unlike its training set."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.25, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.3, 0.3, 0.3, 0.1),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+
+class JoinedFolders(ImageSet):
+    """The images of several folders, one folder after the other; without labels."""
+
+    def __init__(self, folders: list[ImageFolder]) -> None:
+        self.folders, self.classes = folders, []
+        self.places = [(folder, index) for folder in folders for index in range(len(folder))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, position = key if isinstance(key, tuple) else (0, key)
+        folder, index = self.places[position]
+        return {**folder[(epoch, index)], "index": position}
+
+    def name_of(self, index: int) -> str:
+        """Return the path of an image."""
+        folder, number = self.places[index]
+        return folder.name_of(number)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 of the folders' fingerprints."""
+        return hashlib.sha256("".join(folder.fingerprint() for folder in self.folders).encode()).hexdigest()
+
+
+def training_folders(config: FoldersConfig) -> JoinedFolders:
+    """Open all images to train on; of a root with a `train` folder, those in it."""
+    roots = [find_split(image_root(path), "train", labelled=False) for path in config.data_path]
+    transform = train_transform(config.image_size)
+    return JoinedFolders(
+        [ImageFolder(root, transform, labelled=False, on_bad=config.on_bad, seed=config.seed) for root in roots]
+    )
+
+
+def held_out_folder(config: FoldersConfig, path: str) -> ImageFolder:
+    """Open images to measure on, without augmentation."""
+    root = image_root(path) / "val" if path == DEMO else Path(path)
+    return ImageFolder(root, EvalTransform(config.image_size), labelled=False, on_bad=config.on_bad)
+
+
+def train_to_file(
+    config: FoldersConfig,
+    console: Console,
+    objective: type[TokenizerObjective],
+    trainer: type[TokenizerTrainer] = TokenizerTrainer,
+) -> Path:
+    """Train, or resume in the output folder, and write the tokenizer with its card; returns its path.
+
+    Raises ConfigError under torchrun, and what `run_training` raises.
+    """
+    if world_from_environment().size > 1:
+        raise ConfigError("a tokenizer is trained by one process: start the command without torchrun or srun.")
+    run = RunConfig(
+        output_dir=config.output_dir,
+        device=config.device,
+        seed=config.seed,
+        precision=config.precision,
+        allow_change=config.allow_change,
+    )
+    with run_context(run, LaunchConfig(), console) as context:
+        start = time.monotonic()
+        goal = objective(config, context.device)
+        run_training(
+            TokenizerState(goal.tokenizer, goal.build_optimizer(), goal),
+            training_folders(config),
+            context,
+            data=DataConfig(num_workers=config.num_workers),
+            optim=tokenizer_optim(config),
+            settings=flat_values(config),
+            reporting=Reporting("train the tokenizer"),
+            trainer=trainer,
+            epoch_steps=1,
+        )
+        return export_tokenizer(config, goal, context, seconds=time.monotonic() - start)
+
+
+def tokenizer_optim(config: FoldersConfig) -> OptimConfig:
+    """Return the loop's settings; the learning rate follows `cosine` instead of the loop's own schedule."""
+    return OptimConfig(batch_size=config.batch_size, epochs=config.steps, lr=config.lr, warmup_epochs=0, clip_grad=1.0)
+
+
+def export_tokenizer(config: FoldersConfig, objective: TokenizerObjective, context: RunContext, seconds: float) -> Path:
+    """Write `tokenizer.safetensors` and its card: settings, figures on held-out images, sha256; return the path."""
+    path = context.output / "tokenizer.safetensors"
+    objective.tokenizer.save(path)
+    held_out = {}
+    for root in config.val_path:
+        folder = held_out_folder(config, root)
+        loader = eval_loader(folder, config.batch_size, rank=0, world_size=1, num_workers=config.num_workers)
+        held_out["/".join(Path(root).parts[-2:])] = figures = objective.measure(loader)
+        logger.info("held out, %s: %s", root, figures)
+    card = {
+        "sha256": sha256_of(path),
+        "command": command_line(config.command),
+        "settings": dataclasses.asdict(config),
+        "held_out": held_out,
+        "seconds_of_the_last_session": round(seconds),
+        "torch": str(torch.__version__),
+    }
+    path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+    logger.info("wrote %s", path)
+    return path
