@@ -66,7 +66,7 @@ def test_every_flag_survives_the_way_through_a_file(tmp_path: Path) -> None:
     ]  # fmt: skip
     for kind, arguments in ((FinetuneConfig, changed), (FinetuneConfig, []), (PretrainConfig, ["--norm_pix_loss"])):
         config = load_config(kind, arguments)
-        write_config(config, tmp_path / "config.yaml")
+        write_config(flat_values(config), tmp_path / "config.yaml")
         assert load_config(kind, ["--config", str(tmp_path / "config.yaml")]) == config
     assert (tmp_path / "config.yaml").read_text().startswith("# python ")
 

@@ -97,7 +97,8 @@ def names(folder: Path) -> list[str]:
 def in_another_process(*urls: str, sha256: str | None = SHA256, before: str = "") -> subprocess.Popen[str]:
     """The same `fetch` in a process of its own."""
     code = (
-        "import sys\nfrom mae_dat.storage.released import ReleasedWeights, fetch\n"
+        # rich is imported before the connection is open: under load that takes longer than a whole dripping download.
+        "import sys, rich.progress\nfrom mae_dat.storage.released import ReleasedWeights, fetch\n"
         f"{before}\n"
         f"one = ReleasedWeights('tiny', what='w', kind='mae', model='m', file='tiny.safetensors',\n"
         f"    licence='Apache-2.0', origin='o', urls={urls!r}, sha256={sha256!r})\n"
