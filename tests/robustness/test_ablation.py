@@ -1,11 +1,10 @@
-"""Many arms: a row each, with differences at the same seed, and a page without a line for each of them."""
+"""Many groups: a row each, with differences at the same seed, and a page without a line for each of them."""
 
 from pathlib import Path
 
 import pytest
-from evaluations import evaluation
+from evaluations import DAT, PLAIN, evaluation, trainings
 from pages import Page
-from test_arms import DAT, PLAIN, trainings
 
 from mae_dat.robustness.report.comparison import ablation_tables, difference_text, value_text
 from mae_dat.robustness.report.findings import ablation_findings
@@ -39,16 +38,18 @@ def trainings_on(given: Results, suites: tuple[str, ...]) -> Results:
     return found
 
 
-def test_every_arm_has_a_row_of_its_numbers_and_minutes(results: Results) -> None:
+def test_every_group_has_a_row_of_its_numbers_and_minutes(results: Results) -> None:
     report = summarize(results)
     table, against = ablation_tables(report)
     assert [row[0] for row in table.rows] == ["plain", "random words", "DAT", "symbolic", "augmix"]
     assert table.head[:4] == ("", "clean ↑", "ECE ↓", "corruption error ↓")
     assert table.head[4:8] == ("noise ↓", "blur ↓", "weather ↓", "digital ↓")
     clean = next(metric for metric in report.metrics if metric.key == "imagenet")
-    arms = report.groups
-    assert [row[1] for row in table.rows] == [value_text(clean, arm) for arm in arms]
-    assert [row[1] for row in against.rows] == [difference_text(report, clean, arm, arms[0]) for arm in arms[1:]]
+    groups = report.groups
+    assert [row[1] for row in table.rows] == [value_text(clean, group) for group in groups]
+    assert [row[1] for row in against.rows] == [
+        difference_text(report, clean, group, groups[0]) for group in groups[1:]
+    ]
     assert table.rows[0][-1] == "2.0 ± 1.0"
     assert (1, 1) in against.best, "DAT is better than plain on clean pictures with every seed"
     assert against.rows[1][1].endswith(" better")
@@ -65,7 +66,7 @@ def test_categories_are_means_of_their_corruptions(results: Results) -> None:
         assert min(own.values()) <= mean <= max(own.values())
 
 
-def test_no_measurement_of_many_networks_is_left_out() -> None:
+def test_no_measurement_of_many_models_is_left_out() -> None:
     """Also of checkpoints of which nothing is known but their counts, on every suite and on two of corruptions."""
     given = evaluation([f"network {number}" for number in range(MAX_COLUMNS + 1)])
     for own in given["cells"].values():
@@ -87,23 +88,23 @@ def test_no_measurement_of_many_networks_is_left_out() -> None:
     assert len(table.head) == 1 + len(report.columns)
 
 
-def test_what_is_better_is_said(results: Results) -> None:
-    said = " ".join(ablation_findings(summarize(results)))
-    assert "Clean, beyond chance better than plain: DAT; worse than plain: symbolic." in said
-    assert "means over at least 3 seeds" in said
+def test_better_groups_are_named(results: Results) -> None:
+    text = " ".join(ablation_findings(summarize(results)))
+    assert "Clean, beyond chance better than plain: DAT; worse than plain: symbolic." in text
+    assert "means over at least 3 seeds" in text
 
 
-def test_changed_words_have_a_column_a_share(results: Results) -> None:
+def test_changed_words_have_a_column_for_each_share(results: Results) -> None:
     report = summarize(results)
     (table,) = words_tables_by_group(report)
     assert table.head == ("words changed, up to", "0 %", "1 %", "2 %", "5 %", "10 %", "20 %")
     members = report.groups[2].members.values()
-    told = mean_text((top1_accuracy(results["cells"][name]["words-random"]["0.05"]) for name in members), 1)
+    expected = mean_text((top1_accuracy(results["cells"][name]["words-random"]["0.05"]) for name in members), 1)
     assert table.rows[2][0] == "DAT"
-    assert table.rows[2][4] == told
+    assert table.rows[2][4] == expected
 
 
-def test_the_page_of_many_arms_has_their_rows_and_no_lines(results: Results, tmp_path: Path) -> None:
+def test_the_page_of_many_groups_has_their_rows_and_no_lines(results: Results, tmp_path: Path) -> None:
     assert summarize(results).groups_are_rows
     assert not summarize(trainings(**dict(list(ARMS.items())[:MAX_COLUMNS]))).groups_are_rows
     write_results(results, tmp_path / "results.json")

@@ -28,11 +28,11 @@ def test_an_edge_belongs_to_the_bin_below() -> None:
     assert expected_error(doubles(0.4, 0.5 + 1e-9), doubles(0, 0.9), bins=2) == pytest.approx(0.4)
 
 
-def test_a_calibrated_network_has_no_error_and_a_boastful_one_its_boast() -> None:
+def test_a_calibrated_model_has_no_error_and_an_overconfident_one_has() -> None:
     correct = (torch.arange(1000) % 4 != 0).double()
-    honest, boastful = torch.full_like(correct, 0.75), torch.ones_like(correct)
-    assert (expected_error(honest, correct), rms_error(honest, correct)) == (0.0, 0.0)
-    assert (expected_error(boastful, correct), rms_error(boastful, correct)) == (0.25, 0.25)
+    calibrated, overconfident = torch.full_like(correct, 0.75), torch.ones_like(correct)
+    assert (expected_error(calibrated, correct), rms_error(calibrated, correct)) == (0.0, 0.0)
+    assert (expected_error(overconfident, correct), rms_error(overconfident, correct)) == (0.25, 0.25)
 
 
 def test_rms_error_by_hand() -> None:
@@ -51,8 +51,8 @@ def released_rms(confidence: list[float], correct: list[float]) -> float:
     pairs = sorted(zip(confidence, correct, strict=True))
     total = 0.0
     for start in range(0, (len(pairs) // 100 - 1) * 100, 100):
-        own = pairs[start : start + 100]
-        gap = sum(c for c, _ in own) / 100 - sum(r for _, r in own) / 100
+        members = pairs[start : start + 100]
+        gap = sum(c for c, _ in members) / 100 - sum(r for _, r in members) / 100
         total += 100 / len(pairs) * gap**2
     return math.sqrt(total)
 
@@ -69,48 +69,48 @@ def test_the_compatible_form_is_the_released_one(images: int) -> None:
 def measured(logits: Tensor, labels: Tensor, batch: int, world: int) -> dict[str, float]:
     """The scores when each of `world` ranks takes every world-th image, in batches."""
     ranks = [Confidences(len(labels)) for _ in range(world)]
-    for rank, own in enumerate(ranks):
+    for rank, confidences in enumerate(ranks):
         for index in torch.arange(rank, len(labels), world).split(batch):
-            own.add(index, logits[index].double().softmax(1), labels[index])
-    total = torch.stack([own.rows for own in ranks]).sum(0)
-    for own in ranks:
-        own.reduce(lambda _: total)
-    assert all(own.scores() == ranks[0].scores() for own in ranks)
+            confidences.add(index, logits[index].double().softmax(1), labels[index])
+    total = torch.stack([confidences.rows for confidences in ranks]).sum(0)
+    for confidences in ranks:
+        confidences.reduce(lambda _: total)
+    assert all(confidences.scores() == ranks[0].scores() for confidences in ranks)
     return ranks[0].scores()
 
 
 def test_the_same_to_the_last_bit_for_any_batches_and_ranks() -> None:
     labels = torch.randint(0, 7, (523,))
     logits = torch.randn(523, 7) + 2 * torch.nn.functional.one_hot(labels, 7)
-    whole = measured(logits, labels, 523, 1)
+    expected = measured(logits, labels, 523, 1)
     for batch, world in [(1, 1), (64, 1), (10, 2), (7, 3), (100, 7)]:
-        assert measured(logits, labels, batch, world) == whole
+        assert measured(logits, labels, batch, world) == expected
     probabilities = logits.double().softmax(1)
-    assert whole["nll"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits.double(), labels)))
+    assert expected["nll"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits.double(), labels)))
     target = torch.nn.functional.one_hot(labels, 7)
-    assert whole["brier"] == pytest.approx(float((probabilities - target).square().sum(1).mean()))
-    assert set(whole) == {"ece", "rms", "rms_compat", "nll", "brier"}
+    assert expected["brier"] == pytest.approx(float((probabilities - target).square().sum(1).mean()))
+    assert set(expected) == {"ece", "rms", "rms_compat", "nll", "brier"}
 
 
-def test_sure_answers_have_the_best_and_the_worst_scores() -> None:
-    found = Confidences(2)
-    found.add(torch.tensor([0, 1]), torch.eye(3, dtype=torch.float64)[[0, 1]], torch.tensor([0, 1]))
-    found.reduce(lambda rows: rows)
-    assert found.scores() == {"ece": 0.0, "rms": 0.0, "nll": 0.0, "brier": 0.0}
-    found = Confidences(1)
-    found.add(torch.tensor([0]), torch.eye(3, dtype=torch.float64)[[0]], torch.tensor([2]))
-    assert found.scores() == {"ece": 1.0, "rms": 1.0, "nll": None, "brier": 2.0}
+def test_certain_predictions_have_the_best_and_the_worst_scores() -> None:
+    confidences = Confidences(2)
+    confidences.add(torch.tensor([0, 1]), torch.eye(3, dtype=torch.float64)[[0, 1]], torch.tensor([0, 1]))
+    confidences.reduce(lambda rows: rows)
+    assert confidences.scores() == {"ece": 0.0, "rms": 0.0, "nll": 0.0, "brier": 0.0}
+    confidences = Confidences(1)
+    confidences.add(torch.tensor([0]), torch.eye(3, dtype=torch.float64)[[0]], torch.tensor([2]))
+    assert confidences.scores() == {"ece": 1.0, "rms": 1.0, "nll": None, "brier": 2.0}
 
 
 def test_an_image_twice_or_never_and_a_nan_are_errors() -> None:
-    found, uniform = Confidences(3), torch.full((2, 4), 0.25, dtype=torch.float64)
-    found.add(torch.tensor([0, 1]), uniform, torch.tensor([3, 3]))
+    confidences, uniform = Confidences(3), torch.full((2, 4), 0.25, dtype=torch.float64)
+    confidences.add(torch.tensor([0, 1]), uniform, torch.tensor([3, 3]))
     with pytest.raises(DataError, match="image 2 was measured 0 times"):
-        found.reduce(lambda rows: rows)
-    found.add(torch.tensor([2, 1]), uniform, torch.tensor([3, 3]))
+        confidences.reduce(lambda rows: rows)
+    confidences.add(torch.tensor([2, 1]), uniform, torch.tensor([3, 3]))
     with pytest.raises(DataError, match="image 1 was measured 2 times"):
-        found.reduce(lambda rows: rows)
-    found = Confidences(2)
-    found.add(torch.tensor([0, 1]), uniform * torch.tensor([[1.0], [torch.nan]]), torch.tensor([3, 3]))
+        confidences.reduce(lambda rows: rows)
+    confidences = Confidences(2)
+    confidences.add(torch.tensor([0, 1]), uniform * torch.tensor([[1.0], [torch.nan]]), torch.tensor([3, 3]))
     with pytest.raises(NumericsError):
-        found.reduce(lambda rows: rows)
+        confidences.reduce(lambda rows: rows)

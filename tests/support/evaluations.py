@@ -134,3 +134,35 @@ def alexnet() -> Results:
     corruptions = {f"{name}/{s}": {**count} for name, own in ALEXNET["corruptions"].items() for s, count in own.items()}
     found["cells"]["alexnet"] = {"imagenet": {"": {**ALEXNET["clean"]}}, "imagenet-c": corruptions}
     return found
+
+
+PLAIN, DAT = (700, 720, 710), (741, 759, 748)  # right answers of 1,000: 41, 39 and 38 more
+
+
+def trainings(**right: tuple[int, ...]) -> Results:
+    """Arms with a run for each number of right answers, measured on one suite."""
+    names = [f"{arm} {seed}" for arm, counts in right.items() for seed in range(len(counts))]
+    given = evaluation(names, ("imagenet-a",))
+    runs = zip(names, [(arm, seed) for arm, counts in right.items() for seed in range(len(counts))], strict=True)
+    given["training"] = {
+        "runs": {
+            name: {
+                "arm": arm,
+                "label": {"dat": "DAT", "random": "random words"}.get(arm, arm),
+                "seed": seed,
+                "seconds": 90.0,
+                "curves": {
+                    "train_loss": [[1, 2.0], [2, None], [3, 1.5]],
+                    **({} if arm == "plain" else {"changed_words": [[1, 0.01], [2, 0.0375]]}),
+                },
+            }
+            for name, (arm, seed) in runs
+        },
+        "pretraining": {"train_loss": [[1, 1.0], [2, 0.5]]},
+        "seconds": 60.0,
+        "settings": {"fine-tuning": {"epochs": 2}},
+        "galleries": [],
+    }
+    for name, count in zip(names, [one for counts in right.values() for one in counts], strict=True):
+        given["cells"][name]["imagenet-a"][""] = cell(1000, 1 - count / 1000)
+    return given

@@ -55,7 +55,7 @@ def test_alexnet_has_exactly_100() -> None:
     assert severity_mce(ALEXNET) == {1: 100.0, 2: 100.0, 3: 100.0, 4: 100.0, 5: 100.0}
 
 
-def test_a_network_that_is_always_wrong_and_one_that_never_is() -> None:
+def test_a_model_that_is_always_wrong_and_one_that_is_always_right() -> None:
     wrong = changed(correct=0)
     assert mce(wrong) == pytest.approx(100 * sum(1 / average for average in AVERAGES.values()) / 15, abs=1e-4)
     assert mce(changed(correct=50_000)) == 0.0
@@ -72,7 +72,7 @@ def two(rows: dict[str, list[int]], clean: int) -> CorruptionCounts:
     }
 
 
-def test_ratio_of_sums_by_hand_with_a_baseline_of_ones_own() -> None:
+def test_ratio_of_sums_by_hand_with_a_given_baseline() -> None:
     own, base = two({"fog": [100, 300], "snow": [300, 300]}, 50), two({"fog": [200, 800], "snow": [500, 700]}, 100)
     names = ("fog", "snow")
     assert corruption_errors(own, base) == {"fog": 40.0, "snow": 50.0}  # the mean of ratios would be 43.75 for fog
@@ -103,7 +103,7 @@ def test_held_out_corruptions_never_count_and_categories_are_means() -> None:
     assert mce(scores) == pytest.approx(sum(by_category[c] * len(names) for c, names in CATEGORIES.items()) / 15)
 
 
-def test_what_is_missing_is_an_error_not_a_mean_over_the_rest() -> None:
+def test_missing_counts_are_an_error_not_a_mean_over_the_rest() -> None:
     scores = changed()
     del scores["corruptions"]["fog"]["3"]
     with pytest.raises(ValueError, match="fog: measured at severities 1, 2, 4, 5"):

@@ -45,13 +45,13 @@ def files() -> dict[str, str]:
         return {path.name: path.read_text() for path in Path(folder).glob("report.*")} | figures
 
 
-def shown(table: Table | None) -> dict[str, tuple[str, ...]]:
+def rows_by_title(table: Table | None) -> dict[str, tuple[str, ...]]:
     """The rows by their first cell."""
     assert table is not None
     return {row[0]: row[1:] for row in table.rows}
 
 
-def axis(results: Results, key: str) -> Metric:
+def metric_of(results: Results, key: str) -> Metric:
     return next(one for one in summarize(results).metrics if one.key == key)
 
 
@@ -63,10 +63,10 @@ def share(count: Count) -> float:
 
 
 def test_headline_numbers_are_those_of_the_counts() -> None:
-    given = evaluation()
-    rows = shown(headline_table(summarize(given)))
+    results = evaluation()
+    rows = rows_by_title(headline_table(summarize(results)))
     for column, model in enumerate(("plain", "dat")):
-        own = given["cells"][model]
+        own = results["cells"][model]
         errors = {n: [1 - share(own["imagenet-c"][f"{n}/{s}"]) for s in range(1, 6)] for n in CORRUPTIONS}
         base = {n: [1 - share(count) for count in ALEXNET["corruptions"][n].values()] for n in CORRUPTIONS}
         clean, least = 1 - share(own["imagenet"][""]), 0.43478
@@ -75,7 +75,7 @@ def test_headline_numbers_are_those_of_the_counts() -> None:
         cue = own["cue-conflict"][""]
         expected = {
             "ImageNet (%) ↑": f"{100 - 100 * clean:.2f}",
-            "ImageNet: calibration error, ECE (%) ↓": f"{100 * given['calibration'][model]['imagenet']['ece']:.1f}",
+            "ImageNet: calibration error, ECE (%) ↓": f"{100 * results['calibration'][model]['imagenet']['ece']:.1f}",
             "ImageNet-A (%) ↑": f"{100 * share(own['imagenet-a']['']):.2f}",
             "ImageNet-C: mCE ↓": f"{100 * mce:.2f}",
             "ImageNet-C: relative mCE ↓": f"{100 * relative:.2f}",
@@ -87,9 +87,9 @@ def test_headline_numbers_are_those_of_the_counts() -> None:
         assert {title: rows[title][column] for title in expected} == expected
 
 
-def test_alexnets_own_counts_give_exactly_100_in_every_format(tmp_path: Path) -> None:
+def test_alexnet_counts_give_exactly_100_in_every_format(tmp_path: Path) -> None:
     write_report(alexnet(), tmp_path)
-    assert shown(headline_table(summarize(alexnet())))["ImageNet-C: relative mCE ↓"] == ("100.00",)
+    assert rows_by_title(headline_table(summarize(alexnet())))["ImageNet-C: relative mCE ↓"] == ("100.00",)
     for name, row in (
         ("report.md", "| ImageNet-C: mCE ↓ | 100.00 |"),
         ("report.tex", r"ImageNet-C: mCE $\downarrow$ & 100.00 \\"),
@@ -102,12 +102,12 @@ def test_alexnets_own_counts_give_exactly_100_in_every_format(tmp_path: Path) ->
 
 
 def test_all_formats_show_the_same_rows() -> None:
-    given, page = evaluation(), Page(files()["report.html"])
+    results, page = evaluation(), Page(files()["report.html"])
     for table in (
-        headline_table(summarize(given)),
-        *published_tables(summarize(given)),
-        words_table(summarize(given)),
-        checks_table(summarize(given)),
+        headline_table(summarize(results)),
+        *published_tables(summarize(results)),
+        words_table(summarize(results)),
+        checks_table(summarize(results)),
     ):
         assert table is not None
         markdown = markdown_table(table)
@@ -123,31 +123,31 @@ def test_all_formats_show_the_same_rows() -> None:
 
 
 def test_the_csv_reads_back_to_the_same_counts() -> None:
-    given = evaluation()
+    results = evaluation()
     rows = list(csv.DictReader(io.StringIO(files()["report.csv"])))
-    assert len(rows) == sum(len(cells) for own in given["cells"].values() for cells in own.values())
+    assert len(rows) == sum(len(cells) for own in results["cells"].values() for cells in own.values())
     for row in rows:
-        count = given["cells"][row["model"]][row["suite"]][row["cell"]]
+        count = results["cells"][row["model"]][row["suite"]][row["cell"]]
         assert {key: int(row[key]) for key in count} == count
-        assert row["weights_sha256"] == given["models"][row["model"]]["sha256"]
+        assert row["weights_sha256"] == results["models"][row["model"]]["sha256"]
         assert row["official"] == str(row["suite"] != "generated")
     fog = next(row for row in rows if row["cell"] == "fog/3")
     assert (fog["corruption"], fog["severity"]) == ("fog", "3")
 
 
 def test_a_corruption_table_has_every_mean() -> None:
-    given = evaluation()
-    table = corruption_table(next(one for one in summarize(given).measurements if one.suite == "imagenet-c"))
-    rows, cells = shown(table), given["cells"]["dat"]["imagenet-c"]
+    results = evaluation()
+    table = corruption_table(next(one for one in summarize(results).measurements if one.suite == "imagenet-c"))
+    rows, cells = rows_by_title(table), results["cells"]["dat"]["imagenet-c"]
     errors = {(n, s): 100 - 100 * share(cells[f"{n}/{s}"]) for n in CORRUPTIONS for s in range(1, 6)}
     means = {n: statistics.fmean(errors[n, s] for s in range(1, 6)) for n in CORRUPTIONS}
     assert rows["glass blur"][2] == f"{means['glass_blur']:.1f}"
     assert rows["mean of blur"][2] == f"{statistics.fmean(means[n] for n in CATEGORIES['blur']):.1f}"
     assert rows["severity 4"][2] == f"{statistics.fmean(errors[n, 4] for n in CORRUPTIONS):.1f}"
     assert rows["mean"][2] == f"{statistics.fmean(means.values()):.1f}"
-    assert rows["mean"][4] == f"{axis(given, 'imagenet-c/mce').values['dat'].value:.1f}"
-    assert rows["mean"][6] == f"{axis(given, 'imagenet-c/rmce').values['dat'].value:.1f}"
-    scores = corruption_counts(given, "dat", "imagenet-c")
+    assert rows["mean"][4] == f"{metric_of(results, 'imagenet-c/mce').values['dat'].value:.1f}"
+    assert rows["mean"][6] == f"{metric_of(results, 'imagenet-c/rmce').values['dat'].value:.1f}"
+    scores = corruption_counts(results, "dat", "imagenet-c")
     relative = corruption_errors(scores, relative=True)
     assert rows["glass blur"][6] == f"{relative['glass_blur']:.1f}"
     assert rows["mean of blur"][6] == f"{statistics.fmean(relative[n] for n in CATEGORIES['blur']):.1f}"
@@ -169,16 +169,16 @@ def test_intervals_are_those_of_the_literature() -> None:
     assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
 
 
-def test_the_terms_of_every_number_add_up_to_its_differences() -> None:
-    given = evaluation()
+def test_the_terms_of_every_metric_add_up_to_its_differences() -> None:
+    results = evaluation()
     checked = set()
-    for one in summarize(given).metrics:
+    for one in summarize(results).metrics:
         new, old = one.values["dat"], one.values["plain"]
         ends = interval(new.terms, old.terms)
         if ends is not None:
-            gaps = (term.weight * share(term.count) for term in new.terms)
+            new_terms = (term.weight * share(term.count) for term in new.terms)
             base = (term.weight * share(term.count) for term in old.terms)
-            assert sum(gaps) - sum(base) == pytest.approx(new.value - old.value, abs=1e-9)
+            assert sum(new_terms) - sum(base) == pytest.approx(new.value - old.value, abs=1e-9)
             assert ends[0] < new.value - old.value < ends[1]
             checked.add(one.key)
     assert {"imagenet", "imagenet-c/mce", "imagenet-c/rmce", "generated/mean", "cue-conflict/bias"} < checked
@@ -187,11 +187,11 @@ def test_the_terms_of_every_number_add_up_to_its_differences() -> None:
 def test_only_differences_beyond_chance_are_called_better_or_worse() -> None:
     def gap(correct: int, doubtful: bool = False) -> str:
         counts: tuple[Count, Count] = {"correct": 700, "total": 1000}, {"correct": correct, "total": 1000}
-        given = evaluation(("plain", "dat"), ("pgd-5-1/255",))
+        results = evaluation(("plain", "dat"), ("pgd-5-1/255",))
         for model, count in zip(("plain", "dat"), counts, strict=True):
-            given["cells"][model]["pgd-5-1/255"][""] = {**count}
-        given["checks"]["dat"]["pgd-5-1/255"][0]["passed"] = not doubtful
-        return headline_table(summarize(given)).rows[0][3]
+            results["cells"][model]["pgd-5-1/255"][""] = {**count}
+        results["checks"]["dat"]["pgd-5-1/255"][0]["passed"] = not doubtful
+        return headline_table(summarize(results)).rows[0][3]
 
     assert gap(750).startswith("+5.0 [+1.1, +8.9] better")
     assert gap(650).endswith(" worse")
@@ -204,12 +204,12 @@ def test_only_differences_beyond_chance_are_called_better_or_worse() -> None:
 
 
 def test_the_summary_counts_a_suite_once() -> None:
-    given = evaluation(("plain", "dat"), ("imagenet", "imagenet-c"))
-    report = summarize(given)
+    results = evaluation(("plain", "dat"), ("imagenet", "imagenet-c"))
+    report = summarize(results)
     plain, dat = report.groups
     assert [one.key for one in report.verdicts(dat, plain)] == ["imagenet", "imagenet-c/mce"]
-    said = " ".join(comparison_findings(summarize(given)))
-    assert "MAE + DAT is better on 2 of 2 suites and worse on 0" in said
+    text = " ".join(comparison_findings(summarize(results)))
+    assert "MAE + DAT is better on 2 of 2 suites and worse on 0" in text
     backwards = evaluation(("plain", "dat"), ("imagenet",))
     backwards["models"] = dict(reversed(backwards["models"].items()))
     assert "better on 0 of 1 suites and worse on 1" in " ".join(comparison_findings(summarize(backwards)))
@@ -218,20 +218,20 @@ def test_the_summary_counts_a_suite_once() -> None:
 # ---- what may stand beside what ----
 
 
-def test_a_network_of_another_size_has_rows_of_its_own() -> None:
-    given = evaluation()
-    given["models"]["dat"]["size"] = [448, 448]
-    rows = shown(headline_table(summarize(given)))
+def test_a_model_of_another_size_has_separate_rows() -> None:
+    results = evaluation()
+    results["models"]["dat"]["size"] = [448, 448]
+    rows = rows_by_title(headline_table(summarize(results)))
     assert rows["ImageNet-C: mCE ↓"][1:] == ("–", "–")
     assert rows["ImageNet-C, 448 px: mCE ↓"][0] == rows["ImageNet-C, 448 px: mCE ↓"][2] == "–"
-    assert "shares no measurement" in " ".join(comparison_findings(summarize(given)))
-    assert [row[1] for row in published_tables(summarize(given))[0].rows[:2]] == ["224", "448"]
+    assert "shares no measurement" in " ".join(comparison_findings(summarize(results)))
+    assert [row[1] for row in published_tables(summarize(results))[0].rows[:2]] == ["224", "448"]
 
 
 @pytest.mark.parametrize("fault", ["missing", "fingerprint", "subset", "total"])
-def test_other_pictures_are_another_row(fault: str) -> None:
-    given = evaluation(("plain", "dat"), ("imagenet-a",))
-    own = given["suites"]["dat"]["imagenet-a"]
+def test_other_images_give_another_row(fault: str) -> None:
+    results = evaluation(("plain", "dat"), ("imagenet-a",))
+    own = results["suites"]["dat"]["imagenet-a"]
     if fault == "missing":
         own["missing"] = ["3 pictures of n01498041"]
     elif fault == "fingerprint":
@@ -239,11 +239,11 @@ def test_other_pictures_are_another_row(fault: str) -> None:
     elif fault == "subset":
         own["protocol"]["subset"] = "1,000 pictures of a list"
     else:
-        given["cells"]["dat"]["imagenet-a"][""]["total"] += 1
-    rows = headline_table(summarize(given)).rows
+        results["cells"]["dat"]["imagenet-a"][""]["total"] += 1
+    rows = headline_table(summarize(results)).rows
     assert [[cell == "–" for cell in row[1:]] for row in rows] == [[False, True, True], [True, False, True]]
     assert len({row[0] for row in rows}) == 2
-    (beside, *_) = published_tables(summarize(given))
+    (beside, *_) = published_tables(summarize(results))
     alone = fault in ("missing", "subset")
     assert [row[0] for row in beside.rows if row[-1] == "this report"] == [
         "MAE, fine-tuned plainly",
@@ -251,67 +251,69 @@ def test_other_pictures_are_another_row(fault: str) -> None:
     ]
 
 
-def test_interpolation_belongs_to_the_network_and_not_to_the_row() -> None:
-    given = evaluation(("plain", "dat"), ("imagenet-a",))
-    given["suites"]["dat"]["imagenet-a"]["protocol"]["preprocessing"] = "bilinear"
-    assert len(headline_table(summarize(given)).rows) == 1
+def test_models_of_different_interpolation_share_a_row() -> None:
+    results = evaluation(("plain", "dat"), ("imagenet-a",))
+    results["suites"]["dat"]["imagenet-a"]["protocol"]["preprocessing"] = "bilinear"
+    assert len(headline_table(summarize(results)).rows) == 1
 
 
 def test_generated_rows_are_labelled_and_never_normalised_by_alexnet_or_published() -> None:
-    given = evaluation(("plain", "dat"), ("imagenet", "generated"))
-    rows = shown(headline_table(summarize(given)))
+    results = evaluation(("plain", "dat"), ("imagenet", "generated"))
+    rows = rows_by_title(headline_table(summarize(results)))
     assert rows["IN-C*: mCE, of MAE, fine-tuned plainly 100 ↓"][0] == "100.0"
     assert not [title for title in rows if "ImageNet-C" in title or title.startswith("IN-C*: mCE ↓")]
-    assert any(note.startswith("* not a published") for note in headline_table(summarize(given)).notes)
-    (table, *_) = published_tables(summarize(given))
+    assert any(note.startswith("* not a published") for note in headline_table(summarize(results)).notes)
+    (table, *_) = published_tables(summarize(results))
     assert table.head == ("", "px", PUBLISHED_COLUMNS["imagenet"], "source")
     assert not published_tables(summarize(evaluation(("plain",), ("generated",))))
-    assert any("official ImageNet-C" in remark for remark in not_measured(summarize(given)))
+    assert any("official ImageNet-C" in remark for remark in not_measured(summarize(results)))
 
 
 def test_a_partial_imagenet_c_has_no_mce() -> None:
-    given = evaluation(("plain",), ("imagenet-c",))
-    del given["cells"]["plain"]["imagenet-c"]["fog/3"]
-    given["suites"]["plain"]["imagenet-c"]["missing"] = ["fog has no severity 3"]
-    assert list(shown(headline_table(summarize(given)))) == ["ImageNet-C, partial†: mean corruption error (%) ↓"]
-    rows = shown(corruption_table(summarize(given).measurements[0]))
+    results = evaluation(("plain",), ("imagenet-c",))
+    del results["cells"]["plain"]["imagenet-c"]["fog/3"]
+    results["suites"]["plain"]["imagenet-c"]["missing"] = ["fog has no severity 3"]
+    assert list(rows_by_title(headline_table(summarize(results)))) == [
+        "ImageNet-C, partial†: mean corruption error (%) ↓"
+    ]
+    rows = rows_by_title(corruption_table(summarize(results).measurements[0]))
     assert rows["fog"][-1] == rows["mean of weather"][-1] == "–"
     assert rows["snow"][-1] != "–"
-    assert not published_tables(summarize(given))
+    assert not published_tables(summarize(results))
 
 
-def test_relative_mce_needs_as_many_clean_pictures() -> None:
-    given = evaluation(("plain",), ("imagenet", "imagenet-c"))
-    given["cells"]["plain"]["imagenet"][""] = {"correct": 4000, "total": 5000}
-    assert "ImageNet-C: relative mCE ↓" not in shown(headline_table(summarize(given)))
-    assert "ImageNet-C: mCE ↓" in shown(headline_table(summarize(given)))
+def test_relative_mce_needs_as_many_clean_images() -> None:
+    results = evaluation(("plain",), ("imagenet", "imagenet-c"))
+    results["cells"]["plain"]["imagenet"][""] = {"correct": 4000, "total": 5000}
+    assert "ImageNet-C: relative mCE ↓" not in rows_by_title(headline_table(summarize(results)))
+    assert "ImageNet-C: mCE ↓" in rows_by_title(headline_table(summarize(results)))
 
 
-def test_robustbenchs_list_stands_beside_its_own_rows() -> None:
-    given = evaluation(("plain",), ("imagenet-c",))
-    for count in given["cells"]["plain"]["imagenet-c"].values():
+def test_robustbench_list_is_shown_with_its_published_rows() -> None:
+    results = evaluation(("plain",), ("imagenet-c",))
+    for count in results["cells"]["plain"]["imagenet-c"].values():
         count["correct"], count["total"] = count["correct"] // 10, 5000
-    own = given["suites"]["plain"]["imagenet-c"]
+    own = results["suites"]["plain"]["imagenet-c"]
     own["images"], own["protocol"]["subset"] = 5000, "5,000 pictures of a list"
-    (table, *_) = published_tables(summarize(given))
+    (table, *_) = published_tables(summarize(results))
     assert table.head[2] == PUBLISHED_COLUMNS["imagenet-c-5000/mce"]
     assert ("DeiT-B, Tian et al. 2022", "224", "41.70", "[1]") in table.rows
 
     own["protocol"]["subset"] = "5,000 of 50,000 pictures (seed 0)"  # as many, but others
-    assert not published_tables(summarize(given))
+    assert not published_tables(summarize(results))
 
 
-def test_a_choice_of_pictures_that_all_suites_share_is_said_once() -> None:
-    given = evaluation(("plain", "dat"), ("imagenet", "imagenet-c"))
-    for facts in (facts for own in given["suites"].values() for facts in own.values()):
+def test_a_subset_that_all_suites_share_is_printed_once() -> None:
+    results = evaluation(("plain", "dat"), ("imagenet", "imagenet-c"))
+    for facts in (facts for own in results["suites"].values() for facts in own.values()):
         facts["protocol"]["subset"] = "60 of 50,000 pictures (seed 0)"
-    assert "ImageNet (%) ↑" in shown(headline_table(summarize(given)))
-    assert "All suites: 60 of 50,000 pictures (seed 0)." in headline_table(summarize(given)).notes
-    assert comparison_findings(summarize(given))[-1] == "Measured on 60 of 50,000 pictures (seed 0)."
-    for own in given["suites"].values():
+    assert "ImageNet (%) ↑" in rows_by_title(headline_table(summarize(results)))
+    assert "All suites: 60 of 50,000 pictures (seed 0)." in headline_table(summarize(results)).notes
+    assert comparison_findings(summarize(results))[-1] == "Measured on 60 of 50,000 pictures (seed 0)."
+    for own in results["suites"].values():
         own["imagenet"]["protocol"]["subset"] = ""
-    assert "ImageNet-C, 60 of 50,000 pictures (seed 0): mCE ↓" in shown(headline_table(summarize(given)))
-    assert comparison_findings(summarize(given))[-1].startswith("Against")
+    assert "ImageNet-C, 60 of 50,000 pictures (seed 0): mCE ↓" in rows_by_title(headline_table(summarize(results)))
+    assert comparison_findings(summarize(results))[-1].startswith("Against")
 
 
 def test_published_rows_are_complete_and_in_range() -> None:
@@ -327,7 +329,7 @@ def test_published_rows_are_complete_and_in_range() -> None:
     assert best.values["imagenet-c/mce"] == "31.40"  # as printed, not 31.4
 
 
-def test_maes_mce_that_may_be_over_19_corruptions_stands_beside_the_one_over_15() -> None:
+def test_mce_of_mae_is_shown_over_15_and_possibly_19_corruptions() -> None:
     (table, *_) = published_tables(summarize(evaluation(("plain",), ("imagenet-c",))))
     rows = [row[0] + ": " + row[2] for row in table.rows]
     assert {"MAE, ViT-B/16: 51.7 §", "MAE, ViT-B/16, over 15 corruptions: 53.5"} < set(rows)
@@ -338,8 +340,8 @@ def test_maes_mce_that_may_be_over_19_corruptions_stands_beside_the_one_over_15(
 
 
 def test_the_best_and_the_nearest_published_rows_are_shown_and_the_others_folded(tmp_path: Path) -> None:
-    given = evaluation(("plain", "dat"), ("imagenet-c",))
-    table, rest = published_tables(summarize(given))
+    results = evaluation(("plain", "dat"), ("imagenet-c",))
+    table, rest = published_tables(summarize(results))
     values = [float(row[2]) for row in table.rows if row[-1] == "this report"]
     every = [row for row in published_rows() if "imagenet-c/mce" in row.values]
     assert len(table.rows) - 2 + len(rest.rows) == len(every)
@@ -350,7 +352,7 @@ def test_the_best_and_the_nearest_published_rows_are_shown_and_the_others_folded
     assert rest.folded
     assert ("DINOv2-g", "–", "28.2") in [row[:3] for row in rest.rows]
     assert all(row[-1].endswith("more data") for row in rest.rows if row[0] == "DINOv2-g")
-    page = write_report(given, tmp_path).read_text()
+    page = write_report(results, tmp_path).read_text()
     assert f"<summary>{rest.title}</summary>" in page
     assert page.index("<details>") < page.index("DINOv2-g") < page.index("</details>")
 
@@ -358,7 +360,7 @@ def test_the_best_and_the_nearest_published_rows_are_shown_and_the_others_folded
 # ---- the files ----
 
 
-def test_the_page_is_whole_and_self_contained() -> None:
+def test_the_page_is_complete_and_self_contained() -> None:
     text = files()["report.html"]
     require_self_contained(text)
     page = Page(text)
@@ -377,52 +379,52 @@ def test_the_page_is_whole_and_self_contained() -> None:
     ("names", "suites"),
     [(("plain",), ("imagenet-a",)), (("plain", "random", "dat"), SUITES[:3]), (("plain",), ("words-random",))],
 )
-def test_few_or_many_networks_and_missing_suites(
-    tmp_path: Path, names: tuple[str, ...], suites: tuple[str, ...]
-) -> None:
-    given = evaluation(names, suites)
-    given["not_measured"] |= {"stylized": "no folder", "v3": "no folder"}
+def test_few_or_many_models_and_missing_suites(tmp_path: Path, names: tuple[str, ...], suites: tuple[str, ...]) -> None:
+    results = evaluation(names, suites)
+    results["not_measured"] |= {"stylized": "no folder", "v3": "no folder"}
     if len(names) > 1:
-        del given["cells"]["random"]["imagenet-v2"]
-    page = Page(write_report(given, tmp_path).read_text())
+        del results["cells"]["random"]["imagenet-v2"]
+    page = Page(write_report(results, tmp_path).read_text())
     assert len(page.rows[0]) == 1 + len(names) + len(names) - 1
     assert "stylized, v3: no folder" in page.text
     assert ("imagenet-v2, of random words" in page.text) == (len(names) > 1)
     assert "one checkpoint" in page.text
 
 
-def test_a_failed_check_is_shown_beside_its_row() -> None:
-    given = evaluation(("plain", "random"), ("pgd-5-1/255",))
-    assert headline_table(summarize(given)).rows[0][2].endswith("‡")
-    assert any("‡ a check" in note for note in headline_table(summarize(given)).notes)
-    assert [row[3] for row in checks_table(summarize(given)).rows] == ["passed", "passed", "passed", "FAILED"]  # type: ignore[union-attr]
-    assert "shares no measurement" in " ".join(comparison_findings(summarize(given)))  # that could be believed
-    checks = given["checks"]["random"]
+def test_a_failed_check_marks_its_row() -> None:
+    results = evaluation(("plain", "random"), ("pgd-5-1/255",))
+    assert headline_table(summarize(results)).rows[0][2].endswith("‡")
+    assert any("‡ a check" in note for note in headline_table(summarize(results)).notes)
+    assert [row[3] for row in checks_table(summarize(results)).rows] == ["passed", "passed", "passed", "FAILED"]  # type: ignore[union-attr]
+    assert "shares no measurement" in " ".join(comparison_findings(summarize(results)))  # that could be believed
+    checks = results["checks"]["random"]
     checks["gradient attacks"] = checks.pop("pgd-5-1/255")  # checked once for all
-    assert headline_table(summarize(given)).rows[0][2].endswith("‡")
-    assert attack_check_failed(given, "random", "autoattack-4/255")
-    assert not attack_check_failed(given, "random", "words-random")
-    assert not attack_check_failed(given, "plain", "autoattack-4/255")
+    assert headline_table(summarize(results)).rows[0][2].endswith("‡")
+    assert attack_check_failed(results, "random", "autoattack-4/255")
+    assert not attack_check_failed(results, "random", "words-random")
+    assert not attack_check_failed(results, "plain", "autoattack-4/255")
 
 
 def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
-    given = evaluation(("plain", "dat"), ("imagenet-a", "imagenet-c", "words-random"))
-    given["title"] = given["command"] = given["models"]["dat"]["title"] = HOSTILE
-    given["machine"] = given["versions"] = given["not_measured"] = {HOSTILE: HOSTILE}
-    for own in given["suites"].values():
+    results = evaluation(("plain", "dat"), ("imagenet-a", "imagenet-c", "words-random"))
+    results["title"] = results["command"] = results["models"]["dat"]["title"] = HOSTILE
+    results["machine"] = results["versions"] = results["not_measured"] = {HOSTILE: HOSTILE}
+    for own in results["suites"].values():
         own["imagenet-a"]["title"] = HOSTILE
         own["imagenet-a"]["protocol"]["folder"] = HOSTILE
-    given["examples"] = [{"file": HOSTILE, "suite": HOSTILE, "cell": "", "label": HOSTILE, "answers": {"dat": HOSTILE}}]
-    page = write_report(given, tmp_path).read_text()
+    results["examples"] = [
+        {"file": HOSTILE, "suite": HOSTILE, "cell": "", "label": HOSTILE, "answers": {"dat": HOSTILE}}
+    ]
+    page = write_report(results, tmp_path).read_text()
     assert "<script" not in page
     assert html.escape("<script>") in page
     assert Page(page).text.count("alert('x')") > 10
     markdown = (tmp_path / "report.md").read_text()
     assert "<script" not in re.sub(r"(?m)^    .*$", "", markdown)  # but in the command, which is a block of code
     line = next(line for line in markdown.splitlines() if line.startswith("| ImageNet-C: mCE"))
-    assert len(re.findall(r"(?<!\\)\|", line)) == len(headline_table(summarize(given)).head) + 1
+    assert len(re.findall(r"(?<!\\)\|", line)) == len(headline_table(summarize(results)).head) + 1
     head = next(line for line in markdown.splitlines() if line.startswith("|  | MAE"))
-    assert len(re.findall(r"(?<!\\)\|", head)) == len(headline_table(summarize(given)).head) + 1
+    assert len(re.findall(r"(?<!\\)\|", head)) == len(headline_table(summarize(results)).head) + 1
     tex = (tmp_path / "report.tex").read_text()
     for line in tex.splitlines():
         assert line.startswith("%") or not re.search(r"(?<!\\)[#%](?!$)|\$\\alpha|(?<!\\)_", line), line
@@ -430,21 +432,21 @@ def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
         assert {row["title"] for row in csv.DictReader(file)} == {"MAE, fine-tuned plainly", HOSTILE}
 
 
-def test_latex_says_every_sign() -> None:
+def test_latex_escapes_every_sign() -> None:
     assert latex_text("50 % of a_b & {c} ~ \\d #1 ^") == (
         r"50 \% of a\_b \& \{c\} \textasciitilde{} \textbackslash{}d \#1 \textasciicircum{}"
     )
     assert latex_text("−0.1 ↓ [95 %]") == r"$-$0.1 $\downarrow$ {[}95 \%{]}"
 
 
-def test_examples_are_on_the_page_or_called_missing(tmp_path: Path) -> None:
+def test_examples_are_on_the_page_or_reported_missing(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for path in (tmp_path / "secret.png", tmp_path / "out" / "a.png", tmp_path / "out" / "words.png"):
         Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(path)
-    given = evaluation(("plain", "dat"), ("imagenet-a",))
+    results = evaluation(("plain", "dat"), ("imagenet-a",))
     common = {"suite": "imagenet-c", "cell": "fog/3", "label": "tench", "answers": {"plain": "eel", "dat": "tench"}}
-    given["examples"] = [{**common, "file": "a.png", "words": "words.png"}, {**common, "file": "../secret.png"}]
-    text = write_report(given, tmp_path / "out").read_text()
+    results["examples"] = [{**common, "file": "a.png", "words": "words.png"}, {**common, "file": "../secret.png"}]
+    text = write_report(results, tmp_path / "out").read_text()
     page = Page(text)
     require_self_contained(text)
     assert (
@@ -463,9 +465,9 @@ def test_examples_are_on_the_page_or_called_missing(tmp_path: Path) -> None:
 
 
 def test_the_command_makes_the_same_files_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = evaluation(("plain",), ("imagenet", "cue-conflict"))
-    write_results(given, tmp_path / "results.json")
-    page = write_report(given, tmp_path)
+    results = evaluation(("plain",), ("imagenet", "cue-conflict"))
+    write_results(results, tmp_path / "results.json")
+    page = write_report(results, tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     page.unlink()
     main([str(tmp_path)])
@@ -478,16 +480,16 @@ def test_the_command_makes_the_same_files_again(tmp_path: Path, capsys: pytest.C
 
 
 def test_counts_of_a_callable_have_no_sha256() -> None:
-    given = evaluation(("plain",), ("imagenet-a",))
-    given["models"]["plain"]["sha256"] = given["models"]["plain"]["averaged"] = None
-    row = next(csv.DictReader(io.StringIO(counts_csv(summarize(given)))))
+    results = evaluation(("plain",), ("imagenet-a",))
+    results["models"]["plain"]["sha256"] = results["models"]["plain"]["averaged"] = None
+    row = next(csv.DictReader(io.StringIO(counts_csv(summarize(results)))))
     assert row["weights_sha256"] == row["averaged"] == row["shape"] == ""
 
 
 @pytest.mark.slow
 def test_the_page_fits_a_phone(tmp_path: Path) -> None:
     """Nothing is wider than a phone: tables scroll inside their own boxes."""
-    given = evaluation(("plain", "random", "dat"))
-    given["command"] = "python -m mae_dat robustness --data /" + "x" * 200
-    content, frame = phone_widths(write_report(given, tmp_path).read_text(), tmp_path)
+    results = evaluation(("plain", "random", "dat"))
+    results["command"] = "python -m mae_dat robustness --data /" + "x" * 200
+    content, frame = phone_widths(write_report(results, tmp_path).read_text(), tmp_path)
     assert content <= frame <= 390

@@ -1,11 +1,11 @@
-"""Trainings with several seeds in one column: means, deviations, and differences of the same seed."""
+"""Groups of trainings with several seeds: means, deviations, and differences of the same seed."""
 
 import dataclasses
 import statistics
 from pathlib import Path
 
 import pytest
-from evaluations import cell, evaluation
+from evaluations import DAT, PLAIN, evaluation, trainings
 from pages import Page, require_self_contained
 from PIL import Image
 
@@ -16,41 +16,10 @@ from mae_dat.robustness.report.groups import groups_of, same_seed_pair
 from mae_dat.robustness.report.render import latex_table, markdown_table
 from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.report.write import write_report
-from mae_dat.robustness.scores.results import Results, read_results, write_results
-
-PLAIN, DAT = (700, 720, 710), (741, 759, 748)  # right answers of 1,000: 41, 39 and 38 more
+from mae_dat.robustness.scores.results import read_results, write_results
 
 
-def trainings(**right: tuple[int, ...]) -> Results:
-    """Arms with a run for each number of right answers, measured on one suite."""
-    names = [f"{arm} {seed}" for arm, counts in right.items() for seed in range(len(counts))]
-    given = evaluation(names, ("imagenet-a",))
-    runs = zip(names, [(arm, seed) for arm, counts in right.items() for seed in range(len(counts))], strict=True)
-    given["training"] = {
-        "runs": {
-            name: {
-                "arm": arm,
-                "label": {"dat": "DAT", "random": "random words"}.get(arm, arm),
-                "seed": seed,
-                "seconds": 90.0,
-                "curves": {
-                    "train_loss": [[1, 2.0], [2, None], [3, 1.5]],
-                    **({} if arm == "plain" else {"changed_words": [[1, 0.01], [2, 0.0375]]}),
-                },
-            }
-            for name, (arm, seed) in runs
-        },
-        "pretraining": {"train_loss": [[1, 1.0], [2, 0.5]]},
-        "seconds": 60.0,
-        "settings": {"fine-tuning": {"epochs": 2}},
-        "galleries": [],
-    }
-    for name, count in zip(names, [one for counts in right.values() for one in counts], strict=True):
-        given["cells"][name]["imagenet-a"][""] = cell(1000, 1 - count / 1000)
-    return given
-
-
-def test_seeds_stand_in_one_column_as_mean_and_deviation() -> None:
+def test_seeds_share_a_column_as_mean_and_deviation() -> None:
     table = headline_table(summarize(trainings(plain=PLAIN, dat=DAT)))
     gaps = [(b - a) / 10 for a, b in zip(PLAIN, DAT, strict=True)]
     assert table.head == ("", "plain", "DAT", "DAT − plain at the same seed")
@@ -64,11 +33,11 @@ def test_seeds_stand_in_one_column_as_mean_and_deviation() -> None:
     assert r"\textbf{74.9 $\pm$ 0.9}" in latex_table(table)
 
 
-def test_pairs_are_of_the_same_seed_whatever_their_order() -> None:
-    given = trainings(plain=PLAIN, dat=DAT)
+def test_pairs_have_the_same_seed_in_any_order() -> None:
+    results = trainings(plain=PLAIN, dat=DAT)
     order = ["dat 2", "dat 0", "plain 1", "dat 1", "plain 2", "plain 0"]
-    given["models"] = {name: given["models"][name] for name in order}
-    report = summarize(given)
+    results["models"] = {name: results["models"][name] for name in order}
+    report = summarize(results)
     dat, plain = report.groups
     found = report.difference(report.metrics[0], dat, plain)
     assert found is not None
@@ -77,25 +46,25 @@ def test_pairs_are_of_the_same_seed_whatever_their_order() -> None:
     assert found.ends == pytest.approx((found.gap - half, found.gap + half))
 
 
-def test_examples_are_of_the_same_seed() -> None:
-    given = trainings(plain=PLAIN, random=(705,), dat=DAT)
-    assert same_seed_pair(groups_of(given)) == ("plain 0", "dat 0")
-    del given["models"]["dat 0"]  # its network gives no gradient, say
-    assert same_seed_pair(groups_of(given)) == ("plain 1", "dat 1")
+def test_examples_have_the_same_seed() -> None:
+    results = trainings(plain=PLAIN, random=(705,), dat=DAT)
+    assert same_seed_pair(groups_of(results)) == ("plain 0", "dat 0")
+    del results["models"]["dat 0"]  # its network gives no gradient, say
+    assert same_seed_pair(groups_of(results)) == ("plain 1", "dat 1")
     for name in ("plain 1", "plain 2"):
-        del given["models"][name]
-    assert same_seed_pair(groups_of(given)) == ("plain 0", "dat 1")
+        del results["models"][name]
+    assert same_seed_pair(groups_of(results)) == ("plain 0", "dat 1")
     assert same_seed_pair(groups_of(evaluation(("one", "other", "third")))) == ("one", "third")
     assert same_seed_pair(groups_of(evaluation(("alone",)))) is None
     assert same_seed_pair(groups_of(trainings(plain=PLAIN))) is None
 
 
-def test_what_scatters_is_neither_better_nor_best() -> None:
-    given = trainings(plain=PLAIN, dat=(700, 780, 740))
-    table = headline_table(summarize(given))
+def test_differences_within_the_spread_are_neither_better_nor_best() -> None:
+    results = trainings(plain=PLAIN, dat=(700, 780, 740))
+    table = headline_table(summarize(results))
     assert table.rows[0][3] == "+3.0 ± 3.0"
     assert not table.best
-    assert "1 are undecided" in " ".join(findings(summarize(given)))
+    assert "1 are undecided" in " ".join(findings(summarize(results)))
     three = trainings(plain=PLAIN, random=tuple(one + 1 for one in DAT), dat=DAT)
     report = summarize(three)
     assert not headline_table(report).best or headline_table(report).best == {(0, 2)}
@@ -111,7 +80,7 @@ def test_what_scatters_is_neither_better_nor_best() -> None:
     assert random.style == 1
 
 
-def test_how_far_the_numbers_carry_is_said() -> None:
+def test_the_limits_of_the_numbers_are_reported() -> None:
     one, two = trainings(plain=(700,), dat=(900,)), trainings(plain=PLAIN, dat=DAT)
     assert "One seed" in " ".join(cautions(summarize(one)))
     assert headline_table(summarize(one)).rows[0][3].endswith("] better")
@@ -125,12 +94,14 @@ def test_how_far_the_numbers_carry_is_said() -> None:
 
 
 def test_the_page_holds_curves_runs_settings_and_galleries(tmp_path: Path) -> None:
-    given = trainings(plain=PLAIN, dat=DAT)
+    results = trainings(plain=PLAIN, dat=DAT)
     Image.new("RGB", (8, 8)).save(tmp_path / "words.png")
     Image.new("RGB", (8, 8)).save(tmp_path.parent / "secret.png")
     shown = ("words.png", "../secret.png", "gone.png")
-    given["training"]["galleries"] = [{"title": f"of {one}", "caption": "clean, changed", "file": one} for one in shown]
-    write_results(given, tmp_path / "results.json")
+    results["training"]["galleries"] = [
+        {"title": f"of {one}", "caption": "clean, changed", "file": one} for one in shown
+    ]
+    write_results(results, tmp_path / "results.json")
     text = write_report(read_results(tmp_path / "results.json"), tmp_path).read_text()
     require_self_contained(text)
     page = Page(text)
