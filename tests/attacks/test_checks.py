@@ -19,12 +19,12 @@ from mae_dat.models.classifier import Classifier
 
 
 def look(model: Callable[[Tensor], Tensor], image: Tensor, label: Tensor) -> None:
-    """All pictures in looks of 64."""
+    """All images in looks of 64."""
     parts = zip(image.split(64), label.split(64), strict=True)
     require_pixel_model(model, ((some, lambda logits, own=own: logits.argmax(1) == own) for some, own in parts))
 
 
-def test_a_model_of_other_pictures_is_refused() -> None:
+def test_a_model_of_other_images_is_refused() -> None:
     net, image, label = trained_classifier()
     shift = Classifier(net, (-1.0, -1.0, -1.0), (2.0, 2.0, 2.0))  # what it is given comes back to [0, 1]: as from -1..1
     with pytest.raises(
@@ -49,7 +49,7 @@ def test_a_model_of_other_pictures_is_refused() -> None:
 
 
 def partly_right(pixels_alone: float, normalised_alone: float, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model that has 61 % of 1024 pictures right, and of the others such shares in one version alone."""
+    """A model that has 61 % of 1024 images right, and of the others such shares in one version alone."""
     chance = torch.Generator().manual_seed(seed)
     image, label = torch.rand(1024, 3, 1, 1, generator=chance, dtype=torch.float64), torch.ones(1024, dtype=torch.int64)
     fate = torch.rand(1024, generator=chance)

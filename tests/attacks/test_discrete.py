@@ -74,7 +74,7 @@ def soft_cross_entropy(net: nn.Module, target: Tensor) -> LossFn:
 
 @functools.cache
 def trained_classifier() -> tuple[nn.Module, Tensor, Tensor]:
-    """A small network that tells five shapes apart, with the 100 pictures (32 px) that it knows."""
+    """A small network that tells five shapes apart, with the 100 images (32 px) that it knows."""
     torch.manual_seed(0)
     drawn = [draw_image(0, "train", index, size=32) for index in range(200) if index % 10 < 5]
     image = torch.from_numpy(np.stack([picture.image for picture in drawn])).permute(0, 3, 1, 2).float() / 255
@@ -100,12 +100,12 @@ def trained_classifier() -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize("name, eps, changed", [("ref", 0.1, 5), ("big", 4.0, 139)])
 def test_the_released_step_reproduces_the_reference(golden: Golden, name: str, eps: float, changed: int) -> None:
     image, recorded = golden_image(golden("vqgan_tiny")), golden("dat_step")
-    loss_of = soft_cross_entropy(golden_classifier(), torch.from_numpy(recorded["target"]))
-    found = discrete_adversary(image, loss_of, golden_vqgan(), AttackConfig(eps=eps, random_start=0.0), generator())
-    assert loss_of(image).item() == pytest.approx(float(recorded["loss_clean"]), rel=1e-5)
+    loss_fn = soft_cross_entropy(golden_classifier(), torch.from_numpy(recorded["target"]))
+    found = discrete_adversary(image, loss_fn, golden_vqgan(), AttackConfig(eps=eps, random_start=0.0), generator())
+    assert loss_fn(image).item() == pytest.approx(float(recorded["loss_clean"]), rel=1e-5)
     assert int((found.words != found.adversarial_words).sum()) == changed
     assert found.changed_share.item() == changed / 256
-    assert loss_of(found.adversarial).item() == pytest.approx(float(recorded[f"loss_adv_{name}"]), rel=1e-5)
+    assert loss_fn(found.adversarial).item() == pytest.approx(float(recorded[f"loss_adv_{name}"]), rel=1e-5)
     # Recorded in half precision.
     reference = torch.from_numpy(recorded[f"advrec_{name}"]).float()
     torch.testing.assert_close(found.adversarial, reference, rtol=0, atol=6e-4)
@@ -130,7 +130,7 @@ def test_the_random_start_stays_in_the_ball_and_is_drawn_per_batch() -> None:
 
 
 def test_the_adversarial_point_stays_in_the_ball() -> None:
-    """With a tokenizer that changes nothing, the adversarial picture is the attacked point itself."""
+    """With a tokenizer that changes nothing, the adversarial image is the attacked point itself."""
 
     class Identity(Mosaic):
         def words_of(self, latent: Tensor) -> Tensor:
@@ -144,14 +144,14 @@ def test_the_adversarial_point_stays_in_the_ball() -> None:
             return self.seen
 
     image, net = torch.rand(5, 3, 16, 16) * 0.5 + 0.25, golden_classifier()
-    loss_of = soft_cross_entropy(net, torch.arange(5))
+    loss_fn = soft_cross_entropy(net, torch.arange(5))
     config = AttackConfig(eps=0.25, random_start=1.0, steps=3)
-    found = discrete_adversary(image, loss_of, Identity(2), config, generator())
+    found = discrete_adversary(image, loss_fn, Identity(2), config, generator())
     distance = (found.adversarial - image).flatten(1).norm(dim=1)
     assert (distance <= 0.25 + 1e-6).all()
     assert (distance > 0.1).all()
-    without = discrete_adversary(image, loss_of, Identity(2), AttackConfig(eps=0.25, random_start=0.0), generator())
-    gradient = input_gradient(image, loss_of)
+    without = discrete_adversary(image, loss_fn, Identity(2), AttackConfig(eps=0.25, random_start=0.0), generator())
+    gradient = input_gradient(image, loss_fn)
     torch.testing.assert_close(without.adversarial, image + 0.25 * unit(gradient), rtol=0, atol=1e-5)
 
 
@@ -207,11 +207,11 @@ def test_an_attack_leaves_no_trace(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["released", "random"])
 def test_the_generator_is_the_only_source_of_chance(kind: str) -> None:
     image, config = torch.rand(3, 3, 16, 16), AttackConfig(kind=kind, eps=2.0, random_start=1.0)  # type: ignore[arg-type]
-    loss_of = soft_cross_entropy(golden_classifier(), torch.arange(3))
+    loss_fn = soft_cross_entropy(golden_classifier(), torch.arange(3))
 
     def attacked(seed: int) -> Tensor:
         torch.rand(1)  # the global state moves on
-        return discrete_adversary(image, loss_of, Mosaic(), config, generator(seed)).adversarial_words
+        return discrete_adversary(image, loss_fn, Mosaic(), config, generator(seed)).adversarial_words
 
     assert torch.equal(attacked(1), attacked(1))
     assert not torch.equal(attacked(1), attacked(2))
@@ -231,9 +231,9 @@ def test_a_reconstruction_changes_no_word_and_asks_for_no_loss() -> None:
 
 def test_an_attack_works_where_gradients_are_off() -> None:
     image, config = torch.rand(2, 3, 16, 16), AttackConfig(eps=2.0)
-    loss_of = soft_cross_entropy(golden_classifier(), torch.arange(2))
+    loss_fn = soft_cross_entropy(golden_classifier(), torch.arange(2))
     with torch.no_grad():
-        found = discrete_adversary(image, loss_of, Mosaic(), config, generator())
+        found = discrete_adversary(image, loss_fn, Mosaic(), config, generator())
     assert found.changed_share > 0
 
 
@@ -306,26 +306,26 @@ def test_the_random_kind_decodes_what_it_changed() -> None:
 # ---- strength ----
 
 
-def mean_loss_of_noise(found: DiscreteAdversary, eps: float, loss_of: LossFn, tokenizer: VisualTokenizer) -> float:
+def mean_loss_of_noise(found: DiscreteAdversary, eps: float, loss_fn: LossFn, tokenizer: VisualTokenizer) -> float:
     losses = []
     for seed in range(5):
         noise = torch.randn(found.reconstruction.shape, generator=generator(seed))
         point = (found.reconstruction + eps * unit(noise)).clamp(0, 1)
-        losses.append(loss_of(tokenizer.reconstruct(point)).item())
+        losses.append(loss_fn(tokenizer.reconstruct(point)).item())
     return float(np.mean(losses))
 
 
 @pytest.mark.parametrize("kind", ["released", "paper"])
 def test_an_attack_raises_the_loss_where_chance_does_not(kind: str) -> None:
     net, image, label = trained_classifier()
-    loss_of, tokenizer = soft_cross_entropy(net, label), Mosaic()
+    loss_fn, tokenizer = soft_cross_entropy(net, label), Mosaic()
     config = AttackConfig(kind=kind, eps=2.0 if kind == "released" else 20.0, random_start=0.0)  # type: ignore[arg-type]
-    found = discrete_adversary(image, loss_of, tokenizer, config, generator())
-    clean, attacked = loss_of(found.reconstruction).item(), loss_of(found.adversarial).item()
+    found = discrete_adversary(image, loss_fn, tokenizer, config, generator())
+    clean, attacked = loss_fn(found.reconstruction).item(), loss_fn(found.adversarial).item()
     assert found.changed_share > 0.005
     radius = float((found.adversarial - found.reconstruction).flatten(1).norm(dim=1).max())
     assert attacked > clean + 0.2
-    assert attacked - clean > 3 * abs(mean_loss_of_noise(found, radius, loss_of, tokenizer) - clean)
+    assert attacked - clean > 3 * abs(mean_loss_of_noise(found, radius, loss_fn, tokenizer) - clean)
     share = AttackConfig(kind="random", share=float(found.changed_share))
-    chance = discrete_adversary(image, loss_of, tokenizer, share, generator())
-    assert loss_of(chance.adversarial).item() < attacked
+    chance = discrete_adversary(image, loss_fn, tokenizer, share, generator())
+    assert loss_fn(chance.adversarial).item() < attacked

@@ -98,7 +98,7 @@ def test_each_row_stays_in_its_ball_and_leaves_no_trace(name: str) -> None:
 
 
 @pytest.mark.parametrize("attack", [LINF, L2])
-def test_a_picture_meets_the_same_in_any_batch(attack: PixelAttack) -> None:
+def test_an_image_meets_the_same_in_any_batch(attack: PixelAttack) -> None:
     net, image, label = trained_classifier()
     image, label = image[:7], label[:7]
     together = pixel_adversary(net, image, label, attack, generators(7))
@@ -148,7 +148,7 @@ def test_an_attack_that_cannot_work_is_refused(settings: dict[str, object], mess
         PixelAttack(**{"eps": 0.1, "step": 0.1, **settings})  # type: ignore[arg-type]
 
 
-def test_gradients_are_of_each_pictures_own_loss() -> None:
+def test_gradients_are_of_each_images_own_loss() -> None:
     net, image, label = trained_classifier()
     all_of_them = loss_gradient(net, image[:4], label[:4])
     torch.testing.assert_close(loss_gradient(net, image[2:3], label[2:3])[0], all_of_them[2])

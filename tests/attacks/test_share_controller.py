@@ -35,13 +35,13 @@ def test_find_reaches_the_target(first: float, target: float) -> None:
 
 def test_find_reaches_the_target_on_the_embedded_tokenizer() -> None:
     tokenizer, image, target = load_tokenizer(), pictures(6), 0.04
-    loss_of = soft_cross_entropy(golden_classifier(), torch.arange(6))
+    loss_fn = soft_cross_entropy(golden_classifier(), torch.arange(6))
     config = AttackConfig(share=target)
     controller = ShareController(config)
 
     def share_at(eps: float) -> float:
         attack = dataclasses.replace(config, eps=eps)
-        return discrete_adversary(image, loss_of, tokenizer, attack, generator()).changed_share.item()
+        return discrete_adversary(image, loss_fn, tokenizer, attack, generator()).changed_share.item()
 
     controller.find(share_at)
     assert share_at(controller.eps) == pytest.approx(target, rel=0.25)

@@ -33,8 +33,8 @@ def test_one_step_is_the_best_of_all_changes_where_the_loss_is_linear(
     monkeypatch.setattr(quantize, "SCORES_AT_ONCE", chunk)
     tokenizer = Mosaic(levels=4)
     words, weight = torch.randint(0, 64, (2, 3, 2)), torch.randn(2, 3, 12, 8)
-    loss_of = linear_loss(weight)
-    found = change_words(words, torch.ones_like(words, dtype=torch.bool), loss_of, tokenizer, 2, nearest)
+    loss_fn = linear_loss(weight)
+    found = change_words(words, torch.ones_like(words, dtype=torch.bool), loss_fn, tokenizer, 2, nearest)
     assert changes(words, found) == [2, 2]
     near = nearest_codes(torch.arange(64), tokenizer.codebook, nearest or 63).tolist()
     for row in range(2):
@@ -67,17 +67,17 @@ def test_steps_share_the_budget_and_keep_what_was_changed(steps: int) -> None:
     tokenizer = LightTokenizer(LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=32)).freeze()
     words, weight = torch.randint(0, 32, (3, 4, 5)), torch.randn(3, 3, 16, 20)
 
-    def loss_of(image: Tensor) -> Tensor:
+    def loss_fn(image: Tensor) -> Tensor:
         seen.append(tokenizer.encode(image))
         return (weight * image).sin().sum()
 
     seen: list[Tensor] = []
-    found = symbolic_words(words, loss_of, tokenizer, 7, steps)
+    found = symbolic_words(words, loss_fn, tokenizer, 7, steps)
     assert len(seen) == steps
     assert changes(words, found) == [7, 7, 7]
     for count in range(7):  # a smaller budget in as many steps a word: the same beginning
-        one_by_one = symbolic_words(words, loss_of, tokenizer, count, max(count, 1))
-        larger = symbolic_words(words, loss_of, tokenizer, count + 1, count + 1)
+        one_by_one = symbolic_words(words, loss_fn, tokenizer, count, max(count, 1))
+        larger = symbolic_words(words, loss_fn, tokenizer, count + 1, count + 1)
         kept = one_by_one != words
         assert torch.equal(one_by_one[kept], larger[kept])
 
@@ -88,14 +88,14 @@ def test_without_a_gradient_no_word_changes() -> None:
     assert torch.equal(symbolic_words(words, lambda x: x.round().sum(), Mosaic(levels=4), 4), words)
 
 
-def test_a_picture_is_attacked_alike_in_any_batch() -> None:
+def test_an_image_is_attacked_alike_in_any_batch() -> None:
     tokenizer, words, weight = load_tokenizer(), torch.randint(0, 512, (5, 8, 8)), torch.randn(3, 32, 32)
 
-    def loss_of(image: Tensor) -> Tensor:
+    def loss_fn(image: Tensor) -> Tensor:
         return (weight * image).square().sum((1, 2, 3)).sum()
 
-    together = symbolic_words(words, loss_of, tokenizer, 12, 3)
-    alone = [symbolic_words(one, loss_of, tokenizer, 12, 3) for one in words.split(1)]
+    together = symbolic_words(words, loss_fn, tokenizer, 12, 3)
+    alone = [symbolic_words(one, loss_fn, tokenizer, 12, 3) for one in words.split(1)]
     assert torch.equal(torch.cat(alone), together)
 
 
@@ -118,15 +118,15 @@ def test_its_words_hurt_a_network_far_more_than_as_many_random_ones(nearest: int
     image = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2).float() / 255
     label = torch.tensor([sorted(SHAPES).index(SHAPES[one.shape]) for one in drawn])
 
-    def loss_of(view: Tensor) -> Tensor:
+    def loss_fn(view: Tensor) -> Tensor:
         return F.cross_entropy(model(view), label)
 
     rises = {}
     for kind in ("symbolic", "random"):
         attack = AttackConfig(kind, share=0.05, nearest=nearest)  # type: ignore[arg-type]
-        found = discrete_adversary(image, loss_of, load_tokenizer(), attack, generator())
+        found = discrete_adversary(image, loss_fn, load_tokenizer(), attack, generator())
         assert changes(found.words, found.adversarial_words) == [13] * 40
         with torch.no_grad():
-            rises[kind] = float(loss_of(found.adversarial) - loss_of(found.reconstruction))
+            rises[kind] = float(loss_fn(found.adversarial) - loss_fn(found.reconstruction))
     assert rises["symbolic"] > 0.5
     assert rises["symbolic"] > 3 * abs(rises["random"])

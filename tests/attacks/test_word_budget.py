@@ -13,13 +13,13 @@ from mae_dat.attacks.word_budget import WORD_ATTACK_KINDS, WordAttack, word_hits
 from mae_dat.config.errors import ConfigError, DataError, NumericsError
 from mae_dat.data.image_set import Batch
 
-SHARES = (0.0, 0.05, 0.1, 0.3)  # 0, 3, 6 and 19 of the 64 words of a picture of 32 px
+SHARES = (0.0, 0.05, 0.1, 0.3)  # 0, 3, 6 and 19 of the 64 words of an image of 32 px
 ATTACK = WordAttack(SHARES)
 CPU = torch.device("cpu")
 
 
 def batches(sizes: int, chosen: slice = slice(None), skipped: tuple[int, ...] = ()) -> list[Batch]:
-    """Thirty pictures that the small network was trained on, every fifth with a wrong label."""
+    """Thirty images that the small network was trained on, every fifth with a wrong label."""
     _, image, label = trained_classifier()
     index = torch.arange(30)[chosen]
     return [
@@ -107,7 +107,7 @@ def test_budgets_are_kept_to_the_word_and_nested(kind: str, nearest: int | None)
 
 
 class Relenting(nn.Module):
-    """Wrong (class 1 for 0) while 3 words differ from those of a picture, right again when more do."""
+    """Wrong (class 1 for 0) while 3 words differ from those of an image, right again when more do."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Relenting(nn.Module):
         return torch.stack([differing != 3, differing == 3], 1).float()
 
 
-def test_a_picture_that_was_lost_to_fewer_words_stays_lost() -> None:
+def test_an_image_that_was_lost_to_fewer_words_stays_lost() -> None:
     image = trained_classifier()[1][:1]
     net, zero = Relenting(image), torch.zeros(1, dtype=torch.int64)
     hits = word_hits(net, Mosaic(), image, zero, zero, "random", ATTACK)
@@ -126,7 +126,7 @@ def test_a_picture_that_was_lost_to_fewer_words_stays_lost() -> None:
     assert word_hits(net, Mosaic(), image, zero, zero, "random", WordAttack((0.0, 0.1, 0.3))).all()
 
 
-def test_pictures_that_stand_in_are_not_counted() -> None:
+def test_images_that_stand_in_are_not_counted() -> None:
     found, without = measured(4, skipped=(0, 1, 2, 3, 9)), measured(4)
     assert found["random"]["0"]["total"] == 25
     assert found["random"]["0"]["correct"] < without["random"]["0"]["correct"]

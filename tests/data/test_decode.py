@@ -100,7 +100,7 @@ def test_a_bad_file_is_named_with_cause_and_fix(kind: str, cause: str, tmp_path:
 
 
 @pytest.mark.parametrize("size", [(20_000, 5_001), (20_000, 20_000)], ids=["above our limit", "above PIL's"])
-def test_a_huge_picture_is_refused_from_its_header(size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_huge_image_is_refused_from_its_header(size: tuple[int, int], tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     Image.new("1", (8, 8)).save(path)
     small = path.read_bytes()
@@ -135,7 +135,7 @@ ORIENTED[0x0112] = 6
     ],
     ids=["444", "422", "420", "progressive", "restarts", "oriented", "RGB", "grey", "CMYK", "PNG", "more"],
 )
-def test_pixels_are_those_of_the_picture(content: bytes) -> None:
+def test_pixels_are_those_of_the_image(content: bytes) -> None:
     assert np.array_equal(decode_pixels(content, "x"), np.asarray(decode_bytes(content, "x")))
 
 

@@ -1,4 +1,4 @@
-"""The generated pictures: pure, balanced, with ground truth that fits, and written whole or not at all."""
+"""The generated images: pure, balanced, with ground truth that fits, and written whole or not at all."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from mae_dat.data.generated.folder import FolderSettings, generated_root, write_
 SMALL = {"train": 30, "val": 20, "conflict": 20, "silhouette": 10}
 
 
-def test_a_picture_is_a_pure_function_of_seed_split_and_index() -> None:
+def test_an_image_is_a_pure_function_of_seed_split_and_index() -> None:
     np.random.seed(1)
     first = draw_image(3, "train", 7)
     np.random.seed(2)

@@ -221,7 +221,7 @@ def test_a_torn_archive_is_refused_wherever_it_is_torn(tmp_path: Path) -> None:
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    """Two shards of three labelled pictures, with their index."""
+    """Two shards of three labelled images, with their index."""
     for number in range(2):
         parts = [(entry(f"{key}.png", png(3 * number + key)), entry(f"{key}.cls", b"%d" % key)) for key in range(3)]
         archive(tmp_path, *[one for pair in parts for one in pair])
@@ -299,7 +299,7 @@ def test_shards_that_are_not_those_of_the_index_are_named(good: Path) -> None:
 
 
 def bomb() -> bytes:
-    """A picture of 400 megapixels in a few bytes."""
+    """An image of 400 megapixels in a few bytes."""
     content = io.BytesIO()
     Image.new("1", (8, 8)).save(content, "PNG")
     small = content.getvalue()
@@ -310,7 +310,7 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("content", "cause"), [(bomb(), "megapixels"), (b"<html>", "web page"), (png()[:100], "damaged or truncated")]
 )
-def test_a_bad_picture_is_named_by_shard_and_member_or_skipped(content: bytes, cause: str, tmp_path: Path) -> None:
+def test_a_bad_image_is_named_by_shard_and_member_or_skipped(content: bytes, cause: str, tmp_path: Path) -> None:
     archive(tmp_path, entry("k/0.png"), entry("k/bad.png", content), entry("k/2.png"))
     build_index(tmp_path).write(tmp_path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""A scan finds every kind of bad picture and, by its manifest, every flipped bit; shards are held against their
+"""A scan finds every kind of bad image and, by its manifest, every flipped bit; shards are held against their
 index."""
 
 import contextlib
@@ -72,7 +72,7 @@ BAD = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Sixty good pictures and one of every bad kind."""
+    """Sixty good images and one of every bad kind."""
     for number in range(60):
         path = tmp_path / "images" / f"class{number % 3}" / f"{number:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def test_every_kind_of_bad_picture_is_found(
+def test_every_kind_of_bad_image_is_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(folder), "--num_workers", "2"]
@@ -151,7 +151,7 @@ def test_files_that_are_gone_or_new_are_named(folder: Path) -> None:
         scan.verify_manifest(config, QUIET)
 
 
-def test_a_disk_that_stays_away_is_no_bad_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_stays_away_is_no_bad_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mae_dat.data import decode as decoding
 
     def broken(*_: object) -> None:

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures in shards of about six."""
+    """The same images in shards of about six."""
     out = tmp_path_factory.mktemp("packed") / "shards"
     pack(PackConfig(str(folder), str(out), shard_mb=0.015, num_workers=0), Console(quiet=True))
     return out
@@ -244,7 +244,7 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     assert "holds shards already" in again.stderr
 
 
-def test_pictures_that_were_shrunk_too_much_are_told_of(
+def test_images_that_were_shrunk_too_much_are_told_of(
     folder: Path, packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "small"
@@ -276,7 +276,7 @@ def test_packing_refuses_flags_that_cannot_work(
 
 
 class Reads:
-    """What a run reads of its training pictures; at the n-th this process gets a scheduler's signal."""
+    """What a run reads of its training images; at the n-th this process gets a scheduler's signal."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> None:
         self.indices: list[int] = []

@@ -122,7 +122,7 @@ def test_an_unknown_erasing_mode_is_named() -> None:
 
 
 def test_crops_keep_the_aspect_of_a_non_square_target() -> None:
-    """The whole of a 2:1 picture fits a 2:1 target: halved, its ramp rises by two a pixel."""
+    """The whole of a 2:1 image fits a 2:1 target: halved, its ramp rises by two a pixel."""
     crop = finetune_transform((32, 64), aa=None, reprob=0, crop_scale=(1.0, 1.0), hflip=0)
     ramp = np.tile(np.arange(128, dtype=np.uint8)[None, :, None], (64, 1, 3))
     slope = crop(Image.fromarray(ramp))[0].float().diff(dim=1).mean()

@@ -174,7 +174,7 @@ def test_the_third_view_costs_a_step_more(tokenizer: CountedTokenizer) -> None:
     assert done.multiplications / (IMAGES * WIDTH**2) == pytest.approx(8 + 6 + 8 + 8, abs=0.1)
 
 
-def test_picture_reconstruction_and_adversary_are_to_agree(tokenizer: CountedTokenizer) -> None:
+def test_image_reconstruction_and_adversary_are_to_agree(tokenizer: CountedTokenizer) -> None:
     model, batch = SmallNet().eval(), batch_of()
     objective = ConsistentDAT(labels(), tokenizer, AttackConfig(eps=3.0, random_start=0.0), 12.0)
     parts = objective(model, batch, generator())

@@ -38,7 +38,7 @@ WIDTH = 3 * SIDE * SIDE
 
 
 class CountedTokenizer(LightTokenizer):
-    """Counts the pictures that it encodes, and those that it decodes."""
+    """Counts the images that it encodes, and those that it decodes."""
 
     encoded = decoded = 0
 
@@ -75,7 +75,7 @@ def linear_net() -> nn.Module:
 
 
 class SmallNet(nn.Module):
-    """Keeps the pictures it sees."""
+    """Keeps the images it sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,8 +115,8 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Products of the network a picture, in units of a forward pass of one layer of three: forward 3, the parameters'
-# gradient 3, the input's 2, and 3 where it goes on to the pixels. Then pictures encoded and decoded, in batches.
+# Products of the network an image, in units of a forward pass of one layer of three: forward 3, the parameters'
+# gradient 3, the input's 2, and 3 where it goes on to the pixels. Then images encoded and decoded, in batches.
 COUNTED = 4 / IMAGES
 PASSES = {
     "released": (AttackConfig(), 8 + 6 + 8, 2 + COUNTED, 2),
@@ -180,11 +180,11 @@ def test_the_attack_sees_parameters_that_need_no_gradient(tokenizer: CountedToke
 
 def test_at_the_image_the_step_goes_from_the_image(tokenizer: CountedTokenizer) -> None:
     image, model = batch_of()["image"], linear_net()
-    loss_of = lambda x: F.cross_entropy(model(x), batch_of()["label"])  # noqa: E731
+    loss_fn = lambda x: F.cross_entropy(model(x), batch_of()["label"])  # noqa: E731
     found = discrete_adversary(
-        image, loss_of, tokenizer, AttackConfig(eps=2.0, random_start=0.0, at="image"), generator()
+        image, loss_fn, tokenizer, AttackConfig(eps=2.0, random_start=0.0, at="image"), generator()
     )
-    gradient = input_gradient(image, loss_of)
+    gradient = input_gradient(image, loss_fn)
     length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     expected = tokenizer.encode((image + 2.0 * gradient / length).clamp(0, 1))
     assert torch.equal(found.adversarial_words, expected)
@@ -296,7 +296,7 @@ def test_a_share_takes_its_own_masks_and_targets(tokenizer: CountedTokenizer) ->
     torch.testing.assert_close(parts["loss_adversarial"], objective.loss(model, image, (target[:4], noise[:4])))
 
 
-def test_a_target_share_is_counted_in_more_pictures(tokenizer: CountedTokenizer) -> None:
+def test_a_target_share_is_counted_in_more_images(tokenizer: CountedTokenizer) -> None:
     held, logged = (WithDAT(labels(), tokenizer, AttackConfig(share=share)) for share in (0.1, None))
     batches = [torch.empty(count, 3, 32, 32) for count in (1, 4, 64, 256)]  # 64 words each
     assert [held.counted_images(one) for one in batches] == [1, 2, 8, 32]
@@ -309,7 +309,7 @@ def test_a_target_share_is_counted_in_more_pictures(tokenizer: CountedTokenizer)
     assert tokenizer.encoded - before == 2 * IMAGES + 8
 
 
-def test_the_first_rows_of_whatever_judges_a_picture() -> None:
+def test_the_first_rows_of_whatever_judges_an_image() -> None:
     boxes = [torch.rand(2, 4), torch.rand(0, 4), torch.rand(1, 4)]
     (some, seed), none = first_rows(((boxes, 17), None), 2)
     assert (seed, none) == (17, None)

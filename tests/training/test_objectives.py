@@ -51,7 +51,7 @@ class RecordingMae(MaskedAutoencoder):
 
 
 class SmallNet(nn.Module):
-    """A classifier that keeps the pictures it sees."""
+    """A classifier that keeps the images it sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_the_mask_is_a_function_of_the_generator(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("kind", ATTACK_KINDS)
-def test_both_views_of_a_picture_share_mask_and_target(kind: str, batch: Batch, tokenizer: LightTokenizer) -> None:
+def test_both_views_of_an_image_share_mask_and_target(kind: str, batch: Batch, tokenizer: LightTokenizer) -> None:
     model = RecordingMae()
     objective = WithDAT(MaskedReconstruction(0.5, True), tokenizer, AttackConfig(kind, eps=3.0))  # type: ignore[arg-type]
     parts = run(objective, model, batch)
@@ -134,7 +134,7 @@ def test_soft_targets_are_label_smoothing(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": (0.3, 0.6)}])
-def test_mixing_makes_other_pictures_and_targets(settings: dict[str, Any], batch: Batch) -> None:
+def test_mixing_makes_other_images_and_targets(settings: dict[str, Any], batch: Batch) -> None:
     before = batch["image"].clone()
     seed_everything(3)
     image, targets = plain_labels(smoothing=0.0, **settings).prepare(SmallNet(), batch, generator())
@@ -146,7 +146,7 @@ def test_mixing_makes_other_pictures_and_targets(settings: dict[str, Any], batch
     assert image.max() <= 1
 
 
-def test_both_views_are_made_from_the_mixed_picture_and_its_targets(batch: Batch, tokenizer: LightTokenizer) -> None:
+def test_both_views_are_made_from_the_mixed_image_and_its_targets(batch: Batch, tokenizer: LightTokenizer) -> None:
     model, inner = SmallNet().eval(), plain_labels(mixup=0.8, smoothing=0.1)
     seed_everything(3)
     mixed, targets = inner.prepare(model, batch, generator())

@@ -60,7 +60,7 @@ def test_an_adversary_of_any_objective_is_in_the_ball_and_raises_its_loss(kind: 
     assert float(distance(found, image, norm).max()) <= attack.eps * (1 + 1e-12)
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
-    noise = image + found.sub(image).flip(0)  # as large, but of another picture
+    noise = image + found.sub(image).flip(0)  # as large, but of another image
     with torch.no_grad():
         clean, random, worse = (float(objective.loss(model, view, context)) for view in (image, noise, found))
     assert worse > max(clean, random) + 1e-3
@@ -73,10 +73,10 @@ def test_an_adversary_of_any_objective_is_in_the_ball_and_raises_its_loss(kind: 
 def test_a_step_from_the_image_goes_along_the_gradient(norm: str) -> None:
     attack = PixelAttack(0.3, 0.01, 1, ATTACKS[norm].norm)
     image, model = batch_of()["image"] * 0.8 + 0.1, SmallNet().eval()
-    loss_of = lambda x: F.cross_entropy(model(x), batch_of()["label"])  # noqa: E731
-    gradient = input_gradient(image, loss_of)
+    loss_fn = lambda x: F.cross_entropy(model(x), batch_of()["label"])  # noqa: E731
+    gradient = input_gradient(image, loss_fn)
     direction = gradient.sign() if norm == "linf" else F.normalize(gradient.flatten(1)).view_as(gradient)
-    found = projected_gradient(image, loss_of, attack, generator())
+    found = projected_gradient(image, loss_fn, attack, generator())
     torch.testing.assert_close(found, image + 0.01 * direction)
 
 
@@ -150,8 +150,8 @@ def test_an_adversarially_trained_network_is_the_more_robust() -> None:
 
     def right(model: nn.Module, steps: int) -> float:
         image, label = pictures(200)
-        loss_of = lambda x: F.cross_entropy(model(x), label)  # noqa: E731
-        found = projected_gradient(image, loss_of, PixelAttack(eps, eps / 4, steps), generator()) if steps else image
+        loss_fn = lambda x: F.cross_entropy(model(x), label)  # noqa: E731
+        found = projected_gradient(image, loss_fn, PixelAttack(eps, eps / 4, steps), generator()) if steps else image
         return float((model(found).argmax(1) == label).float().mean())
 
     plain = labels(smoothing=0.0)

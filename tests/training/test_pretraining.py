@@ -204,12 +204,12 @@ def test_known_words_cost_no_other_encoding_and_change_nothing(kind: str, tokeni
     model, words = RecordingMae(), tokenizer.encode(batch["image"])
     noise = torch.rand(16, model.num_patches, generator=generator())
 
-    def loss_of(view: Tensor) -> Tensor:
+    def loss_fn(view: Tensor) -> Tensor:
         return model(view, 0.5, noise)[0].square().mean()
 
     for given in (attack, dataclasses.replace(attack, at="image" if kind == "released" else attack.at)):
-        one = discrete_adversary(batch["image"], loss_of, tokenizer, given, generator())
-        other = discrete_adversary(batch["image"], loss_of, tokenizer, given, generator(), words=words)
+        one = discrete_adversary(batch["image"], loss_fn, tokenizer, given, generator())
+        other = discrete_adversary(batch["image"], loss_fn, tokenizer, given, generator(), words=words)
         assert torch.equal(one.adversarial, other.adversarial)
         assert torch.equal(one.words, other.words)
 
