@@ -39,7 +39,7 @@ class DotFigure:
 
     file: str
     key: str
-    axis: str
+    axis_label: str
     caption: str
     log: bool = False
 
@@ -49,7 +49,7 @@ _STATISTICS_FIGURES = (
         DotFigure(
             file=f"correlation_{moment}.png",
             key=key,
-            axis=f"correlation of channel {moment} with clean",
+            axis_label=f"correlation of channel {moment} with clean",
             caption=f"Channel {moment} inside the network, against those of the clean images (the paper's Fig. 2).",
         )
         for key, moment in (("correlation_mean", "means"), ("correlation_variance", "variances"))
@@ -57,7 +57,7 @@ _STATISTICS_FIGURES = (
     DotFigure(
         file="frechet.png",
         key="frechet",
-        axis="Fréchet distance from clean",
+        axis_label="Fréchet distance from clean",
         caption="Distance of the features before the head from those of the clean images, in each network's own units.",
         log=True,
     ),
@@ -210,7 +210,7 @@ def dot_figures(networks: Sequence[Mapping[str, Any]], figures: Sequence[DotFigu
             )
             for style, network in enumerate(networks)
         ]
-        png = charts.dot_plot([VIEW_TITLES[view] for view in views], series, figure.axis, log=figure.log)
+        png = charts.dot_plot([VIEW_TITLES[view] for view in views], series, figure.axis_label, log=figure.log)
         drawings.append(ReportFigure(figure.file, png, figure.caption, figure.caption))
     return tuple(drawings)
 

@@ -221,24 +221,24 @@ class BoxTransform:
     def __init__(self, size: ImageSize, scale: tuple[float, float] | None = None) -> None:
         self.size, self.scale = size, scale
 
-    def __call__(self, picture: Image.Image, scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, image: Image.Image, scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the image, float32 (3, H, W) in [0, 1], and the remaining boxes, labels and crowd flags."""
         (height, width), factor = scene.size, 1.0
         boxes: Tensor = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=scene.size)
         truth = {"boxes": boxes, "labels": scene.labels, "crowd": scene.crowd}
-        image: Tensor = v2.functional.to_image(picture)
+        pixels: Tensor = v2.functional.to_image(image)
         if self.scale:
-            image, truth = v2.RandomHorizontalFlip()(image, truth)
+            pixels, truth = v2.RandomHorizontalFlip()(pixels, truth)
             factor = float(torch.empty(()).uniform_(*self.scale))
         factor *= min(self.size[0] / height, self.size[1] / width)
         scaled = [max(1, round(side * factor)) for side in (height, width)]
         # Not torchvision's ScaleJitter, which takes the height for the width.
-        image, truth = v2.Resize(scaled, antialias=True)(image, truth)
+        pixels, truth = v2.Resize(scaled, antialias=True)(pixels, truth)
         crop = v2.RandomCrop(self.size, pad_if_needed=True) if self.scale else v2.CenterCrop(self.size)
-        image, truth = crop(image, truth)
+        pixels, truth = crop(pixels, truth)
         sanitize = v2.SanitizeBoundingBoxes(labels_getter=lambda pair: (pair[1]["labels"], pair[1]["crowd"]))
-        image, truth = sanitize(image, truth)
-        return v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor), truth
+        pixels, truth = sanitize(pixels, truth)
+        return v2.functional.to_dtype(pixels, torch.float32, scale=True).as_subclass(Tensor), truth
 
 
 class CocoImages(ImageSet):
@@ -269,14 +269,14 @@ class CocoImages(ImageSet):
         """Load an image as the base class does; DataError also where its size differs from the JSON, since the boxes
         are wrong then."""
         scene = self.scenes[index]
-        picture = decode_file(scene.path)
-        if picture.size != scene.size[::-1]:
-            raise DataError(f"{scene.path} has {picture.size} pixels, its JSON says {scene.size[::-1]}; repair one.")
+        image = decode_file(scene.path)
+        if image.size != scene.size[::-1]:
+            raise DataError(f"{scene.path} has {image.size} pixels, its JSON says {scene.size[::-1]}; repair one.")
         if self.corruption is None:
-            return picture
+            return image
         name, severity = self.corruption
         seed = image_seed(self.seed, index, name, severity)
-        return Image.fromarray(corrupt(np.asarray(picture), name, severity, seed))
+        return Image.fromarray(corrupt(np.asarray(image), name, severity, seed))
 
     def label(self, index: int) -> int:
         """Return PADDING_LABEL: an image as a whole has no label."""
@@ -303,12 +303,12 @@ class CocoImages(ImageSet):
         other.scenes = [self.scenes[index] for index in evenly_spaced(len(self), count or len(self))]
         return other
 
-    def make_sample(self, picture: Image.Image, index: int, skipped: int) -> BoxSample:
+    def make_sample(self, image: Image.Image, index: int, skipped: int) -> BoxSample:
         """Make a sample as the base class does, with the boxes, padded to `max_boxes` rows."""
-        image, truth = self.box_transform(picture, self.scenes[index])
+        pixels, truth = self.box_transform(image, self.scenes[index])
         padding = self.max_boxes - len(truth["labels"])
         return BoxSample(
-            image=image,
+            image=pixels,
             label=PADDING_LABEL,
             index=index,
             skipped=skipped,

@@ -139,7 +139,8 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
 def groups_to_train(config: CompareConfig) -> list[str]:
     """Return all groups, those after another pretraining as `PRETRAINING-FINETUNING`."""
     others = [name for name in config.pretrainings if name != PLAIN]
-    return [*config.arms, *(f"{name}-{arm}" for name in others for arm in config.cross_arms or config.arms)]
+    finetunings = config.cross_arms or config.arms
+    return [*config.arms, *(f"{pretraining}-{finetuning}" for pretraining in others for finetuning in finetunings)]
 
 
 def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:

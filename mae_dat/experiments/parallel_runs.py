@@ -77,23 +77,23 @@ def _train_in_processes(stages: Sequence[Stage], jobs: int, costs: Mapping[str, 
             for future in _wait_for_any(list(pool.running), stop):
                 title = pool.finish(future)
                 finished.add(title)
-                left = _time_left(time.monotonic() - start, costs, finished)
-                _log_progress(title, len(finished), len(stages), left)
+                remaining = _time_left(time.monotonic() - start, costs, finished)
+                _log_progress(title, len(finished), len(stages), remaining)
 
 
 def _wait_for_any(running: Sequence[Future[None]], stop: StopRequest) -> list[Future[None]]:
     """Return the trainings that ended, at least one. Raises InterruptError after a signal."""
-    while not (done := wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done):
+    while not (ended := wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done):
         if stop.signal:
             raise InterruptError(
                 "stopped; every training was asked to save. Run the same command again to resume.", stop.exit_code
             )
-    return [future for future in running if future in done]
+    return [future for future in running if future in ended]
 
 
 def _log_progress(title: str, finished: int, total: int, seconds: float | None) -> None:
-    left = f"  {format_duration(seconds)} left" if seconds is not None and finished < total else ""
-    logger.info("%d of %d trainings done: %s%s", finished, total, title, left)
+    note = f"  {format_duration(seconds)} left" if seconds is not None and finished < total else ""
+    logger.info("%d of %d trainings done: %s%s", finished, total, title, note)
 
 
 def _time_left(elapsed: float, costs: Mapping[str, float], finished: set[str]) -> float | None:

@@ -1,5 +1,6 @@
-"""The one picture of a report, drawn from its results alone."""
+"""The README's image of a report, drawn from its results alone."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +9,23 @@ from evaluations import evaluation
 from PIL import Image
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.experiments.teaser import DENSITY, SIZE, draw
 from mae_dat.robustness.scores.results import Results, write_results
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "images" / "make_teaser.py"
+_spec = importlib.util.spec_from_file_location("make_teaser", SCRIPT)
+assert _spec is not None
+assert _spec.loader is not None
+make_teaser = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make_teaser)
 
 
 def drawn(results: Results, folder: Path) -> np.ndarray:
     """The picture, uint8 (H, W, 3)."""
     folder.mkdir(exist_ok=True)
     write_results(results, folder / "results.json")
-    draw(folder, folder / "teaser.png")
+    make_teaser.draw_teaser(folder, folder / "teaser.png")
     with Image.open(folder / "teaser.png") as image:
-        assert image.size == tuple(round(side * DENSITY) for side in SIZE)
+        assert image.size == tuple(round(side * make_teaser.DENSITY) for side in make_teaser.SIZE)
         return np.asarray(image.convert("RGB"))
 
 
