@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from built_suites import open_sources
 from PIL import Image
-from suites import open_sources
 from tiny_runs import draw_folder, finetune_in, one_thread, outcome_of, pretrain_in  # noqa: F401 - one by itself
 from torchvision.transforms.functional import to_tensor
 from weights_server import Server, serving

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from suites import open_sources, suite_from
-from test_robustness import Linear, own  # noqa: F401 - own is a fixture
+from built_suites import open_sources, suite_from
+from test_robustness import Linear, dataset  # noqa: F401 - dataset is a fixture
 from torch import Tensor, nn
 
 from mae_dat.attacks.checks import CHECK_PASSES
@@ -47,26 +47,26 @@ def clean(root: Path) -> ImagePass:
     return suite_from(open_sources(root), "clean").passes[0]
 
 
-def test_memory_does_not_grow_with_the_cells(own: Path) -> None:  # noqa: F811
+def test_memory_does_not_grow_with_the_cells(dataset: Path) -> None:  # noqa: F811
     """Twelve cells, whose pictures take 3 MB as floats."""
-    network, portion = Linear().eval(), clean(own)
+    network, image_pass = Linear().eval(), clean(dataset)
     held = {}
-    for at, _ in enumerate(measure({"net": network}, [(portion, ["net"])] * 12, batch_size=8, device=CPU)):
+    for at, _ in enumerate(measure({"net": network}, [(image_pass, ["net"])] * 12, batch_size=8, device=CPU)):
         if at in (1, 11):
             held[at] = tensor_bytes()
     assert held[11] <= held[1] + 100_000
 
 
-def test_batches_are_made_as_they_are_asked_for(own: Path) -> None:  # noqa: F811
+def test_batches_are_made_as_they_are_asked_for(dataset: Path) -> None:  # noqa: F811
     """Every key once over ranks and batches, and no list of the millions that ImageNet-C has."""
-    portion = clean(own)
+    image_pass = clean(dataset)
     for size, batch in ((1, 7), (3, 4), (23, 5)):
-        shares = [PassSampler([portion, portion], World(rank, size), batch) for rank in range(size)]
+        shares = [PassSampler([image_pass, image_pass], World(rank, size), batch) for rank in range(size)]
         keys = [key for one in shares for key in itertools.chain.from_iterable(one)]
         assert sorted(keys) == [(at, index) for at in range(2) for index in range(20)]
         assert all(len(list(one)) == len(one) == 2 * len(one.batches(0)) for one in shares)
         assert all(len(one) <= batch for own_ in shares for one in own_)
-    many = PassSampler([portion] * 100_000, World(), 1)
+    many = PassSampler([image_pass] * 100_000, World(), 1)
     tracemalloc.start()
     try:
         assert next(iter(many)) == [(0, 0)]
@@ -76,15 +76,15 @@ def test_batches_are_made_as_they_are_asked_for(own: Path) -> None:  # noqa: F81
     assert len(many) == 2_000_000
 
 
-def test_pictures_that_share_their_chance_meet_in_the_same_batches_on_any_number_of_ranks(own: Path) -> None:  # noqa: F811
-    portion = dataclasses.replace(clean(own), fixed_batches=True)
-    every = list(PassSampler([portion], World(), 6))
+def test_pictures_that_share_their_chance_meet_in_the_same_batches_on_any_number_of_ranks(dataset: Path) -> None:  # noqa: F811
+    image_pass = dataclasses.replace(clean(dataset), fixed_batches=True)
+    every = list(PassSampler([image_pass], World(), 6))
     assert [len(batch) for batch in every] == [6, 6, 6, 2]
     for size in (2, 3, 7):
-        found = [list(PassSampler([portion], World(rank, size), 6)) for rank in range(size)]
+        found = [list(PassSampler([image_pass], World(rank, size), 6)) for rank in range(size)]
         assert sorted(itertools.chain.from_iterable(found)) == every
     pytest.importorskip("torchattacks")
-    assert all(one.fixed_batches for one in suite_from(open_sources(own), "autoattack-4/255").passes)
+    assert all(one.fixed_batches for one in suite_from(open_sources(dataset), "autoattack-4/255").passes)
 
 
 @pytest.fixture
@@ -104,51 +104,53 @@ def count_of(pipe: list[int]) -> int:
         return 0
 
 
-def test_every_pass_of_an_attack_and_of_its_checks_beats(own: Path, beats: list[int]) -> None:  # noqa: F811
+def test_every_pass_of_an_attack_and_of_its_checks_beats(dataset: Path, beats: list[int]) -> None:  # noqa: F811
     """One batch of an attack, or the checks on a large network, may take longer than the watchdog waits."""
     network = Linear()
-    evaluate(network, "clean", own, size=32)
+    evaluate(network, "clean", dataset, size=32)
     assert count_of(beats) == 1
-    evaluate(network, "pgd-20-l2-0.5", own, size=32)
+    evaluate(network, "pgd-20-l2-0.5", dataset, size=32)
     assert count_of(beats) == 20 + 1 + 1 + CHECK_PASSES  # gradients, the answer, the batch, the checks
-    sources = open_sources(own)
+    sources = open_sources(dataset)
     for name, least in (("words-symbolic", 10), ("words-random", 5)):
-        (portion,) = suite_from(sources, name).passes
-        for _ in measure({"net": network}, [(portion, ["net"])], batch_size=64, device=CPU):
+        (image_pass,) = suite_from(sources, name).passes
+        for _ in measure({"net": network}, [(image_pass, ["net"])], batch_size=64, device=CPU):
             assert count_of(beats) > least
 
 
-def test_a_look_for_examples_beats_on_every_rank(own: Path, beats: list[int], tmp_path: Path) -> None:  # noqa: F811
+def test_a_look_for_examples_beats_on_every_rank(dataset: Path, beats: list[int], tmp_path: Path) -> None:  # noqa: F811
     """A batch for each network after reading a picture, also where nothing is written."""
     networks = {"one": Linear(), "other": Linear(seed=1)}
-    evaluate(networks, "clean", own, size=32)
+    evaluate(networks, "clean", dataset, size=32)
     without = count_of(beats)
-    evaluate(networks, "clean", own, size=32, output=tmp_path)
+    evaluate(networks, "clean", dataset, size=32, output=tmp_path)
     assert count_of(beats) == without + 20 + 2 * 2
     view = EvalOptions(CPU, size=(32, 32))
-    plan = open_plan([open_callable(one, name, view) for name, one in networks.items()], SuiteSettings(own), ["clean"])
+    plan = open_plan(
+        [open_callable(one, name, view) for name, one in networks.items()], SuiteSettings(dataset), ["clean"]
+    )
     files = sorted(tmp_path.rglob("*"))
     assert write_examples(plan, ("one", "other"), None) == write_examples(plan, ("one", "other"), tmp_path) != []
     assert sorted(tmp_path.rglob("*")) == files
     assert count_of(beats) == 2 * (20 + 2 * 2)
 
 
-def test_autoattacks_gradients_are_checked_too(own: Path) -> None:  # noqa: F811
+def test_autoattacks_gradients_are_checked_too(dataset: Path) -> None:  # noqa: F811
     pytest.importorskip("torchattacks")
     view = EvalOptions(CPU, size=(32, 32))
-    plan = open_plan([open_callable(Linear(), "net", view)], SuiteSettings(own), ["autoattack-4/255"])
+    plan = open_plan([open_callable(Linear(), "net", view)], SuiteSettings(dataset), ["autoattack-4/255"])
     (found,) = check_attacks(plan, {}, EvaluationSetup(view, None, Console(quiet=True)))["net"].values()
     assert {check["name"] for check in found} >= {"gradients", "PGD beats FGSM"}
 
 
 def test_progress_tells_of_passes_before_the_first_batch_is_done(
-    own: Path,  # noqa: F811
+    dataset: Path,  # noqa: F811
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     console = Console(interval=0.0)
     console.live = False
     with caplog.at_level("INFO"):
-        evaluate(Linear(), "pgd-5-1/255", own, size=32, console=console)
+        evaluate(Linear(), "pgd-5-1/255", dataset, size=32, console=console)
     lines = [one for one in caplog.messages if one.startswith("pgd-5-1/255: image")]
     assert lines[0].split() == ["pgd-5-1/255:", "image", "0/20", "1", "passes"]
     assert "20/20  6 passes  0:00 left" in lines[-1]
@@ -170,38 +172,38 @@ class Close(nn.Module):
         return logits
 
 
-def test_what_bfloat16_changes_is_counted_and_told(own: Path) -> None:  # noqa: F811
-    network, pictures = Close(), clean(own).images
-    pixels = torch.stack([pictures[index]["image"][:, 0, 0] for index in range(20)])
+def test_what_bfloat16_changes_is_counted_and_told(dataset: Path) -> None:  # noqa: F811
+    network, images = Close(), clean(dataset).images
+    pixels = torch.stack([images[index]["image"][:, 0, 0] for index in range(20)])
     changed = int((pixels.bfloat16().float() != pixels).any(1).sum())
     assert changed > 0
-    found = evaluate(network, "clean", own, size=32, precision="bf16")
-    count = found["agreement"]["Close"]
+    results = evaluate(network, "clean", dataset, size=32, precision="bf16")
+    count = results["agreement"]["Close"]
     assert (count["correct"], count["total"]) == (20 - changed, 20)
-    assert list(found["cells"]["Close"]) == ["clean"]
-    told = precision_text(found["models"]["Close"], found["agreement"]["Close"])
+    assert list(results["cells"]["Close"]) == ["clean"]
+    told = precision_text(results["models"]["Close"], results["agreement"]["Close"])
     assert (
         told == f"bf16; of 20 pictures it answers {changed} otherwise than in fp32 ({5 * changed}.00 %), above 0.02 %"
     )
-    exact = evaluate(network, "clean", own, size=32)
+    exact = evaluate(network, "clean", dataset, size=32)
     assert exact["agreement"] == {}
     assert precision_text(exact["models"]["Close"], exact["agreement"].get("Close")) == "fp32"
 
 
-def test_a_limit_is_said_before_the_numbers(own: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_limit_is_said_before_the_numbers(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     for limit, told in ((8, "Not the whole benchmarks: 8 of 20 pictures (seed 0)"), (None, "")):
-        print_headline(evaluate(Linear(), "clean", own, size=32, limit=limit))
+        print_headline(evaluate(Linear(), "clean", dataset, size=32, limit=limit))
         first = capsys.readouterr().out.splitlines()[0]
         assert first.startswith(told)
         assert ("Not the whole" in first) == (limit is not None)
 
 
-def test_what_cannot_work_is_said_before_anything_is_read(own: Path) -> None:  # noqa: F811
+def test_what_cannot_work_is_said_before_anything_is_read(dataset: Path) -> None:  # noqa: F811
     wrong: list[dict[str, Any]] = [{"batch_size": 0}, {"num_workers": -1}]
     for setting in wrong:
         with pytest.raises(ConfigError, match="give at least 1 image, and 0 or more workers"):
-            evaluate(Linear(), "clean", own, size=32, **setting)
+            evaluate(Linear(), "clean", dataset, size=32, **setting)
     damaged = Linear()
     damaged[2].weight.data.fill_(torch.nan)
     with pytest.raises(NumericsError, match="gives NaN or infinite logits for a blank image"):
-        evaluate(damaged, "clean", own, size=32)
+        evaluate(damaged, "clean", dataset, size=32)

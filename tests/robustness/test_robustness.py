@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from built_suites import open_sources, suite_from
 from PIL import Image
 from ranks import exit_codes, start_ranks
-from suites import open_sources, suite_from
 from test_benchmark_sets import FEW, SIDE, reduced, validation_names, write_objectnet
 from timm.models import save_for_hf
 from tiny_runs import ROOT, draw_folder, environment, outcome_of, run_script
@@ -75,7 +75,7 @@ class Linear(nn.Sequential):
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty pictures of ten classes that are not ImageNet's."""
     return draw_folder(tmp_path_factory.mktemp("own"), train=0, conflict=0)
 
@@ -280,8 +280,8 @@ def test_the_other_suites_count_what_a_plain_loop_counts(others: Path) -> None:
         right = dict.fromkeys(truths, 0)
         for (cell, _, truth), answer in zip(asked, answers, strict=True):
             right[cell] += answer in truth
-        found = cells(evaluate(network, name, others, size=SIDE), name)
-        assert {cell: (own["correct"], own["total"]) for cell, own in found.items()} == {
+        results = cells(evaluate(network, name, others, size=SIDE), name)
+        assert {cell: (own["correct"], own["total"]) for cell, own in results.items()} == {
             cell: (count, total) for cell, count in right.items()
         }
         hits[name] = sum(right.values())
@@ -289,11 +289,11 @@ def test_the_other_suites_count_what_a_plain_loop_counts(others: Path) -> None:
     assert hits["objnet-1000"] < hits["objnet-113"]
 
 
-def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(own: Path) -> None:
+def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(dataset: Path) -> None:
     network = Linear()
-    found = cells(evaluate(network, "generated", own, size=32, held_out=True, seed=3), "generated")
-    assert len(found) == 5 * len(CORRUPTIONS + EXTRA)
-    paths = sorted((own / "val").rglob("*.png"))
+    results = cells(evaluate(network, "generated", dataset, size=32, held_out=True, seed=3), "generated")
+    assert len(results) == 5 * len(CORRUPTIONS + EXTRA)
+    paths = sorted((dataset / "val").rglob("*.png"))
     names = sorted({path.parent.name for path in paths})
     for name, severity in [("fog", 2), ("impulse_noise", 5)]:
         pixels = [np.array(Image.open(path).convert("RGB")) for path in paths]
@@ -303,21 +303,21 @@ def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(own: Path)
         truth = [names.index(path.parent.name) for path in paths]
         right = sum(best[0] == label for best, label in zip(five, truth, strict=True))
         top5 = sum(label in best for best, label in zip(five, truth, strict=True))
-        assert found[f"{name}/{severity}"] == {"correct": right, "total": 20, "top5": top5}
-        clean = suite_from(open_sources(own), "clean").passes[0].images
-        portion = ImagePass(clean, (f"{name}/{severity}",), corruption=name, severities=(severity,), seed=3)
-        assert np.array_equal(PassImages([portion])[0, 7]["images"][0].permute(1, 2, 0), made[7])
+        assert results[f"{name}/{severity}"] == {"correct": right, "total": 20, "top5": top5}
+        clean = suite_from(open_sources(dataset), "clean").passes[0].images
+        image_pass = ImagePass(clean, (f"{name}/{severity}",), corruption=name, severities=(severity,), seed=3)
+        assert np.array_equal(PassImages([image_pass])[0, 7]["images"][0].permute(1, 2, 0), made[7])
 
 
 SOME = ("clean", "generated", "pgd-5-1/255", "words-random", "words-symbolic")
 
 
-def test_counts_depend_neither_on_batches_nor_on_workers(own: Path) -> None:
+def test_counts_depend_neither_on_batches_nor_on_workers(dataset: Path) -> None:
     network = Linear()
-    expected = evaluate(network, SOME, own, size=32)
+    expected = evaluate(network, SOME, dataset, size=32)
     assert 0 < cells(expected, "generated")["fog/3"]["correct"] < 20
     for batch_size, workers in [(1, 0), (7, 0), (64, 2)]:
-        again = evaluate(network, SOME, own, size=32, batch_size=batch_size, num_workers=workers)
+        again = evaluate(network, SOME, dataset, size=32, batch_size=batch_size, num_workers=workers)
         assert again["cells"] == expected["cells"]
         assert again["calibration"]["Linear"]["clean"] == pytest.approx(expected["calibration"]["Linear"]["clean"])
 
@@ -338,14 +338,14 @@ class Ranks:
 
         return total
 
-    def run(self, network: Callable[[Tensor], Tensor], portions: list[ImagePass]) -> list[Any]:
+    def run(self, network: Callable[[Tensor], Tensor], passes: list[ImagePass]) -> list[Any]:
         """What every rank finds, or the error that it ends with."""
         found: list[Any] = [None] * self.size
 
         def act(rank: int) -> None:
             options = {"batch_size": 4, "device": CPU, "world": World(rank, self.size), "reduce": self.reduce(rank)}
             try:
-                todo = [(portion, ["net"]) for portion in portions]
+                todo = [(image_pass, ["net"]) for image_pass in passes]
                 found[rank] = [new["net"] for _, new in measure({"net": network}, todo, **options)]
             except UserError as error:
                 found[rank] = error
@@ -359,36 +359,36 @@ class Ranks:
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 23])
-def test_counts_are_the_same_on_all_ranks(size: int, own: Path) -> None:
+def test_counts_are_the_same_on_all_ranks(size: int, dataset: Path) -> None:
     """23 ranks leave three without a picture."""
-    network, sources = Linear().eval(), open_sources(own)
-    portions = [one for name in ("clean", "fgsm-1/255", "words-random") for one in suite_from(sources, name).passes]
-    portions.append(suite_from(sources, "generated").passes[9])
-    (expected,) = Ranks(1).run(network, portions)
-    for found in Ranks(size).run(network, portions):
+    network, sources = Linear().eval(), open_sources(dataset)
+    passes = [one for name in ("clean", "fgsm-1/255", "words-random") for one in suite_from(sources, name).passes]
+    passes.append(suite_from(sources, "generated").passes[9])
+    (expected,) = Ranks(1).run(network, passes)
+    for found in Ranks(size).run(network, passes):
         assert [one.counts for one in found] == [one.counts for one in expected]
         assert found[0].calibration == pytest.approx(expected[0].calibration)
 
 
-def test_a_nan_on_one_rank_is_an_error_on_all_that_names_network_and_cell(own: Path) -> None:
-    portions = list(suite_from(open_sources(own), "clean").passes)
-    ill = portions[0].images[5]["image"].mean()
+def test_a_nan_on_one_rank_is_an_error_on_all_that_names_network_and_cell(dataset: Path) -> None:
+    passes = list(suite_from(open_sources(dataset), "clean").passes)
+    ill = passes[0].images[5]["image"].mean()
 
     def network(image: Tensor) -> Tensor:
         means = image.mean((1, 2, 3))
         return torch.where((means - ill).abs() < 1e-6, torch.nan, means)[:, None].expand(-1, 10)
 
-    for found in Ranks(3).run(network, portions):
+    for found in Ranks(3).run(network, passes):
         assert isinstance(found, NumericsError)
         assert re.search(r"net gave NaN or infinite logits for 1 of the first 1\d images of clean", str(found))
     with pytest.raises(NumericsError, match="network gave NaN"):
-        evaluate(network, "clean", own, size=32)
+        evaluate(network, "clean", dataset, size=32)
 
 
 @pytest.mark.parametrize(("bad", "after"), [(torch.nan, 0), (torch.inf, 6), (-torch.inf, 6)])
 @pytest.mark.parametrize("suite", ["clean", "generated", "words-random"])
 def test_logits_that_are_not_finite_stop_an_evaluation_in_their_batch(
-    bad: float, after: int, suite: str, own: Path
+    bad: float, after: int, suite: str, dataset: Path
 ) -> None:
     def network(image: Tensor) -> Tensor:
         nonlocal seen
@@ -397,11 +397,11 @@ def test_logits_that_are_not_finite_stop_an_evaluation_in_their_batch(
         logits[:, 3:5] = bad if seen > after else 0.0
         return logits
 
-    (portion, *_) = suite_from(open_sources(own), suite).passes
+    (image_pass, *_) = suite_from(open_sources(dataset), suite).passes
     seen = 0
     with pytest.raises(NumericsError, match="NaN or infinite logits"):
-        list(measure({"network": network}, [(portion, ["network"])], batch_size=2, device=CPU))
-    assert seen <= after + 2 * len(portion.cells)
+        list(measure({"network": network}, [(image_pass, ["network"])], batch_size=2, device=CPU))
+    assert seen <= after + 2 * len(image_pass.cells)
 
 
 def _two_ranks(rank: int, arguments: list[str]) -> None:
@@ -409,42 +409,44 @@ def _two_ranks(rank: int, arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_two_real_ranks_write_what_one_does(own: Path, tmp_path: Path) -> None:
+def test_two_real_ranks_write_what_one_does(dataset: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "net.safetensors", 10)
-    given = ["--checkpoint", str(file), "--data", str(own), "--num_workers", "0", "--suite", *SOME]
+    given = ["--checkpoint", str(file), "--data", str(dataset), "--num_workers", "0", "--suite", *SOME]
     ranks = start_ranks(
         2, _two_ranks, [*given, "--output", str(tmp_path / "two"), "--device", "cpu", "--precision", "fp32"]
     )
     assert exit_codes(ranks, 240) == [0, 0]
     two = read_results(tmp_path / "two" / "results.json")
-    one = evaluate({"net": file}, SOME, own, device="cpu")
+    one = evaluate({"net": file}, SOME, dataset, device="cpu")
     for key in ("cells", "calibration", "suites", "checks"):
         assert two[key] == one[key]  # type: ignore[literal-required]
 
 
-def test_a_limit_takes_the_same_pictures_with_the_same_chance(own: Path) -> None:
+def test_a_limit_takes_the_same_pictures_with_the_same_chance(dataset: Path) -> None:
     network = Linear()
-    found = evaluate(network, ("clean", "generated"), own, size=32, limit=8, seed=1)
-    assert {count["total"] for suite in ("clean", "generated") for count in cells(found, suite).values()} == {8}
-    assert found["suites"]["Linear"]["clean"]["protocol"]["subset"] == "8 of 20 pictures (seed 1)"
-    few, whole = (suite_from(open_sources(own, limit=limit, seed=1), "clean").passes[0].images for limit in (8, None))
+    results = evaluate(network, ("clean", "generated"), dataset, size=32, limit=8, seed=1)
+    assert {count["total"] for suite in ("clean", "generated") for count in cells(results, suite).values()} == {8}
+    assert results["suites"]["Linear"]["clean"]["protocol"]["subset"] == "8 of 20 pictures (seed 1)"
+    few, whole = (
+        suite_from(open_sources(dataset, limit=limit, seed=1), "clean").passes[0].images for limit in (8, None)
+    )
     assert [few.name_of(i) for i in range(8)] == [whole.name_of(number) for number in few.numbers]
     assert [few.label(i) for i in range(8)] == [whole.label(number) for number in few.numbers]
-    portions = [ImagePass(one, ("fog/2",), corruption="fog", severities=(2,)) for one in (few, whole)]
-    made = PassImages(portions)
+    passes = [ImagePass(one, ("fog/2",), corruption="fog", severities=(2,)) for one in (few, whole)]
+    made = PassImages(passes)
     assert torch.equal(made[0, 3]["images"], made[1, few.numbers[3]]["images"])
 
 
 # ---- going on ----
 
 
-def test_pictures_in_shards_count_as_in_folders(own: Path, tmp_path: Path) -> None:
+def test_pictures_in_shards_count_as_in_folders(dataset: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
-    pack(PackConfig(str(own), str(packed), num_workers=0), Console(quiet=True))
+    pack(PackConfig(str(dataset), str(packed), num_workers=0), Console(quiet=True))
     names, options = ("clean", "fgsm-1/255"), {"size": 32, "num_workers": 1}
-    found = evaluate(Linear(), names, packed, **options)
-    assert found["cells"] == evaluate(Linear(), names, own, **options)["cells"]
-    assert choose_suites(["all"], open_sources(packed)) == choose_suites(["all"], open_sources(own))
+    results = evaluate(Linear(), names, packed, **options)
+    assert results["cells"] == evaluate(Linear(), names, dataset, **options)["cells"]
+    assert choose_suites(["all"], open_sources(packed)) == choose_suites(["all"], open_sources(dataset))
     few, all_ = (suite_from(open_sources(packed, limit=limit), "clean") for limit in (8, None))
     assert few.facts["fingerprint"] != all_.facts["fingerprint"]
     content = next(packed.glob("val/*.tar")).read_bytes()
@@ -454,47 +456,47 @@ def test_pictures_in_shards_count_as_in_folders(own: Path, tmp_path: Path) -> No
         evaluate(Linear(), "clean", packed, **options)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(own: Path, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(dataset: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": 32, "batch_size": 20, "output": tmp_path}
     network = Linear()
     network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after a look at blank pictures and a check
     with pytest.raises(KeyboardInterrupt):
-        evaluate(network, ("clean", "generated"), own, **options)
+        evaluate(network, ("clean", "generated"), dataset, **options)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     assert 4 < len(kept) < 15
     assert not (tmp_path / "results.json").exists()
     network.most, network.seen = float("inf"), 0
-    found = evaluate(network, ("clean", "generated"), own, **options)
+    results = evaluate(network, ("clean", "generated"), dataset, **options)
     assert 0 < network.seen < 20 * 60
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    assert found["cells"] == evaluate(network, ("clean", "generated"), own, size=32)["cells"]
+    assert results["cells"] == evaluate(network, ("clean", "generated"), dataset, size=32)["cells"]
     network.seen = 0
-    assert evaluate(network, ("clean", "generated"), own, **options)["cells"] == found["cells"]
+    assert evaluate(network, ("clean", "generated"), dataset, **options)["cells"] == results["cells"]
     assert network.seen < 90  # the checks of the network itself
     damaged = next(iter(kept))
     damaged.write_text(damaged.read_text()[:50])
-    assert evaluate(network, ("clean", "generated"), own, **options)["cells"] == found["cells"]
+    assert evaluate(network, ("clean", "generated"), dataset, **options)["cells"] == results["cells"]
 
 
-def test_what_changes_is_measured_anew(own: Path, tmp_path: Path) -> None:
+def test_what_changes_is_measured_anew(dataset: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": 32, "output": tmp_path}
-    first = evaluate(Linear(), ("clean", "fgsm-1/255"), own, **options)
+    first = evaluate(Linear(), ("clean", "fgsm-1/255"), dataset, **options)
     before = len(list((tmp_path / "cells").iterdir()))
-    other = evaluate(Linear(seed=1), ("clean", "fgsm-1/255"), own, **options)
+    other = evaluate(Linear(seed=1), ("clean", "fgsm-1/255"), dataset, **options)
     assert other["cells"] != first["cells"]
     assert len(list((tmp_path / "cells").iterdir())) == 2 * before
-    evaluate(Linear(), "clean", own, **options, interpolation="bilinear")
+    evaluate(Linear(), "clean", dataset, **options, interpolation="bilinear")
     assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 1
-    evaluate(Linear(), "words-random", own, **options)
-    evaluate(Linear(), "words-random", own, **options, seed=1)
+    evaluate(Linear(), "words-random", dataset, **options)
+    evaluate(Linear(), "words-random", dataset, **options, seed=1)
     assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 3
 
     def nameless(image: Tensor) -> Tensor:  # has no weights to be known by
         return image.flatten(1)[:, :10]
 
-    evaluate(nameless, "clean", own, **options)
+    evaluate(nameless, "clean", dataset, **options)
     assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 3
-    again = Path(shutil.copytree(own, tmp_path / "again"))
+    again = Path(shutil.copytree(dataset, tmp_path / "again"))
     evaluate(Linear(), "clean", again, **options)
     assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 3, "the same pictures, wherever they lie"
     for path in (again / "val").rglob("*.png"):  # other pictures under the same names
@@ -529,30 +531,30 @@ def write_onnx(network: Linear, path: Path, batch: int | str = "batch", flat: in
     return path
 
 
-def test_onnx_files_count_as_the_network_that_they_were(own: Path, tmp_path: Path) -> None:
+def test_onnx_files_count_as_the_network_that_they_were(dataset: Path, tmp_path: Path) -> None:
     network = Linear()
     file = write_onnx(network, tmp_path / "linear.onnx")
-    found = evaluate({"onnx": file, "torch": network}, ("clean", "generated", "fgsm-1/255"), own, size=32)
-    assert cells(found, "clean", "onnx") == cells(found, "clean", "torch")
-    assert cells(found, "generated", "onnx") == cells(found, "generated", "torch")
-    assert found["models"]["onnx"]["parameters"] == 490
-    assert "fgsm-1/255" not in found["cells"]["onnx"]
-    assert found["not_measured"]["fgsm-1/255"] == "onnx gives no gradient"
+    results = evaluate({"onnx": file, "torch": network}, ("clean", "generated", "fgsm-1/255"), dataset, size=32)
+    assert cells(results, "clean", "onnx") == cells(results, "clean", "torch")
+    assert cells(results, "generated", "onnx") == cells(results, "generated", "torch")
+    assert results["models"]["onnx"]["parameters"] == 490
+    assert "fgsm-1/255" not in results["cells"]["onnx"]
+    assert results["not_measured"]["fgsm-1/255"] == "onnx gives no gradient"
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(CheckpointError, match=r"bad\.onnx cannot be run as ONNX"):
-        evaluate(tmp_path / "bad.onnx", "clean", own)
+        evaluate(tmp_path / "bad.onnx", "clean", dataset)
     with pytest.raises(ConfigError, match="does not take images of 2 x 3 x 48 x 48"):
-        evaluate(file, "clean", own, size=48)
+        evaluate(file, "clean", dataset, size=48)
 
 
-def test_onnx_files_of_a_fixed_batch_are_run_at_it_or_refused_with_the_fix(own: Path, tmp_path: Path) -> None:
+def test_onnx_files_of_a_fixed_batch_are_run_at_it_or_refused_with_the_fix(dataset: Path, tmp_path: Path) -> None:
     network = Linear()
-    expected = cells(evaluate(network, "clean", own, size=32), "clean")
+    expected = cells(evaluate(network, "clean", dataset, size=32), "clean")
     for batch in (1, 3, 8):
         file = write_onnx(network, tmp_path / "fixed.onnx", batch)
-        assert cells(evaluate({"onnx": file}, "clean", own, batch_size=7), "clean", "onnx") == expected
+        assert cells(evaluate({"onnx": file}, "clean", dataset, batch_size=7), "clean", "onnx") == expected
     with pytest.raises(ConfigError, match=r"does not take images of 2 x 3 x 32 x 32.*with a dynamic batch axis"):
-        evaluate(write_onnx(network, tmp_path / "traced.onnx", flat=1), "clean", own)
+        evaluate(write_onnx(network, tmp_path / "traced.onnx", flat=1), "clean", dataset)
 
 
 def write_timm(folder: Path, classes: int = 10) -> nn.Module:
@@ -564,14 +566,14 @@ def write_timm(folder: Path, classes: int = 10) -> nn.Module:
 
 
 def test_timms_own_names_reach_timm(
-    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network, out = write_timm(tmp_path / "net").eval(), tmp_path / "out"
-    given = ["--data", str(own), "--suite", "clean", "--device", "cpu", "--num_workers", "0", "--output", str(out)]
+    given = ["--data", str(dataset), "--suite", "clean", "--device", "cpu", "--num_workers", "0", "--output", str(out)]
     source = f"local-dir:{tmp_path / 'net'}"
     printed(["--model", source, "--pretrained", *given, "--input_size", "32"], monkeypatch, capsys)
     ours = Classifier(network, (0.5,) * 3, (0.5,) * 3)
-    expected = evaluate({"net": ours}, "clean", own, size=32, device="cpu")["cells"]["net"]
+    expected = evaluate({"net": ours}, "clean", dataset, size=32, device="cpu")["cells"]["net"]
     (found,) = read_results(out / "results.json")["cells"].values()
     assert found == expected
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # timm itself says that it finds nothing
@@ -604,8 +606,8 @@ def test_timms_weights_are_measured_with_timms_crop(
     given += ["--suite", "clean", "--device", "cpu", "--num_workers", "0", "--input_size", "32", "--output", str(out)]
     given += ["--precision", "fp32"]
     printed(given, monkeypatch, capsys)
-    found = read_results(out / "results.json")
-    (counts,), (facts,), (suites,) = (found[key].values() for key in ("cells", "models", "suites"))  # type: ignore[literal-required]
+    results = read_results(out / "results.json")
+    (counts,), (facts,), (suites,) = (results[key].values() for key in ("cells", "models", "suites"))  # type: ignore[literal-required]
     assert counts["clean"][""]["correct"] == sum(a == int(p.parent.name) for a, p in zip(answers, paths, strict=True))
     assert facts["crop"] == 0.95
     told = "if not 32 x 32: resized to cover 33 x 33 (bicubic), centre crop 32 x 32, the network's own share of 0.95"
@@ -622,12 +624,12 @@ def test_timms_weights_are_measured_with_timms_crop(
         evaluate(Linear(), "clean", tmp_path / "data", size=32, crop=1.5)
 
 
-def test_attacks_are_checked_and_symbolic_words_beat_random_ones(own: Path) -> None:
-    found = evaluate(Linear(), ("fgsm-1/255", "words-random", "words-symbolic"), own, size=32)
-    checks = found["checks"]["Linear"]
+def test_attacks_are_checked_and_symbolic_words_beat_random_ones(dataset: Path) -> None:
+    results = evaluate(Linear(), ("fgsm-1/255", "words-random", "words-symbolic"), dataset, size=32)
+    checks = results["checks"]["Linear"]
     assert {check["name"] for check in checks["gradient attacks"]} >= {"gradients", "PGD beats FGSM"}
     assert all(check["passed"] for check in checks["words-symbolic"])
-    assert list(cells(found, "words-random")) == [
+    assert list(cells(results, "words-random")) == [
         "0",
         "0.01",
         "0.05",
@@ -647,37 +649,50 @@ def knowing(pictures: BenchmarkSet) -> Linear:
     return network
 
 
-def test_attacks_count_what_they_count_on_their_own(own: Path) -> None:
-    sources = open_sources(own)
+def test_attacks_count_what_they_count_on_their_own(dataset: Path) -> None:
+    sources = open_sources(dataset)
     network = knowing(suite_from(sources, "clean").passes[0].images)
-    found = evaluate(network, ("clean", "pgd-20-l2-0.5", "words-random", "words-symbolic"), own, size=32, batch_size=6)
-    pictures = suite_from(sources, "clean").passes[0].images
-    image = torch.stack([pictures[index]["image"] for index in range(20)])
-    label = torch.tensor([pictures.label(index) for index in range(20)])
+    results = evaluate(
+        network, ("clean", "pgd-20-l2-0.5", "words-random", "words-symbolic"), dataset, size=32, batch_size=6
+    )
+    images = suite_from(sources, "clean").passes[0].images
+    image = torch.stack([images[index]["image"] for index in range(20)])
+    label = torch.tensor([images.label(index) for index in range(20)])
     generators = [image_generator(0, index) for index in range(20)]
     attacked = pixel_adversary(network, image, label, PIXEL_ATTACKS["pgd-20-l2-0.5"], generators)
     with torch.no_grad():
         right = int((network(attacked).argmax(1) == label).sum())
-    assert right == cells(found, "pgd-20-l2-0.5")[""]["correct"] < cells(found, "clean")[""]["correct"]
+    assert right == cells(results, "pgd-20-l2-0.5")[""]["correct"] < cells(results, "clean")[""]["correct"]
     curves = word_accuracy(
-        network, sources.tokenizer, eval_loader(pictures, 20, 0, 1, 0), WordAttack((0.0, 0.01, 0.05, 0.1, 0.2)), CPU
+        network, sources.tokenizer, eval_loader(images, 20, 0, 1, 0), WordAttack((0.0, 0.01, 0.05, 0.1, 0.2)), CPU
     )
-    assert {kind: cells(found, f"words-{kind}") for kind in curves} == curves
+    assert {kind: cells(results, f"words-{kind}") for kind in curves} == curves
 
 
 def test_finetune_evaluates_the_same_suites(
-    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mae_dat.robustness.evaluate_run import main
 
-    names = sorted(path.name for path in (own / "val").iterdir())
+    names = sorted(path.name for path in (dataset / "val").iterdir())
     file = saved(tmp_path / "run" / "model.safetensors", 10, names)
-    given = ["--eval", "--resume", str(file.parent), "--data_path", str(own), "--num_workers", "0", "--device", "cpu"]
+    given = [
+        "--eval",
+        "--resume",
+        str(file.parent),
+        "--data_path",
+        str(dataset),
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     outcome = outcome_of(main, [*given, "--precision", "fp32", "--suite", "clean", "words-random"], monkeypatch, capsys)
     assert outcome.code == 0, outcome.stderr
-    found = read_results(tmp_path / "run" / "evaluation" / "results.json")
+    results = read_results(tmp_path / "run" / "evaluation" / "results.json")
     assert (
-        found["cells"]["run"] == evaluate({"run": file}, ("clean", "words-random"), own, device="cpu")["cells"]["run"]
+        results["cells"]["run"]
+        == evaluate({"run": file}, ("clean", "words-random"), dataset, device="cpu")["cells"]["run"]
     )
 
 
@@ -685,27 +700,27 @@ def test_finetune_evaluates_the_same_suites(
 
 
 def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
-    own: Path, imagenet: Path, tmp_path: Path
+    dataset: Path, imagenet: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="10 classes, the networks have 7 outputs"):
-        evaluate(Linear(7), "clean", own, size=32)
+        evaluate(Linear(7), "clean", dataset, size=32)
     with pytest.raises(DataError, match="10 outputs, not ImageNet's 1000"):
         evaluate(Linear(), "imagenet-a", imagenet, size=32)
     turned = [SYNSETS[1], SYNSETS[0], *SYNSETS[2:]]
     with pytest.raises(DataError, match="class 0 of the network is"):
         evaluate(Linear(1000), "imagenet", imagenet, size=32, classes=turned)
     with pytest.raises(DataError, match="unknown to training"):
-        evaluate(Linear(), "clean", own, size=32, classes=[f"class {i}" for i in range(10)])
+        evaluate(Linear(), "clean", dataset, size=32, classes=[f"class {i}" for i in range(10)])
     with pytest.raises(ConfigError, match="10 outputs and a list of 3 classes"):
-        evaluate(Linear(), "clean", own, size=32, classes=["a", "b", "c"])
+        evaluate(Linear(), "clean", dataset, size=32, classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="do not have the same classes"):
-        evaluate({"a": Linear(10), "b": Linear(11)}, "clean", own, size=32)
+        evaluate({"a": Linear(10), "b": Linear(11)}, "clean", dataset, size=32)
     with pytest.raises(ConfigError, match="gives .* for 2 images"):
-        evaluate(lambda image: image, "clean", own, size=32)
+        evaluate(lambda image: image, "clean", dataset, size=32)
     bare = Linear()
     bare.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="takes images normalized by"):
-        evaluate(bare, "clean", own, size=32)
+        evaluate(bare, "clean", dataset, size=32)
 
 
 def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(tmp_path: Path) -> None:
@@ -729,18 +744,18 @@ def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(t
 
 
 def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
-    pictures = suite_from(open_sources(imagenet, 1000), "cue-conflict", SIDE).passes[0].images
+    images = suite_from(open_sources(imagenet, 1000), "cue-conflict", SIDE).passes[0].images
     ids = [members[0] for members in SIXTEEN.values()]
-    image = torch.stack([pictures[index]["image"] for index in range(len(pictures))])
+    image = torch.stack([images[index]["image"] for index in range(len(images))])
 
     def knowing(image_: Tensor) -> Tensor:  # which pictures they are, and so their shapes
         number = (image_[:, None] - image).flatten(2).abs().sum(2).argmin(1)
-        label = torch.tensor([ids[pictures.label(int(one))] for one in number])
+        label = torch.tensor([ids[images.label(int(one))] for one in number])
         near = (image_ - image[number]).flatten(1).abs().amax(1) < 1e-3
         return 9.0 * nn.functional.one_hot(torch.where(near, label, 0), 1000)
 
-    found = evaluate(knowing, "cue-conflict", imagenet, size=SIDE)
-    assert cells(found, "cue-conflict", "knowing")[""]["shape"] == len(pictures)
+    results = evaluate(knowing, "cue-conflict", imagenet, size=SIDE)
+    assert cells(results, "cue-conflict", "knowing")[""]["shape"] == len(images)
     with pytest.raises(ConfigError, match=r"from 0 to 255: of 32 images it is right about 32 this way, and about 2 in"):
         evaluate(lambda x: knowing(x / 255), "cue-conflict", imagenet, size=SIDE)
 
@@ -760,24 +775,24 @@ def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> 
     refused("nowhere", "imagenet", MissingInputError, subset="nowhere")
     (imagenet / "ImageNet-C" / "fog" / "3").rename(imagenet / "fog3")
     refused("fog has no severity 3")
-    found = evaluate(network, "imagenet-c", imagenet, size=SIDE, partial=True)
-    assert found["suites"]["Linear"]["imagenet-c"]["missing"] == ["fog has no severity 3"]
-    assert len(cells(found, "imagenet-c")) == 74
+    results = evaluate(network, "imagenet-c", imagenet, size=SIDE, partial=True)
+    assert results["suites"]["Linear"]["imagenet-c"]["missing"] == ["fog has no severity 3"]
+    assert len(cells(results, "imagenet-c")) == 74
     (imagenet / "fog3").rename(imagenet / "ImageNet-C" / "fog" / "3")
     draw([imagenet / "ImageNet-C" / "snow" / "1" / validation_names()[0]], side=SIDE + 1)
     refused("41 x 41 px", "imagenet-c")
 
 
-def test_a_suite_that_cannot_be_made_at_a_size_is_left_out_of_all_and_refused_by_name(own: Path) -> None:
-    found = evaluate({"odd": Linear()}, "all", own, size=33, limit=2)
+def test_a_suite_that_cannot_be_made_at_a_size_is_left_out_of_all_and_refused_by_name(dataset: Path) -> None:
+    results = evaluate({"odd": Linear()}, "all", dataset, size=33, limit=2)
     for name in ("words-random", "words-symbolic"):
-        assert name not in found["cells"]["odd"]
-        assert found["not_measured"][name].startswith("odd: image size 33 x 33 is not divisible by the tokenizer's")
+        assert name not in results["cells"]["odd"]
+        assert results["not_measured"][name].startswith("odd: image size 33 x 33 is not divisible by the tokenizer's")
         with pytest.raises(ConfigError, match="33 x 33 is not divisible"):
-            evaluate(Linear(), ("all", name), own, size=33, limit=2)
-    assert "at least 32 px" in evaluate(Linear(), "all", own, size=28, limit=2)["not_measured"]["generated"]
+            evaluate(Linear(), ("all", name), dataset, size=33, limit=2)
+    assert "at least 32 px" in evaluate(Linear(), "all", dataset, size=28, limit=2)["not_measured"]["generated"]
     with pytest.raises(ConfigError, match="at least 32 px"):
-        evaluate(Linear(), "generated", own, size=28)
+        evaluate(Linear(), "generated", dataset, size=28)
 
 
 def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Path, tmp_path: Path) -> None:
@@ -805,9 +820,9 @@ def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) 
             evaluate(Linear(1000), "imagenet", imagenet, size=SIDE, num_workers=workers)
 
 
-def test_folders_of_ones_own_that_do_not_fit_are_refused(own: Path, tmp_path: Path) -> None:
-    network, classes = Linear(), sorted(path.name for path in (own / "val").iterdir())
-    root = Path(shutil.copytree(own, tmp_path / "data"))
+def test_folders_of_ones_own_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> None:
+    network, classes = Linear(), sorted(path.name for path in (dataset / "val").iterdir())
+    root = Path(shutil.copytree(dataset, tmp_path / "data"))
     for level in (root / "val", root / "val" / classes[0], tmp_path):
         with pytest.raises(MissingInputError, match=rf"no val/CLASS: did you mean {root}\?"):
             evaluate(network, "all", level, size=32)
@@ -816,8 +831,8 @@ def test_folders_of_ones_own_that_do_not_fit_are_refused(own: Path, tmp_path: Pa
     shutil.rmtree(root / "val" / classes[3])
     with pytest.raises(DataError, match=rf"no pictures of {classes[3]} \(1 of 10 classes\); .* --partial"):
         evaluate(network, "all", root, size=32, classes=classes)
-    found = evaluate(network, "clean", root, size=32, classes=classes, partial=True)
-    assert found["suites"]["Linear"]["clean"]["missing"] == [f"no pictures of {classes[3]} (1 of 10 classes)"]
+    results = evaluate(network, "clean", root, size=32, classes=classes, partial=True)
+    assert results["suites"]["Linear"]["clean"]["missing"] == [f"no pictures of {classes[3]} (1 of 10 classes)"]
     with pytest.raises(DataError, match="9 class.*10 outputs"):
         evaluate(network, "clean", root, size=32)
     next((root / "val" / classes[0]).iterdir()).write_bytes(b"no picture")
@@ -826,7 +841,7 @@ def test_folders_of_ones_own_that_do_not_fit_are_refused(own: Path, tmp_path: Pa
 
 
 def test_flags_that_do_not_fit_together(
-    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(saved(tmp_path / "net.safetensors", 10))
     for given, told in [
@@ -843,31 +858,31 @@ def test_flags_that_do_not_fit_together(
         (["--checkpoint", "mae_dat_dem"], "did you mean mae_dat_demo"),
         (["--recompute", file], "is no results.json"),
     ]:
-        flags = [*given, "--data", str(own), "--output", str(tmp_path / "out"), "--device", "cpu"]
+        flags = [*given, "--data", str(dataset), "--output", str(tmp_path / "out"), "--device", "cpu"]
         outcome = outcome_of(robustness.main, flags, monkeypatch, capsys)
         assert outcome.code in (64, 65, 66), given
         assert told in outcome.stderr, given
 
 
-def test_examples_are_pictures_on_which_the_networks_differ(own: Path, tmp_path: Path) -> None:
+def test_examples_are_pictures_on_which_the_networks_differ(dataset: Path, tmp_path: Path) -> None:
     networks = {"one": Linear(), "other": Linear(seed=1)}
-    found = evaluate(networks, ("clean", "generated", "words-random"), own, size=32, output=tmp_path)
-    assert 2 <= len(found["examples"]) <= 8
-    for example in found["examples"]:
+    results = evaluate(networks, ("clean", "generated", "words-random"), dataset, size=32, output=tmp_path)
+    assert 2 <= len(results["examples"]) <= 8
+    for example in results["examples"]:
         assert sum(answer == example["label"] for answer in example["answers"].values()) == 1
         image = torch.from_numpy(np.array(Image.open(tmp_path / example["file"]))).permute(2, 0, 1)[None] / 255
-        classes = sorted(path.name for path in (own / "val").iterdir())
+        classes = sorted(path.name for path in (dataset / "val").iterdir())
         for name, network in networks.items():
             with torch.no_grad():
                 assert classes[int(network(image).argmax())] == example["answers"][name]
         assert (tmp_path / example["words"]).is_file()
-    assert found["examples"][0]["cell"] == "gaussian_noise/3"
+    assert results["examples"][0]["cell"] == "gaussian_noise/3"
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_where_it_stopped(own: Path, tmp_path: Path) -> None:
+def test_a_killed_command_goes_on_where_it_stopped(dataset: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "net.safetensors", 10)
-    given = ["-m", "mae_dat", "robustness", "--checkpoint", str(file), "--data", str(own), "--num_workers", "1"]
+    given = ["-m", "mae_dat", "robustness", "--checkpoint", str(file), "--data", str(dataset), "--num_workers", "1"]
     given += ["--suite", "clean", "generated", "--device", "cpu", "--precision", "fp32"]
     given += ["--output", str(tmp_path / "out")]
     command = subprocess.Popen([sys.executable, *given], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
@@ -883,5 +898,5 @@ def test_a_killed_command_goes_on_where_it_stopped(own: Path, tmp_path: Path) ->
     again = run_script(*given)
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    found = read_results(tmp_path / "out" / "results.json")
-    assert found["cells"] == evaluate({"net": file}, ("clean", "generated"), own, device="cpu")["cells"]
+    results = read_results(tmp_path / "out" / "results.json")
+    assert results["cells"] == evaluate({"net": file}, ("clean", "generated"), dataset, device="cpu")["cells"]

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from built_suites import open_sources, suite_from
 from safetensors import safe_open
 from safetensors.torch import load_file
-from suites import open_sources, suite_from
 from test_benchmark_sets import FEW, SIDE, validation_names
-from test_robustness import Linear, draw, imagenet, own, write_onnx  # noqa: F401 - some are fixtures
+from test_robustness import Linear, dataset, draw, imagenet, write_onnx  # noqa: F401 - some are fixtures
 from tiny_runs import draw_folder, finetune_in
 from torch import Tensor, nn
 
@@ -52,14 +52,14 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     names = validation_names()
     (imagenet / "ImageNet-C" / "fog" / "3" / names[0]).unlink()
     with caplog.at_level("INFO"):
-        found = evaluate(Linear(1000), "imagenet-c", imagenet, size=SIDE, partial=True)
-    facts = found["suites"]["Linear"]["imagenet-c"]
+        results = evaluate(Linear(1000), "imagenet-c", imagenet, size=SIDE, partial=True)
+    facts = results["suites"]["Linear"]["imagenet-c"]
     assert facts["missing"][-1] == "fog/3: 5 of 6 pictures are there"
-    assert (facts["images"], found["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
+    assert (facts["images"], results["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
     assert any("imagenet-c  75 x 6 images, partial: " in line and "fog/3: 5 of 6" in line for line in caplog.messages)
-    assert not any(metric.published for metric in summarize(found).metrics)
-    assert all("partial†" in metric.title for metric in summarize(found).metrics)
-    assert {row["partial"] for row in csv.DictReader(counts_csv(summarize(found)).splitlines())} == {"True"}
+    assert not any(metric.published for metric in summarize(results).metrics)
+    assert all("partial†" in metric.title for metric in summarize(results).metrics)
+    assert {row["partial"] for row in csv.DictReader(counts_csv(summarize(results)).splitlines())} == {"True"}
     draw([imagenet / "ImageNet-C" / "snow" / "4" / name for name in reversed(names)])
     other = evaluate(Linear(1000), "imagenet-c", imagenet, size=SIDE, partial=True)
     assert other["suites"]["Linear"]["imagenet-c"]["fingerprint"] != facts["fingerprint"]
@@ -86,8 +86,8 @@ def test_a_chosen_picture_meets_the_same_chance_as_in_the_whole_folder(
     for sources, count in ((chosen, 2), (fewer, 1)):
         suite = suite_from(sources, "generated", SIDE)
         assert suite.extra_protocol["numbers"] == "places in the whole folder"
-        portions = [suite.passes[0], every.passes[0]]
-        made, (part, all_) = PassImages(portions), (one.images for one in portions)
+        passes = [suite.passes[0], every.passes[0]]
+        made, (part, all_) = PassImages(passes), (one.images for one in passes)
         assert len(part) == count
         for index in range(count):
             (at,) = [i for i in range(6) if all_.name_of(i) == part.name_of(index)]
@@ -155,31 +155,31 @@ def test_the_code_of_a_module_is_part_of_it(tmp_path: Path, monkeypatch: pytest.
     assert None not in found
 
 
-def test_attributes_of_a_network_are_part_of_its_key(own: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_attributes_of_a_network_are_part_of_its_key(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     for mean in (0.0, 0.9, torch.tensor(0.5)):
-        stored = evaluate(Shifted(mean), "clean", own, size=32, output=tmp_path)
-        assert right(stored, "clean") == right(evaluate(Shifted(mean), "clean", own, size=32), "clean")
+        stored = evaluate(Shifted(mean), "clean", dataset, size=32, output=tmp_path)
+        assert right(stored, "clean") == right(evaluate(Shifted(mean), "clean", dataset, size=32), "clean")
     assert len(list((tmp_path / "cells").iterdir())) == 3
-    evaluate(Shifted(0.9).eval(), "clean", own, size=32, output=tmp_path)
+    evaluate(Shifted(0.9).eval(), "clean", dataset, size=32, output=tmp_path)
     assert len(list((tmp_path / "cells").iterdir())) == 3, "the mode that it comes in is no part of it"
 
 
 def test_what_cannot_be_known_is_measured_anew_and_told(
-    own: Path,  # noqa: F811
+    dataset: Path,  # noqa: F811
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for sign in (1, -1):
-        found = evaluate(lambda image, sign=sign: sign * brightest(image), "clean", own, size=32, output=tmp_path)
-        assert right(found, "clean") == right(
-            evaluate(lambda x, s=sign: s * brightest(x), "clean", own, size=32), "clean"
+        results = evaluate(lambda image, sign=sign: sign * brightest(image), "clean", dataset, size=32, output=tmp_path)
+        assert right(results, "clean") == right(
+            evaluate(lambda x, s=sign: s * brightest(x), "clean", dataset, size=32), "clean"
         )
         assert "<lambda> cannot be distinguished from other networks" in caplog.text
         caplog.clear()
     assert list((tmp_path / "cells").iterdir()) == []
 
 
-def test_a_graph_is_known_by_the_files_beside_it_too(own: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_graph_is_known_by_the_files_beside_it_too(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     onnx = pytest.importorskip("onnx")
     path, known = tmp_path / "m.onnx", []
     for seed in (0, 1):
@@ -188,24 +188,29 @@ def test_a_graph_is_known_by_the_files_beside_it_too(own: Path, tmp_path: Path) 
         (tmp_path / "m.onnx.data").unlink(missing_ok=True)
         onnx.save_model(content, path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
         assert (tmp_path / "m.onnx.data").is_file()
-        stored = evaluate({"net": path}, "clean", own, output=tmp_path / "out", device="cpu")
-        assert right(stored, "clean") == right(evaluate({"net": path}, "clean", own, device="cpu"), "clean")
+        stored = evaluate({"net": path}, "clean", dataset, output=tmp_path / "out", device="cpu")
+        assert right(stored, "clean") == right(evaluate({"net": path}, "clean", dataset, device="cpu"), "clean")
         known += [whole, stored["models"]["net"]["sha256"]]
     assert len(set(known)) == 4
     assert any("onnxruntime" in one["versions"] for one in stored["measured_under"])
 
 
-def test_a_tokenizer_is_known_by_its_weights(own: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_tokenizer_is_known_by_its_weights(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     path = embedded_path()
     with safe_open(path, "pt") as file:
         facts = file.metadata()
     tensors, keys = load_file(path), set()
     for scale in (1.0, 0.5, 1.0):
         write_weights(tmp_path / "tok.safetensors", {key: value * scale for key, value in tensors.items()}, facts)
-        found = evaluate(
-            Linear(), "words-random", own, size=32, output=tmp_path / "out", tokenizer=str(tmp_path / "tok.safetensors")
+        results = evaluate(
+            Linear(),
+            "words-random",
+            dataset,
+            size=32,
+            output=tmp_path / "out",
+            tokenizer=str(tmp_path / "tok.safetensors"),
         )
-        protocol = found["suites"]["Linear"]["words-random"]["protocol"]
+        protocol = results["suites"]["Linear"]["words-random"]["protocol"]
         assert protocol["tokenizer"] == "tok.safetensors"
         keys.add(protocol["tokenizer's sha256"])
     assert len(keys) == len(list((tmp_path / "out" / "cells").iterdir())) == 2
@@ -215,13 +220,13 @@ def test_a_tokenizer_is_known_by_its_weights(own: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_tells_every_version_that_measured_it(
-    own: Path,  # noqa: F811
+    dataset: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     options: dict[str, Any] = {"size": 32, "limit": 2, "output": tmp_path}
-    first = evaluate(Linear(), ("clean", "pgd-5-1/255"), own, **options)
+    first = evaluate(Linear(), ("clean", "pgd-5-1/255"), dataset, **options)
     (under,) = first["measured_under"]
     assert under["cells"] == {"Linear": {"clean": [""], "pgd-5-1/255": [""], "gradient attacks": [""]}}
     assert under["versions"] == first["versions"]
@@ -229,11 +234,11 @@ def test_a_report_tells_every_version_that_measured_it(
     assert not [one for one in findings(summarize(first)) if "versions" in one]
     elsewhere = {"commit": "f" * 40, "dirty": False, "sha256": provenance.code_facts()["sha256"]}
     monkeypatch.setattr("mae_dat.runtime.environment.code_facts", lambda: elsewhere)
-    again = evaluate(Linear(), ("clean", "generated"), own, **options)
+    again = evaluate(Linear(), ("clean", "generated"), dataset, **options)
     assert "f" * 40 in again["versions"][COMMIT_KEY]
     assert mixed_versions(summarize(again)) == [], "another commit of the same sources"
     monkeypatch.setattr("mae_dat.runtime.environment.code_facts", lambda: {**elsewhere, "sha256": "0" * 64})
-    mixed = evaluate(Linear(), ("clean", "generated", "fgsm-1/255"), own, **options)
+    mixed = evaluate(Linear(), ("clean", "generated", "fgsm-1/255"), dataset, **options)
     assert mixed["cells"]["Linear"]["generated"] == again["cells"]["Linear"]["generated"]
     old, new = mixed["versions"]["mae_dat"].split(" and ")
     assert old in first["versions"]["mae_dat"]
@@ -246,35 +251,35 @@ def test_a_report_tells_every_version_that_measured_it(
     assert anew == [{"fgsm-1/255": [""], "gradient attacks": [""]}]
     assert "imagecorruptions-imaug" in mixed["versions"]
     shutil.rmtree(tmp_path / "cells")
-    assert mixed_versions(summarize(evaluate(Linear(), "clean", own, **options))) == []
+    assert mixed_versions(summarize(evaluate(Linear(), "clean", dataset, **options))) == []
 
 
-def test_cells_of_an_older_release_are_taken_and_told(own: Path, tmp_path: Path) -> None:  # noqa: F811
-    first = evaluate(Linear(), "clean", own, size=32, output=tmp_path)
+def test_cells_of_an_older_release_are_taken_and_told(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+    first = evaluate(Linear(), "clean", dataset, size=32, output=tmp_path)
     (cell,) = (tmp_path / "cells").iterdir()
     content = json.loads(cell.read_text())
     del content["versions"]
     content["found"]["calibration"]["nll"] = float("inf")
     cell.write_text(json.dumps(content))
-    found = evaluate(Linear(), ("clean", "fgsm-1/255"), own, size=32, output=tmp_path)
-    assert found["cells"]["Linear"]["clean"] == first["cells"]["Linear"]["clean"]
-    assert found["versions"]["of some cells"] == "not recorded by an older release"
-    assert "cells of an older release" in " ".join(mixed_versions(summarize(found)))
-    assert found["calibration"]["Linear"]["clean"]["nll"] is None
+    results = evaluate(Linear(), ("clean", "fgsm-1/255"), dataset, size=32, output=tmp_path)
+    assert results["cells"]["Linear"]["clean"] == first["cells"]["Linear"]["clean"]
+    assert results["versions"]["of some cells"] == "not recorded by an older release"
+    assert "cells of an older release" in " ".join(mixed_versions(summarize(results)))
+    assert results["calibration"]["Linear"]["clean"]["nll"] is None
 
 
-def test_an_infinite_likelihood_is_valid_json_and_no_gap(own: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_infinite_likelihood_is_valid_json_and_no_gap(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     network = Linear()
     network[2].weight.data *= 1e4
-    found = evaluate(network, "clean", own, size=32, output=tmp_path)
+    results = evaluate(network, "clean", dataset, size=32, output=tmp_path)
 
     def refuse(word: str) -> None:
         raise ValueError(word)
 
     for file in (tmp_path / "results.json", *(tmp_path / "cells").iterdir()):
         json.loads(file.read_text(), parse_constant=refuse)
-    assert read_results(tmp_path / "results.json") == found
-    table = calibration_table(summarize(found))
+    assert read_results(tmp_path / "results.json") == results
+    table = calibration_table(summarize(results))
     assert table is not None
     assert table.rows[0][5] == "∞"
     assert "–" not in table.rows[0][5:]
@@ -282,7 +287,7 @@ def test_an_infinite_likelihood_is_valid_json_and_no_gap(own: Path, tmp_path: Pa
     assert r"$\infty$" in (tmp_path / "report.tex").read_text()
 
 
-def test_float32_is_exact_whatever_the_process_has_set(own: Path) -> None:  # noqa: F811
+def test_float32_is_exact_whatever_the_process_has_set(dataset: Path) -> None:  # noqa: F811
     seen = []
 
     def network(image: Tensor) -> Tensor:
@@ -293,14 +298,14 @@ def test_float32_is_exact_whatever_the_process_has_set(own: Path) -> None:  # no
     before = cudnn.allow_tf32, matmul.allow_tf32
     try:
         cudnn.allow_tf32 = matmul.allow_tf32 = True
-        evaluate(network, "clean", own, size=32)
+        evaluate(network, "clean", dataset, size=32)
         assert (cudnn.allow_tf32, matmul.allow_tf32) == (True, True)
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = before
     assert seen[-1] == (False, False)
 
 
-def test_the_average_of_an_interrupted_run_is_called_so(own: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_average_of_an_interrupted_run_is_called_so(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     """A folder without an export gives its newest checkpoint."""
     draw_folder(tmp_path / "data", train=20, conflict=0)
     for decay in ("0.9", None):
@@ -312,5 +317,5 @@ def test_the_average_of_an_interrupted_run_is_called_so(own: Path, tmp_path: Pat
         (folder / "model.safetensors").unlink()
         found = open_network(str(folder), None, "net", view)
         assert (exported.facts["averaged"], found.facts["averaged"]) == ((True, True) if decay else (False, None))
-        picture = torch.rand(1, 3, 32, 32)
-        assert torch.equal(found.model(picture), exported.model(picture))
+        image = torch.rand(1, 3, 32, 32)
+        assert torch.equal(found.model(image), exported.model(image))
