@@ -181,9 +181,10 @@ def test_what_bfloat16_changes_is_counted_and_told(dataset: Path) -> None:  # no
     count = results["agreement"]["Close"]
     assert (count["correct"], count["total"]) == (20 - changed, 20)
     assert list(results["cells"]["Close"]) == ["clean"]
-    told = precision_text(results["models"]["Close"], results["agreement"]["Close"])
+    message = precision_text(results["models"]["Close"], results["agreement"]["Close"])
     assert (
-        told == f"bf16; of 20 pictures it answers {changed} otherwise than in fp32 ({5 * changed}.00 %), above 0.02 %"
+        message
+        == f"bf16; of 20 pictures it answers {changed} otherwise than in fp32 ({5 * changed}.00 %), above 0.02 %"
     )
     exact = evaluate(network, "clean", dataset, size=32)
     assert exact["agreement"] == {}
@@ -191,10 +192,10 @@ def test_what_bfloat16_changes_is_counted_and_told(dataset: Path) -> None:  # no
 
 
 def test_a_limit_is_said_before_the_numbers(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    for limit, told in ((8, "Not the whole benchmarks: 8 of 20 pictures (seed 0)"), (None, "")):
+    for limit, message in ((8, "Not the whole benchmarks: 8 of 20 pictures (seed 0)"), (None, "")):
         print_headline(evaluate(Linear(), "clean", dataset, size=32, limit=limit))
         first = capsys.readouterr().out.splitlines()[0]
-        assert first.startswith(told)
+        assert first.startswith(message)
         assert ("Not the whole" in first) == (limit is not None)
 
 

@@ -151,10 +151,10 @@ def test_the_command_measures_what_lies_in_a_folder(
     from mae_dat.models.weights.open import open_model
 
     files = [saved(tmp_path / name / "model.safetensors", side=SIDE, seed=i) for i, name in enumerate("ab")]
-    given = ["--checkpoint", *map(str, files), "--data", str(imagenet), "--output", str(tmp_path / "out")]
-    given += ["--num_workers", "0", "--precision", "fp32", "--device", "cpu", "--baseline", "b/model"]
+    flags = ["--checkpoint", *map(str, files), "--data", str(imagenet), "--output", str(tmp_path / "out")]
+    flags += ["--num_workers", "0", "--precision", "fp32", "--device", "cpu", "--baseline", "b/model"]
     asked = ["imagenet", "imagenet-a", "imagenet-v2", "imagenet-c", "cue-conflict", "fgsm-1/255"]
-    headline = printed([*given, "--suite", *asked], monkeypatch, capsys)
+    headline = printed([*flags, "--suite", *asked], monkeypatch, capsys)
     results = read_results(tmp_path / "out" / "results.json")
     assert list(results["models"]) == ["b/model", "a/model"]
     assert "imagenet-r" in results["not_measured"]
@@ -411,9 +411,9 @@ def _two_ranks(rank: int, arguments: list[str]) -> None:
 @pytest.mark.slow
 def test_two_real_ranks_write_what_one_does(dataset: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "net.safetensors", 10)
-    given = ["--checkpoint", str(file), "--data", str(dataset), "--num_workers", "0", "--suite", *SOME]
+    flags = ["--checkpoint", str(file), "--data", str(dataset), "--num_workers", "0", "--suite", *SOME]
     ranks = start_ranks(
-        2, _two_ranks, [*given, "--output", str(tmp_path / "two"), "--device", "cpu", "--precision", "fp32"]
+        2, _two_ranks, [*flags, "--output", str(tmp_path / "two"), "--device", "cpu", "--precision", "fp32"]
     )
     assert exit_codes(ranks, 240) == [0, 0]
     two = read_results(tmp_path / "two" / "results.json")
@@ -523,10 +523,12 @@ def write_onnx(network: Linear, path: Path, batch: int | str = "batch", flat: in
         helper.make_node("Gemm", ["flat", "w", "b"], ["logits"], transB=1),
     ]
     kinds = [("image", [batch, 3, 32, 32]), ("logits", [batch, len(weights["b"])])]
-    given, made = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds)
+    image_input, logits_output = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in kinds
+    )
     weights |= {"shape": np.array([flat, 48])} if flat else {}
     tensors = [numpy.from_array(value, name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "linear", [given], [made], tensors)
+    graph = helper.make_graph(nodes, "linear", [image_input], [logits_output], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
 
@@ -569,24 +571,35 @@ def test_timms_own_names_reach_timm(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network, out = write_timm(tmp_path / "net").eval(), tmp_path / "out"
-    given = ["--data", str(dataset), "--suite", "clean", "--device", "cpu", "--num_workers", "0", "--output", str(out)]
+    arguments = [
+        "--data",
+        str(dataset),
+        "--suite",
+        "clean",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--output",
+        str(out),
+    ]
     source = f"local-dir:{tmp_path / 'net'}"
-    printed(["--model", source, "--pretrained", *given, "--input_size", "32"], monkeypatch, capsys)
+    printed(["--model", source, "--pretrained", *arguments, "--input_size", "32"], monkeypatch, capsys)
     ours = Classifier(network, (0.5,) * 3, (0.5,) * 3)
     expected = evaluate({"net": ours}, "clean", dataset, size=32, device="cpu")["cells"]["net"]
     (found,) = read_results(out / "results.json")["cells"].values()
     assert found == expected
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # timm itself says that it finds nothing
-    for flags, told in [
+    for flags, message in [
         (["--model", "hf-hub:timm/no_such_model", "--pretrained"], r"hf-hub:timm/no_such_model is not available: .*"),
         (["--checkpoint", "hf-hub:timm/resnet18"], "--model hf-hub:timm/resnet18 --pretrained"),
         (["--checkpoint", "timm/resnet18"], "--model hf-hub:timm/resnet18 --pretrained"),
         (["--model", "timm/resnet18", "--pretrained"], "Use 'hf-hub:timm/resnet18'"),
         (["--model", f"local-dir:{tmp_path / 'none'}", "--pretrained"], "none is not available: Config file not found"),
     ]:
-        outcome = outcome_of(robustness.main, [*flags, *given], monkeypatch, capsys)
+        outcome = outcome_of(robustness.main, [*flags, *arguments], monkeypatch, capsys)
         assert outcome.code in (64, 66), flags
-        assert re.search(told, outcome.stderr), outcome.stderr
+        assert re.search(message, outcome.stderr), outcome.stderr
     write_timm(tmp_path / "features", classes=0)
     with pytest.raises(ConfigError, match="features has no classes"):
         pretrained_timm(f"local-dir:{tmp_path / 'features'}")
@@ -602,18 +615,20 @@ def test_timms_weights_are_measured_with_timms_crop(
     made = timm.data.create_transform(**timm.data.resolve_model_data_config(network) | {"input_size": (3, 32, 32)})
     with torch.no_grad():
         answers = network(torch.stack([made(Image.open(path)) for path in paths])).argmax(1).tolist()  # type: ignore[operator]
-    given = ["--model", f"local-dir:{tmp_path / 'net'}", "--pretrained", "--data", str(tmp_path / "data")]
-    given += ["--suite", "clean", "--device", "cpu", "--num_workers", "0", "--input_size", "32", "--output", str(out)]
-    given += ["--precision", "fp32"]
-    printed(given, monkeypatch, capsys)
+    flags = ["--model", f"local-dir:{tmp_path / 'net'}", "--pretrained", "--data", str(tmp_path / "data")]
+    flags += ["--suite", "clean", "--device", "cpu", "--num_workers", "0", "--input_size", "32", "--output", str(out)]
+    flags += ["--precision", "fp32"]
+    printed(flags, monkeypatch, capsys)
     results = read_results(out / "results.json")
     (counts,), (facts,), (suites,) = (results[key].values() for key in ("cells", "models", "suites"))  # type: ignore[literal-required]
     assert counts["clean"][""]["correct"] == sum(a == int(p.parent.name) for a, p in zip(answers, paths, strict=True))
     assert facts["crop"] == 0.95
-    told = "if not 32 x 32: resized to cover 33 x 33 (bicubic), centre crop 32 x 32, the network's own share of 0.95"
-    assert suites["clean"]["protocol"]["preprocessing"] == told
+    expected = (
+        "if not 32 x 32: resized to cover 33 x 33 (bicubic), centre crop 32 x 32, the network's own share of 0.95"
+    )
+    assert suites["clean"]["protocol"]["preprocessing"] == expected
     assert "| crop | 0.95 of the side |" in (out / "report.md").read_text()
-    printed([*given, "--crop", "0.875"], monkeypatch, capsys)
+    printed([*flags, "--crop", "0.875"], monkeypatch, capsys)
     again = read_results(out / "results.json")
     assert "crop" not in next(iter(again["models"].values()))
     assert len(list((out / "cells").iterdir())) == 2
@@ -676,7 +691,7 @@ def test_finetune_evaluates_the_same_suites(
 
     names = sorted(path.name for path in (dataset / "val").iterdir())
     file = saved(tmp_path / "run" / "model.safetensors", 10, names)
-    given = [
+    flags = [
         "--eval",
         "--resume",
         str(file.parent),
@@ -687,7 +702,7 @@ def test_finetune_evaluates_the_same_suites(
         "--device",
         "cpu",
     ]
-    outcome = outcome_of(main, [*given, "--precision", "fp32", "--suite", "clean", "words-random"], monkeypatch, capsys)
+    outcome = outcome_of(main, [*flags, "--precision", "fp32", "--suite", "clean", "words-random"], monkeypatch, capsys)
     assert outcome.code == 0, outcome.stderr
     results = read_results(tmp_path / "run" / "evaluation" / "results.json")
     assert (
@@ -797,8 +812,8 @@ def test_a_suite_that_cannot_be_made_at_a_size_is_left_out_of_all_and_refused_by
 
 def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Path, tmp_path: Path) -> None:
     for outputs, advice in ((21841, "give weights fine-tuned on ImageNet-1k"), (1001, r"model\(image\)\[:, 1:\]")):
-        for suite, told in (("all", "holds ImageNet, ImageNet-V2, ImageNet-A"), ("imagenet", "the network has")):
-            with pytest.raises(UserError, match=rf"{told}.* {outputs} outputs, not ImageNet's 1000: .*{advice}"):
+        for suite, message in (("all", "holds ImageNet, ImageNet-V2, ImageNet-A"), ("imagenet", "the network has")):
+            with pytest.raises(UserError, match=rf"{message}.* {outputs} outputs, not ImageNet's 1000: .*{advice}"):
                 evaluate(Linear(outputs), suite, imagenet, size=SIDE)
     flat = tmp_path / "flat" / "imagenet" / "val"
     draw([flat / Path(name).name for name in validation_names()])
@@ -844,7 +859,7 @@ def test_flags_that_do_not_fit_together(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(saved(tmp_path / "net.safetensors", 10))
-    for given, told in [
+    for arguments, message in [
         ([], "nothing to evaluate"),
         (["--pretrained"], "--pretrained needs --model"),
         (["--model", "nonsense", "--pretrained"], "unknown model 'nonsense'"),
@@ -858,10 +873,10 @@ def test_flags_that_do_not_fit_together(
         (["--checkpoint", "mae_dat_dem"], "did you mean mae_dat_demo"),
         (["--recompute", file], "is no results.json"),
     ]:
-        flags = [*given, "--data", str(dataset), "--output", str(tmp_path / "out"), "--device", "cpu"]
+        flags = [*arguments, "--data", str(dataset), "--output", str(tmp_path / "out"), "--device", "cpu"]
         outcome = outcome_of(robustness.main, flags, monkeypatch, capsys)
-        assert outcome.code in (64, 65, 66), given
-        assert told in outcome.stderr, given
+        assert outcome.code in (64, 65, 66), arguments
+        assert message in outcome.stderr, arguments
 
 
 def test_examples_are_pictures_on_which_the_networks_differ(dataset: Path, tmp_path: Path) -> None:
@@ -882,10 +897,10 @@ def test_examples_are_pictures_on_which_the_networks_differ(dataset: Path, tmp_p
 @pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_stopped(dataset: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "net.safetensors", 10)
-    given = ["-m", "mae_dat", "robustness", "--checkpoint", str(file), "--data", str(dataset), "--num_workers", "1"]
-    given += ["--suite", "clean", "generated", "--device", "cpu", "--precision", "fp32"]
-    given += ["--output", str(tmp_path / "out")]
-    command = subprocess.Popen([sys.executable, *given], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    flags = ["-m", "mae_dat", "robustness", "--checkpoint", str(file), "--data", str(dataset), "--num_workers", "1"]
+    flags += ["--suite", "clean", "generated", "--device", "cpu", "--precision", "fp32"]
+    flags += ["--output", str(tmp_path / "out")]
+    command = subprocess.Popen([sys.executable, *flags], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     stored, end = tmp_path / "out" / "cells", time.monotonic() + 120
     while len(list(stored.glob("*.json"))) < 3:
         assert command.poll() is None
@@ -895,7 +910,7 @@ def test_a_killed_command_goes_on_where_it_stopped(dataset: Path, tmp_path: Path
     command.wait()
     kept = {path: path.stat().st_mtime_ns for path in stored.glob("*.json")}
     assert len(kept) < 16
-    again = run_script(*given)
+    again = run_script(*flags)
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     results = read_results(tmp_path / "out" / "results.json")

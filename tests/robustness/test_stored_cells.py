@@ -129,7 +129,7 @@ def test_a_module_is_known_by_all_that_it_is_made_of() -> None:
     assert len({base, *map(module_sha256, others)}) == 6
     assert None not in map(module_sha256, others)
     hooked = Shifted(0.0)
-    hooked.register_forward_hook(lambda module, given, made: -made)
+    hooked.register_forward_hook(lambda module, inputs, output: -output)
     closed = Shifted(lambda: 1)
 
     class Local(Linear):  # may close over anything
@@ -243,9 +243,9 @@ def test_a_report_tells_every_version_that_measured_it(
     old, new = mixed["versions"]["mae_dat"].split(" and ")
     assert old in first["versions"]["mae_dat"]
     assert new.endswith("0" * 12)
-    told = " ".join(findings(summarize(mixed)))
-    assert "measured under several versions (mae_dat 0.1.0, sources" in told
-    assert "delete the folder cells" in told
+    message = " ".join(findings(summarize(mixed)))
+    assert "measured under several versions (mae_dat 0.1.0, sources" in message
+    assert "delete the folder cells" in message
     assert "measured under several versions" in caplog.text
     anew = [one["cells"]["Linear"] for one in mixed["measured_under"] if one["versions"]["mae_dat"] == new]
     assert anew == [{"fgsm-1/255": [""], "gradient attacks": [""]}]
