@@ -14,6 +14,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import pytest
 import torch
+from noise_images import MakeFolder, write_images
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -53,3 +54,9 @@ def logging_as_before() -> Iterator[None]:
     yield
     logging.captureWarnings(False)
     root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> MakeFolder:
+    """Return a function that writes noise images of the given names to a folder, and returns the folder."""
+    return lambda names: write_images(tmp_path, names)
