@@ -75,7 +75,7 @@ class BenchmarkConfig:
 
 def main() -> None:
     """Measure, print a table and write the numbers."""
-    config = load_config(BenchmarkConfig(), __doc__ or "", program="python -m benchmarks")
+    config = load_config(BenchmarkConfig, sys.argv[1:], __doc__ or "", program="python -m benchmarks")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device, console = pick_device(config.device), Console(width=max(Console().width, TABLE_WIDTH))
     start, cases = time.monotonic(), select_cases(config, device)

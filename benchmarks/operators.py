@@ -7,6 +7,7 @@ Shares are of a step's processor time (on a GPU: of the device's), an operator's
 
 import cProfile
 import pstats
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def show(case: Case, shares: Shares, top: int, console: Console) -> None:
 
 def main() -> None:
     """Command line."""
-    config = load_config(OperatorsConfig(), __doc__ or "", program="python -m benchmarks.operators")
+    config = load_config(OperatorsConfig, sys.argv[1:], __doc__ or "", program="python -m benchmarks.operators")
     if not config.only:
         raise ConfigError("name at least one case: --only NAME, as in `python -m benchmarks`")
     device, console = pick_device(config.device), Console()

@@ -53,7 +53,7 @@ class Case:
     """Goal: share of the matrix rate."""
     returns_seconds: bool = False
     """A step returns its seconds instead of being timed (the pause of a training, CPU time)."""
-    waits: bool = False
+    returns_waiting: bool = False
     """A step returns the seconds that it waited for data."""
     waiting_at_most: float | None = None
     """Goal: share of the time spent waiting for data."""

@@ -41,7 +41,7 @@ class Stage:
     """Titles of the stages that must finish first."""
 
 
-def run_training(settings: Settings, title: str, console: Console) -> None:
+def _run_or_resume(settings: Settings, title: str, console: Console) -> None:
     """Run one training, or resume it."""
     if isinstance(settings, PretrainConfig):
         pretrain(settings, console, title)
@@ -57,7 +57,7 @@ def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
     """
     if jobs == 1:
         for stage in stages:
-            run_training(stage.settings(), stage.title, console)
+            _run_or_resume(stage.settings(), stage.title, console)
             console.end_stage(stage.title)
         return
     _train_in_processes(stages, min(jobs, len(stages)), dict(console.plan))
@@ -196,7 +196,7 @@ def _serve(line: Connection, threads: int, log_level: int) -> None:
             return
         failure: tuple[str, int] | None = None
         try:
-            run_training(settings, title, console)
+            _run_or_resume(settings, title, console)
         except UserError as error:
             failure = str(error), error.exit_code
         except KeyboardInterrupt:  # before its first step or after its last, when there is nothing to save
