@@ -400,9 +400,9 @@ def test_a_failed_check_marks_its_row() -> None:
     checks = results["checks"]["random"]
     checks["gradient attacks"] = checks.pop("pgd-5-1/255")  # checked once for all
     assert headline_table(summarize(results)).rows[0][2].endswith("‡")
-    assert attack_check_failed(results, "random", "autoattack-4/255")
-    assert not attack_check_failed(results, "random", "words-random")
-    assert not attack_check_failed(results, "plain", "autoattack-4/255")
+    assert attack_check_failed(results["checks"], "random", "autoattack-4/255")
+    assert not attack_check_failed(results["checks"], "random", "words-random")
+    assert not attack_check_failed(results["checks"], "plain", "autoattack-4/255")
 
 
 def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:

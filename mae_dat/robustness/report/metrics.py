@@ -19,7 +19,7 @@ from mae_dat.robustness.scores.accuracy import (
     top1_error,
 )
 from mae_dat.robustness.scores.corruption_error import ALEXNET, mce
-from mae_dat.robustness.scores.results import Results
+from mae_dat.robustness.scores.results import AttackChecks, CalibrationScores
 
 ROBUSTBENCH_SUBSET = "5,000 pictures of a list"  # the subset of a protocol that used RobustBench's list
 GRADIENT_CHECKS = "gradient attacks"  # key of the checks that FGSM, PGD and AutoAttack share
@@ -60,20 +60,26 @@ class Metric:
     digits: int = 1
 
 
-def metrics_of(results: Results, measurements: Sequence[Measurement]) -> list[Metric]:
+def metrics_of(
+    measurements: Sequence[Measurement], calibration: CalibrationScores, checks: AttackChecks
+) -> list[Metric]:
     """Compute every metric in the order of the report. Metrics without any value are left out."""
-    metrics = [metric for measurement in measurements for metric in _metrics_of_measurement(results, measurement)]
+    metrics = [
+        metric for measurement in measurements for metric in _metrics_of_measurement(measurement, calibration, checks)
+    ]
     return [metric for metric in metrics if metric.values]
 
 
-def _metrics_of_measurement(results: Results, measurement: Measurement) -> Iterator[Metric]:
+def _metrics_of_measurement(
+    measurement: Measurement, calibration: CalibrationScores, checks: AttackChecks
+) -> Iterator[Metric]:
     match measurement.kind:
         case "plain":
-            return _plain_metrics(results, measurement)
+            return _plain_metrics(measurement, calibration, checks)
         case "shape":
             return _shape_metrics(measurement)
         case "words":
-            return _word_metrics(results, measurement)
+            return _word_metrics(measurement, checks)
         case _:
             return _corruption_metrics(measurement)
 
@@ -107,28 +113,27 @@ def _published_suffix(measurement: Measurement) -> str:
     return {"": "", ROBUSTBENCH_SUBSET: "-5000"}.get(subset, "-part")
 
 
-def attack_check_failed(results: Results, model: str, suite: str) -> bool:
+def attack_check_failed(checks: AttackChecks, model: str, suite: str) -> bool:
     """Return whether a sanity check of an attack failed; attacks that use gradients share one check of these."""
-    checks = results["checks"].get(model, {})
     shared = GRADIENT_CHECKS if suite.startswith(("fgsm", "pgd", "autoattack")) else suite
-    return not all(check["passed"] for name in {suite, shared} for check in checks.get(name, []))
+    return not all(check["passed"] for name in {suite, shared} for check in checks.get(model, {}).get(name, []))
 
 
-def _accuracy_value(results: Results, measurement: Measurement, cell: str, model: str) -> MetricValue:
+def _accuracy_value(measurement: Measurement, checks: AttackChecks, cell: str, model: str) -> MetricValue:
     count = measurement.counts[model][cell]
-    doubtful = attack_check_failed(results, model, measurement.suite)
+    doubtful = attack_check_failed(checks, model, measurement.suite)
     return MetricValue(top1_accuracy(count), (WeightedCount(100.0, count),), doubtful)
 
 
-def _plain_metrics(results: Results, measurement: Measurement) -> Iterator[Metric]:
+def _plain_metrics(measurement: Measurement, calibration: CalibrationScores, checks: AttackChecks) -> Iterator[Metric]:
     """Yield the accuracy, and on clean images the expected calibration error."""
     suite = measurement.suite
 
     def calibration_error(model: str) -> MetricValue | None:
-        ece = results["calibration"].get(model, {}).get(suite, {}).get("ece")
+        ece = calibration.get(model, {}).get(suite, {}).get("ece")
         return None if ece is None else MetricValue(100 * ece)
 
-    accuracy = functools.partial(_accuracy_value, results, measurement, "")
+    accuracy = functools.partial(_accuracy_value, measurement, checks, "")
     yield _metric(
         measurement, suite, " (%)", better=+1, value=accuracy, published=suite + _published_suffix(measurement)
     )
@@ -155,12 +160,12 @@ def _shape_metrics(measurement: Measurement) -> Iterator[Metric]:
     yield _metric(measurement, f"{suite}/coverage", ": coverage (%)", better=0, value=coverage)
 
 
-def _word_metrics(results: Results, measurement: Measurement) -> Iterator[Metric]:
+def _word_metrics(measurement: Measurement, checks: AttackChecks) -> Iterator[Metric]:
     """Yield the accuracy at the share of changed words that is nearest to `HEADLINE_SHARE`."""
     cells = measurement.counts[measurement.models[0]]
     shares = [cell for cell in cells if float(cell) > 0] or list(cells)
     share = min(shares, key=lambda cell: abs(float(cell) - HEADLINE_SHARE))
-    accuracy = functools.partial(_accuracy_value, results, measurement, share)
+    accuracy = functools.partial(_accuracy_value, measurement, checks, share)
     title = f", {100 * float(share):g} % of the words (%)"
     yield _metric(measurement, f"{measurement.suite}/{share}", title, better=+1, value=accuracy)
 

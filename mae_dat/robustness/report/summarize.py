@@ -20,7 +20,15 @@ from mae_dat.robustness.report.measurements import (
 )
 from mae_dat.robustness.report.metrics import Metric, columns_of, metrics_of
 from mae_dat.robustness.scores.accuracy import Count
-from mae_dat.robustness.scores.results import ModelFacts, Results, SuiteFacts, TrainingFacts, VersionedCells
+from mae_dat.robustness.scores.results import (
+    AttackChecks,
+    CalibrationScores,
+    ModelFacts,
+    Results,
+    SuiteFacts,
+    TrainingFacts,
+    VersionedCells,
+)
 
 MAX_COLUMNS = 4
 """Groups that fit into a table as columns, beside their differences; more groups have a row each."""
@@ -71,10 +79,8 @@ class ReportData:
     image_size: str
     """Input size of all models, if it is not the usual one; empty otherwise."""
     cells: list[CellCounts]
-    calibration: dict[str, dict[str, dict[str, float | None]]]
-    """By model and suite, as in `Results`."""
-    checks: dict[str, dict[str, list[dict[str, Any]]]]
-    """By model and attack, as in `Results`."""
+    calibration: CalibrationScores
+    checks: AttackChecks
     agreement: dict[str, Count]
     """By model in bfloat16: images with the same prediction in float32."""
     examples: list[dict[str, Any]]
@@ -115,7 +121,7 @@ def summarize(results: Results) -> ReportData:
     """Compute everything that a report shows."""
     groups = groups_of(results)
     measurements = measurements_of(results, groups)
-    metrics = metrics_of(results, measurements)
+    metrics = metrics_of(measurements, results["calibration"], results["checks"])
     columns = columns_of(metrics, measurements)
     best = {metric: best_group(metric, groups) for metric in metrics}
     return ReportData(

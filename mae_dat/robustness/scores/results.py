@@ -109,6 +109,12 @@ class VersionedCells(TypedDict):
     """By model and suite."""
 
 
+CalibrationScores = dict[str, dict[str, dict[str, float | None]]]
+"""By model and suite: ece, rms, rms_compat, nll (None where it is infinite), brier."""
+AttackChecks = dict[str, dict[str, list[dict[str, Any]]]]
+"""By model and attack: the sanity checks of the attack (`attacks.pixel.attack_checks`)."""
+
+
 class Results(TypedDict):
     """Everything that an evaluation measured: the content of results.json."""
 
@@ -132,10 +138,8 @@ class Results(TypedDict):
     cells: dict[str, dict[str, dict[str, Count]]]
     """By model and suite, then by cell: "" for a whole suite, "fog/3" for a corruption and severity, "0.05" for a share
     of changed words."""
-    calibration: dict[str, dict[str, dict[str, float | None]]]
-    """By model and suite: ece, rms, rms_compat, nll (None where it is infinite), brier."""
-    checks: dict[str, dict[str, list[dict[str, Any]]]]
-    """By model and attack: the sanity checks of the attack (`attacks.pixel.attack_checks`)."""
+    calibration: CalibrationScores
+    checks: AttackChecks
     agreement: NotRequired[dict[str, Count]]
     """By model in bfloat16: for how many clean images its prediction equals the one in float32."""
     not_measured: dict[str, str]
