@@ -37,7 +37,7 @@ from mae_dat.training.galleries import (
     adversary_columns,
     attention_columns,
     changed_word_sheet,
-    codebook_picture,
+    codebook_image,
     most_changed_words,
     reconstruction_columns,
     used_words,
@@ -315,7 +315,7 @@ def draw_words(config: WordsConfig) -> None:
         else:
             entries = used[:_MAX_CODEBOOK]
             order = f"the {len(entries)} most used in {sample}"
-        codebook = codebook_picture(word_tiles(tokenizer, entries))
+        codebook = codebook_image(word_tiles(tokenizer, entries))
         writer.write("codebook", draw_gallery([("", codebook)], heading=f"{heading}; {order}", cell=1))
 
 

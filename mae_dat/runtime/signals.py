@@ -22,8 +22,6 @@ class StopRequest:
 
     signal: "signal.Signals | None" = None
     """The first signal that this process got."""
-    all_ranks_stop = False
-    """Whether every rank knows that some rank got a signal, so that all stop after the same step."""
     immediate = False
     """Whether a second signal asked to stop without saving."""
 

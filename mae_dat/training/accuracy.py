@@ -34,7 +34,7 @@ def evaluate_accuracy(
 
     with evaluation_mode(model):
         # With a sharded model a rank that fails must not wait for the others, which wait for it in the forward pass: it
-        # leaves, and they are told why.
+        # leaves, and they report its reason.
         correct, correct5, loss, total = all_sum(count() if is_sharded(model) else on_all_ranks(count)).tolist()
     if not total:
         raise DataError("no image to evaluate could be read: check the validation folder.")

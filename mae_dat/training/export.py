@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_model(tensors: Mapping[str, Tensor], context: RunContext, facts: dict[str, Any]) -> None:
-    """Writes `model.safetensors` (bare keys, what it takes to rebuild the model inside) and its card with the sha256.
+    """Write `model.safetensors`, with `facts` that rebuild the model inside, and its card with the sha256.
 
     Nothing is written when the file there is of the same facts and steps: a rerun of a complete run changes nothing.
     """

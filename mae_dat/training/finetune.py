@@ -64,24 +64,14 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         classes = class_count(settings.nb_classes, images)
         seed_everything(seed)
         warn_of_slow_lars(settings.opt, config.optim, context.world.size)
-        model = build_configured_classifier(settings, data, classes, settings.pretrained)
-        initialize(model, settings)
-        if config.baselines.splits_norms:
-            split_norms(model)
-        model.to(context.device)
-        objective = classification_objective(config, classes, context.device)
-        ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
-        prepare_model(model, context, ema.module if ema else None)
-        # The learning rate is set in every step.
-        optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
-        state = TrainingState(model, optimizer, objective, ema)
+        state = build_state(config, classes, context)
         loader = held_out_loader(held_out, 2 * config.optim.batch_size, data, context)
         samples = [held_out[index * len(held_out) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
 
         def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(epoch, context):
                 galleries = draw_held_out_adversary(
-                    state.model, objective, samples=samples, seed=seed, device=context.device
+                    state.model, state.objective, samples=samples, seed=seed, device=context.device
                 )
                 show_galleries(galleries, context, log, epoch)
             return evaluate_accuracy(state.averaged, loader, context.device, context.precision)
@@ -101,11 +91,30 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
         facts = {
             **classifier_facts(settings, data, images.classes),
             "nb_classes": classes,
-            "averaged": ema is not None,
+            "averaged": state.ema is not None,
             "steps": state.step,
         }
         export_model(tensors, context, facts)
         return evaluate_accuracy(averaged, loader, context.device, context.precision)
+
+
+def build_state(config: FinetuneConfig, classes: int, context: RunContext) -> TrainingState:
+    """Build the model with the weights to start from, its average, the objective and the optimizer.
+
+    Raises MissingInputError, CheckpointError, ConfigError.
+    """
+    settings = config.classifier
+    model = build_configured_classifier(settings, config.data, classes, settings.pretrained)
+    initialize(model, settings)
+    if config.baselines.splits_norms:
+        split_norms(model)
+    model.to(context.device)
+    objective = classification_objective(config, classes, context.device)
+    ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
+    prepare_model(model, context, ema.module if ema else None)
+    # The learning rate is set in every step.
+    optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
+    return TrainingState(model, optimizer, objective, ema)
 
 
 def classification_objective(config: FinetuneConfig, classes: int, device: torch.device) -> Objective:

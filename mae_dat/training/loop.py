@@ -138,7 +138,7 @@ class Trainer:
             )
 
     def show_progress(self) -> None:
-        """Tell the watchdog and the progress bar that a step is done, and add its time to the epoch's."""
+        """Signal the watchdog and the progress bar that a step is done, and add its time to the epoch's."""
         heartbeat()
         for name, seconds in zip(("seconds", "cpu_seconds"), self.clock.lap(), strict=True):
             self.state.totals[name] = self.state.totals.get(name, 0.0) + seconds
@@ -171,7 +171,7 @@ class Trainer:
         save_error = catch_user_error(self.saver.check) if self.saver else None
         counts = self.reports.sum_over_ranks(micro_batches, self.requests_of_this_rank(save_error))
         grad_norm = self.apply_gradient()
-        self.reports.add(self.state.step, micro_batches, save_error, grad_norm, counts)
+        self.reports.add(self.state.step, micro_batches, save_error, grad_norm=grad_norm, counts=counts)
         self.state.step += 1
 
     @property

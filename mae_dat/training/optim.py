@@ -23,14 +23,14 @@ _STEM = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "norm_pre.")
 
 
 def effective_lr(lr: float | None, blr: float, effective_batch: int) -> float:
-    """The absolute learning rate: `lr` where given, else blr * effective batch / 256 (linear scaling)."""
+    """Return the absolute learning rate: `lr` where given, else blr * effective batch / 256 (linear scaling)."""
     return blr * effective_batch / 256 if lr is None else lr
 
 
 def learning_rate(
     epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float, warmup_lr: float = 0.0
 ) -> float:
-    """The rate at a fractional epoch: linear from `warmup_lr` to `lr` over the warm-up, then half a cosine to `min_lr`.
+    """Return the rate at a fractional epoch: linear from `warmup_lr` to `lr`, then half a cosine to `min_lr`.
 
     It stays at `min_lr` past the end, and is `lr` at the end of a run that is all warm-up.
     """
@@ -121,9 +121,9 @@ def build_optimizer(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
-    """Groups of (name, parameter) with `lr_scale` and `weight_decay`, in the order of their first parameter.
+    """Return groups of (name, parameter) with `lr_scale` and `weight_decay`, in the order of their first parameter.
 
-    Weight decay spares one-dimensional parameters and those that the network names in `no_weight_decay()`: a timm
+    Weight decay spares one-dimensional parameters and those that the model names in `no_weight_decay()`: a timm
     transformer's pos_embed and cls_token, so they are spared in fine-tuning and cls_token is decayed in pretraining.
     """
     net = inner_module(model)
@@ -141,7 +141,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float |
 
 
 def inner_module(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, torch.compile and `Classifier`, whose keys have no prefix."""
+    """Return the module inside DistributedDataParallel, torch.compile and `Classifier`; its keys have no prefix."""
     while True:
         if isinstance(model, Classifier):
             model = model.net
@@ -198,8 +198,8 @@ def _timm_layer_scales(net: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def clip_gradient(model: nn.Module, limit: float | None) -> Tensor:
-    """Scales the gradient to a norm of at most `limit` (None: leaves it); returns the norm from before, over all
-    shards, a scalar on the device."""
+    """Scale the gradient to a norm of at most `limit` (None: no limit); return the norm before, over all shards, a
+    scalar on the device."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if limit is not None:
@@ -209,8 +209,8 @@ def clip_gradient(model: nn.Module, limit: float | None) -> Tensor:
 
 @torch.no_grad()
 def update_average(ema: Any, model: nn.Module, step: int, skip_update: Tensor) -> None:
-    """timm's ModelEmaV3.update, also on shards; the average of the weights stays as it is where
-    `skip_update`, a scalar on the device, is 1."""
+    """Update the average of the weights as timm's ModelEmaV3.update does, also on shards, except where `skip_update`, a
+    scalar on the device, is 1."""
     weight = (1.0 - ema.get_decay(step)) * (1.0 - skip_update)
     for mean, value in zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True):
         if mean.is_floating_point():

@@ -49,7 +49,8 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
 
         def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(epoch, context):
-                show_galleries(draw_galleries(model, objective, still_images, mae, seed), context, log, epoch)
+                galleries = draw_galleries(model, objective, still_images, mae=mae, seed=seed)
+                show_galleries(galleries, context, log, epoch)
             return {}
 
         run_training(

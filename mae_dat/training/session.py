@@ -36,7 +36,7 @@ def run_training(
     optim: OptimConfig,
     settings: Mapping[str, Any],
     reporting: Reporting,
-    trainer: type[Trainer] = Trainer,
+    trainer_class: type[Trainer] = Trainer,
     epoch_steps: int | None = None,
 ) -> None:
     """Resume or start a training in the output folder, and train to the end.
@@ -48,16 +48,9 @@ def run_training(
     run, world = context.run, context.world
     checkpoint = on_main_rank(lambda: checkpoint_to_resume(run, context.output))
     optim = keep_global_batch(optim, checkpoint, world.size)
-    batch = optim.batch_size * optim.accum_iter * world.size
     epoch_steps = epoch_steps or steps_per_epoch(len(images), optim.batch_size, world.size, optim.accum_iter)
     state.step = run.start_epoch * epoch_steps
-    manifest = {
-        "settings": settings,
-        "images": describe_images(images),
-        "ranks": world.size,
-        "global_batch": batch,
-        "code": code_facts(),
-    }
+    manifest = _manifest(settings, images, optim, world.size)
     if checkpoint:
         restore_progress(state, checkpoint, manifest, epoch_steps=epoch_steps, context=context)
     total_steps = optim.total_epochs * epoch_steps
@@ -84,7 +77,18 @@ def run_training(
             manifest=manifest,
             name_of=images.name_of,
         )
-        trainer(state, setup).run()
+        trainer_class(state, setup).run()
+
+
+def _manifest(settings: Mapping[str, Any], images: ImageSet, optim: OptimConfig, ranks: int) -> dict[str, Any]:
+    """Return what every checkpoint's manifest records about the run."""
+    return {
+        "settings": settings,
+        "images": describe_images(images),
+        "ranks": ranks,
+        "global_batch": optim.batch_size * optim.accum_iter * ranks,
+        "code": code_facts(),
+    }
 
 
 def _record_start(output: Path, step: int, settings: Mapping[str, Any]) -> None:

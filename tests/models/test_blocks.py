@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import (
+from test_loop import (
     SIDE,
     assert_equal_states,
     data_config,

@@ -47,7 +47,7 @@ DAT = ["--dat", "released", "--dat_share", "0.05", "--drop_path", "0.2", "--mixu
 class Arm(NamedTuple):
     """What is trained: a command and its flags."""
 
-    main: Callable[[], None]
+    main: Callable[[Sequence[str]], None]
     flags: list[str]
 
 
@@ -103,7 +103,7 @@ def fork_rank(arm: Arm, output: Path, rank: int, ranks: int, port: int) -> int:
     code = 1
     try:
         tell_progress(output.parent, rank)
-        run_command(arm.main)
+        run_command(lambda: arm.main(sys.argv[1:]))
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN
-from test_engine import setup_for, state_of
+from test_loop import setup_for, state_of
 from tiny_models import tiny, tiny_mae
 from tiny_runs import one_thread
 from torch import Tensor, nn

@@ -23,7 +23,7 @@ from test_dat import (
     labels,
     linear_net,
 )
-from test_engine import final_state, signal_in_step
+from test_loop import final_state, signal_in_step
 from tiny_runs import draw_folder, finetune_in, save_tokenizer
 from torch import Tensor, nn
 

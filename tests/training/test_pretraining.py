@@ -12,7 +12,7 @@ import timm
 import torch
 from ranks import exit_codes, start_ranks
 from test_dat import CountedTokenizer, batch_of, generator, gradients
-from test_engine import assert_equal_states, final_state, records, signal_in_step
+from test_loop import assert_equal_states, final_state, records, signal_in_step
 from tiny_runs import (
     draw_folder,
     finetune_in,

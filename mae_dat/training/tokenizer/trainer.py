@@ -162,7 +162,7 @@ class TokenizerTrainer(Trainer):
         set_lr(self.state.optimizer, cosine(self.state.step, config.steps, config.lr))
 
     def apply_gradient(self) -> Tensor:
-        """Update the tokenizer, then what the objective trains beside it."""
+        """Update the tokenizer, then what else the objective trains."""
         grad_norm = super().apply_gradient()
         self.objective.after_update(self.reports.skip_updates)
         return grad_norm
@@ -199,7 +199,10 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 200) -> float:
 
 
 def train_transform(size: tuple[int, int]) -> v2.Transform:
-    """Crops at many scales, flips and colour changes: a tokenizer must also draw pictures unlike its training set."""
+    """Return crops at many scales, flips and colour changes, to an image (C, H, W) in [0, 1].
+
+    A tokenizer must also reconstruct images unlike its training set.
+    """
     return v2.Compose(
         [
             v2.RandomResizedCrop(size, scale=(0.25, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
@@ -254,8 +257,8 @@ def held_out_folder(config: FoldersConfig, path: str) -> ImageFolder:
 def train_to_file(
     config: FoldersConfig,
     console: Console,
-    objective: type[TokenizerObjective],
-    trainer: type[TokenizerTrainer] = TokenizerTrainer,
+    objective_class: type[TokenizerObjective],
+    trainer_class: type[TokenizerTrainer] = TokenizerTrainer,
 ) -> Path:
     """Train, or resume in the output folder, and write the tokenizer with its card; returns its path.
 
@@ -272,19 +275,19 @@ def train_to_file(
     )
     with run_context(run, LaunchConfig(), console) as context:
         start = time.monotonic()
-        goal = objective(config, context.device)
+        objective = objective_class(config, context.device)
         run_training(
-            TokenizerState(goal.tokenizer, goal.build_optimizer(), goal),
+            TokenizerState(objective.tokenizer, objective.build_optimizer(), objective),
             training_folders(config),
             context,
             data=DataConfig(num_workers=config.num_workers),
             optim=tokenizer_optim(config),
             settings=flat_values(config),
             reporting=Reporting("train the tokenizer"),
-            trainer=trainer,
+            trainer_class=trainer_class,
             epoch_steps=1,
         )
-        return export_tokenizer(config, goal, context, seconds=time.monotonic() - start)
+        return export_tokenizer(config, objective, context, seconds=time.monotonic() - start)
 
 
 def tokenizer_optim(config: FoldersConfig) -> OptimConfig:

@@ -17,7 +17,7 @@ from mae_dat.training.galleries import (
     adversary_columns,
     adversary_gallery,
     attention_columns,
-    codebook_picture,
+    codebook_image,
     most_changed_words,
     reconstruction_columns,
     reconstruction_gallery,
@@ -200,13 +200,13 @@ def test_attention_is_drawn_bright_where_it_falls() -> None:
     maps = torch.full((1, 2, 4, 4), 0.01)
     maps[0, 0, 1, 2] = maps[0, 1, 3, 0] = 0.5
     columns, captions = attention_columns(torch.full((1, 3, 16, 16), 0.5), maps)
-    assert [title for title, _ in columns] == ["picture", "mean of 2 heads", "head 1", "head 2"]
+    assert [title for title, _ in columns] == ["image", "mean of 2 heads", "head 1", "head 2"]
     for (_, drawn), places in zip(columns[1:], ([(1, 2), (3, 0)], [(1, 2)], [(3, 0)]), strict=True):
         bright = drawn[0].mean(0).unfold(0, 4, 4).unfold(1, 4, 4).mean((2, 3)) > 0.5
         assert bright.nonzero().tolist() == [list(place) for place in places]
     assert captions == [["", "peak 25.5%\npatches 65%", "peak 50.0%\npatches 65%", "peak 50.0%\npatches 65%"]]
     assert [title for title, _ in attention_columns(torch.rand(1, 1, 16, 16), maps[:, :1])[0]] == [
-        "picture",
+        "image",
         "attention",
     ]
 
@@ -235,7 +235,7 @@ def test_a_word_has_one_colour_and_no_two_the_same() -> None:
 
 def test_the_codebook_is_laid_out_by_rows() -> None:
     tiles = torch.rand(7, 3, 4, 4)
-    picture = codebook_picture(tiles, cell=8)
+    picture = codebook_image(tiles, tile_size=8)
     assert picture.shape == (1, 3, 2 * 10, 4 * 10), "four across, and a white line after each"
     assert torch.equal(picture[0, :, 10:18:2, 20:28:2], tiles[6])
     assert (picture[0, :, 10:, 30:] == 1).all()

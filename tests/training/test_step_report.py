@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import exit_codes, start_ranks
-from test_engine import (
+from test_loop import (
     CPU,
     RUNS,
     _NaNAt,
@@ -186,7 +186,7 @@ def test_a_step_stays_spoiled() -> None:
 
 def two_ranks(rank: int, folder: Path, output: Path) -> None:
     """One rank stops by a signal, then one has a fault, while both are a step behind."""
-    from test_engine import TINY, mae
+    from test_loop import TINY, mae
 
     readback.LAG["cpu"] = 1
     mae.VIT_SIZES["vit_tiny"] = TINY
