@@ -130,8 +130,10 @@ def test_chunks_and_all_scores_at_once_are_the_same(tokenizer: CountedTokenizer,
         return loss.detach(), gradients(model)
 
     (whole, gradient), most = step(), []
-    judge = WordHead._judge
-    monkeypatch.setattr(WordHead, "_judge", lambda self, *chunk: most.append(len(chunk[0])) or judge(self, *chunk))
+    score_words = WordHead._score_words
+    monkeypatch.setattr(
+        WordHead, "_score_words", lambda self, *chunk: most.append(len(chunk[0])) or score_words(self, *chunk)
+    )
     monkeypatch.setattr(WordHead, "SCORES_AT_ONCE", 20 * WORDS)
     chunked, of_chunks = step()
     assert max(most) == 20
