@@ -32,10 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the whole toolkit on generated images in 10 to 20 minutes: output/demo/report.html
 	$(BIN)/python -m mae_dat demo
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and the order of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 test: lint  ## lint and every test that is not slow, JOBS=2 at a time
 	$(PYTEST)

@@ -46,7 +46,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     `epoch_order`).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the order depends on
         self,
         length: int,
         batch_size: int,

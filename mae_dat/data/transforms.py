@@ -35,13 +35,14 @@ class PretrainTransform(PixelTransform):
         self.size_HW, self.ratio = size_HW, list(_aspect_ratios(size_HW))
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        """Return a random view of the image, uint8 (3, H, W)."""
         pixels = _channels_first(image)
         crop = transforms.RandomResizedCrop.get_params(pixels, [0.2, 1.0], self.ratio)
         pixels = crop_resized(pixels, crop, self.size_HW)
         return pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
 
 
-def finetune_transform(
+def finetune_transform(  # noqa: PLR0913 - one argument per flag
     size_HW: ImageSize,
     aa: str | None = "rand-m9-mstd0.5-inc1",
     color_jitter: float | None = None,
@@ -123,6 +124,7 @@ class FinetuneTransform(PixelTransform):
         self.views, self.resplit = views, resplit
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        """Return a view of the image, (3, H, W), or `views` of them, (views, 3, H, W)."""
         pixels = _channels_first(image)
         region = self.crop.get_params(pixels, self.crop.scale, self.crop.ratio)
         cropped = Image.fromarray(crop_resized(pixels, region, self.size_HW).permute(1, 2, 0).numpy())
@@ -158,6 +160,7 @@ class EraseInRange:
         self.std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
 
     def __call__(self, image: Tensor) -> Tensor:
+        """Return the image (3, H, W) with random rectangles erased."""
         canvas = self.erase(torch.full(image.shape, torch.nan))  # what is no longer nan is erased
         if self.raw:
             return torch.where(canvas.isnan(), as_float(image), canvas)
@@ -216,6 +219,7 @@ class EvalTransform:
         self.cover_HW = (int(size_HW[0] / crop_pct), int(size_HW[1] / crop_pct))
 
     def __call__(self, image: Image.Image) -> Tensor:
+        """Return the image as float32 (3, H, W) in [0, 1]."""
         return functional.to_tensor(self.resize_and_crop(image))
 
     def resize_and_crop(self, image: Image.Image) -> Image.Image:

@@ -159,7 +159,7 @@ def build_vit(
     return net
 
 
-def build_classifier(
+def build_classifier(  # noqa: PLR0913 - timm's arguments
     name: str,
     num_classes: int,
     img_size: int | ImageSize | None = None,

@@ -168,7 +168,7 @@ class MaskedAutoencoder(nn.Module):
     blocks: nn.Sequential
     decoder_blocks: nn.Sequential
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the sizes by their usual names
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,

@@ -103,7 +103,7 @@ class RobustnessConfig:
 # ---- from Python ----
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one keyword per flag
     models: Any,
     suite: str | Sequence[str] = "all",
     data: str | Path | None = None,

@@ -116,7 +116,7 @@ class MonitoredNetwork(nn.Module):
 
 
 @torch.no_grad()  # not inference mode, because attacks take gradients inside
-def measure(
+def measure(  # noqa: PLR0913 - keywords
     networks: Mapping[str, Network],
     passes: Sequence[tuple[ImagePass, Sequence[str]]],
     *,

@@ -27,7 +27,7 @@ from mae_dat.training.state import TrainingState
 logger = logging.getLogger(__name__)
 
 
-def run_training(
+def run_training(  # noqa: PLR0913 - keywords
     state: TrainingState,
     images: ImageSet,
     context: RunContext,

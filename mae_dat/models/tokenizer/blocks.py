@@ -29,6 +29,7 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features (B, width, H, W) of x (B, width_in, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -43,6 +44,7 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features of the shape of x (B, width, H, W)."""
         h = self.norm(x)
         # (B, C, H, W) -> (B, 1, H * W, C): one head
         q, k, v = (part(h).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.q, self.k, self.v))
@@ -58,6 +60,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features (B, width, H / 2, W / 2) of x (B, width, H, W)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -75,6 +78,7 @@ class Upsample(nn.Module):
         self.kernel = _fold_kernel(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features (B, width, 2 H, 2 W) of x (B, width, H, W)."""
         kernel = _fold_kernel(self.conv.weight) if self.kernel is None else self.kernel
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
@@ -100,6 +104,7 @@ class Level(nn.Module):
         self.step = tuple(step)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features (B, width, ...) of x (B, width_in, H, W), at the next resolution if there is a step."""
         for index, block in enumerate(self.block):
             x = block(x)
             if self.attn:
@@ -118,6 +123,7 @@ class Middle(nn.Module):
         self.attn_1 = AttentionBlock(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features of the shape of x (B, width, H, W)."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -143,6 +149,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(before, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the latent (B, z_channels, H / factor, W / factor) of pixels x in [-1, 1]."""
         h = self.conv_in(x).to(self.mid.block_1.conv1.weight.dtype)
         for level in self.down:
             h = level(h)
@@ -167,6 +174,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(before, out_chans, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Return pixels (B, out_chans, h * factor, w * factor) of the latent z."""
         h = self.mid(self.conv_in(z).to(self.mid.block_1.conv1.weight.dtype))
         for level in reversed(self.up):
             h = level(h)

@@ -42,6 +42,7 @@ class ModelOutputs(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return logits or tokens of images (B, C, H, W) in [0, 1]."""
         if isinstance(self.network, MaskedAutoencoder):
             return self.network.features(image)
         return self.network(image)
