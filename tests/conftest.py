@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from noise_images import MakeFolder, write_images
-
-GOLDEN = Path(__file__).parent / "golden"
+from paths import GOLDEN
 
 torch.set_num_threads(1)
 

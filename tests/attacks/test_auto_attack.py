@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_discrete import golden_classifier, trained_classifier
-from test_pixel import generators
+from attack_generators import generators
+from attacked_models import golden_classifier, trained_classifier
 
 from mae_dat.attacks.auto_attack import auto_attack
 from mae_dat.attacks.pixel import PixelAttack, pixel_adversary

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import timm
 import torch
-from test_discrete import trained_classifier
-from test_pixel import generators
+from attack_generators import generators
+from attacked_models import trained_classifier
 from torch import Tensor, nn
 
 from mae_dat.attacks.checks import attack_checks, require_no_declared_normalization, require_pixel_model

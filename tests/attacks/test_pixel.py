@@ -5,19 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_discrete import Mixed, golden_classifier, trained_classifier
+from attack_generators import generators
+from attacked_models import Mixed, golden_classifier, trained_classifier
 from torch import Tensor, nn
 
-from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.gradient import require_pixels
 from mae_dat.attacks.pixel import PIXEL_ATTACKS, PixelAttack, loss_gradient, pixel_adversary, project_into_ball
 from mae_dat.config.errors import ConfigError
 
 LINF, L2 = PixelAttack(4 / 255, 1 / 255, 6, random_start=True), PixelAttack(0.7, 0.2, 6, "l2", random_start=True)
-
-
-def generators(count: int, seed: int = 0) -> list[torch.Generator]:
-    return [image_generator(seed, index) for index in range(count)]
 
 
 class Linear(nn.Module):

@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_discrete import (
+from attacked_models import (
     Mosaic,
     generator,
     golden_classifier,
     soft_cross_entropy,
 )
-from test_tokenizer import pictures
+from tiny_tokenizers import pictures
 
 from mae_dat.attacks.discrete import AttackConfig, discrete_adversary
 from mae_dat.attacks.share_controller import ShareController

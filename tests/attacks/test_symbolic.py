@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_discrete import Mosaic, generator
+from attacked_models import Mosaic, generator
 from torch import Tensor
 
 from mae_dat.attacks.discrete import AttackConfig, discrete_adversary, other_words, random_words

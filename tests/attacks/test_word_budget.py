@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_discrete import Mosaic, trained_classifier
+from attacked_models import Mosaic, trained_classifier
 from torch import Tensor, nn
 from word_curves import WordCurve, word_accuracy
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from paths import GOLDEN
 from torch import Tensor
 
 from golden_rule import fill_by_rule

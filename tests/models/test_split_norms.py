@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from dat_steps import CLASSES, CountedTokenizer, batch_of, generator, gradients, labels
 from ranks import exit_codes, start_ranks
-from test_dat import CLASSES, CountedTokenizer, batch_of, generator, gradients, labels
 from timm.layers.grn import GlobalResponseNorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn

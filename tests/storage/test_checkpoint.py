@@ -13,27 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_states import names, save, state
 from torch import Tensor, nn
 
 from mae_dat.config.errors import CheckpointError, MissingInputError, OutputError, StorageError
-from mae_dat.storage.checkpoint import Saver, delete_unfinished, find_checkpoint, newest_checkpoint, save_checkpoint
+from mae_dat.storage.checkpoint import Saver, delete_unfinished, find_checkpoint, newest_checkpoint
 from mae_dat.storage.host_copy import LARGE, HostBuffers, Snapshot
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def state(step: int) -> dict[str, Any]:
-    return {"weights": torch.full((64, 33), float(step)), "step": step, "totals": {"loss": 0.5}, "ema": None}
-
-
-def save(folder: Path, *steps: int, keep: int = 9) -> Path:
-    for step in steps:
-        path = save_checkpoint(folder, step, state(step), keep, epoch=step / 4, settings={"size": [64, 48]})
-    return path
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_newest_is_found_and_holds_what_was_saved(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_states import names, save, state
 from hostile import as_archive, code, hostile_files, torch_pickle, traps
-from test_checkpoint import names, save, state
 
 from mae_dat.config.errors import CheckpointError, StorageError
 from mae_dat.models.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from paths import GOLDEN
 from tiny_runs import one_thread
 
 from mae_dat.config.adversaries import DatConfig

@@ -39,7 +39,7 @@ from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import build_optimizer, effective_lr
 
-# Detectors' have their own test, in test_detect.py.
+# Detectors' have their own test, in test_train.py.
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("detect_"))
 FIELDS = ("Paper", "Command", "Batch", "Hardware", "Wall time", "Expected")
 # Effective batch, peak rate and epochs of the publications (of ours where none was published).

@@ -2,7 +2,7 @@
 numerics shows, wherever it was made.
 
 Weights are by rule and pictures drawn by torch's generator, so nothing but the numerics enters. To write the curves
-anew after a change that is meant to change them: `PYTHONPATH=.:tests:tests/support python
+anew after a change that is meant to change them: `PYTHONPATH=.:tests/support python
 tests/training/test_loss_curve.py`.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN
-from test_loop import setup_for, state_of
+from paths import GOLDEN
 from tiny_models import tiny, tiny_mae
 from tiny_runs import one_thread
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from whole_runs import setup_for, state_of
 
 from golden_rule import fill_by_rule
 from mae_dat.config.adversaries import AttackConfig

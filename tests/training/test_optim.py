@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN
+from paths import GOLDEN
 from torch import nn
 
 from mae_dat.config.errors import ConfigError

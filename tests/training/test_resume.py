@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOLDEN
+from paths import GOLDEN
 from tiny_runs import draw_folder, pretrain_in
 
 from mae_dat.config.errors import CheckpointError, ConfigError

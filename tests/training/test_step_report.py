@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from ranks import exit_codes, start_ranks
-from test_loop import (
+from tiny_runs import one_thread
+from whole_runs import (
     CPU,
     RUNS,
     _NaNAt,
@@ -28,7 +29,6 @@ from test_loop import (
     surroundings,
     tokenizer,
 )
-from tiny_runs import one_thread
 
 from mae_dat.config.errors import DataError, InterruptError, NumericsError, RankError
 from mae_dat.config.groups import AugmentConfig, OptimConfig
@@ -186,7 +186,7 @@ def test_a_step_stays_spoiled() -> None:
 
 def two_ranks(rank: int, folder: Path, output: Path) -> None:
     """One rank stops by a signal, then one has a fault, while both are a step behind."""
-    from test_loop import TINY, mae
+    from whole_runs import TINY, mae
 
     readback.LAG["cpu"] = 1
     mae.VIT_SIZES["vit_tiny"] = TINY

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from single_steps import SingleSteps
-from test_tokenizer import pictures
+from tiny_tokenizers import pictures
 
 from mae_dat.config.errors import NumericsError
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder

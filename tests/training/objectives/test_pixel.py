@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from test_dat import (
+from dat_steps import (
     CLASSES,
     IMAGES,
     SIDE,
@@ -23,9 +22,10 @@ from test_dat import (
     labels,
     linear_net,
 )
-from test_loop import final_state, signal_in_step
+from safetensors.torch import load_file
 from tiny_runs import draw_folder, finetune_in, save_tokenizer
 from torch import Tensor, nn
+from whole_runs import final_state, signal_in_step
 
 from mae_dat.attacks.gradient import input_gradient
 from mae_dat.attacks.pixel import PixelAttack

@@ -4,7 +4,6 @@ is refused."""
 import dataclasses
 import hashlib
 import json
-import os
 import pickle
 import random
 import shutil
@@ -13,47 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark_folders import FEW, SIDE, reduced, validation_names, write, write_objectnet
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError
 from mae_dat.data.loader import eval_loader
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA
-from mae_dat.robustness.suites.catalogue import BENCHMARKS, C_BAR, Benchmark
-from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, NO_CLASS, SIXTEEN, SYNSETS, synsets_of
+from mae_dat.robustness.suites.catalogue import BENCHMARKS, C_BAR
+from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, NO_CLASS, SIXTEEN, synsets_of
 from mae_dat.robustness.suites.inventory import find_benchmark, inventory, inventory_text
 from mae_dat.robustness.suites.labels import read_subset
 from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing, open_benchmark
 
-SIDE = 40
-FEW = SYNSETS[:3]
 SIZE = (32, 32)
-
-
-def write(paths: list[Path], side: int = SIDE) -> None:
-    """One noise picture under many names: hard links, for there may be thousands."""
-    first = paths[0]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path == first:
-            pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(path, format="PNG")
-        else:
-            os.link(first, path)
-
-
-def validation_names(wnids: tuple[str, ...] = FEW, each: int = 2) -> list[str]:
-    """n01440764/ILSVRC2012_val_00000001.JPEG and so on."""
-    return [f"{w}/ILSVRC2012_val_{i * each + k + 1:08d}.JPEG" for i, w in enumerate(wnids) for k in range(each)]
-
-
-def reduced(name: str, **changes: object) -> Benchmark:
-    """A benchmark of three classes with two pictures each."""
-    labels = {wnid: number for number, wnid in enumerate(FEW)}
-    facts = {"labels": labels, "images": 6, "per_class": 2} | changes
-    if BENCHMARKS[name].side:
-        facts["side"] = SIDE
-    return dataclasses.replace(BENCHMARKS[name], **facts)
 
 
 def right_logits(found: BenchmarkSet, wrong: int = 0) -> torch.Tensor:
@@ -383,27 +355,6 @@ def test_real_skips_and_counts_pictures_without_a_label(tmp_path: Path) -> None:
     first.rename(first.with_name("cat.JPEG"))
     with pytest.raises(DataError, match=r"cat.JPEG: the name of a validation image"):
         open_benchmark(benchmark, tmp_path / "val", SIZE)
-
-
-def write_objectnet(root: Path) -> None:
-    """313 folders with a picture each; classes 0 to 112 overlap, the first 12 of them with two ImageNet classes."""
-    folders = [f"thing_{number:03d}" for number in range(313)]
-    write([root / "images" / name / "0.png" for name in folders])
-    lines = list(range(1000))
-    random.Random(1).shuffle(lines)  # line of the label file, of each ImageNet class
-    texts = [""] * 1000
-    for number, line in enumerate(lines):
-        texts[line] = f"name {number}, other name"
-    ids = {i: [2 * i, 2 * i + 1] if i < 12 else [100 + i] for i in range(113)}
-    mapping = {f"Thing {i}": "; ".join(f"name {k}, other name" for k in own) for i, own in ids.items()}
-    (root / "mappings").mkdir()
-    for name, content in [
-        ("folder_to_objectnet_label.json", {name: f"Thing {i}" for i, name in enumerate(folders)}),
-        ("objectnet_to_imagenet_1k.json", mapping),
-        ("pytorch_to_imagenet_2012_id.json", {str(number): line for number, line in enumerate(lines)}),
-    ]:
-        (root / "mappings" / name).write_text(json.dumps(content))
-    (root / "mappings" / "imagenet_to_label_2012_v2").write_text("\n".join(texts) + "\n")
 
 
 def test_both_protocols_of_objectnet(tmp_path: Path) -> None:

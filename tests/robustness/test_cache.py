@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_folders import FEW, SIDE, validation_names
 from built_suites import open_sources, suite_from
+from evaluated_models import Linear, dataset, draw, imagenet, write_onnx  # noqa: F401 - some are fixtures
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_benchmark_sets import FEW, SIDE, validation_names
-from test_robustness import Linear, dataset, draw, imagenet, write_onnx  # noqa: F401 - some are fixtures
 from tiny_runs import draw_folder, finetune_in
 from torch import Tensor, nn
 

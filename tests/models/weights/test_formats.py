@@ -24,7 +24,7 @@ from mae_dat.models.weights.load import load_autoencoder, load_classifier, load_
 from mae_dat.storage.weight_files import extract_weights, read_weights, write_weights
 
 Golden = Callable[[str], dict[str, np.ndarray]]
-KEYS = Path(__file__).parents[1] / "golden" / "hf_tiny_keys.json"
+KEYS = Path(__file__).parents[2] / "golden" / "hf_tiny_keys.json"
 
 
 def hugging_face(which: str) -> dict[str, Tensor]:

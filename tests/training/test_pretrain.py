@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from dat_steps import CountedTokenizer, batch_of, generator, gradients
 from ranks import exit_codes, start_ranks
-from test_dat import CountedTokenizer, batch_of, generator, gradients
-from test_loop import assert_equal_states, final_state, records, signal_in_step
 from tiny_runs import (
     draw_folder,
     finetune_in,
@@ -21,6 +20,7 @@ from tiny_runs import (
     save_tokenizer,
 )
 from torch import Tensor
+from whole_runs import assert_equal_states, final_state, records, signal_in_step
 
 from mae_dat.attacks.discrete import discrete_adversary
 from mae_dat.config.adversaries import AttackConfig, DatConfig

@@ -29,7 +29,7 @@ from mae_dat.robustness.corruptions.digital import _gaussian_gain
 from mae_dat.robustness.corruptions.noise import IMPULSE_SHARE, SHOT_PHOTONS
 from mae_dat.robustness.corruptions.weather import _frost_photograph
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"
 ALL = CORRUPTIONS + EXTRA
 CASES = [(name, severity) for name in ALL for severity in SEVERITIES]
@@ -226,7 +226,7 @@ def test_pictures_do_not_depend_on_process_thread_or_order() -> None:
     finally:
         cv2.setNumThreads(threads)
     code = (
-        "import sys; sys.path += ['robustness', 'support', '..']; import test_corruptions as t; "
+        "import sys; sys.path += ['robustness/corruptions', 'support', '..']; import test_corruptions as t; "
         "print(*map(t.digest, reversed(t.CASES))); "
         "assert not {'numba', 'imagecorruptions'} & set(sys.modules), 'seconds lost'"
     )

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from test_dat import (
+from dat_steps import (
     CLASSES,
     IMAGES,
     WIDTH,
@@ -22,6 +21,7 @@ from test_dat import (
     linear_net,
     tokenizer,
 )
+from PIL import Image
 from timm.data.auto_augment import posterize as timm_posterize
 from timm.loss import JsdCrossEntropy
 from torch import Tensor

@@ -17,7 +17,7 @@ import pytest
 import torch
 from single_steps import SingleSteps
 from taming.modules.discriminator.model import NLayerDiscriminator
-from test_tokenizer import pictures
+from tiny_tokenizers import pictures
 from torch import Tensor
 
 from golden_rule import fill_by_rule

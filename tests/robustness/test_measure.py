@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from built_suites import open_sources, suite_from
-from test_robustness import Linear, dataset  # noqa: F401 - dataset is a fixture
+from evaluated_models import Linear, dataset  # noqa: F401 - dataset is a fixture
 from torch import Tensor, nn
 
 from mae_dat.attacks.checks import CHECK_PASSES

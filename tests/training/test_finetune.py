@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from paths import GOLDEN
 from tiny_runs import (
     SMALL,
     draw_folder,

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_loop import (
+from tiny_runs import one_thread
+from torch import Tensor, nn
+from whole_runs import (
     SIDE,
     assert_equal_states,
     data_config,
@@ -21,8 +23,6 @@ from test_loop import (
     surroundings,
     tokenizer,
 )
-from tiny_runs import one_thread
-from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError, InterruptError
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, OptimConfig

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tokenizer import SMALL_LIGHT, golden_vqgan, pictures
+from tiny_tokenizers import SMALL_LIGHT, golden_vqgan, pictures
 from torch import nn
 
 from mae_dat.attacks.symbolic import code_gradient
