@@ -30,7 +30,7 @@ from mae_dat.config.parse import load_config, run_command
 from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from mae_dat.robustness.measure import measure as measure_cells
+from mae_dat.robustness.measure import measure_passes
 from mae_dat.robustness.suites.base import NetworkInput, SuiteSettings
 from mae_dat.robustness.suites.imagenet import SYNSETS
 from mae_dat.robustness.suites.sources import SuiteSources
@@ -125,7 +125,7 @@ def ours(work: Work, model: Classifier) -> Run:
     sources = SuiteSources(SuiteSettings(stored_set(work.cells, work.images), partial=True), len(SYNSETS))
     suite = build_suite("imagenet-c", sources, NetworkInput((224, 224)))
     passes = sorted(suite.passes, key=lambda image_pass: image_pass.images.root)
-    measured = measure_cells(
+    measured = measure_passes(
         {"net": network},
         [(image_pass, ["net"]) for image_pass in passes],
         batch_size=work.batch,

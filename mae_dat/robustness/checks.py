@@ -13,10 +13,10 @@ from mae_dat.attacks.pixel import PIXEL_ATTACKS
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import evaluation_mode
 from mae_dat.robustness.cache import CachedMeasurement
+from mae_dat.robustness.cached_passes import PlanCounts
 from mae_dat.robustness.counting import SuiteCounts
+from mae_dat.robustness.evaluation_plan import EvaluationPlan, SuiteRun
 from mae_dat.robustness.measure import MonitoredNetwork
-from mae_dat.robustness.measure_plan import PlanCounts
-from mae_dat.robustness.plan import Plan, SuiteRun
 from mae_dat.robustness.report.metrics import GRADIENT_CHECKS
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.attacks import AUTO_ATTACK
@@ -29,7 +29,7 @@ Checks = dict[str, dict[str, list[dict[str, Any]]]]
 """By network and attack, as in results.json."""
 
 
-def require_pixel_inputs(plan: Plan) -> None:
+def require_pixel_inputs(plan: EvaluationPlan) -> None:
     """Raise ConfigError for a network that takes normalized images, or pixels up to 255, where its predictions on up to
     1024 images of its first suite show it."""
     first_run = {run.network.name: run for run in reversed(plan.runs)}
@@ -56,7 +56,7 @@ def _probes(image_pass: ImagePass, device: torch.device) -> Iterator[tuple[Tenso
         yield torch.stack([images[i]["image"] for i in indices]).to(device), is_correct
 
 
-def check_attacks(plan: Plan, counts: PlanCounts, setup: EvaluationSetup) -> Checks:
+def check_attacks(plan: EvaluationPlan, counts: PlanCounts, setup: EvaluationSetup) -> Checks:
     """Check whether the results of the attacks can be believed, by network and attack.
 
     The versions of the gradient checks are added to `counts`. Every rank computes them, because one that waits would

@@ -6,6 +6,8 @@ other classes. Several networks become columns side by side. To resume an interr
 again. `--recompute OUT/results.json` prints the numbers again from the counts alone.
 """
 
+# `evaluation.run_evaluation` does the work. Its docstring lists the modules below it in order.
+
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -194,7 +196,7 @@ def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -
     )
 
 
-def run_command_evaluation(config: RobustnessConfig, console: Console) -> Results:
+def _evaluate_from_flags(config: RobustnessConfig, console: Console) -> Results:
     """Open the networks, measure them and write the report. Raises UserError."""
     run_config = RunConfig(
         output_dir=config.output, device=config.device, precision=config.precision, hang_minutes=config.hang_minutes
@@ -245,6 +247,6 @@ def main(arguments: Sequence[str]) -> None:
     if config.recompute is not None:
         results = read_results(Path(config.recompute))
     else:
-        results = run_command_evaluation(config, console)
+        results = _evaluate_from_flags(config, console)
     if world_from_environment().main:
         print_headline(results)

@@ -1,5 +1,7 @@
 """Integer counts of one network's predictions, kept on the device until a pass is complete.
 
+`measure` feeds the images of a pass to a `PassCounter` of each network.
+
 Shapes: B batch, S cells of a pass, K outputs of the network.
 """
 
@@ -49,20 +51,21 @@ class NonFiniteFlag:
     def __init__(self, counts: Tensor) -> None:
         self.counts = counts
         self.host_copy = torch.zeros(counts.shape, dtype=counts.dtype, pin_memory=counts.is_cuda)
-        self.copied: torch.cuda.Event | None = None
+        self.copy_done: torch.cuda.Event | None = None
+        """Recorded after each copy; None before the first."""
 
     def is_set(self) -> bool:
         """Return whether any count is known to be nonzero, and start the next copy."""
         if not self.counts.is_cuda:
             return bool(self.counts.any())
-        if self.copied is None:
-            self.copied = torch.cuda.Event()
+        if self.copy_done is None:
+            self.copy_done = torch.cuda.Event()
             self.host_copy.copy_(self.counts)
-        elif not self.copied.query():
+        elif not self.copy_done.query():
             return False
         nonzero = bool(self.host_copy.any())
         self.host_copy.copy_(self.counts, non_blocking=True)
-        self.copied.record()
+        self.copy_done.record()
         return nonzero
 
 
@@ -82,26 +85,26 @@ class PassCounter:
         self.labels.targets = self.labels.targets.to(device)
         self.labels.class_mapping = self.labels.class_mapping.to(device)
 
-    def add(self, images: Tensor, index: Tensor, number: Tensor) -> None:
-        """Count a batch: float images (B, S, 3, H, W) in [0, 1]; their indices in the set, int64 (B,), on the device;
-        their numbers, int64 (B,), on the CPU, which random draws depend on."""
+    def add(self, images: Tensor, set_index: Tensor, folder_index: Tensor) -> None:
+        """Count a batch: float images (B, S, 3, H, W) in [0, 1]; their indices in the image set, int64 (B,), on the
+        device; their indices in the whole folder, int64 (B,), on the CPU, which random draws depend on."""
         if self.image_pass.word_hits:
-            hits = self.image_pass.word_hits(self.model, images[:, 0], self.labels.targets[index, 0], number)
+            hits = self.image_pass.word_hits(self.model, images[:, 0], self.labels.targets[set_index, 0], folder_index)
             self.counts[:, CORRECT] += hits.sum(1)
-            self.counts[:, TOTAL] += len(index)
+            self.counts[:, TOTAL] += len(set_index)
             return
         for cell in range(images.shape[1]):
-            self.counts[cell] += self._count(images[:, cell], index, number)
+            self.counts[cell] += self._count(images[:, cell], set_index, folder_index)
 
-    def _count(self, image: Tensor, index: Tensor, number: Tensor) -> Tensor:
+    def _count(self, image: Tensor, set_index: Tensor, folder_index: Tensor) -> Tensor:
         """Return the counts, int64 (columns,), of images (B, 3, H, W) of one cell."""
-        mapping, targets = self.labels.class_mapping, self.labels.targets[index]
+        mapping, targets = self.labels.class_mapping, self.labels.targets[set_index]
         if self.image_pass.adversary:
-            image = self.image_pass.adversary(self.model, image, targets[:, 0], number)
+            image = self.image_pass.adversary(self.model, image, targets[:, 0], folder_index)
         with autocast(self.device, self.precision):
             logits = self.model(image).float()
         predictions = mapping.predictions(logits, 5)
-        correct = self.labels.is_correct(predictions, index)
+        correct = self.labels.is_correct(predictions, set_index)
         if self.image_pass.compare_with_float32:
             with autocast(self.device, None):
                 correct = predictions[:, 0] == mapping.predictions(self.model(image).float(), 5)[:, 0]
@@ -112,9 +115,9 @@ class PassCounter:
         columns[TOP5] = (predictions[:, :, None] == targets[:, None, :]).flatten(1).any(1)
         columns[NON_FINITE] = non_finite
         if mapping.mean_probability:
-            columns[TEXTURE] = self.labels.is_texture(predictions, index)
+            columns[TEXTURE] = self.labels.is_texture(predictions, set_index)
         if self.confidences:
-            self.confidences.add(index, mapping.probabilities(logits), targets[:, 0])
+            self.confidences.add(set_index, mapping.probabilities(logits), targets[:, 0])
         return torch.stack(columns).sum(1)
 
     def sum_over_ranks(self, reduce: Callable[[Tensor], Tensor]) -> SuiteCounts:

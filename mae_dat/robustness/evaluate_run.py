@@ -44,7 +44,7 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
         if config.run.output_dir == RunConfig().output_dir:
             folder = (source if source.is_dir() else source.parent) / "evaluation"
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(folder)))
-        evaluate_suites(config, console)
+        _evaluate_on_suites(config, console)
         return
     with run_context(config.run, config.launch, console, training=False) as context:
         opened = open_model(file, config.classifier.model, config.data.image_size, flag="--resume")
@@ -57,7 +57,7 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
         logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
 
 
-def evaluate_suites(config: FinetuneConfig, console: Console) -> None:
+def _evaluate_on_suites(config: FinetuneConfig, console: Console) -> None:
     """Measure the classifier of --resume on the suites of --data_path, and write results.json and the report."""
     require_color(config.data.in_chans)
     source, model = str(config.run.resume), config.classifier.model

@@ -1,5 +1,14 @@
 """An evaluation from start to end: open the suites, measure them, check the attacks, write results and report.
 
+From the flags to the counts, each module calls the one below:
+
+    command, evaluate_run   flags (or a call from Python), networks and settings
+    evaluation              run_evaluation: this file
+    evaluation_plan         every suite of every network, opened and checked before any is measured
+    cached_passes           the plan's image passes: counts from the cache, or measured now
+    measure                 one pass: images through the networks
+    counting                one network's predictions on a pass, counted on the device
+
 Every rank takes the same steps and gets the same results; rank 0 alone reads and writes files.
 """
 
@@ -10,11 +19,11 @@ from pathlib import Path
 
 from mae_dat.config.parse import command_line
 from mae_dat.models.tokenizer.base import exact_float32
+from mae_dat.robustness.cached_passes import PlanCounts, load_or_measure
 from mae_dat.robustness.checks import Checks, check_attacks, require_pixel_inputs
+from mae_dat.robustness.evaluation_plan import EvaluationPlan, log_plan, open_evaluation_plan
 from mae_dat.robustness.examples import write_examples
-from mae_dat.robustness.measure_plan import PlanCounts, measure_plan
 from mae_dat.robustness.network import EvaluatedNetwork
-from mae_dat.robustness.plan import Plan, open_plan, print_plan
 from mae_dat.robustness.report.comparison import headline_table
 from mae_dat.robustness.report.findings import mixed_versions
 from mae_dat.robustness.report.groups import groups_of, same_seed_pair
@@ -57,15 +66,15 @@ def run_evaluation(
                 "%s cannot be distinguished from other networks: every call measures it again.", network.name
             )
     start = datetime.datetime.now()
-    plan = on_all_ranks(lambda: open_plan(networks, settings, requested))
+    plan = on_all_ranks(lambda: open_evaluation_plan(networks, settings, requested))
     on_all_ranks(lambda: require_pixel_inputs(plan))
     if setup.world.main:
-        print_plan(plan)
-    counts = measure_plan(plan, setup)
+        log_plan(plan)
+    counts = load_or_measure(plan, setup)
     checks_of_this_rank = on_all_ranks(lambda: check_attacks(plan, counts, setup))
     checks = on_main_rank(lambda: checks_of_this_rank)
     seconds = (datetime.datetime.now() - start).total_seconds()
-    results = assemble_results(plan, counts, checks, title=title, seconds=seconds)
+    results = _assemble_results(plan, counts, checks, title=title, seconds=seconds)
     for warning in mixed_versions(summarize(results)):
         logger.warning(warning)
     if training:
@@ -75,7 +84,7 @@ def run_evaluation(
     return results
 
 
-def _write_outputs(plan: Plan, results: Results, folder: Path, writes_examples: bool) -> None:
+def _write_outputs(plan: EvaluationPlan, results: Results, folder: Path, writes_examples: bool) -> None:
     """Write the examples, results.json and the report. Raises StorageError.
 
     All ranks look for examples, because one that waits would look as if it hangs; rank 0 alone writes them.
@@ -92,7 +101,9 @@ def save_results(results: Results, folder: Path) -> None:
     logger.info("wrote %s", write_report(results, folder))
 
 
-def assemble_results(plan: Plan, counts: PlanCounts, checks: Checks, *, title: str, seconds: float) -> Results:
+def _assemble_results(
+    plan: EvaluationPlan, counts: PlanCounts, checks: Checks, *, title: str, seconds: float
+) -> Results:
     """Return the content of results.json, by network in the order of the plan and by suite."""
     measured_under = _versioned_cells(counts)
     names = [network.name for network in plan.networks]

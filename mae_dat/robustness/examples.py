@@ -10,8 +10,8 @@ from torch import Tensor
 from mae_dat.data.gallery import save_png
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import evaluation_mode
+from mae_dat.robustness.evaluation_plan import EvaluationPlan, SuiteRun
 from mae_dat.robustness.measure import PassImages
-from mae_dat.robustness.plan import Plan, SuiteRun
 from mae_dat.robustness.suites.base import ImagePass
 from mae_dat.robustness.suites.imagenet import NO_CLASS
 from mae_dat.runtime.watchdog import heartbeat
@@ -42,7 +42,7 @@ class _Example(NamedTuple):
 
 
 @torch.no_grad()
-def write_examples(plan: Plan, pair: tuple[str, str], folder: Path | None) -> list[dict[str, Any]]:
+def write_examples(plan: EvaluationPlan, pair: tuple[str, str], folder: Path | None) -> list[dict[str, Any]]:
     """Write up to 8 images on which two models differ as PNG below `folder`, and return them as `Results.examples`.
 
     Of each cell, one image that only the first model predicts correctly and one that only the second does, out of 128
@@ -78,7 +78,7 @@ def _save(image: Tensor, folder: Path | None, file: str) -> None:
         save_png(image, folder / file)
 
 
-def _cells(plan: Plan, pair: tuple[str, str]) -> Iterator[_Cell]:
+def _cells(plan: EvaluationPlan, pair: tuple[str, str]) -> Iterator[_Cell]:
     """Yield the cells to take examples from, those of corruptions first, where both models see the same images."""
     for corrupted in (True, False):
         for suite in plan.suite_names:

@@ -1,5 +1,7 @@
 """Measure networks on image passes: every image is read once, whatever the number of networks and cells.
 
+`cached_passes` calls `measure_passes` with what is not in the cache; `counting` counts the predictions.
+
 A cell is one number of the results: a suite, its corruption at one severity, or its share of changed words. Counts do
 not depend on batches, workers or ranks, except where a network's own arithmetic does.
 
@@ -35,10 +37,11 @@ class PassItem(TypedDict):
 
     images: Tensor
     """uint8 (S, 3, H, W): the image in each of its versions; S is 1 where nothing is corrupted here."""
-    index: int
-    """Its index in the image set."""
-    number: int
-    """Its number in the whole folder, which its random draws depend on."""
+    set_index: int
+    """The image's index in the image set, where its label is."""
+    folder_index: int
+    """Its index in the whole folder, of which the set may be a subset. Its random draws depend on it, so that they are
+    the same in every subset."""
 
 
 class PassImages(Dataset[Any]):
@@ -51,13 +54,13 @@ class PassImages(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> PassItem:
         image_pass, index = self.passes[key[0]], key[1]
         pixels = np.array(image_pass.images.prepared_image(index))
-        number = image_pass.images.number(index)
-        versions = corrupt_at_severities(pixels, number, image_pass) if image_pass.corruption else [pixels]
+        folder_index = image_pass.images.folder_index(index)
+        versions = corrupt_at_severities(pixels, folder_index, image_pass) if image_pass.corruption else [pixels]
         images = torch.from_numpy(np.stack(versions)).permute(0, 3, 1, 2)
-        return {"images": images.contiguous(), "index": index, "number": number}
+        return {"images": images.contiguous(), "set_index": index, "folder_index": folder_index}
 
 
-def corrupt_at_severities(pixels: Image, number: int, image_pass: ImagePass) -> list[Image]:
+def corrupt_at_severities(pixels: Image, folder_index: int, image_pass: ImagePass) -> list[Image]:
     """Return an image, uint8 (H, W, 3), corrupted at every severity of the pass and compressed as ImageNet-C stores it.
 
     Raises DataError for its size.
@@ -69,7 +72,7 @@ def corrupt_at_severities(pixels: Image, number: int, image_pass: ImagePass) -> 
     name = image_pass.corruption
     versions = []
     for severity in image_pass.severities:
-        seed = image_seed(image_pass.seed, number, name, severity)
+        seed = image_seed(image_pass.seed, folder_index, name, severity)
         versions.append(as_stored(corrupt(pixels, name, severity, seed)))
     return versions
 
@@ -116,7 +119,7 @@ class MonitoredNetwork(nn.Module):
 
 
 @torch.no_grad()  # not inference mode, because attacks take gradients inside
-def measure(  # noqa: PLR0913 - keywords
+def measure_passes(  # noqa: PLR0913 - keywords
     networks: Mapping[str, Network],
     passes: Sequence[tuple[ImagePass, Sequence[str]]],
     *,
@@ -180,10 +183,10 @@ def _count_batches(
         for _ in range(steps):
             batch = next(batches)
             images = batch["images"].to(device, non_blocking=True).float() / 255
-            index = batch["index"].to(device, non_blocking=True)
+            set_index = batch["set_index"].to(device, non_blocking=True)
             for counter in counters:
-                counter.add(images, index, batch["number"])
-            report(len(index))
+                counter.add(images, set_index, batch["folder_index"])
+            report(len(set_index))
             # All flags are read, not only up to the first one that is set: reading starts a flag's next copy.
             flags = [counter.non_finite.is_set() for counter in counters]
             if any(flags):

@@ -81,7 +81,7 @@ class EvaluatedNetwork:
         return None if self.identity is None else facts | self.identity
 
 
-def probe_network(
+def create_evaluated_network(
     model: Network, facts: ModelFacts, classes: Sequence[str] | None, options: EvalOptions
 ) -> EvaluatedNetwork:
     """Return the network after a forward pass of two blank images, which shows its outputs and whether it has

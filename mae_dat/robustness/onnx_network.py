@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, MissingInputError
 from mae_dat.models.modes import Network
-from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, probe_network
+from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, create_evaluated_network
 from mae_dat.robustness.scores.results import ModelFacts
 from mae_dat.storage.files import sha256_of
 from mae_dat.storage.released import local_path
@@ -54,7 +54,7 @@ def open_onnx(path: Path, name: str, options: EvalOptions) -> EvaluatedNetwork:
         "precision": "fp32",
         "averaged": None,
     }
-    network = probe_network(_session_network(session, image_input), facts, None, options)
+    network = create_evaluated_network(_session_network(session, image_input), facts, None, options)
     return replace(network, versions={"onnxruntime": onnxruntime.__version__})
 
 

@@ -17,7 +17,7 @@ from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.open import open_model
 from mae_dat.models.weights.read import errors_name_flag
 from mae_dat.robustness.fingerprints import module_sha256, state_sha256
-from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, probe_network
+from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, create_evaluated_network
 from mae_dat.robustness.onnx_network import open_onnx
 from mae_dat.robustness.scores.results import ModelFacts
 from mae_dat.storage.files import sha256_of
@@ -150,7 +150,7 @@ def _classifier_network(
         "averaged": averaged,
     }
     network = network.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return probe_network(network.eval(), facts, classes, options)
+    return create_evaluated_network(network.eval(), facts, classes, options)
 
 
 def _format_numbers(values: Tensor) -> str:
@@ -190,5 +190,5 @@ def open_callable(
         "precision": options.precision_name,
         "averaged": None,
     }
-    opened = probe_network(module.to(options.device) if module else network, facts, classes, options)
+    opened = create_evaluated_network(module.to(options.device) if module else network, facts, classes, options)
     return replace(opened, identity=identity)

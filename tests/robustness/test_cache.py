@@ -92,7 +92,7 @@ def test_a_chosen_picture_meets_the_same_chance_as_in_the_whole_folder(
         for index in range(count):
             (at,) = [i for i in range(6) if all_.name_of(i) == part.name_of(index)]
             assert torch.equal(made[0, index]["images"], made[1, at]["images"])
-            assert made[0, index]["number"] == at
+            assert made[0, index]["folder_index"] == at
 
 
 # ---- never another network's numbers ----

@@ -39,7 +39,7 @@ from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.robustness import command as robustness
 from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
-from mae_dat.robustness.measure import ImagePass, PassImages, measure
+from mae_dat.robustness.measure import ImagePass, PassImages, measure_passes
 from mae_dat.robustness.report.measurements import corruption_counts
 from mae_dat.robustness.scores.corruption_error import mce
 from mae_dat.robustness.scores.results import Results, read_results
@@ -283,7 +283,7 @@ class Ranks:
             options = {"batch_size": 4, "device": CPU, "world": World(rank, self.size), "reduce": self.reduce(rank)}
             try:
                 todo = [(image_pass, ["net"]) for image_pass in passes]
-                found[rank] = [new["net"] for _, new in measure({"net": network}, todo, **options)]
+                found[rank] = [new["net"] for _, new in measure_passes({"net": network}, todo, **options)]
             except UserError as error:
                 found[rank] = error
 
@@ -337,7 +337,7 @@ def test_logits_that_are_not_finite_stop_an_evaluation_in_their_batch(
     (image_pass, *_) = suite_from(open_sources(dataset), suite).passes
     seen = 0
     with pytest.raises(NumericsError, match="NaN or infinite logits"):
-        list(measure({"network": network}, [(image_pass, ["network"])], batch_size=2, device=CPU))
+        list(measure_passes({"network": network}, [(image_pass, ["network"])], batch_size=2, device=CPU))
     assert seen <= after + 2 * len(image_pass.cells)
 
 
@@ -367,11 +367,11 @@ def test_a_limit_takes_the_same_pictures_with_the_same_chance(dataset: Path) -> 
     few, whole = (
         suite_from(open_sources(dataset, limit=limit, seed=1), "clean").passes[0].images for limit in (8, None)
     )
-    assert [few.name_of(i) for i in range(8)] == [whole.name_of(number) for number in few.numbers]
-    assert [few.label(i) for i in range(8)] == [whole.label(number) for number in few.numbers]
+    assert [few.name_of(i) for i in range(8)] == [whole.name_of(number) for number in few.folder_indices]
+    assert [few.label(i) for i in range(8)] == [whole.label(number) for number in few.folder_indices]
     passes = [ImagePass(one, ("fog/2",), corruption="fog", severities=(2,)) for one in (few, whole)]
     made = PassImages(passes)
-    assert torch.equal(made[0, 3]["images"], made[1, few.numbers[3]]["images"])
+    assert torch.equal(made[0, 3]["images"], made[1, few.folder_indices[3]]["images"])
 
 
 # ---- going on ----

@@ -20,11 +20,11 @@ from mae_dat.config.errors import ConfigError, NumericsError
 from mae_dat.robustness.checks import check_attacks
 from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.evaluation import print_headline
+from mae_dat.robustness.evaluation_plan import open_evaluation_plan
 from mae_dat.robustness.examples import write_examples
-from mae_dat.robustness.measure import ImagePass, PassSampler, measure
+from mae_dat.robustness.measure import ImagePass, PassSampler, measure_passes
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_callable
-from mae_dat.robustness.plan import open_plan
 from mae_dat.robustness.report.tables import precision_text
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import SuiteSettings
@@ -51,7 +51,7 @@ def test_memory_does_not_grow_with_the_cells(dataset: Path) -> None:  # noqa: F8
     """Twelve cells, whose pictures take 3 MB as floats."""
     network, image_pass = Linear().eval(), clean(dataset)
     held = {}
-    for at, _ in enumerate(measure({"net": network}, [(image_pass, ["net"])] * 12, batch_size=8, device=CPU)):
+    for at, _ in enumerate(measure_passes({"net": network}, [(image_pass, ["net"])] * 12, batch_size=8, device=CPU)):
         if at in (1, 11):
             held[at] = tensor_bytes()
     assert held[11] <= held[1] + 100_000
@@ -114,7 +114,7 @@ def test_every_pass_of_an_attack_and_of_its_checks_beats(dataset: Path, beats: l
     sources = open_sources(dataset)
     for name, least in (("words-symbolic", 10), ("words-random", 5)):
         (image_pass,) = suite_from(sources, name).passes
-        for _ in measure({"net": network}, [(image_pass, ["net"])], batch_size=64, device=CPU):
+        for _ in measure_passes({"net": network}, [(image_pass, ["net"])], batch_size=64, device=CPU):
             assert count_of(beats) > least
 
 
@@ -126,7 +126,7 @@ def test_a_look_for_examples_beats_on_every_rank(dataset: Path, beats: list[int]
     evaluate(networks, "clean", dataset, size=32, output=tmp_path)
     assert count_of(beats) == without + 20 + 2 * 2
     view = EvalOptions(CPU, size=(32, 32))
-    plan = open_plan(
+    plan = open_evaluation_plan(
         [open_callable(one, name, view) for name, one in networks.items()], SuiteSettings(dataset), ["clean"]
     )
     files = sorted(tmp_path.rglob("*"))
@@ -138,7 +138,7 @@ def test_a_look_for_examples_beats_on_every_rank(dataset: Path, beats: list[int]
 def test_autoattacks_gradients_are_checked_too(dataset: Path) -> None:  # noqa: F811
     pytest.importorskip("torchattacks")
     view = EvalOptions(CPU, size=(32, 32))
-    plan = open_plan([open_callable(Linear(), "net", view)], SuiteSettings(dataset), ["autoattack-4/255"])
+    plan = open_evaluation_plan([open_callable(Linear(), "net", view)], SuiteSettings(dataset), ["autoattack-4/255"])
     (found,) = check_attacks(plan, {}, EvaluationSetup(view, None, Console(quiet=True)))["net"].values()
     assert {check["name"] for check in found} >= {"gradients", "PGD beats FGSM"}
 

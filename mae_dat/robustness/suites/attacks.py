@@ -42,9 +42,9 @@ def build_pixel_attack(sources: SuiteSources, name: str, title: str, network_inp
 
 
 def _pixel_adversary(attack: PixelAttack, seed: int) -> Adversary:
-    def adversary(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
+    def adversary(network: Network, image: Tensor, label: Tensor, folder_index: Tensor) -> Tensor:
         # A generator for each image: its random start does not depend on the batch it is in.
-        generators = [image_generator(seed, image_number) for image_number in number.tolist()]
+        generators = [image_generator(seed, i) for i in folder_index.tolist()]
         return pixel_adversary(network, image, label, attack, generators=generators)
 
     return adversary
@@ -56,7 +56,7 @@ def build_auto_attack(sources: SuiteSources, name: str, title: str, network_inpu
     images = clean_images(sources, network_input, name)
     require_auto_attack(sources.outputs)
 
-    def adversary(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
+    def adversary(network: Network, image: Tensor, label: Tensor, folder_index: Tensor) -> Tensor:
         with torch.enable_grad():
             return auto_attack(network, image, label, seed=settings.seed)  # type: ignore[arg-type]
 
@@ -76,13 +76,13 @@ def build_word_attack(sources: SuiteSources, name: str, title: str, network_inpu
     images = clean_images(sources, network_input, name)
     attack = _word_attack(sources, network_input.size_HW)
 
-    def hits(network: Network, image: Tensor, label: Tensor, number: Tensor) -> Tensor:
+    def hits(network: Network, image: Tensor, label: Tensor, folder_index: Tensor) -> Tensor:
         return word_hits(
             network,  # type: ignore[arg-type]
             sources.tokenizer,
             image=image,
             label=label,
-            index=number,
+            index=folder_index,
             kind=WORD_SUITES[name],
             attack=attack,
         )

@@ -23,7 +23,7 @@ from mae_dat.storage.weight_files import listing
 CLEAN, GENERATED, CONFLICT = "clean", "generated", "conflict"
 
 Adversary = Callable[[Network, Tensor, Tensor, Tensor], Tensor]
-"""(network, images (B, 3, H, W), labels (B,), image numbers (B,)) to adversarial images (B, 3, H, W)."""
+"""(network, images (B, 3, H, W), labels (B,), indices in the whole folder (B,)) to adversarial images (B, 3, H, W)."""
 WordHits = Callable[[Network, Tensor, Tensor, Tensor], Tensor]
 """The same arguments to bool (S, B): whether the prediction is correct at each share of changed words."""
 

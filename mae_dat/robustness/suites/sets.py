@@ -123,7 +123,7 @@ class BenchmarkSet(ImageSet):
         self.cell, self.listing, self.targets = cell, listing, targets
         self.class_mapping, self.side = class_mapping, preprocessing.side
         self.classes = list(class_mapping.classes)
-        self.numbers: list[int] = []
+        self.folder_indices: list[int] = []
         """The images' positions in the whole folder, if only some were selected; empty if these are 0 to N - 1."""
         self.left_out = 0
         """Number of images that the protocol leaves out: without label (ReaL), of equal cues, of classes that ImageNet
@@ -158,10 +158,10 @@ class BenchmarkSet(ImageSet):
         """Return the image as the network gets it, 8-bit RGB."""
         return self.transform.resize_and_crop(self.load_image(index))
 
-    def number(self, index: int) -> int:
+    def folder_index(self, index: int) -> int:
         """Return an image's position in the whole folder. Its random draws depend on it, and so are the same whichever
         other images are selected."""
-        return self.numbers[index] if self.numbers else index
+        return self.folder_indices[index] if self.folder_indices else index
 
     def label(self, index: int) -> int:
         """Return the first of the correct labels; for cue conflict the shape's."""
@@ -208,14 +208,14 @@ class BenchmarkSet(ImageSet):
         return other
 
     def limited(self, limit: int, seed: int) -> "BenchmarkSet":
-        """Return `limit` images drawn by `seed`, in their old order; they keep their numbers."""
+        """Return `limit` images drawn by `seed`, in their old order; they keep their indices in the folder."""
         if limit >= len(self):
             return self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         selected = order[:limit].sort().values
         other = copy.copy(self)
         other.listing, other.targets = [self.listing[index] for index in selected], self.targets[selected]
-        other.numbers = [self.number(index) for index in selected.tolist()]
+        other.folder_indices = [self.folder_index(index) for index in selected.tolist()]
         subset = f"{limit:,} of {len(self):,} pictures (seed {seed})"
         previous = self.protocol["subset"]
         other.protocol = {**self.protocol, "subset": f"{subset}, {previous}" if previous else subset}
@@ -325,7 +325,7 @@ def _look_up(benchmark: str | Benchmark, folder: str | Path) -> Benchmark:
 def _record_subset(cell_set: BenchmarkSet, every_image: Listing, count: int) -> None:
     """Give the selected images their numbers in the whole folder, and note the selection of `count` images."""
     position = {image: number for number, (image, _) in enumerate(every_image)}
-    cell_set.numbers = [position[image] for image, _ in cell_set.listing]
+    cell_set.folder_indices = [position[image] for image, _ in cell_set.listing]
     cell_set.protocol["subset"] = f"{count:,} pictures of a list"
 
 

@@ -1,4 +1,7 @@
-"""What an evaluation will measure: all suites of all networks, opened and checked before any is measured."""
+"""What an evaluation will measure: all suites of all networks, opened and checked before any is measured.
+
+`evaluation` opens the plan, and `cached_passes` measures it.
+"""
 
 import dataclasses
 import logging
@@ -44,7 +47,7 @@ class SuiteRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What will be measured, all of it opened, and why the rest is skipped."""
 
     networks: list[EvaluatedNetwork]
@@ -66,7 +69,9 @@ class Plan:
         return [run for run in self.runs if run.suite.name == suite]
 
 
-def open_plan(networks: Sequence[EvaluatedNetwork], settings: SuiteSettings, requested: Sequence[str]) -> Plan:
+def open_evaluation_plan(
+    networks: Sequence[EvaluatedNetwork], settings: SuiteSettings, requested: Sequence[str]
+) -> EvaluationPlan:
     """Open every requested suite for every network.
 
     A suite that cannot be built at a network's size is skipped if `all` was requested. Raises UserError for whatever is
@@ -95,7 +100,7 @@ def open_plan(networks: Sequence[EvaluatedNetwork], settings: SuiteSettings, req
     if not runs:
         reasons_by_suite = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ConfigError(f"nothing can be measured: {reasons_by_suite}.")
-    return Plan(
+    return EvaluationPlan(
         networks=list(networks),
         runs=runs,
         skipped=skipped,
@@ -121,7 +126,7 @@ def _agreement_runs(runs: Sequence[SuiteRun], sources: SuiteSources) -> list[Sui
     return [SuiteRun(run.network, build_agreement(sources, run.suite)) for run in first_of_network.values()]
 
 
-def print_plan(plan: Plan) -> None:
+def log_plan(plan: EvaluationPlan) -> None:
     """Log what will be measured, and what is skipped for which reason."""
     width = max(map(len, plan.suite_names))
     for name in plan.suite_names:

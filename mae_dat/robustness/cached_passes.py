@@ -1,4 +1,7 @@
-"""Measure everything in a plan, or take it from the cache, suite by suite."""
+"""Split an evaluation plan into image passes, load the counts of those measured before, and measure the others.
+
+`evaluation` calls `load_or_measure` with its plan; `measure` gets the passes that are not in the cache.
+"""
 
 import functools
 import logging
@@ -7,8 +10,8 @@ from typing import Any
 
 from mae_dat.robustness.cache import CachedMeasurement, MeasurementCache
 from mae_dat.robustness.counting import SuiteCounts
-from mae_dat.robustness.measure import PassSampler, Progress, measure
-from mae_dat.robustness.plan import Plan, SuiteRun
+from mae_dat.robustness.evaluation_plan import EvaluationPlan, SuiteRun
+from mae_dat.robustness.measure import PassSampler, Progress, measure_passes
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import ImagePass, Suite
 from mae_dat.robustness.suites.specs import AGREEMENT, SUITES
@@ -18,11 +21,11 @@ from mae_dat.runtime.console import Task
 logger = logging.getLogger(__name__)
 
 PlanCounts = dict[tuple[str, str], SuiteCounts]
-"""By network and suite."""
+"""By names of network and suite."""
 AGREEMENT_FORWARD_PASSES = 4
 
 
-def measure_plan(plan: Plan, setup: EvaluationSetup) -> PlanCounts:
+def load_or_measure(plan: EvaluationPlan, setup: EvaluationSetup) -> PlanCounts:
     """Return the counts of every run of a plan, the same on all ranks. Raises UserError."""
     counts: PlanCounts = {}
     stages = {name: plan.runs_of(name) for name in plan.suite_names}
@@ -34,7 +37,7 @@ def measure_plan(plan: Plan, setup: EvaluationSetup) -> PlanCounts:
         for run in runs:  # networks with the same preprocessing see the same pixels, which are read once
             groups.setdefault(run.suite.preprocessing, []).append(run)
         for group in groups.values():
-            _measure_group(group, counts, setup)
+            _measure_same_images(group, counts, setup)
         setup.console.end_stage(name)
     return counts
 
@@ -49,12 +52,12 @@ def _forward_passes(runs: Sequence[SuiteRun]) -> float:
     return float(total)
 
 
-def _measure_group(runs: Sequence[SuiteRun], counts: PlanCounts, setup: EvaluationSetup) -> None:
+def _measure_same_images(runs: Sequence[SuiteRun], counts: PlanCounts, setup: EvaluationSetup) -> None:
     """Add the counts of networks that see the same images of a suite to `counts`."""
     suite = runs[0].suite
     for run in runs:
         counts[run.network.name, suite.name] = SuiteCounts()
-    remaining = _take_cached(runs, counts, setup.cache)
+    remaining = _load_cached(runs, counts, setup.cache)
     if not remaining:
         logger.info("%s: measured before", suite.name)
         return
@@ -62,7 +65,7 @@ def _measure_group(runs: Sequence[SuiteRun], counts: PlanCounts, setup: Evaluati
     images_of_this_rank = sum(len(batch) for i in range(len(remaining)) for batch in sampler.batches(i))
     versions = {run.network.name: run.versions for run in runs}
     with setup.console.task(suite.name, images_of_this_rank, "image") as task:
-        for image_pass, counts_by_network in measure(
+        for image_pass, counts_by_network in measure_passes(
             {run.network.name: run.network.model for run in runs},
             remaining,
             batch_size=setup.batch_size,
@@ -89,7 +92,7 @@ def _cache_keys(runs: Sequence[SuiteRun], position: int) -> dict[str, dict[str, 
     return {run.network.name: run.cache_key(image_pass, fingerprint) for run in runs}
 
 
-def _take_cached(
+def _load_cached(
     runs: Sequence[SuiteRun], counts: PlanCounts, cache: MeasurementCache
 ) -> list[tuple[ImagePass, list[str]]]:
     """Add cached counts to `counts`; return the other passes, each with the names of the networks to measure."""
