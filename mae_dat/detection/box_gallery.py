@@ -29,12 +29,12 @@ def draw_detections(
     batch = torch.utils.data.default_collate([selection[index] for index in range(_IMAGES)])
     batch = {name: value.to(device) for name, value in batch.items()}
     generator = step_generator(seed, 0, 0, device)
-    image, context = objective.prepare(detector, batch, generator)  # type: ignore[arg-type]
+    image, prepared = objective.prepare(detector, batch, generator)  # type: ignore[arg-type]
     views = {"found": image}
     with evaluation_mode(detector):
         if isinstance(objective, WithDAT) and objective.strength_is_known:
-            views["found in the adversary"] = objective.adversary(detector, image, context, generator).adversarial
-        columns = [("truth", draw_boxes(image, context[0], images.classes))]
+            views["found in the adversary"] = objective.adversary(detector, image, prepared, generator).adversarial
+        columns = [("truth", draw_boxes(image, prepared[0], images.classes))]
         with torch.no_grad():
             columns += [(title, draw_boxes(view, detector(view), images.classes)) for title, view in views.items()]
     return draw_gallery(columns, cell=_SIDE)

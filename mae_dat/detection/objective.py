@@ -18,21 +18,21 @@ class DetectionObjective(Objective):
     """
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """Return the images (B, 3, H, W), and the context: each image's boxes without crowds, and a seed."""
+        """Return the images (B, 3, H, W), and each image's boxes without crowds with a seed."""
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         return batch["image"], (ground_truth(batch), seed)
 
-    def parts(self, model: nn.Module, image: Tensor, context: tuple[list[Boxes], int]) -> Parts:
+    def parts(self, model: nn.Module, image: Tensor, prepared: tuple[list[Boxes], int]) -> Parts:
         """Compute the detector's losses by name, float32 scalars, and as `loss` their sum."""
-        truth, seed = context
+        truth, seed = prepared
         with torch.random.fork_rng([image.device] if image.is_cuda else []):
             torch.manual_seed(seed)
             losses = {name: loss.float() for name, loss in model(image, truth).items()}
         return {"loss": torch.stack([*losses.values()]).sum(), **losses}
 
-    def loss(self, model: nn.Module, image: Tensor, context: tuple[list[Boxes], int]) -> Tensor:
+    def loss(self, model: nn.Module, image: Tensor, prepared: tuple[list[Boxes], int]) -> Tensor:
         """Compute the sum of the losses, a float32 scalar."""
-        return self.parts(model, image, context)["loss"]
+        return self.parts(model, image, prepared)["loss"]
 
 
 def ground_truth(batch: Any, crowd: bool = False) -> list[dict[str, Tensor]]:

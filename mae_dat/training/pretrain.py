@@ -106,15 +106,15 @@ def draw_galleries(
     generator = step_generator(seed, 0, 0, image.device)
     unused = torch.zeros(len(image), dtype=torch.int64)
     batch: Batch = {"image": image, "label": unused, "index": unused, "skipped": unused}
-    _, view_context = objective.prepare(model, batch, generator)
+    _, prepared = objective.prepare(model, batch, generator)
     galleries = {}
     if mae.target != "words":
-        noise = view_context[1]
+        noise = prepared[1]
         galleries["reconstruction"] = reconstruction_gallery(
             model, image, mask_ratio=mae.mask_ratio, noise=noise, norm_pix=mae.norm_pix_loss
         )
     if isinstance(objective, WithDAT) and objective.strength_is_known:
-        adversary = objective.adversary(model, image, view_context, generator)
+        adversary = objective.adversary(model, image, prepared, generator)
         galleries["adversary"] = adversary_gallery(image, adversary)
     return galleries
 

@@ -276,10 +276,10 @@ def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> N
     tokenizer = PaddedTokenizer(load_tokenizer("embedded"), (30, 31))
     attack = AttackConfig(kind, eps=0.5, share=0.1 if kind == "symbolic" else None, random_start=0.0)
     objective = WithDAT(DetectionObjective(), tokenizer, attack)
-    image, context = objective.prepare(model, batch, torch.Generator().manual_seed(0))
+    image, prepared = objective.prepare(model, batch, torch.Generator().manual_seed(0))
 
     def found_by(objective: WithDAT) -> DiscreteAdversary:
-        return objective.adversary(model, image, context, torch.Generator().manual_seed(0))
+        return objective.adversary(model, image, prepared, torch.Generator().manual_seed(0))
 
     found = found_by(objective)
     assert found.adversarial.shape == image.shape == (12, 3, 30, 31)

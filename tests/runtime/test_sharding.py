@@ -132,9 +132,9 @@ class _NaNAt(Classification):
 
     left = math.inf
 
-    def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
         self.left -= 1
-        return super().loss(model, image, context) * (math.nan if self.left == 0 else 1.0)
+        return super().loss(model, image, prepared) * (math.nan if self.left == 0 else 1.0)
 
 
 def both_ways(rank: int, folder: Path, output: Path) -> None:

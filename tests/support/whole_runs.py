@@ -214,8 +214,8 @@ class _NaNAt(Classification):
         super().__init__(AugmentConfig(), 10)
         self.left, self.kind, self.bad_rank = step, kind, rank
 
-    def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
-        loss = super().loss(model, image, context)
+    def loss(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
+        loss = super().loss(model, image, prepared)
         self.left -= 1
         if self.left >= 0:
             return loss

@@ -338,8 +338,8 @@ def test_an_epochs_record_holds_means_and_what_evaluation_returns(folder: Path, 
     seen: list[float] = []
 
     class Recording(Classification):
-        def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
-            seen.append(float((value := super().loss(model, image, context)).detach()))
+        def loss(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
+            seen.append(float((value := super().loss(model, image, prepared)).detach()))
             return value
 
     setup = setup_for(still_images(folder), tmp_path, optim, at_epoch_end=lambda state, epoch, log: {"test_acc1": 12.5})

@@ -24,25 +24,25 @@ class Objective(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """Return the image to learn from, (B, C, H, W) in [0, 1], and the context that `loss` needs.
+        """Return the image to learn from, (B, C, H, W) in [0, 1], and what else `loss` needs (`prepared`).
 
-        The context holds targets, mask noise and the like: tensors or lists with a row for each image, alone or in a
-        tuple. All randomness of the step is drawn here, from `generator`.
+        That is targets, mask noise and the like: tensors or lists with a row for each image, or a tuple of these and
+        of numbers. All randomness of the step is drawn here, from `generator`.
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
+    def loss(self, model: nn.Module, image: Tensor, prepared: Any) -> Tensor:
         """Compute the mean loss of a view (B, C, H, W) of the image, a float32 scalar."""
 
-    def parts(self, model: nn.Module, image: Tensor, context: Any) -> Parts:
+    def parts(self, model: nn.Module, image: Tensor, prepared: Any) -> Parts:
         """Compute `loss` of a view (B, C, H, W), and the scalars to log with it."""
-        return {"loss": self.loss(model, image, context)}
+        return {"loss": self.loss(model, image, prepared)}
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """Compute the loss of one batch, with the scalars to log."""
         return self.parts(model, *self.prepare(model, batch, generator))
 
-    def known_words(self, tokenizer: VisualTokenizer, context: Any) -> Tensor | None:
+    def known_words(self, tokenizer: VisualTokenizer, prepared: Any) -> Tensor | None:
         """Return the image's words (B, h, w) if `prepare` has already encoded them with this tokenizer."""
         return None
 
@@ -72,9 +72,9 @@ class ObjectiveWrapper(Objective):
         """Return what the wrapped objective prepares."""
         return self.objective.prepare(model, batch, generator)
 
-    def loss(self, model: nn.Module, image: Tensor, context: Any) -> Tensor:
+    def loss(self, model: nn.Module, image: Tensor, prepared: Any) -> Tensor:
         """Compute the wrapped objective's loss."""
-        return self.objective.loss(model, image, context)
+        return self.objective.loss(model, image, prepared)
 
     def begin(self, epoch: float) -> None:
         """Start a step of the wrapped objective."""

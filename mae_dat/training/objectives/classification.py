@@ -39,6 +39,6 @@ class Classification(Objective):
         off_value = self.smoothing / self.num_classes
         return image, F.one_hot(label, self.num_classes).float() * (1 - self.smoothing) + off_value
 
-    def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
         """Compute the mean cross-entropy against the soft targets (B, K), a scalar."""
-        return F.cross_entropy(model(image).float(), context)
+        return F.cross_entropy(model(image).float(), prepared)

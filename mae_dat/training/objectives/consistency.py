@@ -39,9 +39,9 @@ class AugMix(Classification):
         super().__init__(augment, num_classes)
         self.weight = weight
 
-    def loss(self, model: nn.Module, image: Tensor, context: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
         """Compute cross-entropy + weight * divergence, a scalar."""
-        return self.parts(model, image, context)["loss"]
+        return self.parts(model, image, prepared)["loss"]
 
     def parts(self, model: nn.Module, image: Tensor, target: Tensor) -> Parts:
         """Compute loss, loss_clean and jsd (unweighted) of views (B, V, C, H, W), for soft targets (B, K)."""

@@ -57,15 +57,15 @@ class WithDAT(ObjectiveWrapper):
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """Compute one DAT step; parts: loss, loss_clean, loss_adversarial, changed_words (share), eps."""
-        image, context = self.prepare(model, batch, generator)
-        clean, logged, gradient = self.clean_loss(model, image, context)
-        image, context, gradient = first_rows((image, context, gradient), self.attack_count(image))
+        image, prepared = self.prepare(model, batch, generator)
+        clean, logged, gradient = self.clean_loss(model, image, prepared)
+        image, prepared, gradient = first_rows((image, prepared, gradient), self.attack_count(image))
         with auxiliary_norms(model):
-            adversary = self.adversary(model, image, context, generator=generator, gradient=gradient)
-            losses = {**clean, "loss_adversarial": self.loss(model, adversary.adversarial, context)}
+            adversary = self.adversary(model, image, prepared, generator=generator, gradient=gradient)
+            losses = {**clean, "loss_adversarial": self.loss(model, adversary.adversarial, prepared)}
         return {"loss": torch.stack([*losses.values()]).sum(), **losses, **logged, **self.attack_metrics(adversary)}
 
-    def clean_loss(self, model: nn.Module, image: Tensor, context: Any) -> tuple[Parts, Parts, Tensor | None]:
+    def clean_loss(self, model: nn.Module, image: Tensor, prepared: Any) -> tuple[Parts, Parts, Tensor | None]:
         """Compute L(clean) if it has a weight: (`loss_clean`, scalars to log, gradient at the image (B, C, H, W)).
 
         Only a `free` attack has the gradient, from the one backward pass that also serves the parameters.
@@ -73,12 +73,12 @@ class WithDAT(ObjectiveWrapper):
         if not self.attack.clean_weight:
             return {}, {}, None
         if not self.attack.free:
-            logged = self.objective.parts(model, image, context)
+            logged = self.objective.parts(model, image, prepared)
             return {"loss_clean": logged.pop("loss")}, logged, None
         bare_model, logged = unwrap_ddp(model), {}
 
         def loss_fn(view: Tensor) -> Tensor:
-            logged.update(self.objective.parts(bare_model, view, context))
+            logged.update(self.objective.parts(bare_model, view, prepared))
             return logged.pop("loss")
 
         loss, gradient = loss_and_gradient(loss_fn, image, bare_model)
@@ -92,7 +92,7 @@ class WithDAT(ObjectiveWrapper):
         self,
         model: nn.Module,
         image: Tensor,
-        context: Any,
+        prepared: Any,
         generator: torch.Generator,
         gradient: Tensor | None = None,
     ) -> DiscreteAdversary:
@@ -104,13 +104,13 @@ class WithDAT(ObjectiveWrapper):
         # On a GPU the check waits for the image, so only the first batch is checked.
         check = image.device.type == "cpu" or not self.pixels_checked
         self.pixels_checked = True
-        words = self.objective.known_words(self.tokenizer, context)
+        words = self.objective.known_words(self.tokenizer, prepared)
 
         def attack_batch(config: AttackConfig, generator: torch.Generator) -> DiscreteAdversary:
             with frozen_parameters(bare_model):
                 return discrete_adversary(
                     image,
-                    lambda view: self.loss(bare_model, view, context),
+                    lambda view: self.loss(bare_model, view, prepared),
                     self.tokenizer,
                     config=config,
                     generator=generator,
@@ -138,6 +138,7 @@ class WithDAT(ObjectiveWrapper):
             return float(all_mean(attack_batch(config, _generator_at(state, generator.device)).changed_share))
 
         controller.find(share_at)
+        # This attacks once more, for the log line alone: the search does not return the share at its result.
         logger.info(
             "eps %.4g changes %.1f %% of the words at the start (target: %.1f %%)",
             controller.eps,
@@ -161,10 +162,13 @@ class WithDAT(ObjectiveWrapper):
     def counted_images(self, image: Tensor) -> int:
         """Return in how many images of the batch (B, C, H, W) changed words are counted.
 
-        Encoding Q(x) again for all of them would cost a sixth of both reconstructions. The controller of a target share
-        needs more words than a log does.
+        Encoding Q(x) again for all of them would cost a sixth of both reconstructions. So it is done for enough images
+        to have `enough_words` words, but for no less than `least_share` of the batch and no more than `most_share`.
         """
-        least_share, enough_words, most_share = (1 / 8, 512, 1 / 2) if self.controller else (1 / 32, 256, 1 / 4)
+        if self.controller:  # its eps follows this number, which must therefore vary less than one for the log
+            least_share, enough_words, most_share = 1 / 8, 512, 1 / 2
+        else:
+            least_share, enough_words, most_share = 1 / 32, 256, 1 / 4
         words_per_image = max(1, image[0, 0].numel() // self.tokenizer.factor**2)
         count = max(least_share * len(image), enough_words / words_per_image)
         return math.ceil(min(count, most_share * len(image)))
@@ -201,7 +205,11 @@ class WithDAT(ObjectiveWrapper):
 
 
 def first_rows(value: Any, count: int) -> Any:
-    """Return the rows of the first `count` images of a tensor or list, or of all values of a (nested) tuple."""
+    """Return the rows of the first `count` images of all that an objective prepares.
+
+    Of a tensor or list these are its first entries. In a tuple, also a nested one, every entry is cut. Anything else,
+    such as a detector's seed (an int) or a gradient that is None, belongs to the whole batch and stays as it is.
+    """
     if isinstance(value, tuple):
         return tuple(first_rows(entry, count) for entry in value)
     return value[:count] if isinstance(value, Tensor | list) else value

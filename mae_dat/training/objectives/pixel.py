@@ -36,15 +36,15 @@ class WithPixelAdversary(ObjectiveWrapper):
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """Compute one step; parts: loss, loss_clean if w > 0, loss_adversarial."""
-        image, context = self.prepare(model, batch, generator)
-        clean = {"loss_clean": self.loss(model, image, context)} if self.clean_weight else {}
+        image, prepared = self.prepare(model, batch, generator)
+        clean = {"loss_clean": self.loss(model, image, prepared)} if self.clean_weight else {}
         with auxiliary_norms(model):
-            adversarial = self.loss(model, self.adversary(model, image, context, generator), context)
+            adversarial = self.loss(model, self.adversary(model, image, prepared, generator), prepared)
         loss = sum((self.clean_weight * part for part in clean.values()), adversarial)
         return {"loss": loss, **clean, "loss_adversarial": adversarial}
 
-    def adversary(self, model: nn.Module, image: Tensor, context: Any, generator: torch.Generator) -> Tensor:
+    def adversary(self, model: nn.Module, image: Tensor, prepared: Any, generator: torch.Generator) -> Tensor:
         """Attack this batch and return adversarial images (B, C, H, W) in [0, 1]; DDP's hooks do not run."""
         bare_model = unwrap_ddp(model)
         with frozen_parameters(bare_model):
-            return projected_gradient(image, lambda view: self.loss(bare_model, view, context), self.attack, generator)
+            return projected_gradient(image, lambda view: self.loss(bare_model, view, prepared), self.attack, generator)

@@ -32,9 +32,9 @@ class MaskedReconstruction(Objective):
         self.tokenizer, self.words_weight = tokenizer, words_weight
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """Return the image and the context of every view of it: targets and mask.
+        """Return the image, and targets and mask for every view of it.
 
-        The context is (target patches (B, N, P) of the clean image, mask noise (B, N)), followed by the image's words
+        These are (target patches (B, N, P) of the clean image, mask noise (B, N)), followed by the image's words
         (B, h, w) if they are a target.
         """
         image = batch["image"]
@@ -48,13 +48,13 @@ class MaskedReconstruction(Objective):
         """Draw the step's random mask as noise (B, N): the model keeps the patches with the smallest noise."""
         return mask_noise(len(image), model.num_patches, generator, image.device)
 
-    def loss(self, model: nn.Module, image: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+    def loss(self, model: nn.Module, image: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
         """Compute the error of the prediction from a view (B, C, H, W), at the removed patches; a scalar."""
-        return self.parts(model, image, context)["loss"]
+        return self.parts(model, image, prepared)["loss"]
 
-    def parts(self, model: nn.Module, image: Tensor, context: tuple[Tensor, ...]) -> Parts:
+    def parts(self, model: nn.Module, image: Tensor, prepared: tuple[Tensor, ...]) -> Parts:
         """Compute `loss`; if words are a target, also both losses and the share of words predicted right."""
-        target, noise, *words = context
+        target, noise, *words = prepared
         if not words:
             prediction, mask = model(image, self.mask_ratio, noise)
             return {"loss": masked_mse(prediction.float(), target, mask)}
@@ -67,6 +67,6 @@ class MaskedReconstruction(Objective):
         pixels_loss = masked_mse(prediction.float(), target, mask)
         return {"loss": pixels_loss + self.words_weight * words_loss, "loss_pixels": pixels_loss, **logged}
 
-    def known_words(self, tokenizer: VisualTokenizer, context: tuple[Tensor, ...]) -> Tensor | None:
+    def known_words(self, tokenizer: VisualTokenizer, prepared: tuple[Tensor, ...]) -> Tensor | None:
         """Return the target words (B, h, w), if they are this tokenizer's."""
-        return context[2] if tokenizer is self.tokenizer else None
+        return prepared[2] if tokenizer is self.tokenizer else None

@@ -137,8 +137,8 @@ def test_free_attacks_with_the_clean_passes_gradient(tokenizer: CountedTokenizer
     objective = WithDAT(labels(smoothing=0.1), tokenizer, attack)
     objective(model, batch, generator())
     torch.manual_seed(5)
-    image, context = objective.prepare(model, batch, generator())
-    gradient = input_gradient(image, lambda x: objective.loss(model, x, context))
+    image, prepared = objective.prepare(model, batch, generator())
+    gradient = input_gradient(image, lambda x: objective.loss(model, x, prepared))
     found = discrete_adversary(image, _never, tokenizer, attack, generator(), gradient)
     assert torch.equal(model.seen[1], found.adversarial)
     assert found.changed_share > 0
@@ -167,12 +167,12 @@ def test_frees_gradient_is_that_of_both_losses(kind: str, precision: str, tokeni
     torch.manual_seed(5)
     source = generator()
     with autocast():
-        image, context = objective.prepare(model, batch, source)
-        gradient = input_gradient(image, lambda x: objective.loss(model, x, context))
+        image, prepared = objective.prepare(model, batch, source)
+        gradient = input_gradient(image, lambda x: objective.loss(model, x, prepared))
         torch.manual_seed(5)
-        clean = objective.loss(model, image, context)
-        adversary = objective.adversary(model, image, context, source, gradient)
-        loss = clean + objective.loss(model, adversary.adversarial, context)
+        clean = objective.loss(model, image, prepared)
+        adversary = objective.adversary(model, image, prepared, source, gradient)
+        loss = clean + objective.loss(model, adversary.adversarial, prepared)
     (loss / 4).backward()
     assert torch.equal(parts["loss"], loss)
     assert found.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}

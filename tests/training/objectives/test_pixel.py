@@ -55,14 +55,14 @@ def test_an_adversary_of_any_objective_is_in_the_ball_and_raises_its_loss(kind: 
     model = MaskedAutoencoder(SIDE, 4, 3, 16, 1, 2, 16, 1, 2) if kind == "mae" else SmallNet().eval()
     inner: Objective = MaskedReconstruction(0.5, True) if kind == "mae" else labels()
     objective = WithPixelAdversary(inner, attack)
-    image, context = objective.prepare(model, batch, generator())
-    found = objective.adversary(model, image, context, generator())
+    image, prepared = objective.prepare(model, batch, generator())
+    found = objective.adversary(model, image, prepared, generator())
     assert float(distance(found, image, norm).max()) <= attack.eps * (1 + 1e-12)
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
     noise = image + found.sub(image).flip(0)  # as large, but of another image
     with torch.no_grad():
-        clean, random, worse = (float(objective.loss(model, view, context)) for view in (image, noise, found))
+        clean, random, worse = (float(objective.loss(model, view, prepared)) for view in (image, noise, found))
     assert worse > max(clean, random) + 1e-3
     assert not gradients(model)
     assert model.training == (kind == "mae")
