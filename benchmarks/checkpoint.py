@@ -35,7 +35,7 @@ class Run:
         self.batch, self.device = make_batch(2, side, device), device
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name)
-        self.saver, self.saves = Saver(self.path, keep=1), 0
+        self.saver, self.saves = Saver(self.path, keep_newest=1), 0
         self.step(lambda: None)  # the optimizer has its state from the first update on
 
     def step(self, before_change: Callable[[], Any]) -> None:

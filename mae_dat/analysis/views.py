@@ -43,11 +43,11 @@ class Change:
     kind: Literal["corruption", "random", "symbolic"] = "corruption"
     corruption: str = "gaussian_noise"
     severity: int = 3
-    """Of the corruption, 1 to 5."""
+    """Severity of the corruption, 1 to 5."""
     share: float = 0.05
     """Share of the words to change, in (0, 1)."""
     seed: int = 0
-    """Of the corruption and of random words."""
+    """Seed of the corruption and of random words."""
 
 
 class ImageView(NamedTuple):

@@ -70,7 +70,7 @@ class ImagesConfig:
     """TensorBoard files (default: output_dir)."""
     device: str = "auto"
     seed: int = 0
-    """Of masks and attacks."""
+    """Seed of masks and attacks."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "per_page"):

@@ -112,10 +112,10 @@ class ViewStatistics:
     """Statistics of one view of the images in one network, accumulated over batches."""
 
     moments: dict[str, Moments]
-    """Of each layer's inputs."""
+    """The moments of each layer's inputs."""
     features: list[Tensor]
     sums: dict[str, float]
-    """Over the images, of the numbers by name."""
+    """The sum of each number over the images, by name."""
     spectrum: Tensor
     """Sum of the power spectra of the changes, (bins,)."""
 

@@ -1,7 +1,8 @@
 """The gradient of an adversary: of a loss at the image, and the L2 steps and balls that attacks build from it.
 
-All attacks take their gradient here (`input_gradient`), except the symbolic one, which needs it at the codes
-(`symbolic.code_gradient`). Shapes: image (B, C, H, W), pixels in [0, 1].
+All attacks take their gradient here (`input_gradient`), with two exceptions. The symbolic attack needs it at the codes
+(`symbolic.code_gradient`). A free attack gets it from the backward pass of the clean loss
+(`training/objectives/free_gradient.py`). Shapes: image (B, C, H, W), pixels in [0, 1].
 """
 
 from collections.abc import Callable

@@ -46,9 +46,9 @@ class RunConfig:
     save_minutes: float = 10.0
     """Longest time between two checkpoints, besides the one at the end of every epoch."""
     keep: int = 2
-    """Number of newest checkpoints to keep, besides the best one by the score of its epoch ..."""
+    """Number of newest checkpoints to keep. The best one by the score of its epoch is kept too."""
     keep_every: int | None = None
-    """... and those of every n-th epoch (default: none)."""
+    """Keep the checkpoint of every n-th epoch too (default: none)."""
     allow_change: tuple[str, ...] = ()
     """Settings that may differ from those of the checkpoint although they change the result, such as `epochs blr`."""
     hang_minutes: float = 15.0
@@ -169,9 +169,9 @@ class ClassifierConfig:
     """Classes (default: the number of class folders)."""
     drop_path: float = 0.1
     global_pool: bool = True
-    """Classify the mean of the patch tokens ..."""
+    """Classify the mean of the patch tokens (default)."""
     cls_token: bool = False
-    """... or, with --cls_token, the class token."""
+    """Classify the class token instead."""
     finetune: str | None = None
     """Weights to start from: the folder of a pretraining run, a weights file, or a released name (`python -m mae_dat
     fetch` lists them)."""

@@ -29,11 +29,11 @@ from mae_dat.storage.files import atomic_write
 
 SIGNAL_DELAY_S = 120  # SLURM sends its signal so long before the time limit: enough to write a checkpoint
 STOP_GRACE_S = 90  # how long a script may take to end after a signal; below the delay above
-# How long a rank waits for rank 0, which may still be saving, because the end of one task ends them all. After an error
-# the wait is shorter: rank 0 may not have noticed it.
-PATIENCE_S, ERROR_PATIENCE_S = 300.0, 120.0
-ERRORS_S = 3.0  # how long rank 0, ready to start again, waits for another rank to report an error
-CRASH_S, CRASHES = 60.0, 3  # a script that is killed so early, so many times in a row, is not started again
+# How long a rank waits for the others to end, above all for rank 0, which may still be saving: the end of one task ends
+# them all. After an error the wait is shorter: rank 0 may not have noticed it.
+OTHER_RANKS_WAIT_S, WAIT_AFTER_ERROR_S = 300.0, 120.0
+ERROR_REPORT_WAIT_S = 3.0  # how long rank 0, ready to start again, waits for another rank to report an error
+EARLY_CRASH_S, MAX_EARLY_CRASHES = 60.0, 3  # a script killed so early, so many times in a row, is not started again
 _FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # SLURM signals every process of a task. The default action of these two would kill a script before it can save, so the
 # shell makes the script ignore them unless it sets handlers of its own.
@@ -63,7 +63,7 @@ class RankExit(NamedTuple):
     @property
     def crashed(self) -> bool:
         """Whether it was killed soon after its start for no known reason."""
-        return self.code < 0 and not self.signal and self.seconds < CRASH_S
+        return self.code < 0 and not self.signal and self.seconds < EARLY_CRASH_S
 
 
 def job_exit_code(exits: Sequence[RankExit]) -> int:
@@ -80,7 +80,10 @@ class RankExits:
         self.folder = folder
 
     def write(self, attempt: int, rank: int, rank_exit: RankExit) -> None:
-        """Record how a rank ended. If the disk is full only the log says so: what follows is more important."""
+        """Record how a rank ended.
+
+        If that fails, as on a full disk, only the log says so: the job must still return to the queue or start again.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.folder / f"{attempt}-{rank}.json") as file:
@@ -103,7 +106,7 @@ class RankExits:
 
     def keep_crashing(self, attempt: int) -> bool:
         """Return whether in this attempt, and in each of those before it, some rank crashed at its start."""
-        attempts = range(attempt, attempt - CRASHES, -1)
+        attempts = range(attempt, attempt - MAX_EARLY_CRASHES, -1)
         return all(any(rank_exit.crashed for rank_exit in self.read(number).values()) for number in attempts)
 
 
@@ -225,7 +228,7 @@ class ScriptTask:
         if rank and not self._must_requeue_itself(exits, attempt, rank_exit, received):
             return rank_exit.exit_code
         if rank == 0:
-            _wait_until(lambda: len(exits.read(attempt)) == job.num_tasks, ERRORS_S)
+            _wait_until(lambda: len(exits.read(attempt)) == job.num_tasks, ERROR_REPORT_WAIT_S)
         code = job_exit_code(list(exits.read(attempt).values()))
         if code == RetryError.exit_code:
             if exits.keep_crashing(attempt):
@@ -249,7 +252,8 @@ class ScriptTask:
             """Return whether SLURM has signalled this task once more."""
             return received.count > count
 
-        _wait_until(lambda: 0 in exits.read(attempt) or job_is_ending(), PATIENCE_S if restart else ERROR_PATIENCE_S)
+        wait_s = OTHER_RANKS_WAIT_S if restart else WAIT_AFTER_ERROR_S
+        _wait_until(lambda: 0 in exits.read(attempt) or job_is_ending(), wait_s)
         exit_of_rank_0 = exits.read(attempt).get(0)
         if exit_of_rank_0 and exit_of_rank_0.exit_code == RetryError.exit_code:
             _wait_until(job_is_ending, 30)  # rank 0 puts the job back, which ends this task
@@ -261,7 +265,7 @@ class ScriptTask:
         """Return the exit code of all ranks on this machine, and whether they start again together."""
         exits = self.rank_exits(job.paths.folder, job.job_id)
         exits.write(attempt, job.global_rank, rank_exit)
-        _wait_until(lambda: len(exits.read(attempt)) == job.num_tasks, PATIENCE_S)
+        _wait_until(lambda: len(exits.read(attempt)) == job.num_tasks, OTHER_RANKS_WAIT_S)
         all_exits = list(exits.read(attempt).values())
         code = job_exit_code(all_exits)
         signals = [received.first and received.first.name, *(other.signal for other in all_exits)]
@@ -274,7 +278,9 @@ class ScriptTask:
 
 
 def _give_up(exits: RankExits, attempt: int, rank: int) -> int:
-    get_logger().info(f"the script was killed within {CRASH_S:.0f} s of its start {CRASHES} times in a row: giving up")
+    get_logger().info(
+        f"the script was killed within {EARLY_CRASH_S:.0f} s of its start {MAX_EARLY_CRASHES} times in a row: giving up"
+    )
     exits.write(attempt, rank, RankExit(NoProgressError.exit_code, 0.0))
     return NoProgressError.exit_code
 

@@ -230,11 +230,11 @@ class MaskedAutoencoder(nn.Module):
     def add_word_head(self, factor: int, num_words: int, pixels: bool = True) -> None:
         """Add a head that predicts the visual words of each patch: one for `factor` x `factor` pixels, of `num_words`.
 
-        Without `pixels` only the words are predicted. Raises ConfigError if a patch is no whole number of words.
+        Without `pixels` only the words are predicted. Raises ConfigError if a patch is not divisible by the word size.
         """
         if self.patch_size % factor:
             raise ConfigError(
-                f"a patch of {self.patch_size} pixels is no whole number of visual words of {factor}: give a --model "
+                f"a patch of {self.patch_size} pixels is not divisible by the word size of {factor}: give a --model "
                 f"or a --tokenizer whose patch side is a multiple of the tokenizer's factor, or --target pixels."
             )
         per_patch = (self.patch_size // factor) ** 2

@@ -4,8 +4,8 @@ differ.
 A trick makes this work for every network: `split_norms` changes the class of each norm, in place, to a subclass made
 for it. The norm keeps its place in the network, the keys of its tensors and `isinstance` of its old class, so
 optimizer, checkpoints and timm's code need not know about it; its auxiliary copy is a child under the key `auxiliary`.
-Wrapper modules in place of the norms would change every key and break networks that access `norm.weight`. Evaluated
-and exported are the original norms.
+Wrapper modules in place of the norms would change every key and break networks that access `norm.weight`. The original
+norms are evaluated and exported.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ class SplitNorm(nn.Module):
     """The first base of a split norm's new class; the second one is the class that the norm had."""
 
     auxiliary: nn.Module
-    routed = False
+    uses_auxiliary = False
     """Whether the auxiliary copy is used instead."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x, by the auxiliary copy if `routed`."""
-        return self.auxiliary(x) if self.routed else super().forward(x)
+        """Normalise x, by the auxiliary copy if `uses_auxiliary`."""
+        return self.auxiliary(x) if self.uses_auxiliary else super().forward(x)
 
 
 def split_norms(model: nn.Module) -> None:
@@ -74,11 +74,11 @@ def auxiliary_norms(model: nn.Module) -> Iterator[None]:
     norms = [part for part in model.modules() if isinstance(part, SplitNorm)]
     try:
         for norm in norms:
-            norm.routed = True
+            norm.uses_auxiliary = True
         yield
     finally:
         for norm in norms:
-            norm.routed = False
+            norm.uses_auxiliary = False
 
 
 def main_norms(state: Mapping[str, Any]) -> dict[str, Any]:

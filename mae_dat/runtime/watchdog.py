@@ -47,25 +47,25 @@ def watchdog(minutes: float, rank: int = 0, first_minutes: float = FIRST_MINUTES
         yield
         return
     limits = [str(math.ceil(60 * value)) for value in (minutes, max(minutes, first_minutes))]
-    heartbeats_out, heartbeats_in = os.pipe()
-    order_out, order_in = os.pipe()
-    os.set_blocking(heartbeats_in, False)
+    heartbeats_read, heartbeats_write = os.pipe()
+    order_read, order_write = os.pipe()
+    os.set_blocking(heartbeats_write, False)
     faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(rank), *limits]
     mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-    child = subprocess.Popen(command, stdin=heartbeats_out, stdout=order_in)
+    child = subprocess.Popen(command, stdin=heartbeats_read, stdout=order_write)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
-    os.close(heartbeats_out)
-    os.close(order_in)
-    threading.Thread(target=_exit_on_order, args=(order_out,), daemon=True, name="watchdog's order").start()
-    _heartbeat_pipe = heartbeats_in
+    os.close(heartbeats_read)
+    os.close(order_write)
+    threading.Thread(target=_exit_on_order, args=(order_read,), daemon=True, name="watchdog's order").start()
+    _heartbeat_pipe = heartbeats_write
     try:
         yield
     finally:
         _heartbeat_pipe = -1
         child.kill()
         child.wait()
-        os.close(heartbeats_in)
+        os.close(heartbeats_write)
         faulthandler.unregister(STACKS_SIGNAL)
 
 

@@ -47,28 +47,28 @@ class Checkpoint(NamedTuple):
 class Saver:
     """Writes the checkpoints of a run in the background, one at a time.
 
-    Once a checkpoint is complete, older ones are deleted, except for the newest `keep`, the best one (by the highest
-    `facts["score"]`; None is no score) and those whose `facts["kept"]` is true. `guard` is called before each file is
-    written; if it raises, the save fails with its error.
+    Once a checkpoint is complete, older ones are deleted, except for the newest `keep_newest`, the best one (by the
+    highest `facts["score"]`; None is no score) and those whose `facts["kept"]` is true. `guard` is called before each
+    file is written; if it raises, the save fails with its error.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, guard: Callable[[], object] | None = None) -> None:
-        self.folder, self.keep, self.guard = folder, keep, guard
+    def __init__(self, folder: Path, keep_newest: int = 2, guard: Callable[[], object] | None = None) -> None:
+        self.folder, self.keep_newest, self.guard = folder, keep_newest, guard
         self._buffers = HostBuffers()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot: Snapshot | None = None
         self._written: Future[None] | None = None
         self._cancelled = threading.Event()
 
-    def save(self, step: int, state: Mapping[str, Any], at_once: Iterable[Tensor] = (), **facts: Any) -> None:
+    def save(self, step: int, state: Mapping[str, Any], copy_immediately: Iterable[Tensor] = (), **facts: Any) -> None:
         """Start to write a checkpoint of `state` as it is now; `facts` are stored in the manifest.
 
-        `at_once` are the tensors that a forward pass may change (`model.buffers()`): they are copied before `save`
-        returns. The others must not change before `before_change` has returned. Waits for the previous save first, and
-        raises its StorageError if it failed.
+        `copy_immediately` are the tensors that a forward pass may change (`model.buffers()`): they are copied before
+        `save` returns. The others must not change before `before_change` has returned. Waits for the previous save
+        first, and raises its StorageError if it failed.
         """
         self.wait()
-        self._snapshot = Snapshot(state, self._buffers, at_once)
+        self._snapshot = Snapshot(state, self._buffers, copy_immediately)
         self._written = self._thread.submit(self._write, self._snapshot, step, facts)
 
     def before_change(self) -> None:
@@ -116,7 +116,7 @@ class Saver:
         try:
             snapshot.copy_large()
             self._write_files(step, snapshot.content, snapshot.size, facts)
-            _delete_old(self.folder, step, self.keep)
+            _delete_old(self.folder, step, self.keep_newest)
         finally:
             snapshot.release()
 
@@ -147,12 +147,13 @@ class Saver:
             raise
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2, **facts: Any) -> Path:
-    """Write a checkpoint and return its path when it is on disk; the arguments are those of Saver.
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep_newest: int = 2, **facts: Any) -> Path:
+    """Write one checkpoint, without a training loop, and return its path when it is on disk.
 
-    Raises StorageError.
+    It is for scripts, tests and benchmarks: a training writes its checkpoints in the background (`Saver`). The
+    arguments are those of `Saver` and `Saver.save`. Raises StorageError.
     """
-    with contextlib.closing(Saver(folder, keep)) as saver:
+    with contextlib.closing(Saver(folder, keep_newest)) as saver:
         saver.save(step, state, **facts)
     return _path_of(folder, step)
 
@@ -176,17 +177,17 @@ class _HashingWriter:
         self.file.flush()
 
 
-def _delete_old(folder: Path, step: int, keep: int) -> None:
+def _delete_old(folder: Path, step: int, keep_newest: int) -> None:
     """Delete the checkpoints up to this step that a Saver does not keep.
 
     Checkpoints of later steps stay: a run that has resumed before them found them damaged, and they must not count
-    among the newest `keep` instead of valid ones.
+    among the newest `keep_newest` instead of valid ones.
     """
     manifests = [path for path in _manifests(folder) if _step_of(path) <= step]
     facts = {path: _read_facts(path) for path in manifests}
     scores = {path: score for path in manifests if isinstance(score := facts[path].get("score"), int | float)}
     best = max((path for path in scores if not math.isnan(scores[path])), key=scores.__getitem__, default=None)
-    for old in manifests[max(keep, 1) :]:
+    for old in manifests[max(keep_newest, 1) :]:
         if old != best and not facts[old].get("kept"):
             old.unlink(missing_ok=True)  # first, because a file without a manifest is ignored
             old.with_suffix(".pth").unlink(missing_ok=True)

@@ -37,11 +37,12 @@ class HostBuffers:
 
 
 class _Copy(NamedTuple):
-    """A storage (`source`) and its copy (`host`), both as bytes, and whether the other thread copies it (`later`)."""
+    """A storage (`source`) and its copy (`host`), both as bytes."""
 
     host: Tensor
     source: Tensor
-    later: bool
+    by_thread: bool
+    """Whether the other thread copies it, in `copy_large`."""
 
 
 class Snapshot:
@@ -49,29 +50,30 @@ class Snapshot:
 
     `content` is complete after `copy_large`, which is called by another thread; `wait` blocks until the state may
     change. Tensors that share memory share it in the copy too, so that `torch.save` writes the same bytes for both.
-    `at_once` are the tensors that a forward pass changes, which cannot wait for the other thread: the running
+    `copy_immediately` are the tensors that a forward pass changes, which cannot wait for the other thread: the running
     statistics of BatchNorm, a codebook.
     """
 
-    def __init__(self, state: Mapping[str, Any], buffers: HostBuffers, at_once: Iterable[Tensor] = ()) -> None:
+    def __init__(self, state: Mapping[str, Any], buffers: HostBuffers, copy_immediately: Iterable[Tensor] = ()) -> None:
         self._state, self._buffers = state, buffers  # the state stays alive until it is copied
         self._copies: dict[int, _Copy] = {}
-        self._issued = threading.Event()  # all copies are done, or (on a GPU) in the queue of a stream
-        self._copied: torch.cuda.Event | None = None
-        copied_now = {_storage_key(tensor) for tensor in at_once}
+        self._copies_issued = threading.Event()  # all copies are done, or (on a GPU) in the queue of a stream
+        self._copy_event: torch.cuda.Event | None = None  # recorded behind the copies of the large tensors
+        immediate_keys = {_storage_key(tensor) for tensor in copy_immediately}
         tensors = [tensor for tensor in _tensors(state) if _is_plain(tensor)]
         self._device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-        memo: dict[int, Any] = {id(tensor): self._copy_of(tensor, copied_now) for tensor in tensors}
+        memo: dict[int, Any] = {id(tensor): self._copy_of(tensor, immediate_keys) for tensor in tensors}
         # torch counts the changes of a tensor in `_version` (not in inference mode): they must not happen too early.
         self._versions = [
             (tensor, tensor._version)
             for tensor in tensors
-            if self._copies[_storage_key(tensor)].later and not tensor.is_inference()
+            if self._copies[_storage_key(tensor)].by_thread and not tensor.is_inference()
         ]
-        for host, source, later in self._copies.values():
-            if not later:
+        for host, source, by_thread in self._copies.values():
+            if not by_thread:
                 host.copy_(source, non_blocking=source.is_cuda)
-        self._began = torch.cuda.current_stream(self._device).record_event() if self._device else None
+        # The side stream of `copy_large` waits for this event, so that it reads the state as it is now.
+        self._start_event = torch.cuda.current_stream(self._device).record_event() if self._device else None
         self.content: Any = copy.deepcopy(state, memo)  # the tensors' copies are in `memo` already
 
     @property
@@ -82,25 +84,25 @@ class Snapshot:
     def copy_large(self) -> None:
         """Copy the large tensors; return when `content` is complete. Raises RuntimeError if they changed meanwhile."""
         try:
-            if self._began:
+            if self._start_event:
                 side = torch.cuda.Stream(self._device)
-                side.wait_event(self._began)
+                side.wait_event(self._start_event)
                 with torch.cuda.stream(side):
-                    self._copy_later()
-                self._copied = side.record_event()
+                    self._copy_large_storages()
+                self._copy_event = side.record_event()
             else:
-                self._copy_later()
+                self._copy_large_storages()
         finally:
-            self._issued.set()
-        if self._copied:
-            self._copied.synchronize()
+            self._copies_issued.set()
+        if self._copy_event:
+            self._copy_event.synchronize()
         self._state = {}
 
     def wait(self) -> None:
         """Block until the state may change; for a state on a GPU, make only the current stream wait for the copies."""
-        self._issued.wait()
-        if self._copied:
-            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        self._copies_issued.wait()
+        if self._copy_event:
+            torch.cuda.current_stream(self._device).wait_event(self._copy_event)
 
     def release(self) -> None:
         """Return the memory for the next snapshot; `content` becomes None."""
@@ -109,21 +111,21 @@ class Snapshot:
             self._buffers.give_back(host, source.is_cuda)
         self._copies = {}
 
-    def _copy_later(self) -> None:
-        for host, source, later in self._copies.values():
-            if later:
+    def _copy_large_storages(self) -> None:
+        for host, source, by_thread in self._copies.values():
+            if by_thread:
                 host.copy_(source, non_blocking=source.is_cuda)
         if any(tensor._version != version for tensor, version in self._versions):
             raise RuntimeError("the state changed while it was copied: call before_change() before every update.")
         self._versions = []
 
-    def _copy_of(self, tensor: Tensor, copied_now: set[int]) -> Tensor:
+    def _copy_of(self, tensor: Tensor, immediate_keys: set[int]) -> Tensor:
         """Return a tensor of the same shape in the copy of its storage, which is filled later."""
         storage, key = tensor.untyped_storage(), _storage_key(tensor)
         if key not in self._copies:
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             host = self._buffers.take(storage.nbytes(), tensor.is_cuda)
-            self._copies[key] = _Copy(host, source, later=storage.nbytes() >= LARGE and key not in copied_now)
+            self._copies[key] = _Copy(host, source, by_thread=storage.nbytes() >= LARGE and key not in immediate_keys)
         copied = torch.empty(0, dtype=tensor.dtype).set_(
             self._copies[key].host.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
         )

@@ -35,7 +35,7 @@ class RunContext:
     world: World
     device: torch.device
     precision: torch.dtype | None
-    """Of autocast; None for float32."""
+    """The data type of autocast; None for float32."""
     console: Console
     output_lock: OutputLock | None = None
     """The right to write into the output folder, on rank 0 of a training."""

@@ -27,13 +27,7 @@ from mae_dat.runtime.signals import StopRequest, stop_requests
 from mae_dat.runtime.watchdog import heartbeat
 from mae_dat.storage.checkpoint import Saver
 from mae_dat.training.clock import TrainingClock
-from mae_dat.training.optim import (
-    clip_gradient,
-    learning_rate,
-    set_lr,
-    step_optimizer,
-    update_average,
-)
+from mae_dat.training.optim import clip_gradient, learning_rate, set_lr, step_optimizer, update_average
 from mae_dat.training.prefetch import Prefetcher
 from mae_dat.training.setup import TrainingSetup
 from mae_dat.training.state import TrainingState
@@ -58,11 +52,11 @@ class Trainer:
         self.reports = DelayedReports(self.device)
         self.prefetcher = Prefetcher(setup.loader, setup.optim.accum_iter, self.reports.lag)
         self.agreed = RankRequests()
-        """What at least one rank requested in the steps that were read, so that all ranks do it together."""
+        """What at least one rank requested in the steps whose report has arrived; all ranks do it together."""
         self.loss = math.nan
-        """This rank's mean loss in the newest step that was read."""
+        """This rank's mean loss in the newest step whose report has arrived."""
         self.score: float | None = None
-        """Of the epoch that just ended, to keep its best checkpoint."""
+        """The score of the epoch that just ended: the checkpoint with the highest one is kept."""
         self.stop_request = StopRequest()
         self.saver: Saver | None = None
 
@@ -146,7 +140,7 @@ class Trainer:
         self.progress.advance(f"{rate:.0f} images/s  {self.progress_note()}")
 
     def progress_note(self) -> str:
-        """Return what the progress bar shows of the newest step that was read."""
+        """Return what the progress bar shows of the newest step whose report has arrived."""
         return f"loss {self.loss:.4f}  lr {self.state.optimizer.param_groups[-1]['lr']:.2e}"
 
     def stop_on_all_ranks(self) -> None:
@@ -162,16 +156,22 @@ class Trainer:
     # ---- one step ----
 
     def train_step(self) -> None:
-        """Launch one update, from `accum_iter` micro-batches, without waiting for its numbers (`read_reports`)."""
+        """Launch one update, from `accum_iter` micro-batches. `read_reports` reads its loss and other numbers later."""
         self.set_learning_rate()
         self.advance_objective()
         batches = self.prefetcher.next_batches()
-        micro_batches = [self.forward_backward(batch, number) for number, batch in enumerate(batches)]
+        micro_batches = [self.forward_backward(batch, micro_index) for micro_index, batch in enumerate(batches)]
         self.prefetcher.prefetch()
         save_error = catch_user_error(self.saver.check) if self.saver else None
-        counts = self.reports.sum_over_ranks(micro_batches, self.requests_of_this_rank(save_error))
+        bad_losses_and_requests = self.reports.sum_over_ranks(micro_batches, self.requests_of_this_rank(save_error))
         grad_norm = self.apply_gradient()
-        self.reports.add(self.state.step, micro_batches, save_error, grad_norm=grad_norm, counts=counts)
+        self.reports.add(
+            self.state.step,
+            micro_batches,
+            save_error,
+            grad_norm=grad_norm,
+            bad_losses_and_requests=bad_losses_and_requests,
+        )
         self.state.step += 1
 
     @property
@@ -203,14 +203,17 @@ class Trainer:
         while delayed and delayed[0][0] < self.state.step - self.reports.lag:
             self.state.objective.observe(delayed.pop(0)[1])
 
-    def forward_backward(self, batch: Batch, number: int) -> MicroBatch:
-        """Compute the loss of one of the step's micro-batches, and add its gradient to that of the others."""
+    def forward_backward(self, batch: Batch, micro_index: int) -> MicroBatch:
+        """Compute the loss of one of the step's micro-batches, and add its gradient to that of the others.
+
+        `micro_index` counts the micro-batches of the step from 0.
+        """
         accum, world, seed = self.setup.optim.accum_iter, self.context.world, self.context.run.seed
-        micro_step = self.state.step * accum + number
+        micro_step = self.state.step * accum + micro_index
         seed_everything(step_seed(seed, micro_step, world.rank))
         generator = step_generator(seed, micro_step, world.rank, self.device)
         # The ranks exchange gradients once, in the last backward pass.
-        exchanges = world.size == 1 or number == accum - 1
+        exchanges = world.size == 1 or micro_index == accum - 1
         with contextlib.nullcontext() if exchanges else no_gradient_sync(self.model):
             with autocast(self.device, self.context.precision):
                 metrics = self.state.objective(self.model, _to_device(batch, self.device), generator)
@@ -233,6 +236,7 @@ class Trainer:
         they need no further reduction to agree whether it is finite.
         """
         grad_norm = self.clip_gradient()
+        # Once set, the flag stays 1. So a later step that the host has already launched is skipped too.
         self.reports.skip_where(~grad_norm.isfinite())
         if self.saver:
             self.saver.before_change()
@@ -256,10 +260,11 @@ class Trainer:
         for report in self.reports.read(lag):
             if report.update_skipped:
                 self.state.step = report.step
+                # The error is None where another rank's loss is at fault: this rank then raises RankError.
                 raise_on_all_ranks(self.numerics_error(report))
             if report.requests.save_failed:
                 raise_on_all_ranks(report.save_error)
-            self.agreed = RankRequests(*(old or new for old, new in zip(self.agreed, report.requests, strict=True)))
+            self.agreed = self.agreed.merged_with(report.requests)
             self.add_metrics(report)
 
     def add_metrics(self, report: StepReport) -> None:
@@ -275,15 +280,18 @@ class Trainer:
         self.loss = sums["loss"] / sums["images"]
 
     def numerics_error(self, report: StepReport) -> NumericsError | None:
-        """Return this rank's error about a bad step: about its first micro-batch whose loss is not finite, or about the
-        last one where no loss is to blame but the gradient. None if only other ranks are affected."""
-        bad = [number for number, metrics in enumerate(report.metrics) if not math.isfinite(metrics["loss"])]
+        """Return this rank's error about a bad step; None if the loss of another rank alone is at fault.
+
+        The error is about the first micro-batch whose loss is not finite. Where all losses are finite but the gradient
+        is not, it is about the last one.
+        """
+        bad = [index for index, metrics in enumerate(report.metrics) if not math.isfinite(metrics["loss"])]
         if report.bad_loss and not bad:
             return None
-        number = bad[0] if bad else -1
-        metrics = report.metrics[number] if bad else {**report.metrics[-1], "grad_norm": report.grad_norm}
+        micro_index = bad[0] if bad else -1
+        metrics = report.metrics[micro_index] if bad else {**report.metrics[-1], "grad_norm": report.grad_norm}
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        files = [self.setup.name_of(index) for index in report.micro_batches[number].images]
+        files = [self.setup.name_of(index) for index in report.micro_batches[micro_index].images]
         more = f" and {len(files) - 8} more" if len(files) > 8 else ""
         return NumericsError(
             f"not finite at step {self.state.step} on rank {self.context.world.rank} ({values}), "

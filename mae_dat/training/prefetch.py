@@ -13,7 +13,7 @@ class Prefetcher:
 
     One update is read ahead, and one more for each step that the host is late (`lag`): the step after a failure of the
     loader is launched before the host learns that a rank has no batch. For the same reason an error of the loader is
-    kept in `error` instead of being raised: all ranks hear of it, finish the updates whose batches are there, and save
+    kept in `error` instead of being raised: all ranks learn of it, finish the updates whose batches are there, and save
     before any of them stops.
     """
 

@@ -20,7 +20,7 @@ class Reporting:
     """What a run shows of itself."""
 
     title: str
-    """Of the progress bar."""
+    """The title of the progress bar."""
     at_epoch_end: EpochEnd = lambda state, epoch, log: {}
     scalar_tags: Mapping[str, str] = field(default_factory=dict)
     """TensorBoard tag for a key of an epoch's record, where it is not the key itself."""

@@ -4,14 +4,12 @@ Two ideas keep a GPU busy without making the result less safe.
 
 **The host reads late.** A GPU works through a queue of operations. If the host read a step's loss at once, it would
 have to wait for the queue to become empty, and the GPU would then wait for the host to launch the next step. So the
-numbers of a step stay on the device and are copied into page-locked memory beside the computation. The host launches
-the next step before it reads them. On a CPU an operation is complete when its call returns, reading costs nothing, and
-no step is late (`LAG`).
+numbers of a step stay on the device. A copy into page-locked memory is queued behind the step, in the same stream: the
+host does not wait for it, and launches the next step before it reads the numbers. On a CPU an operation is complete
+when its call returns, reading costs nothing, and no step is late (`LAG`).
 
     host     launch 0   launch 1   read 0   launch 2   read 1   launch 3   read 2   ...
-    device              step 0              step 1              step 2              ...
-    copies                        0                   1                   2         ...
-                                  -> read 0           -> read 1           -> read 2
+    device      step 0, copy 0        step 1, copy 1      step 2, copy 2            ...
 
 **A flag on the device stops a bad step.** When the host reads that the loss or gradient of step 1 is not finite, it has
 already launched step 2. The host comes too late to protect the weights, so the device does it: `skip_updates` becomes 1
@@ -51,6 +49,10 @@ class RankRequests(NamedTuple):
     save: bool = False
     """A checkpoint is due by this rank's clock."""
 
+    def merged_with(self, other: "RankRequests") -> "RankRequests":
+        """Return what this one or the other requests."""
+        return RankRequests(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
+
 
 class MicroBatch(NamedTuple):
     """One forward and backward pass: the images, known to the host, and the objective's metrics, on the device."""
@@ -88,16 +90,17 @@ class StepReport:
     ) -> None:
         self.step, self.micro_batches, self.save_error = step, micro_batches, save_error
         self._values = values
-        self._copied: torch.cuda.Event | None = None
+        self._copy_event: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._copied = torch.cuda.current_stream(values.device).record_event()
+            self._copy_event = torch.cuda.current_stream(values.device).record_event()
 
     def wait(self) -> None:
         """Wait until this step's numbers are on the host, and for no later step."""
-        if self._copied:
-            self._copied.synchronize()
+        if self._copy_event:
+            self._copy_event.synchronize()
+        # The order is that of the tensor that `DelayedReports.add` puts together.
         numbers = iter(self._values.tolist())
         self.metrics = [{name: next(numbers) for name in batch.metrics} for batch in self.micro_batches]
         self.grad_norm, self.update_skipped = next(numbers), next(numbers) > 0
@@ -125,12 +128,14 @@ class DelayedReports:
         """
         bad_losses = torch.stack([batch.metrics["loss"] for batch in micro_batches]).isfinite().logical_not().sum()
         requested = torch.tensor(requests, dtype=torch.float32, pin_memory=self.device.type == "cuda")
-        counts = all_sum(torch.cat([bad_losses.float().view(1), requested.to(self.device, non_blocking=True)]))
-        self.skip_where(counts[0] > 0)
-        return counts
+        bad_losses_and_requests = all_sum(
+            torch.cat([bad_losses.float().view(1), requested.to(self.device, non_blocking=True)])
+        )
+        self.skip_where(bad_losses_and_requests[0] > 0)
+        return bad_losses_and_requests
 
     def skip_where(self, bad: Tensor) -> None:
-        """Set `skip_updates` where `bad`, a boolean scalar on the device, is true."""
+        """Set `skip_updates` to 1 where `bad`, a boolean scalar on the device, is true. It never returns to 0."""
         self.skip_updates = torch.maximum(self.skip_updates, bad.float())
 
     def add(
@@ -139,15 +144,17 @@ class DelayedReports:
         micro_batches: Sequence[MicroBatch],
         save_error: UserError | None,
         grad_norm: Tensor,
-        counts: Tensor,
+        bad_losses_and_requests: Tensor,
     ) -> None:
-        """Start to copy the numbers of a launched step to the host; `counts` are those of `sum_over_ranks`."""
+        """Start to copy the numbers of a launched step to the host; `bad_losses_and_requests` is the result of
+        `sum_over_ranks`."""
         metrics = [value for batch in micro_batches for value in batch.metrics.values()]
         scalars = [
             value.to(self.device, torch.float64, non_blocking=True)
             for value in (*metrics, grad_norm, self.skip_updates)
         ]
-        values = torch.cat([torch.stack(scalars), counts.double()])
+        # `StepReport.wait` reads the values in this order.
+        values = torch.cat([torch.stack(scalars), bad_losses_and_requests.double()])
         self._pending.append(StepReport(step, micro_batches, save_error, values))
 
     def read(self, lag: int) -> Iterator[StepReport]:

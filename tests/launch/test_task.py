@@ -8,7 +8,7 @@ import pytest
 
 from mae_dat.launch.follow import UNKNOWN, LogTail, exit_code
 from mae_dat.launch.slurm import JobState, array_indices
-from mae_dat.launch.task import CRASH_S, RankExit, RankExits, ScriptTask, job_exit_code
+from mae_dat.launch.task import EARLY_CRASH_S, RankExit, RankExits, ScriptTask, job_exit_code
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_full_disk_does_not_end_what_follows(tmp_path: Path, capsys: pytest.Ca
     [
         ([(-11, 5.0, None)] * 3, True),
         ([(-11, 5.0, None)] * 2, False),
-        ([(-11, 5.0, None), (-11, CRASH_S + 1, None), (-11, 5.0, None)], False),
+        ([(-11, 5.0, None), (-11, EARLY_CRASH_S + 1, None), (-11, 5.0, None)], False),
         ([(-9, 5.0, "SIGTERM")] * 3, False),
         ([(75, 5.0, None)] * 3, False),
     ],

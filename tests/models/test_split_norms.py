@@ -125,19 +125,19 @@ def test_the_adversary_that_is_drawn_is_the_one_that_is_trained_on(tokenizer: Co
     objective = WithDAT(labels(), tokenizer, AttackConfig(eps=3.0))
     passed: list[bool] = []
     for norm in splits(net):
-        norm.register_forward_pre_hook(lambda one, _: passed.append(one.routed))  # type: ignore[func-returns-value]
+        norm.register_forward_pre_hook(lambda one, _: passed.append(one.uses_auxiliary))  # type: ignore[func-returns-value]
     samples = [{"image": batch["image"][row], "label": int(batch["label"][row])} for row in range(4)]
     assert draw_held_out_adversary(net, objective, samples, 0, torch.device("cpu"))["adversary"].ndim == 3
     assert passed
     assert all(passed)
-    assert not any(norm.routed for norm in splits(net))
+    assert not any(norm.uses_auxiliary for norm in splits(net))
 
 
 def test_the_way_back_is_found_after_an_error() -> None:
     net = split(conv_net())
     with pytest.raises(ValueError, match="not today"), auxiliary_norms(net):
         raise ValueError("not today")
-    assert not any(part.routed for part in net.modules() if isinstance(part, SplitNorm))
+    assert not any(part.uses_auxiliary for part in net.modules() if isinstance(part, SplitNorm))
 
 
 def test_a_network_without_norms_is_refused() -> None:
@@ -180,7 +180,7 @@ def test_an_average_follows_both_and_answers_by_the_main_ones() -> None:
         torch.testing.assert_close(new.weight, old.weight + 0.5)
         torch.testing.assert_close(new.auxiliary.weight, old.auxiliary.weight + 1.5)
     with auxiliary_norms(net):
-        assert not any(norm.routed for norm in splits(ema.module))
+        assert not any(norm.uses_auxiliary for norm in splits(ema.module))
 
 
 # ---- two processes ----

@@ -278,11 +278,11 @@ def test_what_is_written_in_the_background_equals_a_plain_save_byte_for_byte(tmp
     net = Net()
     assert net.embed.weight.nbytes > LARGE > net.embed.bias.nbytes
     optimizer = torch.optim.AdamW(net.parameters())
-    saver, plain = Saver(tmp_path, keep=9), {}
+    saver, plain = Saver(tmp_path, keep_newest=9), {}
     for step in range(5):
         state = full_state(net, optimizer, step)
         plain[step] = plainly_saved(state)
-        saver.save(step, state, at_once=net.buffers())
+        saver.save(step, state, copy_immediately=net.buffers())
         train_step(net, optimizer, saver.before_change)
         saver.check()
     saver.close()
@@ -295,11 +295,11 @@ def test_what_is_written_in_the_background_equals_a_plain_save_byte_for_byte(tmp
 def test_a_state_on_a_gpu_is_saved_as_it_was(tmp_path: Path) -> None:
     net = Net().cuda()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-    saver, expected = Saver(tmp_path, keep=9), {}
+    saver, expected = Saver(tmp_path, keep_newest=9), {}
     for step in range(8):
         state = full_state(net, optimizer, step)
         expected[step] = [value.cpu().clone() for value in tensors_of(state)]
-        saver.save(step, state, at_once=net.buffers())
+        saver.save(step, state, copy_immediately=net.buffers())
         train_step(net, optimizer, saver.before_change)
     saver.close()
     for step, values in expected.items():
@@ -407,7 +407,7 @@ def test_the_guard_is_asked_before_everything_that_is_written(tmp_path: Path) ->
         if len(asked) > 2:
             raise OutputError("taken over")
 
-    saver = Saver(tmp_path, keep=1, guard=guard)
+    saver = Saver(tmp_path, keep_newest=1, guard=guard)
     saver.save(1, state(1))
     saver.save(2, state(2))
     with pytest.raises(OutputError, match="taken over"):
@@ -420,7 +420,7 @@ def test_a_save_can_be_given_up_midway(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before, large = names(tmp_path), {f"{index}": torch.zeros(LARGE) for index in range(16)}
     for _ in range(8):
-        saver = Saver(tmp_path, keep=1)
+        saver = Saver(tmp_path, keep_newest=1)
         saver.save(2, large)
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".checkpoint-00000002*.tmp")) and time.monotonic() < deadline:

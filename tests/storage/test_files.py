@@ -33,8 +33,8 @@ def test_any_name_will_do(name: str, tmp_path: Path) -> None:
     assert not list(folder.iterdir()), "the probe is gone"
     with lock_output_folder(folder, grace=0) as lease:
         lease.check()
-        save_checkpoint(folder, 7, {"step": 7}, keep=1)
-        save_checkpoint(folder, 8, {"step": 8}, keep=1)
+        save_checkpoint(folder, 7, {"step": 7}, keep_newest=1)
+        save_checkpoint(folder, 8, {"step": 8}, keep_newest=1)
     found = newest_checkpoint(folder)
     assert found is not None
     assert found.load() == {"step": 8}

@@ -230,7 +230,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def told_by_saving(folder: Path, step: int, state: dict[str, Any]) -> str | None:
     """The error of a save, None for none."""
     try:
-        save_checkpoint(folder, step, state, keep=1)
+        save_checkpoint(folder, step, state, keep_newest=1)
     except StorageError as error:
         return str(error)
     return None
@@ -240,7 +240,7 @@ def test_a_full_disk_never_costs_what_was_saved(small_disk: Path, monkeypatch: p
     """100 saves, from one that fits to one that has no byte; half of them with a disk that fills only meanwhile."""
     weights = {"weights": torch.ones(1 << 18)}  # 1 MiB
     saved, failed, filler = 1, 0, small_disk / "filler"
-    save_checkpoint(small_disk, saved, weights, keep=1)
+    save_checkpoint(small_disk, saved, weights, keep_newest=1)
     for step in range(2, 102):
         free = shutil.disk_usage(small_disk).free
         filler.write_bytes(bytes(max(0, free - random.Random(step).randrange(5 << 18))))

@@ -49,7 +49,7 @@ class PackConfig:
     """Shrink larger images to this shorter side in pixels and store them as JPEG (default: the files as they are).
     Training reads them several times as fast; 256 is usual for --input_size 224."""
     quality: int = 90
-    """Of the JPEGs, with --size."""
+    """Quality of the JPEGs that --size stores."""
     labelled: bool = True
     """--no_labelled takes train and val as they are, without classes."""
     on_bad: Literal["fail", "skip"] = "fail"

@@ -32,7 +32,7 @@ class ModelPlan:
 
     kind: Literal["autoencoder", "classifier", "detector"]
     name: str
-    """Of `build_mae`, `build_classifier` or `build_detector`."""
+    """The model's name, as `build_mae`, `build_classifier` or `build_detector` takes it."""
     num_classes: int = 0
     """0 for an autoencoder."""
     img_size: ImageSize | None = None

@@ -52,7 +52,7 @@ class FoldersConfig:
     """What every training of a light tokenizer needs: images, steps, output folder."""
 
     command: ClassVar[str]
-    """Of `python -m mae_dat`."""
+    """The name of the command in messages: `python -m mae_dat` comes before it."""
     data_path: tuple[str, ...] = ("demo",)
     """Folders of images, or `demo` for the generated ones; DIR/train is taken where it exists."""
     val_path: tuple[str, ...] = ()
