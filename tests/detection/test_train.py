@@ -289,7 +289,7 @@ def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> N
         chance = found_by(WithDAT(DetectionObjective(), tokenizer, replace(attack, kind="random")))
         with torch.no_grad():
             views = (found.reconstruction, found.adversarial, chance.adversarial)
-            clean, attacked, random = (float(objective.loss(model, view, context)) for view in views)
+            clean, attacked, random = (float(objective.loss(model, view, prepared)) for view in views)
         assert attacked > clean + max(0.05 * clean, 2 * (random - clean))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert equal_states(before, model.state_dict())
