@@ -1,5 +1,5 @@
-"""Masked autoencoders and Discrete Adversarial Training: visual representations that stay right when the world is not
-clean."""
+"""Masked autoencoders and Discrete Adversarial Training: image models that stay accurate on noisy, corrupted or shifted
+data."""
 
 from typing import Any
 
