@@ -23,7 +23,7 @@ from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import run_context
-from mae_dat.training.finetune import finetune, held_out_images, held_out_loader
+from mae_dat.training.finetune import held_out_images, held_out_loader
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +110,9 @@ def require_color(in_chans: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run `main_finetune.py` with its arguments: fine-tune, or evaluate with `--eval`."""
+    """Run `main_finetune.py --eval` with its arguments."""
     console = console_for_command()
-    config = load_finetune_config(arguments)
-    if config.evaluation.eval:
-        evaluate_checkpoint(config, console)
-        return
-    final = finetune(config, console)
-    logger.info("accuracy %.2f %% top-1, %.2f %% top-5", final["test_acc1"], final["test_acc5"])
+    evaluate_checkpoint(load_finetune_config(arguments), console)
 
 
 def evaluated_config(file: ModelFile, config: FinetuneConfig) -> FinetuneConfig:

@@ -1,6 +1,7 @@
 """Fine-tuning of a classifier, plainly or with DAT, and linear probes (`main_finetune.py`)."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig
 from mae_dat.config.parse import flat_values
-from mae_dat.config.runs import FinetuneConfig
+from mae_dat.config.runs import FinetuneConfig, load_finetune_config
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, eval_loader
@@ -23,7 +24,7 @@ from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
 from mae_dat.models.weights.load import load_pretrained
 from mae_dat.models.weights.read import errors_name_flag
-from mae_dat.runtime.console import Console
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.runtime.sharding import full_state_dict
@@ -291,3 +292,10 @@ def initialize_from(model: Classifier, source: str | Path) -> None:
     """
     with errors_name_flag("--finetune"):
         load_pretrained(model, source)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command with its arguments, and log the accuracy of the result."""
+    console = console_for_command()
+    scores = finetune(load_finetune_config(arguments), console)
+    logger.info("accuracy %.2f %% top-1, %.2f %% top-5", scores["test_acc1"], scores["test_acc5"])

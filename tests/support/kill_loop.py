@@ -26,10 +26,11 @@ from typing import NamedTuple
 import torch
 from tiny_runs import MEASURED, draw_folder, save_tokenizer
 
+import mae_dat.training.finetune  # noqa: F401 - before the first fork, not after each
+import main_finetune
 from mae_dat.config.parse import run_command
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
-from mae_dat.robustness import evaluate_run as evaluate
 from mae_dat.runtime.watchdog import STACKS_S, STACKS_SIGNAL
 from mae_dat.training import pretrain
 from mae_dat.training.loop import Trainer
@@ -83,8 +84,8 @@ def arms(folder: Path) -> dict[str, Arm]:
     tokenizer = ["--tokenizer", str(save_tokenizer(folder / "words.safetensors"))]
     return {
         "mae": Arm(pretrain.main, ["--model", "mae_tiny", *images, *FLAGS]),
-        "plain": Arm(evaluate.main, ["--model", "vit_tiny", "--drop_path", "0", *images, *FLAGS]),
-        "dat": Arm(evaluate.main, ["--model", "vit_tiny", *images, *FLAGS, *DAT, *tokenizer]),
+        "plain": Arm(main_finetune.main, ["--model", "vit_tiny", "--drop_path", "0", *images, *FLAGS]),
+        "dat": Arm(main_finetune.main, ["--model", "vit_tiny", *images, *FLAGS, *DAT, *tokenizer]),
     }
 
 

@@ -30,10 +30,10 @@ from tiny_runs import (
 )
 
 from mae_dat.models.mae import MaskedAutoencoder
-from mae_dat.robustness.evaluate_run import main as finetune_main
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training.pretrain import main as pretrain_main
+from main_finetune import main as finetune_main
 
 Run = Callable[..., Outcome]
 

@@ -25,10 +25,10 @@ from tiny_runs import (
     save_tokenizer,
 )
 
-from mae_dat.robustness.evaluate_run import main as finetune_main
 from mae_dat.robustness.scores.results import read_results
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.weight_files import read_weights
+from main_finetune import main as finetune_main
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def test_an_error_of_a_worker_that_lives_is_raised_as_it_is() -> None:
 
 def finetune_on_rank(rank: int, arguments: list[str]) -> None:
     """The command, as a process of its own would run it."""
-    from mae_dat.robustness.evaluate_run import main
+    from main_finetune import main
 
     run_command(lambda: main(arguments))
 

@@ -19,10 +19,10 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.runs import load_finetune_config
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit, fused_head
 from mae_dat.models.mae import ViTSize
-from mae_dat.robustness.evaluate_run import main as finetune_main
 from mae_dat.storage.weight_files import read_weights
 from mae_dat.training.finetune import warn_of_slow_lars
 from mae_dat.training.optim import Lars, build_optimizer
+from main_finetune import main as finetune_main
 
 TINY = ViTSize(64, 8, 48, 2, 4)
 PROBE = ["--linear_probe", "--model", "vit_demo_patch8", *SMALL]
