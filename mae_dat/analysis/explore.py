@@ -23,7 +23,7 @@ from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError, UserError
 from mae_dat.config.groups import image_size
 from mae_dat.config.parse import load_config
-from mae_dat.data.decode import ADVICE, MAX_BYTES, decode_bytes, decode_file
+from mae_dat.data.decode import MAX_BYTES, ImageError, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.open import DEMO
@@ -123,7 +123,7 @@ def find_examples(images: str) -> list[Example]:
 
 def _reason(error: UserError) -> str:
     """Return why an image cannot be opened, without advice on flags that only training has."""
-    return str(error).removesuffix(f"; {ADVICE}")
+    return error.problem if isinstance(error, ImageError) else str(error)
 
 
 def _generated_image(index: int) -> Image.Image:

@@ -29,9 +29,22 @@ _PAUSE_S = 0.5  # before the first retry, doubled for each further one
 # I/O errors from which a network file system recovers.
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO}
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers of a frame header, which contains the size
-ADVICE = "delete or replace it, or pass --on_bad skip"
 
 Result = TypeVar("Result")
+
+
+class ImageError(DataError):
+    """An image file that cannot be used. The message ends with advice for a training; `problem` is the part before."""
+
+    problem = ""
+
+
+def image_error(name: str, cause: str) -> ImageError:
+    """Return the error of the image `name`."""
+    problem = f"{name}: {cause}"
+    error = ImageError(f"{problem}; delete or replace it, or pass --on_bad skip")
+    error.problem = problem
+    return error
 
 
 def with_retries(read: Callable[[], Result], what: str) -> Result:
@@ -61,13 +74,13 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     def read() -> bytes:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise DataError(f"{path}: the file has more than the {MAX_BYTES >> 20} MiB allowed; {ADVICE}")
+                raise image_error(str(path), f"the file has more than the {MAX_BYTES >> 20} MiB allowed")
             return file.read()
 
     try:
         return with_retries(read, str(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {ADVICE}") from error
+        raise image_error(str(path), f"cannot be read ({error.strerror})") from error
 
 
 def decode_file(path: str | os.PathLike[str]) -> Image.Image:
@@ -88,7 +101,7 @@ def decode_bytes(content: bytes, name: str) -> Image.Image:
             with Image.open(io.BytesIO(content)) as image:
                 return _to_rgb(image)
     except Exception as error:  # PIL's decoders raise nearly every type of exception on damaged files
-        raise DataError(f"{name}: {_cause(content, error)}; {ADVICE}") from error
+        raise image_error(name, _cause(content, error)) from error
 
 
 def decode_pixels(content: bytes, name: str) -> np.ndarray:

@@ -59,8 +59,8 @@ def _probes(image_pass: ImagePass, device: torch.device) -> Iterator[tuple[Tenso
 def check_attacks(plan: EvaluationPlan, counts: PlanCounts, setup: EvaluationSetup) -> Checks:
     """Check whether the results of the attacks can be believed, by network and attack.
 
-    The versions of the gradient checks are added to `counts`. Every rank computes them, because one that waits would
-    look as if it hangs.
+    The versions of the gradient checks are added to `counts`. Every rank computes them, otherwise the watchdog
+    would end those that wait.
     """
     checks: Checks = {}
     for network in plan.networks:

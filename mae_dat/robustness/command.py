@@ -58,11 +58,11 @@ class SuiteConfig:
     limit: int | None = None
     """Images of each cell, drawn by --seed (default: all)."""
     seed: int = 0
-    """Of all random draws: generated corruptions, random starts, random words, --limit."""
+    """Seed of all random draws: generated corruptions, random starts, random words, --limit."""
     held_out: bool = False
-    """Also the 4 held-out corruptions, where they are made here."""
+    """Also the 4 extra corruptions, which never count in a mean, where corruptions are made here."""
     tokenizer: str = "embedded"
-    """Of the words-* suites, as in training."""
+    """Tokenizer of the words-* suites, as in training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RobustnessConfig:
     input_size: tuple[int, ...] = ()
     """Side, or height and width, in pixels (default: each network's own)."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Of resizing (default: each network's own)."""
+    """Interpolation of resizing (default: each network's own)."""
     crop: float | None = None
     """The centre crop's side over the resized image's (default: for --pretrained timm's crop_pct, with which its
     accuracies are published; else 7/8 up to 224 px, and 1 above)."""
@@ -189,7 +189,7 @@ def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -
         subset=Path(config.subset) if config.subset else None,
         limit=config.limit,
         seed=config.seed,
-        held_out=config.held_out,
+        extra_corruptions=config.held_out,
         tokenizer=config.tokenizer,
         batch_size=batch_size,
         device=device,

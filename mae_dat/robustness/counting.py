@@ -29,10 +29,10 @@ class SuiteCounts:
     """What one network scored on a suite, or on some of its cells."""
 
     counts: dict[str, Count] = field(default_factory=dict)
-    """By cell."""
+    """Counts by cell."""
     calibration: dict[str, float | None] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By cell: the package versions it was measured with."""
+    """Package versions that each cell was measured with."""
 
     def add(self, other: "SuiteCounts") -> None:
         """Add the counts of other cells."""

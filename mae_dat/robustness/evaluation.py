@@ -16,6 +16,7 @@ import datetime
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mae_dat.config.parse import command_line
 from mae_dat.models.tokenizer.base import exact_float32
@@ -27,7 +28,7 @@ from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.report.comparison import headline_table
 from mae_dat.robustness.report.findings import mixed_versions
 from mae_dat.robustness.report.groups import groups_of, same_seed_pair
-from mae_dat.robustness.report.summarize import summarize
+from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.tables import precision_text
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.results import (
@@ -75,30 +76,38 @@ def run_evaluation(
     checks = on_main_rank(lambda: checks_of_this_rank)
     seconds = (datetime.datetime.now() - start).total_seconds()
     results = _assemble_results(plan, counts, checks, title=title, seconds=seconds)
-    for warning in mixed_versions(summarize(results)):
-        logger.warning(warning)
     if training:
         results["training"] = training
     if setup.folder:
-        _write_outputs(plan, results, setup.folder, writes_examples=setup.world.main)
+        results["examples"] = _write_examples(plan, results, setup.folder, writes=setup.world.main)
+    report = summarize(results)
+    for warning in mixed_versions(report):
+        logger.warning(warning)
+    if setup.folder:
+        _write_outputs(results, report, setup.folder)
     return results
 
 
-def _write_outputs(plan: EvaluationPlan, results: Results, folder: Path, writes_examples: bool) -> None:
-    """Write the examples, results.json and the report. Raises StorageError.
+def _write_examples(plan: EvaluationPlan, results: Results, folder: Path, writes: bool) -> list[dict[str, Any]]:
+    """Write images on which two models of the same seed differ, if there are such models. Raises StorageError.
 
-    All ranks look for examples, because one that waits would look as if it hangs; rank 0 alone writes them.
+    All ranks look for examples, otherwise the watchdog would end those that wait; rank 0 alone writes them.
     """
-    if pair := same_seed_pair(groups_of(results)):
-        examples = on_all_ranks(lambda: write_examples(plan, pair, folder if writes_examples else None))
-        results["examples"] = on_main_rank(lambda: examples)
-    on_main_rank(lambda: save_results(results, folder))
+    pair = same_seed_pair(groups_of(results))
+    if pair is None:
+        return []
+    examples = on_all_ranks(lambda: write_examples(plan, pair, folder if writes else None))
+    return on_main_rank(lambda: examples)
 
 
-def save_results(results: Results, folder: Path) -> None:
-    """Write results.json and the report into `folder`. Raises StorageError."""
-    write_results(results, folder / "results.json")
-    logger.info("wrote %s", write_report(results, folder))
+def _write_outputs(results: Results, report: ReportData, folder: Path) -> None:
+    """Write results.json and the report on rank 0. Raises StorageError, on all ranks."""
+
+    def write() -> None:
+        write_results(results, folder / "results.json")
+        logger.info("wrote %s", write_report(report, folder))
+
+    on_main_rank(write)
 
 
 def _assemble_results(

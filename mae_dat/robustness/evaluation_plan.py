@@ -57,7 +57,8 @@ class EvaluationPlan:
     """Suites that are not measured, or not for some networks, and why."""
     sources: SuiteSources
     agreement_runs: list[SuiteRun] = dataclasses.field(default_factory=list)
-    """Of the networks in bfloat16: how often they predict as in float32, on their first suite of stored images."""
+    """Runs of the networks in bfloat16 that count how often they predict as in float32, on their first suite of stored
+    images."""
 
     @property
     def suite_names(self) -> list[str]:

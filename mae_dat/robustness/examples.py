@@ -46,8 +46,8 @@ def write_examples(plan: EvaluationPlan, pair: tuple[str, str], folder: Path | N
     """Write up to 8 images on which two models differ as PNG below `folder`, and return them as `Results.examples`.
 
     Of each cell, one image that only the first model predicts correctly and one that only the second does, out of 128
-    evenly spaced ones. Ranks other than the main one pass no folder: they compute the same and write nothing, because a
-    rank that only waits would look as if it hung. Raises StorageError.
+    evenly spaced ones. Ranks other than the main one pass no folder: they compute the same and write nothing,
+    otherwise the watchdog would end them as they wait. Raises StorageError.
     """
     examples: list[dict[str, Any]] = []
     for cell in _cells(plan, pair):

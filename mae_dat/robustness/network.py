@@ -19,7 +19,7 @@ from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import ModelFacts
 
 DEFAULT_SIZE = (224, 224)
-"""Of the input of networks that do not say theirs."""
+"""Input height and width in pixels of networks whose own is unknown."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EvalOptions:
 
     device: torch.device
     precision: torch.dtype | None = None
-    """Of autocast; None for float32."""
+    """Data type of autocast; None for float32."""
     size: ImageSize | None = None
     """Height and width in pixels."""
     interpolation: str | None = None
@@ -66,7 +66,7 @@ class EvaluatedNetwork:
     identity: dict[str, str] | None = field(default_factory=dict)
     """Part of the cache key beside the facts; None if nothing distinguishes this network from another one."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of packages it needs beyond those of `mae_dat.runtime.environment`."""
+    """Versions of packages it needs beyond those of `mae_dat.runtime.environment`."""
 
     @property
     def size(self) -> ImageSize:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dat.config.errors import DataError, UserError
-from mae_dat.data.decode import ADVICE, decode_bytes, decode_pixels, with_retries
+from mae_dat.data.decode import decode_bytes, decode_pixels, image_error, with_retries
 from mae_dat.data.image_set import ImageSet, Transform
 from mae_dat.data.sampler import epoch_order
 from mae_dat.data.shards.cache import download_shard, origin_of
@@ -155,7 +155,7 @@ class Shards(ImageSet):
             content = with_retries(lambda: self._read(shard, offset - BLOCK, size + BLOCK), place)
             header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "surrogateescape")
         except OSError as error:
-            raise DataError(f"{place}: cannot be read ({error.strerror}); {ADVICE}") from error
+            raise image_error(place, f"cannot be read ({error.strerror})") from error
         except tarfile.HeaderError as error:
             raise DataError(f"{place}: no member of the archive begins there; {self._advice()}") from error
         if header.size != size or len(content) != size + BLOCK:

@@ -103,6 +103,7 @@ def _plasma(side: int, decay: float, random: RandomState) -> Levels:
     step, amplitude = side, 100.0
 
     def displaced(sums: Levels) -> Levels:
+        # The original too multiplies by the amplitude twice, so the noise has the range of its square.
         return sums / 4 + amplitude * random.uniform(-amplitude, amplitude, sums.shape)
 
     while step > 1:
@@ -122,6 +123,7 @@ def brightness(image: Image, severity: int, random: RandomState) -> Image:
     """Raise the value of HSV: `brightness`. All channels grow by the factor by which the largest one does."""
     red, green, blue = cv2.split(image)
     largest = cv2.max(cv2.max(red, green), blue)
+    # A look-up replaces the conversion to HSV and back: the new level depends on the largest and the old level alone.
     index = largest.astype(np.uint16)[..., None] << 8
     return _brightened(BRIGHTNESS[severity - 1]).take(index | image)
 
@@ -139,15 +141,17 @@ def spatter(image: Image, severity: int, random: RandomState) -> Image:
     """Add drops of water (severity 1 to 3) or mud (4, 5) on the lens: `spatter`."""
     muddy = severity > len(WATER)
     settings = MUD[severity - len(WATER) - 1] if muddy else WATER[severity - 1]
-    mean, deviation, sigma, threshold, last = settings
+    mean, deviation, sigma, threshold = settings[:4]
     liquid = smooth(random.normal(mean, deviation, size=image.shape[:2]), sigma)
     if muddy:
-        cover = smooth(liquid > threshold, last)
+        softness = settings[4]
+        cover = smooth(liquid > threshold, softness)
         cover[cover < 0.8] = 0
         return whole_levels(image * (1 - cover[..., None]) + cover[..., None] * np.array(MUD_COLOR))
+    opacity = settings[4]
     liquid[liquid < threshold] = 0
     depth = _water(whole_levels(255 * liquid))
-    return whole_levels(image + last * depth[..., None] * np.array(WATER_COLOR))
+    return whole_levels(image + opacity * depth[..., None] * np.array(WATER_COLOR))
 
 
 def _water(liquid: Image) -> Levels:

@@ -1,4 +1,4 @@
-"""From results to the data of a report: groups, metrics and differences, computed once.
+"""From results to the data of a report: groups, metrics and differences, each computed here alone.
 
 Tables, charts and sentences are made from `ReportData` alone and never see `Results`.
 """

@@ -17,7 +17,7 @@ from mae_dat.robustness.report.findings import findings
 from mae_dat.robustness.report.published import published_tables
 from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.tables import Table
-from mae_dat.robustness.scores.results import Results, TrainingFacts, read_results
+from mae_dat.robustness.scores.results import TrainingFacts, read_results
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -34,13 +34,12 @@ class ReportSection:
     tables: tuple[Table, ...] = ()
 
 
-def write_report(results: Results, folder: Path) -> Path:
+def write_report(report: ReportData, folder: Path) -> Path:
     """Write every file of the report into `folder`, each atomically, and return the path of the page.
 
     The images that `examples` and `galleries` name are read from `folder`. Raises OutputError or StorageError.
     """
     prepare_output_folder(folder / "figures")
-    report = summarize(results)
     sections = report_sections(report)
     protocol_tables = [tables.networks_table(report), tables.suites_table(report)]
     section_tables = [table for section in sections for table in section.tables]
@@ -161,4 +160,5 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m mae_dat scorecard", description=about)
     parser.add_argument("folder", type=Path, help="holds results.json; the report is written there")
     options = parser.parse_args(arguments)
-    print(write_report(read_results(options.folder / "results.json"), options.folder))
+    report = summarize(read_results(options.folder / "results.json"))
+    print(write_report(report, options.folder))

@@ -17,11 +17,11 @@ import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 
-from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
+from mae_dat.robustness.corruptions import CORRUPTIONS
 from mae_dat.robustness.scores.accuracy import CorruptionCounts, Count
 
 IMAGES_PER_SEVERITY = 50_000  # of each corruption of ImageNet-C
-# Errors at severities 1 to 5, from an earlier README of hendrycks/robustness. The last four are held out, never part of
+# Errors at severities 1 to 5, from an earlier README of hendrycks/robustness. The last four are extra, never part of
 # mCE. Clean: torchvision's weights, 56.522 % top-1 as measured by imagenet-testbed.
 _ALEXNET = """
 gaussian_noise    0.69528 0.82542 0.93554 0.98138 0.99452
@@ -80,17 +80,12 @@ def mce(
 def corruption_errors(
     counts: CorruptionCounts, baseline: CorruptionCounts = ALEXNET, relative: bool = False
 ) -> dict[str, float]:
-    """Compute the CE in percent of every corruption that was measured, the held-out ones included.
+    """Compute the CE in percent of every corruption that was measured, the extra ones included.
 
     `relative` subtracts the clean error, which must come from the same model and crop. Raises ValueError where the
     baseline lacks a corruption or severity, or is no worse than on clean images.
     """
     return {name: float(_corruption_error(counts, baseline, name, relative)) for name in counts["corruptions"]}
-
-
-def category_mce(counts: CorruptionCounts, baseline: CorruptionCounts = ALEXNET) -> dict[str, float]:
-    """Compute the mean CE in percent of noise, blur, weather and digital. Raises ValueError as `mce`."""
-    return {category: mce(counts, baseline, names=names) for category, names in CATEGORIES.items()}
 
 
 def severity_mce(

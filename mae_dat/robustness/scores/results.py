@@ -23,7 +23,7 @@ class ModelFacts(TypedDict):
     source: str
     """As it was given: a path, a released or timm's name, "callable"."""
     sha256: str | None
-    """Of the weights file and of an ONNX graph's external files; of the weights of a model passed from Python."""
+    """Hash of the weights file with an ONNX graph's external files, or of the weights of a model passed from Python."""
     architecture: str
     parameters: int
     size: list[int]

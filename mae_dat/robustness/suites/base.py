@@ -40,9 +40,9 @@ class ImagePass:
     """Names of the cells, in the order of the S axis."""
     corruption: str = ""
     severities: tuple[int, ...] = ()
-    """Of images that are corrupted here: one cell each."""
+    """The severities of images that are corrupted here: one cell each."""
     seed: int = 0
-    """Of the corruption's random draws."""
+    """The seed of the corruption's random draws."""
     adversary: Adversary | None = None
     word_hits: WordHits | None = None
     calibrated: bool = False
@@ -139,8 +139,8 @@ class SuiteSettings:
     whole_clean: bool = False
     """Count all images of clean and conflict, whatever the limit: they take one forward pass each."""
     seed: int = 0
-    held_out: bool = False
-    """Also the four further corruptions, where they are made here."""
+    extra_corruptions: bool = False
+    """Whether to make `EXTRA` corruptions too, where corruptions are made here."""
     tokenizer: str = "embedded"
     batch_size: int = 64
     """Only AutoAttack's result depends on it."""

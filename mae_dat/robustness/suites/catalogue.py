@@ -56,8 +56,8 @@ class Benchmark:
     subfolder: str = ""
     """A folder within the benchmark's that may hold its class folders."""
     corruptions: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
-    """Further corruptions, measured if present."""
+    extra_corruptions: tuple[str, ...] = ()
+    """Corruptions that are measured if present, and never part of a mean."""
     by_strength: bool = False
     """Whether folders of severities may be named by their strength, as its authors' generator does."""
 
@@ -100,7 +100,7 @@ _IMAGENET_C = Benchmark(
     per_class=50,
     side=224,
     corruptions=CORRUPTIONS,
-    held_out=EXTRA,
+    extra_corruptions=EXTRA,
 )
 _C_BAR = dataclasses.replace(
     _IMAGENET_C,
@@ -108,7 +108,7 @@ _C_BAR = dataclasses.replace(
     title="ImageNet-C-bar",
     folder_names=("imagenet-c-bar",),
     corruptions=C_BAR,
-    held_out=(),
+    extra_corruptions=(),
     by_strength=True,
 )
 

@@ -4,7 +4,6 @@ Only names are compared here; `open_benchmark` checks whether a folder is comple
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,12 +69,3 @@ def inventory(root: str | Path) -> list[BenchmarkLocation]:
             folder, reason = None, str(error)
         locations.append(BenchmarkLocation(benchmark, folder, reason))
     return locations
-
-
-def inventory_text(locations: Sequence[BenchmarkLocation]) -> str:
-    """Return a line for each benchmark: its name, and its folder or why it is not measured."""
-    width = max(len(location.benchmark.name) for location in locations)
-    return "\n".join(
-        f"{location.benchmark.name:<{width}}  {location.folder or 'not measured: ' + location.reason}"
-        for location in locations
-    )

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_tensor
 
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import ImageSize
-from mae_dat.data.decode import ADVICE, decode_file, read_bytes
+from mae_dat.data.decode import ImageError, decode_file, read_bytes
 from mae_dat.data.folders import require_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet
 from mae_dat.data.transforms import EvalTransform
@@ -211,8 +211,8 @@ class BenchmarkSet(ImageSet):
         """Return `limit` images drawn by `seed`, in their old order; they keep their indices in the folder."""
         if limit >= len(self):
             return self
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        selected = order[:limit].sort().values
+        generator = torch.Generator().manual_seed(seed)
+        selected = torch.randperm(len(self), generator=generator)[:limit].sort().values
         other = copy.copy(self)
         other.listing, other.targets = [self.listing[index] for index in selected], self.targets[selected]
         other.folder_indices = [self.folder_index(index) for index in selected.tolist()]
@@ -262,12 +262,12 @@ def _unpack_advice() -> Iterator[None]:
     """Replace the advice in errors of images to delete or skip them: an evaluation needs all of them."""
     try:
         yield
-    except DataError as error:
-        raise DataError(str(error).replace(ADVICE, "unpack it again")) from error
+    except ImageError as error:
+        raise DataError(f"{error.problem}; unpack it again") from error
 
 
 def open_benchmark(
-    benchmark: str | Benchmark,
+    requested: str | Benchmark,
     folder: str | Path,
     size_HW: ImageSize,
     interpolation: str = "bicubic",
@@ -280,27 +280,26 @@ def open_benchmark(
 
     With `partial`, missing images are noted in `BenchmarkSet.missing` instead of raising an error; those that are
     present must still be correct. `subset` selects these "wnid/file", all of which must be present (`read_subset`).
-    `corruptions` selects these; the default is all, with the held-out ones that are present. Raises MissingInputError
+    `corruptions` selects these; the default is all, with the extra ones that are present. Raises MissingInputError
     and DataError, with the reason, before any image is decoded; ConfigError for an unknown name.
     """
-    known, root = _look_up(benchmark, folder), Path(folder)
-    folders, missing = _cell_folders(known, str(root), corruptions)
-    _require_complete(root, known, missing, partial)
-    preprocessing = Preprocessing(size_HW, interpolation, known.side, known.border)
-    logger.info("looking through %d folder(s) of %s", len(folders), known.title)
+    benchmark, root = _look_up(requested, folder), Path(folder)
+    folders, missing = _cell_folders(benchmark, str(root), corruptions)
+    _require_complete(root, benchmark, missing, partial)
+    preprocessing = Preprocessing(size_HW, interpolation, benchmark.side, benchmark.border)
+    logger.info("looking through %d folder(s) of %s", len(folders), benchmark.title)
     first: Listing = []
     sets: list[BenchmarkSet] = []
     for cell, path in folders.items():
-        every_image, listing, missing_of_cell = _list_cell(known, path, subset)
-        _require_complete(path, known, missing_of_cell, partial)
-        if first and listing != first and not partial:
-            difference = describe_listing_difference(listing, first)
-            raise DataError(f"{path}: {difference}, unlike {folders[sets[0].cell]}; unpack it again")
+        every_image, listing, missing_of_cell = _list_cell(benchmark, path, subset)
+        _require_complete(path, benchmark, missing_of_cell, partial)
+        if first and not partial:
+            _require_same_images(path, listing, folders[sets[0].cell], first)
         first = first or listing
         listing = first if listing == first else listing  # one list for all cells: 95 of 50,000 paths fill the memory
-        if known.side is not None:
-            check_some_sizes(path, listing, known.side)
-        cell_set = _build_set(known, cell, path, listing, preprocessing=preprocessing)
+        if benchmark.side is not None:
+            check_some_sizes(path, listing, benchmark.side)
+        cell_set = _build_set(benchmark, cell, path, listing, preprocessing=preprocessing)
         cell_set.missing = missing + missing_of_cell
         cell_set.protocol["folder"] = root.resolve().name  # distinguishes V2's two releases
         if subset is not None:
@@ -309,17 +308,23 @@ def open_benchmark(
     return sets
 
 
-def _look_up(benchmark: str | Benchmark, folder: str | Path) -> Benchmark:
+def _require_same_images(path: str, listing: Listing, first_path: str, first: Listing) -> None:
+    """Raise DataError unless a cell has the images of the first cell."""
+    if listing != first:
+        raise DataError(f"{path}: {describe_listing_difference(listing, first)}, unlike {first_path}; unpack it again")
+
+
+def _look_up(requested: str | Benchmark, folder: str | Path) -> Benchmark:
     """Return a benchmark by its name, with ObjectNet's labels read from `folder`. Raises UserError."""
-    known = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) else benchmark
-    if known is None:
-        raise ConfigError(f"unknown benchmark {benchmark!r}: choose from {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS.get(requested) if isinstance(requested, str) else requested
+    if benchmark is None:
+        raise ConfigError(f"unknown benchmark {requested!r}: choose from {', '.join(BENCHMARKS)}")
     require_folder(folder)
-    if known.label_source not in ("objnet-113", "objnet-1000"):
-        return known
+    if benchmark.label_source not in ("objnet-113", "objnet-1000"):
+        return benchmark
     objectnet = read_objectnet(Path(folder))
-    mapping = objectnet.class_mapping(restricted=known.label_source == "objnet-113")
-    return dataclasses.replace(known, labels=objectnet.labels, class_mapping=mapping)
+    mapping = objectnet.class_mapping(restricted=benchmark.label_source == "objnet-113")
+    return dataclasses.replace(benchmark, labels=objectnet.labels, class_mapping=mapping)
 
 
 def _record_subset(cell_set: BenchmarkSet, every_image: Listing, count: int) -> None:
@@ -352,11 +357,12 @@ def _cell_folders(
     """Return the folder of each cell, and what is missing. Raises DataError, ConfigError."""
     if not benchmark.corruptions:
         return {Cell(benchmark.name): root}, []
-    known = benchmark.corruptions + benchmark.held_out
-    if corruptions is not None and (unknown := [name for name in corruptions if name not in known]):
-        raise ConfigError(f"{benchmark.title} has no corruption {unknown[0]!r}: choose from {', '.join(known)}")
-    present = corruption_folders(root, corruptions or known, benchmark.title)
-    expected = corruptions or (*benchmark.corruptions, *(name for name in benchmark.held_out if name in present))
+    names = benchmark.corruptions + benchmark.extra_corruptions
+    if corruptions is not None and (unknown := [name for name in corruptions if name not in names]):
+        raise ConfigError(f"{benchmark.title} has no corruption {unknown[0]!r}: choose from {', '.join(names)}")
+    present = corruption_folders(root, corruptions or names, benchmark.title)
+    extra = [name for name in benchmark.extra_corruptions if name in present]
+    expected = corruptions or (*benchmark.corruptions, *extra)
     folders: dict[Cell, str] = {}
     missing = []
     for name in expected:

@@ -73,7 +73,7 @@ def build_generated(sources: SuiteSources, name: str, title: str, network_input:
             severities=SEVERITIES,
             seed=settings.seed,
         )
-        for corruption in CORRUPTIONS + (EXTRA if settings.held_out else ())
+        for corruption in CORRUPTIONS + (EXTRA if settings.extra_corruptions else ())
     )
     protocol = {"corruptions": SOURCE, "stored as": f"JPEG {STORED_QUALITY}", "seed": str(settings.seed)}
     return Suite(
@@ -103,7 +103,7 @@ class SuiteSpec(NamedTuple):
     """A published benchmark; custom classes in val/CLASS and conflict/; or made from the clean images."""
     build: BuildSuite
     forward_passes: int = 1
-    """Of an image, roughly: to estimate the time left. For generated corruptions the cost of making them counts too."""
+    """Rough number for one image, to estimate the time left; for generated corruptions with the cost of making them."""
     needs_gradients: bool = False
     by_name_only: str = ""
     """Why `--suite all` does not include it."""

@@ -108,7 +108,7 @@ def test_the_page_of_many_groups_has_their_rows_and_no_lines(results: Results, t
     assert summarize(results).groups_are_rows
     assert not summarize(trainings(**dict(list(ARMS.items())[:MAX_COLUMNS]))).groups_are_rows
     write_results(results, tmp_path / "results.json")
-    page = Page(write_report(results, tmp_path).read_text())
+    page = Page(write_report(summarize(results), tmp_path).read_text())
     assert ["symbolic", *ablation_tables(summarize(results))[0].rows[3][1:]] in page.rows
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert "arms.png" in drawn

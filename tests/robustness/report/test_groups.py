@@ -102,7 +102,7 @@ def test_the_page_holds_curves_runs_settings_and_galleries(tmp_path: Path) -> No
         {"title": f"of {one}", "caption": "clean, changed", "file": one} for one in shown
     ]
     write_results(results, tmp_path / "results.json")
-    text = write_report(read_results(tmp_path / "results.json"), tmp_path).read_text()
+    text = write_report(summarize(read_results(tmp_path / "results.json")), tmp_path).read_text()
     require_self_contained(text)
     page = Page(text)
     assert ["DAT", "dat", "2", "1.5", "–"] in page.rows

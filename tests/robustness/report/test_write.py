@@ -40,7 +40,7 @@ HOSTILE = "<script>alert('x')</script> & \"$\\alpha$\" ../.. a_b^c~d # 5% | [x] 
 def files() -> dict[str, str]:
     """The report of two networks, made once for all tests that only read it: name -> text, figures by name alone."""
     with tempfile.TemporaryDirectory() as folder:
-        write_report(evaluation(), Path(folder))
+        write_report(summarize(evaluation()), Path(folder))
         figures = {path.name: "" for path in Path(folder).rglob("*.png")}
         return {path.name: path.read_text() for path in Path(folder).glob("report.*")} | figures
 
@@ -88,7 +88,7 @@ def test_headline_numbers_are_those_of_the_counts() -> None:
 
 
 def test_alexnet_counts_give_exactly_100_in_every_format(tmp_path: Path) -> None:
-    write_report(alexnet(), tmp_path)
+    write_report(summarize(alexnet()), tmp_path)
     assert rows_by_title(headline_table(summarize(alexnet())))["ImageNet-C: relative mCE ↓"] == ("100.00",)
     for name, row in (
         ("report.md", "| ImageNet-C: mCE ↓ | 100.00 |"),
@@ -352,7 +352,7 @@ def test_the_best_and_the_nearest_published_rows_are_shown_and_the_others_folded
     assert rest.folded
     assert ("DINOv2-g", "–", "28.2") in [row[:3] for row in rest.rows]
     assert all(row[-1].endswith("more data") for row in rest.rows if row[0] == "DINOv2-g")
-    page = write_report(results, tmp_path).read_text()
+    page = write_report(summarize(results), tmp_path).read_text()
     assert f"<summary>{rest.title}</summary>" in page
     assert page.index("<details>") < page.index("DINOv2-g") < page.index("</details>")
 
@@ -384,7 +384,7 @@ def test_few_or_many_models_and_missing_suites(tmp_path: Path, names: tuple[str,
     results["not_measured"] |= {"stylized": "no folder", "v3": "no folder"}
     if len(names) > 1:
         del results["cells"]["random"]["imagenet-v2"]
-    page = Page(write_report(results, tmp_path).read_text())
+    page = Page(write_report(summarize(results), tmp_path).read_text())
     assert len(page.rows[0]) == 1 + len(names) + len(names) - 1
     assert "stylized, v3: no folder" in page.text
     assert ("imagenet-v2, of random words" in page.text) == (len(names) > 1)
@@ -415,7 +415,7 @@ def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
     results["examples"] = [
         {"file": HOSTILE, "suite": HOSTILE, "cell": "", "label": HOSTILE, "answers": {"dat": HOSTILE}}
     ]
-    page = write_report(results, tmp_path).read_text()
+    page = write_report(summarize(results), tmp_path).read_text()
     assert "<script" not in page
     assert html.escape("<script>") in page
     assert Page(page).text.count("alert('x')") > 10
@@ -446,7 +446,7 @@ def test_examples_are_on_the_page_or_reported_missing(tmp_path: Path) -> None:
     results = evaluation(("plain", "dat"), ("imagenet-a",))
     common = {"suite": "imagenet-c", "cell": "fog/3", "label": "tench", "answers": {"plain": "eel", "dat": "tench"}}
     results["examples"] = [{**common, "file": "a.png", "words": "words.png"}, {**common, "file": "../secret.png"}]
-    text = write_report(results, tmp_path / "out").read_text()
+    text = write_report(summarize(results), tmp_path / "out").read_text()
     page = Page(text)
     require_self_contained(text)
     assert (
@@ -467,7 +467,7 @@ def test_examples_are_on_the_page_or_reported_missing(tmp_path: Path) -> None:
 def test_the_command_makes_the_same_files_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = evaluation(("plain",), ("imagenet", "cue-conflict"))
     write_results(results, tmp_path / "results.json")
-    page = write_report(results, tmp_path)
+    page = write_report(summarize(results), tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     page.unlink()
     main([str(tmp_path)])
@@ -491,5 +491,5 @@ def test_the_page_fits_a_phone(tmp_path: Path) -> None:
     """Nothing is wider than a phone: tables scroll inside their own boxes."""
     results = evaluation(("plain", "random", "dat"))
     results["command"] = "python -m mae_dat robustness --data /" + "x" * 200
-    content, frame = phone_widths(write_report(results, tmp_path).read_text(), tmp_path)
+    content, frame = phone_widths(write_report(summarize(results), tmp_path).read_text(), tmp_path)
     assert content <= frame <= 390

@@ -21,7 +21,7 @@ from mae_dat.data.loader import eval_loader
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA
 from mae_dat.robustness.suites.catalogue import BENCHMARKS, C_BAR
 from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, NO_CLASS, SIXTEEN, synsets_of
-from mae_dat.robustness.suites.inventory import find_benchmark, inventory, inventory_text
+from mae_dat.robustness.suites.inventory import find_benchmark, inventory
 from mae_dat.robustness.suites.labels import read_subset
 from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing, open_benchmark
 
@@ -441,9 +441,8 @@ def test_benchmarks_are_found_by_their_usual_names(tmp_path: Path) -> None:
     (tmp_path / "imagenet_c").mkdir()
     with pytest.raises(DataError, match="may each be ImageNet-C"):
         find_benchmark(tmp_path, "imagenet-c")
-    lines = inventory_text(inventory(tmp_path)).splitlines()
-    assert len(lines) == len(BENCHMARKS)
-    assert lines[3] == f"imagenet-a       {tmp_path}/imagenet_a"
-    assert lines[4] == "imagenet-r       not measured: no folder imagenet-r, in any spelling"
+    assert list(rows) == list(BENCHMARKS)
+    assert rows["imagenet-a"].folder == tmp_path / "imagenet_a"
+    assert rows["imagenet-r"] == (BENCHMARKS["imagenet-r"], None, "no folder imagenet-r, in any spelling")
     with pytest.raises(MissingInputError):
         inventory(tmp_path / "nowhere")
