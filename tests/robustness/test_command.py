@@ -19,7 +19,7 @@ import timm
 import torch
 from benchmark_folders import FEW, SIDE, reduced, validation_names, write_objectnet
 from built_suites import open_sources, suite_from
-from evaluated_models import Linear, draw, write_onnx
+from evaluated_models import Linear, dataset, draw, imagenet, write_onnx
 from PIL import Image
 from ranks import exit_codes, start_ranks
 from timm.models import save_for_hf
@@ -50,6 +50,8 @@ from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.world import World
 from mae_dat.storage.weight_files import write_weights
+
+__all__ = ["dataset", "imagenet"]  # fixtures
 
 CPU = torch.device("cpu")
 

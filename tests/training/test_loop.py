@@ -24,6 +24,7 @@ from whole_runs import (
     classifier,
     data_config,
     final_state,
+    folder,
     records,
     run_config,
     run_mae,
@@ -32,6 +33,8 @@ from whole_runs import (
     state_after,
     state_of,
     still_images,
+    surroundings,
+    tokenizer,
 )
 
 from mae_dat.config.adversaries import DatConfig
@@ -60,6 +63,8 @@ from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import learning_rate
 from mae_dat.training.pretrain import pretrain
 from mae_dat.training.state import TrainingState
+
+__all__ = ["folder", "surroundings", "tokenizer"]  # fixtures
 
 # ---- whole runs, stopped and resumed ----
 

@@ -21,6 +21,7 @@ from dat_steps import (
     gradients,
     labels,
     linear_net,
+    tokenizer,
 )
 from ranks import exit_codes, start_ranks
 from torch import Tensor
@@ -43,6 +44,8 @@ from mae_dat.runtime.world import World, process_group
 from mae_dat.training.objectives.dat import WithDAT, first_rows
 from mae_dat.training.objectives.free_gradient import loss_and_gradient
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
+
+__all__ = ["tokenizer"]  # fixtures
 
 # ---- cost ----
 
