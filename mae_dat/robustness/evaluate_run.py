@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
-    """Measure a fine-tuned classifier on the validation images; with a suite other than `clean`, write a report.
+    """Log the accuracy of a fine-tuned classifier on the validation images; with a suite other than `clean`, write a
+    report of the suites.
 
     The report is written to --output_dir, by default to a folder `evaluation` beside the weights.
 
@@ -37,15 +38,20 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
     """
     if not config.run.resume:
         raise ConfigError("--eval needs --resume: the output folder of a fine-tuning, or a weights file.")
-    source, suite = Path(config.run.resume), config.evaluation.suite
+    source = Path(config.run.resume)
     file = read_model_file(source)
     config = evaluated_config(file, config)
-    if suite != (CLEAN,):
-        if config.run.output_dir == RunConfig().output_dir:
-            folder = (source if source.is_dir() else source.parent) / "evaluation"
-            config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(folder)))
-        _evaluate_on_suites(config, console)
+    if config.evaluation.suite == (CLEAN,):
+        _log_accuracy(file, config, console)
         return
+    if config.run.output_dir == RunConfig().output_dir:
+        folder = (source if source.is_dir() else source.parent) / "evaluation"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(folder)))
+    _report_on_suites(config, console)
+
+
+def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> None:
+    """Log the accuracy of the classifier in a file on the validation images. Raises CheckpointError."""
     with run_context(config.run, config.launch, console, training=False) as context:
         opened = open_model(file, config.classifier.model, config.data.image_size, flag="--resume")
         model = opened.classifier().to(context.device)
@@ -57,7 +63,7 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
         logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
 
 
-def _evaluate_on_suites(config: FinetuneConfig, console: Console) -> None:
+def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
     """Measure the classifier of --resume on the suites of --data_path, and write results.json and the report."""
     require_color(config.data.in_chans)
     source, model = str(config.run.resume), config.classifier.model

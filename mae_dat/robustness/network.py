@@ -1,4 +1,4 @@
-"""A network that is evaluated, and the facts about it that are part of its results' key.
+"""A network to evaluate, and the facts about it that are part of its results' key.
 
 Wherever it comes from (see `open_networks`), it maps float pixels (B, 3, H, W) in [0, 1] to logits (B, K); the
 normalization is inside.
@@ -53,7 +53,7 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class EvaluatedNetwork:
-    """A network that is evaluated, on its device."""
+    """A network to evaluate, opened on its device."""
 
     name: str
     model: Network

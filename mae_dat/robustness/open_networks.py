@@ -126,7 +126,7 @@ def _classifier_network(
     classes: Sequence[str] | None = None,
     file: ModelFile | None = None,
 ) -> EvaluatedNetwork:
-    """Return an evaluated network from a classifier of ours.
+    """Return the network to evaluate from a classifier of ours.
 
     `file` is what its weights were read from; it may record the names of the classes, and whether the weights are a
     moving average.
@@ -160,7 +160,7 @@ def _format_numbers(values: Tensor) -> str:
 def open_callable(
     network: Network, name: str, options: EvalOptions, classes: Sequence[str] | None = None
 ) -> EvaluatedNetwork:
-    """Return an evaluated network from a callable of pixels in [0, 1]; a module is moved to the device.
+    """Return the network to evaluate from a callable of pixels in [0, 1]; a module is moved to the device.
 
     Raises ConfigError if it fails on a blank image, or declares that it takes normalized ones.
     """

@@ -64,7 +64,7 @@ def _mean_ce(counts: CountsByCorruption, names: Iterable[str]) -> float | None:
 
 
 def unnormalized_mce(counts: CorruptionCounts) -> float:
-    """Return the mean error in percent over those of the 15 corruptions that were measured; held-out ones never count.
+    """Return the mean error in percent over those of the 15 corruptions that were measured; extra ones never count.
 
     It is not divided by AlexNet's errors. Raises ValueError if none of the 15 was measured.
     """

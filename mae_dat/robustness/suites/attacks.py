@@ -26,8 +26,8 @@ def clean_images(sources: SuiteSources, network_input: NetworkInput, name: str) 
     return images.for_input(*network_input).named(name)
 
 
-def numbering(sources: SuiteSources) -> dict[str, str]:
-    """Return the protocol's note on the image numbers, which random draws depend on, where a subset is measured."""
+def index_note(sources: SuiteSources) -> dict[str, str]:
+    """Return the protocol's note on the images' indices, which random draws depend on, where a subset is measured."""
     return {} if sources.subset is None else {"numbers": "places in the whole folder"}
 
 
@@ -37,7 +37,7 @@ def build_pixel_attack(sources: SuiteSources, name: str, title: str, network_inp
     image_pass = ImagePass(
         clean_images(sources, network_input, name), adversary=_pixel_adversary(attack, seed), float32=True
     )
-    protocol = {"precision": "fp32", **numbering(sources), "attack": str(attack), "seed": str(seed)}
+    protocol = {"precision": "fp32", **index_note(sources), "attack": str(attack), "seed": str(seed)}
     return Suite(name, title, (image_pass,), official=True, extra_protocol=protocol)
 
 
@@ -62,7 +62,7 @@ def build_auto_attack(sources: SuiteSources, name: str, title: str, network_inpu
 
     protocol = {
         "precision": "fp32",
-        **numbering(sources),
+        **index_note(sources),
         "attack": f"standard, consecutive batches of {settings.batch_size}",
         "seed": str(settings.seed),
     }
@@ -89,7 +89,7 @@ def build_word_attack(sources: SuiteSources, name: str, title: str, network_inpu
 
     protocol = {
         "precision": "fp32",
-        **numbering(sources),
+        **index_note(sources),
         **sources.tokenizer_facts,
         "steps": str(attack.steps),
         "seed": str(attack.seed),

@@ -328,9 +328,9 @@ def _look_up(requested: str | Benchmark, folder: str | Path) -> Benchmark:
 
 
 def _record_subset(cell_set: BenchmarkSet, every_image: Listing, count: int) -> None:
-    """Give the selected images their numbers in the whole folder, and note the selection of `count` images."""
-    position = {image: number for number, (image, _) in enumerate(every_image)}
-    cell_set.folder_indices = [position[image] for image, _ in cell_set.listing]
+    """Record the selected images' indices in the whole folder, and note the selection of `count` images."""
+    index_of = {image: index for index, (image, _) in enumerate(every_image)}
+    cell_set.folder_indices = [index_of[image] for image, _ in cell_set.listing]
     cell_set.protocol["subset"] = f"{count:,} pictures of a list"
 
 

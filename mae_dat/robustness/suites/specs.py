@@ -17,7 +17,7 @@ from mae_dat.robustness.suites.attacks import (
     build_pixel_attack,
     build_word_attack,
     clean_images,
-    numbering,
+    index_note,
 )
 from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, ImagePass, NetworkInput, Suite
 from mae_dat.robustness.suites.catalogue import BENCHMARKS
@@ -81,7 +81,7 @@ def build_generated(sources: SuiteSources, name: str, title: str, network_input:
         title,
         passes,
         official=False,
-        extra_protocol={**protocol, **numbering(sources)},
+        extra_protocol={**protocol, **index_note(sources)},
         packages=("imagecorruptions-imaug",),  # its photographs of frost
     )
 
