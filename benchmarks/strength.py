@@ -27,7 +27,7 @@ from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.tokenizer import VisualTokenizer, in_precision, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.precision import PRECISIONS, agreement
 from mae_dat.models.weights.open import open_model
-from mae_dat.training.finetune import held_out_images
+from mae_dat.training.finetune import validation_images
 
 RADII = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 PRECISION_RADII = (0.1, 2.0)
@@ -135,7 +135,7 @@ def main() -> None:
         return
     opened = open_model(options.classifier)
     data = DataConfig(data_path=options.data_path, input_size=opened.input_size, in_chans=opened.plan.in_chans)
-    images = held_out_images(data, opened.classes)
+    images = validation_images(data, opened.classes)
     model = opened.classifier()
     chosen = [images[index * len(images) // options.images] for index in range(options.images)]
     image = torch.stack([one["image"] for one in chosen])

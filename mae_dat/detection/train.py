@@ -127,7 +127,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
     """Train or resume, export the detector, and return its average precision (see `coco_scores`)."""
     with run_context(config.run, config.launch, console) as context:
         images = open_coco_images(config, "train")
-        held_out = open_coco_images(config, "val", images.classes)
+        validation = open_coco_images(config, "val", images.classes)
         seed_everything(config.run.seed)
         model = build_configured_detector(config, len(images.classes), start=True).to(context.device)
         objective = with_dat(DetectionObjective(), config.dat, config.data, context.device, pad=True)
@@ -140,11 +140,11 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
 
         def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(epoch, context):
-                gallery = draw_detections(model, objective, held_out, seed=config.run.seed, device=context.device)
+                gallery = draw_detections(model, objective, validation, seed=config.run.seed, device=context.device)
                 show_galleries({"boxes": gallery}, context, log, epoch)
             if (epoch + 1) % config.measure.eval_every and epoch != last_epoch:
                 return {}
-            scores = _validation_scores(model, held_out, config, context)
+            scores = _validation_scores(model, validation, config, context)
             return {f"test_{name}": value for name, value in scores.items()}
 
         run_training(
@@ -158,7 +158,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
         )
         facts = {**_detector_facts(config, images.classes), "steps": state.step}
         export_model(full_state_dict(model.net.state_dict()), context, facts)
-        return _validation_scores(model, held_out, config, context)
+        return _validation_scores(model, validation, config, context)
 
 
 def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
@@ -174,20 +174,20 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
         # Boxes are in pixels of the size that the detector was trained at.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, input_size=opened.input_size))
         model, facts = opened.to(context.device).model, opened.facts
-        held_out = open_coco_images(config, "val", facts["classes"])
+        validation = open_coco_images(config, "val", facts["classes"])
         if not config.measure.corruptions:
-            return _validation_scores(model, held_out, config, context)
+            return _validation_scores(model, validation, config, context)
         protocol = {
             **facts,
             "weights": state_sha256(model),
-            "pictures": describe_images(held_out),
+            "pictures": describe_images(validation),
             "severities": config.measure.severities,
             "seed": config.run.seed,
             "precision": str(context.precision),
         }
         return measure_corruptions(
             model,
-            held_out,
+            validation,
             config.measure.severities,
             batch_size=config.optim.batch_size,
             num_workers=config.data.num_workers,

@@ -4,6 +4,10 @@ networks on the same images.
 `python -m mae_dat compare --data_path DIR --output_dir OUT`. Every run has its own folder below OUT and resumes there:
 to resume an interrupted comparison, run the same command again. Several processes can share the seeds (--seeds,
 --no_measure) before a last one measures.
+
+A *variant* is a way to train (variants.py): `--arms` and `--cross_arms` name variants of fine-tuning, `--pretrainings`
+those of pretraining. A *group* is all fine-tunings of one variant after one pretraining, which differ in their seed
+alone; results.json calls it `arm`.
 """
 
 import dataclasses
@@ -27,7 +31,7 @@ from mae_dat.experiments.variants import (
     NONE,
     PLAIN,
     PRETRAIN_VARIANTS,
-    check_finetunings,
+    check_finetune_variants,
     check_pretrainings,
     group_label,
     pretraining_folder,
@@ -104,7 +108,7 @@ class CompareConfig:
         SuiteSettings(Path(), limit=self.limit)  # raises ConfigError for a limit that no suite accepts
         check_pretrainings(self.pretrainings)
         check_jobs(self.jobs)
-        check_finetunings((*self.arms, *self.cross_arms))
+        check_finetune_variants((*self.arms, *self.cross_arms))
 
     def pretrainings_to_train(self) -> list[str]:
         """Return the names of the pretrainings, without `none`."""
@@ -137,10 +141,10 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
 
 
 def groups_to_train(config: CompareConfig) -> list[str]:
-    """Return all groups, those after another pretraining as `PRETRAINING-FINETUNING`."""
+    """Return all groups, those after another pretraining as `PRETRAINING-VARIANT`."""
     others = [name for name in config.pretrainings if name != PLAIN]
-    finetunings = config.cross_arms or config.arms
-    return [*config.arms, *(f"{pretraining}-{finetuning}" for pretraining in others for finetuning in finetunings)]
+    variants = config.cross_arms or config.arms
+    return [*config.arms, *(f"{pretraining}-{variant}" for pretraining in others for variant in variants)]
 
 
 def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
@@ -151,8 +155,8 @@ def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
     """
     output, base = Path(config.output_dir), name.removesuffix(IN_TIME)
     recipe = ["--config", config.pretrain, *shlex.split(config.pretrain_flags), "--data_path", config.data_path]
-    variant = shlex.split(PRETRAIN_VARIANTS[base].flags)
-    flags = [*recipe, *variant, "--output_dir", str(pretraining_folder(output, name))]
+    variant_flags = shlex.split(PRETRAIN_VARIANTS[base].flags)
+    flags = [*recipe, *variant_flags, "--output_dir", str(pretraining_folder(output, name))]
     settings = load_config(PretrainConfig, flags)
     if base == name:
         return settings
@@ -164,11 +168,11 @@ def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
 
 def finetune_config(config: CompareConfig, group: str, seed: int) -> FinetuneConfig:
     """Return the settings of one fine-tuning: the recipe, its paths and seed, then the flags of its variant."""
-    output, (pretraining, finetuning) = Path(config.output_dir), split_group_name(group)
+    output, (pretraining, variant) = Path(config.output_dir), split_group_name(group)
     paths = ["--data_path", config.data_path, "--output_dir", str(output / f"{group}-seed{seed}"), "--seed", str(seed)]
     start = [] if pretraining == NONE else ["--finetune", str(pretraining_folder(output, pretraining))]
-    variant = FINETUNE_VARIANTS[finetuning].flags.split()
-    flags = [*shlex.split(config.finetune_flags), *paths, *start, *variant]
+    variant_flags = FINETUNE_VARIANTS[variant].flags.split()
+    flags = [*shlex.split(config.finetune_flags), *paths, *start, *variant_flags]
     return load_config(FinetuneConfig, ["--config", config.finetune, *flags])
 
 
@@ -196,19 +200,19 @@ def _pretraining_stage(name: str) -> str:
     return "pretrain" if name == PLAIN else f"pretrain, {pretraining_title(name)}"
 
 
-def _stage_costs(config: CompareConfig, pretrain_epochs: int, runs: Runs, images: int) -> dict[str, float]:
+def _stage_costs(comparison: CompareConfig, pretrain_epochs: int, runs: Runs, images: int) -> dict[str, float]:
     """Return the expected relative times of the stages; the console turns them into seconds by the measured pace."""
     costs = {}
-    for name in config.pretrainings_to_train():
+    for name in comparison.pretrainings_to_train():
         # `NAME_in_time` takes as long as plain, and words as a target cost little more than pixels.
         variant = FINETUNE_VARIANTS.get(name.removesuffix("_words"))
         cost = _PRETRAIN_COST * (variant.cost if variant else 1.0)
         costs[_pretraining_stage(name)] = cost * pretrain_epochs * images / 200
-    for (group, seed), run in runs.items():
+    for (group, seed), config in runs.items():
         cost = FINETUNE_VARIANTS[split_group_name(group)[1]].cost
-        costs[_run_title(group, seed)] = cost * run.optim.epochs * images / 200
-    if config.measure:
-        passes = (config.limit or images // 4) * len(CORRUPTIONS) * len(SEVERITIES)
+        costs[_run_title(group, seed)] = cost * config.optim.epochs * images / 200
+    if comparison.measure:
+        passes = (comparison.limit or images // 4) * len(CORRUPTIONS) * len(SEVERITIES)
         costs["measure"] = passes * (_MEASURE_COST * len(runs) + _CORRUPT_COST) / 200
     return costs
 
@@ -216,35 +220,37 @@ def _stage_costs(config: CompareConfig, pretrain_epochs: int, runs: Runs, images
 # ---- the report ----
 
 
-def _measure_and_report(config: CompareConfig, pretraining: PretrainConfig, runs: Runs, console: Console) -> Results:
+def _measure_and_report(
+    comparison: CompareConfig, pretraining: PretrainConfig, runs: Runs, console: Console
+) -> Results:
     """Measure all classifiers on the same images, except for what is stored already, and write the report."""
-    any_run = next(iter(runs.values()))
-    device = pick_device(any_run.run.device)
-    options = EvalOptions(device, size=any_run.data.image_size)
+    any_config = next(iter(runs.values()))
+    device = pick_device(any_config.run.device)
+    options = EvalOptions(device, size=any_config.data.image_size)
     networks = [
-        open_network(run.run.output_dir, run.classifier.model, _run_title(group, seed), options)
-        for (group, seed), run in runs.items()
+        open_network(config.run.output_dir, config.classifier.model, _run_title(group, seed), options)
+        for (group, seed), config in runs.items()
     ]
-    root = image_root(config.data_path)
+    root = image_root(comparison.data_path)
     suite_settings = SuiteSettings(
-        root, limit=config.limit, whole_clean=True, tokenizer=any_run.dat.tokenizer, device=device
+        root, limit=comparison.limit, whole_clean=True, tokenizer=any_config.dat.tokenizer, device=device
     )
-    suites = config.suite or (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []), *WORD_SUITES)
+    suites = comparison.suite or (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []), *WORD_SUITES)
     setup = EvaluationSetup(
-        options, Path(config.output_dir), console, batch_size=64, num_workers=any_run.data.num_workers
+        options, Path(comparison.output_dir), console, batch_size=64, num_workers=any_config.data.num_workers
     )
-    training = _collect_training(config, pretraining, runs)
-    return run_evaluation(networks, suite_settings, suites, setup, title=config.title, training=training)
+    training = _collect_training(comparison, pretraining, runs)
+    return run_evaluation(networks, suite_settings, suites, setup, title=comparison.title, training=training)
 
 
-def _collect_training(config: CompareConfig, pretraining: PretrainConfig, runs: Runs) -> TrainingFacts:
+def _collect_training(comparison: CompareConfig, pretraining: PretrainConfig, runs: Runs) -> TrainingFacts:
     """Collect the settings, curves, times and galleries of all runs from their folders, for the report."""
-    settings = {"comparison": dataclasses.asdict(config), "pretraining": flat_values(pretraining)}
-    for name in config.pretrainings_to_train()[1:]:
-        settings[f"pretraining with {pretraining_title(name)}"] = flat_values(pretrain_config(config, name))
+    settings = {"comparison": dataclasses.asdict(comparison), "pretraining": flat_values(pretraining)}
+    for name in comparison.pretrainings_to_train()[1:]:
+        settings[f"pretraining with {pretraining_title(name)}"] = flat_values(pretrain_config(comparison, name))
     records: dict[str, TrainingRun] = {}
-    for (group, seed), run in runs.items():
-        folder, label = Path(run.run.output_dir), group_label(group)
+    for (group, seed), config in runs.items():
+        folder, label = Path(config.run.output_dir), group_label(group)
         times = _training_times(folder)
         records[_run_title(group, seed)] = {
             "arm": group,
@@ -254,10 +260,10 @@ def _collect_training(config: CompareConfig, pretraining: PretrainConfig, runs: 
             "cpu_seconds": times["cpu_seconds"],
             "curves": _training_curves(folder),
         }
-        if seed == config.seeds[0]:
-            settings[f"fine-tuning, {label}"] = flat_values(run)
-    plain, names = Path(pretraining.run.output_dir), config.pretrainings_to_train()
-    folders = {_pretraining_stage(name): pretraining_folder(Path(config.output_dir), name) for name in names}
+        if seed == comparison.seeds[0]:
+            settings[f"fine-tuning, {label}"] = flat_values(config)
+    plain, names = Path(pretraining.run.output_dir), comparison.pretrainings_to_train()
+    folders = {_pretraining_stage(name): pretraining_folder(Path(comparison.output_dir), name) for name in names}
     return {
         "runs": records,
         "pretraining": _training_curves(plain),
@@ -266,7 +272,7 @@ def _collect_training(config: CompareConfig, pretraining: PretrainConfig, runs: 
         "settings": {
             stage: {key: _json_value(value) for key, value in values.items()} for stage, values in settings.items()
         },
-        "galleries": _training_galleries(config),
+        "galleries": _training_galleries(comparison),
     }
 
 

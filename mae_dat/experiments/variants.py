@@ -1,6 +1,6 @@
 """The variants that a comparison trains: pretrainings, and groups of fine-tunings that differ in their seed alone.
 
-A group is named by its fine-tuning (`released`), after a pretraining other than plain `PRETRAINING-FINETUNING`
+A group is named by its variant of fine-tuning (`released`), after a pretraining other than plain `PRETRAINING-VARIANT`
 (`none-released`). `NAME_in_time` is the pretraining NAME for as many epochs as fit into plain's training time.
 """
 
@@ -15,7 +15,7 @@ PLAIN, NONE, IN_TIME = "plain", "none", "_in_time"
 
 @dataclass(frozen=True)
 class FinetuneVariant:
-    """A fine-tuning: its title in the report, its flags, and its cost in units of a plain training."""
+    """A way to fine-tune: its title in the report, its flags, and its cost in units of a plain training."""
 
     title: str
     flags: str
@@ -24,7 +24,7 @@ class FinetuneVariant:
 
 @dataclass(frozen=True)
 class PretrainVariant:
-    """A pretraining: what the report calls it after "pretrained with", and its flags."""
+    """A way to pretrain: what the report calls it after "pretrained with", and its flags."""
 
     title: str
     flags: str
@@ -65,7 +65,7 @@ PRETRAIN_VARIANTS = {
 }
 
 
-def check_finetunings(names: tuple[str, ...]) -> None:
+def check_finetune_variants(names: tuple[str, ...]) -> None:
     """Check the names of --arms. Raises ConfigError for an unknown one."""
     for name in names:
         if name not in FINETUNE_VARIANTS:
@@ -102,15 +102,15 @@ def pretraining_folder(output: Path, name: str) -> Path:
 
 
 def split_group_name(group: str) -> tuple[str, str]:
-    """Split a group's name into its pretraining and its fine-tuning."""
-    pretraining, _, finetuning = group.rpartition("-")
-    return pretraining or PLAIN, finetuning
+    """Split a group's name into its pretraining and its variant of fine-tuning."""
+    pretraining, _, variant = group.rpartition("-")
+    return pretraining or PLAIN, variant
 
 
 def group_label(group: str) -> str:
     """Return what the report calls a group."""
-    pretraining, finetuning = split_group_name(group)
-    title = FINETUNE_VARIANTS[finetuning].title
+    pretraining, variant = split_group_name(group)
+    title = FINETUNE_VARIANTS[variant].title
     if pretraining == PLAIN:
         return title
     return (

@@ -23,7 +23,7 @@ from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import run_context
-from mae_dat.training.finetune import held_out_images, held_out_loader
+from mae_dat.training.finetune import validation_images, validation_loader
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> 
         opened = open_model(file, config.classifier.model, config.data.image_size, flag="--resume")
         model = opened.classifier().to(context.device)
         data = dataclasses.replace(config.data, in_chans=opened.plan.in_chans)
-        images = held_out_images(data, opened.classes)
+        images = validation_images(data, opened.classes)
         check_class_count(file.source, opened.plan.num_classes, config.classifier.nb_classes or len(images.classes))
-        loader = held_out_loader(images, 2 * config.optim.batch_size, config.data, context)
+        loader = validation_loader(images, 2 * config.optim.batch_size, config.data, context)
         final = evaluate_accuracy(model, loader, context.device, context.precision)
         logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
 

@@ -1,7 +1,7 @@
 """Fine-tuning of a classifier, plainly or with DAT, and linear probes (`main_finetune.py`)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,18 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
     check_mixup(config.augment, config.optim.batch_size)
     settings, data, seed = config.classifier, config.data, config.run.seed
     with run_context(config.run, config.launch, console) as context:
-        images, held_out = labelled_images(config)
+        images, validation = labelled_images(config)
         classes = class_count(settings.nb_classes, images)
         seed_everything(seed)
         warn_of_slow_lars(settings.opt, config.optim, context.world.size)
         state = build_state(config, classes, context)
-        loader = held_out_loader(held_out, 2 * config.optim.batch_size, data, context)
-        samples = [held_out[index * len(held_out) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
+        loader = validation_loader(validation, 2 * config.optim.batch_size, data, context)
+        # Evenly spaced, but unlike `evenly_spaced` always six: in a split of fewer images some are taken twice.
+        samples = [validation[index * len(validation) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
 
         def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(epoch, context):
-                galleries = draw_held_out_adversary(
+                galleries = draw_validation_adversary(
                     state.model, state.objective, samples=samples, seed=seed, device=context.device
                 )
                 show_galleries(galleries, context, log, epoch)
@@ -86,17 +87,20 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
             settings=flat_values(config),
             reporting=Reporting(title, at_epoch_end, _SCALAR_TAGS),
         )
-        averaged = state.averaged
-        assert isinstance(averaged, Classifier)
-        tensors = main_norms(fused_head(full_state_dict(averaged.net.state_dict())))
-        facts = {
-            **classifier_facts(settings, data, images.classes),
-            "nb_classes": classes,
-            "averaged": state.ema is not None,
-            "steps": state.step,
-        }
-        export_model(tensors, context, facts)
-        return evaluate_accuracy(averaged, loader, context.device, context.precision)
+        facts = {**classifier_facts(settings, data, images.classes), "nb_classes": classes}
+        export_classifier(state, context, facts)
+        return evaluate_accuracy(state.averaged, loader, context.device, context.precision)
+
+
+def export_classifier(state: TrainingState, context: RunContext, facts: Mapping[str, Any]) -> None:
+    """Export the averaged classifier of a finished training, with `facts` about it.
+
+    A linear probe's head becomes one layer, and auxiliary norms are left out.
+    """
+    classifier = state.averaged
+    assert isinstance(classifier, Classifier)
+    tensors = main_norms(fused_head(full_state_dict(classifier.net.state_dict())))
+    export_model(tensors, context, {**facts, "averaged": state.ema is not None, "steps": state.step})
 
 
 def build_state(config: FinetuneConfig, classes: int, context: RunContext) -> TrainingState:
@@ -177,10 +181,10 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
     except (AssertionError, ValueError) as error:  # timm asserts what its users write
         raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error
     images = training_images(config.data, transform, config.run.seed, labelled=True)
-    return images, held_out_images(config.data, images.classes)
+    return images, validation_images(config.data, images.classes)
 
 
-def held_out_images(data: DataConfig, classes: list[str] | None = None) -> ImageSet:
+def validation_images(data: DataConfig, classes: list[str] | None = None) -> ImageSet:
     """Open the validation split, without augmentation."""
     root = find_split(image_root(data.data_path), "val")
     transform = with_channels(EvalTransform(data.image_size), data.in_chans)
@@ -194,7 +198,7 @@ def held_out_images(data: DataConfig, classes: list[str] | None = None) -> Image
     return images
 
 
-def held_out_loader(images: ImageSet, batch_size: int, data: DataConfig, context: RunContext) -> ImageLoader:
+def validation_loader(images: ImageSet, batch_size: int, data: DataConfig, context: RunContext) -> ImageLoader:
     """Return a loader of this rank's share of the validation images."""
     return eval_loader(
         images,
@@ -253,13 +257,13 @@ def classifier_facts(settings: ClassifierConfig, data: DataConfig, classes: list
     }
 
 
-def draw_held_out_adversary(
+def draw_validation_adversary(
     model: nn.Module, objective: Objective, samples: list[Any], seed: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Draw the adversary of the current model on held-out images, the same after every epoch, as a gallery (3, H, W) in
-    [0, 1]; without DAT none.
+    """Draw the adversary of the current model on validation images, as a gallery (3, H, W) in [0, 1]; none without DAT.
 
-    The adversary uses the norms of adversarial views where the model has them.
+    The images and the adversary's randomness are the same after every epoch. The adversary uses the norms of
+    adversarial views where the model has them.
     """
     if not (isinstance(objective, WithDAT) and objective.strength_is_known):
         return {}

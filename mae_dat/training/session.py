@@ -45,32 +45,21 @@ def run_training(  # noqa: PLR0913 - keywords
     an epoch, by default as many as its images fill. Raises what `Trainer.run` raises, and ConfigError, CheckpointError,
     DataError, NoProgressError and StorageError before the first step.
     """
-    run, world = context.run, context.world
-    checkpoint = on_main_rank(lambda: checkpoint_to_resume(run, context.output))
-    optim = keep_global_batch(optim, checkpoint, world.size)
-    epoch_steps = epoch_steps or steps_per_epoch(len(images), optim.batch_size, world.size, optim.accum_iter)
-    state.step = run.start_epoch * epoch_steps
-    manifest = _manifest(settings, images, optim, world.size)
+    checkpoint = on_main_rank(lambda: checkpoint_to_resume(context.run, context.output))
+    optim = keep_global_batch(optim, checkpoint, context.world.size)
+    epoch_steps = epoch_steps or steps_per_epoch(len(images), optim.batch_size, context.world.size, optim.accum_iter)
+    manifest = _manifest(settings, images, optim, context.world.size)
+    state.step = context.run.start_epoch * epoch_steps
     if checkpoint:
         restore_progress(state, checkpoint, manifest, epoch_steps=epoch_steps, context=context)
-    total_steps = optim.total_epochs * epoch_steps
-    if state.step >= total_steps:
-        logger.info("%s is complete (%d steps): nothing left to train.", run.output_dir, state.step)
+    if state.step >= optim.total_epochs * epoch_steps:
+        logger.info("%s is complete (%d steps): nothing left to train.", context.run.output_dir, state.step)
         return
-
-    on_main_rank(lambda: _record_start(context.output, state.step, settings))
-    log = RunLog(
-        context.output,
-        _log_folder(run.log_dir),
-        state.step,
-        enabled=world.main,
-        purge_from=1000 * state.step // epoch_steps + 1,
-    )
-    with contextlib.closing(log):
+    with contextlib.closing(_start_log(context, settings, state.step, epoch_steps)) as log:
         setup = TrainingSetup(
             context=context,
             optim=optim,
-            loader=_loader(images, context, data, optim, first_step=state.step, total_steps=total_steps),
+            loader=_loader(images, context, data, optim, state.step, epoch_steps=epoch_steps),
             steps_per_epoch=epoch_steps,
             log=log,
             reporting=reporting,
@@ -98,7 +87,7 @@ def _record_start(output: Path, step: int, settings: Mapping[str, Any]) -> None:
 
 
 def _loader(
-    images: ImageSet, context: RunContext, data: DataConfig, optim: OptimConfig, first_step: int, total_steps: int
+    images: ImageSet, context: RunContext, data: DataConfig, optim: OptimConfig, first_step: int, epoch_steps: int
 ) -> ImageLoader:
     """Open the loader of this rank's micro-batches of all steps from `first_step` on."""
     sampler = TrainSampler(
@@ -108,12 +97,27 @@ def _loader(
         world_size=context.world.size,
         seed=context.run.seed,
         start_step=first_step,
-        total_steps=total_steps,
+        total_steps=optim.total_epochs * epoch_steps,
         accum_iter=optim.accum_iter,
         order=images.order,
     )
     pinned = data.pin_mem and context.device.type == "cuda"
     return train_loader(images, sampler, data.num_workers, pin_memory=pinned)
+
+
+def _start_log(context: RunContext, settings: Mapping[str, Any], step: int, epoch_steps: int) -> RunLog:
+    """Record that training starts at a step, and open its log, to which only rank 0 writes.
+
+    Raises OutputError, NoProgressError, StorageError.
+    """
+    on_main_rank(lambda: _record_start(context.output, step, settings))
+    return RunLog(
+        context.output,
+        _log_folder(context.run.log_dir),
+        step,
+        enabled=context.world.main,
+        purge_from=1000 * step // epoch_steps + 1,
+    )
 
 
 def _log_folder(log_dir: str | None) -> Path | None:

@@ -23,7 +23,7 @@ from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.models.weights.load import load_classifier
 from mae_dat.runtime.sharding import no_gradient_sync
 from mae_dat.runtime.world import World, process_group
-from mae_dat.training.finetune import draw_held_out_adversary
+from mae_dat.training.finetune import draw_validation_adversary
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.pixel import WithPixelAdversary
@@ -127,7 +127,7 @@ def test_the_adversary_that_is_drawn_is_the_one_that_is_trained_on(tokenizer: Co
     for norm in splits(net):
         norm.register_forward_pre_hook(lambda one, _: passed.append(one.uses_auxiliary))  # type: ignore[func-returns-value]
     samples = [{"image": batch["image"][row], "label": int(batch["label"][row])} for row in range(4)]
-    assert draw_held_out_adversary(net, objective, samples, 0, torch.device("cpu"))["adversary"].ndim == 3
+    assert draw_validation_adversary(net, objective, samples, 0, torch.device("cpu"))["adversary"].ndim == 3
     assert passed
     assert all(passed)
     assert not any(norm.uses_auxiliary for norm in splits(net))

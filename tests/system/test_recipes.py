@@ -32,7 +32,7 @@ from mae_dat.models.weights.open import open_model
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.released import find_released
 from mae_dat.training.accuracy import evaluate_accuracy
-from mae_dat.training.finetune import build_configured_classifier, check_mixup, held_out_images, initialize
+from mae_dat.training.finetune import build_configured_classifier, check_mixup, initialize, validation_images
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT
@@ -267,7 +267,7 @@ def test_ranks_evaluate_and_export_the_same_batchnorm(images: Path, tmp_path: Pa
     done = run_script(*torchrun, "main_finetune.py", *flags, "--batch_size", "4", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     config = load_config(FinetuneConfig, [*flags, "--num_workers", "0"])
-    held_out = held_out_images(config.data)
+    held_out = validation_images(config.data)
     model = open_model(tmp_path / "out").classifier()
     alone = evaluate_accuracy(model, eval_loader(held_out, 8, 0, 1, 0), torch.device("cpu"), None)
     record = read_log(tmp_path / "out" / "log.txt")[-1]

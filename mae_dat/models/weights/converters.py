@@ -96,8 +96,12 @@ def timm_arguments(opened: OpenedModel) -> tuple[str, dict[str, Any]]:
         if name not in TIMM_NAMES:
             options |= {key: getattr(size, key) for key in ("patch_size", "embed_dim", "depth", "num_heads")}
         name = TIMM_NAMES.get(name, "vit_tiny_patch16_224")
-    settings: Any = timm.get_pretrained_cfg(name)
-    if plan.img_size and hasattr(_bare_network(opened), "patch_embed") and plan.img_size != settings.input_size[-2:]:
+    pretrained_cfg: Any = timm.get_pretrained_cfg(name)
+    if (
+        plan.img_size
+        and hasattr(_bare_network(opened), "patch_embed")
+        and plan.img_size != pretrained_cfg.input_size[-2:]
+    ):
         options["img_size"] = plan.img_size
     if plan.in_chans != 3:
         options["in_chans"] = plan.in_chans

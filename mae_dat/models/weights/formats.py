@@ -1,6 +1,12 @@
 """Checkpoint formats: what a file holds, recognised by its keys, and its tensors under the keys of MAE and timm.
 
-Hugging Face stores query, key and value separately; they are stacked into the one `qkv` of MAE and timm, in that order.
+The keys of MAE and timm are the same, and are kept as they are; so are those of torchvision, DeiT and easyrobust. Only
+the keys of Hugging Face are renamed (`from_hugging_face`). It also stores query, key and value separately; they are
+stacked into the one `qkv` of MAE and timm, in that order.
+
+Prefixes that all keys of a file share, such as DDP's `module.`, are gone by then: `extract_weights` in
+`storage/weight_files.py` drops them when it reads the file. Among them is `net.`, which `models/classifier.py` puts
+before the keys of the timm network inside a `Classifier`; `load.py` loads into that network.
 """
 
 import re

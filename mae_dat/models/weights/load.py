@@ -91,90 +91,95 @@ def load_autoencoder(
     Position embeddings are resized if the patch grid differs (`source_grid` as in `load_pretrained`). Raises
     MissingInputError and CheckpointError: for a file without decoder or of another kind, and with the keys that differ.
     """
-    file = read_model_file(source)
-    if file.kind == "classifier":
-        raise CheckpointError(f"{file.source} is a classifier ({file.format}), no pretraining: give MAE's weights.")
-    if decoder and file.kind == "encoder":
+    weights = read_model_file(source)
+    if weights.kind == "classifier":
         raise CheckpointError(
-            f"{file.source} has no decoder: MAE's mae_pretrain_* files hold the encoder alone. Give one with decoder, "
-            "such as mae_visualize_vit_large.pth, or load the encoder only (decoder=False)."
+            f"{weights.source} is a classifier ({weights.format}), no pretraining: give MAE's weights."
+        )
+    if decoder and weights.kind == "encoder":
+        raise CheckpointError(
+            f"{weights.source} has no decoder: MAE's mae_pretrain_* files hold the encoder alone. Give one with "
+            "decoder, such as mae_visualize_vit_large.pth, or load the encoder only (decoder=False)."
         )
     excluded = () if decoder else DECODER_KEYS
     expected = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(excluded)}
-    state = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(excluded)}
+    state = {key: tensor for key, tensor in weights.tensors.items() if not key.startswith(excluded)}
     resized = None
     for key in ("pos_embed", "decoder_pos_embed"):
-        old = _source_grid(state.get(key), expected.get(key), prefix=1, source_grid=source_grid, file=file)
+        old = _source_grid(state.get(key), expected.get(key), prefix=1, source_grid=source_grid, weights=weights)
         if old is not None and old != model.grid:
             state[key] = resize_position_embedding(state[key], old, model.grid)
             resized = (old, model.grid)
-    check_keys(file.label, expected, state, _advice(state, "the same --model"))
+    check_keys(weights.label, expected, state, _advice(state, "the same --model"))
     model.load_state_dict(state, strict=False)
-    ignored = tuple(key for key in file.tensors if key.startswith(excluded))
+    ignored = tuple(key for key in weights.tensors if key.startswith(excluded))
     return _logged(
         LoadReport(
-            source=file.source,
+            source=weights.source,
             loaded=len(state),
             ignored=ignored,
             resized=resized,
-            format=file.format,
-            wrappers=file.wrappers,
+            format=weights.format,
+            wrappers=weights.wrappers,
         )
     )
 
 
 def load_detector(detector: "Detector", source: ModelSource) -> LoadReport:
     """Load a `Detector` that this package exported. Raises MissingInputError, CheckpointError with the keys."""
-    file = read_model_file(source)
-    check_keys(file.source, detector.net.state_dict(), file.tensors, "give weights of this command")
-    detector.net.load_state_dict(file.tensors)
-    return LoadReport(file.source, len(file.tensors), format=file.format, wrappers=file.wrappers)
+    weights = read_model_file(source)
+    check_keys(weights.source, detector.net.state_dict(), weights.tensors, "give weights of this command")
+    detector.net.load_state_dict(weights.tensors)
+    return LoadReport(weights.source, len(weights.tensors), format=weights.format, wrappers=weights.wrappers)
 
 
 # ---- classifiers ----
 
 
-def _load_classifier(classifier: Classifier, file: ModelFile, source_grid: PatchGrid | None, exact: bool) -> LoadReport:
-    """Load a file; if not `exact`, head and `fc_norm` may start afresh."""
-    net, state = classifier.net, dict(file.tensors)
+def _load_classifier(
+    classifier: Classifier, weights: ModelFile, source_grid: PatchGrid | None, exact: bool
+) -> LoadReport:
+    """Load weights; if not `exact`, head and `fc_norm` may start afresh."""
+    net, state = classifier.net, dict(weights.tensors)
     expected = net.state_dict()
-    _check_statistics(classifier, file)
-    _check_distillation(state, expected, file.source)
+    _check_statistics(classifier, weights)
+    _check_distillation(state, expected, weights.source)
     ignored = [key for key in state if key not in expected and key.startswith(DECODER_KEYS)]
-    resized = _fit_position_embedding(state, net, source_grid, file)
+    resized = _fit_position_embedding(state, net, source_grid, weights)
     head = [key for key in expected if key.startswith(_head_prefixes(net))]
     if exact:
-        _check_head(state, expected, head, file.source)
+        _check_head(state, expected, head, weights.source)
     elif any(key in state and state[key].shape != expected[key].shape for key in head):
         ignored += [key for key in head if key in state]
     state = {key: tensor for key, tensor in state.items() if key not in set(ignored)}
-    missing, replaced = ([], []) if exact else _allowed_differences(state, expected, head)
-    state = {key: tensor for key, tensor in state.items() if key not in replaced}
-    required = {key: tensor for key, tensor in expected.items() if key not in missing}
-    check_keys(file.label, required, state, _advice(state, "the model (and the pooling, --global_pool or --cls_token)"))
+    fresh_keys, unused_keys = ([], []) if exact else _allowed_differences(state, expected, head)
+    state = {key: tensor for key, tensor in state.items() if key not in unused_keys}
+    required = {key: tensor for key, tensor in expected.items() if key not in fresh_keys}
+    advice = _advice(state, "the model (and the pooling, --global_pool or --cls_token)")
+    check_keys(weights.label, required, state, advice)
     net.load_state_dict(state, strict=False)
     return _logged(
         LoadReport(
-            source=file.source,
+            source=weights.source,
             loaded=len(state),
-            missing=tuple(missing),
-            ignored=(*ignored, *replaced),
+            missing=tuple(fresh_keys),
+            ignored=(*ignored, *unused_keys),
             resized=resized,
-            format=file.format,
-            wrappers=file.wrappers,
+            format=weights.format,
+            wrappers=weights.wrappers,
         )
     )
 
 
-def _check_statistics(classifier: Classifier, file: ModelFile) -> None:
+def _check_statistics(classifier: Classifier, weights: ModelFile) -> None:
     """Raise CheckpointError if the weights were trained on pixels that were normalised differently."""
-    if file.statistics is None:
+    if weights.statistics is None:
         return
     statistics = (classifier.mean.flatten().tolist(), classifier.std.flatten().tolist())
-    if not all(_close(values, others) for values, others in zip(statistics, file.statistics, strict=True)):
-        mean, std = (tuple(round(value, 4) for value in values) for values in file.statistics)
+    if not all(_close(values, others) for values, others in zip(statistics, weights.statistics, strict=True)):
+        mean, std = (tuple(round(value, 4) for value in values) for values in weights.statistics)
         raise CheckpointError(
-            f"{file.source} was trained on pixels normalised by mean {mean} and std {std}, this model normalises "
+            f"{weights.source} was trained on pixels normalised by mean {mean} and std {std}, this model normalises "
             f"otherwise: choose the --model with these statistics (timm's names have their own, such as "
             f"vit_base_patch16_224 0.5), or build_classifier(..., mean={mean}, std={std})."
         )
@@ -195,8 +200,8 @@ def _check_distillation(state: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 def _head_prefixes(net: nn.Module) -> tuple[str, ...]:
     """Return the prefixes of the head's keys; timm's distilled models have two heads."""
-    settings: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
-    names = settings.get("classifier") or "head"
+    pretrained_cfg: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    names = pretrained_cfg.get("classifier") or "head"
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
@@ -223,10 +228,10 @@ def _allowed_differences(
 ) -> tuple[list[str], list[str]]:
     """Return keys that may start afresh (a whole head, a whole `fc_norm`) and keys that may be left over (`norm`)."""
     fc_norm = [key for key in expected if key.startswith("fc_norm.")]
-    missing = [key for part in (fc_norm, head) if not any(key in state for key in part) for key in part]
+    fresh_keys = [key for part in (fc_norm, head) if not any(key in state for key in part) for key in part]
     # Under mean pooling MAE normalises after pooling, by `fc_norm`: the encoder's last `norm` has no place then.
-    norm_replaced = bool(fc_norm) and fc_norm[0] in missing
-    return missing, [key for key in state if norm_replaced and key.startswith("norm.") and key not in expected]
+    norm_replaced = bool(fc_norm) and fc_norm[0] in fresh_keys
+    return fresh_keys, [key for key in state if norm_replaced and key.startswith("norm.") and key not in expected]
 
 
 # ---- position embeddings ----
@@ -245,14 +250,14 @@ def resize_position_embedding(pos_embed: Tensor, old: PatchGrid, new: PatchGrid,
 
 
 def _fit_position_embedding(
-    state: dict[str, Tensor], net: nn.Module, source_grid: PatchGrid | None, file: ModelFile
+    state: dict[str, Tensor], net: nn.Module, source_grid: PatchGrid | None, weights: ModelFile
 ) -> tuple[PatchGrid, PatchGrid] | None:
     """Resize state["pos_embed"] to a vision transformer's grid if it differs, and return both grids."""
     if not isinstance(net, VisionTransformer) or net.pos_embed is None:
         return None
     prefix = 0 if net.no_embed_class else net.num_prefix_tokens
     position = state.get("pos_embed")
-    old = _source_grid(position, net.pos_embed, prefix=prefix, source_grid=source_grid, file=file)
+    old = _source_grid(position, net.pos_embed, prefix=prefix, source_grid=source_grid, weights=weights)
     rows, columns = net.patch_embed.grid_size
     if old is None or old == (rows, columns):
         return None
@@ -266,7 +271,7 @@ def _source_grid(
     *,
     prefix: int,
     source_grid: PatchGrid | None,
-    file: ModelFile,
+    weights: ModelFile,
 ) -> PatchGrid | None:
     """Return the rows and columns of patches that a position embedding is for: `source_grid`, recorded, or else square.
 
@@ -276,28 +281,28 @@ def _source_grid(
         return None
     patches = position.shape[1] - prefix
     # The number of patches alone does not distinguish 4 x 16 from 8 x 8.
-    grid = source_grid or recorded_grid(file, patches)
+    grid = source_grid or recorded_grid(weights, patches)
     if grid is None and position.shape == expected.shape:
         return None
     side = math.isqrt(max(patches, 0))
     rows, columns = grid or (side, side)
     if rows * columns != patches:
         raise CheckpointError(
-            f"{file.source} has a position embedding for {patches} patches, not {rows} x {columns}: "
+            f"{weights.source} has a position embedding for {patches} patches, not {rows} x {columns}: "
             "give its rows and columns of patches as source_grid"
         )
     return rows, columns
 
 
-def recorded_grid(file: ModelFile, patches: int) -> PatchGrid | None:
-    """Return the rows and columns of patches by the image size that a file records, if they are as many as `patches`.
+def recorded_grid(weights: ModelFile, patches: int) -> PatchGrid | None:
+    """Return the rows and columns of patches by the recorded image size, if they are as many as `patches`.
 
     The registry of released weights records a size too, and a file of that name may have been replaced.
     """
-    projection = file.tensors.get("patch_embed.proj.weight")
-    if projection is None or projection.ndim != 4 or "input_size" not in file.facts:
+    projection = weights.tensors.get("patch_embed.proj.weight")
+    if projection is None or projection.ndim != 4 or "input_size" not in weights.facts:
         return None
-    height, width = image_size(tuple(file.facts["input_size"]))
+    height, width = image_size(tuple(weights.facts["input_size"]))
     rows, columns = height // projection.shape[-2], width // projection.shape[-1]
     return (rows, columns) if rows * columns == patches else None
 

@@ -264,8 +264,8 @@ def _patch_grid(plan: ModelPlan, file: ModelFile) -> PatchGrid | None:
 
 def _head_weight(name: str, file: ModelFile) -> str:
     """Return the key of the weights that have a row for each class. Raises CheckpointError if there are none."""
-    settings: Any = None if name in VIT_SIZES else timm.get_pretrained_cfg(name, allow_unregistered=True)
-    head = getattr(settings, "classifier", None) or "head"
+    pretrained_cfg: Any = None if name in VIT_SIZES else timm.get_pretrained_cfg(name, allow_unregistered=True)
+    head = getattr(pretrained_cfg, "classifier", None) or "head"
     key = f"{head if isinstance(head, str) else head[0]}.weight"
     if key not in file.tensors:
         raise CheckpointError(f"{file.source} has no classification head ({key}): fine-tune from it first.")

@@ -35,7 +35,7 @@ from mae_dat.data.shards.pack import PackConfig, pack
 from mae_dat.data.shards.reader import Shards, count_lanes, shard_order
 from mae_dat.data.transforms import PretrainTransform
 from mae_dat.runtime.console import Console
-from mae_dat.training.finetune import held_out_images
+from mae_dat.training.finetune import validation_images
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_images_that_were_shrunk_too_much_are_told_of(
         assert (f"packed with --size 24, which --input_size {size} enlarges" in caplog.text) == told
     caplog.clear()
     given = ["--data_path", str(out), "--input_size", "24"]
-    assert held_out_images(load_config(FinetuneConfig, given).data).packed_size == 24
+    assert validation_images(load_config(FinetuneConfig, given).data).packed_size == 24
     assert "shrunk to 24 px and stored anew" in caplog.text
     clean = open_sources(out).image_sets("clean")[0]
     assert clean.protocol["folder"] == "shards, shrunk to 24 px"
