@@ -78,7 +78,8 @@ class ShareController:
         if self.average is None or not near:
             self.average = share
         self.average = self.SMOOTHING * self.average + (1 - self.SMOOTHING) * share
-        ratio = min(max(self.target / max(self.average, self.target / 4), 0.25), 4.0)
+        # Within [1/4, 4], so that one step moves eps by a factor of 2 at most (FAST_GAIN), also where no word changes.
+        ratio = max(self.target / max(self.average, self.target / 4), 0.25)
         self.eps = min(self.eps * ratio ** (self.GAIN if near else self.FAST_GAIN), self.LARGEST)
 
     def state_dict(self) -> dict[str, float | None]:

@@ -40,9 +40,9 @@ class ProofConfig:
     """Folders with train/CLASS/* and val/CLASS/*, or `demo` for the generated images."""
     output_dir: str = "output/proof"
     arms: tuple[str, ...] = PROOF_GROUPS
-    """Fine-tunings after the plain pretraining; as in mae_dat.compare."""
+    """Fine-tunings after the plain pretraining; as --arms of compare."""
     pretrainings: tuple[str, ...] = (PLAIN, NONE, "released")
-    """As in mae_dat.compare: plain first, none, with --dat released, ..."""
+    """As --pretrainings of compare: plain first, none, with --dat released, ..."""
     cross_arms: tuple[str, ...] = ("plain", "released")
     """Fine-tunings after the other pretrainings."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -78,7 +78,7 @@ class _FailureChannel:
         """Set once this rank does not wait for a collective operation any more, so that nobody has to end it."""
         self.closed = threading.Event()
         self.connections: dict[int, socket.socket] = {}
-        """By the rank at the other end."""
+        """The open connections, by the rank at the other end."""
         store = dist.distributed_c10d._get_default_store()
         if self.rank:
             self.connections[0] = _connect(json.loads(store.get("mae_dat/hub")), self.rank)

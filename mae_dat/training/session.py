@@ -59,7 +59,7 @@ def run_training(  # noqa: PLR0913 - keywords
         setup = TrainingSetup(
             context=context,
             optim=optim,
-            loader=_loader(images, context, data, optim, state.step, epoch_steps=epoch_steps),
+            loader=_loader(images, context, data, optim, first_step=state.step, epoch_steps=epoch_steps),
             steps_per_epoch=epoch_steps,
             log=log,
             reporting=reporting,

@@ -246,4 +246,4 @@ CONVERTERS: dict[str, Callable[[OpenedModel, Path, str], Conversion]] = {
     "onnx": to_onnx,
     "export": to_export,
 }
-"""By the value of --to, except `hf`, whose `to_hub` takes more."""
+"""The converters by the value of --to, except `hf`, whose `to_hub` takes more."""
