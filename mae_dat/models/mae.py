@@ -234,8 +234,8 @@ class MaskedAutoencoder(nn.Module):
         """
         if self.patch_size % factor:
             raise ConfigError(
-                f"a patch of {self.patch_size} pixels is not divisible by the word size of {factor}: give a --model "
-                f"or a --tokenizer whose patch side is a multiple of the tokenizer's factor, or --target pixels."
+                f"a patch of {self.patch_size} pixels is not divisible into words of {factor} pixels: give a --model "
+                "whose patch side is a multiple of the tokenizer's factor, another --tokenizer, or --target pixels."
             )
         per_patch = (self.patch_size // factor) ** 2
         self.decoder_words = WordHead(self.decoder_pred.in_features, per_patch, num_words)

@@ -161,7 +161,7 @@ def test_a_word_head_does_not_change_how_the_rest_starts(tokenizer: CountedToken
 @pytest.mark.parametrize(("patch", "factor"), [(14, 8), (4, 8)])
 def test_a_patch_must_hold_whole_words(patch: int, factor: int) -> None:
     model = MaskedAutoencoder(56, patch, 3, 16, 1, 2, 16, 1, 2)
-    with pytest.raises(ConfigError, match=rf"{patch} pixels .* words of {factor}: give .*--target pixels"):
+    with pytest.raises(ConfigError, match=rf"{patch} pixels .* words of {factor} pixels: give .*--target pixels"):
         model.add_word_head(factor, WORDS)
 
 
