@@ -87,7 +87,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 
 def test_the_tests_that_documents_name_exist() -> None:
     named = 0
-    for document in sorted((ROOT / "docs").glob("*.md")):
+    for document in sorted((ROOT / "docs").rglob("*.md")):
         for file, test in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", document.read_text()):
             named += 1
             path = next((ROOT / "tests").rglob(file), None)

@@ -4,7 +4,7 @@
     model = torch.hub.load("FOLDER", "mae_dat_demo", pretrained=True, source="local")   # no network
 
 `pretrained` is False (fresh weights), True (the released ones, downloaded once, hashed on every load) or the path of a
-weights file in any format that `docs/formats.md` lists. Further arguments go to the constructor. Images are (B, 3, H,
+weights file in any format of `docs/reference/formats.md`. Further arguments go to the constructor. Images are (B, 3, H,
 W) with pixels in [0, 1]: every model normalizes them itself. Models are returned in evaluation mode.
 """
 
