@@ -1,6 +1,6 @@
 """Train an object detector, plainly or with DAT, and measure it.
 
-`python -m mae_dat detect --data_path DIR ... --output_dir OUT`: DIR holds COCO's format (docs/detection.md). The
+`python -m mae_dat detect --data_path DIR ... --output_dir OUT`: DIR holds COCO's format (docs/how-to/detect.md). The
 adversary of `--dat` raises the detector's total loss. To resume, run the same command again. `--eval --resume OUT`
 measures, with `--corruptions` also under 15 corruptions.
 """
