@@ -5,7 +5,6 @@ Every function takes uint8 (H, W, 3), a severity 1 to 5 and the generator of its
 """
 
 import functools
-import importlib.util
 from pathlib import Path
 
 import cv2
@@ -25,6 +24,7 @@ SNOW = (
     (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
 )
 FROST = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))  # weights of the image and of the frost
+FROST_FOLDER = Path(__file__).parent / "frost"
 FROST_PHOTOGRAPHS = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
 FOG = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))  # thickness, and `wibbledecay` of `plasma_fractal`
 BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)  # added to the value of HSV, in [0, 1]
@@ -61,18 +61,12 @@ def frost(image: Image, severity: int, random: RandomState) -> Image:
 def _frost_photograph(name: str, height: int, width: int) -> Image:
     """Return a photograph of frost, uint8 RGB, at least a pixel larger than (height, width) on both axes.
 
-    It is enlarged only if it is smaller. Raises MissingInputError without the package that contains the photographs.
+    It is enlarged only if it is smaller. Raises MissingInputError if the file is missing or damaged.
     """
-    # Found, but not imported: it would import numba, which takes seconds.
-    package = importlib.util.find_spec("imagecorruptions")
-    if package is None or package.origin is None:
-        raise MissingInputError("frost needs the photographs of a package: pip install imagecorruptions-imaug")
-    path = Path(package.origin).parent / "frost" / name
+    path = FROST_FOLDER / name
     photograph = cv2.imread(str(path))
     if photograph is None:
-        raise MissingInputError(
-            f"{path}: not a readable photograph of frost; reinstall it: pip install imagecorruptions-imaug"
-        )
+        raise MissingInputError(f"{path}: not a readable photograph of frost; install mae-dat again.")
     factor = max((height + 1) / photograph.shape[0], (width + 1) / photograph.shape[1])
     if factor > 1:
         size = round(photograph.shape[1] * factor), round(photograph.shape[0] * factor)

@@ -76,14 +76,7 @@ def build_generated(sources: SuiteSources, name: str, title: str, network_input:
         for corruption in CORRUPTIONS + (EXTRA if settings.extra_corruptions else ())
     )
     protocol = {"corruptions": SOURCE, "stored as": f"JPEG {STORED_QUALITY}", "seed": str(settings.seed)}
-    return Suite(
-        name,
-        title,
-        passes,
-        official=False,
-        extra_protocol={**protocol, **index_note(sources)},
-        packages=("imagecorruptions-imaug",),  # its photographs of frost
-    )
+    return Suite(name, title, passes, official=False, extra_protocol={**protocol, **index_note(sources)})
 
 
 def build_agreement(sources: SuiteSources, measured: Suite) -> Suite:

@@ -27,7 +27,7 @@ from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_st
 from mae_dat.robustness.corruptions.blur import GLASS, enlarge, smear, smooth
 from mae_dat.robustness.corruptions.digital import _gaussian_gain
 from mae_dat.robustness.corruptions.noise import IMPULSE_SHARE, SHOT_PHOTONS
-from mae_dat.robustness.corruptions.weather import _frost_photograph
+from mae_dat.robustness.corruptions.weather import FROST_FOLDER, FROST_PHOTOGRAPHS, _frost_photograph
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"
@@ -102,8 +102,10 @@ def test_motion_is_that_of_imagemagick(name: str, severity: int, recorded: Array
 def test_pictures_are_those_of_the_last_release(ours: Arrays) -> None:
     """A change here changes everyone's numbers. If it is meant, write the new hashes and tell it in the release."""
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    for package in ("numpy", "scipy", "pillow", "opencv-python"):
-        if importlib.metadata.version(package) != pinned[package]:
+    installed = {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "pillow")}
+    installed["opencv-python-headless"] = cv2.version.opencv_version  # of whichever build is imported
+    for package, version in installed.items():
+        if version != pinned[package]:
             pytest.skip(f"the hashes hold for {package} {pinned[package]}")
     if platform.machine() != "x86_64":
         pytest.skip("the hashes hold for x86-64 (with AVX2): elsewhere the last bit of a float may differ")
@@ -250,9 +252,25 @@ def test_as_stored_is_the_jpeg_of_the_official_files() -> None:
         as_stored(image[..., 0])
 
 
-def test_missing_photographs_of_frost_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_damaged_photograph_of_frost_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _frost_photograph.cache_clear()
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.delitem(sys.modules, "imagecorruptions", raising=False)
-    with pytest.raises(MissingInputError, match="pip install imagecorruptions-imaug"):
-        corrupt(noise_picture(32, 32), "frost", 1, seed=0)
+    monkeypatch.setattr("mae_dat.robustness.corruptions.weather.FROST_FOLDER", tmp_path)
+    for path in (tmp_path / name for name in FROST_PHOTOGRAPHS[:2]):
+        path.write_bytes(b"no image")
+    for seed in range(3):
+        with pytest.raises(
+            MissingInputError, match=r"frost\d.*: not a readable photograph of frost; install mae-dat again"
+        ):
+            corrupt(noise_picture(32, 32), "frost", 1, seed=seed)
+
+
+def test_the_photographs_of_frost_are_those_of_imagecorruptions() -> None:
+    """Their sha256 in the package imagecorruptions-imaug 1.1.5."""
+    hashes = {name: hashlib.sha256((FROST_FOLDER / name).read_bytes()).hexdigest()[:16] for name in FROST_PHOTOGRAPHS}
+    assert hashes == {
+        "frost1.png": "ff9f907860bd7a83",
+        "frost2.png": "fe211a89b336999c",
+        "frost3.png": "2d0d50b4a9bb213f",
+        "frost4.jpg": "3f8b91ca1a9fa716",
+        "frost5.jpg": "5fc6a19df4a429ba",
+    }
