@@ -7,6 +7,8 @@ JOBS ?= 2
 # A file's tests stay together, and with them what its fixtures make.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 INSTALL := pip install --constraint constraints.txt --editable '.[dev]'
+# Their requirements do not fit the rest and are not needed: see pyproject.toml.
+WITHOUT_DEPS := torchattacks imagecorruptions-imaug
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint bench clean
@@ -14,19 +16,21 @@ INSTALL := pip install --constraint constraints.txt --editable '.[dev]'
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## make .venv (PYTHON=python3.12 chooses the Python) and install the tested versions
+setup: $(STAMP)  ## make .venv (PYTHON=python3.13 chooses the Python) and install the tested versions
 	@echo "ready: $$($(BIN)/python --version) in $(VENV)"
 
 # The stamp comes last: an interrupted installation is taken up again by the next call.
 # uv is ten times faster than pip and is used if pip can get it; it reads no pip.conf, so pip stays the fallback.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
-	{ echo "$(PYTHON) is no Python 3.11 or 3.12: name one, for instance make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is older than Python 3.11: name another, for instance make setup PYTHON=python3.13" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 14))' || \
+	echo "warning: tested with Python 3.11 to 3.13; $$($(PYTHON) --version) is newer" >&2
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt uv || echo "no uv: going on with pip, which is slower"
 	@if [ -x $(BIN)/uv ] && $(BIN)/uv $(subst pip install,pip install --python $(BIN)/python,$(INSTALL)); then :; \
 	else echo "installing with pip"; $(BIN)/python -m $(INSTALL); fi
-	@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchattacks  # see pyproject.toml
+	@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt $(WITHOUT_DEPS)
 	@touch $@
 
 demo: setup  ## the whole toolkit on generated images in 10 to 20 minutes: output/demo/report.html

@@ -4,6 +4,7 @@ A copy of the code that the launcher made records its origin in `code.json` besi
 Imports neither torch nor anything else that is slow, and never fails: an unknown fact is None.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,6 +19,8 @@ from typing import TypedDict
 CODE_FILE = "code.json"
 PACKAGE_FOLDER = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
+# The other builds of OpenCV compute the same, so that their version is recorded under one name.
+OTHER_BUILDS = {"opencv-python": ("opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")}
 COMMIT_KEY = "mae_dat's code"
 """Key of the commit among the versions. It is compared with nothing: equal sources give equal results, whatever their
 commit."""
@@ -113,8 +116,8 @@ def dependency_versions() -> dict[str, str]:
 
 
 def installed_version(package: str) -> str:
-    """Return the version of an installed package, or "not installed"."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    """Return the version of an installed package, of another build of it if that is installed, or "not installed"."""
+    for name in (package, *OTHER_BUILDS.get(package, ())):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "not installed"
