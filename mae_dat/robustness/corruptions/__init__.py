@@ -2,8 +2,8 @@
 
 `corrupt` calls the function of that name in noise.py, blur.py, weather.py or digital.py. They are a new implementation
 with the algorithms and constants of the code that made ImageNet-C, make_imagenet_c.py in hendrycks/robustness
-(Apache-2.0), and of ImageMagick where that calls it; docs/robustness.md lists where results differ. Images made here
-are not the official files: `SOURCE` is printed with every number.
+(Apache-2.0), and of ImageMagick where that calls it; docs/reference/benchmarks.md lists where results differ. Images
+made here are not the official files: `SOURCE` is printed with every number.
 """
 
 import functools
