@@ -20,7 +20,8 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction_change
-from mae_dat.config.errors import ConfigError, DataError, MissingInputError, UserError
+from mae_dat.config.errors import ConfigError, DataError, UserError
+from mae_dat.config.extras import require_extra
 from mae_dat.config.groups import image_size
 from mae_dat.config.parse import load_config
 from mae_dat.data.decode import MAX_BYTES, ImageError, decode_bytes, decode_file
@@ -341,12 +342,11 @@ def build_application(inspectors: list[ImageInspector], examples: list[Example])
 
     Raises MissingInputError without NiceGUI, DataError for an example that cannot be decoded.
     """
-    try:
-        from fastapi import FastAPI
-        from nicegui import ui
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
-    except ImportError as error:
-        raise MissingInputError(f'the page needs the package {error.name}: pip install "mae_dat[explore]"') from error
+    require_extra("explore", "the page")
+    from fastapi import FastAPI
+    from nicegui import ui
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     thumbnails = []
     for example in examples:
         try:

@@ -1,6 +1,5 @@
 """AutoAttack (Croce and Hein 2020), built from the parts of the package torchattacks."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -8,7 +7,8 @@ from torch import Tensor, nn
 
 from mae_dat.attacks.gradient import require_pixels
 from mae_dat.attacks.pixel import Norm, predict_logits
-from mae_dat.config.errors import ConfigError, MissingInputError
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.extras import require_extra
 from mae_dat.models.modes import frozen_parameters, restore_training_flags
 
 AUTO_ATTACK_EPS = 4 / 255  # RobustBench's, for ImageNet
@@ -50,7 +50,6 @@ def auto_attack(
 
 def require_auto_attack(classes: int) -> None:
     """Raise MissingInputError without torchattacks, ConfigError for fewer than 4 classes."""
-    if find_spec("torchattacks") is None:
-        raise MissingInputError('AutoAttack needs torchattacks: pip install "mae_dat[autoattack]"')
+    require_extra("autoattack", "AutoAttack")
     if classes < 4:
         raise ConfigError(f"AutoAttack compares the four highest logits, and this model has {classes} classes.")

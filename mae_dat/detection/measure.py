@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.extras import require_extra
 from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.detection.coco import CocoImages
 from mae_dat.detection.objective import ground_truth
@@ -33,13 +33,14 @@ DETECTION_METRICS = ("map", "map_50", "map_75")
 
 
 def coco_scores(pairs: Sequence[DetectionPair]) -> dict[str, float]:
-    """Compute mAP (IoU 0.50 to 0.95), mAP at 0.50 and at 0.75, in [0, 1]. Raises ConfigError without pycocotools."""
-    try:
-        from torchmetrics.detection import MeanAveragePrecision
+    """Compute mAP (IoU 0.50 to 0.95), mAP at 0.50 and at 0.75, in [0, 1].
 
-        metric = MeanAveragePrecision(backend="pycocotools")
-    except ImportError as error:
-        raise ConfigError("mAP needs two more packages: pip install 'mae_dat[detection]'.") from error
+    Raises MissingInputError without torchmetrics or pycocotools.
+    """
+    require_extra("detection", "mAP")
+    from torchmetrics.detection import MeanAveragePrecision
+
+    metric = MeanAveragePrecision(backend="pycocotools")
     metric.update([detections for detections, _ in pairs], [truth for _, truth in pairs])
     result = metric.compute()
     return {name: float(result[name]) for name in DETECTION_METRICS}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.extras import require_extra
 from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import flat_values, load_config
 from mae_dat.config.runs import check_groups
@@ -124,7 +125,11 @@ class DetectConfig:
 
 
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:
-    """Train or resume, export the detector, and return its average precision (see `coco_scores`)."""
+    """Train or resume, export the detector, and return its average precision (see `coco_scores`).
+
+    Raises MissingInputError without the packages that measure it.
+    """
+    require_extra("detection", "training a detector")
     with run_context(config.run, config.launch, console) as context:
         images = open_coco_images(config, "train")
         validation = open_coco_images(config, "val", images.classes)
@@ -164,6 +169,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
 def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
     """Measure the average precision of the detector that `--resume` names; with `--corruptions` see
     `measure_corruptions`."""
+    require_extra("detection", "mAP")
     if config.run.resume is None:
         raise ConfigError("--eval measures the detector that --resume names: an output folder or its weights.")
     with run_context(config.run, config.launch, console, training=False) as context:

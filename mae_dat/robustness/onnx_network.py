@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, MissingInputError
+from mae_dat.config.extras import require_extra
 from mae_dat.models.modes import Network
 from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, create_evaluated_network
 from mae_dat.robustness.scores.results import ModelFacts
@@ -25,11 +26,10 @@ def open_onnx(path: Path, name: str, options: EvalOptions) -> EvaluatedNetwork:
     Raises MissingInputError (no such file, or onnx or onnxruntime is not installed), CheckpointError (not such a
     graph), ConfigError (a size it does not take).
     """
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise MissingInputError(f'{path} needs the package {error.name}: pip install "mae_dat[export]"') from error
+    require_extra("export", f"evaluating {path}")
+    import onnx
+    import onnxruntime
+
     path = local_path(path)
     if not path.is_file():
         raise MissingInputError(f"--checkpoint: no such file: {path}")

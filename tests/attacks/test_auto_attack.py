@@ -14,7 +14,7 @@ def test_autoattack_says_what_to_install() -> None:
     try:
         import torchattacks  # noqa: F401
     except ImportError:
-        with pytest.raises(MissingInputError, match=r'pip install "mae_dat\[autoattack\]"'):
+        with pytest.raises(MissingInputError, match=r'pip install "mae-dat\[autoattack\]"'):
             auto_attack(golden_classifier(), torch.rand(1, 3, 16, 16), torch.zeros(1, dtype=torch.int64))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mae_dat.config.errors import ConfigError, DataError, DownloadError
+from mae_dat.config.extras import require_extra
 from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.storage.download import UrlFailedError, download
 from mae_dat.storage.files import home_folder, prepare_output_folder, sha256_of
@@ -121,10 +122,9 @@ def _fetch(url: str, path: Path, size: int | None = None, sha256: str | None = N
 
 def _stream(url: str, partial: Path, max_bytes: int) -> None:
     """Download with webdataset, which runs the store's own program (gsutil, curl, ais)."""
-    try:
-        from webdataset.gopen import gopen
-    except ImportError as error:
-        raise ConfigError(f"{url} needs the package webdataset: pip install 'mae_dat[shards]'.") from error
+    require_extra("shards", url)
+    from webdataset.gopen import gopen
+
     remaining = max_bytes
     try:
         with gopen(url, "rb") as source, partial.open("wb") as target:

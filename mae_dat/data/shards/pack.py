@@ -18,6 +18,7 @@ import tyro
 from PIL import Image
 
 from mae_dat.config.errors import ConfigError, DataError, OutputError
+from mae_dat.config.extras import require_extra
 from mae_dat.config.parse import load_config
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.folders import SPLIT_NAMES
@@ -80,6 +81,7 @@ def pack(config: PackConfig, console: Console) -> dict[str, ShardIndex]:
     Returns the indices by split ("" for a folder without splits). Raises DataError, MissingInputError, OutputError,
     StorageError.
     """
+    require_extra("shards", "packing")
     source, out = Path(config.source), Path(config.out)
     names = [name for split in SPLIT_NAMES.values() for name in split if (source / name).is_dir()] or [""]
     for name in names:
@@ -96,10 +98,8 @@ def pack(config: PackConfig, console: Console) -> dict[str, ShardIndex]:
 
 
 def _write_shards(images: ImageFolder, folder: Path, name: str, config: PackConfig, *, console: Console) -> None:
-    try:
-        from webdataset import TarWriter
-    except ImportError as error:
-        raise ConfigError("packing needs the package webdataset: pip install 'mae_dat[shards]'.") from error
+    from webdataset import TarWriter
+
     order = epoch_order(len(images), seed=0, epoch=0).tolist()  # random, because neighbours in a folder share a class
     paths = [images.name_of(index) for index in order]
     files = map_in_workers(lambda path: _file_to_pack(path, config.size, config.quality), paths, config.num_workers)

@@ -14,7 +14,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mae_dat.config.errors import ConfigError, MissingInputError
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.extras import require_extra
 from mae_dat.models.classifier import Classifier
 from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder
 from mae_dat.models.modes import Network
@@ -204,11 +205,9 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path, opened: OpenedModel, 
 
 def to_onnx(opened: OpenedModel, path: Path, dest: str) -> Conversion:
     """Write an ONNX graph with a free batch size, which onnxruntime runs again. Raises MissingInputError."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch.onnx needs it
-    except ImportError as error:
-        raise MissingInputError(f'--to onnx needs the package {error.name}: pip install "mae_dat[export]"') from error
+    require_extra("export", "--to onnx")
+    import onnxruntime
+
     size = sum(tensor.nbytes for tensor in opened.model.state_dict().values())
     torch.onnx.export(
         ModelOutputs(opened.model).eval(),

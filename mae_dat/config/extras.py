@@ -1,0 +1,24 @@
+"""The optional packages, by the extra that installs them: `pip install "mae-dat[EXTRA]"`."""
+
+from importlib.util import find_spec
+
+from mae_dat.config.errors import MissingInputError
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "shards": ("webdataset",),
+    "autoattack": ("torchattacks",),
+    "detection": ("torchmetrics", "pycocotools"),
+    "explore": ("nicegui",),
+}
+"""The names under which the packages of each extra are imported."""
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Raise MissingInputError with the command that installs the extra, unless all its packages are installed.
+
+    `purpose` names what needs them, at the start of the message. Nothing is imported.
+    """
+    missing = [package for package in EXTRAS[extra] if find_spec(package) is None]
+    if missing:
+        raise MissingInputError(f'{purpose} needs {" and ".join(missing)}: pip install "mae-dat[{extra}]"')

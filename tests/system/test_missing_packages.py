@@ -1,0 +1,66 @@
+"""Without an optional package every command raises an error that names the extra, before any work."""
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from mae_dat.analysis.explore import build_application
+from mae_dat.attacks.auto_attack import require_auto_attack
+from mae_dat.config.errors import MissingInputError
+from mae_dat.config.extras import EXTRAS, require_extra
+from mae_dat.data.shards.cache import _stream
+from mae_dat.data.shards.pack import PackConfig, pack
+from mae_dat.detection.measure import coco_scores
+from mae_dat.detection.train import DetectConfig, detect, measure_detector
+from mae_dat.models.weights.converters import to_onnx
+from mae_dat.robustness.network import EvalOptions
+from mae_dat.robustness.onnx_network import open_onnx
+from mae_dat.runtime.console import Console
+
+USES: list[tuple[str, Callable[[], object]]] = [
+    ("onnx", lambda: open_onnx(Path("model.onnx"), "model", EvalOptions(torch.device("cpu")))),
+    ("onnxscript", lambda: to_onnx(None, Path("model.onnx"), "model.onnx")),  # type: ignore[arg-type]
+    ("webdataset", lambda: pack(PackConfig("images", "shards"), Console(quiet=True))),
+    ("webdataset", lambda: _stream("gs://bucket/shard.tar", Path("shard.tar"), 1)),
+    ("torchattacks", lambda: require_auto_attack(10)),
+    ("torchmetrics", lambda: coco_scores([])),
+    ("pycocotools", lambda: detect(DetectConfig(), Console(quiet=True))),
+    ("pycocotools", lambda: measure_detector(DetectConfig(), Console(quiet=True))),
+    ("nicegui", lambda: build_application([], [])),
+]
+
+
+@pytest.mark.parametrize(("package", "use"), USES, ids=[f"{package}-{n}" for n, (package, _) in enumerate(USES)])
+def test_a_missing_package_names_its_extra(
+    package: str, use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    (extra,) = [extra for extra, packages in EXTRAS.items() if package in packages]
+    with pytest.raises(
+        MissingInputError, match=rf"needs .*{package}.*: " + re.escape(f'pip install "mae-dat[{extra}]"')
+    ):
+        use()
+
+
+def packages_of(extra: str) -> set[str]:
+    """The packages that an extra adds, by the name of their distribution."""
+    requirements = map(Requirement, importlib.metadata.requires("mae-dat") or ())
+    return {one.name for one in requirements if one.marker and one.marker.evaluate({"extra": extra})}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_has_the_packages_of_the_table(extra: str) -> None:
+    """These distributions have the names of their imports."""
+    assert packages_of(extra) == set(EXTRAS[extra])
+    if extra != "autoattack":  # which is installed without its dependencies
+        require_extra(extra, "a test")
+
+
+def test_all_holds_every_extra_and_no_tool_of_developers() -> None:
+    assert packages_of("all") == set().union(*EXTRAS.values())
