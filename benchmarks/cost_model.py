@@ -1,7 +1,7 @@
 """What a step, a checkpoint and a failure cost on 1 to 512 GPUs: `python benchmarks/cost_model.py [--write FILE]`.
 
 Arithmetic from a few named figures, no measurement: each formula is one function below. --write puts the tables
-between the marks in docs/scaling.md, where they are explained.
+between the marks in docs/explanation/scaling.md, where they are explained.
 """
 
 import argparse
@@ -10,7 +10,10 @@ import math
 from pathlib import Path
 
 GPUS = (1, 8, 32, 128, 512)
-MARKS = ("<!-- tables: python benchmarks/cost_model.py --write docs/scaling.md -->", "<!-- end of tables -->")
+MARKS = (
+    "<!-- tables: python benchmarks/cost_model.py --write docs/explanation/scaling.md -->",
+    "<!-- end of tables -->",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Machine:
     """Seconds from a failure to the first new step, without the queue."""
 
 
-FAST = Machine("fast: NVLink, 8 x 400 Gb/s a node", node_link=450e9, network=400e9)
-SLOW = Machine("slow: PCIe, 1 x 100 Gb/s a node", node_link=25e9, network=12.5e9)
+FAST = Machine("fast: NVLink, 8 x 400 Gb/s per node", node_link=450e9, network=400e9)
+SLOW = Machine("slow: PCIe, 1 x 100 Gb/s per node", node_link=25e9, network=12.5e9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,7 @@ def number(value: float) -> str:
 
 def time_table() -> str:
     """Milliseconds of an update's parts."""
-    head = ["ms an update", "global batch", *[f"compute, {n} GPUs" for n in (8, 128, 512)], "AdamW"]
+    head = ["time of an update in ms", "global batch", *[f"compute, {n} GPUs" for n in (8, 128, 512)], "AdamW"]
     head += [f"all-reduce, {name}, {n} GPUs" for name in ("fast", "slow") for n in (8, 512)]
     rows = []
     for work in WORKS:
@@ -210,10 +213,10 @@ def first(holds: list[bool], sizes: tuple[int, ...]) -> str:
 
 
 def takeover_table() -> str:
-    """From where on something else than the GPU's matrix rate decides."""
+    """Table of the number of GPUs from which something other than the GPU's matrix rate limits the speed."""
     sizes = tuple(2**power for power in range(1, 10))
-    head = ["GPUs from which on something else decides", "the host", "all-reduce, fast", "all-reduce, slow"]
-    head += ["files, originals", "files, shrunk", "cores a GPU, originals", "cores a GPU, shrunk"]
+    head = ["number of GPUs from which something else limits the speed", "host", "all-reduce, fast", "all-reduce, slow"]
+    head += ["files, originals", "files, shrunk", "cores per GPU, originals", "cores per GPU, shrunk"]
     rows = []
     for work in WORKS:
         row = [work.name, first([compute(work, FAST, n) <= work.blocks * FAST.block_host for n in sizes], sizes)]
@@ -229,8 +232,8 @@ def checkpoint_table() -> str:
     head = ["", *[work.name for work in WORKS[:3]]]
     rows = [
         ["checkpoint, GB", *[number(checkpoint(work) / 1e9) for work in WORKS[:3]]],
-        ["written in, s", *[number(checkpoint(work) / FAST.write) for work in WORKS[:3]]],
-        ["training stands for, s", *[number(checkpoint(work) / FAST.snapshot) for work in WORKS[:3]]],
+        ["time to write, s", *[number(checkpoint(work) / FAST.write) for work in WORKS[:3]]],
+        ["training pauses, s", *[number(checkpoint(work) / FAST.snapshot) for work in WORKS[:3]]],
     ]
     cases = {f"{n} GPUs": FAST.gpu_hours * 3600 / n for n in (8, 64, 512)} | {"preempted every 2 h": 7200.0}
     for name, between in cases.items():

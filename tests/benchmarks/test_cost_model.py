@@ -1,4 +1,4 @@
-"""The cost model: its formulas in cases known by hand, and docs/scaling.md as it writes it."""
+"""The cost model: its formulas in cases known by hand, and docs/explanation/scaling.md as it writes it."""
 
 import importlib.util
 import math
@@ -20,8 +20,8 @@ SPEC.loader.exec_module(model)
 
 
 def test_the_document_holds_what_the_model_says() -> None:
-    text = (ROOT / "docs" / "scaling.md").read_text()
-    assert model.written(text) == text, "python benchmarks/cost_model.py --write docs/scaling.md"
+    text = (ROOT / "docs" / "explanation" / "scaling.md").read_text()
+    assert model.written(text) == text, "python benchmarks/cost_model.py --write docs/explanation/scaling.md"
     with pytest.raises(ValueError, match="marks"):
         model.written("no marks")
 
