@@ -158,6 +158,10 @@ def named_tokenizer(config: Any) -> VQGAN:
 
 def commands(text: str) -> list[list[str]]:
     """The script and flags of every command of ours in a text, without what stands in brackets or after `#`."""
+    text = re.sub(r"(?:mae-dat|-m mae_dat) submit (.*?)(pretrain|finetune)\b", r"python submit.py \1main_\2.py", text)
+    text = re.sub(
+        r"(?:mae-dat|torchrun --nproc_per_node 8 -m mae_dat) (pretrain|finetune)\b", r"python main_\1.py", text
+    )
     lines = re.findall(r"(?:python|torchrun --nproc_per_node 8) ((?:main_\w+|submit)\.py [^#`\n]+)", text)
     return [shlex.split(re.sub(r"\[.*?\]", "", line)) for line in lines]
 
@@ -165,7 +169,7 @@ def commands(text: str) -> list[list[str]]:
 def test_the_commands_in_headers_and_guide_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MAE_DAT_DATA", "DIR")
-    guide = (ROOT / "docs" / "reproduce.md").read_text()
+    guide = (ROOT / "docs" / "how-to" / "reproduce.md").read_text()
     found = commands(guide) + [words for path in CONFIGS for words in commands(header(path)["Command"])]
     assert len(found) > len(PUBLISHED) + 8
     for script, *flags in found:
@@ -173,7 +177,7 @@ def test_the_commands_in_headers_and_guide_can_be_given(monkeypatch: pytest.Monk
             task = launch.parse_command(flags)[1]
             script, flags = Path(task.script).name, list(task.args)
         load_config(PretrainConfig if script == "main_pretrain.py" else FinetuneConfig, flags)
-    names = re.search(r"mae_dat fetch (\w[\w ]+)\n", guide)
+    names = re.search(r"mae-dat get (\w[\w ]+)\n", guide)
     assert names
     assert [find_released(name).name for name in names[1].split()] == names[1].split()
 
