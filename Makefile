@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## the whole toolkit on generated images in 10 to 20 minutes: output/demo/report.html
-	$(BIN)/python -m mae_dat demo
+	$(BIN)/mae-dat demo
 
 lint: setup  ## ruff, mypy, and the order of the packages
 	$(BIN)/ruff check .

@@ -1,9 +1,6 @@
-"""Submit a training script to SLURM: python submit.py --nodes 4 --ngpus 8 main_finetune.py --dat --output_dir OUT."""
+"""Submit a training to SLURM: `python submit.py --nodes 4 main_finetune.py --dat`; the same as `mae-dat submit`."""
 
-import sys
-
-from mae_dat.cli import COMMANDS
-from mae_dat.launch.submit import main
+from mae_dat.cli import submit_script
 
 if __name__ == "__main__":
-    sys.exit(main(commands=COMMANDS))
+    submit_script()

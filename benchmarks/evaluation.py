@@ -119,7 +119,7 @@ class Run:
 
 
 def ours(work: Work, model: Classifier) -> Run:
-    """As `python -m mae_dat robustness` does it."""
+    """As `mae-dat evaluate` does it."""
     network, found = Timed(model), Run()
     start = time.perf_counter()
     sources = SuiteSources(SuiteSettings(stored_set(work.cells, work.images), partial=True), len(SYNSETS))

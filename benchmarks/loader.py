@@ -23,12 +23,13 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks.ours import training_step
 from benchmarks.timing import Case, Step, wait_for
+from mae_dat.config.commands.pack import PackConfig
 from mae_dat.data.generated.draw import draw_image
 from mae_dat.data.image_set import Batch, as_float
 from mae_dat.data.loader import ImageLoader, train_loader
 from mae_dat.data.open import open_images
 from mae_dat.data.sampler import TrainSampler
-from mae_dat.data.shards.pack import PackConfig, pack
+from mae_dat.data.shards.pack import pack
 from mae_dat.data.transforms import PretrainTransform
 from mae_dat.models.mae import build_mae
 from mae_dat.runtime.console import Console

@@ -1,4 +1,4 @@
-"""Run `python -m mae_dat COMMAND`."""
+"""Run `python -m mae_dat VERB`."""
 
 from mae_dat.cli import main
 

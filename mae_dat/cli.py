@@ -1,86 +1,328 @@
-"""The command line: `python -m mae_dat COMMAND [flags]`.
+"""The command line: `mae-dat VERB [flags]`, the same as `python -m mae_dat VERB [flags]`.
 
-One table names every command. A command's module is imported when the command is called, so that the list of commands
-needs neither torch nor any other package. Training has scripts of its own: main_pretrain.py and main_finetune.py.
+One table lists every verb. The flags of a verb are parsed without torch; its code is imported afterwards. So `--help`
+and mistyped flags need no torch.
 """
 
+import dataclasses
+import functools
 import importlib
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-from mae_dat.config.errors import ConfigError
-from mae_dat.config.parse import run_command, suggest
+from mae_dat.config.errors import UsageError
+from mae_dat.config.parse import load_config, run_command, suggest
+
+PROGRAM = "mae-dat"
 
 
-class Command(NamedTuple):
-    """A command: the module whose `main(arguments)` runs it, and one line about it."""
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb: one line about it, its configuration, the function that runs it, and two examples.
 
-    module: str
+    Places are `MODULE:NAME` below `mae_dat`; importing the module of a configuration does not import torch.
+    """
+
     summary: str
+    config: str
+    run: str | Callable[[Any], str]
+    """The function that takes the configuration, or a choice of it by the configuration."""
+    examples: tuple[str, ...]
+    default: str | None = None
+    """Default values that differ from those of the configuration's class."""
+
+    def load(self, arguments: Sequence[str], program: str) -> Any:
+        """Build the configuration from the arguments; `program` is the command in the usage line."""
+        examples = self.examples
+        if program.endswith(".py"):
+            examples = tuple(f"python {program} {words.split(' ', 2)[2]}" for words in examples)
+        load = _find(self.config)
+        if isinstance(load, type):
+            load = functools.partial(load_config, load, default=_find(self.default) if self.default else None)
+        return load(arguments, program=program, examples=examples)
+
+    def call(self, config: Any) -> None:
+        """Import the verb's code and run it."""
+        _find(self.run if isinstance(self.run, str) else self.run(config))(config)
 
 
-GROUPS: dict[str, dict[str, Command]] = {
+def _finetune_or_evaluate(config: Any) -> str:
+    return "robustness.evaluate_run:main" if config.evaluation.eval else "training.finetune:main"
+
+
+GROUPS: dict[str, dict[str, Verb]] = {
     "train": {
-        "detect": Command("mae_dat.detection.train", "train an object detector, or measure its mAP"),
-        "train_tokenizer": Command("mae_dat.training.tokenizer.train", "train a light tokenizer on any images"),
-        "distill_tokenizer": Command("mae_dat.training.tokenizer.distill", "train a light student of a tokenizer"),
+        "pretrain": Verb(
+            "pretrain a masked autoencoder on any images, optionally with DAT",
+            "config.runs:PretrainConfig",
+            "training.pretrain:main",
+            (
+                "mae-dat pretrain --data_path DIR --output_dir PRE",
+                "mae-dat pretrain --config small_pretrain --data_path demo --dat",
+            ),
+        ),
+        "finetune": Verb(
+            "fine-tune a classifier, plainly or with DAT",
+            "config.runs:load_finetune_config",
+            _finetune_or_evaluate,
+            (
+                "mae-dat finetune --data_path DIR --finetune PRE --output_dir OUT --dat",
+                "mae-dat finetune --data_path DIR --model resnet50 --pretrained --epochs 10",
+            ),
+        ),
+        "detect": Verb(
+            "train an object detector, or measure its mAP",
+            "config.commands.detect:DetectConfig",
+            "detection.train:main",
+            (
+                "mae-dat detect --data_path DIR --output_dir DET --dat",
+                "mae-dat detect --data_path DIR --eval --corruptions --resume DET",
+            ),
+        ),
+        "tokenizer train": Verb(
+            "train a light tokenizer on any images",
+            "config.commands.tokenizer:TokenizerConfig",
+            "training.tokenizer.train:main",
+            (
+                "mae-dat tokenizer train --data_path DIR --output_dir TOK",
+                "mae-dat tokenizer train --data_path DIR1 DIR2 --val_path DIR3 --steps 30000",
+            ),
+        ),
+        "tokenizer distill": Verb(
+            "train a light student of a tokenizer",
+            "config.commands.tokenizer:DistillConfig",
+            "training.tokenizer.distill:main",
+            (
+                "mae-dat tokenizer distill --teacher vqgan_f8_16384 --data_path DIR --input_size 224",
+                "mae-dat tokenizer distill --teacher TOK/tokenizer.safetensors --data_path DIR",
+            ),
+        ),
     },
     "measure": {
-        "robustness": Command("mae_dat.robustness.command", "measure models on every benchmark, with a report"),
-        "scorecard": Command("mae_dat.robustness.report.write", "make the report again from results.json"),
-        "compare": Command("mae_dat.experiments.compare", "fine-tune plainly, with random words, with DAT; one report"),
-        "proof": Command("mae_dat.experiments.proof", "compare all adversaries over data sets and seeds"),
-        "features": Command("mae_dat.analysis.features", "write features of a model; classify by nearest neighbors"),
+        "evaluate": Verb(
+            "evaluate models on every robustness benchmark, with a report",
+            "config.commands.evaluate:EvaluateConfig",
+            "robustness.command:main",
+            (
+                "mae-dat evaluate --checkpoint OUT --data_path DIR --suite clean generated",
+                "mae-dat evaluate --model resnet50 --pretrained --data_path IMAGENET",
+            ),
+        ),
+        "compare": Verb(
+            "fine-tune plainly, with random words, with DAT; one report",
+            "config.commands.compare:CompareConfig",
+            "experiments.compare:main",
+            (
+                "mae-dat compare --data_path DIR --output_dir CMP",
+                "mae-dat compare --data_path DIR --arms plain released --seeds 0 1 --jobs 2",
+            ),
+        ),
+        "features": Verb(
+            "extract features; classify images by nearest neighbors",
+            "config.commands.features:FeaturesConfig",
+            "analysis.features:main",
+            (
+                "mae-dat features --checkpoint PRE --data_path DIR --knn 20",
+                "mae-dat features --checkpoint OUT --data_path DIR --output_dir FEATURES",
+            ),
+        ),
+        "report": Verb(
+            "make the report of an evaluation again, from results.json",
+            "config.commands.report:ReportConfig",
+            "robustness.report.write:main",
+            ("mae-dat report output/evaluation", "mae-dat report results.json --output_dir REPORT"),
+        ),
+        "proof": Verb(
+            "compare all adversaries over data sets and seeds",
+            "config.commands.compare:ProofConfig",
+            "experiments.proof:main",
+            ("mae-dat proof --data_paths DIR1 DIR2 --output_dir PROOF", "mae-dat proof --quick"),
+        ),
     },
     "look": {
-        "visualize": Command("mae_dat.analysis.visualize", "draw reconstructions, attention, words and adversaries"),
-        "explore": Command("mae_dat.analysis.explore", "corrupt one image, or change its words, on a local page"),
-        "analysis": Command("mae_dat.analysis.why_dat", "compare adversarial with clean images inside a model"),
+        "visualize reconstruction": Verb(
+            "draw what a masked autoencoder fills in",
+            "config.commands.visualize:ReconstructionConfig",
+            "analysis.visualize:main",
+            (
+                "mae-dat visualize reconstruction --checkpoint PRE --images PHOTO.jpg",
+                "mae-dat visualize reconstruction --checkpoint PRE --images DIR --limit 12",
+            ),
+        ),
+        "visualize attention": Verb(
+            "draw where a vision transformer looks",
+            "config.commands.visualize:AttentionConfig",
+            "analysis.visualize:main",
+            (
+                "mae-dat visualize attention --checkpoint OUT --images PHOTO.jpg",
+                "mae-dat visualize attention --checkpoint OUT --images DIR --rollout",
+            ),
+        ),
+        "visualize words": Verb(
+            "draw the visual words of images",
+            "config.commands.visualize:WordsConfig",
+            "analysis.visualize:main",
+            (
+                "mae-dat visualize words --images PHOTO.jpg",
+                "mae-dat visualize words --images DIR --tokenizer TOK/tokenizer.safetensors",
+            ),
+        ),
+        "visualize adversary": Verb(
+            "draw adversarial images and the words that changed",
+            "config.commands.visualize:AdversaryConfig",
+            "analysis.visualize:main",
+            (
+                "mae-dat visualize adversary --checkpoint OUT --images PHOTO.jpg",
+                "mae-dat visualize adversary --checkpoint OUT --images DIR --dat symbolic",
+            ),
+        ),
+        "explore": Verb(
+            "corrupt one image, or change its words, on a local page",
+            "config.commands.explore:ExploreConfig",
+            "analysis.explore:main",
+            ("mae-dat explore", "mae-dat explore --checkpoint OUT_A OUT_B --images DIR"),
+        ),
+        "analyze": Verb(
+            "compare adversarial with clean images inside a model",
+            "config.commands.analyze:AnalyzeConfig",
+            "analysis.why_dat:main",
+            (
+                "mae-dat analyze --checkpoint OUT --data_path DIR",
+                "mae-dat analyze --checkpoint PLAIN DAT --data_path DIR --limit 128",
+            ),
+        ),
     },
     "data": {
-        "pack": Command("mae_dat.data.shards.pack", "pack a folder of images into tar shards"),
-        "scan": Command("mae_dat.data.scan", "find unreadable and changed files"),
+        "pack": Verb(
+            "pack a folder of images into tar shards",
+            "config.commands.pack:PackConfig",
+            "data.shards.pack:main",
+            ("mae-dat pack DIR SHARDS --size 256", "mae-dat pack --index SHARDS"),
+        ),
+        "scan": Verb(
+            "find unreadable and changed files",
+            "config.commands.scan:ScanConfig",
+            "data.scan:main",
+            ("mae-dat scan DIR", "mae-dat scan DIR --verify"),
+        ),
     },
     "weights": {
-        "fetch": Command("mae_dat.models.weights.fetch", "list and download released weights"),
-        "convert": Command(
-            "mae_dat.models.weights.convert", "convert weights to timm, MAE, Hugging Face, ONNX, export"
+        "list": Verb(
+            "list released weights",
+            "config.commands.weights:ListConfig",
+            "models.weights.fetch:list_weights",
+            ("mae-dat list", "mae-dat list vqgan_f8_16384"),
+        ),
+        "get": Verb(
+            "download released weights",
+            "config.commands.weights:GetConfig",
+            "models.weights.fetch:get_weights",
+            ("mae-dat get mae_vit_base_patch16", "mae-dat get vqgan_f8_16384 --output_dir MIRROR"),
+        ),
+        "convert": Verb(
+            "convert weights to timm, MAE, Hugging Face, ONNX, torch.export",
+            "config.commands.convert:ConvertConfig",
+            "models.weights.convert:main",
+            ("mae-dat convert OUT my_vit.safetensors --to timm", "mae-dat convert OUT my_vit.onnx --to onnx"),
         ),
     },
     "help": {
-        "demo": Command("mae_dat.experiments.demo", "run the whole toolkit on generated images"),
+        "demo": Verb(
+            "run the whole toolkit on generated images",
+            "config.commands.compare:CompareConfig",
+            "experiments.compare:main",
+            ("mae-dat demo", "mae-dat demo --arms plain released --output_dir DEMO"),
+            default="config.commands.compare:DEMO_COMPARISON",
+        ),
     },
 }
-COMMANDS: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
+VERBS: dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
+LAUNCHER = "submit"
+"""The verb whose arguments are its own flags, then another verb or a script with its flags."""
 
 
-def overview() -> str:
-    """Return the help text: every command with its line, by group."""
-    lines = ["usage: python -m mae_dat COMMAND [flags]", ""]
-    for title, commands in GROUPS.items():
-        lines += [f"{title}:", *(f"  {name:<18} {command.summary}" for name, command in commands.items()), ""]
-    lines += ["python -m mae_dat COMMAND --help lists the flags of a command.", "Training: main_pretrain.py and"]
-    lines[-1] += " main_finetune.py. Jobs on SLURM: submit.py."
+def _find(place: str) -> Any:
+    """Import what `MODULE:NAME` names below `mae_dat`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"mae_dat.{module}"), name)
+
+
+def overview(prefix: str = "") -> str:
+    """Return the help text: every verb that starts with `prefix`, with its line, by group."""
+    lines = [f"usage: {PROGRAM} {prefix or 'VERB'} {'KIND ' if prefix else ''}[flags]", ""]
+    for title, verbs in GROUPS.items():
+        shown = {name: verb.summary for name, verb in verbs.items() if not prefix or name.startswith(f"{prefix} ")}
+        if title == "help" and not prefix:
+            lines += ["jobs:", _line(LAUNCHER, "submit a command to SLURM, or run it in the background"), ""]
+        if shown:
+            lines += [f"{title}:", *(_line(name, summary) for name, summary in shown.items()), ""]
+    lines += [f"{PROGRAM} VERB --help lists the flags of a verb.", "", "examples:"]
+    examples = [verb.examples[0] for name, verb in VERBS.items() if prefix and name.startswith(f"{prefix} ")]
+    lines += [
+        f"  {example}"
+        for example in (examples or ["mae-dat demo", "mae-dat finetune --data_path DIR --output_dir OUT --dat"])[:2]
+    ]
     return "\n".join(lines)
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the command that the first argument names with the others. Raise ConfigError for an unknown command."""
-    name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        print_overview()
-        return
-    if name not in COMMANDS:
-        raise ConfigError(f"there is no command {name!r}: {suggest(name, list(COMMANDS))}")
-    importlib.import_module(COMMANDS[name].module).main(rest)
+def _line(name: str, summary: str) -> str:
+    return f"  {name:<25}{summary}"
 
 
-def print_overview() -> None:
-    """Print the help text."""
-    print(overview())
+def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the verb, of one word or two, and the other arguments. Raises UsageError for an unknown verb."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in VERBS:
+            return name, list(arguments[words:])
+    first = arguments[0]
+    kinds = [name for name in VERBS if name.startswith(f"{first} ")]
+    wrong, valid = (" ".join(arguments[:2]), kinds) if kinds else (first, [*VERBS, LAUNCHER])
+    raise UsageError(f"there is no verb {wrong!r}: {suggest(wrong, valid)} `{PROGRAM} --help` lists all.")
 
 
-def main() -> None:
-    """Run `python -m mae_dat`: errors become one message and an exit code."""
-    run_command(lambda: run(sys.argv[1:]))
+def run(arguments: Sequence[str]) -> int:
+    """Run the verb that the first arguments name with the others, and return the exit code.
+
+    Raises UserError; UsageError for an unknown verb.
+    """
+    words = list(arguments) or ["--help"]
+    is_help = words[-1] in ("-h", "--help") or len(words) == 1
+    if words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if words[0] == LAUNCHER:
+        from mae_dat.launch.submit import main as submit
+
+        return submit(words[1:], VERBS, f"{PROGRAM} {LAUNCHER}")
+    if len(words) <= 2 and is_help and words[0] not in VERBS and any(name.startswith(f"{words[0]} ") for name in VERBS):
+        print(overview(words[0]))
+        return 0
+    name, rest = split_verb(words)
+    run_verb(name, rest, f"{PROGRAM} {name}")
+    return 0
+
+
+def run_verb(name: str, arguments: Sequence[str], program: str) -> None:
+    """Run a verb; `program` is the command in the usage line. Raises UserError."""
+    verb = VERBS[name]
+    verb.call(verb.load(arguments, program))
+
+
+def main() -> NoReturn:
+    """Run `mae-dat`, or `python -m mae_dat`: errors become one message and an exit code."""
+    sys.exit(run_command(lambda: run(sys.argv[1:])))
+
+
+def submit_script() -> NoReturn:
+    """Run submit.py."""
+    from mae_dat.launch.submit import main as submit
+
+    sys.exit(run_command(lambda: submit(sys.argv[1:], VERBS)))
+
+
+def main_script(name: str) -> NoReturn:
+    """Run a script with MAE's flags, such as main_finetune.py, as the verb `name`."""
+    sys.exit(run_command(lambda: run_verb(name, sys.argv[1:], Path(sys.argv[0]).name)))

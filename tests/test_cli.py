@@ -40,6 +40,6 @@ def test_a_command_as_a_process_names_itself_in_its_help() -> None:
     command = [sys.executable, "-m", "mae_dat", "scan"]
     done = subprocess.run([*command, "--help"], env=environment(COLUMNS="80"), capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: python -m mae_dat scan ")
+    assert done.stdout.startswith("usage: mae-dat scan ")
     done = subprocess.run([*command[:-1], "scna"], env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (64, "error: there is no command 'scna': did you mean scan?\n")

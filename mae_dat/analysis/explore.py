@@ -1,6 +1,6 @@
 """Explore an image on a local page: corrupt it or change its visual words, and compare one or several classifiers.
 
-`python -m mae_dat explore [--checkpoint OUT_A OUT_B]` serves the page to this machine only, and the page loads nothing
+`mae-dat explore [--checkpoint OUT_A OUT_B]` serves the page to this machine only, and the page loads nothing
 from elsewhere. `views` computes what NiceGUI shows here.
 """
 
@@ -10,7 +10,7 @@ import io
 import logging
 import socket
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,10 +24,12 @@ from mae_dat.config.errors import ConfigError, DataError, UserError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.groups import image_size
 from mae_dat.config.parse import load_config
+from mae_dat.config.commands.explore import ExploreConfig
+from mae_dat.config.errors import ConfigError, DataError, MissingInputError, UserError
+from mae_dat.config.groups import DEMO, image_size
 from mae_dat.data.decode import MAX_BYTES, ImageError, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated
 from mae_dat.data.image_set import ImageFolder
-from mae_dat.data.open import DEMO
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.weights.open import open_model
@@ -60,31 +62,6 @@ _STYLE = """
   .q-btn-toggle .q-btn { font-size: 13px; padding: 4px }
 </style>
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class ExploreConfig:
-    """A local page: drop an image, corrupt it or change its visual words, and compare classifiers' predictions."""
-
-    checkpoint: tuple[str, ...] = ("mae_dat_demo",)
-    """Classifiers, shown side by side: output folders, weights files or names of released weights."""
-    model: str | None = None
-    """Their architecture, where the files do not say."""
-    tokenizer: str = "embedded"
-    """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN."""
-    images: str = DEMO
-    """Folder of images to choose from, an image, or `demo` for generated ones."""
-    input_size: tuple[int, ...] | None = None
-    """Side, or height and width, in pixels (default: each checkpoint's)."""
-    device: str = "auto"
-    port: int = 0
-    """Port of 127.0.0.1; 0 for any free one. Nothing is served to other machines."""
-
-    def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise ConfigError("--checkpoint needs at least one classifier.")
-        if not 0 <= self.port < 2**16:
-            raise ConfigError(f"--port must lie between 0 and 65535, got {self.port}.")
 
 
 class Example(NamedTuple):
@@ -375,10 +352,9 @@ def listen_locally(port: int) -> socket.socket:
         raise ConfigError(f"--port {port}: {error.strerror}; give another, or 0 for any free one.") from error
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
+def main(config: ExploreConfig) -> None:
+    """Run the command."""
     console_for_command()
-    config = load_config(ExploreConfig, arguments)
     application = build_application(load_inspectors(config), find_examples(config.images))
     import uvicorn
 

@@ -1,25 +1,22 @@
 """Extract features of images with any model, and measure how well their nearest neighbours classify.
 
-`python -m mae_dat features --checkpoint OUT --data_path DIR --knn 20 --output features.npz`: a pretraining or a
-classifier, without any training. It runs in one process on one device.
+`mae-dat features` runs it in one process on one device.
 """
 
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_dat.config.commands.features import FeaturesConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import image_size
-from mae_dat.config.parse import load_config
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import eval_loader
@@ -31,47 +28,12 @@ from mae_dat.models.modes import autocast
 from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, pick_device
-from mae_dat.storage.files import atomic_write
+from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.storage.weight_files import write_weights
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = (".npz", ".safetensors")
 _CHUNK = 1024  # images that are compared with the whole bank at once
-
-
-@dataclasses.dataclass(frozen=True)
-class FeaturesConfig:
-    """Features of images, to a file or to their nearest neighbours."""
-
-    checkpoint: str = ""
-    """An output folder, a weights file or a released name: a pretraining or a classifier."""
-    model: str | None = None
-    """The architecture, where the file does not say."""
-    data_path: str | None = None
-    """Folder of images, or `demo` (default: the environment variable MAE_DAT_DATA)."""
-    split: Literal["val", "train", "all"] = "val"
-    """Images for --output: a split, or everything below data_path, unlabelled."""
-    pool: Literal["cls", "mean", "tokens"] = "mean"
-    """Class token, mean over the patches, or the features of every patch."""
-    output: str | None = None
-    """File to write, .npz or .safetensors: features, labels (-1: none) and paths."""
-    knn: int | None = None
-    """Neighbours, usually 20: classify the val split by the train split's images."""
-    temperature: float = 0.07
-    """A neighbour's vote is exp(cosine similarity / temperature)."""
-    input_size: tuple[int, ...] | None = None
-    """Side, or height and width, in pixels (default: the model's)."""
-    batch_size: int = 64
-    num_workers: int = 10
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-
-    def __post_init__(self) -> None:
-        if self.output and Path(self.output).suffix not in _SUFFIXES:
-            raise ConfigError(f"--output {self.output}: the name must end in {' or '.join(_SUFFIXES)}.")
-        if self.knn is not None and (self.knn < 1 or self.temperature <= 0 or self.pool == "tokens"):
-            raise ConfigError("--knn needs at least 1 neighbour, a temperature above 0, and --pool mean or cls.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +128,13 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
 
     Raises ConfigError when they request nothing.
     """
-    if not config.output and config.knn is None:
-        raise ConfigError("nothing to do: give --output features.npz, --knn 20, or both.")
+    if not config.output_dir and config.knn is None:
+        raise ConfigError("nothing to do: give --output_dir OUT, --knn 20, or both.")
     device = pick_device(config.device)
     size = image_size(config.input_size) if config.input_size else None
     opened = open_model(config.checkpoint, config.model, size, flag="--checkpoint").to(device)
 
-    @functools.cache  # --knn and --output may need the same split
+    @functools.cache  # --knn and --output_dir may need the same split
     def features(split: str) -> Features:
         return extract_features(opened, open_split(config, split, opened), config, console)
 
@@ -181,14 +143,14 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
         accuracy = knn_accuracy(features("train"), features("val"), config.knn, config.temperature)
         line = "%d nearest neighbours: accuracy %.2f %% top-1, %.2f %% top-5"
         logger.info(line, config.knn, accuracy["knn_acc1"], accuracy["knn_acc5"])
-    if config.output:
-        save_features(features(config.split), Path(config.output))
+    if config.output_dir:
+        path = prepare_output_folder(Path(config.output_dir)) / f"features.{config.format}"
+        save_features(features(config.split), path)
         shape = " x ".join(map(str, features(config.split).values.shape))
-        logger.info("wrote %s: features %s", config.output, shape)
+        logger.info("wrote %s: features %s", path, shape)
     return accuracy
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
-    console = console_for_command()
-    run_features(load_config(FeaturesConfig, arguments, __doc__ or ""), console)
+def main(config: FeaturesConfig) -> None:
+    """Run the command."""
+    run_features(config, console_for_command())

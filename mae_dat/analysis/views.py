@@ -1,6 +1,6 @@
 """Inspect an image: corrupt it or change some of its visual words, and compare a classifier's predictions.
 
-`python -m mae_dat explore` shows the result on a page. Images are (C, H, W) in [0, 1].
+`mae-dat explore` shows the result on a page. Images are (C, H, W) in [0, 1].
 """
 
 import math
@@ -76,7 +76,7 @@ class ImageInspector:
         if opened.kind == "autoencoder":
             raise CheckpointError(
                 f"{opened.title} is a pretraining and has no predictions: give a classifier. To see its "
-                "reconstructions, use python -m mae_dat visualize reconstruction."
+                "reconstructions, use mae-dat visualize reconstruction."
             )
         self.name, self.model, self.size = opened.title, opened.classifier(), opened.input_size
         self.tokenizer = tokenizer

@@ -5,24 +5,30 @@ The four kinds of galleries share their flags for images and checkpoints; each h
 
 import dataclasses
 import logging
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from mae_dat.analysis.scorers import ClassScorer, ReconstructionScorer, Scorer
 from mae_dat.attacks.discrete import DiscreteAdversary
-from mae_dat.config.adversaries import DatConfig
+from mae_dat.config.commands.visualize import (
+    AdversaryConfig,
+    AttentionConfig,
+    CheckpointConfig,
+    ImagesConfig,
+    MaskingConfig,
+    ReconstructionConfig,
+    WordsConfig,
+)
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import ImageSize, image_size
-from mae_dat.config.parse import load_config, suggest
+from mae_dat.config.groups import DEMO, ImageSize, image_size
 from mae_dat.data.decode import decode_file
 from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
 from mae_dat.data.image_set import ImageFolder
-from mae_dat.data.open import DEMO, image_root, with_channels
+from mae_dat.data.open import image_root, with_channels
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.attention import attention_layers, attention_maps, default_query
@@ -49,114 +55,7 @@ from mae_dat.training.objectives.dat import WithDAT
 logger = logging.getLogger(__name__)
 
 _MAX_WORDS = 24  # on a sheet of the most used or most changed words
-_RELEASED_DAT = DatConfig("released")
 _MAX_CODEBOOK = 1024  # words in the drawing of a codebook; of a larger one the most used are drawn
-
-
-@dataclasses.dataclass(frozen=True)
-class ImagesConfig:
-    """Images: which, and where the galleries go."""
-
-    images: str = DEMO
-    """An image, a folder of any depth, or `demo` for generated ones."""
-    limit: int | None = 6
-    """Images, evenly spread over the folder (None: all)."""
-    per_page: int = 6
-    """Images in one gallery."""
-    input_size: tuple[int, ...] | None = None
-    """Side, or height and width, in pixels (default: the checkpoint's)."""
-    output_dir: str = "./output_pictures"
-    log_dir: str | None = None
-    """TensorBoard files (default: output_dir)."""
-    device: str = "auto"
-    seed: int = 0
-    """Seed of masks and attacks."""
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "per_page"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {value}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """Checkpoint: ours, or MAE's, timm's, easyrobust's, ..."""
-
-    checkpoint: str = ""
-    """Output folder, weights file, or the name of released weights."""
-    model: str | None = None
-    """Its architecture, where the file does not say: mae_vit_base_patch16, vit_base_patch16, or any timm name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskingConfig:
-    """Masked autoencoding."""
-
-    mask_ratio: float = 0.75
-    """Share of patches removed."""
-    norm_pix_loss: bool | None = None
-    """Whether the decoder predicts normalized patches (default: what the checkpoint says, else False)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructionConfig:
-    """What a masked autoencoder fills in: masked / prediction pasted into the visible patches / original.
-
-    Example: --checkpoint PRETRAINING --images PHOTO_OR_FOLDER
-    """
-
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    images: ImagesConfig = ImagesConfig()
-    masking: MaskingConfig = MaskingConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """Where a vision transformer looks: attention of one block, per head and averaged, over the image.
-
-    Example: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
-    """
-
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    images: ImagesConfig = ImagesConfig()
-    block: int | None = None
-    """Block, from 1 (default: the last)."""
-    query: Literal["auto", "class", "mean"] = "auto"
-    """Whose attention: the class token's, the mean over the patches', or auto: what the model pools."""
-    rollout: bool = False
-    """One map of all blocks up to --block instead, through the residual connections (Abnar & Zuidema 2020)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class WordsConfig:
-    """Visual words: images decoded from their words, each word alone, index maps, the most used words, the codebook.
-
-    Example: --images PHOTO_OR_FOLDER [--tokenizer FILE]
-    """
-
-    images: ImagesConfig = ImagesConfig()
-    tokenizer: str = "embedded"
-    """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or
-    easyrobust."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AdversaryConfig:
-    """Clean / adversarial pairs, their difference amplified, the changed words, and the model's output on them.
-
-    A classifier is attacked at the class of the image, where its folder names one, else at the predicted class; a
-    masked autoencoder at its reconstruction loss.
-
-    Example: --checkpoint CLASSIFIER_OR_PRETRAINING --images PHOTO_OR_FOLDER
-    """
-
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    images: ImagesConfig = ImagesConfig()
-    dat: DatConfig = _RELEASED_DAT
-    masking: MaskingConfig = MaskingConfig()
-    amplify: float = 4.0
-    """Factor of the difference that is shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,31 +269,15 @@ def adversary_captions(
 
 # ---- the command ----
 
-GALLERY_KINDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
-    "reconstruction": (ReconstructionConfig, draw_reconstruction),
-    "attention": (AttentionConfig, draw_attention),
-    "words": (WordsConfig, draw_words),
-    "adversary": (AdversaryConfig, draw_adversary),
+_DRAW: dict[type[Any], Callable[[Any], None]] = {
+    ReconstructionConfig: draw_reconstruction,
+    AttentionConfig: draw_attention,
+    WordsConfig: draw_words,
+    AdversaryConfig: draw_adversary,
 }
 
 
-def usage_overview() -> str:
-    """Return the text of `--help`: the kinds of galleries."""
-    lines = ["usage: python -m mae_dat visualize KIND [FLAGS]", "", (__doc__ or "").split("\n")[0], ""]
-    for name, (config, _) in GALLERY_KINDS.items():
-        summary = " ".join((config.__doc__ or "").split("\n\n")[0].split())
-        lines.append(textwrap.fill(summary, 100, initial_indent=f"  {name:<15}", subsequent_indent=" " * 17))
-    return "\n".join([*lines, "", "The flags of each: python -m mae_dat visualize KIND --help"])
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
+def main(config: ReconstructionConfig | AttentionConfig | WordsConfig | AdversaryConfig) -> None:
+    """Run `mae-dat visualize KIND`; the type of the configuration is the kind."""
     console_for_command()
-    kind, *flags = arguments or ["--help"]
-    if kind in ("-h", "--help"):
-        print(usage_overview())
-        return
-    if kind not in GALLERY_KINDS:
-        raise ConfigError(f"no gallery {kind!r}: {suggest(kind, list(GALLERY_KINDS))} KIND comes before the flags.")
-    config, draw = GALLERY_KINDS[kind]
-    draw(load_config(config, flags, program=f"python -m mae_dat visualize {kind}"))
+    _DRAW[type(config)](config)

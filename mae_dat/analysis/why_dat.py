@@ -1,6 +1,6 @@
 """Measure why discrete adversaries help, as Mao et al. 2022 explain it.
 
-`python -m mae_dat analysis --checkpoint A [B ...] --data_path DIR --output_dir OUT` attacks each network with discrete
+`mae-dat analyze --checkpoint A [B ...] --data_path DIR --output_dir OUT` attacks each network with discrete
 and pixel adversaries on held-out images and measures how far the statistics inside the network are from those of the
 clean images (Fig. 2), how far its features are, and what the perturbations look like (Fig. 3).
 
@@ -14,7 +14,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,14 +31,15 @@ from mae_dat.analysis.statistics import (
     power_spectrum,
     record_moments,
 )
-from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES, write_page
+from mae_dat.analysis.why_dat_page import CLEAN_VIEW, write_page
 from mae_dat.attacks.discrete import image_generator, reconstruct
 from mae_dat.attacks.gradient import unit
 from mae_dat.attacks.pixel import PixelAttack, pixel_adversary
 from mae_dat.config.adversaries import AttackConfig
+from mae_dat.config.commands.analyze import _MIN_IMAGES, ANALYZED_VIEWS, AnalyzeConfig
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig
-from mae_dat.config.parse import command_line, load_config, suggest
+from mae_dat.config.parse import command_line
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import batch_loader
@@ -58,53 +59,10 @@ from mae_dat.training.objectives.dat import WithDAT
 
 logger = logging.getLogger(__name__)
 
-ANALYZED_VIEWS = tuple(view for view in VIEW_TITLES if view != CLEAN_VIEW)
 _HALVES = ("even", "odd")  # of the clean images: how far apart two samples of the same distribution are
-_MIN_IMAGES = 4  # two in each half: the variance of a single value is 0, which correlates with nothing
 _DISCRETE = ("reconstruction", "random", "released", "symbolic")
-_MATCHED = ("pixel_length", "noise_length", "pixel_decoded")
 _SPECTRUM_BINS = 16
 _GALLERY_IMAGES = 4  # in the gallery of perturbations
-
-
-@dataclasses.dataclass(frozen=True)
-class AnalysisConfig:
-    """Statistics of clean, discrete-adversarial and pixel-adversarial images."""
-
-    checkpoint: tuple[str, ...] = ()
-    """Classifiers: output folders, weights files or released names."""
-    model: tuple[str, ...] = ()
-    """The architecture where the file does not say, one for all or one each; with --pretrained timm's names."""
-    pretrained: bool = False
-    names: tuple[str, ...] = ()
-    """Names of the networks in the report (default: their folders)."""
-    data_path: str | None = None
-    """Folder with val/CLASS/*, or `demo` (default: the environment variable MAE_DAT_DATA)."""
-    output_dir: str = "./output_analysis"
-    limit: int | None = 256
-    """Images, evenly spread (None: all)."""
-    views: tuple[str, ...] = ANALYZED_VIEWS
-    """Versions of the images to compare with the clean ones: reconstruction, random, released, symbolic,
-    pixel, pixel_length, noise_length, pixel_decoded."""
-    share: float = 0.05
-    """Share of the words that the discrete adversaries change."""
-    pixel_eps: float = 4 / 255
-    """Linf radius of the pixel attack, pixels in [0, 1]."""
-    pixel_steps: int = 10
-    tokenizer: str = "embedded"
-    batch_size: int = 32
-    num_workers: int = 2
-    device: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for view in self.views:
-            if view not in ANALYZED_VIEWS:
-                raise ConfigError(f"--views: unknown view {view!r}: {suggest(view, ANALYZED_VIEWS)}")
-        if set(_MATCHED) & set(self.views) and "released" not in self.views:
-            raise ConfigError(f"--views {', '.join(_MATCHED)} need released, whose length they match.")
-        if self.limit is not None and self.limit < _MIN_IMAGES:
-            raise ConfigError(f"--limit must be at least {_MIN_IMAGES}, got {self.limit}.")
 
 
 @dataclasses.dataclass
@@ -156,7 +114,7 @@ class ViewStatistics:
 
 
 def analyze_network(
-    network: EvaluatedNetwork, images: ImageSet, config: AnalysisConfig, console: Console
+    network: EvaluatedNetwork, images: ImageSet, config: AnalyzeConfig, console: Console
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Analyze one network: its views in numbers (see `summarize_views`) and the first images of each view.
 
@@ -195,7 +153,7 @@ def analyze_network(
 class AdversarialViews:
     """Make the views of a batch of images (B, 3, H, W) in [0, 1], attacking one network."""
 
-    def __init__(self, model: Classifier, tokenizer: VisualTokenizer, config: AnalysisConfig) -> None:
+    def __init__(self, model: Classifier, tokenizer: VisualTokenizer, config: AnalyzeConfig) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.num_classes = int(model.net.num_classes)  # type: ignore[arg-type]
         objective = Classification(AugmentConfig(smoothing=0.0), self.num_classes)
@@ -307,10 +265,9 @@ def mean_correlations(clean: dict[str, Moments], other: dict[str, Moments]) -> d
     return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": json_by_layer}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
+def main(config: AnalyzeConfig) -> None:
+    """Run the command."""
     console = console_for_command()
-    config = load_config(AnalysisConfig, arguments, __doc__ or "")
     device = pick_device(config.device)
     evaluated = open_networks(
         config.checkpoint,

@@ -1,4 +1,4 @@
-"""Write the page of `python -m mae_dat analysis`: clean, discrete-adversarial and pixel-adversarial images in tables
+"""Write the page of `mae-dat analyze`: clean, discrete-adversarial and pixel-adversarial images in tables
 and figures."""
 
 from collections.abc import Mapping, Sequence

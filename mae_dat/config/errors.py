@@ -10,6 +10,12 @@ class UserError(Exception):
     exit_code = 64
 
 
+class UsageError(UserError):
+    """A command line that cannot be parsed: an unknown command, flag or type of value."""
+
+    exit_code = 2
+
+
 class ConfigError(UserError):
     """A flag, a config key or a combination of them that cannot work."""
 

@@ -12,6 +12,9 @@ from typing import Literal
 from mae_dat.config.errors import ConfigError
 
 DATA_VARIABLE = "MAE_DAT_DATA"
+DEMO = "demo"
+"""As --data_path or --images: the generated images."""
+MAX_DEFAULT_WORKERS = 10
 ImageSize = tuple[int, int]
 """Height and width in pixels."""
 
@@ -62,14 +65,15 @@ class DataConfig:
     """Data: DIR/{train,val}/CLASS/*.jpg; for pretraining any folder of images."""
 
     data_path: str | None = None
-    """Folder of images or of shards (`python -m mae_dat pack`), the https:// address of shards, or `demo` for the
-    generated ones (default: the environment variable MAE_DAT_DATA)."""
+    """Folder of images or of shards (`mae-dat pack`), the https:// address of shards, or `demo` for generated images
+    (default: the environment variable MAE_DAT_DATA)."""
     input_size: tuple[int, ...] = (224,)
     """Side, or height and width, in pixels."""
     in_chans: int = 3
     on_bad: Literal["fail", "skip"] = "fail"
     """For a file that cannot be decoded: stop and name it, or use the next image in its place and count it."""
-    num_workers: int = 10
+    num_workers: int = dataclasses.field(default_factory=lambda: default_num_workers())
+    """Processes that decode images, per rank (default: the CPU cores of this process, at most 10; 0: none)."""
     pin_mem: bool = True
     """Pin host memory for faster transfers to a GPU (--no_pin_mem to turn off)."""
 
@@ -173,8 +177,7 @@ class ClassifierConfig:
     cls_token: bool = False
     """Classify the class token instead."""
     finetune: str | None = None
-    """Weights to start from: the folder of a pretraining run, a weights file, or a released name (`python -m mae_dat
-    fetch` lists them)."""
+    """Weights to start from: the folder of a pretraining run, a weights file, or a released name (`mae-dat list`)."""
     pretrained: bool = False
     """Start from timm's weights for a timm model."""
     linear_probe: bool = False
@@ -243,9 +246,15 @@ class EvalConfig:
     """Accepted for compatibility with MAE; evaluation is always distributed over the ranks, and exact."""
     suite: tuple[str, ...] = ("clean",)
     """With --eval: clean accuracy; `corruptions`, also 15 corruptions x 5 severities and a report; or the suites of
-    `python -m mae_dat robustness`."""
+    `mae-dat evaluate`."""
     limit: int | None = None
     """Images per corruption (default: all of the validation split)."""
+
+
+def default_num_workers() -> int:
+    """Return how many processes decode images by default: the CPU cores of this process, at most 10."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_DEFAULT_WORKERS, cores)
 
 
 def image_size(sides: tuple[int, ...]) -> ImageSize:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import io
 import itertools
 import logging
@@ -23,20 +24,21 @@ import yaml
 from mae_dat.config.errors import ConfigError, MissingInputError, UserError
 
 Config = TypeVar("Config")
-PACKAGE = Path(__file__).parents[1]
+_CONFIG_HELP = "Any flag can also be set in a YAML file: --config FILE."
 
 
 def load_config(
     kind: type[Config],
     arguments: Sequence[str],
-    description: str = "",
     default: Config | None = None,
     program: str | None = None,
+    examples: Sequence[str] = (),
 ) -> Config:
     """Build a configuration from command-line arguments and the YAML file that `--config` names.
 
-    `program` replaces the command's name in the usage line. Raises ConfigError for an unknown key or a wrong value in
-    the file; exits with code 2, and a suggestion, on a wrong flag or value on the command line.
+    `program` is the command in the usage line; `examples` are printed at the end of the help. Raises ConfigError for an
+    unknown key or a wrong value in the file; exits with code 2, and a suggestion, on a wrong flag or value on the
+    command line, and with code 0 after `--help`.
     """
     import tyro
 
@@ -45,9 +47,9 @@ def load_config(
     parse = functools.partial(
         tyro.cli,
         kind,
-        prog=program or _command_name(),
+        prog=program or "mae-dat",
         default=kind() if default is None else default,
-        description=f"{description or kind.__doc__}\n\nEvery flag may stand in a YAML file given with --config FILE.",
+        description=f"{inspect.cleandoc(kind.__doc__ or '')}\n\n{_CONFIG_HELP}",
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,
     )
@@ -56,7 +58,12 @@ def load_config(
     if file and not _is_accepted(parse, file_arguments):
         wrong = next((words for words in settings.values() if not _is_accepted(parse, words)), file_arguments)
         raise ConfigError(f"{file}: `{' '.join(wrong).removeprefix('--')}` is no valid value; see --help.")
-    return parse(args=[*file_arguments, *arguments])
+    try:
+        return parse(args=[*file_arguments, *arguments])
+    except SystemExit as end:
+        if end.code in (None, 0) and examples:
+            print("\n".join(["examples:", *(f"  {example}" for example in examples)]))
+        raise
 
 
 def _annotate_flag_names(kind: type[Any]) -> None:
@@ -74,20 +81,6 @@ def _annotate_flag_names(kind: type[Any]) -> None:
         elif "flag" in field.metadata:
             flag = tyro.conf.arg(name=field.metadata["flag"])
             kind.__annotations__[field.name] = Annotated[hints[field.name], flag]
-
-
-def _command_name() -> str:
-    """Return the running command as the user types it: `main_pretrain.py`, or `python -m mae_dat compare`."""
-    words, _ = _running_command()
-    return words[-1] if words[-1].endswith(".py") else shlex.join(words)
-
-
-def _running_command() -> tuple[list[str], list[str]]:
-    """Return the words that start the running command, such as `python -m mae_dat compare`, and its arguments."""
-    script, arguments = Path(sys.argv[0]), sys.argv[1:]
-    if script.parent == PACKAGE and script.name == "__main__.py":
-        return ["python", "-m", "mae_dat", *arguments[:1]], arguments[1:]
-    return ["python", script.name], arguments
 
 
 def _is_accepted(parse: Callable[..., Any], words: list[str]) -> bool:
@@ -174,19 +167,24 @@ def write_config(settings: Mapping[str, Any], path: Path) -> None:
     path.write_text(f"# {command_line()}\n" + yaml.safe_dump(values, sort_keys=False))
 
 
-def command_line(command: str = "") -> str:
+def command_line() -> str:
     """Return the running command with its arguments, for logs, cards and reports.
 
-    `command` names one of `python -m mae_dat COMMAND` where the process was started in another way.
+    It starts with `mae-dat` or with `python SCRIPT.py`.
     """
-    words, arguments = _running_command()
-    return shlex.join([*(["python", "-m", "mae_dat", command] if command else words), *arguments])
+    script = Path(sys.argv[0]).name
+    return shlex.join(
+        [*(["python", script] if script.endswith(".py") and script != "__main__.py" else ["mae-dat"]), *sys.argv[1:]]
+    )
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command: errors that the user can fix become one message and their exit code; Ctrl-C becomes code 130."""
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code.
+
+    Errors that the user can fix end the process with one message and their exit code; Ctrl-C ends it with code 130.
+    """
     try:
-        main()
+        return main() or 0
     except UserError as error:
         logging.getLogger("mae_dat").debug("", exc_info=True)
         sys.stderr.write(f"error: {error}\n")

@@ -116,7 +116,11 @@ LINEAR_PROBE = FinetuneConfig(
 )
 
 
-def load_finetune_config(arguments: Sequence[str]) -> FinetuneConfig:
+def load_finetune_config(
+    arguments: Sequence[str], program: str | None = None, examples: Sequence[str] = ()
+) -> FinetuneConfig:
     """Build the configuration of fine-tuning as `load_config` does; `--linear_probe` changes the defaults."""
-    config = load_config(FinetuneConfig, arguments)
-    return load_config(FinetuneConfig, arguments, default=LINEAR_PROBE) if config.classifier.linear_probe else config
+    config = load_config(FinetuneConfig, arguments, program=program, examples=examples)
+    if config.classifier.linear_probe:
+        return load_config(FinetuneConfig, arguments, default=LINEAR_PROBE, program=program)
+    return config

@@ -8,7 +8,7 @@ from pathlib import Path
 from torchvision import transforms
 
 from mae_dat.config.errors import ConfigError, MissingInputError
-from mae_dat.config.groups import DataConfig, data_root
+from mae_dat.config.groups import DEMO, DataConfig, data_root
 from mae_dat.data.folders import find_split
 from mae_dat.data.generated.folder import generated_root, write_image_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float
@@ -17,9 +17,6 @@ from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.data.shards.reader import Shards
 
 logger = logging.getLogger(__name__)
-
-DEMO = "demo"
-"""The name of the generated images."""
 
 
 def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
@@ -64,7 +61,7 @@ def open_images(
     if (Path(root) / INDEX_FILE).is_file():
         return Shards(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
     if holds_shards(root):
-        raise MissingInputError(f"{root} holds shards without their index: python -m mae_dat pack --index {root}")
+        raise MissingInputError(f"{root} holds shards without their index: mae-dat pack --index {root}")
     return ImageFolder(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
 
 

@@ -1,7 +1,7 @@
 """Decode every image of a folder once, name the bad ones, and write a manifest that reveals later changes.
 
-`python -m mae_dat scan DIR` writes DIR/manifest.jsonl (size, sha256, width and height of each image);
-`python -m mae_dat scan DIR --verify` compares the files with it: most flipped bits leave an image that decodes, with
+`mae-dat scan DIR` writes DIR/manifest.jsonl (size, sha256, width and height of each image);
+`mae-dat scan DIR --verify` compares the files with it: most flipped bits leave an image that decodes, with
 other pixels. Shards are compared with their index in both cases. The exit code is 65 if anything is wrong.
 """
 
@@ -10,13 +10,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
+from mae_dat.config.commands.scan import ScanConfig
 from mae_dat.config.errors import DataError, MissingInputError
-from mae_dat.config.parse import load_config
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import map_in_workers
@@ -28,24 +27,9 @@ from mae_dat.storage.files import atomic_write, prepare_output_folder, sha256_of
 MANIFEST = "manifest.jsonl"
 
 
-@dataclasses.dataclass(frozen=True)
-class ScanConfig:
-    """A look at all images."""
-
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = tyro.MISSING
-    """Folder of images, or of shards."""
-    verify: bool = False
-    """Compare with the manifest of an earlier scan, and decode nothing."""
-    manifest: str | None = None
-    """File of the manifest (default: manifest.jsonl in the folder)."""
-    num_workers: int = 4
-    """Processes that read and decode."""
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
+def main(config: ScanConfig) -> None:
+    """Run the command."""
     console = console_for_command()
-    config = load_config(ScanConfig, arguments, __doc__ or "")
     folder = Path(config.folder)
     shard_folders = [path.parent for path in sorted([*folder.glob(INDEX_FILE), *folder.glob(f"*/{INDEX_FILE}")])]
     check = scan_shards if shard_folders else verify_manifest if config.verify else scan
@@ -107,7 +91,7 @@ def verify_manifest(config: ScanConfig, console: Console) -> tuple[int, list[str
 def _read_manifest(root: Path, path: Path) -> dict[str, str]:
     """Return the sha256 of every image, by its path below `root`."""
     if not path.is_file():
-        raise MissingInputError(f"{path}: no such manifest; python -m mae_dat scan {root} writes it.")
+        raise MissingInputError(f"{path}: no such manifest; mae-dat scan {root} writes it.")
     hashes: dict[str, str] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:

@@ -1,22 +1,21 @@
 """Train an object detector, plainly or with DAT, and measure it.
 
-`python -m mae_dat detect --data_path DIR ... --output_dir OUT`: DIR holds COCO's format (docs/how-to/detect.md). The
+`mae-dat detect --data_path DIR ... --output_dir OUT`: DIR holds COCO's format (docs/how-to/detect.md). The
 adversary of `--dat` raises the detector's total loss. To resume, run the same command again. `--eval --resume OUT`
 measures, with `--corruptions` also under 15 corruptions.
 """
 
 import dataclasses
 import logging
-from collections.abc import Sequence
-from dataclasses import field
 from typing import Any, Literal
 
-from mae_dat.config.adversaries import DatConfig
+from mae_dat.config.commands.detect import DetectConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import flat_values, load_config
 from mae_dat.config.runs import check_groups
+from mae_dat.config.parse import flat_values
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
 from mae_dat.detection.box_gallery import draw_detections
@@ -60,68 +59,6 @@ def _check_model(name: str, finetune: str | None, pretrained: bool) -> None:
         )
     if pretrained and name in VIT_SIZES:
         raise ConfigError(f"{name} has no weights of its own: give --finetune FILE, or a torchvision detector's name.")
-
-
-@dataclasses.dataclass(frozen=True)
-class DetectorConfig:
-    """Model: a torchvision detector, or Faster R-CNN on one of MAE's vision transformers."""
-
-    model: str = "fasterrcnn_resnet50_fpn"
-    """Any box detector of torchvision, or vit_{base,large}_patch16, vit_huge_patch14, vit_demo_patch8 with a simple
-    feature pyramid."""
-    finetune: str | None = None
-    """Weights for the transformer: a pretraining folder of ours, a weights file, or a released name (`python -m mae_dat
-    fetch` lists them)."""
-    pretrained: bool = False
-    """Start a torchvision detector from its backbone's ImageNet weights, with frozen BatchNorm."""
-    width: int = 256
-    """Channels of the transformer's pyramid."""
-    anchor_size: float = 32.0
-    """Side of the smallest anchors in pixels, for a transformer; it doubles from map to map (32: for sides of 800)."""
-    regions: int = 512
-    """Regions per image that the transformer's box head learns from in a step."""
-    drop_path: float = 0.1
-    opt: Literal["adamw", "sgd"] = "adamw"
-    layer_decay: float = 0.75
-    """Factor of the learning rate from each of the transformer's layers to the one below."""
-    scale_jitter: tuple[float, float] = (0.5, 2.0)
-    """Range of the random scale in training; 1 1 for none."""
-
-    def __post_init__(self) -> None:
-        _check_model(self.model, self.finetune, self.pretrained)
-        if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
-            raise ConfigError(f"--scale_jitter takes two positive factors, smaller first, got {self.scale_jitter}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeasureConfig:
-    """Evaluation: mean average precision by COCO's rules."""
-
-    eval: bool = False
-    """Evaluate only, the weights of --resume."""
-    corruptions: bool = False
-    """With --eval: also under 15 corruptions; the result in output_dir/detection.json."""
-    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    limit: int | None = None
-    """Images to measure on, evenly spread (default: all of the validation split)."""
-    eval_every: int = 1
-    """Epochs between evaluations in training; the last one is always evaluated."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DetectConfig:
-    """Training of an object detector, with `--dat` by Discrete Adversarial Training; `--eval` measures one."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(input_size=(800,)))
-    detector: DetectorConfig = DetectorConfig()
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(2, 50, blr=4e-4, warmup_epochs=1, weight_decay=0.1))
-    dat: DatConfig = field(default_factory=DatConfig)
-    measure: MeasureConfig = MeasureConfig()
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-
-    def __post_init__(self) -> None:
-        check_groups(self.dat, self.launch)
 
 
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:
@@ -270,10 +207,11 @@ def _validation_scores(
     return average_precision(model, loader, context)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
+def main(config: DetectConfig) -> None:
+    """Run the command."""
     console = console_for_command()
-    config = load_config(DetectConfig, arguments, __doc__ or "")
+    settings = config.detector
+    _check_model(settings.model, settings.finetune, settings.pretrained)
     result = measure_detector(config, console) if config.measure.eval else detect(config, console)
     if not world_from_environment().main:
         return

@@ -1,7 +1,7 @@
 """Compare ways to train, from images to a report: pretrain, fine-tune every variant with every seed, and measure all
 networks on the same images.
 
-`python -m mae_dat compare --data_path DIR --output_dir OUT`. Every run has its own folder below OUT and resumes there:
+`mae-dat compare --data_path DIR --output_dir OUT`. Every run has its own folder below OUT and resumes there:
 to resume an interrupted comparison, run the same command again. Several processes can share the seeds (--seeds,
 --no_measure) before a last one measures.
 
@@ -14,17 +14,16 @@ import dataclasses
 import functools
 import math
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.commands.compare import CompareConfig
 from mae_dat.config.parse import flat_values, load_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.open import image_root, training_images
-from mae_dat.experiments.parallel_runs import Stage, check_jobs, train_all
+from mae_dat.experiments.parallel_runs import Stage, train_all
 from mae_dat.experiments.variants import (
     FINETUNE_VARIANTS,
     IN_TIME,
@@ -55,7 +54,6 @@ from mae_dat.runtime.device import pick_device
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.files import prepare_output_folder
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 # Expected costs in units of a plain fine-tuning's; the remaining time alone depends on them.
 _PRETRAIN_COST = 0.5
 _MEASURE_COST, _CORRUPT_COST = 0.2, 1.0
@@ -64,62 +62,13 @@ Runs = dict[tuple[str, int], FinetuneConfig]
 """The settings of every fine-tuning, by group and seed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CompareConfig:
-    """A comparison of fine-tunings."""
-
-    data_path: str = "demo"
-    """Folder with train/CLASS/* and val/CLASS/*, or `demo`."""
-    output_dir: str = "output/compare"
-    arms: tuple[str, ...] = ("plain", "random", "released", "paper")
-    """Fine-tunings: plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic;
-    cheaper forms of released: at_image, free, free_at_image, fifth (of the batch); extended forms: dat_jsd,
-    split_norms, dat_augmix; without visual words: pixel_at, advprop, augmix (docs/adversaries.md)."""
-    pretrainings: tuple[str, ...] = (PLAIN,)
-    """plain (the recipe as it is), with --dat released, paper, symbolic, random, reconstruction; words (--target
-    both), released_words; NAME_in_time: NAME for as long as plain took; none: fine-tuned from random weights."""
-    cross_arms: tuple[str, ...] = ()
-    """Fine-tunings after pretrainings other than plain (default: all of --arms)."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the fine-tunings; a pretraining is shared and has its config's seed."""
-    pretrain: str = str(CONFIGS / "small_pretrain.yaml")
-    """Recipe of the pretraining."""
-    finetune: str = str(CONFIGS / "small_finetune.yaml")
-    """Recipe of all fine-tunings; each of --arms changes --dat and related flags only."""
-    pretrain_flags: str = ""
-    """Flags over the recipe, as one quoted text: --pretrain_flags="--epochs 10 --blr 1e-3"."""
-    finetune_flags: str = ""
-    """The same for all fine-tunings."""
-    limit: int | None = 400
-    """Images for each corruption and severity, and under attack (None: all of the validation split). Clean accuracy and
-    shape bias always use all."""
-    suite: tuple[str, ...] = ()
-    """As --suite of robustness (default: clean, generated, words-random, words-symbolic, and conflict if it exists).
-    """
-    measure: bool = True
-    """Measure and report at the end, in float32 whatever the recipe's --precision; --no_measure only trains."""
-    jobs: int = 1
-    """Trainings at a time, each in its own process with its share of the cores."""
-    title: str = "MAE pretraining, then fine-tuning with and without DAT"
-
-    def __post_init__(self) -> None:
-        if not self.arms or not self.seeds:
-            raise ConfigError("a comparison needs at least one of --arms and one of --seeds.")
-        SuiteSettings(Path(), limit=self.limit)  # raises ConfigError for a limit that no suite accepts
-        check_pretrainings(self.pretrainings)
-        check_jobs(self.jobs)
-        check_finetune_variants((*self.arms, *self.cross_arms))
-
-    def pretrainings_to_train(self) -> list[str]:
-        """Return the names of the pretrainings, without `none`."""
-        return [name for name in self.pretrainings if name != NONE]
-
-
 def compare(config: CompareConfig, console: Console) -> Results | None:
     """Train and measure what is still missing, and write results.json and the report into the output folder.
 
     Returns the results, None with --no_measure.
     """
+    check_pretrainings(config.pretrainings)
+    check_finetune_variants((*config.arms, *config.cross_arms))
     prepare_output_folder(Path(config.output_dir))
     pretraining = pretrain_config(config)
     runs = {
@@ -342,10 +291,8 @@ def print_numbers(results: Results, output: Path) -> None:
         print(f"  {group.title:<16} " + "   ".join(f"{metric.title} {value_text(metric, group)}" for metric in metrics))
 
 
-def main(arguments: Sequence[str], default: CompareConfig | None = None, about: str = __doc__ or "") -> None:
-    """Run the command with its arguments."""
-    console = console_for_command()
-    config = load_config(CompareConfig, arguments, about, default=default)
-    results = compare(config, console)
+def main(config: CompareConfig) -> None:
+    """Run the command."""
+    results = compare(config, console_for_command())
     if results is not None:
         print_numbers(results, Path(config.output_dir))

@@ -1,19 +1,17 @@
 """Compare every adversary and baseline, after several pretrainings, with several seeds, on several data sets.
 
-`python -m mae_dat proof --data_paths A B --output_dir OUT` writes, for each data set, a comparison with its report into
+`mae-dat proof --data_paths A B --output_dir OUT` writes, for each data set, a comparison with its report into
 a folder of OUT, and the tables of all data sets into OUT/results.md. To resume, run the same command again. `--quick`
 checks in minutes, on a few generated images, that everything works.
 """
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
+from mae_dat.config.commands.compare import CompareConfig, ProofConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.parse import command_line, load_config
+from mae_dat.config.parse import command_line
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder
-from mae_dat.experiments.compare import CONFIGS, CompareConfig, compare
-from mae_dat.experiments.variants import NONE, PLAIN
+from mae_dat.experiments.compare import compare
 from mae_dat.robustness.open_networks import distinct_names
 from mae_dat.robustness.report.comparison import ablation_tables
 from mae_dat.robustness.report.findings import ablation_findings
@@ -25,37 +23,8 @@ from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.machine import hardware_facts
 from mae_dat.storage.files import atomic_write
 
-PROOF_GROUPS = (
-    "plain", "reconstruction", "random", "released", "symbolic", "pixel_at", "advprop", "augmix", "dat_augmix",
-)  # fmt: skip
 _QUICK_IMAGES = FolderSettings(train=32, val=20, conflict=20, silhouette=0, size=32)
 _QUICK_FLAGS = "--input_size 32 --batch_size 16 --epochs 1 --warmup_epochs 0"
-
-
-@dataclasses.dataclass(frozen=True)
-class ProofConfig:
-    """All fine-tunings on all data sets."""
-
-    data_paths: tuple[str, ...] = ("demo",)
-    """Folders with train/CLASS/* and val/CLASS/*, or `demo` for the generated images."""
-    output_dir: str = "output/proof"
-    arms: tuple[str, ...] = PROOF_GROUPS
-    """Fine-tunings after the plain pretraining; as --arms of compare."""
-    pretrainings: tuple[str, ...] = (PLAIN, NONE, "released")
-    """As --pretrainings of compare: plain first, none, with --dat released, ..."""
-    cross_arms: tuple[str, ...] = ("plain", "released")
-    """Fine-tunings after the other pretrainings."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    pretrain: str = str(CONFIGS / "proof_pretrain.yaml")
-    """Recipe of the pretrainings."""
-    finetune: str = str(CONFIGS / "proof_finetune.yaml")
-    """Recipe of all fine-tunings."""
-    limit: int | None = None
-    """Images for each corruption and severity, and under attack (None: all)."""
-    jobs: int = 2
-    """Trainings at a time."""
-    quick: bool = False
-    """A few generated images, one epoch and one seed: only checks that everything works."""
 
 
 def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
@@ -115,8 +84,6 @@ def _write_tables(all_results: dict[str, Results], path: Path) -> None:
         file.write(("\n\n".join(parts) + "\n").encode())
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
-    console = console_for_command()
-    config = load_config(ProofConfig, arguments, __doc__ or "")
-    print(f"wrote {prove(config, console)}")
+def main(config: ProofConfig) -> None:
+    """Run the command."""
+    print(f"wrote {prove(config, console_for_command())}")

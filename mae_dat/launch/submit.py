@@ -16,7 +16,7 @@ from pathlib import Path
 
 from submitit.core.core import Job
 
-from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UserError
+from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UsageError, UserError
 from mae_dat.config.groups import data_root
 from mae_dat.config.parse import load_config, suggest
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig, load_finetune_config
@@ -35,19 +35,21 @@ ScriptSettings = FinetuneConfig | PretrainConfig
 
 DESCRIPTION = """Submit a training script to SLURM, or run it on this machine in the background.
 
-submit.py [launcher flags] SCRIPT.py [script flags]; SCRIPT.py may also be -m mae_dat COMMAND.
+Usage: submit [launcher flags] VERB|SCRIPT.py [flags of the verb or script].
 
-Everything after the script goes to the script. Jobs that are preempted, run out of time or lose a node queue again and
-resume from the newest checkpoint in the script's output folder."""
+Everything after the verb or script is passed to it. Jobs that are preempted, run out of time or lose a node queue again
+and resume from the newest checkpoint in the output folder."""
 
 
 # ---- the command line ----
 
 
-def parse_command(argv: Sequence[str], commands: Collection[str] = ()) -> tuple[JobConfig, ScriptTask]:
-    """Parse the command line; `commands` are those of `python -m mae_dat`, which `-m` may name.
+def parse_command(
+    argv: Sequence[str], verbs: Collection[str], program: str = "submit.py"
+) -> tuple[JobConfig, ScriptTask]:
+    """Parse the command line; `verbs` are those of `mae-dat`.
 
-    Raises ConfigError for a mistyped flag or no script, MissingInputError if there is no such file or command. A value
+    Raises UsageError for a mistyped flag or verb, or without any; MissingInputError if there is no such file. A value
     of the wrong type ends the program with exit code 2 and a message.
     """
     import tyro  # takes a moment, which the import of this module should not
@@ -55,20 +57,20 @@ def parse_command(argv: Sequence[str], commands: Collection[str] = ()) -> tuple[
     flags, script_words = split_command(argv)
     config = tyro.cli(
         JobConfig,
-        prog="submit.py",
+        prog=program,
         description=DESCRIPTION,
         args=flags,
         use_underscores=True,
         config=(tyro.conf.FlagCreatePairsOff,),  # --wait, without --no_wait
     )
-    if not script_words or script_words == ["-m"]:
-        raise ConfigError("no script: submit.py [launcher flags] SCRIPT.py [script flags]")
+    if not script_words:
+        raise UsageError(f"nothing to run: {program} [launcher flags] VERB|SCRIPT.py [its flags]")
     name, *args = script_words
-    if name == "-m":
-        _check_module(args[:2], commands)
-        task = ScriptTask(args[0], tuple(args[1:]), module=True)
-    else:
+    if name.endswith(".py") or "/" in name:
         task = ScriptTask(str(_existing_script(Path(name))), tuple(args))
+    else:
+        _check_verb(script_words, verbs)
+        task = ScriptTask(PACKAGE_FOLDER.name, tuple(script_words), module=True)
     for word in task.args:
         if word.startswith("--") and _takes_value(word) is not None:
             flag = word.partition("=")[0]
@@ -77,18 +79,18 @@ def parse_command(argv: Sequence[str], commands: Collection[str] = ()) -> tuple[
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split into launcher flags and [script, script flags...].
+    """Split into launcher flags and [verb or script, its flags...].
 
-    The script is the first word that is neither a flag nor its value, or `-m` with `mae_dat` and a command after it.
-    Raises ConfigError for a flag before the script that the launcher does not have.
+    The verb or script is the first word that is neither a flag nor its value. Raises UsageError for a flag before it
+    that the launcher does not have.
     """
     position = 0
-    while position < len(argv) and argv[position].startswith("-") and argv[position] != "-m":
+    while position < len(argv) and argv[position].startswith("-"):
         flag, equals, _ = argv[position].partition("=")
         takes_value = _takes_value(flag)
         if takes_value is None:
             hint = suggest(flag, [f"--{field.name}" for field in fields(JobConfig)])
-            raise ConfigError(f"unknown launcher flag {flag}: {hint} Flags of the script come after the script.")
+            raise UsageError(f"unknown launcher flag {flag}: {hint} Flags of a verb or script come after it.")
         position += 2 if takes_value and not equals else 1
     return list(argv[:position]), list(argv[position:])
 
@@ -109,26 +111,26 @@ def _existing_script(path: Path) -> Path:
     raise MissingInputError(f"no such script: {path}: {suggest(str(path), scripts) if scripts else 'wrong folder?'}")
 
 
-def _check_module(words: Sequence[str], commands: Collection[str]) -> None:
-    """Raise MissingInputError unless the words are `mae_dat` and one of its commands."""
-    if words[0] != PACKAGE_FOLDER.name or len(words) < 2:
-        raise MissingInputError(f"no such module: -m {words[0]}: use -m {PACKAGE_FOLDER.name} COMMAND.")
-    if words[1] not in commands:
-        raise MissingInputError(f"no such command: -m {' '.join(words)}: {suggest(words[1], sorted(commands))}")
+def _check_verb(words: Sequence[str], verbs: Collection[str]) -> None:
+    """Raise UsageError unless the words start with a verb of one or two words."""
+    if words[0] not in verbs and " ".join(words[:2]) not in verbs:
+        raise UsageError(f"there is no verb {words[0]!r}: {suggest(words[0], sorted(verbs))} A script ends in .py.")
 
 
 # ---- the script's own flags ----
 
 
 def script_settings(task: ScriptTask) -> ScriptSettings | None:
-    """Return the settings that one of our two scripts would read from its flags; None for any other script.
+    """Return the settings that a training would read from its flags; None for another verb or script.
 
     Raises ConfigError; a mistyped flag ends the program with exit code 2 and a message, as in the script.
     """
-    name = Path(task.script).name
-    if name == "main_finetune.py":
-        return load_finetune_config(task.args)
-    return load_config(PretrainConfig, task.args) if name == "main_pretrain.py" else None
+    name, args = Path(task.script).name, list(task.args)
+    if task.module:
+        name, *args = args
+    if name in ("main_finetune.py", "finetune"):
+        return load_finetune_config(args)
+    return load_config(PretrainConfig, args) if name in ("main_pretrain.py", "pretrain") else None
 
 
 def check_script(settings: ScriptSettings, dry_run: bool) -> None:
@@ -258,15 +260,14 @@ def wait_for_jobs(jobs: Sequence[Job[int]], job: ResolvedJob, tasks: Sequence[Sc
         return InterruptError.exit_code
 
 
-def main(argv: Sequence[str] | None = None, commands: Collection[str] = ()) -> int:
-    """Run submit.py and return the exit code; `commands` are those of `python -m mae_dat`."""
+def main(argv: Sequence[str], verbs: Collection[str], program: str = "submit.py") -> int:
+    """Submit a job and return the exit code; `verbs` are those of `mae-dat`, `program` the command in messages."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        config, task = parse_command(argv, commands)
+        config, task = parse_command(argv, verbs, program)
         job = config.resolve()
         tasks = checked_tasks(job, task)
-        command = shlex.join(["python", "submit.py", *argv])
+        command = f"{'python ' if program.endswith('.py') else ''}{program} {shlex.join(argv)}"
         code, tasks = copy_code(job, tasks, command)
         if config.dry_run:
             print(batch_file(job, tasks[0], code, command), end="")
@@ -277,5 +278,5 @@ def main(argv: Sequence[str] | None = None, commands: Collection[str] = ()) -> i
         print(describe_submission(jobs, job, task, command), flush=True)
         return wait_for_jobs(jobs, job, tasks) if config.wait else 0
     except UserError as error:
-        print(f"submit.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,6 +1,6 @@
 """Measure networks on every robustness benchmark in a folder, and write results.json and a report.
 
-`python -m mae_dat robustness --checkpoint A B --suite all --data ROOT --output OUT` runs every benchmark found in ROOT
+`mae-dat evaluate --checkpoint A B --suite all --data ROOT --output OUT` runs every benchmark found in ROOT
 and lists the ones that are missing: ImageNet's benchmarks in folders of their usual names, or ROOT/val/CLASS/*.jpg for
 other classes. Several networks become columns side by side. To resume an interrupted evaluation, run the same command
 again. `--recompute OUT/results.json` prints the numbers again from the counts alone.
@@ -8,24 +8,24 @@ again. `--recompute OUT/results.json` prints the numbers again from the counts a
 
 # `evaluation.run_evaluation` does the work. Its docstring lists the modules below it in order.
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from mae_dat.config.commands.evaluate import EvaluateConfig, SuiteConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import LaunchConfig, RunConfig, image_size
-from mae_dat.config.parse import load_config, suggest
+from mae_dat.config.parse import suggest
 from mae_dat.data.open import image_root
 from mae_dat.robustness.evaluation import print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.open_networks import open_callable, open_network, open_networks
-from mae_dat.robustness.scores.results import Results, read_results
+from mae_dat.robustness.scores.results import Results
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import SuiteSettings
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
@@ -38,79 +38,15 @@ from mae_dat.training.context import run_context
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class SuiteConfig:
-    """What is measured."""
-
-    suite: tuple[str, ...] = ("all",)
-    """all (whatever is present), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r,
-    imagenet-sketch, stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, cue-conflict; clean (val/CLASS of
-    other classes); conflict (conflict/**/SHAPE-TEXTURE-*.png or .jpg of two of those); generated (15 corruptions x 5
-    severities made from the clean images, reported apart); fgsm-1/255, pgd-5-1/255, pgd-20-l2-0.5, autoattack-4/255;
-    words-random, words-symbolic."""
-    data: str | None = None
-    """Folder that holds the benchmarks' folders, or val/CLASS; `demo` for generated images (default: the environment
-    variable MAE_DAT_DATA)."""
-    partial: bool = False
-    """Measure incomplete folders; their rows are marked."""
-    subset: str | None = None
-    """RobustBench's imagenet_test_image_ids.txt: of ImageNet and ImageNet-C, measure these 5,000 images alone."""
-    limit: int | None = None
-    """Images of each cell, drawn by --seed (default: all)."""
-    seed: int = 0
-    """Seed of all random draws: generated corruptions, random starts, random words, --limit."""
-    held_out: bool = False
-    """Also the 4 extra corruptions, which never count in a mean, where corruptions are made here."""
-    tokenizer: str = "embedded"
-    """Tokenizer of the words-* suites, as in training."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RobustnessConfig:
-    """Which networks to measure, how, and where to write."""
-
-    checkpoint: tuple[str, ...] = ()
-    """Output folders, weights files, released names (`python -m mae_dat fetch`) or .onnx files."""
-    model: tuple[str, ...] = ()
-    """Architecture, if a file does not contain it: one for all, or one each. With --pretrained: timm's names,
-    hf-hub:OWNER/NAME too."""
-    pretrained: bool = False
-    """Evaluate the networks of --model with timm's own weights."""
-    names: tuple[str, ...] = ()
-    """Titles of the columns (default: names of the folders or files)."""
-    baseline: str | None = None
-    """The column that others are compared with, which comes first (default: the first given)."""
-    suites: SuiteConfig = SuiteConfig()
-    output: str = "output/robustness"
-    """Folder of results.json, the report, and cells/, the cache from which an interrupted evaluation resumes."""
-    input_size: tuple[int, ...] = ()
-    """Side, or height and width, in pixels (default: each network's own)."""
-    interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Interpolation of resizing (default: each network's own)."""
-    crop: float | None = None
-    """The centre crop's side over the resized image's (default: for --pretrained timm's crop_pct, with which its
-    accuracies are published; else 7/8 up to 224 px, and 1 above)."""
-    batch_size: int = 64
-    num_workers: int = 8
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bfloat16 autocast where the hardware has it; attacks always compute in float32."""
-    hang_minutes: float = 30.0
-    """After so long without a batch, the run stops with code 75; 0 for never."""
-    title: str = "Robustness"
-    recompute: str | None = None
-    """A results.json: print its numbers from the counts and measure nothing."""
-
-
 # ---- from Python ----
 
 
 def evaluate(  # noqa: PLR0913 - one keyword per flag
     models: Any,
     suite: str | Sequence[str] = "all",
-    data: str | Path | None = None,
+    data_path: str | Path | None = None,
     *,
-    output: str | Path | None = None,
+    output_dir: str | Path | None = None,
     classes: Sequence[str] | None = None,
     size: int | tuple[int, int] | None = None,
     interpolation: str | None = None,
@@ -127,8 +63,8 @@ def evaluate(  # noqa: PLR0913 - one keyword per flag
 
     A network is any callable from float images (B, 3, H, W) in [0, 1] to logits (B, K), or what `--checkpoint` takes.
     `classes` are the names of a callable's outputs in order, `size` its input's in pixels (224); `interpolation` and
-    `crop` as in `RobustnessConfig`. `settings` are those of `SuiteConfig`: partial, subset, limit, seed, held_out,
-    tokenizer. With `output`, results.json and the report are written, and an interrupted call can be repeated to
+    `crop` as in `EvaluateConfig`. `settings` are those of `SuiteConfig`: partial, subset, limit, seed, held_out,
+    tokenizer. With `output_dir`, results.json and the report are written, and an interrupted call can be repeated to
     resume. In a process group all ranks call it and get the same.
 
     Raises UserError for wrong images or networks, before anything is measured; NumericsError for NaN or infinite
@@ -140,10 +76,10 @@ def evaluate(  # noqa: PLR0913 - one keyword per flag
         torch_device, amp_dtype(precision, torch_device), size=size_HW, interpolation=interpolation, crop=crop
     )
     networks = _open_all(models, options, classes)
-    suite_config = SuiteConfig(data=None if data is None else str(data), **settings)
+    suite_config = SuiteConfig(data_path=None if data_path is None else str(data_path), **settings)
     suites = suite_settings(suite_config, torch_device, batch_size)
     requested = (suite,) if isinstance(suite, str) else tuple(suite)
-    setup = _setup_in_python(options, output, console, batch_size, num_workers=num_workers)
+    setup = _setup_in_python(options, output_dir, console, batch_size, num_workers=num_workers)
     return run_evaluation(networks, suites, requested, setup, title=title)
 
 
@@ -184,7 +120,7 @@ def _title_of(model: Any) -> str:
 def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -> SuiteSettings:
     """Return the settings of the suites that the flags describe."""
     return SuiteSettings(
-        root=image_root(config.data),
+        root=image_root(config.data_path),
         partial=config.partial,
         subset=Path(config.subset) if config.subset else None,
         limit=config.limit,
@@ -196,10 +132,10 @@ def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -
     )
 
 
-def _evaluate_from_flags(config: RobustnessConfig, console: Console) -> Results:
+def _evaluate_from_flags(config: EvaluateConfig, console: Console) -> Results:
     """Open the networks, measure them and write the report. Raises UserError."""
     run_config = RunConfig(
-        output_dir=config.output, device=config.device, precision=config.precision, hang_minutes=config.hang_minutes
+        output_dir=config.output_dir, device=config.device, precision=config.precision, hang_minutes=config.hang_minutes
     )
     with run_context(run_config, LaunchConfig(), console, training=False) as context:
         size_HW = image_size(config.input_size) if config.input_size else None
@@ -240,13 +176,8 @@ def _baseline_first(networks: Sequence[EvaluatedNetwork], baseline: str | None) 
     return sorted(networks, key=lambda network: network.name != (baseline or names[0]))
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
-    console = console_for_command()
-    config = load_config(RobustnessConfig, arguments, __doc__ or "")
-    if config.recompute is not None:
-        results = read_results(Path(config.recompute))
-    else:
-        results = _evaluate_from_flags(config, console)
+def main(config: EvaluateConfig) -> None:
+    """Run the command."""
+    results = _evaluate_from_flags(config, console_for_command())
     if world_from_environment().main:
         print_headline(results)

@@ -3,12 +3,11 @@ names of the robustness suites."""
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import DataConfig, RunConfig
-from mae_dat.config.runs import FinetuneConfig, load_finetune_config
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.open import image_root
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.load import check_class_count
@@ -115,10 +114,9 @@ def require_color(in_chans: int) -> None:
         raise ConfigError(f"corruptions are defined for colour images, not for --in_chans {in_chans}.")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run `main_finetune.py --eval` with its arguments."""
-    console = console_for_command()
-    evaluate_checkpoint(load_finetune_config(arguments), console)
+def main(config: FinetuneConfig) -> None:
+    """Run `mae-dat finetune --eval`."""
+    evaluate_checkpoint(config, console_for_command())
 
 
 def evaluated_config(file: ModelFile, config: FinetuneConfig) -> FinetuneConfig:

@@ -25,11 +25,10 @@ from mae_dat.robustness.checks import Checks, check_attacks, require_pixel_input
 from mae_dat.robustness.evaluation_plan import EvaluationPlan, log_plan, open_evaluation_plan
 from mae_dat.robustness.examples import write_examples
 from mae_dat.robustness.network import EvaluatedNetwork
-from mae_dat.robustness.report.comparison import headline_table
 from mae_dat.robustness.report.findings import mixed_versions
 from mae_dat.robustness.report.groups import groups_of, same_seed_pair
+from mae_dat.robustness.report.headline import headline_text
 from mae_dat.robustness.report.summarize import ReportData, summarize
-from mae_dat.robustness.report.tables import precision_text
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.results import (
     FORMAT,
@@ -159,16 +158,5 @@ def _versioned_cells(counts: PlanCounts) -> list[VersionedCells]:
 
 
 def print_headline(results: Results) -> None:
-    """Print the headline numbers in columns, with a first line if they are not of whole benchmarks."""
-    report = summarize(results)
-    if report.image_subset and report.subset_of_all:
-        print(f"Not the whole benchmarks: {report.image_subset} of every suite.")
-    table = headline_table(report)
-    rows = [table.head, *table.rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
-    for row in rows:
-        numbers = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
-    for model, title in report.model_titles.items():
-        if model in report.agreement:
-            print(f"{title}: {precision_text(report.models[model], report.agreement[model])}")
+    """Print the headline numbers of an evaluation."""
+    print(headline_text(summarize(results)))

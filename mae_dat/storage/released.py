@@ -126,7 +126,7 @@ def local_path(name_or_path: str | Path) -> Path:
         return fetch(released_weights()[name])
     if not path.exists() and not path.suffix and len(path.parts) == 1:
         hint = suggest(name, list(released_weights()))
-        advice = hint if hint.startswith("did") else "`python -m mae_dat fetch` lists the released weights."
+        advice = hint if hint.startswith("did") else "`mae-dat list` lists the released weights."
         raise MissingInputError(f"no such file or folder, and no released weights of that name: {name}; {advice}")
     return path
 
@@ -316,7 +316,7 @@ def _download_from_any_url(entry: ReleasedWeights, path: Path, trust: bool) -> N
             if not url.startswith("https://") and not (trust or expected):
                 raise UrlFailedError(
                     "not encrypted, and without a known sha256: the file could have been changed on the way. To accept "
-                    f"it nevertheless: python -m mae_dat fetch {entry.name} --trust"
+                    f"it nevertheless: mae-dat get {entry.name} --trust"
                 )
             partial = _download_and_unpack(entry, url, path)
         except UrlFailedError as error:
@@ -337,7 +337,7 @@ def _download_from_any_url(entry: ReleasedWeights, path: Path, trust: bool) -> N
         return
     raise DownloadError(
         f"{entry.name} could not be downloaded.{''.join(reasons)}\nFor a machine without network access: run "
-        f"`python -m mae_dat fetch {entry.name} --mirror DIR` on one with access, copy DIR here and set "
+        f"`mae-dat get {entry.name} --output_dir DIR` on one with access, copy DIR here and set "
         f"{MIRROR_VARIABLE}=DIR. Or download the file by hand and save it as {path}; it is described at {entry.origin}."
     )
 

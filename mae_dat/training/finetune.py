@@ -1,7 +1,7 @@
 """Fine-tuning of a classifier, plainly or with DAT, and linear probes (`main_finetune.py`)."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig
 from mae_dat.config.parse import flat_values
-from mae_dat.config.runs import FinetuneConfig, load_finetune_config
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, eval_loader
@@ -298,8 +298,7 @@ def initialize_from(model: Classifier, source: str | Path) -> None:
         load_pretrained(model, source)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments, and log the accuracy of the result."""
-    console = console_for_command()
-    scores = finetune(load_finetune_config(arguments), console)
+def main(config: FinetuneConfig) -> None:
+    """Run the command, and log the accuracy of the result."""
+    scores = finetune(config, console_for_command())
     logger.info("accuracy %.2f %% top-1, %.2f %% top-5", scores["test_acc1"], scores["test_acc5"])

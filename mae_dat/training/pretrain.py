@@ -1,13 +1,12 @@
 """Masked-autoencoder pretraining on any folder of images, optionally with DAT (`main_pretrain.py`)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mae_dat.config.groups import MaskConfig
-from mae_dat.config.parse import flat_values, load_config
+from mae_dat.config.parse import flat_values
 from mae_dat.config.runs import PretrainConfig
 from mae_dat.data.image_set import Batch, ImageSet, Transform
 from mae_dat.data.open import training_images, with_channels
@@ -119,7 +118,6 @@ def draw_galleries(
     return galleries
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
-    console = console_for_command()
-    pretrain(load_config(PretrainConfig, arguments), console)
+def main(config: PretrainConfig) -> None:
+    """Run the command."""
+    pretrain(config, console_for_command())

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from tiny_models import tiny, tiny_mae
 
-from mae_dat.analysis.explore import EXAMPLES, ExploreConfig, build_application, find_examples, listen_locally
+from mae_dat.analysis.explore import EXAMPLES, build_application, find_examples, listen_locally
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, amplification, prediction_change
+from mae_dat.config.commands.explore import ExploreConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, DataError, MissingInputError
 from mae_dat.config.parse import load_config
 from mae_dat.data.generated import draw as generated

@@ -15,7 +15,8 @@ from tiny_runs import (
     pretrain_in,
 )
 
-from mae_dat.analysis.features import Features, FeaturesConfig, knn_accuracy, main, model_features
+from mae_dat.analysis.features import Features, knn_accuracy, main, model_features
+from mae_dat.config.commands.features import FeaturesConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit

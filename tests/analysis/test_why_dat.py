@@ -15,8 +15,9 @@ from tiny_runs import (
 )
 
 from mae_dat.analysis.statistics import Moments
-from mae_dat.analysis.why_dat import AnalysisConfig, analyze_network, main, mean_correlations
+from mae_dat.analysis.why_dat import analyze_network, main, mean_correlations
 from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES
+from mae_dat.config.commands.analyze import AnalyzeConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.transforms import EvalTransform
@@ -25,7 +26,7 @@ from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_callable
 from mae_dat.runtime.console import Console
 
-SETTINGS = AnalysisConfig(limit=12, batch_size=8, num_workers=0, pixel_steps=2)
+SETTINGS = AnalyzeConfig(limit=12, batch_size=8, num_workers=0, pixel_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,8 @@ def test_the_command_writes_numbers_page_and_figures(
 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean"):
-        AnalysisConfig(views=("symbolik",))
+        AnalyzeConfig(views=("symbolik",))
     with pytest.raises(ConfigError, match="--limit must be at least 4, got 3"):
-        AnalysisConfig(limit=3)
+        AnalyzeConfig(limit=3)
     with pytest.raises(ConfigError, match="need released"):
-        AnalysisConfig(views=("noise_length",))
+        AnalyzeConfig(views=("noise_length",))

@@ -133,7 +133,7 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([str(PACKAGE / "__main__.py"), "demo"], "python -m mae_dat demo --seeds 1"),
+        ([str(PACKAGE / "__main__.py"), "demo"], "mae-dat demo --seeds 1"),
         (["/a/main_pretrain.py"], "python main_pretrain.py --seeds 1"),
     ],
 )

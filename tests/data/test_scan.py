@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mae_dat.config.commands.pack import PackConfig
+from mae_dat.config.commands.scan import ScanConfig
 from mae_dat.config.errors import DataError, MissingInputError, OutputError, StorageError
 from mae_dat.data import scan
-from mae_dat.data.scan import ScanConfig
-from mae_dat.data.shards.pack import PackConfig, pack
+from mae_dat.data.shards.pack import pack
 from mae_dat.runtime.console import Console
 
 QUIET = Console(quiet=True)

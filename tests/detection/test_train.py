@@ -24,12 +24,13 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.adversaries import AttackConfig
+from mae_dat.config.commands.detect import DetectConfig
 from mae_dat.config.errors import ConfigError, DataError, InterruptError, MissingInputError
 from mae_dat.config.parse import load_config
 from mae_dat.detection.coco import PADDING_LABEL, BoxTransform, CocoImages, CocoSplit, find_annotations
 from mae_dat.detection.measure import coco_scores, corruption_summary
 from mae_dat.detection.objective import DetectionObjective, ground_truth
-from mae_dat.detection.train import DetectConfig, build_configured_detector, detect, measure_detector, open_coco_images
+from mae_dat.detection.train import build_configured_detector, detect, measure_detector, open_coco_images
 from mae_dat.models.detector import Detector, SimpleFeaturePyramid, build_detector
 from mae_dat.models.mae import build_mae
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer, load_tokenizer

@@ -8,8 +8,9 @@ import pytest
 from pages import Page
 from tiny_runs import draw_folder, one_thread, save_tokenizer  # noqa: F401 - one_thread is used by itself
 
+from mae_dat.config.commands.compare import CompareConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.experiments.compare import CompareConfig, compare
+from mae_dat.experiments.compare import compare
 from mae_dat.robustness.scores.results import read_results
 from mae_dat.robustness.suites.attacks import WORD_SUITES
 from mae_dat.runtime.console import Console

@@ -32,9 +32,10 @@ from word_curves import word_accuracy
 from mae_dat.attacks.discrete import image_generator
 from mae_dat.attacks.pixel import PIXEL_ATTACKS, pixel_adversary
 from mae_dat.attacks.word_budget import WordAttack
+from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, DataError, MissingInputError, NumericsError, UserError
 from mae_dat.data.loader import eval_loader
-from mae_dat.data.shards.pack import PackConfig, pack
+from mae_dat.data.shards.pack import pack
 from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.robustness import command as robustness
 from mae_dat.robustness.command import evaluate

@@ -145,7 +145,7 @@ def test_an_unknown_name_brings_the_nearest(tmp_path: Path, monkeypatch: pytest.
         find_released("mae_vit_bse_patch16")
     with pytest.raises(MissingInputError, match="no such file or folder.*did you mean mae_vit_base_patch16"):
         local_path("mae_vit_bse_patch16")
-    with pytest.raises(MissingInputError, match=r"output; .*python -m mae_dat fetch"):
+    with pytest.raises(MissingInputError, match=r"output; .*mae-dat list"):
         local_path("output")
 
 
@@ -381,7 +381,7 @@ def test_a_file_put_there_by_hand_is_taken_and_recorded(home: Path) -> None:
 
 def test_plain_http_without_a_known_hash_is_not_even_asked(server: Server) -> None:
     one = entry(server.page("/w", CONTENT), sha256=None)
-    with pytest.raises(DownloadError, match="not encrypted.*python -m mae_dat fetch tiny --trust"):
+    with pytest.raises(DownloadError, match="not encrypted.*mae-dat get tiny --trust"):
         fetch(one)
     assert not server.requests
     assert fetch(one, trust=True).is_file()
@@ -423,7 +423,7 @@ def test_no_network_is_said_with_the_way_out(home: Path) -> None:
     for part in (
         "nowhere.invalid",
         "refused",
-        "python -m mae_dat fetch tiny --mirror DIR",
+        "mae-dat list tiny --mirror DIR",
         "MAE_DAT_MIRROR=DIR",
         str(home),
     ):

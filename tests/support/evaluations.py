@@ -91,7 +91,7 @@ def evaluation(names: Sequence[str] = ("plain", "dat"), suites: Sequence[str] = 
     return {
         "format": FORMAT,
         "title": "Robustness of two fine-tunings",
-        "command": "python -m mae_dat robustness --checkpoint runs/plain runs/dat --suite all --data DATA --output OUT",
+        "command": "mae-dat evaluate --checkpoint runs/plain runs/dat --suite all --data DATA --output OUT",
         "created": "2025-01-02T03:04:05+00:00",
         "seconds": 4321.0,
         "machine": {"processor": "two cores"},

@@ -244,7 +244,7 @@ def test_a_size_that_the_tokenizer_cannot_take(finetune: Run, images: Path, tmp_
 def test_grey_pictures_and_a_tokenizer_of_colour(pretrain: Run, images: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "color.safetensors")
     flags = ["--data_path", images, "--dat", "--tokenizer", tokenizer, "--in_chans", "1"]
-    refused(pretrain(*flags), "(B, 3, H, W)", "python -m mae_dat train_tokenizer")
+    refused(pretrain(*flags), "(B, 3, H, W)", "mae-dat tokenizer train")
 
 
 def save_random(path: Path) -> Path:

@@ -23,9 +23,10 @@ import torch
 from checkpoint_states import names, save, state
 from hostile import as_archive, code, hostile_files, torch_pickle, traps
 
+from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, StorageError
 from mae_dat.models.tokenizer import load_tokenizer
-from mae_dat.models.weights.convert import ConvertConfig, convert
+from mae_dat.models.weights.convert import convert
 from mae_dat.models.weights.open import open_model
 from mae_dat.models.weights.read import read_model_file
 from mae_dat.runtime.run_log import RunLog

@@ -24,9 +24,10 @@ from whole_runs import assert_equal_states, final_state, records, signal_in_step
 
 from mae_dat.attacks.discrete import discrete_adversary
 from mae_dat.config.adversaries import AttackConfig, DatConfig
+from mae_dat.config.commands.compare import CompareConfig
 from mae_dat.config.errors import ConfigError, InterruptError
 from mae_dat.config.groups import AugmentConfig, MaskConfig
-from mae_dat.experiments.compare import CompareConfig, compare, groups_to_train, pretrain_config
+from mae_dat.experiments.compare import compare, groups_to_train, pretrain_config
 from mae_dat.experiments.variants import group_label
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaskedAutoencoder, build_mae, masked_mse

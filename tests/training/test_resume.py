@@ -10,14 +10,13 @@ import pytest
 from paths import GOLDEN
 from tiny_runs import draw_folder, pretrain_in
 
+from mae_dat.config.commands.tokenizer import DistillConfig, TokenizerConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import OptimConfig
 from mae_dat.config.parse import flat_values
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.training.resume import BATCH_SETTINGS, FREE_SETTINGS, changes, check_changes, keep_global_batch
-from mae_dat.training.tokenizer.distill import DistillConfig
-from mae_dat.training.tokenizer.train import TokenizerConfig
 
 # Every other setting changes the result; a new one must be put into one of the two lists by its author.
 CHANGES_THE_RESULT = {

@@ -61,7 +61,7 @@ def remote_root(url: str) -> Path:
         except UrlFailedError as error:
             reasons.append(f"\n  {source}/{INDEX_FILE}: {error}")
     if not any(root.glob(f"**/{INDEX_FILE}")):
-        raise DownloadError(f"{url} gave no index of shards; python -m mae_dat pack writes it.{''.join(reasons)}")
+        raise DownloadError(f"{url} gave no index of shards; mae-dat pack writes it.{''.join(reasons)}")
     return root
 
 

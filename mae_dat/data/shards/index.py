@@ -85,7 +85,7 @@ class ShardIndex:
 
 def read_index(folder: Path) -> ShardIndex:
     """Read the index of a folder of shards. Raises DataError for one that is damaged or inconsistent."""
-    path, advice = folder / INDEX_FILE, f"write it anew: python -m mae_dat pack --index {folder}"
+    path, advice = folder / INDEX_FILE, f"write it anew: mae-dat pack --index {folder}"
     try:
         file = read_weights(path)
         facts, tensors = file.facts, file.tensors

@@ -1,6 +1,6 @@
 """Pack a folder of images into tar shards, for data beyond one disk or on a network file system.
 
-`python -m mae_dat pack DIR OUT` writes OUT/train and OUT/val from DIR/train/CLASS/* and DIR/val/CLASS/*, or OUT from
+`mae-dat pack DIR OUT` writes OUT/train and OUT/val from DIR/train/CLASS/* and DIR/val/CLASS/*, or OUT from
 any folder of unlabelled images, in random order and with every image decoded once. `--index DIR` only writes the index
 of existing shards.
 """
@@ -11,12 +11,12 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from PIL import Image
 
+from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.errors import ConfigError, DataError, OutputError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.parse import load_config
@@ -32,41 +32,9 @@ from mae_dat.storage.files import atomic_write, prepare_output_folder
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class PackConfig:
-    """Packing of images into shards."""
-
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = ""
-    """Folder of images: train/CLASS/* and val/CLASS/*, or any images at all."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = ""
-    """New folder for the shards."""
-    index: str | None = None
-    """Instead: folder of *.tar shards that are there already, or of train and val with some; write their index."""
-    classes: str | None = None
-    """With --index: text file with the name of class 0 in its first line, of 1 in the second, and so on."""
-    shard_mb: float = 256.0
-    """Size of a shard, in MB (10^6 bytes)."""
-    size: int | None = None
-    """Shrink larger images to this shorter side in pixels and store them as JPEG (default: the files as they are).
-    Training reads them several times as fast; 256 is usual for --input_size 224."""
-    quality: int = 90
-    """Quality of the JPEGs that --size stores."""
-    labelled: bool = True
-    """--no_labelled takes train and val as they are, without classes."""
-    on_bad: Literal["fail", "skip"] = "fail"
-    """An image that cannot be decoded: stop and name it, or leave it out."""
-    num_workers: int = 4
-    """Processes that decode."""
-
-    def __post_init__(self) -> None:
-        if not self.shard_mb > 0 or (self.size is not None and self.size < 1) or not 1 <= self.quality <= 100:
-            raise ConfigError("--shard_mb and --size must be above 0, --quality from 1 to 100.")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
+def main(config: PackConfig) -> None:
+    """Run the command."""
     console = console_for_command()
-    config = load_config(PackConfig, arguments, __doc__ or "")
     if bool(config.index) == bool(config.source and config.out):
         raise ConfigError("give a folder of images and a folder for the shards, or --index DIR alone; see --help.")
     if config.index:

@@ -163,7 +163,7 @@ class Shards(ImageSet):
         return content[BLOCK:], self.name_of(index, header)
 
     def _advice(self) -> str:
-        return f"fetch the shard again, or write the index anew: python -m mae_dat pack --index {self.root}"
+        return f"fetch the shard again, or write the index anew: mae-dat pack --index {self.root}"
 
     def _read(self, shard: int, offset: int, count: int) -> bytes:
         """Read bytes of a shard. Raises OSError, and DataError if the shard has another length than in the index."""

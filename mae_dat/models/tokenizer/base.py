@@ -68,7 +68,7 @@ class VisualTokenizer(nn.Module, ABC):
         if image.ndim != 4 or image.shape[1] != self.in_chans:
             raise ConfigError(
                 f"the tokenizer takes images (B, {self.in_chans}, H, W) and was given {tuple(image.shape)}; "
-                "train one for other channels with python -m mae_dat train_tokenizer."
+                "train one for other channels with mae-dat tokenizer train."
             )
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:

@@ -110,14 +110,14 @@ class LightTokenizer(VisualTokenizer):
             config = LightConfig(**json.loads(file.metadata["config"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is no light tokenizer: {error}. Make one with python -m mae_dat train_tokenizer."
+                f"{path} is no light tokenizer: {error}. Make one with mae-dat tokenizer train."
             ) from error
         tokenizer = cls(config)
         check_keys(
             path,
             tokenizer.state_dict(),
             file.tensors,
-            "its configuration and weights disagree: make it again with python -m mae_dat train_tokenizer",
+            "its configuration and weights disagree: make it again with mae-dat tokenizer train",
         )
         tokenizer.load_state_dict(file.tensors)
         return tokenizer

@@ -1,23 +1,20 @@
-"""Convert weights for use elsewhere: `python -m mae_dat convert SOURCE DEST --to timm`.
+"""Convert weights for use elsewhere: `mae-dat convert SOURCE DEST --to timm`.
 
 SOURCE is any file or output folder that this project loads: MAE, Hugging Face ViTMAE, timm, DeiT, easyrobust, our own.
 The result is loaded again, as its users will, and compared with the source before the command ends.
 """
 
 import contextlib
-import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
+from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, OutputError
-from mae_dat.config.parse import load_config
 from mae_dat.models.modes import Network
 from mae_dat.models.weights.converters import CONVERTERS, Conversion, ModelOutputs, random_images, to_hub
 from mae_dat.models.weights.open import OpenedModel, open_model
@@ -32,23 +29,6 @@ _SUFFIXES = {
     "export": (".pt2",),
     "hf": (),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvertConfig:
-    """A conversion."""
-
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = tyro.MISSING
-    """Weights file or output folder."""
-    dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")] = tyro.MISSING
-    """File to write (timm: .safetensors or .pth, mae: .pth, onnx: .onnx, export: .pt2), or a folder (hf)."""
-    to: Literal["timm", "mae", "hf", "onnx", "export"] = tyro.MISSING
-    """timm: for timm.create_model(checkpoint_path=...). mae: MAE's own layout. hf: a folder for from_pretrained and
-    push_to_hub. onnx, export: a graph of the model, pixels in [0, 1] to logits (without a head: to tokens)."""
-    model: str | None = None
-    """Name of the architecture, if neither the file nor its shapes show it."""
-    license: str | None = None
-    """hf: licence for the model card, such as cc-by-nc-4.0 for what comes from MAE's published weights."""
 
 
 def convert(config: ConvertConfig) -> str:
@@ -123,7 +103,7 @@ def output_difference(before: Network, after: Network, image: Tensor) -> float:
     return difference
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
+def main(config: ConvertConfig) -> None:
+    """Run the command."""
     console_for_command()
-    print(convert(load_config(ConvertConfig, arguments, __doc__ or "")))
+    print(convert(config))

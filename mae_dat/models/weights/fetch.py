@@ -1,19 +1,13 @@
-"""List released weights, or download those named into $MAE_DAT_HOME/weights (~/.cache/mae_dat/weights).
+"""The commands that list and download released weights."""
 
-For a machine without internet: run --mirror DIR where there is internet, copy DIR, and set MAE_DAT_MIRROR=DIR.
-"""
-
-import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from mae_dat.config.parse import load_config
+from mae_dat.config.commands.weights import GetConfig, ListConfig
+from mae_dat.config.errors import ConfigError
 from mae_dat.storage.released import (
     ReleasedWeights,
     fetch,
@@ -26,24 +20,10 @@ from mae_dat.storage.released import (
 NON_COMMERCIAL = "CC-BY-NC-4.0"
 
 
-@dataclasses.dataclass(frozen=True)
-class FetchConfig:
-    """Released weights."""
-
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Which to download; none for the list."""
-    list: bool = False
-    """Show the list, or with names what is known of these; download nothing."""
-    trust: bool = False
-    """Take files over plain http of which no sha256 is known."""
-    mirror: str | None = None
-    """Folder to download into."""
-
-
 def _table(entries: dict[str, ReleasedWeights]) -> Table:
     """Return a table with a row for each of the weights; names are not wrapped, so that they can be copied."""
     name = Column("name", no_wrap=True, min_width=max(map(len, entries)))
-    headings = ("what it is", "MB", "licence", "sha256", "here")
+    headings = ("what it is", "MB", "license", "sha256", "here")
     rows = Table(name, *headings, box=None, pad_edge=False)
     for entry in entries.values():
         path = find_local_file(entry)
@@ -73,22 +53,26 @@ def _details(entry: ReleasedWeights) -> str:
     return "\n".join(f"{key:<11} {value}" for key, value in facts.items() if value)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def list_weights(config: ListConfig) -> None:
+    """Run `mae-dat list`: print the table of released weights, or what is known about those named."""
     screen = Console()
-    config = load_config(FetchConfig, arguments, __doc__ or "")
-    entries = {name: find_released(name) for name in config.names}
+    entries = [find_released(name) for name in config.names]
+    for entry in entries:
+        screen.print(_details(entry), end="\n\n", soft_wrap=True, highlight=False)
     if not entries:
         screen.print(_table(released_weights()))
         screen.print(
-            f"\n{NON_COMMERCIAL}: not for commercial use. Names stand for paths: --finetune, --resume, "
-            f"--tokenizer. Downloads go to {weights_folder()}.",
+            f"\n{NON_COMMERCIAL}: not for commercial use. A name can stand for a file in --finetune, --resume, "
+            f"--checkpoint and --tokenizer. Downloads go to {weights_folder()}.",
             highlight=False,
         )
-    for name, entry in entries.items():
-        if config.list:
-            screen.print(_details(entry), end="\n\n", soft_wrap=True, highlight=False)
-        else:
-            path = fetch(entry, config.trust, Path(config.mirror) if config.mirror else None)
-            screen.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+
+
+def get_weights(config: GetConfig) -> None:
+    """Run `mae-dat get`: download weights and print their paths. Raises ConfigError without a name, DownloadError."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not config.names:
+        raise ConfigError("which weights? Give one or more names; `mae-dat list` shows them.")
+    folder = Path(config.output_dir) if config.output_dir else None
+    for entry in [find_released(name) for name in config.names]:
+        print(f"{entry.name}: {fetch(entry, config.trust, folder)}")

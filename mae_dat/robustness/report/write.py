@@ -1,19 +1,20 @@
 """The report of an evaluation: report.html (one self-contained page), report.md, report.tex, report.csv and
 figures/*.png, all from its results alone.
 
-`python -m mae_dat scorecard OUT` makes them again from OUT/results.json. The same results give the same files.
+`mae-dat report OUT` makes them again from OUT/results.json. The same results give the same files.
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mae_dat.config.commands.report import ReportConfig
 from mae_dat.robustness.report import comparison, corruption_figures, figures, render, tables
 from mae_dat.robustness.report.corruption_table import corruption_table
 from mae_dat.robustness.report.figures import ReportFigure
 from mae_dat.robustness.report.findings import findings
+from mae_dat.robustness.report.headline import headline_text
 from mae_dat.robustness.report.published import published_tables
 from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.tables import Table
@@ -154,11 +155,11 @@ def _image(file: str, alt: str, folder: Path) -> ReportFigure | None:
     return ReportFigure(path.name, png, alt, alt) if png.startswith(PNG_SIGNATURE) else None
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Make the report again from the results.json of a folder."""
-    about = "Make report.html, report.md, report.tex and report.csv from the results.json of an evaluation."
-    parser = argparse.ArgumentParser(prog="python -m mae_dat scorecard", description=about)
-    parser.add_argument("folder", type=Path, help="holds results.json; the report is written there")
-    options = parser.parse_args(arguments)
-    report = summarize(read_results(options.folder / "results.json"))
-    print(write_report(report, options.folder))
+def main(config: ReportConfig) -> None:
+    """Make the report again from results.json, and print the main numbers."""
+    source = Path(config.results)
+    file = source / "results.json" if source.is_dir() else source
+    report = summarize(read_results(file))
+    path = write_report(report, Path(config.output_dir) if config.output_dir else file.parent)
+    print(headline_text(report))
+    print(path)

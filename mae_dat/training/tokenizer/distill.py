@@ -1,4 +1,4 @@
-"""Train a light student of any tokenizer: `python -m mae_dat distill_tokenizer --teacher FILE --data_path DIR ...
+"""Train a light student of any tokenizer: `mae-dat tokenizer distill --teacher FILE --data_path DIR ...
 --output_dir OUT`.
 
 The student keeps its teacher's codebook, so that words mean the same. Its encoder learns to predict the teacher's
@@ -7,10 +7,9 @@ OUT/tokenizer.safetensors`; its card `OUT/tokenizer.json` reports, on held-out i
 PSNR to the teacher's reconstructions, and the cost of both. Running the same command again resumes.
 """
 
-import dataclasses
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,33 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mae_dat.config.parse import load_config
+from mae_dat.config.commands.tokenizer import DistillConfig
 from mae_dat.data.loader import ImageLoader
 from mae_dat.models.tokenizer import VQGAN, VisualTokenizer, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.models.tokenizer.quantize import look_up, nearness
-from mae_dat.runtime.console import Console
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.training.objectives.base import Parts
 from mae_dat.training.optim import clip_gradient
-from mae_dat.training.tokenizer.trainer import FoldersConfig, TokenizerObjective, TokenizerTrainer, train_to_file
+from mae_dat.training.tokenizer.trainer import TokenizerObjective, TokenizerTrainer, train_to_file
 
 # Places of a batch whose words are classified: the scores of 16,384 words at all of them would be gigabytes.
 _PLACES = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig(FoldersConfig):
-    """Training of a student. Factor, words and channels are the teacher's."""
-
-    command = "distill_tokenizer"
-    teacher: str = "embedded"
-    """As --tokenizer of the training commands: `embedded`, a released name, or a file."""
-    width: int = 32
-    encoder_blocks: int = 1
-    decoder_blocks: int = 2
-    word_weight: float = 0.1
-    """Weight of the words' cross-entropy beside the distance to the teacher's latents."""
 
 
 class Distillation(TokenizerObjective):
@@ -177,8 +162,6 @@ def train_student(config: DistillConfig, console: Console) -> Path:
     return train_to_file(config, console, Distillation, StudentTrainer)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
-    console = Console()
-    console.start_logging()
-    train_student(load_config(DistillConfig, arguments, __doc__ or ""), console)
+def main(config: DistillConfig) -> None:
+    """Run the command."""
+    train_student(config, console_for_command())

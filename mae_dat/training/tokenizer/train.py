@@ -1,4 +1,4 @@
-"""Train a light tokenizer on any folders of images: `python -m mae_dat train_tokenizer --data_path DIR ...
+"""Train a light tokenizer on any folders of images: `mae-dat tokenizer train --data_path DIR ...
 --output_dir OUT`.
 
 Reconstruction + vector quantization + a PatchGAN (Esser et al. 2021, eqs. 4-7, without the perceptual term, whose
@@ -8,7 +8,7 @@ command again resumes. The result, `OUT/tokenizer.safetensors` with its card `OU
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_dat.config.parse import load_config
+from mae_dat.config.commands.tokenizer import TokenizerConfig
 from mae_dat.data.loader import ImageLoader
 from mae_dat.models.modes import autocast
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
 from mae_dat.models.tokenizer.quantize import look_up, straight_through, vq_loss
-from mae_dat.runtime.console import Console
+from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype
 from mae_dat.training.objectives.base import Parts
-from mae_dat.training.tokenizer.trainer import FoldersConfig, TokenizerObjective, train_to_file
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerConfig(FoldersConfig):
-    """Training of a light tokenizer. The defaults made the embedded one."""
-
-    command = "train_tokenizer"
-    factor: int = 4
-    """Pixels per word along a side."""
-    num_words: int = 512
-    word_dim: int = 8
-    in_chans: int = 3
-    beta: float = 0.25
-    """Weight of the commitment loss."""
-    gan_weight: float = 0.1
-    """Gradient of the PatchGAN term relative to the reconstruction's at the last layer."""
-    gan_start: float = 0.6
-    """Share of the steps after which the PatchGAN joins."""
-    restart_every: int = 100
-    """Steps without use after which a code is restarted."""
+from mae_dat.training.tokenizer.trainer import TokenizerObjective, train_to_file
 
 
 class VQReconstruction(TokenizerObjective):
@@ -185,8 +165,6 @@ def train_tokenizer(config: TokenizerConfig, console: Console) -> Path:
     return train_to_file(config, console, VQReconstruction)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command with its arguments."""
-    console = Console()
-    console.start_logging()
-    train_tokenizer(load_config(TokenizerConfig, arguments, __doc__ or ""), console)
+def main(config: TokenizerConfig) -> None:
+    """Run the command."""
+    train_tokenizer(config, console_for_command())

@@ -14,19 +14,20 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from mae_dat.config.commands.tokenizer import TokenizerTrainingConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig, image_size
+from mae_dat.config.groups import DEMO, DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import command_line, flat_values
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import Batch, ImageFolder, ImageSet, Sample
 from mae_dat.data.loader import ImageLoader, eval_loader
-from mae_dat.data.open import DEMO, image_root
+from mae_dat.data.open import image_root
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.tokenizer.light import LightTokenizer
 from mae_dat.runtime.console import Console
@@ -47,46 +48,13 @@ LOG_EVERY = 100
 """Steps between records in log.txt."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FoldersConfig:
-    """What every training of a light tokenizer needs: images, steps, output folder."""
-
-    command: ClassVar[str]
-    """The name of the command in messages: `python -m mae_dat` comes before it."""
-    data_path: tuple[str, ...] = ("demo",)
-    """Folders of images, or `demo` for the generated ones; DIR/train is taken where it exists."""
-    val_path: tuple[str, ...] = ()
-    """Held-out folders, without a split of their own, measured at the end; `demo` for the generated ones."""
-    output_dir: str = "./output_tokenizer"
-    input_size: tuple[int, ...] = (64,)
-    on_bad: Literal["fail", "skip"] = "fail"
-    width: int = 64
-    encoder_blocks: int = 2
-    decoder_blocks: int = 4
-    steps: int = 15000
-    batch_size: int = 32
-    lr: float = 2e-3
-    save_every: int = 500
-    num_workers: int = 2
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    seed: int = 0
-    allow_change: tuple[str, ...] = ()
-    """Settings that may differ from the checkpoint's although they change the result, such as `steps lr`."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return image_size(self.input_size)
-
-
 class TokenizerObjective(Objective):
     """What a light tokenizer is trained for, with the tokenizer and all else that training changes."""
 
     tokenizer: LightTokenizer
     step = 0
 
-    def __init__(self, config: FoldersConfig, device: torch.device) -> None:
+    def __init__(self, config: TokenizerTrainingConfig, device: torch.device) -> None:
         self.config, self.device = config, device
 
     def begin(self, epoch: float) -> None:
@@ -239,7 +207,7 @@ class JoinedFolders(ImageSet):
         return hashlib.sha256("".join(folder.fingerprint() for folder in self.folders).encode()).hexdigest()
 
 
-def training_folders(config: FoldersConfig) -> JoinedFolders:
+def training_folders(config: TokenizerTrainingConfig) -> JoinedFolders:
     """Open all images to train on; of a root with a `train` folder, those in it."""
     roots = [find_split(image_root(path), "train", labelled=False) for path in config.data_path]
     transform = train_transform(config.image_size)
@@ -248,14 +216,14 @@ def training_folders(config: FoldersConfig) -> JoinedFolders:
     )
 
 
-def held_out_folder(config: FoldersConfig, path: str) -> ImageFolder:
+def held_out_folder(config: TokenizerTrainingConfig, path: str) -> ImageFolder:
     """Open images to measure on, without augmentation."""
     root = image_root(path) / "val" if path == DEMO else Path(path)
     return ImageFolder(root, EvalTransform(config.image_size), labelled=False, on_bad=config.on_bad)
 
 
 def train_to_file(
-    config: FoldersConfig,
+    config: TokenizerTrainingConfig,
     console: Console,
     objective_class: type[TokenizerObjective],
     trainer_class: type[TokenizerTrainer] = TokenizerTrainer,
@@ -290,12 +258,14 @@ def train_to_file(
         return export_tokenizer(config, objective, context, seconds=time.monotonic() - start)
 
 
-def tokenizer_optim(config: FoldersConfig) -> OptimConfig:
+def tokenizer_optim(config: TokenizerTrainingConfig) -> OptimConfig:
     """Return the loop's settings; the learning rate follows `cosine` instead of the loop's own schedule."""
     return OptimConfig(batch_size=config.batch_size, epochs=config.steps, lr=config.lr, warmup_epochs=0, clip_grad=1.0)
 
 
-def export_tokenizer(config: FoldersConfig, objective: TokenizerObjective, context: RunContext, seconds: float) -> Path:
+def export_tokenizer(
+    config: TokenizerTrainingConfig, objective: TokenizerObjective, context: RunContext, seconds: float
+) -> Path:
     """Write `tokenizer.safetensors` and its card: settings, figures on held-out images, sha256; return the path."""
     path = context.output / "tokenizer.safetensors"
     objective.tokenizer.save(path)
@@ -307,7 +277,7 @@ def export_tokenizer(config: FoldersConfig, objective: TokenizerObjective, conte
         logger.info("held out, %s: %s", root, figures)
     card = {
         "sha256": sha256_of(path),
-        "command": command_line(config.command),
+        "command": command_line(),
         "settings": dataclasses.asdict(config),
         "held_out": held_out,
         "seconds_of_the_last_session": round(seconds),

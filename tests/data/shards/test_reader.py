@@ -19,6 +19,7 @@ from tiny_runs import draw_folder, finetune_in, one_thread, outcome_of, pretrain
 from torchvision.transforms.functional import to_tensor
 from weights_server import Server, serving
 
+from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.errors import ConfigError, DataError, DownloadError, InterruptError, MissingInputError
 from mae_dat.config.groups import DataConfig
 from mae_dat.config.parse import load_config
@@ -31,7 +32,7 @@ from mae_dat.data.shards import cache as shard_cache
 from mae_dat.data.shards import pack as packing
 from mae_dat.data.shards import reader as shards
 from mae_dat.data.shards.index import build_index, read_index
-from mae_dat.data.shards.pack import PackConfig, pack
+from mae_dat.data.shards.pack import pack
 from mae_dat.data.shards.reader import Shards, count_lanes, shard_order
 from mae_dat.data.transforms import PretrainTransform
 from mae_dat.runtime.console import Console
@@ -201,7 +202,7 @@ def test_webdatasets_shards_are_read_with_names_from_a_list(
             image = {"png" if index % 2 else "PNG": Path(path).read_bytes()}
             number = {"json": {"label": label, "text": "a picture"}} if index % 3 else {"cls": label}
             writer.write({"__key__": f"{'long/' * 20}a{index:04d}", "txt": "words", **image, **number})
-    with pytest.raises(MissingInputError, match=r"without their index: python -m mae_dat pack --index"):
+    with pytest.raises(MissingInputError, match=r"without their index: mae-dat pack --index"):
         open_images(tmp_path / "val", to_tensor)
     (tmp_path / "names.txt").write_text("\n".join(there.classes))
     packing.main(["--index", str(tmp_path), "--classes", str(tmp_path / "names.txt")])

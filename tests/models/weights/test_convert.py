@@ -12,11 +12,12 @@ from tiny_models import equal_states, tiny, tiny_mae
 from torch import Tensor
 
 from golden_rule import fill_by_rule
+from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, UserError
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit
 from mae_dat.models.mae import IMAGENET_STD, VIT_SIZES, MaskedAutoencoder, build_mae
 from mae_dat.models.weights import convert as converting
-from mae_dat.models.weights.convert import ConvertConfig, convert
+from mae_dat.models.weights.convert import convert
 from mae_dat.models.weights.converters import TIMM_NAMES, timm_arguments
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.huggingface import HubClassifier, HubMaskedAutoencoder

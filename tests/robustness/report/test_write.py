@@ -490,6 +490,6 @@ def test_counts_of_a_callable_have_no_sha256() -> None:
 def test_the_page_fits_a_phone(tmp_path: Path) -> None:
     """Nothing is wider than a phone: tables scroll inside their own boxes."""
     results = evaluation(("plain", "random", "dat"))
-    results["command"] = "python -m mae_dat robustness --data /" + "x" * 200
+    results["command"] = "mae-dat evaluate --data /" + "x" * 200
     content, frame = phone_widths(write_report(summarize(results), tmp_path).read_text(), tmp_path)
     assert content <= frame <= 390

@@ -11,13 +11,14 @@ import torch
 from single_steps import SingleSteps
 from tiny_tokenizers import pictures
 
+from mae_dat.config.commands.tokenizer import DistillConfig
 from mae_dat.config.errors import NumericsError
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models.tokenizer import VQGAN, LightTokenizer, VQGANConfig, load_tokenizer, share_changed
 from mae_dat.runtime.console import Console
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.storage.files import sha256_of
-from mae_dat.training.tokenizer.distill import Distillation, DistillConfig, StudentTrainer, train_student
+from mae_dat.training.tokenizer.distill import Distillation, StudentTrainer, train_student
 
 CPU = torch.device("cpu")
 TINY = DistillConfig(input_size=(32,), width=16, decoder_blocks=1, steps=6, batch_size=8)
@@ -62,7 +63,7 @@ def test_the_card_tells_what_a_student_is_and_a_resumed_run_is_bitwise_the_same(
     assert isinstance(loaded, LightTokenizer)
     assert torch.equal(loaded.codebook, load_tokenizer().codebook)
     card = json.loads(path.with_suffix(".json").read_text())
-    assert card["command"].startswith("python -m mae_dat distill_tokenizer")
+    assert card["command"].startswith("mae-dat tokenizer distill")
     assert (card["sha256"], card["settings"]["teacher"]) == (sha256_of(path), "embedded")
     (facts,) = card["held_out"].values()
     image = pictures(10, size=32)

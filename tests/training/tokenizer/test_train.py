@@ -21,13 +21,14 @@ from tiny_tokenizers import pictures
 from torch import Tensor
 
 from golden_rule import fill_by_rule
+from mae_dat.config.commands.tokenizer import TokenizerConfig
 from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, NumericsError
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models.tokenizer import LightTokenizer, load_tokenizer
 from mae_dat.runtime.console import Console
 from mae_dat.storage.checkpoint import newest_checkpoint, save_checkpoint
 from mae_dat.storage.files import sha256_of
-from mae_dat.training.tokenizer.train import TokenizerConfig, VQReconstruction, train_tokenizer
+from mae_dat.training.tokenizer.train import VQReconstruction, train_tokenizer
 from mae_dat.training.tokenizer.trainer import TokenizerTrainer, cosine
 
 TINY = TokenizerConfig(
@@ -79,7 +80,7 @@ def test_a_run_leaves_a_tokenizer_and_its_card(trained: Path) -> None:
     card = json.loads((trained / "tokenizer.json").read_text())
     assert card["sha256"] == sha256_of(path)
     assert card["settings"]["steps"] == 12
-    assert card["command"].startswith("python -m mae_dat train_tokenizer")
+    assert card["command"].startswith("mae-dat tokenizer train")
     (facts,) = card["held_out"].values()
     assert list(card["held_out"]) == ["demo/val"]
     assert facts["pictures"] == 10

@@ -1,0 +1,1 @@
+"""Flags of the commands other than pretraining and fine-tuning, one module for each command."""

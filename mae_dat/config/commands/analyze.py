@@ -1,0 +1,64 @@
+"""Flags of `mae-dat analyze`."""
+
+import dataclasses
+
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import default_num_workers
+from mae_dat.config.parse import suggest
+
+ANALYZED_VIEWS = (
+    "reconstruction", "random", "released", "symbolic", "pixel", "pixel_length", "noise_length", "pixel_decoded",
+)  # fmt: skip
+"""Versions of an image that can be compared with the clean one."""
+_MIN_IMAGES = 4  # two in each half: the variance of a single value is 0, which correlates with nothing
+_MATCHED = ("pixel_length", "noise_length", "pixel_decoded")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzeConfig:
+    """Measure why discrete adversaries help, as Mao et al. 2022 explain it.
+
+    Attacks each classifier with discrete and pixel adversaries on validation images. Measures how far the statistics
+    inside the network (Fig. 2) and its features are from those of clean images, and what the perturbations look like
+    (Fig. 3). `pixel_length` and `noise_length` change an image by the same L2 distance as DAT; `pixel_decoded` starts
+    from the reconstruction and goes as far from it as DAT does. Writes analysis.json, analysis.html and figures/*.png.
+    """
+
+    checkpoint: tuple[str, ...] = ()
+    """Classifiers: output folders, weights files or released names."""
+    model: tuple[str, ...] = ()
+    """Architecture, if a file does not contain it: one for all, or one each. With --pretrained: timm's names."""
+    pretrained: bool = False
+    """Analyze the models of --model with timm's own weights."""
+    names: tuple[str, ...] = ()
+    """Titles of the models in the report (default: names of the folders or files)."""
+    data_path: str | None = None
+    """Folder with val/CLASS/*, or `demo` (default: the environment variable MAE_DAT_DATA)."""
+    output_dir: str = "output/analysis"
+    """Folder for analysis.json, analysis.html and figures/*.png."""
+    limit: int | None = 256
+    """Images, evenly spread (None: all)."""
+    views: tuple[str, ...] = ANALYZED_VIEWS
+    """Versions of the images to compare with the clean ones: reconstruction, random, released, symbolic,
+    pixel, pixel_length, noise_length, pixel_decoded."""
+    share: float = 0.05
+    """Share of the words that the discrete adversaries change."""
+    pixel_eps: float = 4 / 255
+    """Linf radius of the pixel attack, pixels in [0, 1]."""
+    pixel_steps: int = 10
+    tokenizer: str = "embedded"
+    batch_size: int = 32
+    num_workers: int = dataclasses.field(default_factory=default_num_workers)
+    """Processes that decode images (default: the CPU cores of this process, at most 10; 0: the main process)."""
+    device: str = "auto"
+    seed: int = 0
+    """Seed of the attacks."""
+
+    def __post_init__(self) -> None:
+        for view in self.views:
+            if view not in ANALYZED_VIEWS:
+                raise ConfigError(f"--views: unknown view {view!r}: {suggest(view, ANALYZED_VIEWS)}")
+        if set(_MATCHED) & set(self.views) and "released" not in self.views:
+            raise ConfigError(f"--views {', '.join(_MATCHED)} need released, whose length they match.")
+        if self.limit is not None and self.limit < _MIN_IMAGES:
+            raise ConfigError(f"--limit must be at least {_MIN_IMAGES}, got {self.limit}.")

@@ -1,0 +1,22 @@
+"""The headline of an evaluation as text for a console."""
+
+from mae_dat.robustness.report.comparison import headline_table
+from mae_dat.robustness.report.summarize import ReportData
+from mae_dat.robustness.report.tables import precision_text
+
+
+def headline_text(report: ReportData) -> str:
+    """Return the headline numbers in aligned columns, with a first line if they are not of whole benchmarks."""
+    lines = []
+    if report.image_subset and report.subset_of_all:
+        lines.append(f"Not the whole benchmarks: {report.image_subset} of every suite.")
+    table = headline_table(report)
+    rows = [table.head, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
+    for row in rows:
+        numbers = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
+    for model, title in report.model_titles.items():
+        if model in report.agreement:
+            lines.append(f"{title}: {precision_text(report.models[model], report.agreement[model])}")
+    return "\n".join(lines)
