@@ -55,7 +55,7 @@ def _finetune_or_evaluate(config: Any) -> str:
 GROUPS: dict[str, dict[str, Verb]] = {
     "train": {
         "pretrain": Verb(
-            "pretrain a masked autoencoder on any images, optionally with DAT",
+            "pretrain a masked autoencoder, plainly or with DAT",
             "config.runs:PretrainConfig",
             "training.pretrain:main",
             (
@@ -102,7 +102,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
     },
     "measure": {
         "evaluate": Verb(
-            "evaluate models on every robustness benchmark, with a report",
+            "evaluate models on every robustness benchmark",
             "config.commands.evaluate:EvaluateConfig",
             "robustness.command:main",
             (
@@ -111,7 +111,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "compare": Verb(
-            "fine-tune plainly, with random words, with DAT; one report",
+            "compare plain, random words and DAT in one report",
             "config.commands.compare:CompareConfig",
             "experiments.compare:main",
             (
@@ -120,7 +120,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "features": Verb(
-            "extract features; classify images by nearest neighbors",
+            "extract features; nearest neighbors",
             "config.commands.features:FeaturesConfig",
             "analysis.features:main",
             (
@@ -129,7 +129,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "report": Verb(
-            "make the report of an evaluation again, from results.json",
+            "make a report again, from results.json",
             "config.commands.report:ReportConfig",
             "robustness.report.write:main",
             ("mae-dat report output/evaluation", "mae-dat report results.json --output_dir REPORT"),
@@ -179,13 +179,13 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "explore": Verb(
-            "corrupt one image, or change its words, on a local page",
+            "corrupt one image or change its words, on a page",
             "config.commands.explore:ExploreConfig",
             "analysis.explore:main",
             ("mae-dat explore", "mae-dat explore --checkpoint OUT_A OUT_B --images DIR"),
         ),
         "analyze": Verb(
-            "compare adversarial with clean images inside a model",
+            "compare adversarial and clean images in a model",
             "config.commands.analyze:AnalyzeConfig",
             "analysis.why_dat:main",
             (
@@ -222,7 +222,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ("mae-dat get mae_vit_base_patch16", "mae-dat get vqgan_f8_16384 --output_dir MIRROR"),
         ),
         "convert": Verb(
-            "convert weights to timm, MAE, Hugging Face, ONNX, torch.export",
+            "convert to timm, MAE, Hugging Face, ONNX",
             "config.commands.convert:ConvertConfig",
             "models.weights.convert:main",
             ("mae-dat convert OUT my_vit.safetensors --to timm", "mae-dat convert OUT my_vit.onnx --to onnx"),
@@ -255,7 +255,7 @@ def overview(prefix: str = "") -> str:
     for title, verbs in GROUPS.items():
         shown = {name: verb.summary for name, verb in verbs.items() if not prefix or name.startswith(f"{prefix} ")}
         if title == "help" and not prefix:
-            lines += ["jobs:", _line(LAUNCHER, "submit a command to SLURM, or run it in the background"), ""]
+            lines += ["jobs:", _line(LAUNCHER, "run a verb on SLURM, or here in the background"), ""]
         if shown:
             lines += [f"{title}:", *(_line(name, summary) for name, summary in shown.items()), ""]
     lines += [f"{PROGRAM} VERB --help lists the flags of a verb.", "", "examples:"]

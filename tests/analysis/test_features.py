@@ -13,9 +13,10 @@ from tiny_runs import (
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
     pretrain_in,
+    verb,
 )
 
-from mae_dat.analysis.features import Features, knn_accuracy, main, model_features
+from mae_dat.analysis.features import Features, knn_accuracy, model_features
 from mae_dat.config.commands.features import FeaturesConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config
@@ -120,17 +121,17 @@ def test_a_pretraining_is_measured_and_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = ["--checkpoint", str(pretrained), "--data_path", str(images), "--num_workers", "0"]
-    output = tmp_path / "new" / "features.npz"
-    done = outcome_of(main, [*given, "--knn", "5", "--output", str(output)], monkeypatch, capsys)
+    output = tmp_path / "new"
+    done = outcome_of(verb("features"), [*given, "--knn", "5", "--output_dir", str(output)], monkeypatch, capsys)
     assert done.code == 0, done.stderr
-    assert "5 nearest neighbours: accuracy" in done.stderr
-    arrays = np.load(output, allow_pickle=False)
+    assert "5 nearest neighbors: accuracy" in done.stderr
+    arrays = np.load(output / "features.npz", allow_pickle=False)
     assert arrays["features"].shape == (20, 128)
     assert sorted(arrays["labels"].tolist()) == sorted(list(range(10)) * 2)
     assert all(Path(path).is_file() for path in arrays["paths"])
-    output = tmp_path / "all.safetensors"
-    flags = ["--split", "all", "--pool", "tokens", "--output", str(output)]
-    assert outcome_of(main, [*given, *flags], monkeypatch, capsys).code == 0
+    flags = ["--split", "all", "--pool", "tokens", "--output_dir", str(output), "--format", "safetensors"]
+    assert outcome_of(verb("features"), [*given, *flags], monkeypatch, capsys).code == 0
+    output /= "features.safetensors"
     tensors = load_file(output)
     assert tensors["features"].shape == (64, 16, 128)
     assert set(tensors["labels"].tolist()) == {-1}
@@ -143,8 +144,8 @@ def test_a_classifier_separates_what_it_was_trained_on(
 ) -> None:
     finetune_in(tmp_path / "cnn", images, "--model", "test_resnet")
     given = ["--checkpoint", str(tmp_path / "cnn"), "--data_path", str(images), "--num_workers", "0", "--knn", "3"]
-    assert "top-1" in outcome_of(main, given, monkeypatch, capsys).stderr
-    refused = outcome_of(main, [*given, "--pool", "cls"], monkeypatch, capsys)
+    assert "top-1" in outcome_of(verb("features"), given, monkeypatch, capsys).stderr
+    refused = outcome_of(verb("features"), [*given, "--pool", "cls"], monkeypatch, capsys)
     assert refused.code == ConfigError.exit_code
     assert "no class token" in refused.stderr
 
@@ -152,8 +153,7 @@ def test_a_classifier_separates_what_it_was_trained_on(
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--output", "features.csv"], "must end in .npz or .safetensors"),
-        (["--knn", "0"], "at least 1 neighbour"),
+        (["--knn", "0"], "at least 1 neighbor"),
         (["--knn", "5", "--pool", "tokens"], "--pool mean or cls"),
         (["--knn", "5", "--temperature", "0"], "temperature above 0"),
     ],
@@ -164,4 +164,4 @@ def test_flags_that_cannot_work_are_refused(flags: list[str], message: str) -> N
 
 
 def test_nothing_to_do_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nothing to do" in outcome_of(main, ["--checkpoint", "OUT"], monkeypatch, capsys).stderr
+    assert "nothing to do" in outcome_of(verb("features"), ["--checkpoint", "OUT"], monkeypatch, capsys).stderr

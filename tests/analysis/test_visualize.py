@@ -16,6 +16,7 @@ from tiny_runs import (
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
     save_tokenizer,
+    verb,
 )
 from torch import nn
 
@@ -68,7 +69,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         given = list(map(str, arguments))
         given += [] if "--images" in given else ["--images", str(images)]
         given += ["--output_dir", str(tmp_path / "drawn"), "--device", "cpu"]
-        return outcome_of(visualize.main, [what, *given], monkeypatch, capsys)
+        return outcome_of(verb("visualize"), [what, *given], monkeypatch, capsys)
 
     return call
 
@@ -214,18 +215,18 @@ def test_other_sizes_and_tokenizers_fit(draw: Draw, classifier: Path, tmp_path: 
 
 def test_help_needs_no_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--help"]):
-        visualize.main(arguments)
+        verb("visualize")(arguments)
         told = capsys.readouterr().out
-        assert all(what in told for what in visualize.GALLERY_KINDS)
+        assert all(what in told for what in ("reconstruction", "attention", "words", "adversary"))
     with pytest.raises(SystemExit):
-        visualize.main(["attention", "--help"])
+        verb("visualize")(["attention", "--help"])
     assert "--rollout" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("what", "arguments", "words"),
     [
-        ("atention", [], ["'atention'", "did you mean attention"]),
+        ("atention", [], ["'visualize atention'", "did you mean visualize attention"]),
         ("reconstruction", [], ["--checkpoint is missing"]),
         ("reconstruction", ["--checkpoint", "nowhere"], ["nowhere"]),
         ("reconstruction", ["--checkpoint", "{fine}"], ["fine (vit_demo_patch8) is a classifier"]),

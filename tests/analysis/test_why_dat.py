@@ -12,10 +12,11 @@ from tiny_runs import (
     finetune_in,
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
+    verb,
 )
 
 from mae_dat.analysis.statistics import Moments
-from mae_dat.analysis.why_dat import analyze_network, main, mean_correlations
+from mae_dat.analysis.why_dat import analyze_network, mean_correlations
 from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES
 from mae_dat.config.commands.analyze import AnalyzeConfig
 from mae_dat.config.errors import ConfigError
@@ -104,7 +105,7 @@ def test_the_command_writes_numbers_page_and_figures(
     finetune_in(checkpoint, images)
     given = ["--checkpoint", str(checkpoint), "--names", "a <b>", "--data_path", str(images), "--num_workers", "0"]
     few = ["--limit", "4", "--views", "released", "pixel", "--pixel_steps", "1", "--output_dir", str(output)]
-    outcome = outcome_of(main, [*given, *few], monkeypatch, capsys)
+    outcome = outcome_of(verb("analyze"), [*given, *few], monkeypatch, capsys)
     assert outcome.code == 0, outcome.stderr
     numbers = json.loads((output / "analysis.json").read_text())["networks"][0]["views"]
     assert list(numbers) == [CLEAN_VIEW, "released", "pixel"]

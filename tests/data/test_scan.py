@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import verb
 
 from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.commands.scan import ScanConfig
@@ -88,14 +89,14 @@ def test_every_kind_of_bad_image_is_found(
 ) -> None:
     arguments = [str(folder), "--num_workers", "2"]
     with pytest.raises(DataError, match=f"has {len(BAD)} faults"):
-        scan.main(arguments)
+        verb("scan")(arguments)
     told = capsys.readouterr().out
     assert [name for name in BAD if f"/{name}: " not in told] == []
     assert f"{60 + len(BAD)} images, {len(BAD)} faults" in told
     assert len((folder / "manifest.jsonl").read_text().splitlines()) == 60
     for name in BAD:
         (folder / "class1" / name).unlink()
-    scan.main(arguments)
+    verb("scan")(arguments)
     assert "60 images, 0 faults" in capsys.readouterr().out
 
 
@@ -173,12 +174,12 @@ def test_shards_are_held_against_their_index(
         (tmp_path / "source" / "train" / "class1" / name).unlink()
     pack(PackConfig(str(tmp_path / "source"), str(tmp_path / "out"), shard_mb=0.05, num_workers=0), QUIET)
     arguments = [str(tmp_path / "out"), "--num_workers", "0"]
-    scan.main(arguments)
+    verb("scan")(arguments)
     assert "60 images, 0 faults" in capsys.readouterr().out
     shard = sorted((tmp_path / "out" / "train").glob("*.tar"))[1]
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DataError, match="has 1 faults"):
-        scan.main(arguments)
+        verb("scan")(arguments)
     assert f"{shard}: not the file of the index" in capsys.readouterr().out

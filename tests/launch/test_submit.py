@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_dat.cli import COMMANDS
-from mae_dat.config.errors import ConfigError, MissingInputError, NoProgressError, OutputError, UserError
+from mae_dat.cli import VERBS
+from mae_dat.config.errors import ConfigError, MissingInputError, NoProgressError, OutputError, UsageError, UserError
 from mae_dat.launch.executors import batch_file
 from mae_dat.launch.job import JobConfig
 from mae_dat.launch.submit import checked_tasks, main, parse_command
@@ -104,7 +104,7 @@ def test_dry_run_prints_the_batch_file_and_leaves_no_trace(script: Path, tmp_pat
 
 def batch_text(*words: str) -> str:
     """The batch file of a dry run in this process."""
-    config, task = parse_command(["--dry_run", *words])
+    config, task = parse_command(["--dry_run", *words], VERBS)
     return batch_file(config.resolve(), task, ROOT, "python submit.py")
 
 
@@ -135,7 +135,7 @@ def test_an_array_has_the_users_indices_and_waits_for_its_files(script: Path) ->
     [("--comment", "x\ntouch pwned"), ("--partition", "a\rb"), ("--job_dir", "a\nb/%j"), ("--python", "p\n")],
 )
 def test_a_line_break_would_be_a_command_of_the_batch_file(script: Path, flag: str, value: str) -> None:
-    config, _ = parse_command([flag, value, "--dry_run", str(script)])
+    config, _ = parse_command([flag, value, "--dry_run", str(script)], VERBS)
     with pytest.raises(ConfigError, match=f"{flag} .*line breaks"):
         config.resolve()
 
@@ -158,35 +158,34 @@ def test_what_is_typed_is_never_run_by_the_batch_file(tmp_path: Path) -> None:
 def test_everything_after_the_script_is_the_scripts(script: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ["--config", "a b.yaml", "--dat", "--lr=1e-3", "--nodes", "7", "--", "-x", "--partiton", "other.py"]
     with caplog.at_level(logging.WARNING):
-        config, task = parse_command(["--nodes", "3", "--dry-run", "--partition=p", str(script), *words])
+        config, task = parse_command(["--nodes", "3", "--dry-run", "--partition=p", str(script), *words], VERBS)
     assert (config.nodes, config.partition, config.dry_run) == (3, "p", True)
     assert (task.script, task.args) == (str(script), tuple(words))
     assert [record.getMessage().split()[0] for record in caplog.records] == ["--nodes"]
 
 
-def test_a_module_of_the_package_is_a_script_too() -> None:
-    config, task = parse_command(["--dry_run", "-m", "mae_dat", "compare", "--seeds", "0"], COMMANDS)
-    assert task.command == [sys.executable, "-P", "-m", "mae_dat", "compare", "--seeds", "0"]
-    assert config.dry_run
-    with pytest.raises(MissingInputError, match=r"-m mae_dat compar: did you mean compare"):
-        parse_command(["-m", "mae_dat", "compar"], COMMANDS)
-    for words in (["mae_dat.compare"], ["mae_dat"], ["other", "compare"]):
-        with pytest.raises(MissingInputError, match="use -m mae_dat COMMAND"):
-            parse_command(["-m", *words], COMMANDS)
+def test_a_verb_is_submitted_like_a_script() -> None:
+    for verb in (["compare", "--seeds", "0"], ["tokenizer", "train", "--steps", "3"]):
+        config, task = parse_command(["--dry_run", *verb], VERBS)
+        assert task.command == [sys.executable, "-P", "-m", "mae_dat", *verb]
+        assert config.dry_run
+    with pytest.raises(UsageError, match=r"no verb 'compar': did you mean compare"):
+        parse_command(["compar"], VERBS)
+    with pytest.raises(UsageError, match=r"no verb 'tokenizer'"):
+        parse_command(["tokenizer", "trian"], VERBS)
 
 
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["--node", "4", "train.py"], ConfigError, "--node: did you mean --nodes"),
-        (["--job_dri=x", "train.py"], ConfigError, "did you mean --job_dir"),
-        (["--zzz", "train.py"], ConfigError, "unknown launcher flag --zzz: known are --nodes, "),
-        (["--nodes", "4"], ConfigError, "no script"),
-        ([], ConfigError, "no script"),
-        (["-m"], ConfigError, "no script"),
+        (["--node", "4", "train.py"], UsageError, "--node: did you mean --nodes"),
+        (["--job_dri=x", "train.py"], UsageError, "did you mean --job_dir"),
+        (["--zzz", "train.py"], UsageError, "unknown launcher flag --zzz: known are --nodes, "),
+        (["--nodes", "4"], UsageError, "nothing to run"),
+        ([], UsageError, "nothing to run"),
         (["tran.py", "--dat"], MissingInputError, "no such script: tran.py: did you mean train.py"),
         (["nowhere/train.py"], MissingInputError, "no such script"),
-        (["."], ConfigError, "not a Python script"),
+        (["./"], ConfigError, "not a Python script"),
         (["--nodes", "0", "--dry_run", "train.py"], ConfigError, "--nodes 0: must be 1 or more"),
         (["--ngpus", "-1", "--dry_run", "train.py"], ConfigError, "--ngpus -1: must be 0 or more"),
         (["--mem_gb", "-1", "--dry_run", "train.py"], ConfigError, "--mem_gb -1.0"),
@@ -202,13 +201,13 @@ def test_mistakes_are_named(
 ) -> None:
     monkeypatch.chdir(script.parent)
     with pytest.raises(error) as caught:
-        parse_command(words)[0].resolve()
+        parse_command(words, VERBS)[0].resolve()
     assert message in str(caught.value)
 
 
 def test_slurm_where_there_is_none(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(script.parent))
-    config, _ = parse_command(["--cluster", "slurm", str(script)])
+    config, _ = parse_command(["--cluster", "slurm", str(script)], VERBS)
     with pytest.raises(ConfigError, match="--cluster local"):
         config.resolve()
     assert JobConfig().resolve().cluster == "local"
@@ -216,7 +215,7 @@ def test_slurm_where_there_is_none(script: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_mistake_ends_with_its_exit_code_and_one_line(script: Path) -> None:
     result = submit_py("--job_dir", script.parent / "jobs", "--ngpu", 2, script)
-    assert result.returncode == ConfigError.exit_code
+    assert result.returncode == UsageError.exit_code
     assert result.stderr.count("\n") == 1
     assert "did you mean --ngpus" in result.stderr
     assert not (script.parent / "jobs").exists()
@@ -224,7 +223,7 @@ def test_a_mistake_ends_with_its_exit_code_and_one_line(script: Path) -> None:
 
 def test_a_value_of_the_wrong_type_is_refused(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--nodes", "four", str(script)])
+        main(["--nodes", "four", str(script)], VERBS)
     assert ended.value.code == 2
     message = capsys.readouterr().err
     assert "--nodes" in message
@@ -234,7 +233,7 @@ def test_a_value_of_the_wrong_type_is_refused(script: Path, capsys: pytest.Captu
 
 def checked(*words: str) -> list[ScriptTask]:
     """The tasks of a command line, after the checks that precede every submission."""
-    config, task = parse_command(words)
+    config, task = parse_command(words, VERBS)
     return checked_tasks(config.resolve(), task)
 
 
@@ -353,7 +352,7 @@ def test_waiting_returns_the_scripts_exit_code(script: Path, code: int) -> None:
 def test_debug_runs_here_and_returns_the_exit_code(script: Path, code: int) -> None:
     before = dict(os.environ)
     words = ["--cluster", "debug", "--job_dir", str(script.parent / "jobs"), str(script), str(code)]
-    assert main(words) == code
+    assert main(words, VERBS) == code
     assert json.loads((script.parent / "0.json").read_text())["WORLD_SIZE"] == "1"
     assert dict(os.environ) == before
 

@@ -157,10 +157,10 @@ def test_the_code_of_a_module_is_part_of_it(tmp_path: Path, monkeypatch: pytest.
 
 def test_attributes_of_a_network_are_part_of_its_key(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     for mean in (0.0, 0.9, torch.tensor(0.5)):
-        stored = evaluate(Shifted(mean), "clean", dataset, size=32, output=tmp_path)
+        stored = evaluate(Shifted(mean), "clean", dataset, size=32, output_dir=tmp_path)
         assert right(stored, "clean") == right(evaluate(Shifted(mean), "clean", dataset, size=32), "clean")
     assert len(list((tmp_path / "cells").iterdir())) == 3
-    evaluate(Shifted(0.9).eval(), "clean", dataset, size=32, output=tmp_path)
+    evaluate(Shifted(0.9).eval(), "clean", dataset, size=32, output_dir=tmp_path)
     assert len(list((tmp_path / "cells").iterdir())) == 3, "the mode that it comes in is no part of it"
 
 
@@ -170,7 +170,9 @@ def test_what_cannot_be_known_is_measured_anew_and_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for sign in (1, -1):
-        results = evaluate(lambda image, sign=sign: sign * brightest(image), "clean", dataset, size=32, output=tmp_path)
+        results = evaluate(
+            lambda image, sign=sign: sign * brightest(image), "clean", dataset, size=32, output_dir=tmp_path
+        )
         assert right(results, "clean") == right(
             evaluate(lambda x, s=sign: s * brightest(x), "clean", dataset, size=32), "clean"
         )
@@ -188,7 +190,7 @@ def test_a_graph_is_known_by_the_files_beside_it_too(dataset: Path, tmp_path: Pa
         (tmp_path / "m.onnx.data").unlink(missing_ok=True)
         onnx.save_model(content, path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
         assert (tmp_path / "m.onnx.data").is_file()
-        stored = evaluate({"net": path}, "clean", dataset, output=tmp_path / "out", device="cpu")
+        stored = evaluate({"net": path}, "clean", dataset, output_dir=tmp_path / "out", device="cpu")
         assert right(stored, "clean") == right(evaluate({"net": path}, "clean", dataset, device="cpu"), "clean")
         known += [whole, stored["models"]["net"]["sha256"]]
     assert len(set(known)) == 4
@@ -207,7 +209,7 @@ def test_a_tokenizer_is_known_by_its_weights(dataset: Path, tmp_path: Path) -> N
             "words-random",
             dataset,
             size=32,
-            output=tmp_path / "out",
+            output_dir=tmp_path / "out",
             tokenizer=str(tmp_path / "tok.safetensors"),
         )
         protocol = results["suites"]["Linear"]["words-random"]["protocol"]
@@ -254,13 +256,13 @@ def test_a_report_tells_every_version_that_measured_it(
 
 
 def test_cells_of_an_older_release_are_taken_and_told(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
-    first = evaluate(Linear(), "clean", dataset, size=32, output=tmp_path)
+    first = evaluate(Linear(), "clean", dataset, size=32, output_dir=tmp_path)
     (cell,) = (tmp_path / "cells").iterdir()
     content = json.loads(cell.read_text())
     del content["versions"]
     content["found"]["calibration"]["nll"] = float("inf")
     cell.write_text(json.dumps(content))
-    results = evaluate(Linear(), ("clean", "fgsm-1/255"), dataset, size=32, output=tmp_path)
+    results = evaluate(Linear(), ("clean", "fgsm-1/255"), dataset, size=32, output_dir=tmp_path)
     assert results["cells"]["Linear"]["clean"] == first["cells"]["Linear"]["clean"]
     assert results["versions"]["of some cells"] == "not recorded by an older release"
     assert "cells of an older release" in " ".join(mixed_versions(summarize(results)))
@@ -270,7 +272,7 @@ def test_cells_of_an_older_release_are_taken_and_told(dataset: Path, tmp_path: P
 def test_an_infinite_likelihood_is_valid_json_and_no_gap(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     network = Linear()
     network[2].weight.data *= 1e4
-    results = evaluate(network, "clean", dataset, size=32, output=tmp_path)
+    results = evaluate(network, "clean", dataset, size=32, output_dir=tmp_path)
 
     def refuse(word: str) -> None:
         raise ValueError(word)

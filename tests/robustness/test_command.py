@@ -23,7 +23,7 @@ from evaluated_models import Linear, dataset, draw, imagenet, write_onnx
 from PIL import Image
 from ranks import exit_codes, start_ranks
 from timm.models import save_for_hf
-from tiny_runs import ROOT, environment, outcome_of, run_script
+from tiny_runs import ROOT, environment, outcome_of, run_script, verb
 from torch import Tensor, nn
 from torchvision.transforms import functional
 from torchvision.transforms.functional import to_tensor
@@ -37,7 +37,6 @@ from mae_dat.config.errors import CheckpointError, ConfigError, DataError, Missi
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.shards.pack import pack
 from mae_dat.models.classifier import Classifier, pretrained_timm
-from mae_dat.robustness import command as robustness
 from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
 from mae_dat.robustness.measure import ImagePass, PassImages, measure_passes
@@ -73,7 +72,7 @@ def saved(path: Path, classes: int = 1000, names: list[str] | None = None, side:
 
 def printed(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command shows on its standard output."""
-    robustness.main(arguments)
+    verb("evaluate")(arguments)
     return capsys.readouterr().out
 
 
@@ -91,7 +90,7 @@ def test_the_command_measures_what_lies_in_a_folder(
     from mae_dat.models.weights.open import open_model
 
     files = [saved(tmp_path / name / "model.safetensors", side=SIDE, seed=i) for i, name in enumerate("ab")]
-    flags = ["--checkpoint", *map(str, files), "--data", str(imagenet), "--output", str(tmp_path / "out")]
+    flags = ["--checkpoint", *map(str, files), "--data_path", str(imagenet), "--output_dir", str(tmp_path / "out")]
     flags += ["--num_workers", "0", "--precision", "fp32", "--device", "cpu", "--baseline", "b/model"]
     asked = ["imagenet", "imagenet-a", "imagenet-v2", "imagenet-c", "cue-conflict", "fgsm-1/255"]
     headline = printed([*flags, "--suite", *asked], monkeypatch, capsys)
@@ -137,8 +136,8 @@ def test_the_command_measures_what_lies_in_a_folder(
     assert found["imagenet"][""]["top5"] == sum(label in own for label, own in zip(labels, five, strict=True))
     assert results["suites"]["a/model"]["cue-conflict"]["left_out"] == 16
     assert set(results["calibration"]["a/model"]) == {"imagenet", "imagenet-a", "imagenet-v2"}
-    again = ["--recompute", str(tmp_path / "out" / "results.json")]
-    assert printed(again, monkeypatch, capsys) == headline
+    verb("report")([str(tmp_path / "out")])
+    assert capsys.readouterr().out == headline + f"{tmp_path / 'out' / 'report.html'}\n"
     scores = corruption_counts(results, "a/model", "imagenet-c")
     for relative, title in [(False, "mCE"), (True, "relative mCE")]:
         (line,) = (line for line in headline.splitlines() if f": {title}" in line)
@@ -345,15 +344,15 @@ def test_logits_that_are_not_finite_stop_an_evaluation_in_their_batch(
 
 
 def _two_ranks(rank: int, arguments: list[str]) -> None:
-    robustness.main(arguments)
+    verb("evaluate")(arguments)
 
 
 @pytest.mark.slow
 def test_two_real_ranks_write_what_one_does(dataset: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "net.safetensors", 10)
-    flags = ["--checkpoint", str(file), "--data", str(dataset), "--num_workers", "0", "--suite", *SOME]
+    flags = ["--checkpoint", str(file), "--data_path", str(dataset), "--num_workers", "0", "--suite", *SOME]
     ranks = start_ranks(
-        2, _two_ranks, [*flags, "--output", str(tmp_path / "two"), "--device", "cpu", "--precision", "fp32"]
+        2, _two_ranks, [*flags, "--output_dir", str(tmp_path / "two"), "--device", "cpu", "--precision", "fp32"]
     )
     assert exit_codes(ranks, 240) == [0, 0]
     two = read_results(tmp_path / "two" / "results.json")
@@ -397,7 +396,7 @@ def test_pictures_in_shards_count_as_in_folders(dataset: Path, tmp_path: Path) -
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(dataset: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"size": 32, "batch_size": 20, "output": tmp_path}
+    options: dict[str, Any] = {"size": 32, "batch_size": 20, "output_dir": tmp_path}
     network = Linear()
     network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after a look at blank pictures and a check
     with pytest.raises(KeyboardInterrupt):
@@ -419,7 +418,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(dataset: Path, tmp_p
 
 
 def test_what_changes_is_measured_anew(dataset: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"size": 32, "output": tmp_path}
+    options: dict[str, Any] = {"size": 32, "output_dir": tmp_path}
     first = evaluate(Linear(), ("clean", "fgsm-1/255"), dataset, **options)
     before = len(list((tmp_path / "cells").iterdir()))
     other = evaluate(Linear(seed=1), ("clean", "fgsm-1/255"), dataset, **options)
@@ -487,7 +486,7 @@ def test_timms_own_names_reach_timm(
 ) -> None:
     network, out = write_timm(tmp_path / "net").eval(), tmp_path / "out"
     arguments = [
-        "--data",
+        "--data_path",
         str(dataset),
         "--suite",
         "clean",
@@ -495,7 +494,7 @@ def test_timms_own_names_reach_timm(
         "cpu",
         "--num_workers",
         "0",
-        "--output",
+        "--output_dir",
         str(out),
     ]
     source = f"local-dir:{tmp_path / 'net'}"
@@ -512,7 +511,7 @@ def test_timms_own_names_reach_timm(
         (["--model", "timm/resnet18", "--pretrained"], "Use 'hf-hub:timm/resnet18'"),
         (["--model", f"local-dir:{tmp_path / 'none'}", "--pretrained"], "none is not available: Config file not found"),
     ]:
-        outcome = outcome_of(robustness.main, [*flags, *arguments], monkeypatch, capsys)
+        outcome = outcome_of(verb("evaluate"), [*flags, *arguments], monkeypatch, capsys)
         assert outcome.code in (64, 66), flags
         assert re.search(message, outcome.stderr), outcome.stderr
     write_timm(tmp_path / "features", classes=0)
@@ -530,8 +529,19 @@ def test_timms_weights_are_measured_with_timms_crop(
     made = timm.data.create_transform(**timm.data.resolve_model_data_config(network) | {"input_size": (3, 32, 32)})
     with torch.no_grad():
         answers = network(torch.stack([made(Image.open(path)) for path in paths])).argmax(1).tolist()  # type: ignore[operator]
-    flags = ["--model", f"local-dir:{tmp_path / 'net'}", "--pretrained", "--data", str(tmp_path / "data")]
-    flags += ["--suite", "clean", "--device", "cpu", "--num_workers", "0", "--input_size", "32", "--output", str(out)]
+    flags = ["--model", f"local-dir:{tmp_path / 'net'}", "--pretrained", "--data_path", str(tmp_path / "data")]
+    flags += [
+        "--suite",
+        "clean",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--input_size",
+        "32",
+        "--output_dir",
+        str(out),
+    ]
     flags += ["--precision", "fp32"]
     printed(flags, monkeypatch, capsys)
     results = read_results(out / "results.json")
@@ -602,8 +612,6 @@ def test_attacks_count_what_they_count_on_their_own(dataset: Path) -> None:
 def test_finetune_evaluates_the_same_suites(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mae_dat.robustness.evaluate_run import main
-
     names = sorted(path.name for path in (dataset / "val").iterdir())
     file = saved(tmp_path / "run" / "model.safetensors", 10, names)
     flags = [
@@ -617,7 +625,9 @@ def test_finetune_evaluates_the_same_suites(
         "--device",
         "cpu",
     ]
-    outcome = outcome_of(main, [*flags, "--precision", "fp32", "--suite", "clean", "words-random"], monkeypatch, capsys)
+    outcome = outcome_of(
+        verb("finetune"), [*flags, "--precision", "fp32", "--suite", "clean", "words-random"], monkeypatch, capsys
+    )
     assert outcome.code == 0, outcome.stderr
     results = read_results(tmp_path / "run" / "evaluation" / "results.json")
     assert (
@@ -782,21 +792,19 @@ def test_flags_that_do_not_fit_together(
         (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 networks"),
         (["--checkpoint", file, "--names", ""], "a name that can be seen"),
         (["--checkpoint", file, "--batch_size", "0"], "give at least 1 image"),
-        (["--recompute", ""], "is no results.json"),
         (["--checkpoint", file, "--model", "a", "b"], "one name for all"),
         (["--checkpoint", file, "--baseline", "nett"], "did you mean net?"),
         (["--checkpoint", "mae_dat_dem"], "did you mean mae_dat_demo"),
-        (["--recompute", file], "is no results.json"),
     ]:
-        flags = [*arguments, "--data", str(dataset), "--output", str(tmp_path / "out"), "--device", "cpu"]
-        outcome = outcome_of(robustness.main, flags, monkeypatch, capsys)
+        flags = [*arguments, "--data_path", str(dataset), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+        outcome = outcome_of(verb("evaluate"), flags, monkeypatch, capsys)
         assert outcome.code in (64, 65, 66), arguments
         assert message in outcome.stderr, arguments
 
 
 def test_examples_are_pictures_on_which_the_networks_differ(dataset: Path, tmp_path: Path) -> None:
     networks = {"one": Linear(), "other": Linear(seed=1)}
-    results = evaluate(networks, ("clean", "generated", "words-random"), dataset, size=32, output=tmp_path)
+    results = evaluate(networks, ("clean", "generated", "words-random"), dataset, size=32, output_dir=tmp_path)
     assert 2 <= len(results["examples"]) <= 8
     for example in results["examples"]:
         assert sum(answer == example["label"] for answer in example["answers"].values()) == 1
@@ -812,9 +820,9 @@ def test_examples_are_pictures_on_which_the_networks_differ(dataset: Path, tmp_p
 @pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_stopped(dataset: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "net.safetensors", 10)
-    flags = ["-m", "mae_dat", "robustness", "--checkpoint", str(file), "--data", str(dataset), "--num_workers", "1"]
+    flags = ["-m", "mae_dat", "evaluate", "--checkpoint", str(file), "--data_path", str(dataset), "--num_workers", "1"]
     flags += ["--suite", "clean", "generated", "--device", "cpu", "--precision", "fp32"]
-    flags += ["--output", str(tmp_path / "out")]
+    flags += ["--output_dir", str(tmp_path / "out")]
     command = subprocess.Popen([sys.executable, *flags], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     stored, end = tmp_path / "out" / "cells", time.monotonic() + 120
     while len(list(stored.glob("*.json"))) < 3:

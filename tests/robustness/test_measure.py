@@ -123,7 +123,7 @@ def test_a_look_for_examples_beats_on_every_rank(dataset: Path, beats: list[int]
     networks = {"one": Linear(), "other": Linear(seed=1)}
     evaluate(networks, "clean", dataset, size=32)
     without = count_of(beats)
-    evaluate(networks, "clean", dataset, size=32, output=tmp_path)
+    evaluate(networks, "clean", dataset, size=32, output_dir=tmp_path)
     assert count_of(beats) == without + 20 + 2 * 2
     view = EvalOptions(CPU, size=(32, 32))
     plan = open_evaluation_plan(

@@ -24,15 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tiny_runs import MEASURED, draw_folder, save_tokenizer
+from tiny_runs import MEASURED, draw_folder, save_tokenizer, verb
 
 import mae_dat.training.finetune  # noqa: F401 - before the first fork, not after each
-import main_finetune
 from mae_dat.config.parse import run_command
 from mae_dat.models import mae
 from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.runtime.watchdog import STACKS_S, STACKS_SIGNAL
-from mae_dat.training import pretrain
 from mae_dat.training.loop import Trainer
 
 TINY = ViTSize(32, 8, 32, 2, 2)
@@ -48,7 +46,7 @@ DAT = ["--dat", "released", "--dat_share", "0.05", "--drop_path", "0.2", "--mixu
 class Arm(NamedTuple):
     """What is trained: a command and its flags."""
 
-    main: Callable[[Sequence[str]], None]
+    main: Callable[[Sequence[str]], int | None]
     flags: list[str]
 
 
@@ -83,9 +81,9 @@ def arms(folder: Path) -> dict[str, Arm]:
     images = ["--data_path", str(draw_folder(folder / "images", train=34, val=20))]
     tokenizer = ["--tokenizer", str(save_tokenizer(folder / "words.safetensors"))]
     return {
-        "mae": Arm(pretrain.main, ["--model", "mae_tiny", *images, *FLAGS]),
-        "plain": Arm(main_finetune.main, ["--model", "vit_tiny", "--drop_path", "0", *images, *FLAGS]),
-        "dat": Arm(main_finetune.main, ["--model", "vit_tiny", *images, *FLAGS, *DAT, *tokenizer]),
+        "mae": Arm(verb("pretrain"), ["--model", "mae_tiny", *images, *FLAGS]),
+        "plain": Arm(verb("finetune"), ["--model", "vit_tiny", "--drop_path", "0", *images, *FLAGS]),
+        "dat": Arm(verb("finetune"), ["--model", "vit_tiny", *images, *FLAGS, *DAT, *tokenizer]),
     }
 
 

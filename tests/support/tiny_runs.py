@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from mae_dat.cli import run
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder
@@ -71,8 +72,13 @@ class Outcome(NamedTuple):
 Command = Callable[..., Outcome]
 
 
+def verb(name: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a verb: runs `mae-dat NAME` with arguments in this process."""
+    return lambda arguments: run([*name.split(), *arguments])
+
+
 def outcome_of(
-    main: Callable[[Sequence[str]], None],
+    main: Callable[[Sequence[str]], int | None],
     arguments: Sequence[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -27,13 +27,14 @@ from tiny_runs import (
     outcome_of,
     pretrain_in,
     save_tokenizer,
+    verb,
 )
 
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.checkpoint import newest_checkpoint
-from mae_dat.training.pretrain import main as pretrain_main
-from main_finetune import main as finetune_main
+
+finetune_main, pretrain_main = verb("finetune"), verb("pretrain")
 
 Run = Callable[..., Outcome]
 

@@ -23,12 +23,14 @@ from tiny_runs import (
     pretrain_in,
     run_script,
     save_tokenizer,
+    verb,
 )
 
 from mae_dat.robustness.scores.results import read_results
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.weight_files import read_weights
-from main_finetune import main as finetune_main
+
+finetune_main = verb("finetune")
 
 
 @pytest.fixture(scope="module")

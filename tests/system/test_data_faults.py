@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks import exit_codes, start_ranks
-from tiny_runs import FINETUNE, draw_folder, one_thread, pretrain_in  # noqa: F401 - one by itself
+from tiny_runs import FINETUNE, draw_folder, one_thread, pretrain_in, verb  # noqa: F401 - one by itself
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
@@ -168,7 +168,7 @@ def test_an_error_of_a_worker_that_lives_is_raised_as_it_is() -> None:
 
 def finetune_on_rank(rank: int, arguments: list[str]) -> None:
     """The command, as a process of its own would run it."""
-    from main_finetune import main
+    main = verb("finetune")
 
     run_command(lambda: main(arguments))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from paths import GOLDEN
-from tiny_runs import one_thread
+from tiny_runs import one_thread, verb
 
 from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig, RunConfig
@@ -19,12 +19,13 @@ from mae_dat.models import mae
 from mae_dat.models.mae import ViTSize
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.models.weights.open import open_model
-from mae_dat.robustness.report.write import main as write_report_again
 from mae_dat.robustness.scores.results import read_results, write_results
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.weight_files import read_weights
 from mae_dat.training.finetune import finetune
+
+write_report_again = verb("report")
 
 __all__ = ["one_thread"]
 

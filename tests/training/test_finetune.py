@@ -13,6 +13,7 @@ from tiny_runs import (
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
     pretrain_in,
+    verb,
 )
 
 from mae_dat.config.errors import ConfigError
@@ -22,7 +23,8 @@ from mae_dat.models.mae import ViTSize
 from mae_dat.storage.weight_files import read_weights
 from mae_dat.training.finetune import warn_of_slow_lars
 from mae_dat.training.optim import Lars, build_optimizer
-from main_finetune import main as finetune_main
+
+finetune_main = verb("finetune")
 
 TINY = ViTSize(64, 8, 48, 2, 4)
 PROBE = ["--linear_probe", "--model", "vit_demo_patch8", *SMALL]

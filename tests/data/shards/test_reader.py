@@ -15,7 +15,7 @@ import pytest
 import torch
 from built_suites import open_sources
 from PIL import Image
-from tiny_runs import draw_folder, finetune_in, one_thread, outcome_of, pretrain_in  # noqa: F401 - one by itself
+from tiny_runs import draw_folder, finetune_in, one_thread, outcome_of, pretrain_in, verb  # noqa: F401 - one by itself
 from torchvision.transforms.functional import to_tensor
 from weights_server import Server, serving
 
@@ -29,7 +29,6 @@ from mae_dat.data.loader import train_loader
 from mae_dat.data.open import image_root, open_images, training_images
 from mae_dat.data.sampler import TrainSampler
 from mae_dat.data.shards import cache as shard_cache
-from mae_dat.data.shards import pack as packing
 from mae_dat.data.shards import reader as shards
 from mae_dat.data.shards.index import build_index, read_index
 from mae_dat.data.shards.pack import pack
@@ -205,7 +204,7 @@ def test_webdatasets_shards_are_read_with_names_from_a_list(
     with pytest.raises(MissingInputError, match=r"without their index: mae-dat pack --index"):
         open_images(tmp_path / "val", to_tensor)
     (tmp_path / "names.txt").write_text("\n".join(there.classes))
-    packing.main(["--index", str(tmp_path), "--classes", str(tmp_path / "names.txt")])
+    verb("pack")(["--index", str(tmp_path), "--classes", str(tmp_path / "names.txt")])
     assert "val: 20 images of 10 classes in 3 shards" in (told := capsys.readouterr().out)
     assert told.endswith(f"--data_path {tmp_path}\n")
     here = open_images(tmp_path / "val", to_tensor)
@@ -226,11 +225,11 @@ def test_packing_shrinks_checks_and_says_what_is_next(
         Image.new("RGB", (width, height), (number * 100, 50, 50)).save(source / f"odd näme {number}.png")
     (source / "bad.jpg").write_bytes(b"<html>")
     given = [str(source), str(out), "--size", "20", "--num_workers", "1"]
-    failed = outcome_of(packing.main, given, monkeypatch, capsys)
+    failed = outcome_of(verb("pack"), given, monkeypatch, capsys)
     assert failed.code == 65
     assert "bad.jpg: it is a web page" in failed.stderr
     assert not list(out.glob("*.tar"))
-    packing.main([*given, "--on_bad", "skip"])
+    verb("pack")([*given, "--on_bad", "skip"])
     told = capsys.readouterr()
     assert "3 images in 1 shards" in told.out
     assert f"next: python main_pretrain.py --data_path {out}" in told.out
@@ -240,7 +239,7 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     assert images.packed_size == 20
     with pytest.raises(DataError, match="pretraining only"):
         open_images(out, to_tensor)
-    again = outcome_of(packing.main, given, monkeypatch, capsys)
+    again = outcome_of(verb("pack"), given, monkeypatch, capsys)
     assert again.code == 73
     assert "holds shards already" in again.stderr
 
@@ -270,7 +269,7 @@ def test_images_that_were_shrunk_too_much_are_told_of(
 def test_packing_refuses_flags_that_cannot_work(
     given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert outcome_of(packing.main, given, monkeypatch, capsys).code == 64
+    assert outcome_of(verb("pack"), given, monkeypatch, capsys).code == 64
 
 
 # ---- training ----

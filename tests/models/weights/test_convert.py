@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from tiny_models import equal_states, tiny, tiny_mae
+from tiny_runs import verb
 from torch import Tensor
 
 from golden_rule import fill_by_rule
@@ -16,7 +17,6 @@ from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, UserError
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit
 from mae_dat.models.mae import IMAGENET_STD, VIT_SIZES, MaskedAutoencoder, build_mae
-from mae_dat.models.weights import convert as converting
 from mae_dat.models.weights.convert import convert
 from mae_dat.models.weights.converters import TIMM_NAMES, timm_arguments
 from mae_dat.models.weights.formats import ModelFile
@@ -308,7 +308,7 @@ def test_the_command(
     fine_tuned: tuple[Classifier, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     dest = str(tmp_path / "out.safetensors")
-    converting.main([fine_tuned[1], dest, "--to", "timm"])
+    verb("convert")([fine_tuned[1], dest, "--to", "timm"])
     said = capsys.readouterr()
     assert "MAE fine-tuned, mean pooling; vit_demo_patch8, 64 x 64 px, 7 classes" in said.out
     assert f"checkpoint_path={dest!r}" in said.out

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny_runs import ROOT
+from tiny_runs import ROOT, verb
 
 from golden_rule import fill_by_rule, rule_tensor
 from mae_dat.config.errors import CheckpointError, MissingInputError
@@ -23,7 +23,6 @@ from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.models.mae import IMAGENET_MEAN, MaskedAutoencoder, build_mae, mask_noise
 from mae_dat.models.tokenizer import VQGAN, LightTokenizer, load_tokenizer
 from mae_dat.models.weights import torch_hub as hub
-from mae_dat.models.weights.fetch import main as fetch_main
 from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.evaluate_run import evaluated_config
 from mae_dat.storage import released as store
@@ -338,7 +337,7 @@ def test_a_name_is_a_tokenizer(home: Path) -> None:
 
 def command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setenv("COLUMNS", "200")
-    fetch_main(arguments)
+    verb("list")(arguments)
     return capsys.readouterr().out
 
 
@@ -353,17 +352,18 @@ def test_the_command_lists_tells_and_finds(
     assert lines["vqgan_demo"].split()[-2:] == ["shipped", "yes"]
     assert "CC-BY-NC-4.0" in lines["mae_vit_huge_patch14_dat"]
     assert lines["vit_base_patch16"].split()[-1] == "use"  # not here
-    told = command(["mae_vit_huge_patch14_dat", "--list"], monkeypatch, capsys)
+    told = command(["mae_vit_huge_patch14_dat"], monkeypatch, capsys)
     assert "mCE 31.4" in told
     assert "not for commercial use" in told
     assert not list(home.glob("*.json"))
-    assert str(store.PACKAGE_ROOT) in command(["vqgan_demo"], monkeypatch, capsys)
+    verb("get")(["vqgan_demo"])
+    assert str(store.PACKAGE_ROOT) in capsys.readouterr().out
 
 
 def test_the_command_fails_without_a_network_and_says_how_to_go_on(home: Path) -> None:
     environment = {**os.environ, "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
     done = subprocess.run(
-        [sys.executable, "-m", "mae_dat", "fetch", "vqgan_f16_1024", "--mirror", str(home.parent / "mirror")],
+        [sys.executable, "-m", "mae_dat", "get", "vqgan_f16_1024", "--output_dir", str(home.parent / "mirror")],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -15,6 +15,7 @@ import pytest
 from evaluations import SUITES, alexnet, evaluation
 from pages import Page, phone_widths, require_self_contained
 from PIL import Image
+from tiny_runs import verb
 
 from mae_dat.config.parse import run_command
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
@@ -28,7 +29,7 @@ from mae_dat.robustness.report.published import PUBLISHED_COLUMNS, published_row
 from mae_dat.robustness.report.render import counts_csv, latex_table, latex_text, markdown_table
 from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.report.tables import Table, checks_table, not_measured, words_table
-from mae_dat.robustness.report.write import main, write_report
+from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.corruption_error import ALEXNET, corruption_errors
 from mae_dat.robustness.scores.results import Results, write_results
@@ -470,11 +471,11 @@ def test_the_command_makes_the_same_files_again(tmp_path: Path, capsys: pytest.C
     page = write_report(summarize(results), tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     page.unlink()
-    main([str(tmp_path)])
+    verb("report")([str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(page)
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == first
     with pytest.raises(SystemExit) as end:
-        run_command(lambda: main([str(tmp_path / "gone")]))
+        run_command(lambda: verb("report")([str(tmp_path / "gone")]))
     assert end.value.code == 66
     assert "no such results" in capsys.readouterr().err
 

@@ -155,7 +155,7 @@ def test_folders_that_do_not_exist(config: TokenizerConfig, tmp_path: Path) -> N
 
 
 def test_help_names_the_settings() -> None:
-    command = [sys.executable, "-m", "mae_dat", "train_tokenizer", "--help"]
+    command = [sys.executable, "-m", "mae_dat", "tokenizer", "train", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for flag in ("--data_path", "--val_path", "--output_dir", "--factor", "--num_words", "--steps"):
         assert flag in done.stdout
