@@ -20,12 +20,9 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction_change
+from mae_dat.config.commands.explore import ExploreConfig
 from mae_dat.config.errors import ConfigError, DataError, UserError
 from mae_dat.config.extras import require_extra
-from mae_dat.config.groups import image_size
-from mae_dat.config.parse import load_config
-from mae_dat.config.commands.explore import ExploreConfig
-from mae_dat.config.errors import ConfigError, DataError, MissingInputError, UserError
 from mae_dat.config.groups import DEMO, image_size
 from mae_dat.data.decode import MAX_BYTES, ImageError, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated

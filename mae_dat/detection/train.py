@@ -12,9 +12,6 @@ from typing import Any, Literal
 from mae_dat.config.commands.detect import DetectConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.extras import require_extra
-from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig
-from mae_dat.config.parse import flat_values, load_config
-from mae_dat.config.runs import check_groups
 from mae_dat.config.parse import flat_values
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root

@@ -19,7 +19,6 @@ from PIL import Image
 from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.errors import ConfigError, DataError, OutputError
 from mae_dat.config.extras import require_extra
-from mae_dat.config.parse import load_config
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.folders import SPLIT_NAMES
 from mae_dat.data.image_set import ImageFolder
