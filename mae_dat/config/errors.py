@@ -3,6 +3,9 @@
 Any other exception is a bug of this package and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Base class of all errors caused by input. `exit_code` is what a command returns to the shell or the scheduler."""
@@ -96,3 +99,9 @@ class CheckpointError(UserError):
     """A checkpoint or weights file that is damaged or belongs to another model."""
 
     exit_code = 65
+
+
+def suggest(word: str, valid: Sequence[str]) -> str:
+    """Return `did you mean ...?` with the valid words most like a wrong one, or the list of all valid words."""
+    similar = difflib.get_close_matches(word, valid, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(similar)}?" if similar else f"known are {', '.join(valid)}."

@@ -1,12 +1,12 @@
 """Parse the configuration of a command strictly, from flags and YAML, and run the command.
 
 A configuration is a dataclass whose fields are groups, and every field of a group is a flag. The command line takes
-precedence over `--config FILE.yaml`, and that over the defaults. Importing this module does not import torch.
+precedence over `--config`, which names a YAML file or a recipe, and that over the defaults. Importing this module does
+not import torch.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import io
@@ -21,7 +21,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import yaml
 
-from mae_dat.config.errors import ConfigError, MissingInputError, UserError
+from mae_dat.config.errors import ConfigError, UserError, suggest
+from mae_dat.config.recipes import find_recipe
 
 Config = TypeVar("Config")
 _CONFIG_HELP = "Any flag can also be set in a YAML file: --config FILE."
@@ -104,27 +105,27 @@ def complete_bare_dat(arguments: Sequence[str]) -> list[str]:
 
 
 def _split_config_flag(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the file of `--config FILE` or `--config=FILE`, None without one, and the other arguments."""
+    """Return the file of `--config NAME` or `--config=NAME`, None without one, and the other arguments.
+
+    Raises MissingInputError for neither a file nor a recipe.
+    """
     for position, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name != "--config":
             continue
         if value:
-            return Path(value), arguments[:position] + arguments[position + 1 :]
+            return find_recipe(value), arguments[:position] + arguments[position + 1 :]
         if position + 1 == len(arguments):
-            raise ConfigError("--config needs the path of a YAML file, such as configs/demo_pretrain.yaml.")
-        return Path(arguments[position + 1]), arguments[:position] + arguments[position + 2 :]
+            raise ConfigError("--config needs a YAML file or the name of a recipe, such as demo_pretrain.")
+        return find_recipe(arguments[position + 1]), arguments[:position] + arguments[position + 2 :]
     return None, arguments
 
 
 def _read_settings(kind: type[Any], path: Path) -> dict[str, list[str]]:
     """Return a YAML file's settings as command-line arguments by key, so that one parser checks both.
 
-    Raises MissingInputError for a missing file and ConfigError for an unknown key or another content.
+    Raises ConfigError for an unknown key or another content.
     """
-    if not path.is_file():
-        siblings = sorted(str(file) for file in path.parent.glob("*.yaml"))
-        raise MissingInputError(f"--config {path}: no such file; {suggest(str(path), siblings) if siblings else ''}")
     try:
         settings = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -144,12 +145,6 @@ def _read_settings(kind: type[Any], path: Path) -> dict[str, list[str]]:
         else:
             arguments[key] = [f"--{key}", str(value)]
     return arguments
-
-
-def suggest(word: str, valid: Sequence[str]) -> str:
-    """Return `did you mean ...?` with the valid words most like a wrong one, or the list of all valid words."""
-    similar = difflib.get_close_matches(word, valid, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(similar)}?" if similar else f"known are {', '.join(valid)}."
 
 
 def flat_values(config: Any) -> dict[str, Any]:

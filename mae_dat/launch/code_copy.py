@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.config.errors import ConfigError, OutputError
+from mae_dat.config.recipes import RECIPES_FOLDER
 from mae_dat.runtime.environment import CODE_FILE, PACKAGE_FOLDER, code_facts, git_state, run_git, tree_hash
 from mae_dat.storage.files import prepare_output_folder, storage_error
 
@@ -58,20 +59,13 @@ class CodeTree:
 def collect_code(folder: Path, results: Sequence[Path] = ()) -> CodeTree:
     """Collect the code around a script's folder: all files of its git repository that are not ignored.
 
-    Without git, collects the sources in the folder and the packages below it. This package is added if it is elsewhere.
-    Files in the folders `results` are not code. Raises ConfigError if there is too much to be code.
+    Without git, collects the sources in the folder and the packages below it. This package, with its recipes, is added
+    if it is elsewhere; it is all of the code if `folder` is where it was installed. Files in the folders `results` are
+    not code. Raises ConfigError if there is too much to be code.
     """
-    folder = folder.resolve()
-    try:
-        root = Path(os.fsdecode(run_git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
-        names = run_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split(b"\0")
-        files = {name: root / name for name in map(os.fsdecode, names) if name}
-        state = git_state(root)
-    except (OSError, subprocess.SubprocessError):
-        root, state = folder, None
-        files = {str(path.relative_to(root)): path for path in _sources(root)}
-    if root != PACKAGE_FOLDER.parent:
-        files |= {str(path.relative_to(PACKAGE_FOLDER.parent)): path for path in _sources(PACKAGE_FOLDER)}
+    root, files, state = _files_around(folder.resolve())
+    if state is None or root != PACKAGE_FOLDER.parent:
+        files |= _package_files()
     # A folder of results that contains the whole repository excludes nothing.
     excluded = [path.resolve() for path in results if not root.is_relative_to(path.resolve())]
     files = {name: path for name, path in files.items() if not any(path.is_relative_to(folder) for folder in excluded)}
@@ -84,6 +78,26 @@ def collect_code(folder: Path, results: Sequence[Path] = ()) -> CodeTree:
             "too much for a copy of the code: name data and results in .gitignore, or give --no_snapshot."
         )
     return CodeTree(root, {name: files[name] for name in sizes}, state, too_large)
+
+
+def _files_around(folder: Path) -> tuple[Path, dict[str, Path], tuple[str, bool] | None]:
+    """Return the root of the code around `folder`, its files by name, and (commit, dirty), None without git."""
+    if folder == PACKAGE_FOLDER.parent == RECIPES_FOLDER.parents[1]:  # installed, beside packages that are not ours
+        return folder, {}, None
+    try:
+        root = Path(os.fsdecode(run_git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
+        names = run_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split(b"\0")
+        return root, {name: root / name for name in map(os.fsdecode, names) if name}, git_state(root)
+    except (OSError, subprocess.SubprocessError):
+        return folder, {str(path.relative_to(folder)): path for path in _sources(folder)}, None
+
+
+def _package_files() -> dict[str, Path]:
+    """Return all files of this package, with the recipes in the place that they have in an installed package."""
+    package = PACKAGE_FOLDER
+    files = {path for path in package.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
+    recipes = {f"{package.name}/configs/{path.name}": path for path in RECIPES_FOLDER.glob("*.yaml")}
+    return {str(path.relative_to(package.parent)): path for path in files} | recipes
 
 
 def _sources(folder: Path) -> Iterator[Path]:

@@ -19,6 +19,7 @@ from submitit.core.core import Job
 from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UsageError, UserError
 from mae_dat.config.groups import data_root
 from mae_dat.config.parse import load_config, suggest
+from mae_dat.config.recipes import find_recipe
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig, load_finetune_config
 from mae_dat.launch.code_copy import collect_code, write_code_copy
 from mae_dat.launch.executors import batch_file, clean_environment, submit_job
@@ -196,7 +197,7 @@ def copy_code(job: ResolvedJob, tasks: Sequence[ScriptTask], command: str) -> tu
     script = task.script if task.module else tree.add(Path(task.script))
     configs: dict[Path, str] = {}
     if task.module or settings:  # for other scripts, --config may mean anything
-        configs = {path: tree.add(path) for task in tasks for path in _config_paths(task.args)}
+        configs = {path: tree.add(path) for task in tasks for path in _config_files(task.args)}
     folder = job.folder.absolute() / "code"
     code = folder / tree.name if job.config.dry_run else write_code_copy(tree, folder, command)
 
@@ -209,11 +210,14 @@ def copy_code(job: ResolvedJob, tasks: Sequence[ScriptTask], command: str) -> tu
     return code, [replace(task, script=script, args=tuple(map(in_copy, task.args))) for task in tasks]
 
 
-def _config_paths(args: Sequence[str]) -> list[Path]:
-    """Return the files that `--config FILE` and `--config=FILE` name."""
-    paths = [path for flag, path in itertools.pairwise(args) if flag == "--config"]
-    paths += [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
-    return [Path(path) for path in paths]
+def _config_files(args: Sequence[str]) -> list[Path]:
+    """Return the files that `--config FILE` and `--config=FILE` name; recipes are part of every copy.
+
+    Raises MissingInputError for neither a file nor a recipe.
+    """
+    names = [name for flag, name in itertools.pairwise(args) if flag == "--config"]
+    names += [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
+    return [Path(name) for name in names if find_recipe(name) == Path(name)]
 
 
 # ---- submitting ----

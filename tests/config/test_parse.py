@@ -97,9 +97,9 @@ def test_a_wrong_file_names_itself_and_the_key(
 
 def test_a_missing_file_is_an_error_with_the_nearest(tmp_path: Path) -> None:
     yaml_file(tmp_path, "")
-    with pytest.raises(MissingInputError, match=r"recip.yaml: no such file; did you mean .*recipe.yaml"):
+    with pytest.raises(MissingInputError, match=r"recip.yaml: no such file or recipe; did you mean .*recipe.yaml"):
         load_config(FinetuneConfig, ["--config", str(tmp_path / "recip.yaml")])
-    with pytest.raises(ConfigError, match="--config needs the path"):
+    with pytest.raises(ConfigError, match="--config needs a YAML file or the name"):
         load_config(FinetuneConfig, ["--config"])
 
 

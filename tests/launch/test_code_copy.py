@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,6 +113,36 @@ def test_without_git_sources_and_packages_are_taken(tmp_path: Path) -> None:
     assert tree.state is None
     assert "mae_dat/storage/released_weights.yaml" in tree.files
     assert "mae_dat/models/tokenizer/weights/light_f4_512.safetensors" in tree.files
+    assert "mae_dat/robustness/corruptions/frost/frost1.png" in tree.files
+
+
+def test_a_copy_finds_the_recipes(repository: Path, tmp_path: Path) -> None:
+    copy = write_code_copy(collect_code(repository), tmp_path / "code", "")
+    code = "from mae_dat.config.recipes import find_recipe; print(find_recipe('small_finetune'))"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(
+        command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == str(copy / "mae_dat" / "configs" / "small_finetune.yaml"), found.stderr
+
+
+def test_an_installed_package_is_copied_without_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a virtual environment inside a repository; a copy is a package as the wheel installs it."""
+    packages = tmp_path / "repository" / ".venv" / "site-packages"
+    installed = write_code_copy(collect_code(tmp_path), tmp_path / "code", "")
+    packages.mkdir(parents=True)
+    (installed / "mae_dat").rename(packages / "mae_dat")
+    (packages / "other").mkdir()
+    (packages / "other" / "__init__.py").touch()
+    subprocess.run([*GIT, "init", "-q"], cwd=tmp_path / "repository", check=True)
+    monkeypatch.setattr(code_copy, "PACKAGE_FOLDER", packages / "mae_dat")
+    monkeypatch.setattr(code_copy, "RECIPES_FOLDER", packages / "mae_dat" / "configs")
+    tree = collect_code(packages)
+    assert outside_package(tree.files) == set()
+    assert set(tree.files) == {
+        str(path.relative_to(packages)) for path in packages.rglob("mae_dat/**/*") if path.is_file()
+    }
+    assert tree.state is None
 
 
 def test_files_from_elsewhere_join_under_names_of_their_own(repository: Path, tmp_path: Path) -> None:
