@@ -65,7 +65,7 @@ def ours(work: Work, mode: str = "exact", compiled: bool = False) -> Step:
     if compiled:
         compile_blocks(model)
     plain = Classification(AugmentConfig(smoothing=0.0), CLASSES)
-    objective = WithDAT(plain, tokenizer, AttackConfig(**{"kind": "released", **MODES[mode]}))
+    objective = WithDAT(tokenizer, AttackConfig(**{"kind": "released", **MODES[mode]}), plain)
     return training_step(model, objective, make_batch(work.batch, work.side, work.device), work.device)
 
 

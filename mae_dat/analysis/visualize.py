@@ -229,7 +229,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
     tokenizer = load_tokenizer(config.dat.tokenizer).to(device)
     tokenizer.check(pages[0].image)
     scorer = make_scorer(opened, config.masking)
-    objective = WithDAT(scorer.objective, tokenizer, attack)
+    objective = WithDAT(tokenizer, attack, scorer.objective)
     generator = step_generator(config.images.seed, 0, 0, device)
     heading = ""
     words, adversarial_words = [], []

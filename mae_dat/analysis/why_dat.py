@@ -158,7 +158,7 @@ class AdversarialViews:
         self.num_classes = int(model.net.num_classes)  # type: ignore[arg-type]
         objective = Classification(AugmentConfig(smoothing=0.0), self.num_classes)
         self.attacks = {
-            kind: WithDAT(objective, tokenizer, AttackConfig(kind, share=config.share))  # type: ignore[arg-type]
+            kind: WithDAT(tokenizer, AttackConfig(kind, share=config.share), objective)  # type: ignore[arg-type]
             for kind in _DISCRETE
             if kind in config.views
         }

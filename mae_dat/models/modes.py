@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 Network = Callable[[Tensor], Tensor]
 """Float images (B, C, H, W) in [0, 1] to logits (B, K)."""
@@ -64,5 +65,6 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap_ddp(model: nn.Module) -> Any:
-    """Return the module inside DistributedDataParallel, or the model itself."""
-    return getattr(model, "module", model)
+    """Return the module inside DistributedDataParallel or DataParallel, also a compiled one, or the model itself."""
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    return inner.module if isinstance(inner, DistributedDataParallel | nn.DataParallel) else model

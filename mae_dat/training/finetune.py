@@ -135,7 +135,7 @@ def classification_objective(config: FinetuneConfig, classes: int, device: torch
         return WithPixelAdversary(objective, pixel_attack, baselines.clean_weight)
     if baselines.dat_jsd and attack:
         tokenizer = open_tokenizer(config.dat, config.data, device)
-        return ConsistentDAT(objective, tokenizer, attack, baselines.dat_jsd)
+        return ConsistentDAT(tokenizer, attack, objective, baselines.dat_jsd)
     return with_dat(objective, config.dat, config.data, device)
 
 

@@ -216,7 +216,7 @@ class Trainer:
         exchanges = world.size == 1 or micro_index == accum - 1
         with contextlib.nullcontext() if exchanges else no_gradient_sync(self.model):
             with autocast(self.device, self.context.precision):
-                metrics = self.state.objective(self.model, _to_device(batch, self.device), generator)
+                metrics = self.state.objective.step(self.model, _to_device(batch, self.device), generator)
             (metrics["loss"] / accum).backward()
         return MicroBatch.from_batch(batch, metrics)
 

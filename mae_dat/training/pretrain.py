@@ -86,7 +86,7 @@ def pretraining_objective(config: PretrainConfig, model: MaskedAutoencoder, devi
     model.to(device)
     weight = mae.words_weight if mae.target == "both" else None
     objective = MaskedReconstruction(mae.mask_ratio, mae.norm_pix_loss, tokenizer, weight)
-    return WithDAT(objective, tokenizer, attack) if attack else objective
+    return WithDAT(tokenizer, attack, objective) if attack else objective
 
 
 def gallery_images(images: ImageSet, transform: Transform) -> Tensor:

@@ -71,6 +71,25 @@ class MicroBatch(NamedTuple):
         return cls(batch["index"].tolist(), int(batch["skipped"].sum()), detached)
 
 
+class HostCopy:
+    """A vector on its way from the device to the host. Nobody waits for the copy until it is read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._copy_event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copy_event = torch.cuda.current_stream(values.device).record_event()
+
+    def read(self) -> list[float]:
+        """Return the values. Waits for their copy, and for nothing that was launched after it."""
+        if self._copy_event:
+            self._copy_event.synchronize()
+        values: list[float] = self._values.tolist()
+        return values
+
+
 class StepReport:
     """A step of this rank. Its numbers are on their way to the host from the start, and can be used after `wait`."""
 
@@ -89,19 +108,12 @@ class StepReport:
         self, step: int, micro_batches: Sequence[MicroBatch], save_error: UserError | None, values: Tensor
     ) -> None:
         self.step, self.micro_batches, self.save_error = step, micro_batches, save_error
-        self._values = values
-        self._copy_event: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._copy_event = torch.cuda.current_stream(values.device).record_event()
+        self._copy = HostCopy(values)
 
     def wait(self) -> None:
         """Wait until this step's numbers are on the host, and for no later step."""
-        if self._copy_event:
-            self._copy_event.synchronize()
         # The order is that of the tensor that `DelayedReports.add` puts together.
-        numbers = iter(self._values.tolist())
+        numbers = iter(self._copy.read())
         self.metrics = [{name: next(numbers) for name in batch.metrics} for batch in self.micro_batches]
         self.grad_norm, self.update_skipped = next(numbers), next(numbers) > 0
         self.bad_loss = next(numbers) > 0

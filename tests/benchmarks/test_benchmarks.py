@@ -105,7 +105,7 @@ def test_the_plain_reconstruction_is_ours() -> None:
 def test_the_plain_dat_step_learns_as_ours() -> None:
     batch, (ours, theirs), (tokenizer, plain_tokenizer) = make_batch(2, 64, CPU, classes=10), twins(), small_vqgans()
     attack = AttackConfig("released", eps=1.0, random_start=1.0)
-    step, trainer = training_step(ours, WithDAT(PLAIN, tokenizer, attack), batch, CPU), Trainer(theirs)
+    step, trainer = training_step(ours, WithDAT(tokenizer, attack, PLAIN), batch, CPU), Trainer(theirs)
     target, image = one_hot(batch["label"], 10).float(), batch["image"]
     for number in range(2):
         source = step_generator(0, number, 0, CPU)

@@ -276,7 +276,7 @@ def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> N
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tokenizer = PaddedTokenizer(load_tokenizer("embedded"), (30, 31))
     attack = AttackConfig(kind, eps=0.5, share=0.1 if kind == "symbolic" else None, random_start=0.0)
-    objective = WithDAT(DetectionObjective(), tokenizer, attack)
+    objective = WithDAT(tokenizer, attack, DetectionObjective())
     image, prepared = objective.prepare(model, batch, torch.Generator().manual_seed(0))
 
     def found_by(objective: WithDAT) -> DiscreteAdversary:
@@ -287,7 +287,7 @@ def test_the_total_loss_is_attacked(folder: Path, trained: Path, kind: Any) -> N
     assert found.words.shape == (12, 8, 8)
     assert 0.005 < float(found.changed_share) < 0.15
     if kind == "symbolic":
-        chance = found_by(WithDAT(DetectionObjective(), tokenizer, replace(attack, kind="random")))
+        chance = found_by(WithDAT(tokenizer, replace(attack, kind="random"), DetectionObjective()))
         with torch.no_grad():
             views = (found.reconstruction, found.adversarial, chance.adversarial)
             clean, attacked, random = (float(objective.loss(model, view, prepared)) for view in views)
@@ -310,8 +310,8 @@ def test_every_form_of_the_step_trains_every_parameter(folder: Path, trained: Pa
     batch, model = batch_of(folder, trained)
     attack = config_for(folder, trained, "--dat", *flags).dat.attack
     assert attack is not None
-    objective = WithDAT(DetectionObjective(), load_tokenizer("embedded"), attack)
-    parts = objective(model.train(), batch, torch.Generator().manual_seed(0))
+    objective = WithDAT(load_tokenizer("embedded"), attack, DetectionObjective())
+    parts = objective.step(model.train(), batch, torch.Generator().manual_seed(0))
     parts["loss"].backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not missing
@@ -329,7 +329,7 @@ def test_views_of_a_batch_share_their_chance(folder: Path, tmp_path: Path) -> No
     assert torch.equal(one, other)
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(one, objective.loss(model, image, (context[0], context[1] + 1)))
-    parts = objective(model, batch, torch.Generator().manual_seed(0))
+    parts = objective.step(model, batch, torch.Generator().manual_seed(0))
     assert torch.allclose(parts["loss"], sum(value for name, value in parts.items() if name != "loss"))
 
 
@@ -345,7 +345,7 @@ def test_frozen_batch_norm_stays_frozen_and_evaluation_gives_losses_too() -> Non
         "crowd": torch.zeros(2, 1, dtype=torch.bool),
     }
     model.eval()
-    loss = DetectionObjective()(model, batch, torch.Generator().manual_seed(0))["loss"]
+    loss = DetectionObjective().step(model, batch, torch.Generator().manual_seed(0))["loss"]
     loss.backward()
     assert loss.isfinite()
     assert not any(module.training for module in model.modules())

@@ -59,7 +59,7 @@ def advprop() -> WithPixelAdversary:
 
 def step(model: nn.Module, objective: Objective, batch: Batch | None = None) -> dict[str, Tensor]:
     torch.manual_seed(5)
-    parts = objective(model, batch or batch_of(), generator())
+    parts = objective.step(model, batch or batch_of(), generator())
     parts["loss"].backward()
     return parts
 
@@ -122,7 +122,7 @@ def test_a_norm_by_its_name_alone_is_told_of(caplog: pytest.LogCaptureFixture) -
 def test_the_adversary_that_is_drawn_is_the_one_that_is_trained_on(tokenizer: CountedTokenizer) -> None:
     """After an epoch, too, it attacks the auxiliary norms."""
     net, batch = split(conv_net()), batch_of(4)
-    objective = WithDAT(labels(), tokenizer, AttackConfig(eps=3.0))
+    objective = WithDAT(tokenizer, AttackConfig(eps=3.0), labels())
     passed: list[bool] = []
     for norm in splits(net):
         norm.register_forward_pre_hook(lambda one, _: passed.append(one.uses_auxiliary))  # type: ignore[func-returns-value]
@@ -149,7 +149,7 @@ def test_a_network_without_norms_is_refused() -> None:
 def test_main_norms_see_clean_pictures_alone(kind: str, tokenizer: CountedTokenizer) -> None:
     """Statistics and gradients of the main norms are those of a plain step, to the bit for the statistics."""
     plain, net = conv_net(), split(conv_net())
-    objective = advprop() if kind == "advprop" else WithDAT(labels(), tokenizer, AttackConfig(eps=3.0))
+    objective = advprop() if kind == "advprop" else WithDAT(tokenizer, AttackConfig(eps=3.0), labels())
     step(plain, labels())
     parts = step(net, objective)
     for one, other in zip((part for part in plain.modules() if isinstance(part, NORMS)), splits(net), strict=True):
@@ -207,7 +207,7 @@ def trained(rank: int) -> list[nn.Module]:
 def objectives() -> tuple[Objective, Objective]:
     source = LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=32)
     torch.manual_seed(0)
-    return advprop(), WithDAT(labels(), LightTokenizer(source).freeze(), AttackConfig(eps=3.0))
+    return advprop(), WithDAT(LightTokenizer(source).freeze(), AttackConfig(eps=3.0), labels())
 
 
 @pytest.mark.slow

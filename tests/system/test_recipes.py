@@ -132,7 +132,7 @@ def test_a_recipe_builds_its_parts(path: Path) -> None:
         if attack:
             tokenizer = load_tokenizer() if config.dat.tokenizer == "embedded" else named_tokenizer(config)
             tokenizer.check(torch.zeros(1, 3, *config.data.image_size))
-            assert WithDAT(objective, tokenizer, attack).strength_is_known == (attack.share is None)
+            assert WithDAT(tokenizer, attack, objective).strength_is_known == (attack.share is None)
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == trained > 0
     assert bool(attack) == (path.stem.startswith("dat_") or path.stem == "10k_dat")
 

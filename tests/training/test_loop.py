@@ -448,7 +448,7 @@ def train_pieces(folder: Path, output: Path, tokenizer: Path, world: World, rank
         words = LightTokenizer.from_file(tokenizer, engine_weights(tokenizer)).freeze()
         config = DatConfig("released", share=0.05).attack
         assert config is not None
-        dat = state_of(build_mae("mae_tiny", img_size=SIDE), WithDAT(_NoiseOfImage(0.5, True), words, config))
+        dat = state_of(build_mae("mae_tiny", img_size=SIDE), WithDAT(words, config, _NoiseOfImage(0.5, True)))
         Trainer(dat, setup_for(images, output / "dat", optim, world)).run()
         seen.update(dat=dat.model.state_dict(), eps=dat.objective.state_dict()["controller"]["eps"])
         broken = state_of(classifier(), _NaNAt(2 if world.rank == 1 else 1000))

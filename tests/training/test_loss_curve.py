@@ -72,7 +72,7 @@ def objectives() -> Iterator[tuple[str, nn.Module, Objective]]:
     by_rule(words)
     for kind in ("released", "symbolic"):
         attack = AttackConfig(kind, eps=3.0, share=None if kind == "released" else 0.1)
-        yield f"DAT {kind}", by_rule(tiny()), WithDAT(Classification(AugmentConfig(), 10), words.freeze(), attack)
+        yield f"DAT {kind}", by_rule(tiny()), WithDAT(words.freeze(), attack, Classification(AugmentConfig(), 10))
 
 
 def curve(

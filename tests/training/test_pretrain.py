@@ -95,7 +95,7 @@ def test_the_loss_of_words_is_the_naive_one(tokenizer: CountedTokenizer) -> None
     model, batch = with_words(tokenizer), batch_of()
     with torch.no_grad():
         model.decoder_words.score.bias[tokenizer.encode(batch["image"]).flatten().mode().values] = 2.0
-    parts = MaskedReconstruction(0.5, True, tokenizer, 0.3)(model, batch, generator())
+    parts = MaskedReconstruction(0.5, True, tokenizer, 0.3).step(model, batch, generator())
     noise, words = model.seen[0][2], tokenizer.encode(batch["image"])
     nats, hits = naive_words_loss(model, batch["image"], words, noise)
     assert parts["loss_words"].item() == pytest.approx(nats, rel=1e-5)
@@ -105,7 +105,7 @@ def test_the_loss_of_words_is_the_naive_one(tokenizer: CountedTokenizer) -> None
     torch.testing.assert_close(parts["loss_pixels"], pixels)
     torch.testing.assert_close(parts["loss"], pixels + 0.3 * parts["loss_words"])
     assert 0 < hits < 1
-    alone = MaskedReconstruction(0.5, True, tokenizer)(model, batch, generator())
+    alone = MaskedReconstruction(0.5, True, tokenizer).step(model, batch, generator())
     assert alone.keys() == {"loss", "loss_words", "word_accuracy"}
     assert torch.equal(alone["loss"], parts["loss_words"])
 
@@ -126,7 +126,7 @@ def test_only_words_of_removed_patches_count(tokenizer: CountedTokenizer) -> Non
 def test_chunks_and_all_scores_at_once_are_the_same(tokenizer: CountedTokenizer, monkeypatch: Any) -> None:
     def step() -> tuple[Tensor, dict[str, Tensor]]:
         model = with_words(tokenizer)
-        loss = MaskedReconstruction(0.5, True, tokenizer)(model, batch_of(), generator())["loss"]
+        loss = MaskedReconstruction(0.5, True, tokenizer).step(model, batch_of(), generator())["loss"]
         loss.backward()
         return loss.detach(), gradients(model)
 
@@ -147,7 +147,7 @@ def test_chunks_and_all_scores_at_once_are_the_same(tokenizer: CountedTokenizer,
 def test_words_alone_leave_the_prediction_of_pixels_as_it_is(tokenizer: CountedTokenizer) -> None:
     for pixels, weight in ((True, 0.1), (False, None)):
         model = with_words(tokenizer, pixels)
-        MaskedReconstruction(0.5, True, tokenizer, weight)(model, batch_of(), generator())["loss"].backward()
+        MaskedReconstruction(0.5, True, tokenizer, weight).step(model, batch_of(), generator())["loss"].backward()
         trained = {name for name, value in model.named_parameters() if value.requires_grad}
         assert trained == {name for name, value in gradients(model).items() if value.any()}
         assert ("decoder_pred.weight" in trained) == pixels
@@ -175,7 +175,7 @@ def test_all_views_have_the_mask_and_the_words_of_the_clean_picture(
 ) -> None:
     model, batch = with_words(tokenizer, pixels=False), batch_of()
     attack = dataclasses.replace(attack, batch_share=0.5)
-    parts = WithDAT(MaskedReconstruction(0.5, True, tokenizer), tokenizer, attack)(model, batch, generator())
+    parts = WithDAT(tokenizer, attack, MaskedReconstruction(0.5, True, tokenizer)).step(model, batch, generator())
     words, noise = tokenizer.encode(batch["image"]), model.seen[0][2]
     for view, ratio, seen, by_patch in model.seen:
         assert ratio == 0.5
@@ -201,7 +201,7 @@ def test_known_words_cost_no_other_encoding_and_change_nothing(kind: str, tokeni
     counted = []
     for target in (None, tokenizer):
         model, tokenizer.encoded = with_words(tokenizer), 0
-        WithDAT(MaskedReconstruction(0.5, True, target), tokenizer, attack)(model, batch, generator())
+        WithDAT(tokenizer, attack, MaskedReconstruction(0.5, True, target)).step(model, batch, generator())
         counted.append(tokenizer.encoded // len(batch["image"]))
     assert tuple(counted) == ENCODED[kind]
     model, words = RecordingMae(), tokenizer.encode(batch["image"])
@@ -219,8 +219,8 @@ def test_known_words_cost_no_other_encoding_and_change_nothing(kind: str, tokeni
 
 def test_words_of_another_tokenizer_are_a_target_alone(tokenizer: CountedTokenizer) -> None:
     other = CountedTokenizer(LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=8)).freeze()
-    objective = WithDAT(MaskedReconstruction(0.5, True, other), tokenizer, AttackConfig("random"))
-    parts = objective(with_words(other), batch_of(), generator())
+    objective = WithDAT(tokenizer, AttackConfig("random"), MaskedReconstruction(0.5, True, other))
+    parts = objective.step(with_words(other), batch_of(), generator())
     assert (tokenizer.encoded, other.encoded) == (16, 16)
     assert parts["changed_words"] > 0
 
@@ -246,13 +246,13 @@ def test_an_attack_that_warms_up_begins_with_nothing(
 ) -> None:
     share = 0.25 if kind in ("symbolic", "random") else None
     attack = AttackConfig(kind, eps=40.0 if kind == "paper" else 3.0, share=share, warmup=2.0)  # type: ignore[arg-type]
-    objective = WithDAT(Classification(AugmentConfig(), 5), tokenizer, attack)
+    objective = WithDAT(tokenizer, attack, Classification(AugmentConfig(), 5))
     torch.manual_seed(0)
     model, changed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE * SIDE, 5)), []
     with caplog.at_level(logging.WARNING):
         for epoch in (0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0):
             objective.begin(epoch)
-            parts = objective(model, batch_of(), generator())
+            parts = objective.step(model, batch_of(), generator())
             objective.observe({name: float(value.detach()) for name, value in parts.items()})
             changed.append(float(parts["changed_words"]))
             assert float(parts["dat_ramp"]) == pytest.approx(min(epoch / 2, 1.0), abs=1e-5)
@@ -265,11 +265,11 @@ def test_an_attack_that_warms_up_begins_with_nothing(
 
 def test_a_target_share_is_warmed_up(tokenizer: CountedTokenizer) -> None:
     attack = AttackConfig(eps=0.1, share=0.25, random_start=0.0, warmup=10.0)
-    objective = WithDAT(MaskedReconstruction(0.5, True), tokenizer, attack)
+    objective = WithDAT(tokenizer, attack, MaskedReconstruction(0.5, True))
     model, shares = RecordingMae(), []
     for step in range(60):
         objective.begin(step / 4)
-        parts = objective(model, batch_of(seed=step), generator(step))
+        parts = objective.step(model, batch_of(seed=step), generator(step))
         objective.observe({name: float(value.detach()) for name, value in parts.items()})
         shares.append(float(parts["changed_words"]))
     means = [sum(shares[first : first + 10]) / 10 for first in range(0, 60, 10)]
@@ -278,7 +278,7 @@ def test_a_target_share_is_warmed_up(tokenizer: CountedTokenizer) -> None:
 
 
 def test_few_words_do_not_tell_that_a_strength_is_too_small(tokenizer: CountedTokenizer) -> None:
-    objective = WithDAT(MaskedReconstruction(0.5, True), tokenizer, AttackConfig(share=0.04, warmup=10.0))
+    objective = WithDAT(tokenizer, AttackConfig(share=0.04, warmup=10.0), MaskedReconstruction(0.5, True))
     controller = objective.controller
     assert controller is not None
     objective.observe({"changed_words": 0.0, "dat_ramp": 0.05})

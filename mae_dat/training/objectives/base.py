@@ -38,8 +38,8 @@ class Objective(ABC):
         """Compute `loss` of a view (B, C, H, W), and the scalars to log with it."""
         return {"loss": self.loss(model, image, prepared)}
 
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
-        """Compute the loss of one batch, with the scalars to log."""
+    def step(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
+        """Compute the loss of one batch, with the scalars to log: what the training loop calls in every step."""
         return self.parts(model, *self.prepare(model, batch, generator))
 
     def known_words(self, tokenizer: VisualTokenizer, prepared: Any) -> Tensor | None:

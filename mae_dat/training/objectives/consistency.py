@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mae_dat.attacks.discrete import DiscreteAdversary
 from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.groups import AugmentConfig
 from mae_dat.data.image_set import Batch
@@ -57,13 +58,15 @@ class ConsistentDAT(WithDAT):
     """
 
     def __init__(
-        self, objective: Classification, tokenizer: VisualTokenizer, attack: AttackConfig, weight: float
+        self, tokenizer: VisualTokenizer, attack: AttackConfig, objective: Classification, weight: float
     ) -> None:
-        super().__init__(objective, tokenizer, attack)
+        super().__init__(tokenizer, attack, objective)
         self.weight = weight
 
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
-        """Compute one step; parts: those of DAT, and jsd (unweighted)."""
+    def attack_step(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Parts, DiscreteAdversary]:
+        """Compute one step and return it with its adversary; parts: those of DAT, and jsd (unweighted)."""
         image, target = self.prepare(model, batch, generator)
         clean = model(image).float()
         parts = {"loss_clean": F.cross_entropy(clean, target)} if self.attack.clean_weight else {}
@@ -74,4 +77,4 @@ class ConsistentDAT(WithDAT):
         parts["loss_adversarial"] = F.cross_entropy(adversarial, target)
         divergence = jensen_shannon([clean[: len(image)], model(adversary.reconstruction), adversarial])
         loss = torch.stack([*parts.values(), self.weight * divergence]).sum()
-        return {"loss": loss, **parts, "jsd": divergence, **self.attack_metrics(adversary)}
+        return {"loss": loss, **parts, "jsd": divergence, **self.attack_metrics(adversary)}, adversary

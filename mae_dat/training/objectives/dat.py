@@ -1,20 +1,23 @@
-"""Discrete Adversarial Training (Mao et al. 2022) around any objective."""
+"""Discrete Adversarial Training (Mao et al. 2022) around any objective, in our training loop or in your own."""
 
 import dataclasses
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
 from mae_dat.attacks.share_controller import ShareController
-from mae_dat.config.adversaries import AttackConfig, DatConfig
+from mae_dat.config.adversaries import PUBLISHED_SHARE, AttackConfig, DatConfig
+from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DataConfig
 from mae_dat.data.image_set import Batch
-from mae_dat.models.modes import frozen_parameters, unwrap_ddp
+from mae_dat.models.modes import Network, frozen_parameters, unwrap_ddp
 from mae_dat.models.split_norms import auxiliary_norms
 from mae_dat.models.tokenizer import in_precision, load_tokenizer
 from mae_dat.models.tokenizer.base import VisualTokenizer
@@ -22,48 +25,134 @@ from mae_dat.models.tokenizer.padded import PaddedTokenizer
 from mae_dat.runtime.collectives import all_mean
 from mae_dat.training.objectives.base import Objective, ObjectiveWrapper, Parts
 from mae_dat.training.objectives.free_gradient import loss_and_gradient
+from mae_dat.training.objectives.own_loop import (
+    Criterion,
+    CriterionObjective,
+    MetricsCopy,
+    as_module,
+    batch_from,
+    seeded_generator,
+)
+from mae_dat.training.step_report import report_lag
 
 logger = logging.getLogger(__name__)
 
 
 class WithDAT(ObjectiveWrapper):
-    """Discrete Adversarial Training around any objective.
+    """Discrete Adversarial Training: the loss of a batch and of its adversary. In your own training loop:
+
+        dat = mae_dat.WithDAT(mae_dat.load_tokenizer(), mae_dat.AttackConfig(share=0.04))
+        for images, labels in loader:  # float (B, C, H, W) in [0, 1], and int64 (B,)
+            loss = dat(model, images, labels)
+            loss.backward()
+
+    tokenizer: the visual words, from `load_tokenizer`. It is moved to the device of the images.
+    attack: the adversary. By default it changes 3.8 % of the words, as in the paper.
+    objective: what the model is trained for: a criterion of logits and labels, which returns the mean over the batch,
+        such as `nn.CrossEntropyLoss(label_smoothing=0.1)`; or an `Objective`. By default cross-entropy.
 
     loss = w L(clean) + L(adversarial), with w = 1 in the released code and 0 in the paper's Algorithm 1. Each is a mean
     over its images; if only a share of the batch is attacked, L(adversarial) estimates the whole batch's, unweighted.
-    The share of changed words is part of the result. A warning is logged while it is 0: the quantizer then rounds every
-    step away, and DAT has no effect.
+    The share of changed words is part of the result. One warning is logged if it stays below 0.5 %: the quantizer then
+    rounds nearly every step away, and DAT has hardly any effect.
 
     `strength_is_known`: whether the attack has an eps. Only a target share has none, until the first step.
+    `last_adversary`: the result of the attack in the last call, for images and statistics; None before.
     """
 
-    WARN_AFTER, WARN_EVERY = 3, 200
-    """Steps without a changed word before the first warning, and between two warnings."""
+    WEAK_SHARE, WARN_AFTER = 0.005, 3
+    """An adversary is weak if it changes less than this share of the words, on average over this number of steps."""
     MIN_RAMP = 0.1
     """Part of the warm-up from which the share of changed words is precise enough to adjust eps."""
 
-    def __init__(self, objective: Objective, tokenizer: VisualTokenizer, attack: AttackConfig) -> None:
-        self.objective, self.tokenizer, self.attack = objective, tokenizer, attack
-        self.controller = ShareController(attack) if attack.share is not None and attack.moves_pixels else None
+    def __init__(
+        self,
+        tokenizer: VisualTokenizer,
+        attack: AttackConfig | None = None,
+        objective: Objective | Criterion = F.cross_entropy,
+    ) -> None:
+        self.tokenizer, self.attack = tokenizer, attack or AttackConfig(share=PUBLISHED_SHARE)
+        self.objective = objective if isinstance(objective, Objective) else CriterionObjective(objective)
+        self.controller = (
+            ShareController(self.attack) if self.attack.share is not None and self.attack.moves_pixels else None
+        )
         self.strength_is_known = self.controller is None
         self.pixels_checked = False
-        self.idle_steps = 0
         self.ramp = 1.0
+        self.last_adversary: DiscreteAdversary | None = None
+        self._recent_shares: deque[float] = deque(maxlen=self.WARN_AFTER)
+        self._weakness_reported = False
+        self._newest_metrics: MetricsCopy | None = None
+        self._unobserved: deque[MetricsCopy] = deque()
+        """The metrics of the calls that `observe` has not had yet."""
+
+    def __call__(
+        self,
+        model: Network,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        epoch: float | None = None,
+    ) -> Tensor:
+        """Compute the loss of a batch in your own training loop, a scalar; call `backward` on it.
+
+        model: maps images in [0, 1] to logits (B, K): any module, also inside DistributedDataParallel or under
+            autocast. Normalization belongs to the model.
+        images: float (B, C, H, W) in [0, 1].
+        labels: class indices int64 (B,), or probabilities (B, K) from mixup or label smoothing. Objectives that need
+            none, such as `MaskedReconstruction`, accept None.
+        generator: the source of the attack's random start, on the device of the images. By default every call draws a
+            seed from torch's global generator, so `torch.manual_seed` makes a run repeatable.
+        epoch: the fractional epoch, which only an attack with a warm-up needs.
+
+        With a share, the first call searches the eps that changes this share of the words, and every call adjusts it to
+        the steps before. With torch.distributed all ranks must call together. Raises ValueError for images or labels
+        of another form, and ConfigError for settings that do not fit.
+        """
+        if self.attack.warmup and epoch is None:
+            raise ConfigError(f"AttackConfig(warmup={self.attack.warmup:g}) needs the epoch: dat(..., epoch=0.5).")
+        batch, module = batch_from(images, labels), as_module(model, free=self.attack.free)
+        if self.tokenizer.codebook.device != images.device:
+            self.tokenizer.to(images.device)
+        # As late as in the training loop, so that a GPU does not wait for the host.
+        while len(self._unobserved) > report_lag(images.device):
+            self.observe(self._unobserved.popleft().read())
+        self.begin(epoch or 0.0)
+        parts, self.last_adversary = self.attack_step(module, batch, generator or seeded_generator(images.device))
+        self._newest_metrics = MetricsCopy(parts)
+        self._unobserved.append(self._newest_metrics)
+        return parts["loss"]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers of the last call: loss, loss_clean, loss_adversarial, changed_words (share of the words), eps.
+
+        Reading them waits for the device, so read them every few steps only. Empty before the first call.
+        """
+        return self._newest_metrics.read() if self._newest_metrics else {}
 
     def begin(self, epoch: float) -> None:
         """Set the share of the strength that the warm-up has reached at this fractional epoch."""
         self.ramp = self.attack.ramp(epoch)
         super().begin(epoch)
 
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
+    def step(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """Compute one DAT step; parts: loss, loss_clean, loss_adversarial, changed_words (share), eps."""
+        return self.attack_step(model, batch, generator)[0]
+
+    def attack_step(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Parts, DiscreteAdversary]:
+        """Compute one DAT step (see `step`) and return it with its adversary."""
         image, prepared = self.prepare(model, batch, generator)
         clean, logged, gradient = self.clean_loss(model, image, prepared)
         image, prepared, gradient = first_rows((image, prepared, gradient), self.attack_count(image))
         with auxiliary_norms(model):
             adversary = self.adversary(model, image, prepared, generator=generator, gradient=gradient)
             losses = {**clean, "loss_adversarial": self.loss(model, adversary.adversarial, prepared)}
-        return {"loss": torch.stack([*losses.values()]).sum(), **losses, **logged, **self.attack_metrics(adversary)}
+        loss = torch.stack([*losses.values()]).sum()
+        return {"loss": loss, **losses, **logged, **self.attack_metrics(adversary)}, adversary
 
     def clean_loss(self, model: nn.Module, image: Tensor, prepared: Any) -> tuple[Parts, Parts, Tensor | None]:
         """Compute L(clean) if it has a weight: (`loss_clean`, scalars to log, gradient at the image (B, C, H, W)).
@@ -174,31 +263,49 @@ class WithDAT(ObjectiveWrapper):
         return math.ceil(min(count, most_share * len(image)))
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Adjust eps to the share of changed words; warn while it is 0."""
+        """Adjust eps to the share of changed words; warn once if the adversary is weak."""
         share, ramp = metrics["changed_words"], metrics.get("dat_ramp", 1.0)
         # The target is warmed up like the step. Early in the warm-up it is a few words, whose number is mostly chance.
         if self.controller and (ramp >= self.MIN_RAMP or share > self.controller.target):
             self.controller.observe(share / ramp)
-        is_idle = share == 0 and self.attack.moves_pixels and ramp == 1
-        self.idle_steps = self.idle_steps + 1 if is_idle else 0
-        if self.idle_steps % self.WARN_EVERY == self.WARN_AFTER:
-            logger.warning(
-                "the adversary changed no visual word for %d steps: eps %.3g is too small at this size and tokenizer. "
-                "Give the strength as a share of words instead, such as --dat_share 0.04.",
-                self.idle_steps,
-                self.strength().eps,
-            )
+        if ramp == 1:
+            self._warn_if_weak(share)
         super().observe(metrics)
 
+    def _warn_if_weak(self, share: float) -> None:
+        """Log one warning if the last steps, this one with `share` included, changed almost no words.
+
+        A controller that holds a smaller share than that was asked to; it is weak only where no word changes.
+        """
+        self._recent_shares.append(share)
+        mean = sum(self._recent_shares) / self.WARN_AFTER
+        is_weak = mean == 0 or (mean < self.WEAK_SHARE and not self.controller)
+        if not (is_weak and self.attack.moves_pixels and len(self._recent_shares) == self.WARN_AFTER):
+            return
+        if not self._weakness_reported:
+            logger.warning(
+                "the adversary changed %.2g %% of the visual words in the last %d steps: eps %.3g is too small at this "
+                "image size and with this tokenizer, and DAT has hardly any effect. Give the strength as a share of "
+                "words: AttackConfig(share=%g), on the command line --dat_share %g.",
+                100 * mean,
+                self.WARN_AFTER,
+                self.strength().eps,
+                PUBLISHED_SHARE,
+                PUBLISHED_SHARE,
+            )
+        self._weakness_reported = True
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: the controller's, the wrapped objective's, and `idle_steps`."""
+        """Return the state for a checkpoint: the controller's, the wrapped objective's, and the metrics of your own
+        loop that were not observed yet."""
         controller = {"controller": self.controller.state_dict()} if self.controller and self.strength_is_known else {}
-        return {**controller, **super().state_dict(), "idle_steps": self.idle_steps}
+        unobserved = {"unobserved": [metrics.read() for metrics in self._unobserved]} if self._unobserved else {}
+        return {**controller, **super().state_dict(), **unobserved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`."""
         super().load_state_dict(state)
-        self.idle_steps = state["idle_steps"]
+        self._unobserved = deque(map(MetricsCopy.from_host, state.get("unobserved", [])))
         if self.controller and "controller" in state:
             self.controller.load_state_dict(state["controller"])
             self.strength_is_known = True
@@ -227,7 +334,7 @@ def with_dat(
     """Wrap the objective in DAT with its tokenizer; return it unchanged without an attack."""
     if dat.attack is None:
         return objective
-    return WithDAT(objective, open_tokenizer(dat, data, device, pad), dat.attack)
+    return WithDAT(open_tokenizer(dat, data, device, pad), dat.attack, objective)
 
 
 def open_tokenizer(dat: DatConfig, data: DataConfig, device: torch.device, pad: bool = False) -> VisualTokenizer:

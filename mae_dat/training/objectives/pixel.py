@@ -34,7 +34,7 @@ class WithPixelAdversary(ObjectiveWrapper):
     def __init__(self, objective: Objective, attack: PixelAttack, clean_weight: float = 0.0) -> None:
         self.objective, self.attack, self.clean_weight = objective, attack, clean_weight
 
-    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
+    def step(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
         """Compute one step; parts: loss, loss_clean if w > 0, loss_adversarial."""
         image, prepared = self.prepare(model, batch, generator)
         clean = {"loss_clean": self.loss(model, image, prepared)} if self.clean_weight else {}

@@ -56,7 +56,7 @@ class VQReconstruction(TokenizerObjective):
     @property
     def gan_joined(self) -> bool:
         """Whether the PatchGAN takes part in the current step."""
-        return self.step >= self.config.gan_start * self.config.steps
+        return self.steps_done >= self.config.gan_start * self.config.steps
 
     def parts(self, model: nn.Module, image: Tensor, context: torch.Generator) -> Parts:
         """Compute the `loss` of an image (B, C, H, W) in [0, 1], and the `squared_error` of its reconstruction."""
@@ -108,11 +108,11 @@ class VQReconstruction(TokenizerObjective):
     def restart_codes(self, latent: Tensor, generator: torch.Generator) -> None:
         """Replace unused codes by random vectors of the batch's latent (B, D, h, w): all codes at step 0, later those
         unused for `restart_every` steps."""
-        if self.step % self.config.restart_every or self.step > 0.8 * self.config.steps:
+        if self.steps_done % self.config.restart_every or self.steps_done > 0.8 * self.config.steps:
             return
         if not latent.isfinite().all():  # the loss will not be finite either; until then the codes stay as they were
             return
-        unused = self.uses_K == 0 if self.step else torch.ones_like(self.uses_K, dtype=torch.bool)
+        unused = self.uses_K == 0 if self.steps_done else torch.ones_like(self.uses_K, dtype=torch.bool)
         flat = latent.permute(0, 2, 3, 1).flatten(0, 2)
         chosen = torch.randint(len(flat), (int(unused.sum()),), generator=generator, device=self.device)
         with torch.no_grad():

@@ -52,14 +52,14 @@ class TokenizerObjective(Objective):
     """What a light tokenizer is trained for, with the tokenizer and all else that training changes."""
 
     tokenizer: LightTokenizer
-    step = 0
+    steps_done = 0
 
     def __init__(self, config: TokenizerTrainingConfig, device: torch.device) -> None:
         self.config, self.device = config, device
 
     def begin(self, epoch: float) -> None:
         """Start a step; an epoch is one step."""
-        self.step = round(epoch)
+        self.steps_done = round(epoch)
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, torch.Generator]:
         """Return the image, (B, C, H, W) in [0, 1], and the generator of the step."""

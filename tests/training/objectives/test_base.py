@@ -70,7 +70,7 @@ def generator() -> torch.Generator:
 def run(objective: Objective, model: nn.Module, batch: Batch) -> Parts:
     """One step, as the engine does it: mixup draws from the global state, and the objective is told its parts."""
     seed_everything(3)
-    parts = objective(model, batch, generator())
+    parts = objective.step(model, batch, generator())
     objective.observe({name: float(value.detach()) for name, value in parts.items()})
     return parts
 
@@ -97,7 +97,7 @@ def test_reconstruction_is_the_error_at_the_removed_patches(norm_pix: bool, batc
 def test_the_mask_is_a_function_of_the_generator(batch: Batch) -> None:
     model, objective = RecordingMae(), MaskedReconstruction(0.5, True)
     for seed in (1, 1, 2):
-        objective(model, batch, torch.Generator().manual_seed(seed))
+        objective.step(model, batch, torch.Generator().manual_seed(seed))
     (_, _, one), (_, _, same), (_, _, other) = model.seen
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -106,7 +106,7 @@ def test_the_mask_is_a_function_of_the_generator(batch: Batch) -> None:
 @pytest.mark.parametrize("kind", ATTACK_KINDS)
 def test_both_views_of_an_image_share_mask_and_target(kind: str, batch: Batch, tokenizer: LightTokenizer) -> None:
     model = RecordingMae()
-    objective = WithDAT(MaskedReconstruction(0.5, True), tokenizer, AttackConfig(kind, eps=3.0))  # type: ignore[arg-type]
+    objective = WithDAT(tokenizer, AttackConfig(kind, eps=3.0), MaskedReconstruction(0.5, True))  # type: ignore[arg-type]
     parts = run(objective, model, batch)
     noises = [noise for _, _, noise in model.seen]
     assert all(torch.equal(noise, noises[0]) for noise in noises)
@@ -151,7 +151,7 @@ def test_both_views_are_made_from_the_mixed_image_and_its_targets(batch: Batch, 
     seed_everything(3)
     mixed, targets = inner.prepare(model, batch, generator())
     model.seen.clear()
-    parts = run(WithDAT(inner, tokenizer, AttackConfig("released", eps=2.0, random_start=0.0)), model, batch)
+    parts = run(WithDAT(tokenizer, AttackConfig("released", eps=2.0, random_start=0.0), inner), model, batch)
     torch.testing.assert_close(model.seen[0], mixed)
     clean, adversarial = F.cross_entropy(model(model.seen[0]), targets), F.cross_entropy(model(model.seen[2]), targets)
     torch.testing.assert_close(parts["loss_clean"], clean)
@@ -163,7 +163,7 @@ def test_both_views_are_made_from_the_mixed_image_and_its_targets(batch: Batch, 
 
 
 def test_the_released_loss_is_clean_plus_adversarial(batch: Batch, tokenizer: LightTokenizer) -> None:
-    parts = run(WithDAT(plain_labels(), tokenizer, AttackConfig(eps=2.0)), SmallNet(), batch)
+    parts = run(WithDAT(tokenizer, AttackConfig(eps=2.0), plain_labels()), SmallNet(), batch)
     assert set(parts) == {"loss", "loss_clean", "loss_adversarial", "changed_words", "eps"}
     torch.testing.assert_close(parts["loss"], parts["loss_clean"] + parts["loss_adversarial"])
     assert parts["loss_clean"] > 0
@@ -175,7 +175,7 @@ def test_the_released_loss_is_clean_plus_adversarial(batch: Batch, tokenizer: Li
 
 def test_the_papers_loss_is_adversarial_only(batch: Batch, tokenizer: LightTokenizer) -> None:
     model = SmallNet()
-    parts = run(WithDAT(plain_labels(), tokenizer, AttackConfig("paper", eps=50.0)), model, batch)
+    parts = run(WithDAT(tokenizer, AttackConfig("paper", eps=50.0), plain_labels()), model, batch)
     assert set(parts) == {"loss", "loss_adversarial", "changed_words", "eps"}
     assert torch.equal(parts["loss"], parts["loss_adversarial"])
     assert not any(torch.equal(seen, batch["image"]) for seen in model.seen), "no clean view, no wasted forward"
@@ -185,7 +185,7 @@ def test_the_papers_loss_is_adversarial_only(batch: Batch, tokenizer: LightToken
 def test_the_attack_leaves_no_gradient_and_no_flag(kind: str, batch: Batch, tokenizer: LightTokenizer) -> None:
     model = SmallNet()
     model.norm.eval()
-    objective = WithDAT(plain_labels(), tokenizer, AttackConfig(kind, eps=2.0))  # type: ignore[arg-type]
+    objective = WithDAT(tokenizer, AttackConfig(kind, eps=2.0), plain_labels())  # type: ignore[arg-type]
     parts = run(objective, model, batch)
     assert all(p.grad is None for p in [*model.parameters(), *tokenizer.parameters()])
     assert [module.training for module in (model, model.conv, model.norm)] == [True, True, False]
@@ -197,7 +197,7 @@ def test_the_attack_leaves_no_gradient_and_no_flag(kind: str, batch: Batch, toke
 def test_reconstructions_are_meant_to_change_nothing(
     batch: Batch, tokenizer: LightTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    objective = WithDAT(plain_labels(), tokenizer, AttackConfig("reconstruction", share=0.05))
+    objective = WithDAT(tokenizer, AttackConfig("reconstruction", share=0.05), plain_labels())
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             parts = run(objective, SmallNet(), batch)
@@ -209,7 +209,7 @@ def test_reconstructions_are_meant_to_change_nothing(
 def test_an_attack_that_changes_nothing_is_warned_about(
     batch: Batch, tokenizer: LightTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    objective = WithDAT(plain_labels(), tokenizer, AttackConfig(eps=1e-7))
+    objective = WithDAT(tokenizer, AttackConfig(eps=1e-7), plain_labels())
     model = SmallNet()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -226,7 +226,7 @@ def test_an_attack_that_changes_nothing_is_warned_about(
 
 
 def test_the_strength_is_found_once_and_then_followed(batch: Batch, tokenizer: LightTokenizer) -> None:
-    objective = WithDAT(plain_labels(), tokenizer, AttackConfig(eps=0.01, share=0.25, random_start=0.0))
+    objective = WithDAT(tokenizer, AttackConfig(eps=0.01, share=0.25, random_start=0.0), plain_labels())
     model = SmallNet()
     assert not objective.strength_is_known
     shares = [float(run(objective, model, batch)["changed_words"]) for _ in range(5)]
@@ -240,7 +240,7 @@ def test_the_strength_is_found_once_and_then_followed(batch: Batch, tokenizer: L
 
 def test_the_controllers_state_survives_a_checkpoint(batch: Batch, tokenizer: LightTokenizer) -> None:
     def fresh() -> WithDAT:
-        return WithDAT(plain_labels(), tokenizer, AttackConfig(share=0.2))
+        return WithDAT(tokenizer, AttackConfig(share=0.2), plain_labels())
 
     objective, model = fresh(), SmallNet().eval()
     untouched = fresh()
@@ -260,6 +260,6 @@ def test_the_controllers_state_survives_a_checkpoint(batch: Batch, tokenizer: Li
 
 
 def test_random_words_need_no_controller(batch: Batch, tokenizer: LightTokenizer) -> None:
-    objective = WithDAT(plain_labels(), tokenizer, AttackConfig("random", share=0.25))
+    objective = WithDAT(tokenizer, AttackConfig("random", share=0.25), plain_labels())
     assert objective.strength_is_known
     assert float(run(objective, SmallNet(), batch)["changed_words"]) == 0.25

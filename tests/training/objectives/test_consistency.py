@@ -139,7 +139,7 @@ def batch_of_views() -> Batch:
 
 def test_augmixs_loss_is_timms_of_one_pass() -> None:
     batch, model = batch_of_views(), SmallNet().eval()
-    parts = AugMix(AugmentConfig(smoothing=0.1), CLASSES, 12.0)(model, batch, generator())
+    parts = AugMix(AugmentConfig(smoothing=0.1), CLASSES, 12.0).step(model, batch, generator())
     assert [tuple(seen.shape[:1]) for seen in model.seen] == [(18,)]
     logits = model(torch.cat([batch["image"][:, view] for view in range(AUGMIX_VIEWS)]))
     torch.testing.assert_close(parts["loss"], JsdCrossEntropy(AUGMIX_VIEWS, 12, 0.1)(logits, batch["label"]))
@@ -155,10 +155,10 @@ def test_without_weight_it_is_dat(kind: str, tokenizer: CountedTokenizer) -> Non
     gradients to the bit."""
     attack = AttackConfig(kind, eps=3.0, batch_share=0.5, share=0.2 if kind == "random" else None)  # type: ignore[arg-type]
     found = []
-    for objective in (WithDAT(labels(), tokenizer, attack), ConsistentDAT(labels(), tokenizer, attack, 0.0)):
+    for objective in (WithDAT(tokenizer, attack, labels()), ConsistentDAT(tokenizer, attack, labels(), 0.0)):
         model = SmallNet().train(kind != "paper")
         torch.manual_seed(5)
-        parts = objective(model, batch_of(), generator())
+        parts = objective.step(model, batch_of(), generator())
         parts["loss"].backward()
         found.append((parts, gradients(model)))
     (dat, expected), (ours, gradient) = found
@@ -169,15 +169,15 @@ def test_without_weight_it_is_dat(kind: str, tokenizer: CountedTokenizer) -> Non
 
 def test_the_third_view_costs_a_step_more(tokenizer: CountedTokenizer) -> None:
     with Products() as done:
-        parts = ConsistentDAT(labels(), tokenizer, AttackConfig(), 12.0)(linear_net(), batch_of(), generator())
+        parts = ConsistentDAT(tokenizer, AttackConfig(), labels(), 12.0).step(linear_net(), batch_of(), generator())
         parts["loss"].backward()
     assert done.multiplications / (IMAGES * WIDTH**2) == pytest.approx(8 + 6 + 8 + 8, abs=0.1)
 
 
 def test_image_reconstruction_and_adversary_are_to_agree(tokenizer: CountedTokenizer) -> None:
     model, batch = SmallNet().eval(), batch_of()
-    objective = ConsistentDAT(labels(), tokenizer, AttackConfig(eps=3.0, random_start=0.0), 12.0)
-    parts = objective(model, batch, generator())
+    objective = ConsistentDAT(tokenizer, AttackConfig(eps=3.0, random_start=0.0), labels(), 12.0)
+    parts = objective.step(model, batch, generator())
     clean, _, adversarial, reconstruction = model.seen  # the second is the attack's
     assert torch.equal(reconstruction, tokenizer.reconstruct(batch["image"]))
     assert not torch.equal(adversarial, reconstruction)
@@ -185,5 +185,5 @@ def test_image_reconstruction_and_adversary_are_to_agree(tokenizer: CountedToken
     torch.testing.assert_close(parts["jsd"], jensen_shannon(logits))
     torch.testing.assert_close(parts["loss"], parts["loss_clean"] + parts["loss_adversarial"] + 12 * parts["jsd"])
     decoded = tokenizer.decoded
-    objective(model, batch, generator())
+    objective.step(model, batch, generator())
     assert tokenizer.decoded - decoded == 2 * len(batch["image"])  # the reconstruction was at hand

@@ -70,9 +70,9 @@ PASSES = {
 @pytest.mark.parametrize("name", PASSES)
 def test_a_step_costs_the_passes_of_its_form(name: str, tokenizer: CountedTokenizer) -> None:
     attack, products, encoded, decoded = PASSES[name]
-    model, objective = linear_net(), WithDAT(labels(), tokenizer, attack)
+    model, objective = linear_net(), WithDAT(tokenizer, attack, labels())
     with Products() as done:
-        objective(model, batch_of(), generator())["loss"].backward()
+        objective.step(model, batch_of(), generator())["loss"].backward()
     assert done.multiplications / (IMAGES * WIDTH**2) == pytest.approx(products, abs=0.1)
     assert (tokenizer.encoded / IMAGES, tokenizer.decoded / IMAGES) == (encoded, decoded)
 
@@ -86,14 +86,14 @@ def test_a_step_never_waits_for_the_device(
             assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a tensor"
             return func(*args, **(kwargs or {}))
 
-    model, objective = SmallNet(), WithDAT(labels(), tokenizer, attack)
+    model, objective = SmallNet(), WithDAT(tokenizer, attack, labels())
     prepared = objective.prepare(model, batch_of(), generator())  # whose one_hot looks at its labels, on a CPU alone
     monkeypatch.setattr(objective, "prepare", lambda *_: prepared)
     with pytest.raises(AssertionError, match="the host reads"), NoReading():
-        objective(model, batch_of(), generator())  # the pixels of the first batch are checked
+        objective.step(model, batch_of(), generator())  # the pixels of the first batch are checked
     monkeypatch.setattr(mae_dat.attacks.discrete, "require_pixels", lambda image: None)  # as on a GPU from then on
     with NoReading():
-        objective(model, batch_of(), generator())["loss"].backward()
+        objective.step(model, batch_of(), generator())["loss"].backward()
 
 
 def test_the_attack_sees_parameters_that_need_no_gradient(tokenizer: CountedTokenizer) -> None:
@@ -101,7 +101,7 @@ def test_the_attack_sees_parameters_that_need_no_gradient(tokenizer: CountedToke
     model, batch, asked = SmallNet(), batch_of(), []
     model.conv.bias.requires_grad_(False)
     model.head.register_forward_pre_hook(lambda *_: asked.append([one.requires_grad for one in model.parameters()]))
-    WithDAT(labels(), tokenizer, AttackConfig())(model, batch, generator())["loss"].backward()
+    WithDAT(tokenizer, AttackConfig(), labels()).step(model, batch, generator())["loss"].backward()
     learning = [True, False, True, True]
     assert asked == [learning, [False] * 4, learning]
     assert [weight.grad is not None for weight in model.parameters()] == learning
@@ -137,8 +137,8 @@ def test_free_attacks_with_the_clean_passes_gradient(tokenizer: CountedTokenizer
     """Dropout is drawn once: the attack sees the network that the clean view saw."""
     model, batch, attack = SmallNet(), batch_of(), AttackConfig(eps=3.0, free=True)
     torch.manual_seed(5)
-    objective = WithDAT(labels(smoothing=0.1), tokenizer, attack)
-    objective(model, batch, generator())
+    objective = WithDAT(tokenizer, attack, labels(smoothing=0.1))
+    objective.step(model, batch, generator())
     torch.manual_seed(5)
     image, prepared = objective.prepare(model, batch, generator())
     gradient = input_gradient(image, lambda x: objective.loss(model, x, prepared))
@@ -158,11 +158,11 @@ def test_frees_gradient_is_that_of_both_losses(kind: str, precision: str, tokeni
     mae, batch = kind == "mae", batch_of()
     model = MaskedAutoencoder(SIDE, 4, 3, 16, 1, 2, 16, 1, 2) if mae else SmallNet()
     inner = MaskedReconstruction(0.5, True) if mae else labels()
-    objective = WithDAT(inner, tokenizer, AttackConfig(eps=3.0, free=True))
+    objective = WithDAT(tokenizer, AttackConfig(eps=3.0, free=True), inner)
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
     torch.manual_seed(5)
     with autocast():
-        parts = objective(model, batch, generator())
+        parts = objective.step(model, batch, generator())
     assert not gradients(model)
     (parts["loss"] / 4).backward()
     found = gradients(model)
@@ -209,38 +209,38 @@ def test_a_known_gradient_is_handed_on_times_its_factor_and_once() -> None:
 def test_a_share_of_the_batch_is_attacked(share: float, tokenizer: CountedTokenizer) -> None:
     model, batch, attack = SmallNet().eval(), batch_of(), AttackConfig(eps=3.0, batch_share=share)
     count = max(1, round(share * IMAGES))
-    objective = WithDAT(labels(), tokenizer, attack)
-    parts = objective(model, batch, generator())
+    objective = WithDAT(tokenizer, attack, labels())
+    parts = objective.step(model, batch, generator())
     assert [len(seen) for seen in model.seen] == [IMAGES, count, count]
     _, target = objective.prepare(model, batch, generator())
     adversarial = F.cross_entropy(model(model.seen[2]), target[:count])
     torch.testing.assert_close(parts["loss_adversarial"], adversarial)
     torch.testing.assert_close(parts["loss"], F.cross_entropy(model(batch["image"]), target) + adversarial)
     if share == 1:
-        whole = WithDAT(labels(), tokenizer, AttackConfig(eps=3.0))(model, batch, generator())
+        whole = WithDAT(tokenizer, AttackConfig(eps=3.0), labels()).step(model, batch, generator())
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_a_share_takes_its_own_masks_and_targets(tokenizer: CountedTokenizer) -> None:
     torch.manual_seed(3)
     model, batch = MaskedAutoencoder(SIDE, 4, 3, 16, 1, 2, 16, 1, 2), batch_of()
-    objective = WithDAT(MaskedReconstruction(0.5, True), tokenizer, AttackConfig("reconstruction", batch_share=0.25))
-    parts = objective(model, batch, generator())
+    objective = WithDAT(tokenizer, AttackConfig("reconstruction", batch_share=0.25), MaskedReconstruction(0.5, True))
+    parts = objective.step(model, batch, generator())
     _, (target, noise) = objective.prepare(model, batch, generator())
     image = tokenizer.reconstruct(batch["image"][:4])
     torch.testing.assert_close(parts["loss_adversarial"], objective.loss(model, image, (target[:4], noise[:4])))
 
 
 def test_a_target_share_is_counted_in_more_images(tokenizer: CountedTokenizer) -> None:
-    held, logged = (WithDAT(labels(), tokenizer, AttackConfig(share=share)) for share in (0.1, None))
+    held, logged = (WithDAT(tokenizer, AttackConfig(share=share), labels()) for share in (0.1, None))
     batches = [torch.empty(count, 3, 32, 32) for count in (1, 4, 64, 256)]  # 64 words each
     assert [held.counted_images(one) for one in batches] == [1, 2, 8, 32]
     assert [logged.counted_images(one) for one in batches] == [1, 1, 4, 8]
     assert logged.counted_images(torch.empty(32, 3, 112, 112)) == 1
-    objective = WithDAT(labels(), tokenizer, AttackConfig(eps=3.0, share=0.1))
-    objective(linear_net(), batch_of(), generator())  # finds the strength
+    objective = WithDAT(tokenizer, AttackConfig(eps=3.0, share=0.1), labels())
+    objective.step(linear_net(), batch_of(), generator())  # finds the strength
     before = tokenizer.encoded
-    objective(linear_net(), batch_of(), generator())
+    objective.step(linear_net(), batch_of(), generator())
     assert tokenizer.encoded - before == 2 * IMAGES + 8
 
 
@@ -261,11 +261,11 @@ MODES = {name: attack for name, (attack, *_) in PASSES.items() if attack.moves_p
 def test_every_form_holds_its_share_of_words_and_repeats_itself(name: str, tokenizer: CountedTokenizer) -> None:
     attack, results = dataclasses.replace(MODES[name], share=0.2), []
     for _ in range(2):
-        model, objective = linear_net(), WithDAT(labels(), tokenizer, attack)
+        model, objective = linear_net(), WithDAT(tokenizer, attack, labels())
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         shares = []
         for step in range(6):
-            parts = objective(model, batch_of(seed=step), generator(step))
+            parts = objective.step(model, batch_of(seed=step), generator(step))
             parts["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -273,7 +273,7 @@ def test_every_form_holds_its_share_of_words_and_repeats_itself(name: str, token
             shares.append(float(parts["changed_words"]))
             if step == 2:  # goes on from a checkpoint
                 state = objective.state_dict()
-                objective = WithDAT(labels(), tokenizer, attack)
+                objective = WithDAT(tokenizer, attack, labels())
                 objective.load_state_dict(state)
         assert sum(shares) / len(shares) == pytest.approx(0.2, abs=0.1)
         results.append((shares, objective.state_dict()))
@@ -316,9 +316,9 @@ def one_of_two(rank: int, folder: Path) -> None:
         model = SmallNet().eval()
         spread, (free, exact) = DistributedDataParallel(model), two_objectives()
         with no_gradient_sync(spread):
-            free(spread, batch_of(seed=rank), generator(rank))["loss"].backward()
-        exact(spread, batch_of(seed=rank), generator(rank))["loss"].backward()
-        free(spread, batch_of(seed=rank + 2), generator(rank))["loss"].backward()
+            free.step(spread, batch_of(seed=rank), generator(rank))["loss"].backward()
+        exact.step(spread, batch_of(seed=rank), generator(rank))["loss"].backward()
+        free.step(spread, batch_of(seed=rank + 2), generator(rank))["loss"].backward()
         torch.save(gradients(model), folder / f"rank{rank}.pt")
 
 
@@ -326,7 +326,7 @@ def two_objectives() -> tuple[WithDAT, WithDAT]:
     torch.manual_seed(0)
     tokenizer = LightTokenizer(LightConfig(width=16, encoder_blocks=1, decoder_blocks=1, num_words=32)).freeze()
     attack = AttackConfig(eps=3.0, free=True, at="image", batch_share=0.5)
-    return WithDAT(labels(), tokenizer, attack), WithDAT(labels(), tokenizer, AttackConfig(eps=3.0))
+    return WithDAT(tokenizer, attack, labels()), WithDAT(tokenizer, AttackConfig(eps=3.0), labels())
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def test_two_ranks_have_the_mean_of_their_gradients(tmp_path: Path) -> None:
     model, (free, exact) = SmallNet().eval(), two_objectives()
     for rank in (0, 1):
         for objective, seed in ((free, rank), (exact, rank), (free, rank + 2)):
-            (objective(model, batch_of(seed=seed), generator(rank))["loss"] / 2).backward()
+            (objective.step(model, batch_of(seed=seed), generator(rank))["loss"] / 2).backward()
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for name, expected in gradients(model).items():

@@ -83,19 +83,15 @@ def test_a_step_from_the_image_goes_along_the_gradient(norm: str) -> None:
 def test_the_attack_runs_on_the_bare_network() -> None:
     """What stands for DDP, whose hooks are to see the views that are learned from and no others."""
 
-    class Spread(nn.Module):
+    class Spread(nn.DataParallel):
         passes = 0
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = SmallNet()
 
         def forward(self, image: Tensor) -> Tensor:
             self.passes += 1
             return self.module(image)
 
-    spread = Spread()
-    WithPixelAdversary(labels(), LINF, 1.0)(spread, batch_of(), generator())["loss"].backward()
+    spread = Spread(SmallNet())
+    WithPixelAdversary(labels(), LINF, 1.0).step(spread, batch_of(), generator())["loss"].backward()
     assert (spread.passes, len(spread.module.seen)) == (2, 2 + LINF.steps)
 
 
@@ -104,7 +100,7 @@ def test_a_step_costs_its_passes(weight: float, products: int) -> None:
     """In units of a forward pass of one layer of three, as those of DAT: a step of the attack is a forward and a
     backward pass, without the parameters' gradient."""
     with Products() as done:
-        WithPixelAdversary(labels(), LINF, weight)(linear_net(), batch_of(), generator())["loss"].backward()
+        WithPixelAdversary(labels(), LINF, weight).step(linear_net(), batch_of(), generator())["loss"].backward()
     assert done.multiplications / (IMAGES * WIDTH**2) == pytest.approx(products, abs=0.2)
 
 
@@ -114,7 +110,7 @@ def test_the_gradient_is_that_of_the_views(weight: float) -> None:
     model, batch = SmallNet(), batch_of()
     objective = WithPixelAdversary(labels(smoothing=0.1), LINF, weight)
     torch.manual_seed(5)
-    parts = objective(model, batch, generator())
+    parts = objective.step(model, batch, generator())
     parts["loss"].backward()
     found = gradients(model)
     assert list(parts) == ["loss", *["loss_clean"] * (weight > 0), "loss_adversarial"]
@@ -164,7 +160,7 @@ def test_an_adversarially_trained_network_is_the_more_robust() -> None:
         for _ in range(200):
             image, label = pictures(32)
             batch: Any = {**batch_of(32), "image": image, "label": label}
-            objective(model, batch, generator())["loss"].backward()
+            objective.step(model, batch, generator())["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
         accuracies.append((right(model, 0), right(model, 10)))
