@@ -4,13 +4,15 @@ data."""
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["AttackConfig", "MaskedAutoencoder", "VisualTokenizer", "discrete_adversary"]
+__all__ = ["AttackConfig", "MaskedAutoencoder", "VisualTokenizer", "WithDAT", "discrete_adversary", "load_tokenizer"]
 
 _HOMES = {
     "AttackConfig": "mae_dat.config.adversaries",
     "MaskedAutoencoder": "mae_dat.models.mae",
     "VisualTokenizer": "mae_dat.models.tokenizer",
+    "WithDAT": "mae_dat.training.objectives.dat",
     "discrete_adversary": "mae_dat.attacks.discrete",
+    "load_tokenizer": "mae_dat.models.tokenizer",
 }
 
 

@@ -30,7 +30,8 @@ def require_pixels(image: Tensor) -> None:
     low, high = image.detach().aminmax()
     if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ValueError(
-            f"the attack takes pixels in [0, 1], got [{low:.4g}, {high:.4g}]: leave the normalization to the model."
+            f"the attack takes pixels in [0, 1], got [{low:.4g}, {high:.4g}]: leave the normalization to the model, "
+            "as mae_dat.Classifier(model, mean, std) does."
         )
 
 

@@ -216,13 +216,29 @@ def test_an_attack_that_changes_nothing_is_warned_about(
             assert run(objective, model, batch)["changed_words"] == 0
         assert not caplog.records
         run(objective, model, batch)
-        assert "changed no visual word for 3 steps" in caplog.text
-        assert "--dat_share" in caplog.text
+        assert "changed 0 % of the visual words in the last 3 steps: eps 1e-07 is too small" in caplog.text
+        assert "AttackConfig(share=0.038), on the command line --dat_share 0.038" in caplog.text
         run(objective, model, batch)
         assert len(caplog.records) == 1, "once, not in every step"
-    objective.attack = AttackConfig(eps=5.0)
-    assert run(objective, model, batch)["changed_words"] > 0
-    assert objective.idle_steps == 0
+
+
+def test_a_share_below_half_a_percent_is_weak_unless_it_was_asked_for(
+    tokenizer: LightTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for attack, shares, warns in (
+        (AttackConfig(), [0.0, 0.006, 0.0], True),
+        (AttackConfig(), [0.003, 0.003, 0.003], True),
+        (AttackConfig(), [0.0, 0.01, 0.01], False),
+        (AttackConfig(share=0.002), [0.002, 0.002, 0.002], False),
+        (AttackConfig(share=0.002), [0.0, 0.0, 0.0], True),
+        (AttackConfig(warmup=3.0), [0.0, 0.0, 0.0], False),
+    ):
+        objective = WithDAT(tokenizer, attack)
+        ramp = {"dat_ramp": 0.2} if attack.warmup else {}
+        for share in shares:
+            objective.observe({"changed_words": share, **ramp})
+        assert bool(caplog.records) == warns, (attack, shares)
+        caplog.clear()
 
 
 def test_the_strength_is_found_once_and_then_followed(batch: Batch, tokenizer: LightTokenizer) -> None:
@@ -248,12 +264,10 @@ def test_the_controllers_state_survives_a_checkpoint(batch: Batch, tokenizer: Li
     assert not untouched.strength_is_known, "a strength that was never found is not restored"
     for _ in range(3):
         run(objective, model, batch)
-    objective.idle_steps = 2
     restored = fresh()
     restored.load_state_dict(objective.state_dict())
     assert restored.strength_is_known
     assert restored.strength() == objective.strength()
-    assert restored.idle_steps == 2
     one, other = run(objective, model, batch), run(restored, model, batch)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert restored.state_dict() == objective.state_dict()
