@@ -96,11 +96,11 @@ def test_the_tests_that_documents_name_exist() -> None:
     assert named > 40
 
 
-def test_the_package_contains_its_twelve_packages_and_the_command_line() -> None:
+def test_the_package_contains_its_thirteen_packages_and_the_command_line() -> None:
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert packages == {
         "config", "storage", "runtime", "data", "launch", "models", "attacks", "training", "robustness", "detection",
-        "analysis", "experiments",
+        "analysis", "experiments", "prediction",
     }  # fmt: skip
     assert {path.name for path in PACKAGE.glob("*.*")} == {"__init__.py", "__main__.py", "cli.py", "py.typed"}
 
