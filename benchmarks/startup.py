@@ -19,7 +19,7 @@ def first_step_is_done():
         torch.cuda.synchronize()
     raise SystemExit
 mae_dat.training.loop.heartbeat = first_step_is_done
-recipe = ["--config", "configs/demo_pretrain.yaml", "--data_path", "demo"]
+recipe = ["--config", "demo_pretrain", "--data_path", "demo"]
 arguments = [*recipe, "--output_dir", sys.argv[1], "--device", sys.argv[2]]
 mae_dat.training.pretrain.main(arguments)
 """

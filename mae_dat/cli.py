@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mae_dat.config.errors import UsageError
-from mae_dat.config.parse import load_config, run_command, suggest
+from mae_dat.config.errors import UsageError, suggest
+from mae_dat.config.parse import load_config, run_command
 
 PROGRAM = "mae-dat"
 
@@ -235,6 +235,12 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "experiments.compare:main",
             ("mae-dat demo", "mae-dat demo --arms plain released --output_dir DEMO"),
             default="config.commands.compare:DEMO_COMPARISON",
+        ),
+        "recipes": Verb(
+            "list the recipes that --config finds, or print one",
+            "config.commands.recipes:RecipesConfig",
+            "config.show_recipes:main",
+            ("mae-dat recipes", "mae-dat recipes small_finetune > mine.yaml"),
         ),
     },
 }

@@ -7,8 +7,7 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
-from mae_dat.config.errors import ConfigError
-from mae_dat.config.parse import suggest
+from mae_dat.config.errors import ConfigError, suggest
 
 AttackKind = Literal["released", "paper", "symbolic", "random", "reconstruction"]
 ATTACK_KINDS: tuple[str, ...] = get_args(AttackKind)

@@ -1,6 +1,5 @@
 """Recipes: the YAML files of `configs/`, which `--config` finds by their names, such as `small_finetune`."""
 
-import itertools
 from pathlib import Path
 
 from mae_dat.config.errors import MissingInputError, suggest
@@ -33,9 +32,6 @@ def find_recipe(name: str) -> Path:
 
 
 def recipe_description(name: str) -> str:
-    """Return what a recipe is: the first entry of its header, without its label."""
-    lines = (RECIPES_FOLDER / f"{name}.yaml").read_text().splitlines()
-    first, *others = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    continued = itertools.takewhile(lambda line: line.startswith("#  "), others)
-    _, _, text = first.partition(":")
-    return " ".join([text.strip(), *(line.removeprefix("#").strip() for line in continued)])
+    """Return what a recipe does: the sentence in its first line."""
+    first, *_ = (RECIPES_FOLDER / f"{name}.yaml").read_text().splitlines()
+    return first.removeprefix("# ").removesuffix(".")

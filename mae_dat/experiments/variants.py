@@ -7,8 +7,7 @@ A group is named by its variant of fine-tuning (`released`), after a pretraining
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae_dat.config.errors import ConfigError
-from mae_dat.config.parse import suggest
+from mae_dat.config.errors import ConfigError, suggest
 
 PLAIN, NONE, IN_TIME = "plain", "none", "_in_time"
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from submitit.core.core import Job
 
-from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UsageError, UserError
+from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UsageError, UserError, suggest
 from mae_dat.config.groups import data_root
-from mae_dat.config.parse import load_config, suggest
+from mae_dat.config.parse import load_config
 from mae_dat.config.recipes import find_recipe
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig, load_finetune_config
 from mae_dat.launch.code_copy import collect_code, write_code_copy

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from mae_dat.config.commands.evaluate import EvaluateConfig, SuiteConfig
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.errors import ConfigError, suggest
 from mae_dat.config.groups import LaunchConfig, RunConfig, image_size
-from mae_dat.config.parse import suggest
 from mae_dat.data.open import image_root
 from mae_dat.robustness.evaluation import print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork

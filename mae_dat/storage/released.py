@@ -26,8 +26,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mae_dat.config.errors import CheckpointError, ConfigError, DownloadError, MissingInputError, OutputError
-from mae_dat.config.parse import suggest
+from mae_dat.config.errors import CheckpointError, ConfigError, DownloadError, MissingInputError, OutputError, suggest
 from mae_dat.storage.download import UrlFailedError, download
 from mae_dat.storage.files import (
     HOME_VARIABLE,

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+from mae_dat.config.commands.recipes import RecipesConfig
 from mae_dat.config.errors import MissingInputError
 from mae_dat.config.parse import load_config
 from mae_dat.config.recipes import find_recipe, recipe_description, recipe_names
 from mae_dat.config.runs import FinetuneConfig
+from mae_dat.config.show_recipes import main
 
 
 def test_every_file_of_configs_is_a_recipe() -> None:
@@ -53,10 +55,19 @@ def test_an_unknown_name_gets_a_suggestion(
     assert str(error.value).startswith(f"--config {name}: no such file or recipe; {hint}")
 
 
-def test_a_description_is_the_first_entry_of_the_header() -> None:
-    assert recipe_description("small_pretrain") == (
-        "MAE's pretraining (He et al. 2021) at 64 px: 128-wide ViT, 5 blocks, 64 patches of 8 x 8."
-    )
-    assert recipe_description("pretrain_vit_base").endswith("800 epochs, or 1600 as the released weights.")
-    for name in recipe_names():
-        assert recipe_description(name).endswith("."), name
+def test_a_description_is_the_first_line() -> None:
+    assert recipe_description("small_pretrain") == "Pretrain a small ViT at 64 px on two CPU cores"
+
+
+def test_the_list_has_a_line_of_80_columns_for_each_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    main(RecipesConfig())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_printed_recipe_is_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    main(RecipesConfig("small_finetune"))
+    assert capsys.readouterr().out == (ROOT / "configs" / "small_finetune.yaml").read_text()
+    with pytest.raises(MissingInputError, match=r"no recipe 'small_fine': did you mean small_finetune"):
+        main(RecipesConfig("small_fine"))

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.errors import ConfigError, suggest
 from mae_dat.config.groups import default_num_workers
-from mae_dat.config.parse import suggest
 
 ANALYZED_VIEWS = (
     "reconstruction", "random", "released", "symbolic", "pixel", "pixel_length", "noise_length", "pixel_decoded",

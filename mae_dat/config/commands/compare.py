@@ -1,11 +1,9 @@
 """Flags of `mae-dat compare`, `mae-dat demo` and `mae-dat proof`."""
 
 import dataclasses
-from pathlib import Path
 
 from mae_dat.config.errors import ConfigError
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 PLAIN, NONE = "plain", "none"
 
 
@@ -31,10 +29,10 @@ class CompareConfig:
     """Fine-tunings after pretrainings other than plain (default: all of --arms)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the fine-tunings; a pretraining is shared and has its config's seed."""
-    pretrain: str = str(CONFIGS / "small_pretrain.yaml")
-    """Recipe of the pretraining."""
-    finetune: str = str(CONFIGS / "small_finetune.yaml")
-    """Recipe of all fine-tunings; each of --arms changes --dat and related flags only."""
+    pretrain: str = "small_pretrain"
+    """Recipe of the pretraining, a name or a file."""
+    finetune: str = "small_finetune"
+    """Recipe of all fine-tunings, a name or a file; each of --arms changes --dat and related flags only."""
     pretrain_flags: str = ""
     """Flags over the recipe, as one quoted text: --pretrain_flags="--epochs 10 --blr 1e-3"."""
     finetune_flags: str = ""
@@ -86,10 +84,10 @@ class ProofConfig:
     cross_arms: tuple[str, ...] = ("plain", "released")
     """Fine-tunings after the other pretrainings."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    pretrain: str = str(CONFIGS / "proof_pretrain.yaml")
-    """Recipe of the pretrainings."""
-    finetune: str = str(CONFIGS / "proof_finetune.yaml")
-    """Recipe of all fine-tunings."""
+    pretrain: str = "proof_pretrain"
+    """Recipe of the pretrainings, a name or a file."""
+    finetune: str = "proof_finetune"
+    """Recipe of all fine-tunings, a name or a file."""
     limit: int | None = None
     """Images for each corruption and severity, and under attack (None: all)."""
     jobs: int = 2
@@ -103,8 +101,8 @@ DEMO_COMPARISON = CompareConfig(
     output_dir="output/demo",
     arms=("plain", "random", "released"),
     seeds=(0,),
-    pretrain=str(CONFIGS / "demo_pretrain.yaml"),
-    finetune=str(CONFIGS / "demo_finetune.yaml"),
+    pretrain="demo_pretrain",
+    finetune="demo_finetune",
     limit=100,
     title="mae_dat demo: generated shapes and textures",
 )

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from mae_dat.config.errors import ConfigError, MissingInputError, UserError
-from mae_dat.config.parse import suggest
+from mae_dat.config.errors import ConfigError, MissingInputError, UserError, suggest
 from mae_dat.data.folders import find_split
 from mae_dat.data.open import holds_shards
 from mae_dat.robustness.suites.base import CONFLICT, GENERATED
