@@ -49,7 +49,7 @@ test: lint  ## lint and every test that is not slow, JOBS=2 at a time
 test-slow: setup  ## the tests marked slow
 	$(PYTEST) -m slow || [ $$? -eq 5 ]
 
-bench: setup  ## speed and memory beside the reference code's, and the goals: docs/performance.md
+bench: setup  ## speed and memory beside the reference code's, and the goals: docs/explanation/performance.md
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove caches and build products; .venv and output stay

@@ -1,7 +1,7 @@
 """Measure speed and memory of this toolkit and of the reference code, on this machine: `python -m benchmarks`.
 
 Both versions of a case run in this process in turns, so that other load on the machine slows both. The ratio is the
-result; the goals are those of docs/performance.md.
+result; the goals are those of docs/explanation/performance.md.
 """
 
 import json
@@ -62,7 +62,7 @@ class BenchmarkConfig:
     output: str | None = None
     """Write the numbers as JSON to this file, after every case."""
     markdown: bool = False
-    """Update these rows of the table in docs/performance.md."""
+    """Update these rows of the table in docs/explanation/performance.md."""
     minutes: float | None = None
     """Start no case after this time; the remaining ones are listed, for another run to measure (default: no limit)."""
 

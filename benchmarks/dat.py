@@ -51,7 +51,7 @@ CPU_BATCH, CPU_GOAL = 4, 4.0  # of four pictures one is encoded anew to count ch
 
 
 def student_of(vqgan: VQGANConfig) -> VisualTokenizer:
-    """A light tokenizer of the size that docs/visual-words.md advises: for VQ-f8 a hundredth of its work."""
+    """A light tokenizer of the size that docs/how-to/tokenizer.md advises: for VQ-f8 a hundredth of its work."""
     size = (96, 4, 6) if vqgan == VQ_F8 else (32, 1, 2)
     return LightTokenizer(LightConfig(vqgan.factor, *size, vqgan.num_words, vqgan.word_dim))
 

@@ -1,4 +1,4 @@
-"""Store the latest numbers next to their document: docs/performance/cpu.json and cuda.json, and a table of each.
+"""Store the latest numbers in docs/performance/cpu.json and cuda.json, and a table of each in the page about them.
 
 A run of some cases replaces their rows and leaves the others, as long as machine and versions are the same; each row
 records the run it comes from.
@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.table import as_json, markdown
 from benchmarks.timing import Case, Row
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
+DOCUMENT, NUMBERS = DOCS / "explanation" / "performance.md", DOCS / "performance"
 ENVIRONMENT = ("machine", "versions", "precision")
 OF_RUN = ("matrix_rates", "load")
 Key = tuple[str, str, int]
@@ -23,13 +24,15 @@ def row_key(row: Row | Case) -> Key:
     return row.name, row.against, row.batch
 
 
-def store_rows(facts: dict[str, Any], rows: list[Row], cases: list[Case], document: Path = DOCUMENT) -> Path:
-    """Store a run's rows in the file of its kind of device, update the document's table, and return the file.
+def store_rows(
+    facts: dict[str, Any], rows: list[Row], cases: list[Case], document: Path = DOCUMENT, numbers: Path = NUMBERS
+) -> Path:
+    """Store a run's rows in `numbers`, in the file of its kind of device; update the document's table; return the file.
 
     `cases` are all existing cases: they define the order of the rows, and rows of others are removed.
     """
-    path = document.with_suffix("") / f"{facts['device'].partition(':')[0]}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = numbers / f"{facts['device'].partition(':')[0]}.json"
+    numbers.mkdir(exist_ok=True)
     earlier = json.loads(path.read_text()) if path.exists() else {}
     stored = merge_rows(earlier, facts, rows, [row_key(case) for case in cases])
     path.write_text(json.dumps(stored, indent=1) + "\n")

@@ -37,7 +37,7 @@ class Case:
     against: str = ""
     """The baseline in a few words."""
     goal: int | None = None
-    """Row in the table of goals of docs/performance.md."""
+    """Row in the table of goals of docs/explanation/performance.md."""
     batch: int = 1
     unit: str = "images/s"
     """`images/s`: of `batch` images a step; `s`: seconds of a step."""

@@ -1,7 +1,7 @@
 """VQ-f8 reconstructions (row 4 of the goals), and the search for the nearest words; random weights, which cost what
 trained ones do.
 
-What 16 bits do to the words is another question (docs/visual-words.md): a row that meets its goal is an option only
+What 16 bits do to the words is another question (docs/explanation/dat.md): a row that meets its goal is an option only
 where they agree with float32's.
 """
 

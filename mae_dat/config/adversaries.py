@@ -132,7 +132,7 @@ class DatConfig(_AttackSettings):
     easyrobust, or a released name such as vqgan_f8_16384."""
     tokenizer_precision: Literal["auto", "fp32", "fp16", "bf16_decoder", "bf16"] = "auto"
     """Precision of the tokenizer's inner layers; auto: fp32 on a CPU; on a GPU fp16, unless more than 1 % of the words
-    of generated images differ from fp32's. The effect of each on the words: docs/visual-words.md."""
+    of generated images differ from fp32's. The effect of each on the words: docs/explanation/dat.md."""
     tokenizer_compile: bool = False
     """Compile the tokenizer (torch.compile): fuses norms and activations; the first steps take a minute longer."""
 

@@ -225,7 +225,7 @@ def test_the_command_measures_prints_and_writes(
 ) -> None:
     document = tmp_path / "performance.md"
     document.write_text("before\n\n<!-- table: cpu -->\nold\n<!-- end of table: cpu -->\n\nafter\n")
-    monkeypatch.setattr(command, "store_rows", partial(store_rows, document=document))
+    monkeypatch.setattr(command, "store_rows", partial(store_rows, document=document, numbers=tmp_path))
     output = tmp_path / "found.json"
     flags = ["--quick", "--only", "mae_vit_demo", "large", "--rounds", "2", "--markdown", "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["python -m benchmarks", *flags])
@@ -257,7 +257,7 @@ def test_a_later_run_replaces_its_rows_alone(tmp_path: Path) -> None:
     facts |= {"device": "cpu", "matrix_rates": {"bf16": 4e11}}
 
     def kept(time: str, *found: Row, **changed: Any) -> list[tuple[str, float, str]]:
-        told = json.loads(store_rows({**facts, "time": time, **changed}, list(found), cases, document).read_text())
+        told = json.loads(store_rows({**facts, "time": time, **changed}, list(found), cases, document, tmp_path).read_text())
         assert {row["run"] for row in told["rows"]} == set(told["runs"])
         return [(row["name"], row["ours"], row["run"]) for row in told["rows"]]
 

@@ -21,7 +21,7 @@ class CompareConfig:
     arms: tuple[str, ...] = ("plain", "random", "released", "paper")
     """Fine-tunings: plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic;
     cheaper forms of released: at_image, free, free_at_image, fifth (of the batch); extended forms: dat_jsd,
-    split_norms, dat_augmix; without visual words: pixel_at, advprop, augmix (docs/adversaries.md)."""
+    split_norms, dat_augmix; without visual words: pixel_at, advprop, augmix (docs/reference/adversaries.md)."""
     pretrainings: tuple[str, ...] = (PLAIN,)
     """plain (the recipe as it is), with --dat released, paper, symbolic, random, reconstruction; words (--target
     both), released_words; NAME_in_time: NAME for as long as plain took; none: fine-tuned from random weights."""

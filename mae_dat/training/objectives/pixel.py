@@ -1,4 +1,4 @@
-"""Adversarial training on pixels around any objective: a baseline for DAT (docs/adversaries.md)."""
+"""Adversarial training on pixels around any objective: a baseline for DAT (docs/reference/adversaries.md)."""
 
 from typing import Any
 
