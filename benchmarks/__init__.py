@@ -1,1 +1,1 @@
-"""Speed and memory, ours beside what the reference code does: `python -m benchmarks` (docs/explanation/performance.md)."""
+"""Speed and memory compared with the reference code: `python -m benchmarks` (docs/explanation/performance.md)."""

@@ -257,7 +257,9 @@ def test_a_later_run_replaces_its_rows_alone(tmp_path: Path) -> None:
     facts |= {"device": "cpu", "matrix_rates": {"bf16": 4e11}}
 
     def kept(time: str, *found: Row, **changed: Any) -> list[tuple[str, float, str]]:
-        told = json.loads(store_rows({**facts, "time": time, **changed}, list(found), cases, document, tmp_path).read_text())
+        told = json.loads(
+            store_rows({**facts, "time": time, **changed}, list(found), cases, document, tmp_path).read_text()
+        )
         assert {row["run"] for row in told["rows"]} == set(told["runs"])
         return [(row["name"], row["ours"], row["run"]) for row in told["rows"]]
 
