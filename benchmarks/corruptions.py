@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.timing import Case, Step
 from mae_dat.data.generated.draw import draw_image
-from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_stored, corrupt
+from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_stored, corrupt_image
 
 GOAL = 5.0  # times as fast over the 15 together
 Corrupt = Callable[[np.ndarray, str, int], object]
@@ -22,12 +22,12 @@ Corrupt = Callable[[np.ndarray, str, int], object]
 
 def ours(image: np.ndarray, name: str, severity: int) -> np.ndarray:
     """Ours, with the name first and a seed."""
-    return corrupt(image, name, severity, 0)
+    return corrupt_image(image, name, severity, 0)
 
 
 def theirs(image: np.ndarray, name: str, severity: int) -> np.ndarray:
     """Imported late: it takes seconds and needs numba."""
-    from imagecorruptions import corrupt as their_corrupt
+    from imagecorruptions import corrupt_image as their_corrupt
 
     return their_corrupt(image, severity, name)
 

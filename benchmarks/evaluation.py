@@ -29,7 +29,7 @@ from benchmarks.timing import Case, Step, peak_memory, quartiles, restart_peak, 
 from mae_dat.config.parse import load_config, run_command
 from mae_dat.data.generated.draw import draw_image
 from mae_dat.models.classifier import Classifier, build_classifier
-from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt_image
 from mae_dat.robustness.measure import measure_passes
 from mae_dat.robustness.suites.base import NetworkInput, SuiteSettings
 from mae_dat.robustness.suites.imagenet import SYNSETS
@@ -73,7 +73,7 @@ def stored_set(cells: int, images: int) -> Path:
             wnid = SYNSETS[index % CLASSES]
             path = Path(root.name, "imagenet-c", name, str(severity), wnid, f"{index:08d}.JPEG")
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(corrupt(np.asarray(picture), name, severity, index)).save(path, quality=85)
+            Image.fromarray(corrupt_image(np.asarray(picture), name, severity, index)).save(path, quality=85)
     return Path(root.name)
 
 

@@ -23,7 +23,7 @@ from mae_dat.data.open import with_channels
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.models.weights.open import OpenedModel
-from mae_dat.robustness.corruptions import as_stored, corrupt, image_seed
+from mae_dat.robustness.corruptions import as_stored, corrupt_image, image_seed
 from mae_dat.robustness.corruptions.pixels import Image as Pixels
 from mae_dat.runtime.seeds import step_generator
 from mae_dat.training.galleries import adversary_columns
@@ -142,7 +142,7 @@ class ImageInspector:
         clean = self._input(pixels)
         seed = image_seed(change.seed, 0, change.corruption, change.severity)
         # ImageNet-C's images are stored as JPEG, and this compression is a part of what a model sees.
-        corrupted = self._input(as_stored(corrupt(pixels, change.corruption, change.severity, seed)))
+        corrupted = self._input(as_stored(corrupt_image(pixels, change.corruption, change.severity, seed)))
         words, corrupted_words = self.tokenizer.encode(clean), self.tokenizer.encode(corrupted)
         title = f"{change.corruption.replace('_', ' ')} {change.severity}"
         images = [

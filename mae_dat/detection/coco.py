@@ -29,7 +29,7 @@ from mae_dat.data.decode import decode_file
 from mae_dat.data.folders import SPLIT_NAMES, require_folder
 from mae_dat.data.image_set import Batch, ImageSet, Sample
 from mae_dat.data.sampler import evenly_spaced
-from mae_dat.robustness.corruptions import corrupt, image_seed
+from mae_dat.robustness.corruptions import corrupt_image, image_seed
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +276,7 @@ class CocoImages(ImageSet):
             return image
         name, severity = self.corruption
         seed = image_seed(self.seed, index, name, severity)
-        return Image.fromarray(corrupt(np.asarray(image), name, severity, seed))
+        return Image.fromarray(corrupt_image(np.asarray(image), name, severity, seed))
 
     def label(self, index: int) -> int:
         """Return PADDING_LABEL: an image as a whole has no label."""

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from mae_dat.data.loader import batch_loader
 from mae_dat.models.modes import Network, autocast, evaluation_mode
-from mae_dat.robustness.corruptions import as_stored, corrupt, image_seed
+from mae_dat.robustness.corruptions import as_stored, corrupt_image, image_seed
 from mae_dat.robustness.corruptions.pixels import Image
 from mae_dat.robustness.counting import PassCounter, SuiteCounts
 from mae_dat.robustness.suites.base import ImagePass
@@ -73,7 +73,7 @@ def corrupt_at_severities(pixels: Image, folder_index: int, image_pass: ImagePas
     versions = []
     for severity in image_pass.severities:
         seed = image_seed(image_pass.seed, folder_index, name, severity)
-        versions.append(as_stored(corrupt(pixels, name, severity, seed)))
+        versions.append(as_stored(corrupt_image(pixels, name, severity, seed)))
     return versions
 
 

@@ -33,7 +33,7 @@ from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.open import ModelPlan, OpenedModel, open_model
-from mae_dat.robustness.corruptions import as_stored, corrupt, image_seed
+from mae_dat.robustness.corruptions import as_stored, corrupt_image, image_seed
 
 CPU = torch.device("cpu")
 CLASSES = sorted(generated.SHAPES)  # of the demo model
@@ -71,7 +71,7 @@ def inspector(tokenizer: VisualTokenizer) -> ImageInspector:
 def test_a_corruption_ends_as_a_stored_file_does(inspector: ImageInspector) -> None:
     image, change = picture(), Change("corruption", "fog", 4, seed=5)
     before, after, difference, decoded, after_decoded, words = inspector.inspect(image, STAR, change)
-    expected = as_stored(corrupt(np.asarray(image), "fog", 4, image_seed(5, 0, "fog", 4)))
+    expected = as_stored(corrupt_image(np.asarray(image), "fog", 4, image_seed(5, 0, "fog", 4)))
     assert np.array_equal(pixels(before), np.asarray(image))
     assert np.array_equal(pixels(after), expected)
     assert [before.title, after.title] == ["image (star)", "fog 4"]
@@ -340,7 +340,8 @@ def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]]
     visitor.nudge("severity")
     visitor.wait_for_title("contrast 4")
     seed = image_seed(0, 0, "contrast", 4)
-    assert np.array_equal(visitor.images()["contrast 4"], as_stored(corrupt(np.asarray(dropped), "contrast", 4, seed)))
+    expected = as_stored(corrupt_image(np.asarray(dropped), "contrast", 4, seed))
+    assert np.array_equal(visitor.images()["contrast 4"], expected)
 
     # Words: random ones, more of them, another seed; then chosen ones.
     page.get_by_role("button", name="random words").click()

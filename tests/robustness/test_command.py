@@ -38,7 +38,7 @@ from mae_dat.data.loader import eval_loader
 from mae_dat.data.shards.pack import pack
 from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.robustness.command import evaluate
-from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt, image_seed
+from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt_image, image_seed
 from mae_dat.robustness.measure import ImagePass, PassImages, measure_passes
 from mae_dat.robustness.report.measurements import corruption_counts
 from mae_dat.robustness.scores.corruption_error import mce
@@ -236,7 +236,8 @@ def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(dataset: P
     names = sorted({path.parent.name for path in paths})
     for name, severity in [("fog", 2), ("impulse_noise", 5)]:
         pixels = [np.array(Image.open(path).convert("RGB")) for path in paths]
-        made = [as_stored(corrupt(p, name, severity, image_seed(3, i, name, severity))) for i, p in enumerate(pixels)]
+        seeds = [image_seed(3, index, name, severity) for index in range(len(pixels))]
+        made = [as_stored(corrupt_image(p, name, severity, seed)) for p, seed in zip(pixels, seeds, strict=True)]
         with torch.no_grad():
             five = network(torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).float() / 255).topk(5).indices.tolist()
         truth = [names.index(path.parent.name) for path in paths]

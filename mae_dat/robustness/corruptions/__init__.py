@@ -1,9 +1,9 @@
-"""The corruptions of ImageNet-C (Hendrycks & Dietterich 2019) for one image, reproducible from a seed: `corrupt`.
+"""The corruptions of ImageNet-C (Hendrycks & Dietterich 2019) for one image, reproducible from a seed: `corrupt_image`.
 
-`corrupt` calls the function of that name in noise.py, blur.py, weather.py or digital.py. They are a new implementation
-with the algorithms and constants of the code that made ImageNet-C, make_imagenet_c.py in hendrycks/robustness
-(Apache-2.0), and of ImageMagick where that calls it; docs/reference/benchmarks.md lists where results differ. Images
-made here are not the official files: `SOURCE` is printed with every number.
+`corrupt_image` calls the function of that name in noise.py, blur.py, weather.py or digital.py. They are a new
+implementation with the algorithms and constants of the code that made ImageNet-C, make_imagenet_c.py in
+hendrycks/robustness (Apache-2.0), and of ImageMagick where that calls it; docs/reference/benchmarks.md lists where
+results differ. Images made here are not the official files: `SOURCE` is printed with every number.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_dat.config.errors import DataError
+from mae_dat.config.errors import DataError, suggest
 from mae_dat.robustness.corruptions.pixels import Image
 
 SOURCE = "generated on the fly from clean images, not the official ImageNet-C files"
@@ -35,7 +35,9 @@ STORED_QUALITY = 85  # of the official files
 def check_corruption(name: str, severity: int) -> None:
     """Raise ValueError for an unknown corruption or a severity outside 1 to 5."""
     if name not in CORRUPTIONS + EXTRA:
-        raise ValueError(f"unknown corruption {name!r}; choose from {', '.join(CORRUPTIONS + EXTRA)}")
+        hint = suggest(name, CORRUPTIONS + EXTRA)
+        guess = f" {hint}" if hint.startswith("did") else ""
+        raise ValueError(f"unknown corruption {name!r};{guess} choose from {', '.join(CORRUPTIONS + EXTRA)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity {severity!r} of {name} is not one of 1, 2, 3, 4, 5")
 
@@ -58,7 +60,7 @@ def image_seed(seed: int, index: int, name: str, severity: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
 
 
-def corrupt(image: Image, name: str, severity: int, seed: int) -> Image:
+def corrupt_image(image: Image, name: str, severity: int, seed: int) -> Image:
     """Return an image, uint8 (H, W, 3), corrupted by `name` from `CORRUPTIONS` or `EXTRA` at severity 1 to 5.
 
     The result depends on the arguments alone. Raises ValueError (name, severity) and DataError (image).

@@ -23,7 +23,7 @@ import scipy.ndimage
 from scipy.stats import chisquare, poisson
 
 from mae_dat.config.errors import DataError, MissingInputError
-from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_stored, corrupt
+from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, as_stored, corrupt_image
 from mae_dat.robustness.corruptions.blur import GLASS, enlarge, smear, smooth
 from mae_dat.robustness.corruptions.digital import _gaussian_gain
 from mae_dat.robustness.corruptions.noise import IMPULSE_SHARE, SHOT_PHOTONS
@@ -57,7 +57,7 @@ def ours() -> Arrays:
     """All 95 of our pictures with seed 0, as the original was recorded with."""
     with np.load(GOLDEN / "corruptions.npz") as archive:
         image = archive["input"]
-    return {f"{name}/{severity}": corrupt(image, name, severity, seed=0) for name, severity in CASES}
+    return {f"{name}/{severity}": corrupt_image(image, name, severity, seed=0) for name, severity in CASES}
 
 
 def noise_picture(height: int, width: int) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_shot_noise_follows_the_poisson_distribution(severity: int) -> None:
     counts = np.arange(photons + 1)
     levels = (counts / photons * 255).astype(int)
     for value in (1, 40, 128, 255):
-        drawn = corrupt(np.full((200, 200, 3), value, dtype=np.uint8), "shot_noise", severity, seed=5)
+        drawn = corrupt_image(np.full((200, 200, 3), value, dtype=np.uint8), "shot_noise", severity, seed=5)
         observed = np.array([(drawn == level).sum() for level in levels])
         assert observed.sum() == drawn.size
         law = poisson(value / 255 * photons)
@@ -127,13 +127,13 @@ def test_shot_noise_follows_the_poisson_distribution(severity: int) -> None:
         common = expected > 5
         observed, expected = (np.append(n[common], n[~common].sum() + 1e-9) for n in (observed, expected))
         assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
-    assert not corrupt(np.zeros((32, 32, 3), dtype=np.uint8), "shot_noise", severity, seed=5).any()
+    assert not corrupt_image(np.zeros((32, 32, 3), dtype=np.uint8), "shot_noise", severity, seed=5).any()
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_impulse_noise_hits_its_share_in_every_channel_alone(severity: int) -> None:
     share = IMPULSE_SHARE[severity - 1]
-    drawn = corrupt(np.full((300, 300, 3), 100, dtype=np.uint8), "impulse_noise", severity, seed=5)
+    drawn = corrupt_image(np.full((300, 300, 3), 100, dtype=np.uint8), "impulse_noise", severity, seed=5)
     for level in (0, 255):
         assert (drawn == level).mean((0, 1)) == pytest.approx([share / 2] * 3, rel=0.1)
     assert set(np.unique(drawn)) == {0, 100, 255}
@@ -153,7 +153,7 @@ def test_glass_is_the_pixel_by_pixel_loop(severity: int) -> None:
                 right, down = generator.randint(-reach, reach, size=2)
                 slow[y, x] = slow[y + down, x + right]
     slow = (smooth(slow, sigma) + 1e-3).astype(np.uint8)
-    np.testing.assert_array_equal(corrupt(image, "glass_blur", severity, seed=9), slow)
+    np.testing.assert_array_equal(corrupt_image(image, "glass_blur", severity, seed=9), slow)
 
 
 @pytest.mark.parametrize("angle", [-100.0, -45.0, 0.0, 30.0, 90.0, 135.0])
@@ -194,7 +194,7 @@ def test_any_size_works_at_every_severity(size: tuple[int, int]) -> None:
     """60 x 700 is wider than most photographs of frost, which are then enlarged."""
     image = cv2.resize(noise_picture(4, 4), size[::-1])
     for name, severity in CASES:
-        picture = corrupt(image, name, severity, seed=1)
+        picture = corrupt_image(image, name, severity, seed=1)
         assert picture.shape == image.shape
         assert picture.dtype == np.uint8
         assert picture.flags.c_contiguous
@@ -207,13 +207,13 @@ def test_memory_layout_does_not_matter_and_the_input_is_only_read(name: str) -> 
     image = noise_picture(40, 56)
     turned = np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)  # as from a torch tensor
     turned.flags.writeable = False
-    np.testing.assert_array_equal(corrupt(turned, name, 4, seed=2), corrupt(image, name, 4, seed=2))
+    np.testing.assert_array_equal(corrupt_image(turned, name, 4, seed=2), corrupt_image(image, name, 4, seed=2))
     np.testing.assert_array_equal(image, noise_picture(40, 56))
 
 
 def digest(case: tuple[str, int]) -> str:
     name, severity = case
-    return hashlib.sha1(corrupt(noise_picture(64, 48), name, severity, seed=severity).tobytes()).hexdigest()
+    return hashlib.sha1(corrupt_image(noise_picture(64, 48), name, severity, seed=severity).tobytes()).hexdigest()
 
 
 def test_pictures_do_not_depend_on_process_thread_or_order() -> None:
@@ -261,7 +261,7 @@ def test_a_missing_or_damaged_photograph_of_frost_is_named(tmp_path: Path, monke
         with pytest.raises(
             MissingInputError, match=r"frost\d.*: not a readable photograph of frost; install mae-dat again"
         ):
-            corrupt(noise_picture(32, 32), "frost", 1, seed=seed)
+            corrupt_image(noise_picture(32, 32), "frost", 1, seed=seed)
 
 
 def test_the_photographs_of_frost_are_those_of_imagecorruptions() -> None:

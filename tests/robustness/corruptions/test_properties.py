@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mae_dat.config.errors import DataError
-from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVERITIES, corrupt, image_seed
+from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVERITIES, corrupt_image, image_seed
 
 
 def photo(size: int = 64) -> np.ndarray:
@@ -22,14 +22,14 @@ def photo(size: int = 64) -> np.ndarray:
 def test_every_corruption_works_at_64_px_and_is_deterministic(name: str) -> None:
     image = photo()
     kept = image.copy()
-    first = {severity: corrupt(image, name, severity, seed=7) for severity in SEVERITIES}
-    corrupt(image, "glass_blur", 2, seed=1)  # has a generator of its own, which must not carry over
-    corrupt(image, "gaussian_noise", 2, seed=2)
+    first = {severity: corrupt_image(image, name, severity, seed=7) for severity in SEVERITIES}
+    corrupt_image(image, "glass_blur", 2, seed=1)  # has a generator of its own, which must not carry over
+    corrupt_image(image, "gaussian_noise", 2, seed=2)
     for severity, picture in first.items():
         assert picture.dtype == np.uint8
         assert picture.shape == image.shape
         assert (picture != image).any()
-        np.testing.assert_array_equal(picture, corrupt(image, name, severity, seed=7))
+        np.testing.assert_array_equal(picture, corrupt_image(image, name, severity, seed=7))
     np.testing.assert_array_equal(image, kept)
     mild, strong = (np.abs(first[s].astype(int) - image).mean() for s in (1, 5))
     assert strong > mild or name in ("saturate", "spatter", "elastic_transform")
@@ -37,7 +37,7 @@ def test_every_corruption_works_at_64_px_and_is_deterministic(name: str) -> None
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "impulse_noise", "glass_blur", "frost", "snow", "motion_blur"])
 def test_another_seed_gives_another_picture(name: str) -> None:
-    assert (corrupt(photo(), name, 3, seed=1) != corrupt(photo(), name, 3, seed=2)).any()
+    assert (corrupt_image(photo(), name, 3, seed=1) != corrupt_image(photo(), name, 3, seed=2)).any()
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS + EXTRA)
@@ -45,7 +45,7 @@ def test_another_seed_gives_another_picture(name: str) -> None:
 def test_blank_pictures_raise_no_warning(name: str, level: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        corrupt(np.full((32, 48, 3), level, dtype=np.uint8), name, 3, seed=0)
+        corrupt_image(np.full((32, 48, 3), level, dtype=np.uint8), name, 3, seed=0)
 
 
 def test_global_random_state_stays_as_found() -> None:
@@ -55,14 +55,14 @@ def test_global_random_state_stays_as_found() -> None:
     expected = np.random.RandomState(5).rand(), random.Random(5).random(), torch.rand(1, generator=torch.manual_seed(5))
     torch.manual_seed(5)
     for name in CORRUPTIONS + EXTRA:
-        corrupt(photo(32), name, 2, seed=3)
+        corrupt_image(photo(32), name, 2, seed=3)
     assert (np.random.rand(), random.random(), torch.rand(1)) == expected
 
 
 def test_random_state_is_restored_after_an_error() -> None:
     before = np.random.get_state()[1].tolist()
     with pytest.raises(DataError, match="at least 32 px"):
-        corrupt(photo(31), "fog", 1, seed=0)
+        corrupt_image(photo(31), "fog", 1, seed=0)
     assert np.random.get_state()[1].tolist() == before
 
 
@@ -71,13 +71,13 @@ def test_random_state_is_restored_after_an_error() -> None:
 )
 def test_unknown_corruption_or_severity_is_named(name: str, severity: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        corrupt(photo(32), name, severity, seed=0)
+        corrupt_image(photo(32), name, severity, seed=0)
 
 
 def test_only_8_bit_rgb_is_taken() -> None:
     for image in (photo(32).astype(np.float32), photo(32)[..., 0], photo(32)[..., :2]):
         with pytest.raises(DataError, match="uint8 RGB"):
-            corrupt(image, "fog", 1, seed=0)
+            corrupt_image(image, "fog", 1, seed=0)
 
 
 def test_categories_are_the_fifteen() -> None:
