@@ -68,22 +68,41 @@ def discrete_adversary(
     image: Tensor,
     loss_fn: LossFn,
     tokenizer: VisualTokenizer,
-    config: AttackConfig,
-    generator: torch.Generator,
+    config: AttackConfig | None = None,
+    generator: torch.Generator | None = None,
     gradient: Tensor | None = None,
     check: bool = True,
     words: Tensor | None = None,
 ) -> DiscreteAdversary:
     """Change visual words of `image` (B, C, H, W) to raise `loss_fn`; the baselines change random words or none.
 
-    `loss_fn` maps an image to the mean loss of the batch, a scalar. `generator` lives on the image's device.
-    `gradient`, dL/dimage (B, C, H, W), replaces the gradient that `released` would compute. The image's `words`
-    (B, h, w) save an encoding, except for `released` at the image. `check` calls `require_pixels`, which waits for the
-    device.
+    image: float (B, C, H, W) in [0, 1], with sides that the tokenizer's factor divides.
+    loss_fn: maps an image to the mean loss of the batch, a scalar.
+    tokenizer: the visual words, on the image's device (`load_tokenizer`).
+    config: which adversary, and how strong; by default the one of DAT's released code with eps 0.1, which was chosen
+        for vqgan_f8_16384 at 224 px. With the embedded tokenizer it changes almost no word: give a larger eps.
+    generator: source of the random draws, on the image's device; by default torch's global one.
+    gradient: dL/dimage (B, C, H, W), which replaces the gradient that `released` would compute.
+    check: whether to check the range of the pixels, which waits for the device.
+    words: the image's words (B, h, w), which save an encoding, except for `released` at the image.
+
+    The model gets no parameter gradient, and keeps its training flags.
 
     Raises ConfigError if the size does not fit the tokenizer or `config` has only a share where eps is the strength,
     and ValueError for pixels outside [0, 1].
+
+    >>> import mae_dat, torch
+    >>> from torch.nn.functional import cross_entropy
+    >>> model, tokenizer = mae_dat.load_model("mae_dat_demo"), mae_dat.load_tokenizer()
+    >>> images, labels = torch.rand(2, 3, 64, 64), torch.tensor([3, 7])
+    >>> attack = mae_dat.AttackConfig(eps=2.0)
+    >>> result = mae_dat.discrete_adversary(images, lambda x: cross_entropy(model(x), labels), tokenizer, attack)
+    >>> result.adversarial.shape, result.adversarial_words.shape
+    (torch.Size([2, 3, 64, 64]), torch.Size([2, 16, 16]))
+    >>> bool(result.changed_share > 0)
+    True
     """
+    config = config or AttackConfig()
     if math.isnan(config.eps):
         raise ConfigError(
             f"one attack by `{config.kind}` has the strength eps, and AttackConfig(share={config.share}) gives none: "
@@ -106,7 +125,7 @@ def _released(
     tokenizer: VisualTokenizer,
     config: AttackConfig,
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     gradient: Tensor | None,
     words: Tensor | None,
 ) -> DiscreteAdversary:
@@ -148,7 +167,12 @@ def _paper(
 
 
 def _replaced(
-    words: Tensor, loss_fn: LossFn, tokenizer: VisualTokenizer, *, config: AttackConfig, generator: torch.Generator
+    words: Tensor,
+    loss_fn: LossFn,
+    tokenizer: VisualTokenizer,
+    *,
+    config: AttackConfig,
+    generator: torch.Generator | None,
 ) -> DiscreteAdversary:
     """Replace a share of the words (B, h, w): to raise the loss to first order, at random, or not at all."""
     adversarial_words = words
@@ -192,7 +216,7 @@ def reconstruct(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
     return decode_words(tokenizer, encode_words(tokenizer, image))
 
 
-def random_start(center: Tensor, config: AttackConfig, generator: torch.Generator) -> Tensor:
+def random_start(center: Tensor, config: AttackConfig, generator: torch.Generator | None) -> Tensor:
     """Return `center` (B, C, H, W), or, with probability `config.random_start`, a random point at distance eps of it.
 
     One draw decides for the whole batch. The point is clamped to [0, 1].
@@ -206,7 +230,7 @@ def random_start(center: Tensor, config: AttackConfig, generator: torch.Generato
 
 
 def random_words(
-    words: Tensor, codebook: Tensor, share: float, generator: torch.Generator, nearest: int | None = None
+    words: Tensor, codebook: Tensor, share: float, generator: torch.Generator | None, nearest: int | None = None
 ) -> Tensor:
     """Replace exactly round(share * h * w) words of every image, at random places, by `other_words`; (B, h, w)."""
     flat = words.flatten(1)
@@ -215,7 +239,9 @@ def random_words(
     return flat.scatter(1, places, other_words(flat.gather(1, places), codebook, generator, nearest)).view_as(words)
 
 
-def other_words(words: Tensor, codebook: Tensor, generator: torch.Generator, nearest: int | None = None) -> Tensor:
+def other_words(
+    words: Tensor, codebook: Tensor, generator: torch.Generator | None, nearest: int | None = None
+) -> Tensor:
     """Draw another word for each word, uniformly from the codebook (K, D) or from the `nearest` codes to its own.
 
     Returns a tensor of the shape of `words`.

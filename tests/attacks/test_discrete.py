@@ -16,7 +16,7 @@ from mae_dat.attacks.discrete import AttackConfig, DiscreteAdversary, discrete_a
 from mae_dat.attacks.gradient import LossFn, input_gradient, project, unit
 from mae_dat.config.adversaries import ATTACK_KINDS
 from mae_dat.config.errors import ConfigError
-from mae_dat.models.tokenizer import VisualTokenizer
+from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -244,3 +244,20 @@ def test_an_attack_raises_the_loss_where_chance_does_not(kind: str) -> None:
     share = AttackConfig(kind="random", share=float(found.changed_share))
     chance = discrete_adversary(image, loss_fn, tokenizer, share, generator())
     assert loss_fn(chance.adversarial).item() < attacked
+
+
+def test_by_default_the_released_attack_draws_from_the_global_generator() -> None:
+    image = torch.rand(2, 3, 32, 32)
+    attack = AttackConfig("random", share=0.3)
+    torch.manual_seed(5)
+    first = discrete_adversary(image, lambda x: x.sum(), load_tokenizer(), attack)
+    torch.manual_seed(5)
+    again = discrete_adversary(image, lambda x: x.sum(), load_tokenizer(), attack)
+    assert torch.equal(first.adversarial_words, again.adversarial_words)
+    expected = discrete_adversary(image, lambda x: x.sum(), load_tokenizer(), attack, torch.Generator().manual_seed(5))
+    assert torch.equal(first.adversarial_words, expected.adversarial_words)
+    torch.manual_seed(5)
+    by_default = discrete_adversary(image, lambda x: x.sum(), load_tokenizer())
+    given = AttackConfig("released", eps=0.1), torch.Generator().manual_seed(5)
+    expected = discrete_adversary(image, lambda x: x.sum(), load_tokenizer(), *given)
+    assert torch.equal(by_default.adversarial, expected.adversarial)
