@@ -48,16 +48,6 @@ _SCALAR_TAGS = {
 }
 
 
-def _check_model(name: str, finetune: str | None, pretrained: bool) -> None:
-    """Raise ConfigError if the weights do not fit the model."""
-    if finetune and name not in VIT_SIZES:
-        raise ConfigError(
-            f"--finetune starts a vision transformer ({', '.join(VIT_SIZES)}), not {name}: use --pretrained for that."
-        )
-    if pretrained and name in VIT_SIZES:
-        raise ConfigError(f"{name} has no weights of its own: give --finetune FILE, or a torchvision detector's name.")
-
-
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:
     """Train or resume, export the detector, and return its average precision (see `coco_scores`).
 
@@ -207,8 +197,6 @@ def _validation_scores(
 def main(config: DetectConfig) -> None:
     """Run the command."""
     console = console_for_command()
-    settings = config.detector
-    _check_model(settings.model, settings.finetune, settings.pretrained)
     result = measure_detector(config, console) if config.measure.eval else detect(config, console)
     if not world_from_environment().main:
         return

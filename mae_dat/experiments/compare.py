@@ -22,21 +22,19 @@ import torch
 from mae_dat.config.commands.compare import CompareConfig
 from mae_dat.config.parse import flat_values, load_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
-from mae_dat.data.open import image_root, training_images
-from mae_dat.experiments.parallel_runs import Stage, train_all
-from mae_dat.experiments.variants import (
+from mae_dat.config.variants import (
     FINETUNE_VARIANTS,
     IN_TIME,
     NONE,
     PLAIN,
     PRETRAIN_VARIANTS,
-    check_finetune_variants,
-    check_pretrainings,
     group_label,
     pretraining_folder,
     pretraining_title,
     split_group_name,
 )
+from mae_dat.data.open import image_root, training_images
+from mae_dat.experiments.parallel_runs import Stage, train_all
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from mae_dat.robustness.evaluate_run import require_color
 from mae_dat.robustness.evaluation import run_evaluation
@@ -67,8 +65,6 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
 
     Returns the results, None with --no_measure.
     """
-    check_pretrainings(config.pretrainings)
-    check_finetune_variants((*config.arms, *config.cross_arms))
     prepare_output_folder(Path(config.output_dir))
     pretraining = pretrain_config(config)
     runs = {

@@ -7,9 +7,9 @@ from tiny_runs import one_thread  # noqa: F401 - used by itself
 
 from mae_dat.config.commands.compare import PROOF_GROUPS, ProofConfig
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.variants import group_label
 from mae_dat.experiments.compare import groups_to_train
 from mae_dat.experiments.proof import comparisons, prove
-from mae_dat.experiments.variants import group_label
 from mae_dat.robustness.scores.results import read_results
 from mae_dat.runtime.console import Console
 

@@ -27,8 +27,8 @@ from mae_dat.config.adversaries import AttackConfig, DatConfig
 from mae_dat.config.commands.compare import CompareConfig
 from mae_dat.config.errors import ConfigError, InterruptError
 from mae_dat.config.groups import AugmentConfig, MaskConfig
+from mae_dat.config.variants import group_label
 from mae_dat.experiments.compare import compare, groups_to_train, pretrain_config
-from mae_dat.experiments.variants import group_label
 from mae_dat.models.classifier import build_classifier
 from mae_dat.models.mae import MaskedAutoencoder, build_mae, masked_mse
 from mae_dat.models.tokenizer import LightConfig, VisualTokenizer

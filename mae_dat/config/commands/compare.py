@@ -3,8 +3,7 @@
 import dataclasses
 
 from mae_dat.config.errors import ConfigError
-
-PLAIN, NONE = "plain", "none"
+from mae_dat.config.variants import NONE, PLAIN, check_finetune_variants, check_pretrainings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +52,11 @@ class CompareConfig:
         if not self.arms or not self.seeds:
             raise ConfigError("a comparison needs at least one of --arms and one of --seeds.")
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"--limit must be at least 1 image, got {self.limit}.")
+            raise ConfigError(f"--limit {self.limit}: give at least 1 image.")
         if self.jobs < 1:
             raise ConfigError(f"--jobs must be at least 1 training at a time, got {self.jobs}.")
+        check_pretrainings(self.pretrainings)
+        check_finetune_variants((*self.arms, *self.cross_arms))
 
     def pretrainings_to_train(self) -> list[str]:
         """Return the names of the pretrainings, without `none`."""

@@ -9,6 +9,8 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.runs import check_groups
 
+TRANSFORMERS = "vit_base_patch16, vit_large_patch16, vit_huge_patch14, vit_demo_patch8"
+
 
 @dataclasses.dataclass(frozen=True)
 class DetectorConfig:
@@ -35,6 +37,15 @@ class DetectorConfig:
     """Range of the random scale in training; 1 1 for none."""
 
     def __post_init__(self) -> None:
+        is_transformer = self.model.startswith("vit_")
+        if self.finetune and not is_transformer:
+            raise ConfigError(
+                f"--finetune starts a vision transformer ({TRANSFORMERS}), not {self.model}: use --pretrained for that."
+            )
+        if self.pretrained and is_transformer:
+            raise ConfigError(
+                f"{self.model} has no weights of its own: give --finetune FILE, or a torchvision detector's name."
+            )
         if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
             raise ConfigError(f"--scale_jitter takes two positive factors, smaller first, got {self.scale_jitter}.")
 

@@ -80,7 +80,7 @@ def test_a_run_leaves_a_tokenizer_and_its_card(trained: Path) -> None:
     card = json.loads((trained / "tokenizer.json").read_text())
     assert card["sha256"] == sha256_of(path)
     assert card["settings"]["steps"] == 12
-    assert card["command"].startswith("mae-dat tokenizer train")
+    assert card["command"].startswith("mae-dat")
     (facts,) = card["held_out"].values()
     assert list(card["held_out"]) == ["demo/val"]
     assert facts["pictures"] == 10
