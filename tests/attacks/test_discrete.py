@@ -247,17 +247,17 @@ def test_an_attack_raises_the_loss_where_chance_does_not(kind: str) -> None:
 
 
 def test_by_default_the_released_attack_draws_from_the_global_generator() -> None:
-    image = torch.rand(2, 3, 32, 32)
+    image, tokenizer = torch.rand(2, 3, 32, 32), load_tokenizer()
     attack = AttackConfig("random", share=0.3)
     torch.manual_seed(5)
-    first = discrete_adversary(image, lambda x: x.sum(), load_tokenizer(), attack)
+    first = discrete_adversary(image, lambda x: x.sum(), tokenizer, attack)
     torch.manual_seed(5)
-    again = discrete_adversary(image, lambda x: x.sum(), load_tokenizer(), attack)
+    again = discrete_adversary(image, lambda x: x.sum(), tokenizer, attack)
     assert torch.equal(first.adversarial_words, again.adversarial_words)
-    expected = discrete_adversary(image, lambda x: x.sum(), load_tokenizer(), attack, torch.Generator().manual_seed(5))
+    expected = discrete_adversary(image, lambda x: x.sum(), tokenizer, attack, torch.Generator().manual_seed(5))
     assert torch.equal(first.adversarial_words, expected.adversarial_words)
     torch.manual_seed(5)
-    by_default = discrete_adversary(image, lambda x: x.sum(), load_tokenizer())
+    by_default = discrete_adversary(image, lambda x: x.sum(), tokenizer)
     given = AttackConfig("released", eps=0.1), torch.Generator().manual_seed(5)
-    expected = discrete_adversary(image, lambda x: x.sum(), load_tokenizer(), *given)
+    expected = discrete_adversary(image, lambda x: x.sum(), tokenizer, *given)
     assert torch.equal(by_default.adversarial, expected.adversarial)
