@@ -1,25 +1,67 @@
 """Masked autoencoders and Discrete Adversarial Training: image models that stay accurate on noisy, corrupted or shifted
-data."""
+data.
 
-from typing import Any
+The names in `__all__` are the Python API. Everything else is private, and may change between versions.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # at run time they are imported on first use
+    from mae_dat.attacks.discrete import discrete_adversary
+    from mae_dat.config.adversaries import AttackConfig
+    from mae_dat.config.runs import FinetuneConfig, PretrainConfig
+    from mae_dat.models.classifier import Classifier
+    from mae_dat.models.mae import MaskedAutoencoder
+    from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
+    from mae_dat.models.weights.named_models import create_model, list_models, load_model
+    from mae_dat.robustness.corrupt import corrupt
+    from mae_dat.training.objectives.dat import WithDAT
 
 __version__ = "0.1.0"
-__all__ = ["AttackConfig", "MaskedAutoencoder", "VisualTokenizer", "WithDAT", "discrete_adversary", "load_tokenizer"]
+__all__ = [
+    "AttackConfig",
+    "Classifier",
+    "FinetuneConfig",
+    "MaskedAutoencoder",
+    "PretrainConfig",
+    "VisualTokenizer",
+    "WithDAT",
+    "corrupt",
+    "create_model",
+    "discrete_adversary",
+    "list_models",
+    "load_model",
+    "load_tokenizer",
+]
 
-_HOMES = {
-    "AttackConfig": "mae_dat.config.adversaries",
-    "MaskedAutoencoder": "mae_dat.models.mae",
-    "VisualTokenizer": "mae_dat.models.tokenizer",
-    "WithDAT": "mae_dat.training.objectives.dat",
-    "discrete_adversary": "mae_dat.attacks.discrete",
-    "load_tokenizer": "mae_dat.models.tokenizer",
+_MODULES = {
+    "AttackConfig": "config.adversaries",
+    "Classifier": "models.classifier",
+    "FinetuneConfig": "config.runs",
+    "MaskedAutoencoder": "models.mae",
+    "PretrainConfig": "config.runs",
+    "VisualTokenizer": "models.tokenizer",
+    "WithDAT": "training.objectives.dat",
+    "corrupt": "robustness.corrupt",
+    "create_model": "models.weights.named_models",
+    "discrete_adversary": "attacks.discrete",
+    "list_models": "models.weights.named_models",
+    "load_model": "models.weights.named_models",
+    "load_tokenizer": "models.tokenizer",
 }
+"""The module of each name, below `mae_dat`."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `--help` and configuration errors need not wait for torch."""
-    if name not in _HOMES:
+    """Import a name of the API on first use, so that `import mae_dat` and `mae_dat --help` need not wait for torch."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'mae_dat' has no attribute {name!r}")
-    import importlib
+    value = getattr(importlib.import_module(f"mae_dat.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+
+def __dir__() -> list[str]:
+    """Return the names of the API, for `dir` and tab completion."""
+    return [*__all__, "__version__"]

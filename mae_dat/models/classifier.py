@@ -33,6 +33,10 @@ class Classifier(nn.Module):
 
     mean: Tensor
     std: Tensor
+    classes: tuple[str, ...] | None = None
+    """The names of the outputs, if known."""
+    input_size: ImageSize | None = None
+    """Height and width of its images in pixels, if known."""
     probing = False
     """Whether only a linear probe's head is trained (`make_linear_probe`)."""
 

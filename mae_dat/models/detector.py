@@ -43,6 +43,11 @@ TORCHVISION_DETECTORS = [
 class Detector(nn.Module):
     """A torchvision detector that returns its losses whenever it gets the true boxes, else the detections."""
 
+    classes: tuple[str, ...] | None = None
+    """The names of the labels, if known."""
+    input_size: tuple[int, int] | None = None
+    """Height and width of its images in pixels, if known."""
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net

@@ -165,6 +165,8 @@ class MaskedAutoencoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    classes: tuple[str, ...] | None = None
+    """None: a pretraining has no classes."""
     blocks: nn.Sequential
     decoder_blocks: nn.Sequential
 
@@ -184,7 +186,7 @@ class MaskedAutoencoder(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.img_size = check_image_size(img_size, patch_size)
+        self.img_size = self.input_size = check_image_size(img_size, patch_size)
         _check_width("embed_dim", embed_dim, num_heads)
         _check_width("decoder_embed_dim", decoder_embed_dim, decoder_num_heads)
         self.patch_size, self.in_chans = patch_size, in_chans

@@ -81,7 +81,7 @@ class HubClassifier(Classifier, _FromHub, tags=["image-classification"]):
             name, num_classes, size, global_pool=global_pool, in_chans=in_chans, mean=mean, std=std
         )
         super().__init__(classifier.net, classifier.mean.flatten().tolist(), classifier.std.flatten().tolist())
-        self.classes = classes
+        self.classes = tuple(classes) if classes else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to write, by bare key."""

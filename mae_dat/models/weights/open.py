@@ -101,10 +101,7 @@ class OpenedModel:
     @property
     def input_size(self) -> ImageSize:
         """Height and width in pixels that the model was built for, or else timm's usual ones."""
-        if self.plan.img_size:
-            return self.plan.img_size
-        height, width = resolve_model_data_config(self.model.net)["input_size"][-2:]
-        return height, width
+        return self.plan.img_size or classifier_size(self.model)
 
     def to(self, device: torch.device) -> Self:
         """Move the model to a device."""
@@ -135,6 +132,13 @@ class OpenedModel:
         if self.kind == "detector":
             raise CheckpointError(f"{self.title} is an object detector: give a classifier or a pretraining.")
         return self.model
+
+
+def classifier_size(model: Classifier) -> ImageSize:
+    """Return the height and width in pixels that timm's settings of a classifier say, or its patches."""
+    img_size = getattr(getattr(model.net, "patch_embed", None), "img_size", None)
+    height, width = img_size or resolve_model_data_config(model.net)["input_size"][-2:]
+    return height, width
 
 
 def open_model(

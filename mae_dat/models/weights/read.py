@@ -53,7 +53,10 @@ def read_model_file(source: ModelSource) -> ModelFile:
     tensors = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(_WORD_HEAD)}
     model_file = recognize(file._replace(tensors=fused_head(main_norms(tensors))), facts, is_ours)
     if model_file.kind == "tokenizer":
-        raise CheckpointError(f"{file.source} is a tokenizer ({model_file.format}): give it as --tokenizer.")
+        raise CheckpointError(
+            f"{file.source} is a tokenizer ({model_file.format}): give it as --tokenizer, "
+            "or open it with mae_dat.load_tokenizer."
+        )
     return model_file
 
 

@@ -11,7 +11,7 @@ W) with pixels in [0, 1]: every model normalizes them itself. Models are returne
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mae_dat.storage.released import released_weights
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:  # torch.hub.list and help need not wait for torch
     from mae_dat.models.classifier import Classifier
     from mae_dat.models.mae import MaskedAutoencoder
     from mae_dat.models.tokenizer import VisualTokenizer
-
-Pretrained = bool | str | Path
+    from mae_dat.models.weights.named_models import Pretrained
 
 __all__ = [
     "mae_dat_demo",
@@ -157,27 +156,15 @@ def vqgan_demo(pretrained: Pretrained = False) -> VisualTokenizer:
 
 
 def _autoencoder(name: str, pretrained: Pretrained, decoder: bool, settings: dict[str, Any]) -> MaskedAutoencoder:
-    from mae_dat.models.mae import build_mae
-    from mae_dat.models.weights.load import load_autoencoder
+    from mae_dat.models.weights.named_models import build_named_autoencoder
 
-    model = build_mae(released_weights()[name].model, **settings)
-    if pretrained:
-        load_autoencoder(model, _source(name, pretrained), decoder=decoder)
-    return model.eval()
+    return build_named_autoencoder(name, pretrained, decoder, settings)
 
 
 def _classifier(name: str, pretrained: Pretrained, settings: dict[str, Any]) -> Classifier:
-    from mae_dat.models.classifier import build_classifier
-    from mae_dat.models.weights.load import load_classifier, load_pretrained
+    from mae_dat.models.weights.named_models import build_named_classifier
 
-    entry = released_weights()[name]
-    defaults = {"num_classes": entry.nb_classes, "global_pool": entry.global_pool}
-    statistics = {} if settings.get("in_chans", 3) != 3 else {"mean": entry.mean, "std": entry.std}
-    model = build_classifier(entry.model, **{**defaults, **statistics, **settings})
-    if pretrained:
-        load = load_pretrained if "num_classes" in settings else load_classifier
-        load(model, _source(name, pretrained))
-    return model.eval()
+    return build_named_classifier(name, pretrained, settings)
 
 
 def _tokenizer(name: str, pretrained: Pretrained) -> VisualTokenizer:
@@ -189,6 +176,6 @@ def _tokenizer(name: str, pretrained: Pretrained) -> VisualTokenizer:
     return (VQGAN(VQGAN_PRESETS[model]) if model in VQGAN_PRESETS else LightTokenizer()).freeze()
 
 
-def _source(name: str, pretrained: str | Path | Literal[True]) -> str | Path:
+def _source(name: str, pretrained: Pretrained) -> str | Path:
     """Return the name of the released weights, or the file or other name that was given instead."""
-    return name if pretrained is True else pretrained
+    return name if isinstance(pretrained, bool) else pretrained
