@@ -22,8 +22,8 @@ from benchmarks.rate import matrix_rates
 from benchmarks.stored_rows import store_rows
 from benchmarks.table import as_json, print_rows
 from benchmarks.timing import Case, Row, measure
-from mae_dat.config.errors import ConfigError
-from mae_dat.config.parse import load_config, run_command, suggest
+from mae_dat.config.errors import ConfigError, suggest
+from mae_dat.config.parse import load_config, run_command
 from mae_dat.runtime.device import amp_dtype, pick_device, set_float32_precision
 from mae_dat.runtime.environment import dependency_versions
 from mae_dat.runtime.machine import hardware_facts
@@ -75,7 +75,7 @@ class BenchmarkConfig:
 
 def main() -> None:
     """Measure, print a table and write the numbers."""
-    config = load_config(BenchmarkConfig, sys.argv[1:], __doc__ or "", program="python -m benchmarks")
+    config = load_config(BenchmarkConfig, sys.argv[1:], "python -m benchmarks", description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device, console = pick_device(config.device), Console(width=max(Console().width, TABLE_WIDTH))
     start, cases = time.monotonic(), select_cases(config, device)

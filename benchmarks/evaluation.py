@@ -216,7 +216,7 @@ class ProfileConfig:
 
 def main() -> None:
     """The two ways and ours in float32, in turns."""
-    config = load_config(ProfileConfig, sys.argv[1:], __doc__ or "", program="python -m benchmarks.evaluation")
+    config = load_config(ProfileConfig, sys.argv[1:], "python -m benchmarks.evaluation", description=__doc__)
     device = pick_device(config.device)
     best = "bf16" if amp_dtype("auto", device) else "fp32"
     print(f"{device}, {torch.get_num_threads()} threads and {Work('', 0, 0, 0, device).workers} workers of the loader")

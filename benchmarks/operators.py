@@ -86,7 +86,7 @@ def show(case: Case, shares: Shares, top: int, console: Console) -> None:
 
 def main() -> None:
     """Command line."""
-    config = load_config(OperatorsConfig, sys.argv[1:], __doc__ or "", program="python -m benchmarks.operators")
+    config = load_config(OperatorsConfig, sys.argv[1:], "python -m benchmarks.operators", description=__doc__)
     if not config.only:
         raise ConfigError("name at least one case: --only NAME, as in `python -m benchmarks`")
     device, console = pick_device(config.device), Console()

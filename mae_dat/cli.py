@@ -5,7 +5,6 @@ and mistyped flags need no torch.
 """
 
 import dataclasses
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -30,18 +29,13 @@ class Verb:
     run: str | Callable[[Any], str]
     """The function that takes the configuration, or a choice of it by the configuration."""
     examples: tuple[str, ...]
-    default: str | None = None
-    """Default values that differ from those of the configuration's class."""
 
     def load(self, arguments: Sequence[str], program: str) -> Any:
         """Build the configuration from the arguments; `program` is the command in the usage line."""
         examples = self.examples
         if program.endswith(".py"):
             examples = tuple(f"python {program} {words.split(' ', 2)[2]}" for words in examples)
-        load = _find(self.config)
-        if isinstance(load, type):
-            load = functools.partial(load_config, load, default=_find(self.default) if self.default else None)
-        return load(arguments, program=program, examples=examples)
+        return load_config(_find(self.config), arguments, program, examples)
 
     def call(self, config: Any) -> None:
         """Import the verb's code and run it."""
@@ -65,7 +59,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "finetune": Verb(
             "fine-tune a classifier, plainly or with DAT",
-            "config.runs:load_finetune_config",
+            "config.runs:FinetuneConfig",
             _finetune_or_evaluate,
             (
                 "mae-dat finetune --data_path DIR --finetune PRE --output_dir OUT --dat",
@@ -138,7 +132,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "compare all adversaries over data sets and seeds",
             "config.commands.compare:ProofConfig",
             "experiments.proof:main",
-            ("mae-dat proof --data_paths DIR1 DIR2 --output_dir PROOF", "mae-dat proof --quick"),
+            ("mae-dat proof --data_path DIR1 DIR2 --output_dir PROOF", "mae-dat proof --quick"),
         ),
     },
     "look": {
@@ -231,10 +225,9 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "help": {
         "demo": Verb(
             "run the whole toolkit on generated images",
-            "config.commands.compare:CompareConfig",
+            "config.commands.compare:DemoConfig",
             "experiments.compare:main",
             ("mae-dat demo", "mae-dat demo --arms plain released --output_dir DEMO"),
-            default="config.commands.compare:DEMO_COMPARISON",
         ),
         "recipes": Verb(
             "list the recipes that --config finds, or print one",

@@ -1,4 +1,1 @@
-"""The flags and YAML settings of trainings, the parsing of all flags, and the errors that reach users; free of torch.
-
-A command with flags of its own declares them beside its `main`.
-"""
+"""The flags and YAML settings of all commands, their command line, and the errors that reach users; free of torch."""

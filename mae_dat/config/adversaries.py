@@ -11,14 +11,6 @@ from mae_dat.config.errors import ConfigError, suggest
 
 AttackKind = Literal["released", "paper", "symbolic", "random", "reconstruction"]
 ATTACK_KINDS: tuple[str, ...] = get_args(AttackKind)
-ATTACKS: dict[str, str] = {
-    "released": "attacks.discrete:released_attack",
-    "paper": "attacks.discrete:paper_attack",
-    "symbolic": "attacks.discrete:symbolic_attack",
-    "random": "attacks.discrete:random_attack",
-    "reconstruction": "attacks.discrete:no_attack",
-}
-"""The function of each kind, `MODULE:NAME` below `mae_dat`, imported at its first use."""
 PUBLISHED_EPS, PUBLISHED_SHARE = 0.1, 0.038
 """Mao et al. 2022, Table 8: with VQGAN f8 at 224 px, an L2 step of 0.1 changes this share of the words."""
 
@@ -31,29 +23,30 @@ class _AttackSettings:
     field is its name on the command line and in YAML files. The docstrings of the fields are the help of the flags.
     """
 
-    kind: Literal["none", AttackKind] = dataclasses.field(default="none", metadata={"flag": "dat"})
-    """The adversary: none, released (the code's, the default of --dat), paper (Algorithm 1), symbolic (chooses the
-    words themselves); or a control in its place: random (random words), reconstruction (no word changed)."""
+    kind: Literal["none", AttackKind] = dataclasses.field(default="none", metadata={"flag": "dat", "bare": "released"})
+    """The adversary: none; released, that of the authors' code, also chosen by --dat alone; paper, that of Algorithm 1;
+    symbolic, which chooses the words themselves; or a control: random (random words), reconstruction (no word
+    changed)."""
     eps: float | None = dataclasses.field(default=None, metadata={"flag": "dat_eps"})
-    """released: L2 radius and step; paper: factor of the gradient; pixels in [0, 1] (default: 0.1, which was chosen for
-    vqgan_f8_16384 at 224 px)."""
+    """released: radius and step in L2; paper: factor of the gradient; for pixels in [0, 1] (default: 0.1, which the
+    authors chose for vqgan_f8_16384 at 224 px)."""
     share: float | None = dataclasses.field(default=None, metadata={"flag": "dat_share"})
-    """Target share of changed words, held by adjusting eps (the strength that carries over between sizes and
-    tokenizers; default for the embedded tokenizer without --dat_eps: 0.038, what eps 0.1 changed in the paper).
-    symbolic, random: the share of words replaced (default: 0.05)."""
+    """released, paper: share of the words to change; eps is adjusted to hold it, and it carries over between image
+    sizes and tokenizers (default for the embedded tokenizer without --dat_eps: 0.038, as eps 0.1 changed in the paper).
+    symbolic, random: share of the words to replace (default: 0.05)."""
     random_start: float = dataclasses.field(default=0.8, metadata={"flag": "dat_random_start"})
-    """released: probability per batch of a random start."""
+    """released: probability that the attack of a batch starts from a random point."""
     steps: int = dataclasses.field(default=1, metadata={"flag": "dat_steps"})
-    """released, symbolic: gradient steps."""
+    """released, symbolic: number of gradient steps."""
     nearest: int | None = dataclasses.field(default=None, metadata={"flag": "dat_nearest"})
-    """symbolic, random: a word is replaced by one of the n words with the nearest codes (default: any word)."""
+    """symbolic, random: replace a word only by one of the N words with the nearest codes (default: by any word)."""
     at: Literal["reconstruction", "image"] = dataclasses.field(default="reconstruction", metadata={"flag": "dat_at"})
-    """released: attack the reconstruction Q(x), or the image x itself, which saves a reconstruction."""
+    """released: attack the reconstruction Q(x), or the image x itself, which saves one reconstruction."""
     free: bool = dataclasses.field(default=False, metadata={"flag": "dat_free"})
-    """released: take the attack's gradient from the clean view's backward pass, which saves a forward and a backward
-    pass."""
+    """released: take the gradient of the attack from the backward pass of the clean view, which saves a forward and a
+    backward pass."""
     batch_share: float = dataclasses.field(default=1.0, metadata={"flag": "dat_batch_share"})
-    """Share of each batch that is attacked, its first images."""
+    """Share of each batch that is attacked: its first images."""
     warmup: float = dataclasses.field(default=0.0, metadata={"flag": "dat_warmup"})
     """Epochs over which the adversary's strength (eps or the share of words) grows linearly from 0."""
 
@@ -133,16 +126,16 @@ class AttackConfig(_AttackSettings):
 
 @dataclasses.dataclass(frozen=True)
 class DatConfig(_AttackSettings):
-    """Discrete adversarial training: bare `--dat` is `--dat released`."""
+    """Discrete Adversarial Training: --dat alone means --dat released."""
 
     tokenizer: str = "embedded"
-    """`embedded` (light, for 64 px), a light tokenizer's .safetensors, a VQGAN of taming, latent-diffusion or
+    """`embedded` (light, for 64 px), a light tokenizer's .safetensors file, a VQGAN of taming, latent-diffusion or
     easyrobust, or a released name such as vqgan_f8_16384."""
     tokenizer_precision: Literal["auto", "fp32", "fp16", "bf16_decoder", "bf16"] = "auto"
-    """Precision of the tokenizer's inner layers; auto: fp32 on a CPU; on a GPU fp16, unless more than 1 % of the words
-    of generated images differ from fp32's. The effect of each on the words: docs/explanation/dat.md."""
+    """Precision of the inner layers of the tokenizer. auto: fp32 on a CPU; fp16 on a GPU, unless it changes more than
+    1 % of the words of generated images."""
     tokenizer_compile: bool = False
-    """Compile the tokenizer (torch.compile): fuses norms and activations; the first steps take a minute longer."""
+    """Compile the tokenizer (torch.compile): faster, after first steps that take a minute longer."""
 
     def __post_init__(self) -> None:
         if self.eps is not None and not 0 < self.eps < math.inf:
@@ -164,30 +157,30 @@ class DatConfig(_AttackSettings):
 
 @dataclasses.dataclass(frozen=True)
 class BaselineConfig:
-    """Baselines and extensions of DAT: pixel adversaries, separate norms, consistency losses."""
+    """Baselines and extensions: pixel adversaries, separate norms, consistency losses."""
 
     at: Literal["none", "pgd", "advprop"] = "none"
-    """Adversarial training on pixels: pgd (Madry et al. 2018: no clean view), or advprop (Xie et al. 2020: in addition
-    to the clean view, and through separate norms)."""
+    """Adversarial training on pixels: pgd (Madry et al. 2018) without the clean view, or advprop (Xie et al. 2020)
+    beside the clean view and with separate norms."""
     at_norm: Literal["linf", "l2"] = "linf"
-    """Norm that eps limits: linf (each pixel) or l2 (the whole image)."""
+    """Norm that --at_eps limits: linf (each pixel) or l2 (the whole image)."""
     at_eps: float | None = None
-    """Radius of the ball, pixels in [0, 1] (default: 4/255 for linf, 0.5 for l2)."""
+    """Radius of the pixel attack, for pixels in [0, 1] (default: 4/255 for linf, 0.5 for l2)."""
     at_steps: int = 3
-    """Gradient steps, from a random start."""
+    """Gradient steps of the pixel attack, from a random start."""
     at_step: float | None = None
-    """Length of a step, in the same norm (default: 2 eps / steps)."""
+    """Length of a step of the pixel attack, in the same norm (default: 2 eps / steps)."""
     at_clean_weight: float | None = None
-    """Weight of the clean view's loss (default: 0 for pgd, 1 for advprop)."""
+    """Weight of the loss of the clean view (default: 0 for pgd, 1 for advprop)."""
     split_norms: bool = False
-    """With --dat: the attack and the adversarial images pass through separate norms (BatchNorm, LayerNorm and similar),
-    as in advprop. The norms of the clean images are evaluated and exported."""
+    """With --dat: the attack and the adversarial images use norms of their own (BatchNorm, LayerNorm and similar), as
+    in advprop. The norms of the clean images are evaluated and exported."""
     dat_jsd: float = 0.0
-    """With --dat: weight of the Jensen-Shannon divergence between the predictions for an image, its reconstruction
-    and its adversary."""
+    """With --dat: weight of the Jensen-Shannon divergence between the predictions for an image, its reconstruction and
+    its adversarial image."""
     jsd: float = 0.0
-    """Weight of the same divergence between a crop and two views of it by --aa (AugMix, Hendrycks et al. 2020: 12, with
-    --aa augmix-m3-w3); each image is used in three views."""
+    """Weight of the same divergence between a crop and two views of it by --aa (AugMix of Hendrycks et al. 2020: 12,
+    with --aa augmix-m3-w3). Each image is used in three views."""
 
     def __post_init__(self) -> None:
         for name in ("at_eps", "at_steps", "at_step"):

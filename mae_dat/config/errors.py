@@ -103,5 +103,11 @@ class CheckpointError(UserError):
 
 def suggest(word: str, valid: Sequence[str]) -> str:
     """Return `did you mean ...?` with the valid words most like a wrong one, or the list of all valid words."""
-    similar = difflib.get_close_matches(word, valid, n=3, cutoff=0.6)
+    similar = similar_words(word, valid)
     return f"did you mean {' or '.join(similar)}?" if similar else f"known are {', '.join(valid)}."
+
+
+def similar_words(word: str, valid: Sequence[str]) -> list[str]:
+    """Return up to three valid words: those that a wrong one is the start of, then those most like it."""
+    longer = [name for name in valid if len(word) > 2 and name.startswith(word)]
+    return list(dict.fromkeys([*longer, *difflib.get_close_matches(word, valid, n=3, cutoff=0.6)]))[:3]

@@ -21,19 +21,19 @@ ImageSize = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Run: output, hardware and resuming. Of these only `seed`, `precision`, `device` and `compile` change the
-    result."""
+    """Output and hardware: of these flags only --seed, --precision, --device and --compile change the result."""
 
     output_dir: str = "./output_dir"
-    """Checkpoints, log.txt, weights and reports. Running again with the same folder resumes."""
+    """Folder for checkpoints, log.txt, weights and reports. To resume a run, give the same folder again."""
     log_dir: str | None = None
-    """TensorBoard files (default: output_dir)."""
+    """Folder for TensorBoard's files (default: the output folder)."""
     device: str = "auto"
-    """cuda, cpu, or auto: CUDA if there is any."""
+    """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
     seed: int = 0
+    """Seed of all random numbers: weights, order of the images, augmentation, masks and attacks."""
     resume: str | None = None
-    """A checkpoint of this package, or a folder of them (default: the newest in output_dir); with --eval also a weights
-    file or a released name."""
+    """Checkpoint of this package, or folder of them (default: the newest in the output folder). With --eval also a
+    weights file or a released name."""
     start_epoch: int = 0
     """First epoch, if there is no checkpoint to resume from."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
@@ -57,25 +57,26 @@ class RunConfig:
     hang_minutes: float = 15.0
     """After this time without a step, log the stacks of all ranks and stop with exit code 75; 0 for never."""
     pictures_every: int = 1
-    """Epochs between two galleries of images in TensorBoard and output_dir/pictures; 0 for none."""
+    """Epochs between two galleries of images in TensorBoard and in OUT/pictures; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Data: DIR/{train,val}/CLASS/*.jpg; for pretraining any folder of images."""
+    """Data: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; for pretraining any folder of images."""
 
     data_path: str | None = None
     """Folder of images or of shards (`mae-dat pack`), the https:// address of shards, or `demo` for generated images
-    (default: the environment variable MAE_DAT_DATA)."""
+    (default: $MAE_DAT_DATA)."""
     input_size: tuple[int, ...] = (224,)
     """Side, or height and width, in pixels."""
     in_chans: int = 3
+    """Channels of the images: 3 for color, 1 for gray."""
     on_bad: Literal["fail", "skip"] = "fail"
-    """For a file that cannot be decoded: stop and name it, or use the next image in its place and count it."""
+    """What to do with a file that cannot be decoded: stop and name it, or use the next image and count it."""
     num_workers: int = dataclasses.field(default_factory=lambda: default_num_workers())
-    """Processes that decode images, per rank (default: the CPU cores of this process, at most 10; 0: none)."""
+    """Processes that decode images, per rank; 0 decodes in the main process (default: the CPU cores, at most 10)."""
     pin_mem: bool = True
-    """Pin host memory for faster transfers to a GPU (--no_pin_mem to turn off)."""
+    """Pin host memory, for faster transfers to a GPU."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
@@ -92,21 +93,25 @@ class OptimConfig:
     """Optimization: AdamW, warm-up and half a cosine per iteration."""
 
     batch_size: int = 64
-    """Per rank; the effective batch is batch_size x accum_iter x ranks."""
+    """Images in a batch of one rank. The effective batch is batch_size x accum_iter x ranks."""
     epochs: int = 400
+    """Passes over the training images."""
     accum_iter: int = 1
-    """Micro-batches per update."""
+    """Batches whose gradients are added up for one update."""
     lr: float | None = None
-    """Absolute peak rate (default: blr x effective batch / 256)."""
+    """Highest learning rate (default: blr x effective batch / 256)."""
     blr: float = 1e-3
-    """Peak rate for an effective batch of 256."""
+    """Highest learning rate for an effective batch of 256."""
     min_lr: float = 0.0
+    """Learning rate at the end of the last epoch."""
     warmup_epochs: float = 40
+    """Epochs in which the learning rate rises linearly."""
     warmup_lr: float = 0.0
-    """Rate at the start of the warm-up."""
+    """Learning rate at the start of the warm-up."""
     cooldown_epochs: int = 0
-    """Further epochs at min_lr, after --epochs."""
+    """Further epochs at --min_lr, after --epochs."""
     weight_decay: float = 0.05
+    """Weight decay of all weights except biases and norms."""
     clip_grad: float | None = None
     """Largest norm of the gradient (default: no clipping; the norm is logged in any case)."""
 
@@ -128,14 +133,18 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
-    """Distributed: read from torchrun's or srun's environment; MAE's flags are accepted and need not be set."""
+    """Distributed training: ranks are read from the environment that torchrun or srun sets."""
 
     fsdp: bool = False
     """Shard weights, gradients and optimizer over the ranks (FSDP2), for models too large for one GPU."""
     world_size: int = 1
+    """MAE's flag, accepted and ignored."""
     local_rank: int = -1
+    """MAE's flag, accepted and ignored."""
     dist_on_itp: bool = False
+    """MAE's flag, accepted and ignored."""
     dist_url: str = "env://"
+    """MAE's flag, accepted and ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +154,9 @@ class MaskConfig:
     model: str = "mae_vit_large_patch16"
     """mae_vit_{base,large}_patch16, mae_vit_huge_patch14, or mae_vit_demo_patch8 for 64 px."""
     mask_ratio: float = 0.75
-    """Share of patches removed."""
+    """Share of the patches that are removed."""
     norm_pix_loss: bool = False
-    """Predict pixels normalized by each patch's mean and deviation."""
+    """Predict pixels that are normalized by the mean and standard deviation of their patch."""
     target: Literal["pixels", "words", "both"] = "pixels"
     """Prediction target at the removed patches: pixels, the visual words of --tokenizer (with or without --dat), or
     both."""
@@ -165,31 +174,32 @@ class MaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """Model: any timm model; vit_{base,large}_patch16 and vit_huge_patch14 are MAE's variants of them."""
+    """Model: one of MAE's vision transformers, or any timm model."""
 
     model: str = "vit_large_patch16"
-    """MAE's names, vit_demo_patch8, or any timm name."""
+    """vit_{base,large}_patch16, vit_huge_patch14, vit_demo_patch8 for 64 px, or any timm name."""
     nb_classes: int | None = None
-    """Classes (default: the number of class folders)."""
+    """Number of classes (default: the number of class folders)."""
     drop_path: float = 0.1
+    """Probability of skipping the last block (stochastic depth); it falls linearly to 0 at the first block."""
     global_pool: bool = True
-    """Classify the mean of the patch tokens (default)."""
+    """Classify the mean of the patch tokens."""
     cls_token: bool = False
-    """Classify the class token instead."""
+    """Classify the class token instead of the mean."""
     finetune: str | None = None
     """Weights to start from: the folder of a pretraining run, a weights file, or a released name (`mae-dat list`)."""
     pretrained: bool = False
     """Start from timm's weights for a timm model."""
     linear_probe: bool = False
-    """Train only a new head, behind a BatchNorm, on the frozen model. The defaults become MAE's linear probe: class
-    token, LARS, blr 0.1, batch_size 512, 90 epochs, 10 of warm-up, no weight decay, crops and flips only."""
+    """Train only a new head, behind a BatchNorm, on the frozen model. The defaults become those of MAE's linear probe:
+    class token, LARS, blr 0.1, batch_size 512, 90 epochs, 10 of them warm-up, no weight decay, crops and flips only."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
     """Optimizer; lars and sgd have momentum 0.9. lars is meant for batches of several thousand images."""
     layer_decay: float = 0.75
     """Factor of the learning rate from each layer to the one below it."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, which is evaluated and exported instead of them (default:
-    none)."""
+    """Decay of an exponential moving average of the weights, which is evaluated and exported in their place (default:
+    no average)."""
 
     def __post_init__(self) -> None:
         for name in ("drop_path", "ema_decay"):
@@ -207,28 +217,37 @@ class ClassifierConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation, with timm's names."""
+    """Augmentation: timm's flags."""
 
     color_jitter: float | None = None
-    """Only without --aa."""
+    """Strength of random changes of brightness, contrast and saturation; used only without --aa (default: none)."""
     aa: str | None = "rand-m9-mstd0.5-inc1"
-    """AutoAugment policy; None for crops and flips only."""
+    """Policy of AutoAugment, RandAugment or AugMix in timm's notation; None for crops and flips only."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the share of the image's area that a crop covers."""
     smoothing: float = 0.1
+    """Label smoothing."""
     reprob: float = 0.25
     """Probability of random erasing."""
     remode: str = "pixel"
-    """const, rand or pixel fill with values in [0, 1]; pixel_raw fills with N(0, 1) as DAT's released code does, and
-    works with neither --dat nor --at."""
+    """What random erasing fills in: const, rand or pixel, values in [0, 1]; pixel_raw, N(0, 1) as in DAT's released
+    code, works with neither --dat nor --at."""
     recount: int = 1
+    """Number of regions that random erasing erases."""
     resplit: bool = False
+    """With --jsd: erase nothing in the clean view."""
     mixup: float = 0.0
+    """Alpha of Mixup; 0 for none."""
     cutmix: float = 0.0
+    """Alpha of CutMix; 0 for none."""
     cutmix_minmax: tuple[float, float] | None = None
+    """Range of the share of an image that CutMix replaces; it takes the place of --cutmix."""
     mixup_prob: float = 1.0
+    """Probability of Mixup or CutMix in a batch."""
     mixup_switch_prob: float = 0.5
+    """Probability of CutMix rather than Mixup, if both are on."""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """What shares one mixing factor: the batch, a pair of images, or each image has its own."""
 
     def __post_init__(self) -> None:
         for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob"):
@@ -238,17 +257,17 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation: exact counts, no padding."""
+    """Evaluation: the validation images, each counted once."""
 
     eval: bool = False
-    """Only evaluate the weights of --resume."""
+    """Train nothing, and evaluate the weights of --resume."""
     dist_eval: bool = False
-    """Accepted for compatibility with MAE; evaluation is always distributed over the ranks, and exact."""
+    """MAE's flag, accepted and ignored: evaluation is always distributed over the ranks, and exact."""
     suite: tuple[str, ...] = ("clean",)
-    """With --eval: clean accuracy; `corruptions`, also 15 corruptions x 5 severities and a report; or the suites of
-    `mae-dat evaluate`."""
+    """With --eval: clean (the accuracy), corruptions (also 15 corruptions x 5 severities and a report), or the suites
+    of `mae-dat evaluate`."""
     limit: int | None = None
-    """Images per corruption (default: all of the validation split)."""
+    """With --eval: images for each corruption (default: all validation images)."""
 
 
 def default_num_workers() -> int:
@@ -266,9 +285,9 @@ def image_size(sides: tuple[int, ...]) -> ImageSize:
     return sides[0], sides[-1]
 
 
-def data_root(data_path: str | None) -> str:
-    """Return the folder of images: the flag, or else $MAE_DAT_DATA. Raises ConfigError if neither is given."""
-    root = data_path or os.environ.get(DATA_VARIABLE)
+def data_root(data_path: str | None, default: str | None = None) -> str:
+    """Return the folder of images: the flag, else $MAE_DAT_DATA, else `default`. Raises ConfigError without any."""
+    root = data_path or os.environ.get(DATA_VARIABLE) or default
     if not root:
         raise ConfigError(
             f"no images: give --data_path DIR (with train/CLASS/*.jpg and val/CLASS/*.jpg), set {DATA_VARIABLE}, "

@@ -1,9 +1,11 @@
 """Configurations of pretraining and fine-tuning: their groups of flags, and the combinations that are rejected."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from mae_dat.config.adversaries import AttackConfig, BaselineConfig, DatConfig
+from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import (
     AugmentConfig,
@@ -15,15 +17,18 @@ from mae_dat.config.groups import (
     OptimConfig,
     RunConfig,
 )
-from mae_dat.config.parse import load_config
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Masked-autoencoder pretraining, with `--dat` on adversarially changed visual words."""
+class PretrainConfig(CommandConfig):
+    """Pretrain a masked autoencoder; with --dat on images whose visual words an adversary changes.
 
-    run: RunConfig = RunConfig()
+    To resume, run the same command again.
+    """
+
+    verb = "pretrain"
     data: DataConfig = DataConfig()
+    run: RunConfig = RunConfig()
     mae: MaskConfig = MaskConfig()
     optim: OptimConfig = OptimConfig()
     dat: DatConfig = DatConfig()
@@ -34,15 +39,19 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-    """Fine-tuning of a classifier, with `--dat` by Discrete Adversarial Training; `--eval` evaluates one."""
+class FinetuneConfig(CommandConfig):
+    """Fine-tune a classifier, with --dat by Discrete Adversarial Training; --eval evaluates one.
 
-    run: RunConfig = RunConfig()
+    To resume, run the same command again.
+    """
+
+    verb = "finetune"
     data: DataConfig = DataConfig()
+    run: RunConfig = RunConfig()
     classifier: ClassifierConfig = ClassifierConfig()
-    augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig(epochs=50, min_lr=1e-6, warmup_epochs=5)
     dat: DatConfig = DatConfig()
+    augment: AugmentConfig = AugmentConfig()
     baselines: BaselineConfig = BaselineConfig()
     evaluation: EvalConfig = EvalConfig()
     launch: LaunchConfig = LaunchConfig()
@@ -50,6 +59,11 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_groups(self.dat, self.launch)
         check_views(self)
+
+    @classmethod
+    def defaults(cls, values: Mapping[str, Any]) -> "FinetuneConfig":
+        """Return the defaults of fine-tuning, or of MAE's linear probe if `linear_probe` is among the values."""
+        return LINEAR_PROBE if values.get("linear_probe") else cls()
 
 
 def check_groups(dat: DatConfig, launch: LaunchConfig) -> None:
@@ -114,13 +128,3 @@ LINEAR_PROBE = FinetuneConfig(
     augment=AugmentConfig(aa=None, reprob=0.0, smoothing=0.0),
     optim=OptimConfig(batch_size=512, epochs=90, blr=0.1, warmup_epochs=10, weight_decay=0.0),
 )
-
-
-def load_finetune_config(
-    arguments: Sequence[str], program: str | None = None, examples: Sequence[str] = ()
-) -> FinetuneConfig:
-    """Build the configuration of fine-tuning as `load_config` does; `--linear_probe` changes the defaults."""
-    config = load_config(FinetuneConfig, arguments, program=program, examples=examples)
-    if config.classifier.linear_probe:
-        return load_config(FinetuneConfig, arguments, default=LINEAR_PROBE, program=program)
-    return config

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mae_dat.config.commands.detect import DetectConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.extras import require_extra
-from mae_dat.config.parse import flat_values
+from mae_dat.config.flags import flat_values
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
 from mae_dat.detection.box_gallery import draw_detections

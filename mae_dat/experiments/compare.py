@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from mae_dat.config.commands.compare import CompareConfig
-from mae_dat.config.parse import flat_values, load_config
+from mae_dat.config.flags import flat_values
+from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.config.variants import (
     FINETUNE_VARIANTS,
@@ -99,7 +100,7 @@ def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
     took, and the same share of them for warm-up; both must have finished, since their logs are read.
     """
     output, base = Path(config.output_dir), name.removesuffix(IN_TIME)
-    recipe = ["--config", config.pretrain, *shlex.split(config.pretrain_flags), "--data_path", config.data_path]
+    recipe = ["--config", config.pretrain_config, *shlex.split(config.pretrain_flags), "--data_path", config.root]
     variant_flags = shlex.split(PRETRAIN_VARIANTS[base].flags)
     flags = [*recipe, *variant_flags, "--output_dir", str(pretraining_folder(output, name))]
     settings = load_config(PretrainConfig, flags)
@@ -114,11 +115,11 @@ def pretrain_config(config: CompareConfig, name: str = PLAIN) -> PretrainConfig:
 def finetune_config(config: CompareConfig, group: str, seed: int) -> FinetuneConfig:
     """Return the settings of one fine-tuning: the recipe, its paths and seed, then the flags of its variant."""
     output, (pretraining, variant) = Path(config.output_dir), split_group_name(group)
-    paths = ["--data_path", config.data_path, "--output_dir", str(output / f"{group}-seed{seed}"), "--seed", str(seed)]
+    paths = ["--data_path", config.root, "--output_dir", str(output / f"{group}-seed{seed}"), "--seed", str(seed)]
     start = [] if pretraining == NONE else ["--finetune", str(pretraining_folder(output, pretraining))]
     variant_flags = FINETUNE_VARIANTS[variant].flags.split()
     flags = [*shlex.split(config.finetune_flags), *paths, *start, *variant_flags]
-    return load_config(FinetuneConfig, ["--config", config.finetune, *flags])
+    return load_config(FinetuneConfig, ["--config", config.finetune_config, *flags])
 
 
 def _training_stages(config: CompareConfig, runs: Runs) -> list[Stage]:
@@ -176,7 +177,7 @@ def _measure_and_report(
         open_network(config.run.output_dir, config.classifier.model, _run_title(group, seed), options)
         for (group, seed), config in runs.items()
     ]
-    root = image_root(comparison.data_path)
+    root = image_root(comparison.root)
     suite_settings = SuiteSettings(
         root, limit=comparison.limit, whole_clean=True, tokenizer=any_config.dat.tokenizer, device=device
     )

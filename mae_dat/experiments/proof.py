@@ -1,6 +1,6 @@
 """Compare every adversary and baseline, after several pretrainings, with several seeds, on several data sets.
 
-`mae-dat proof --data_paths A B --output_dir OUT` writes, for each data set, a comparison with its report into
+`mae-dat proof --data_path A B --output_dir OUT` writes, for each data set, a comparison with its report into
 a folder of OUT, and the tables of all data sets into OUT/results.md. To resume, run the same command again. `--quick`
 checks in minutes, on a few generated images, that everything works.
 """
@@ -30,14 +30,12 @@ _QUICK_FLAGS = "--input_size 32 --batch_size 16 --epochs 1 --warmup_epochs 0"
 def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
     """Return the settings of a comparison for each data set, by its name. Raises ConfigError."""
     output = Path(config.output_dir)
-    paths, flags, seeds, limit = config.data_paths, "", config.seeds, config.limit
+    paths, flags, seeds, limit = config.roots, "", config.seeds, config.limit
     if config.quick:
         folder = write_image_folder(output / "pictures", _QUICK_IMAGES)
         paths, flags, seeds, limit = (str(folder),), _QUICK_FLAGS, config.seeds[:1], 2
-    if not paths:
-        raise ConfigError("a proof needs at least one of --data_paths.")
     if len(set(paths)) < len(paths):
-        raise ConfigError(f"--data_paths names a folder twice: {' '.join(paths)}.")
+        raise ConfigError(f"--data_path names a folder twice: {' '.join(paths)}.")
     names = [name.replace("/", "-") for name in distinct_names(paths)]
     return {
         name: CompareConfig(
@@ -47,8 +45,8 @@ def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
             pretrainings=config.pretrainings,
             cross_arms=config.cross_arms,
             seeds=seeds,
-            pretrain=config.pretrain,
-            finetune=config.finetune,
+            pretrain_config=config.pretrain_config,
+            finetune_config=config.finetune_config,
             pretrain_flags=flags,
             finetune_flags=flags,
             limit=limit,

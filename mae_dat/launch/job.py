@@ -19,9 +19,9 @@ class JobConfig:
     nodes: int = 1
     """Machines."""
     ngpus: int | None = None
-    """GPUs, and so tasks, on each machine; 0: one task without a GPU (default: 8 on SLURM, else 1)."""
+    """GPUs on each machine, with one task for each; 0 for one task without a GPU (default: 8 on SLURM, otherwise 1)."""
     timeout: int = 4320
-    """Minutes after which SLURM stops the job, which then queues again."""
+    """Minutes after which SLURM stops the job; it then queues again."""
     partition: str | None = None
     """SLURM partition."""
     account: str | None = None
@@ -29,30 +29,31 @@ class JobConfig:
     qos: str | None = None
     """SLURM quality of service."""
     constraint: str | None = None
-    """SLURM node features, for instance volta32gb."""
+    """SLURM node features, such as volta32gb."""
     exclude: str | None = None
-    """Nodes not to use, for instance node[03-05],node17."""
+    """Nodes not to use, such as node[03-05],node17."""
     mem_gb: float | None = None
     """Memory on each machine in GB."""
     cpus_per_task: int = 10
     """CPU cores for each task."""
     array: str | None = None
-    """One job for each index, which replaces %a in the script's flags: 0-4, 0,3,7, 0-8:2; %2 for two at once."""
+    """Submit one job for each index, which replaces %a in the flags of the verb or script: 0-4, or 0,3,7, or 0-8:2;
+    with %2 at the end, two jobs at a time."""
     comment: str | None = None
-    """SLURM comment, for instance why the job needs priority."""
+    """SLURM comment, such as the reason why the job needs priority."""
     job_dir: str = "output/jobs/%j"
-    """Folder for logs and the job's files, seen by all machines; %j is the job id."""
+    """Folder for logs and files of the job, which all machines can read; %j is the id of the job."""
     python: str | None = None
-    """Command that starts Python on the nodes, for instance 'apptainer exec --nv image.sif python'."""
+    """Command that starts Python on the nodes, such as 'apptainer exec --nv image.sif python'."""
     cluster: Literal["auto", "slurm", "local", "debug"] = "auto"
-    """slurm, local (this machine, in the background) or debug (this process); auto is SLURM if there is one, else
+    """slurm, local (this machine, in the background), debug (this process), or auto: slurm if srun is found, otherwise
     local."""
     wait: bool = False
-    """Show the log until the end, and return the script's exit code."""
+    """Show the log until the job ends, and return its exit code."""
     no_snapshot: bool = False
-    """Run the code as it will be when the job starts, not a copy of it as it is now."""
+    """Run the code as it is when the job starts, and not a copy made now."""
     dry_run: bool = False
-    """Print the batch file that SLURM would get and submit nothing."""
+    """Print the batch file for SLURM, and submit nothing."""
 
     def resolve(self) -> "ResolvedJob":
         """Check the values and return the job on its cluster. Raises ConfigError for values that cannot work there."""

@@ -1,8 +1,9 @@
-"""The command line of submit.py: training on a cluster through submitit, one task a GPU, with torch's rank variables.
+"""The command line of submit.py and `mae-dat submit`: jobs on a cluster through submitit, one task for each GPU, with
+torch's rank variables.
 
-`submit.py [launcher flags] SCRIPT.py [script flags]`: everything after the script is passed on unchanged. A job that is
-preempted, runs out of time or loses a node is put back into the queue with the same command. The script resumes from
-its output folder, so the launcher keeps no progress.
+`submit [flags] VERB|SCRIPT.py [flags of the verb or script]`: everything after the verb or script is passed to it
+unchanged. A job that is preempted, runs out of time or loses a node is put back into the queue with the same command.
+The script resumes from its output folder, so the launcher keeps no progress.
 """
 
 import itertools
@@ -10,17 +11,18 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from submitit.core.core import Job
 
+from mae_dat.config.arguments import Command
 from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UsageError, UserError, suggest
+from mae_dat.config.flags import build_config, flags_of, flat_values
 from mae_dat.config.groups import data_root
-from mae_dat.config.parse import load_config
 from mae_dat.config.recipes import find_recipe
-from mae_dat.config.runs import FinetuneConfig, PretrainConfig, load_finetune_config
 from mae_dat.launch.code_copy import collect_code, write_code_copy
 from mae_dat.launch.executors import batch_file, clean_environment, submit_job
 from mae_dat.launch.follow import follow
@@ -32,50 +34,56 @@ from mae_dat.storage.released import released_weights
 
 logger = logging.getLogger(__name__)
 
-ScriptSettings = FinetuneConfig | PretrainConfig
 
-DESCRIPTION = """Submit a training script to SLURM, or run it on this machine in the background.
+class LoadableVerb(Protocol):
+    """A verb of `mae-dat`, from which the launcher needs only its flags."""
 
-Usage: submit [launcher flags] VERB|SCRIPT.py [flags of the verb or script].
+    def load(self, arguments: Sequence[str], program: str) -> Any:
+        """Build the configuration from the flags. Raises UserError."""
 
-Everything after the verb or script is passed to it. Jobs that are preempted, run out of time or lose a node queue again
-and resume from the newest checkpoint in the output folder."""
+
+Verbs = Mapping[str, LoadableVerb]
+
+_DESCRIPTION = """Submit a verb of mae-dat or a script as a job to SLURM, or run it on this machine in the background.
+
+Everything after the verb or script is passed to it. A job that is preempted, runs out of time or loses a node queues
+again and resumes from the newest checkpoint in its output folder."""
+_SCRIPTS = ("main_pretrain.py", "main_finetune.py")
+"""Scripts that are verbs too, so that their flags can be checked before the job starts."""
+_USAGE = "[flags] VERB|SCRIPT.py [flags of the verb or script]"
+_EXAMPLES = ("--nodes 4 finetune --data_path DIR --dat", "--nodes 4 main_finetune.py --data_path DIR --dat")
 
 
 # ---- the command line ----
 
 
-def parse_command(
-    argv: Sequence[str], verbs: Collection[str], program: str = "submit.py"
-) -> tuple[JobConfig, ScriptTask]:
+def launcher_command(program: str) -> Command:
+    """Return the command line of the launcher; `program` is the command in the usage line."""
+    python = "python " if program.endswith(".py") else ""
+    examples = [f"{python}{program} {words}" for words in _EXAMPLES]
+    return Command(program, _DESCRIPTION, flags_of(JobConfig), examples, _USAGE)
+
+
+def parse_command(argv: Sequence[str], verbs: Verbs, program: str = "submit.py") -> tuple[JobConfig, ScriptTask]:
     """Parse the command line; `verbs` are those of `mae-dat`.
 
-    Raises UsageError for a mistyped flag or verb, or without any; MissingInputError if there is no such file. A value
-    of the wrong type ends the program with exit code 2 and a message.
+    Raises UsageError for a misspelled flag or verb, a value of the wrong type, or nothing to run; MissingInputError if
+    there is no such script.
     """
-    import tyro  # takes a moment, which the import of this module should not
-
-    flags, script_words = split_command(argv)
-    config = tyro.cli(
-        JobConfig,
-        prog=program,
-        description=DESCRIPTION,
-        args=flags,
-        use_underscores=True,
-        config=(tyro.conf.FlagCreatePairsOff,),  # --wait, without --no_wait
-    )
+    words, script_words = split_command(argv)
+    config = build_config(JobConfig, launcher_command(program).parse(words))
     if not script_words:
-        raise UsageError(f"nothing to run: {program} [launcher flags] VERB|SCRIPT.py [its flags]")
+        raise UsageError(f"nothing to run: {program} {_USAGE}. `{program} --help` lists the flags of the launcher.")
     name, *args = script_words
     if name.endswith(".py") or "/" in name:
         task = ScriptTask(str(_existing_script(Path(name))), tuple(args))
     else:
-        _check_verb(script_words, verbs)
+        _split_verb(script_words, verbs)
         task = ScriptTask(PACKAGE_FOLDER.name, tuple(script_words), module=True)
     for word in task.args:
         if word.startswith("--") and _takes_value(word) is not None:
             flag = word.partition("=")[0]
-            logger.warning("%s comes after %s, so it goes to the script, not to the launcher", flag, name)
+            logger.warning("%s comes after %s, so it is passed to it; flags of the launcher come before.", flag, name)
     return config, task
 
 
@@ -91,7 +99,7 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         takes_value = _takes_value(flag)
         if takes_value is None:
             hint = suggest(flag, [f"--{field.name}" for field in fields(JobConfig)])
-            raise UsageError(f"unknown launcher flag {flag}: {hint} Flags of a verb or script come after it.")
+            raise UsageError(f"the launcher has no flag {flag}: {hint} Flags of a verb or script come after it.")
         position += 2 if takes_value and not equals else 1
     return list(argv[:position]), list(argv[position:])
 
@@ -112,44 +120,47 @@ def _existing_script(path: Path) -> Path:
     raise MissingInputError(f"no such script: {path}: {suggest(str(path), scripts) if scripts else 'wrong folder?'}")
 
 
-def _check_verb(words: Sequence[str], verbs: Collection[str]) -> None:
-    """Raise UsageError unless the words start with a verb of one or two words."""
-    if words[0] not in verbs and " ".join(words[:2]) not in verbs:
-        raise UsageError(f"there is no verb {words[0]!r}: {suggest(words[0], sorted(verbs))} A script ends in .py.")
+def _split_verb(words: Sequence[str], verbs: Verbs) -> tuple[str, list[str]]:
+    """Return the verb, of one word or two, and its flags. Raises UsageError for an unknown verb."""
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in verbs:
+            return name, list(words[count:])
+    raise UsageError(f"there is no verb {words[0]!r}: {suggest(words[0], sorted(verbs))} A script ends in .py.")
 
 
 # ---- the script's own flags ----
 
 
-def script_settings(task: ScriptTask) -> ScriptSettings | None:
-    """Return the settings that a training would read from its flags; None for another verb or script.
+def script_settings(task: ScriptTask, verbs: Verbs) -> dict[str, Any] | None:
+    """Return the settings that a verb, or a script of this package, reads from its flags; None for another script.
 
-    Raises ConfigError; a mistyped flag ends the program with exit code 2 and a message, as in the script.
+    Raises UserError for wrong flags, as the verb does.
     """
-    name, args = Path(task.script).name, list(task.args)
     if task.module:
-        name, *args = args
-    if name in ("main_finetune.py", "finetune"):
-        return load_finetune_config(args)
-    return load_config(PretrainConfig, args) if name in ("main_pretrain.py", "pretrain") else None
+        name, args = _split_verb(task.args, verbs)
+        return flat_values(verbs[name].load(args, f"mae-dat {name}"))
+    script = Path(task.script).name
+    verb = verbs.get(script.removeprefix("main_").removesuffix(".py")) if script in _SCRIPTS else None
+    return flat_values(verb.load(task.args, script)) if verb else None
 
 
-def check_script(settings: ScriptSettings, dry_run: bool) -> None:
-    """Raise UserError now for a script that would stop at its start, not after a night in the queue.
+def check_settings(settings: Mapping[str, Any], dry_run: bool) -> None:
+    """Raise UserError now for a training that would stop at its start, not after a night in the queue.
 
     A dry run, which needs no data, only logs a warning.
     """
     try:
-        data_root(settings.data.data_path)
-        if isinstance(settings, FinetuneConfig):
-            _check_weights("--finetune", settings.classifier.finetune)
-        _check_weights("--resume", settings.run.resume)
-        if not dry_run:
-            prepare_output_folder(Path(settings.run.output_dir))
+        if "data_path" in settings and "resume" in settings:
+            data_root(settings["data_path"])
+        for flag in ("finetune", "resume"):
+            _check_weights(f"--{flag}", settings.get(flag))
+        if settings.get("output_dir") and not dry_run:
+            prepare_output_folder(Path(settings["output_dir"]))
     except UserError as error:
         if not dry_run:
             raise
-        logger.warning("as it stands the job would stop at once: %s", error)
+        logger.warning("the job would stop at once: %s", error)
 
 
 def _check_weights(flag: str, source: str | None) -> None:
@@ -159,7 +170,7 @@ def _check_weights(flag: str, source: str | None) -> None:
         )
 
 
-def checked_tasks(job: ResolvedJob, task: ScriptTask) -> list[ScriptTask]:
+def checked_tasks(job: ResolvedJob, task: ScriptTask, verbs: Verbs) -> list[ScriptTask]:
     """Return the task, or one task for each index of the array, after checking the settings of its script.
 
     Raises UserError, also for an array whose jobs would all write into one folder.
@@ -167,9 +178,9 @@ def checked_tasks(job: ResolvedJob, task: ScriptTask) -> list[ScriptTask]:
     tasks = [task] if job.indices is None else [task.at_index(index) for index in job.indices]
     outputs = []
     for first_task in tasks[:2]:  # the others differ from these only by their index
-        if settings := script_settings(first_task):
-            check_script(settings, job.config.dry_run)
-            outputs.append(settings.run.output_dir)
+        if settings := script_settings(first_task, verbs):
+            check_settings(settings, job.config.dry_run)
+            outputs += [settings["output_dir"]] if settings.get("output_dir") else []
     if len(outputs) != len(set(outputs)):
         raise ConfigError(
             f"--array {job.config.array}: all jobs would write into {outputs[0]}; put %a, which becomes each job's "
@@ -181,7 +192,9 @@ def checked_tasks(job: ResolvedJob, task: ScriptTask) -> list[ScriptTask]:
 # ---- the copy of the code ----
 
 
-def copy_code(job: ResolvedJob, tasks: Sequence[ScriptTask], command: str) -> tuple[Path, list[ScriptTask]]:
+def copy_code(
+    job: ResolvedJob, tasks: Sequence[ScriptTask], command: str, verbs: Verbs
+) -> tuple[Path, list[ScriptTask]]:
     """Copy the code, the script and its configs; return the copy's folder and the tasks that run from it.
 
     A dry run names the folder and copies nothing. Raises UserError.
@@ -189,14 +202,14 @@ def copy_code(job: ResolvedJob, tasks: Sequence[ScriptTask], command: str) -> tu
     task = tasks[0]
     if job.config.no_snapshot:
         return PACKAGE_FOLDER.parent, list(tasks)
-    settings = script_settings(task)
-    results = [job.folder, *([Path(settings.run.output_dir)] if settings else [])]
+    settings = script_settings(task, verbs)
+    results = [job.folder, *([Path(settings["output_dir"])] if settings and settings.get("output_dir") else [])]
     tree = collect_code(PACKAGE_FOLDER.parent if task.module else Path(task.script).resolve().parent, results)
     for name in tree.too_large:
         logger.warning("%s is too large for a file of code and is not copied", name)
     script = task.script if task.module else tree.add(Path(task.script))
     configs: dict[Path, str] = {}
-    if task.module or settings:  # for other scripts, --config may mean anything
+    if settings is not None:  # for other scripts, --config may mean anything
         configs = {path: tree.add(path) for task in tasks for path in _config_files(task.args)}
     folder = job.folder.absolute() / "code"
     code = folder / tree.name if job.config.dry_run else write_code_copy(tree, folder, command)
@@ -264,15 +277,15 @@ def wait_for_jobs(jobs: Sequence[Job[int]], job: ResolvedJob, tasks: Sequence[Sc
         return InterruptError.exit_code
 
 
-def main(argv: Sequence[str], verbs: Collection[str], program: str = "submit.py") -> int:
+def main(argv: Sequence[str], verbs: Verbs, program: str = "submit.py") -> int:
     """Submit a job and return the exit code; `verbs` are those of `mae-dat`, `program` the command in messages."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config, task = parse_command(argv, verbs, program)
         job = config.resolve()
-        tasks = checked_tasks(job, task)
+        tasks = checked_tasks(job, task, verbs)
         command = f"{'python ' if program.endswith('.py') else ''}{program} {shlex.join(argv)}"
-        code, tasks = copy_code(job, tasks, command)
+        code, tasks = copy_code(job, tasks, command, verbs)
         if config.dry_run:
             print(batch_file(job, tasks[0], code, command), end="")
             return 0

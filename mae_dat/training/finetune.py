@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.errors import ConfigError, DataError
+from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig
-from mae_dat.config.parse import flat_values
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import MaskConfig
-from mae_dat.config.parse import flat_values
 from mae_dat.config.runs import PretrainConfig
 from mae_dat.data.image_set import Batch, ImageSet, Transform
 from mae_dat.data.open import training_images, with_channels

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from mae_dat.config.errors import ConfigError, MissingInputError
-from mae_dat.config.parse import command_line, flat_values, load_config, run_command, write_config
+from mae_dat.config.errors import MissingInputError, UsageError
+from mae_dat.config.flags import flat_values
+from mae_dat.config.parse import command_line, load_config, run_command, write_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -26,27 +27,6 @@ def yaml_file(tmp_path: Path, text: str) -> str:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     return str(path)
-
-
-def test_a_mistyped_flag_is_suggested_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--epochz", "3"], ["--mask_ration", "0.5"]):
-        with pytest.raises(SystemExit) as stopped:
-            load_config(PretrainConfig, arguments)
-        assert stopped.value.code == 2
-    told = capsys.readouterr()
-    assert "--epochs" in told.err + told.out
-    assert "--mask_ratio" in told.err + told.out
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--epochs", "many"], ["--dat", "strong"], ["--precision", "fp16"], ["--mixup_mode", "none"]]
-)
-def test_a_wrong_value_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        load_config(FinetuneConfig, arguments)
-    assert stopped.value.code == 2
-    told = capsys.readouterr()
-    assert arguments[0] in told.err + told.out
 
 
 def test_command_line_before_file_before_default(tmp_path: Path) -> None:
@@ -71,35 +51,11 @@ def test_every_flag_survives_the_way_through_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text().startswith(f"# {command_line()}")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("epoch: 3", r"recipe.yaml: unknown key 'epoch': did you mean .*epochs"),
-        ("zzz: 3", r"recipe.yaml: unknown key 'zzz': known are output_dir,"),
-        ("blr: 1e-3\nepochs: many", r"recipe.yaml: `epochs many` is no valid value"),
-        ("epochs: 2.5", r"recipe.yaml: `epochs 2.5`"),
-        ("epochs: true", r"recipe.yaml: `epochs`"),
-        ("dat: strong", r"recipe.yaml: `dat strong`"),
-        ("global_pool: 7", r"recipe.yaml: `global_pool 7`"),
-        ("cutmix_minmax: [1]", r"recipe.yaml: `cutmix_minmax 1`"),
-        ("batch_size: 0", "--batch_size must be at least 1, got 0"),
-        ("- epochs", "recipe.yaml must contain `key: value` lines"),
-        ("epochs: [", "recipe.yaml is not valid YAML"),
-    ],
-)
-def test_a_wrong_file_names_itself_and_the_key(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_config(FinetuneConfig, ["--config", yaml_file(tmp_path, text)])
-    assert capsys.readouterr().err == ""
-
-
 def test_a_missing_file_is_an_error_with_the_nearest(tmp_path: Path) -> None:
     yaml_file(tmp_path, "")
     with pytest.raises(MissingInputError, match=r"recip.yaml: no such file or recipe; did you mean .*recipe.yaml"):
         load_config(FinetuneConfig, ["--config", str(tmp_path / "recip.yaml")])
-    with pytest.raises(ConfigError, match="--config needs a YAML file or the name"):
+    with pytest.raises(UsageError, match="--config needs a value"):
         load_config(FinetuneConfig, ["--config"])
 
 
@@ -143,18 +99,3 @@ def test_the_command_is_logged_as_it_can_be_typed(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1"])
     assert command_line() == text
-
-
-@pytest.mark.parametrize(("script", "refusal"), [("main_pretrain.py", 2), ("main_finetune.py", 2), ("submit.py", 2)])
-def test_help_and_mistyped_flags_are_answered_without_torch(script: str, refusal: int) -> None:
-    told = (
-        "import runpy, sys\n"
-        f"for sys.argv in ([{script!r}, '--help'], [{script!r}, '--epochz', '3', 'main_pretrain.py']):\n"
-        "    try:\n"
-        f"        runpy.run_path({script!r}, run_name='__main__')\n"
-        "    except SystemExit as end:\n"
-        "        print(end.code, 'torch' in sys.modules, file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    answers = [line for line in done.stderr.splitlines() if line.endswith(("True", "False"))]
-    assert answers == ["0 False", f"{refusal} False"], done.stderr

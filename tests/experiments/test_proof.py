@@ -31,7 +31,7 @@ def test_quick_trains_and_measures_every_arm(tmp_path: Path) -> None:
 
 
 def test_a_data_set_has_a_folder_of_its_name(tmp_path: Path) -> None:
-    config = ProofConfig(data_paths=("a/photos", "b/photos", "demo"), output_dir=str(tmp_path))
+    config = ProofConfig(data_path=("a/photos", "b/photos", "demo"), output_dir=str(tmp_path))
     found = comparisons(config)
     assert list(found) == ["a-photos", "b-photos", "demo"]
     assert [Path(one.output_dir).name for one in found.values()] == list(found)
@@ -40,8 +40,6 @@ def test_a_data_set_has_a_folder_of_its_name(tmp_path: Path) -> None:
 
 def test_data_sets_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names a folder twice"):
-        comparisons(ProofConfig(data_paths=("a", "a"), output_dir=str(tmp_path)))
-    with pytest.raises(ConfigError, match="at least one of --data_paths"):
-        comparisons(ProofConfig(data_paths=(), output_dir=str(tmp_path)))
+        comparisons(ProofConfig(data_path=("a", "a"), output_dir=str(tmp_path)))
     with pytest.raises(ConfigError, match="unknown arm 'simbolic': did you mean symbolic"):
         comparisons(ProofConfig(arms=("plain", "simbolic"), output_dir=str(tmp_path)))

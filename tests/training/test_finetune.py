@@ -17,7 +17,8 @@ from tiny_runs import (
 )
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.runs import load_finetune_config
+from mae_dat.config.parse import load_config
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit, fused_head
 from mae_dat.models.mae import ViTSize
 from mae_dat.storage.weight_files import read_weights
@@ -124,12 +125,12 @@ def test_a_network_without_linear_head_is_refused() -> None:
 
 
 def test_the_probe_has_defaults_of_its_own_and_flags_win(tmp_path: Path) -> None:
-    config = load_finetune_config(["--linear_probe", "--epochs", "50"])
+    config = load_config(FinetuneConfig, ["--linear_probe", "--epochs", "50"])
     assert (config.optim.epochs, config.optim.batch_size, config.optim.blr) == (50, 512, 0.1)
     assert (config.classifier.opt, config.classifier.mean_pool, config.augment.aa) == ("lars", False, None)
-    assert load_finetune_config([]).optim.blr == 1e-3
+    assert load_config(FinetuneConfig, []).optim.blr == 1e-3
     (tmp_path / "probe.yaml").write_text("linear_probe: true\nwarmup_epochs: 3\n")
-    config = load_finetune_config(["--config", str(tmp_path / "probe.yaml"), "--no_cls_token"])
+    config = load_config(FinetuneConfig, ["--config", str(tmp_path / "probe.yaml"), "--no_cls_token"])
     assert (config.optim.warmup_epochs, config.optim.blr, config.classifier.mean_pool) == (3, 0.1, True)
 
 
@@ -160,7 +161,7 @@ def test_a_rate_at_which_lars_stands_still_is_told(caplog: pytest.LogCaptureFixt
     flags = ["--linear_probe", "--accum_iter", "4"]
 
     def warn(flags: list[str], ranks: int) -> None:
-        config = load_finetune_config(flags)
+        config = load_config(FinetuneConfig, flags)
         warn_of_slow_lars(config.classifier.opt, config.optim, ranks)
 
     warn(flags, ranks=8)

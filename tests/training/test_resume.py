@@ -12,8 +12,8 @@ from tiny_runs import draw_folder, pretrain_in
 
 from mae_dat.config.commands.tokenizer import DistillConfig, TokenizerConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import OptimConfig
-from mae_dat.config.parse import flat_values
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.training.resume import BATCH_SETTINGS, FREE_SETTINGS, changes, check_changes, keep_global_batch

@@ -2,51 +2,57 @@
 
 import dataclasses
 
+from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import DEMO, data_root
 from mae_dat.config.variants import NONE, PLAIN, check_finetune_variants, check_pretrainings
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(CommandConfig):
     """Pretrain, fine-tune every variant with every seed, and measure all models on the same images.
 
     Every training has its own folder below --output_dir and resumes there: to resume an interrupted comparison, run the
     same command again. Several processes can share the seeds (--seeds, --no_measure) before a last one measures.
     """
 
-    data_path: str = "demo"
-    """Folder with train/CLASS/* and val/CLASS/*, or `demo`."""
+    verb = "compare"
+    data_path: str | None = None
+    """Folder with train/CLASS/* and val/CLASS/* (default: $MAE_DAT_DATA, or `demo` for generated images)."""
     output_dir: str = "output/compare"
+    """Folder for all trainings, results.json and the report."""
     arms: tuple[str, ...] = ("plain", "random", "released", "paper")
-    """Fine-tunings: plain, reconstruction (the clean view and its reconstruction), random, released, paper, symbolic;
-    cheaper forms of released: at_image, free, free_at_image, fifth (of the batch); extended forms: dat_jsd,
-    split_norms, dat_augmix; without visual words: pixel_at, advprop, augmix (docs/reference/adversaries.md)."""
+    """Variants of fine-tuning: plain, reconstruction (the clean view and its reconstruction), random, released, paper,
+    symbolic; cheaper forms of released: at_image, free, free_at_image, fifth (of the batch); extended forms: dat_jsd,
+    split_norms, dat_augmix; without visual words: pixel_at, advprop, augmix."""
     pretrainings: tuple[str, ...] = (PLAIN,)
-    """plain (the recipe as it is), with --dat released, paper, symbolic, random, reconstruction; words (--target
-    both), released_words; NAME_in_time: NAME for as long as plain took; none: fine-tuned from random weights."""
+    """Variants of pretraining: plain (the recipe as it is); with --dat: released, paper, symbolic, random,
+    reconstruction; words (--target both), released_words; NAME_in_time: NAME for as long as plain took; none: fine-tune
+    from random weights."""
     cross_arms: tuple[str, ...] = ()
-    """Fine-tunings after pretrainings other than plain (default: all of --arms)."""
+    """Variants of fine-tuning after pretrainings other than plain (default: all of --arms)."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the fine-tunings; a pretraining is shared and has its config's seed."""
-    pretrain: str = "small_pretrain"
-    """Recipe of the pretraining, a name or a file."""
-    finetune: str = "small_finetune"
-    """Recipe of all fine-tunings, a name or a file; each of --arms changes --dat and related flags only."""
+    """Seeds of the fine-tunings. They share a pretraining, which has the seed of its recipe."""
+    pretrain_config: str = "small_pretrain"
+    """Recipe or YAML file of the pretrainings."""
+    finetune_config: str = "small_finetune"
+    """Recipe or YAML file of all fine-tunings; each variant changes only --dat and related flags."""
     pretrain_flags: str = ""
-    """Flags over the recipe, as one quoted text: --pretrain_flags="--epochs 10 --blr 1e-3"."""
+    """Flags that take precedence over the recipe, as one quoted text: --pretrain_flags="--epochs 10 --blr 1e-3"."""
     finetune_flags: str = ""
     """The same for all fine-tunings."""
     limit: int | None = 400
-    """Images for each corruption and severity, and under attack (None: all of the validation split). Clean accuracy and
+    """Images for each corruption and severity, and under attack; None for all validation images. Clean accuracy and
     shape bias always use all."""
     suite: tuple[str, ...] = ()
-    """As --suite of evaluate (default: clean, generated, words-random, words-symbolic, and conflict if it exists).
-    """
+    """Suites as in `mae-dat evaluate` (default: clean, generated, words-random, words-symbolic, and conflict if it
+    exists)."""
     measure: bool = True
-    """Measure and report at the end, in float32 whatever the recipe's --precision; --no_measure only trains."""
+    """Measure in float32 after the trainings, and write the report."""
     jobs: int = 1
-    """Trainings at a time, each in its own process with its share of the cores."""
+    """Trainings at a time, each in its own process with its share of the CPU cores."""
     title: str = "MAE pretraining, then fine-tuning with and without DAT"
+    """Title of the report."""
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
@@ -58,9 +64,41 @@ class CompareConfig:
         check_pretrainings(self.pretrainings)
         check_finetune_variants((*self.arms, *self.cross_arms))
 
+    @property
+    def root(self) -> str:
+        """The folder of images: --data_path, $MAE_DAT_DATA or `demo`."""
+        return data_root(self.data_path, DEMO)
+
     def pretrainings_to_train(self) -> list[str]:
         """Return the names of the pretrainings, without `none`."""
         return [name for name in self.pretrainings if name != NONE]
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig(CompareConfig):
+    """Run the whole toolkit in a few minutes: pretraining, fine-tuning with and without DAT, evaluation, report.
+
+    The images are generated, so nothing is downloaded. The models are small enough for two CPU cores. To resume an
+    interrupted demo, run the same command again. The flags are those of `mae-dat compare` with other defaults.
+    """
+
+    verb = "demo"
+    data_path: str | None = DEMO
+    """Folder with train/CLASS/* and val/CLASS/*, or `demo` for generated images."""
+    output_dir: str = "output/demo"
+    """Folder for all trainings, results.json and the report."""
+    arms: tuple[str, ...] = ("plain", "random", "released")
+    """Variants of fine-tuning, as in `mae-dat compare`: plain, random words, and DAT as in the authors' code."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the fine-tunings."""
+    pretrain_config: str = "demo_pretrain"
+    """Recipe or YAML file of the pretraining."""
+    finetune_config: str = "demo_finetune"
+    """Recipe or YAML file of all fine-tunings."""
+    limit: int | None = 100
+    """Images for each corruption and severity, and under attack; None for all validation images."""
+    title: str = "mae_dat demo: generated shapes and textures"
+    """Title of the report."""
 
 
 PROOF_GROUPS = (
@@ -69,42 +107,37 @@ PROOF_GROUPS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class ProofConfig:
+class ProofConfig(CommandConfig):
     """Train with every adversary and baseline, with and without pretraining, on several data sets and seeds.
 
-    Writes one table for each data set into OUT/results.md. To resume, run the same command again.
+    Writes the tables of all data sets to OUT/results.md. To resume, run the same command again.
     """
 
-    data_paths: tuple[str, ...] = ("demo",)
-    """Folders with train/CLASS/* and val/CLASS/*, or `demo` for the generated images."""
+    verb = "proof"
+    data_path: tuple[str, ...] = ()
+    """Folders with train/CLASS/* and val/CLASS/* (default: $MAE_DAT_DATA, or `demo` for generated images)."""
     output_dir: str = "output/proof"
+    """Folder for all trainings, the reports and results.md."""
     arms: tuple[str, ...] = PROOF_GROUPS
-    """Fine-tunings after the plain pretraining; as --arms of compare."""
+    """Variants of fine-tuning after the plain pretraining, as in `mae-dat compare`."""
     pretrainings: tuple[str, ...] = (PLAIN, NONE, "released")
-    """As --pretrainings of compare: plain first, none, with --dat released, ..."""
+    """Variants of pretraining, as in `mae-dat compare`; plain comes first."""
     cross_arms: tuple[str, ...] = ("plain", "released")
-    """Fine-tunings after the other pretrainings."""
+    """Variants of fine-tuning after the other pretrainings."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    pretrain: str = "proof_pretrain"
-    """Recipe of the pretrainings, a name or a file."""
-    finetune: str = "proof_finetune"
-    """Recipe of all fine-tunings, a name or a file."""
+    """Seeds of the fine-tunings."""
+    pretrain_config: str = "proof_pretrain"
+    """Recipe or YAML file of the pretrainings."""
+    finetune_config: str = "proof_finetune"
+    """Recipe or YAML file of all fine-tunings."""
     limit: int | None = None
-    """Images for each corruption and severity, and under attack (None: all)."""
+    """Images for each corruption and severity, and under attack (default: all validation images)."""
     jobs: int = 2
-    """Trainings at a time."""
+    """Trainings at a time, each in its own process with its share of the CPU cores."""
     quick: bool = False
-    """A few generated images, one epoch and one seed: only checks that everything works."""
+    """Use a few generated images, one epoch and one seed, only to check that everything works."""
 
-
-DEMO_COMPARISON = CompareConfig(
-    data_path="demo",
-    output_dir="output/demo",
-    arms=("plain", "random", "released"),
-    seeds=(0,),
-    pretrain="demo_pretrain",
-    finetune="demo_finetune",
-    limit=100,
-    title="mae_dat demo: generated shapes and textures",
-)
-"""Defaults of `mae-dat demo`."""
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The folders of images: --data_path, $MAE_DAT_DATA or `demo`."""
+        return self.data_path or (data_root(None, DEMO),)

@@ -1,27 +1,28 @@
 """Flags of `mae-dat convert`."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from mae_dat.config.command_config import CommandConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(CommandConfig):
     """Convert a model for use elsewhere: timm, MAE, Hugging Face, ONNX, torch.export.
 
-    SOURCE is any file or output folder that this project loads: ours, MAE's, Hugging Face's ViTMAE, timm's, DeiT's or
-    easyrobust's. The result is loaded again and its outputs are compared with the source's before the command ends.
+    SOURCE is an output folder of this package, or a file of this package, MAE, Hugging Face's ViTMAE, timm, DeiT or
+    easyrobust. Before the command ends, it loads the result and compares its outputs with those of the source.
     """
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = tyro.MISSING
+    verb = "convert"
+    source: str = dataclasses.field(metadata={"positional": "SOURCE"})
     """Weights file or output folder."""
-    dest: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")] = tyro.MISSING
+    dest: str = dataclasses.field(metadata={"positional": "DEST"})
     """File to write (timm: .safetensors or .pth, mae: .pth, onnx: .onnx, export: .pt2), or a folder (hf)."""
-    to: Literal["timm", "mae", "hf", "onnx", "export"] = tyro.MISSING
+    to: Literal["timm", "mae", "hf", "onnx", "export"]
     """timm: for timm.create_model(checkpoint_path=...). mae: MAE's own layout. hf: a folder for from_pretrained and
-    push_to_hub. onnx, export: a graph of the model, pixels in [0, 1] to logits (without a head: to tokens)."""
+    push_to_hub. onnx, export: a graph from pixels in [0, 1] to logits (to tokens without a head)."""
     model: str | None = None
-    """Name of the architecture, if neither the file nor its shapes show it."""
+    """Architecture, if neither the file nor its shapes show it."""
     license: str | None = None
-    """hf: license for the model card, such as cc-by-nc-4.0 for what comes from MAE's published weights."""
+    """hf: license for the model card, such as cc-by-nc-4.0 for models made from MAE's published weights."""

@@ -5,6 +5,7 @@ from dataclasses import field
 from typing import Literal
 
 from mae_dat.config.adversaries import DatConfig
+from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.runs import check_groups
@@ -17,22 +18,25 @@ class DetectorConfig:
     """Model: a torchvision detector, or Faster R-CNN on one of MAE's vision transformers."""
 
     model: str = "fasterrcnn_resnet50_fpn"
-    """Any box detector of torchvision, or vit_{base,large}_patch16, vit_huge_patch14, vit_demo_patch8 with a simple
+    """Any box detector of torchvision, or vit_{base,large}_patch16, vit_huge_patch14 or vit_demo_patch8 with a simple
     feature pyramid."""
     finetune: str | None = None
-    """Weights for the transformer: folder of a pretraining run, weights file, or released name (`mae-dat list`)."""
+    """Weights to start the transformer from: the folder of a pretraining run, a weights file, or a released name
+    (`mae-dat list`)."""
     pretrained: bool = False
     """Start a torchvision detector from its backbone's ImageNet weights, with frozen BatchNorm."""
     width: int = 256
-    """Channels of the transformer's pyramid."""
+    """Transformers: channels of the feature pyramid."""
     anchor_size: float = 32.0
-    """Side of the smallest anchors in pixels, for a transformer; it doubles from map to map (32: for sides of 800)."""
+    """Transformers: side of the smallest anchors in pixels; it doubles from map to map. 32 suits images of 800 px."""
     regions: int = 512
-    """Regions per image that the transformer's box head learns from in a step."""
+    """Transformers: regions of an image from which the box head learns in a step."""
     drop_path: float = 0.1
+    """Probability of skipping the last block (stochastic depth); it falls linearly to 0 at the first block."""
     opt: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer; sgd has momentum 0.9."""
     layer_decay: float = 0.75
-    """Factor of the learning rate from each of the transformer's layers to the one below."""
+    """Transformers: factor of the learning rate from each layer to the one below it."""
     scale_jitter: tuple[float, float] = (0.5, 2.0)
     """Range of the random scale in training; 1 1 for none."""
 
@@ -55,27 +59,29 @@ class MeasureConfig:
     """Evaluation: mean average precision by COCO's rules."""
 
     eval: bool = False
-    """Only evaluate the weights of --resume."""
+    """Train nothing, and evaluate the weights of --resume."""
     corruptions: bool = False
-    """With --eval: also under 15 corruptions; the result in output_dir/detection.json."""
+    """With --eval: measure also under 15 corruptions, and write OUT/detection.json."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Severities of the corruptions."""
     limit: int | None = None
-    """Images to measure on, evenly spread (default: all of the validation split)."""
+    """Images to measure on, evenly spread (default: all validation images)."""
     eval_every: int = 1
     """Epochs between evaluations in training; the last one is always evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DetectConfig:
+class DetectConfig(CommandConfig):
     """Train an object detector, with --dat by Discrete Adversarial Training; --eval measures one.
 
-    --data_path holds images with annotations in COCO's format. The adversary of --dat raises the detector's total loss.
-    To resume, run the same command again. `--eval --resume OUT` measures the mAP, with --corruptions also under 15
-    corruptions.
+    --data_path holds images with annotations in COCO's format. The adversary of --dat raises the total loss of the
+    detector. To resume, run the same command again. `--eval --resume OUT` measures the mAP, with --corruptions also
+    under 15 corruptions.
     """
 
-    run: RunConfig = field(default_factory=RunConfig)
+    verb = "detect"
     data: DataConfig = field(default_factory=lambda: DataConfig(input_size=(800,)))
+    run: RunConfig = field(default_factory=RunConfig)
     detector: DetectorConfig = DetectorConfig()
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(2, 50, blr=4e-4, warmup_epochs=1, weight_decay=0.1))
     dat: DatConfig = field(default_factory=DatConfig)

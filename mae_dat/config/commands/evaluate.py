@@ -3,38 +3,39 @@
 import dataclasses
 from typing import Literal
 
+from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.groups import default_num_workers
 
 
 @dataclasses.dataclass(frozen=True)
 class SuiteConfig:
-    """Benchmarks: which, from where, and how many images."""
+    """Benchmarks: which, where they are, and how many images."""
 
+    data_path: str | None = None
+    """Folder that contains the folders of the benchmarks, or val/CLASS; `demo` for generated images (default:
+    $MAE_DAT_DATA)."""
     suite: tuple[str, ...] = ("all",)
-    """all (whatever is present), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r,
+    """all (every suite whose images are found), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r,
     imagenet-sketch, stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, cue-conflict; clean (val/CLASS of
     other classes); conflict (conflict/**/SHAPE-TEXTURE-*.png or .jpg of two of those); generated (15 corruptions x 5
-    severities made from the clean images, reported apart); fgsm-1/255, pgd-5-1/255, pgd-20-l2-0.5, autoattack-4/255;
-    words-random, words-symbolic."""
-    data_path: str | None = None
-    """Folder that holds the benchmarks' folders, or val/CLASS; `demo` for generated images (default: the environment
-    variable MAE_DAT_DATA)."""
+    severities made from the clean images, reported separately); fgsm-1/255, pgd-5-1/255, pgd-20-l2-0.5,
+    autoattack-4/255; words-random, words-symbolic."""
     partial: bool = False
-    """Measure incomplete folders; their rows are marked."""
+    """Measure incomplete folders too; their rows are marked."""
     subset: str | None = None
-    """RobustBench's imagenet_test_image_ids.txt: of ImageNet and ImageNet-C, measure these 5,000 images alone."""
+    """RobustBench's imagenet_test_image_ids.txt: measure only these 5,000 images of ImageNet and ImageNet-C."""
     limit: int | None = None
-    """Images of each cell, drawn by --seed (default: all)."""
+    """Images for each corruption and severity, or of each other suite, drawn by --seed (default: all)."""
     seed: int = 0
-    """Seed of all random draws: generated corruptions, random starts, random words, --limit."""
+    """Seed of generated corruptions, random starts, random words and --limit."""
     held_out: bool = False
-    """Also the 4 extra corruptions, which never count in a mean, where corruptions are made here."""
+    """In generated suites, measure also the 4 extra corruptions, which count in no mean."""
     tokenizer: str = "embedded"
-    """Tokenizer of the words-* suites, as in training."""
+    """Tokenizer of the suites words-*, as in training."""
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(CommandConfig):
     """Evaluate models on every robustness benchmark in a folder, and write results.json and a report.
 
     Runs every benchmark found in --data_path and lists the ones that are missing: ImageNet's benchmarks in folders of
@@ -42,34 +43,37 @@ class EvaluateConfig:
     an interrupted evaluation, run the same command again.
     """
 
+    verb = "evaluate"
     checkpoint: tuple[str, ...] = ()
-    """Output folders, weights files, released names (`mae-dat list`) or .onnx files."""
+    """Models: output folders, weights files, released names (`mae-dat list`) or .onnx files."""
     model: tuple[str, ...] = ()
-    """Architecture, if a file does not contain it: one for all, or one each. With --pretrained: timm's names,
-    hf-hub:OWNER/NAME too."""
+    """Architecture, if a file does not contain it: one for all, or one for each. With --pretrained: timm's names, also
+    hf-hub:OWNER/NAME."""
     pretrained: bool = False
     """Evaluate the models of --model with timm's own weights."""
+    output_dir: str = "output/evaluation"
+    """Folder for results.json, the report, and cells/, the cache from which an interrupted evaluation resumes."""
     names: tuple[str, ...] = ()
     """Titles of the columns (default: names of the folders or files)."""
     baseline: str | None = None
-    """The column that others are compared with, which comes first (default: the first given)."""
+    """Title of the column that the others are compared with; it comes first (default: the first model)."""
     suites: SuiteConfig = SuiteConfig()
-    output_dir: str = "output/evaluation"
-    """Folder of results.json, the report, and cells/, the cache from which an interrupted evaluation resumes."""
     input_size: tuple[int, ...] = ()
     """Side, or height and width, in pixels (default: each model's own)."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Interpolation of resizing (default: each model's own)."""
+    """Interpolation when images are resized (default: each model's own)."""
     crop: float | None = None
-    """The center crop's side over the resized image's (default: for --pretrained timm's crop_pct, with which its
-    accuracies are published; else 7/8 up to 224 px, and 1 above)."""
+    """Side of the center crop divided by that of the resized image (default: with --pretrained timm's crop_pct, as in
+    its published accuracies; otherwise 7/8 up to 224 px and 1 above)."""
     batch_size: int = 64
+    """Images in a batch."""
     num_workers: int = dataclasses.field(default_factory=default_num_workers)
-    """Processes that decode images (default: the CPU cores of this process, at most 10; 0: the main process)."""
+    """Processes that decode images; 0 decodes in the main process (default: the CPU cores, at most 10)."""
     device: str = "auto"
+    """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bfloat16 autocast where the hardware has it; attacks always compute in float32."""
+    """auto: bfloat16 autocast where the hardware supports it. Attacks always compute in float32."""
     hang_minutes: float = 30.0
-    """After so long without a batch, the run stops with code 75; 0 for never."""
+    """After this time without a batch, stop with exit code 75; 0 for never."""
     title: str = "Robustness"
     """Title of the report."""

@@ -2,30 +2,33 @@
 
 import dataclasses
 
+from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DEMO
 
 
 @dataclasses.dataclass(frozen=True)
-class ExploreConfig:
-    """Explore an image on a local page: corrupt it or change its visual words, and compare classifiers' predictions.
+class ExploreConfig(CommandConfig):
+    """Explore an image on a local page: corrupt it or change its visual words, and compare predictions of classifiers.
 
     The page is served to this machine only, and it loads nothing from elsewhere.
     """
 
+    verb = "explore"
     checkpoint: tuple[str, ...] = ("mae_dat_demo",)
     """Classifiers, shown side by side: output folders, weights files or released names (`mae-dat list`)."""
     model: str | None = None
-    """Their architecture, if the files do not contain it."""
-    tokenizer: str = "embedded"
-    """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN."""
+    """Architecture of the classifiers, if the files do not contain it."""
     images: str = DEMO
-    """Folder of images to choose from, an image, or `demo` for generated ones."""
+    """Folder of images to choose from, one image, or `demo` for generated images."""
+    tokenizer: str = "embedded"
+    """`embedded` (light, for 64 px), a light tokenizer's .safetensors file, or a VQGAN."""
     input_size: tuple[int, ...] | None = None
-    """Side, or height and width, in pixels (default: each checkpoint's)."""
+    """Side, or height and width, in pixels (default: those of each classifier)."""
     device: str = "auto"
+    """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
     port: int = 0
-    """Port of 127.0.0.1; 0 for any free one. Nothing is served to other machines."""
+    """Port on 127.0.0.1; 0 for any free one."""
 
     def __post_init__(self) -> None:
         if not self.checkpoint:

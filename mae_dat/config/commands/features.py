@@ -3,42 +3,47 @@
 import dataclasses
 from typing import Literal
 
+from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import default_num_workers
 
 
 @dataclasses.dataclass(frozen=True)
-class FeaturesConfig:
+class FeaturesConfig(CommandConfig):
     """Extract features of images with any model, or classify images by their nearest neighbors.
 
     The model is a pretraining or a classifier; nothing is trained. The command runs in one process on one device.
     """
 
+    verb = "features"
     checkpoint: str = ""
     """Output folder, weights file or released name of a pretraining or a classifier."""
     model: str | None = None
     """Architecture, if the file does not contain it."""
     data_path: str | None = None
-    """Folder of images, or `demo` (default: the environment variable MAE_DAT_DATA)."""
-    split: Literal["val", "train", "all"] = "val"
-    """Images for --output_dir: a split, or everything below data_path, unlabelled."""
-    pool: Literal["cls", "mean", "tokens"] = "mean"
-    """Class token, mean over the patches, or the features of every patch."""
+    """Folder of images, or `demo` for generated images (default: $MAE_DAT_DATA)."""
     output_dir: str | None = None
-    """Folder for features.npz or features.safetensors: features, labels (-1: none) and paths."""
+    """Folder for features.npz or features.safetensors: features, labels (-1 for none) and paths (default: no file)."""
     format: Literal["npz", "safetensors"] = "npz"
-    """Format of that file."""
+    """Format of the file."""
+    split: Literal["val", "train", "all"] = "val"
+    """Images whose features are written: one split, or all images below the folder, without labels."""
+    pool: Literal["cls", "mean", "tokens"] = "mean"
+    """Features of an image: the class token, the mean over the patches, or the features of every patch."""
     knn: int | None = None
-    """Neighbors, usually 20: classify the val split by the train split's images."""
+    """Classify the images of val by this number of nearest neighbors in train, usually 20."""
     temperature: float = 0.07
-    """A neighbor's vote is exp(cosine similarity / temperature)."""
+    """With --knn: the vote of a neighbor is exp(cosine similarity / temperature)."""
     input_size: tuple[int, ...] | None = None
-    """Side, or height and width, in pixels (default: the model's)."""
+    """Side, or height and width, in pixels (default: those of the model)."""
     batch_size: int = 64
+    """Images in a batch."""
     num_workers: int = dataclasses.field(default_factory=default_num_workers)
-    """Processes that decode images (default: the CPU cores of this process, at most 10; 0: the main process)."""
+    """Processes that decode images; 0 decodes in the main process (default: the CPU cores, at most 10)."""
     device: str = "auto"
+    """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bfloat16 autocast where the hardware supports it."""
 
     def __post_init__(self) -> None:
         if self.knn is not None and (self.knn < 1 or self.temperature <= 0 or self.pool == "tokens"):

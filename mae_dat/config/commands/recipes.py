@@ -1,18 +1,18 @@
 """Flags of `mae-dat recipes`."""
 
 import dataclasses
-from typing import Annotated
 
-import tyro
+from mae_dat.config.command_config import CommandConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class RecipesConfig:
+class RecipesConfig(CommandConfig):
     """List the recipes, or print one: settings of a training that --config finds by name.
 
-    To change a recipe, write it into a file and pass that file: mae-dat recipes NAME > mine.yaml, then --config
-    mine.yaml. Flags on the command line take precedence over both.
+    To change a recipe, write it to a file, edit the file, and give --config the file: `mae-dat recipes NAME >
+    mine.yaml`, then `--config mine.yaml`. Flags on the command line take precedence over both.
     """
 
-    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
+    verb = "recipes"
+    name: str | None = dataclasses.field(default=None, metadata={"positional": "NAME"})
     """The recipe to print (default: list all)."""

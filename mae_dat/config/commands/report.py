@@ -1,20 +1,20 @@
 """Flags of `mae-dat report`."""
 
 import dataclasses
-from typing import Annotated
 
-import tyro
+from mae_dat.config.command_config import CommandConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(CommandConfig):
     """Make the report of an evaluation again from its results.json, and print the main numbers.
 
-    Everything is computed from the stored counts; nothing is measured. Writes report.html, report.md, report.tex and
+    All numbers come from the stored counts; nothing is measured again. Writes report.html, report.md, report.tex and
     report.csv.
     """
 
-    results: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
+    verb = "report"
+    results: str = dataclasses.field(metadata={"positional": "OUT"})
     """Output folder of an evaluation, or its results.json."""
     output_dir: str | None = None
     """Folder for the report (default: the folder of results.json)."""

@@ -1,27 +1,26 @@
 """Flags of `mae-dat scan`."""
 
 import dataclasses
-from typing import Annotated
 
-import tyro
-
+from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.groups import default_num_workers
 
 
 @dataclasses.dataclass(frozen=True)
-class ScanConfig:
-    """Decode every image of a folder once, list the unreadable ones, and write a manifest that reveals later changes.
+class ScanConfig(CommandConfig):
+    """Decode every image of a folder, list the unreadable ones, and write a manifest that reveals later changes.
 
     Writes DIR/manifest.jsonl with the size, sha256, width and height of each image. With --verify, compares the files
-    with it: most flipped bits leave an image that decodes, with other pixels. Shards are compared with their index in
-    both cases. The exit code is 65 if anything is wrong.
+    with the manifest, because an image may still decode after a bit has flipped. Shards are compared with their index
+    in both cases. The exit code is 65 if anything is wrong.
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = tyro.MISSING
+    verb = "scan"
+    folder: str = dataclasses.field(metadata={"positional": "DIR"})
     """Folder of images, or of shards."""
     verify: bool = False
-    """Compare with the manifest of an earlier scan, and decode nothing."""
+    """Compare the files with the manifest of an earlier scan, and decode nothing."""
     manifest: str | None = None
-    """File of the manifest (default: manifest.jsonl in the folder)."""
+    """The manifest (default: DIR/manifest.jsonl)."""
     num_workers: int = dataclasses.field(default_factory=default_num_workers)
-    """Processes that decode images (default: the CPU cores of this process, at most 10; 0: the main process)."""
+    """Processes that decode images; 0 decodes in the main process (default: the CPU cores, at most 10)."""

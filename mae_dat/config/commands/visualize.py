@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from mae_dat.config.adversaries import DatConfig
+from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DEMO
 
@@ -12,21 +13,22 @@ _RELEASED_DAT = DatConfig("released")
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig:
-    """Images: which, and where the galleries go."""
+    """Images and galleries: what is drawn, and where it is written."""
 
     images: str = DEMO
-    """An image, a folder of any depth, or `demo` for generated ones."""
-    limit: int | None = 6
-    """Images, evenly spread over the folder (None: all)."""
-    per_page: int = 6
-    """Images in one gallery."""
-    input_size: tuple[int, ...] | None = None
-    """Side, or height and width, in pixels (default: the checkpoint's)."""
+    """An image, a folder of images of any depth, or `demo` for generated images."""
     output_dir: str = "output/images"
     """Folder for the PNG files."""
     log_dir: str | None = None
-    """TensorBoard files (default: output_dir)."""
+    """Folder for TensorBoard's files (default: the output folder)."""
+    limit: int | None = 6
+    """Number of images, evenly spread over the folder; None for all."""
+    per_page: int = 6
+    """Images in one gallery."""
+    input_size: tuple[int, ...] | None = None
+    """Side, or height and width, in pixels (default: those of the model)."""
     device: str = "auto"
+    """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
     seed: int = 0
     """Seed of masks and attacks."""
 
@@ -39,7 +41,7 @@ class ImagesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoint: ours, or MAE's, timm's, easyrobust's, ..."""
+    """Model: of this package, MAE, timm, easyrobust and others."""
 
     checkpoint: str = ""
     """Output folder, weights file, or released name (`mae-dat list`)."""
@@ -49,57 +51,62 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MaskingConfig:
-    """Masked autoencoding."""
+    """Masked autoencoders: how an image is masked."""
 
     mask_ratio: float = 0.75
-    """Share of patches removed."""
+    """Share of the patches that are removed."""
     norm_pix_loss: bool | None = None
-    """Whether the decoder predicts normalized patches (default: as recorded in the checkpoint, else False)."""
+    """The decoder predicts normalized pixels (default: as the checkpoint records, otherwise off)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ReconstructionConfig:
+class ReconstructionConfig(CommandConfig):
     """Draw what a masked autoencoder fills in: masked image, prediction pasted into the visible patches, original."""
 
+    verb = "visualize reconstruction"
     checkpoint: CheckpointConfig = CheckpointConfig()
     images: ImagesConfig = ImagesConfig()
     masking: MaskingConfig = MaskingConfig()
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(CommandConfig):
     """Draw where a vision transformer looks: the attention of one block, per head and averaged, over the image."""
 
+    verb = "visualize attention"
     checkpoint: CheckpointConfig = CheckpointConfig()
     images: ImagesConfig = ImagesConfig()
     block: int | None = None
-    """Block, from 1 (default: the last)."""
+    """Number of the block, from 1 (default: the last)."""
     query: Literal["auto", "class", "mean"] = "auto"
-    """Whose attention: the class token's, the mean over the patches', or auto: what the model pools."""
+    """Attention of the class token, or the mean over the patches; auto: as the model pools its tokens."""
     rollout: bool = False
-    """One map of all blocks up to --block instead, through the residual connections (Abnar & Zuidema 2020)."""
+    """Draw one map for all blocks up to --block, with the residual connections (Abnar & Zuidema 2020)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class WordsConfig:
+class WordsConfig(CommandConfig):
     """Draw visual words: decoded images, each word alone, index maps, the most used words, the codebook."""
 
+    verb = "visualize words"
     images: ImagesConfig = ImagesConfig()
     tokenizer: str = "embedded"
-    """`embedded` (for 64 px), a light tokenizer's .safetensors, or a VQGAN of taming, latent-diffusion or
-    easyrobust."""
+    """`embedded` (light, for 64 px), a light tokenizer's .safetensors file, a VQGAN of taming, latent-diffusion or
+    easyrobust, or a released name such as vqgan_f8_16384."""
 
 
 @dataclasses.dataclass(frozen=True)
-class AdversaryConfig:
+class AdversaryConfig(CommandConfig):
     """Draw clean and adversarial images, their amplified difference, the changed words, and the model's predictions.
 
-    A classifier is attacked at the class of the image, if its folder names one, else at the predicted class; a
-    masked autoencoder at its reconstruction loss."""
+    The attack raises the loss of a classifier for the class of the image if its folder names one, otherwise for the
+    predicted class, and the reconstruction loss of a masked autoencoder.
+    """
 
+    verb = "visualize adversary"
     checkpoint: CheckpointConfig = CheckpointConfig()
     images: ImagesConfig = ImagesConfig()
     dat: DatConfig = _RELEASED_DAT
     masking: MaskingConfig = MaskingConfig()
     amplify: float = 4.0
-    """Factor of the difference that is shown."""
+    """Factor by which the difference is amplified."""

@@ -1,34 +1,35 @@
 """Flags of `mae-dat list` and `mae-dat get`."""
 
 import dataclasses
-from typing import Annotated
 
-import tyro
+from mae_dat.config.command_config import CommandConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ListConfig:
+class ListConfig(CommandConfig):
     """List the released weights: sizes, licenses, and which of them are on this machine.
 
-    With names: everything that is known about these. A name can be used wherever a weights file is expected
-    (--finetune, --resume, --checkpoint, --tokenizer); it is downloaded at the first use.
+    With names, print all that is known about these. A name can stand for a file in --finetune, --resume, --checkpoint
+    and --tokenizer; the file is downloaded when it is first used.
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
-    """Released names (default: a table of all)."""
+    verb = "list"
+    names: tuple[str, ...] = dataclasses.field(default=(), metadata={"positional": "NAME"})
+    """Names of released weights (default: a table of all)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class GetConfig:
+class GetConfig(CommandConfig):
     """Download released weights into $MAE_DAT_HOME/weights (~/.cache/mae_dat/weights).
 
     For a machine without internet: run `mae-dat get NAME --output_dir DIR` where there is internet, copy DIR, and set
     MAE_DAT_MIRROR=DIR.
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
-    """Which to download."""
+    verb = "get"
+    names: tuple[str, ...] = dataclasses.field(metadata={"positional": "NAME"})
+    """Names of released weights; `mae-dat list` shows them."""
     output_dir: str | None = None
-    """Folder to download into (default: the cache)."""
+    """Folder for the files (default: $MAE_DAT_HOME/weights)."""
     trust: bool = False
-    """Accept a file from a plain http address although no sha256 is known for it."""
+    """Accept a file from a plain http address although its sha256 is not known."""

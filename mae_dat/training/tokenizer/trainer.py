@@ -22,8 +22,9 @@ from torchvision.transforms import v2
 
 from mae_dat.config.commands.tokenizer import TokenizerTrainingConfig
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import DEMO, DataConfig, LaunchConfig, OptimConfig, RunConfig
-from mae_dat.config.parse import command_line, flat_values
+from mae_dat.config.parse import command_line
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import Batch, ImageFolder, ImageSet, Sample
 from mae_dat.data.loader import ImageLoader, eval_loader
@@ -209,7 +210,7 @@ class JoinedFolders(ImageSet):
 
 def training_folders(config: TokenizerTrainingConfig) -> JoinedFolders:
     """Open all images to train on; of a root with a `train` folder, those in it."""
-    roots = [find_split(image_root(path), "train", labelled=False) for path in config.data_path]
+    roots = [find_split(image_root(path), "train", labelled=False) for path in config.roots]
     transform = train_transform(config.image_size)
     return JoinedFolders(
         [ImageFolder(root, transform, labelled=False, on_bad=config.on_bad, seed=config.seed) for root in roots]

@@ -1,0 +1,66 @@
+"""YAML files of settings, which `--config` reads: flat `key: value` lines, each key the name of a flag."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mae_dat.config.errors import ConfigError, suggest
+from mae_dat.config.flags import Flag, WrongValueError
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSetting:
+    """A value in a YAML file."""
+
+    value: Any
+    place: str
+    """File and line, for messages."""
+
+
+def read_settings(path: Path, flags: Sequence[Flag]) -> dict[str, FileSetting]:
+    """Return the settings of a YAML file by their keys, converted and checked.
+
+    Raises ConfigError, with file and line, for a file that is no YAML, an unknown key, a key that is given twice, or a
+    wrong value.
+    """
+    import yaml  # takes a moment, which commands without a file should not
+
+    loader = yaml.SafeLoader(path.read_text())
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}, line {node.start_mark.line + 1}: the file must contain `key: value` lines.")
+        flag_by_name = {flag.name: flag for flag in flags}
+        settings: dict[str, FileSetting] = {}
+        for key_node, value_node in node.value:
+            key, place = str(key_node.value), f"{path}, line {key_node.start_mark.line + 1}"
+            if key not in flag_by_name:
+                raise ConfigError(f"{place}: unknown key {key!r}: {suggest(key, list(flag_by_name))}")
+            if key in settings:
+                raise ConfigError(f"{place}: {key} is given again; the first is in {settings[key].place}: remove one.")
+            text = value_node.value if isinstance(value_node, yaml.ScalarNode) else None
+            value = loader.construct_object(value_node, deep=True)
+            settings[key] = FileSetting(_convert(flag_by_name[key], value, text, place), place)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    finally:
+        loader.dispose()
+    return settings
+
+
+def _convert(flag: Flag, value: Any, text: str | None, place: str) -> Any:
+    try:
+        return flag.convert(value)
+    except WrongValueError as error:
+        raise ConfigError(f"{place}: {flag.name} must be {error}, got {value if text is None else text}.") from error
+
+
+def write_settings(settings: Mapping[str, Any], path: Path, header: str) -> None:
+    """Write settings to a YAML file that `--config` reads, below a comment of one line."""
+    import yaml
+
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    path.write_text(f"# {header}\n" + yaml.safe_dump(values, sort_keys=False))
