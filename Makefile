@@ -36,9 +36,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the whole toolkit on generated images in 10 to 20 minutes: output/demo/report.html
 	$(BIN)/mae-dat demo
 
-lint: setup  ## ruff, mypy, and the order of the packages
+lint: setup  ## ruff, codespell, mypy, and the order of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 

@@ -8,16 +8,18 @@ attack leaves no trace: no parameter gradient, no training flag changed. Shapes:
 """
 
 import hashlib
+import importlib
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mae_dat.attacks.gradient import LossFn, input_gradient, project, require_pixels, unit
 from mae_dat.attacks.symbolic import nearest_codes, symbolic_words
-from mae_dat.config.adversaries import AttackConfig
+from mae_dat.config.adversaries import ATTACKS, AttackConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.models.tokenizer.base import VisualTokenizer, share_changed
 
@@ -111,15 +113,21 @@ def discrete_adversary(
     if check:
         require_pixels(image)
     image = image.detach().float()
-    if config.kind == "released":
-        return _released(image, loss_fn, tokenizer, config, generator=generator, gradient=gradient, words=words)
-    words = encode_words(tokenizer, image) if words is None else words
-    if config.kind == "paper":
-        return _paper(image, loss_fn, tokenizer, alpha=config.eps, words=words)
-    return _replaced(words, loss_fn, tokenizer, config=config, generator=generator)
+    attack = attack_function(config.kind)
+    return attack(image, loss_fn, tokenizer, config, generator=generator, gradient=gradient, words=words)
 
 
-def _released(
+def attack_function(kind: str) -> Callable[..., DiscreteAdversary]:
+    """Import the function of a kind of attack.
+
+    It takes what `discrete_adversary` takes, except `check`, with a float image and a configuration whose eps is known.
+    """
+    module, _, name = ATTACKS[kind].partition(":")
+    function: Callable[..., DiscreteAdversary] = getattr(importlib.import_module(f"mae_dat.{module}"), name)
+    return function
+
+
+def released_attack(
     image: Tensor,
     loss_fn: LossFn,
     tokenizer: VisualTokenizer,
@@ -155,40 +163,73 @@ def _released(
     )
 
 
-def _paper(
-    image: Tensor, loss_fn: LossFn, tokenizer: VisualTokenizer, *, alpha: float, words: Tensor
+def paper_attack(
+    image: Tensor,
+    loss_fn: LossFn,
+    tokenizer: VisualTokenizer,
+    config: AttackConfig,
+    *,
+    words: Tensor | None,
+    **_: Any,
 ) -> DiscreteAdversary:
-    """Attack by the paper's Algorithm 1: Q(x + alpha * dL/dQ(x)), with the gradient of each sample's own loss."""
+    """Attack by the paper's Algorithm 1: Q(x + alpha * dL/dQ(x)), with the gradient of each sample's own loss.
+
+    alpha is `config.eps`.
+    """
+    words = encode_words(tokenizer, image) if words is None else words
     reconstruction = decode_words(tokenizer, words)  # Q(x)
     # `loss_fn` is a mean over the batch; times B it is the sum, which has each sample's own gradient.
     gradient = input_gradient(reconstruction, loss_fn) * len(image)
-    adversarial_words = encode_words(tokenizer, (image + alpha * gradient).clamp(0, 1))
+    adversarial_words = encode_words(tokenizer, (image + config.eps * gradient).clamp(0, 1))
     return DiscreteAdversary(reconstruction, decode_words(tokenizer, adversarial_words), words, adversarial_words)
 
 
-def _replaced(
-    words: Tensor,
+def symbolic_attack(
+    image: Tensor,
     loss_fn: LossFn,
     tokenizer: VisualTokenizer,
-    *,
     config: AttackConfig,
-    generator: torch.Generator | None,
+    *,
+    words: Tensor | None,
+    **_: Any,
 ) -> DiscreteAdversary:
-    """Replace a share of the words (B, h, w): to raise the loss to first order, at random, or not at all."""
-    adversarial_words = words
-    if config.kind == "symbolic":
-        adversarial_words = symbolic_words(
-            words,
-            loss_fn,
-            tokenizer,
-            count=round(config.word_share * words[0].numel()),
-            steps=config.steps,
-            nearest=config.nearest,
-        )
-    elif config.kind == "random":
-        adversarial_words = random_words(
-            words, tokenizer.codebook, share=config.word_share, generator=generator, nearest=config.nearest
-        )
+    """Replace a share of the words by those that raise the loss most, to first order (symbolic.py)."""
+    words = encode_words(tokenizer, image) if words is None else words
+    count = round(config.word_share * words[0].numel())
+    adversarial_words = symbolic_words(
+        words, loss_fn, tokenizer, count=count, steps=config.steps, nearest=config.nearest
+    )
+    return decoded_adversary(tokenizer, words, adversarial_words)
+
+
+def random_attack(
+    image: Tensor,
+    loss_fn: LossFn,
+    tokenizer: VisualTokenizer,
+    config: AttackConfig,
+    *,
+    generator: torch.Generator | None,
+    words: Tensor | None,
+    **_: Any,
+) -> DiscreteAdversary:
+    """Replace a share of the words at random: a control."""
+    words = encode_words(tokenizer, image) if words is None else words
+    adversarial_words = random_words(
+        words, tokenizer.codebook, share=config.word_share, generator=generator, nearest=config.nearest
+    )
+    return decoded_adversary(tokenizer, words, adversarial_words)
+
+
+def no_attack(
+    image: Tensor, loss_fn: LossFn, tokenizer: VisualTokenizer, config: AttackConfig, *, words: Tensor | None, **_: Any
+) -> DiscreteAdversary:
+    """Change no word: the reconstruction, a control."""
+    words = encode_words(tokenizer, image) if words is None else words
+    return decoded_adversary(tokenizer, words, words)
+
+
+def decoded_adversary(tokenizer: VisualTokenizer, words: Tensor, adversarial_words: Tensor) -> DiscreteAdversary:
+    """Return the result of an attack that changed the image's words (B, h, w) itself."""
     return DiscreteAdversary(
         lambda: decode_words(tokenizer, words), decode_words(tokenizer, adversarial_words), words, adversarial_words
     )

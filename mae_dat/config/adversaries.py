@@ -11,6 +11,14 @@ from mae_dat.config.errors import ConfigError, suggest
 
 AttackKind = Literal["released", "paper", "symbolic", "random", "reconstruction"]
 ATTACK_KINDS: tuple[str, ...] = get_args(AttackKind)
+ATTACKS: dict[str, str] = {
+    "released": "attacks.discrete:released_attack",
+    "paper": "attacks.discrete:paper_attack",
+    "symbolic": "attacks.discrete:symbolic_attack",
+    "random": "attacks.discrete:random_attack",
+    "reconstruction": "attacks.discrete:no_attack",
+}
+"""The function of each kind, `MODULE:NAME` below `mae_dat`, imported at its first use."""
 PUBLISHED_EPS, PUBLISHED_SHARE = 0.1, 0.038
 """Mao et al. 2022, Table 8: with VQGAN f8 at 224 px, an L2 step of 0.1 changes this share of the words."""
 

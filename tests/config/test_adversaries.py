@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from mae_dat.config.adversaries import ATTACK_KINDS, AttackConfig, DatConfig
+from mae_dat.attacks.discrete import attack_function
+from mae_dat.config.adversaries import ATTACK_KINDS, ATTACKS, AttackConfig, DatConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
@@ -72,3 +73,9 @@ def test_the_published_strength_is_a_share_where_eps_does_not_carry_over(
     attack = load_config(FinetuneConfig, arguments).dat.attack
     assert attack is not None
     assert (attack.eps, attack.share) == (eps, share)
+
+
+def test_every_kind_of_attack_has_its_function() -> None:
+    assert tuple(ATTACKS) == ATTACK_KINDS
+    for kind in ATTACKS:
+        assert callable(attack_function(kind))

@@ -92,7 +92,7 @@ print("read on")
 def test_a_workers_sigterm_is_ignored_while_the_run_lasts_and_ends_it_at_exit(make: MakeFolder) -> None:
     # The loader is still alive when Python exits, which ends its workers by SIGTERM and waits for them without limit.
     command = [sys.executable, "-c", LEAVES_A_LOADER, str(make("a/1.png a/2.png a/3.png"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stdout) == (0, "read on\n"), done.stderr
 
 

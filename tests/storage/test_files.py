@@ -87,7 +87,7 @@ BAD_FOLDERS: dict[Callable[[Path], Path], str] = {
     no_parent: "No such file or directory",
     too_long: "File name too long",
     too_long_for_a_checkpoint: "File name too long",
-    a_null: "null byte",
+    a_null: "null byte|null character",
     a_dangling_link: "File exists",
     a_link_to_itself: "Too many levels of symbolic links|File exists",
 }

@@ -159,16 +159,21 @@ def test_no_loader_executes_what_a_file_says(loader: str, suffix: str, tmp_path:
     assert not (tmp_path / "converted.pth").exists()
 
 
+class ExecutingUnpickler(pickle.Unpickler):
+    """Executes what a pickle says, and makes a storage for each reference to one."""
+
+    def persistent_load(self, pid: object) -> torch.storage.TypedStorage:
+        return torch.storage.TypedStorage(2)
+
+
 def test_the_hostile_files_are_hostile(tmp_path: Path) -> None:
     """Where pickles are executed, each of them leaves the canary."""
     canary = tmp_path / "canary"
     for name, pickled in code(canary).items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a process that nobody waits for
-            unpickler = pickle.Unpickler(io.BytesIO(pickled))
-            unpickler.persistent_load = lambda _: torch.storage.TypedStorage(2)  # type: ignore[method-assign]
             try:
-                made = unpickler.load()
+                made = ExecutingUnpickler(io.BytesIO(pickled)).load()
             except (TypeError, AttributeError, ValueError, IndexError, RuntimeError):
                 made = None  # what the code left behind need not be of use to the pickle
             if name == "partial":

@@ -57,7 +57,7 @@ def load_model(
     >>> model(torch.rand(2, 3, *model.input_size)).shape
     torch.Size([2, 10])
     >>> model.classes[:3]
-    ('circle', 'cross', 'diamond')
+    ('arrow', 'bolt', 'cross')
     """
     try:
         opened = open_model(source, model, _as_size(input_size))
