@@ -10,8 +10,15 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "autoattack": ("torchattacks",),
     "detection": ("torchmetrics", "pycocotools"),
     "explore": ("nicegui",),
+    "parquet": ("pyarrow",),
 }
 """The names under which the packages of each extra are imported."""
+
+OPENCV_WITHOUT_LIBGL = (
+    "OpenCV needs libGL, which this machine lacks: another package has installed opencv-python over the build without "
+    "windows. Install that again: pip uninstall -y opencv-python opencv-python-headless; pip install "
+    '"opencv-python-headless>=5,<6"'
+)
 
 
 def require_extra(extra: str, purpose: str) -> None:

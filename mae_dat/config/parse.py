@@ -15,7 +15,8 @@ from typing import Any
 
 from mae_dat.config.arguments import CONFIG_FLAG, Command, description_of
 from mae_dat.config.command_config import resolve_config
-from mae_dat.config.errors import UserError
+from mae_dat.config.errors import MissingInputError, UserError
+from mae_dat.config.extras import OPENCV_WITHOUT_LIBGL
 from mae_dat.config.flags import Config, default_config, flags_of
 from mae_dat.config.yaml_files import write_settings
 
@@ -74,6 +75,11 @@ def run_command(main: Callable[[], int | None]) -> int:
         logging.getLogger("mae_dat").debug("", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except ImportError as error:
+        if "libGL" not in str(error):
+            raise
+        sys.stderr.write(f"error: {OPENCV_WITHOUT_LIBGL}\n")
+        sys.exit(MissingInputError.exit_code)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,7 +1,9 @@
 """Without an optional package every command raises an error that names the extra, before any work."""
 
 import importlib.metadata
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from paths import ROOT
 
 from mae_dat.analysis.explore import build_application
 from mae_dat.attacks.auto_attack import require_auto_attack
@@ -66,3 +69,36 @@ def test_all_holds_the_extras_that_fit_together() -> None:
     """torchattacks requires versions of requests and idna that exclude current ones of NiceGUI."""
     fitting = [packages for extra, packages in EXTRAS.items() if extra != "autoattack"]
     assert packages_of("all") == set().union(*fitting)
+
+
+def test_without_libgl_the_message_names_the_other_build(tmp_path: Path) -> None:
+    """In a process whose OpenCV fails as opencv-python does on a server without libGL."""
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file: No such file')\n")
+    code = """
+import numpy
+from mae_dat.config.parse import run_command
+
+def main():
+    from mae_dat.robustness.corruptions import corrupt_image
+    corrupt_image(numpy.zeros((32, 32, 3), numpy.uint8), "fog", 1, seed=0)
+
+run_command(main)
+"""
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == MissingInputError.exit_code, done.stderr
+    assert done.stderr.startswith("error: OpenCV needs libGL")
+    assert 'pip install "opencv-python-headless' in done.stderr
+
+
+def test_the_required_opencv_links_no_graphics() -> None:
+    """Its libraries are its own and those of every Linux."""
+    import cv2
+
+    if not cv2.version.headless:
+        pytest.skip("opencv-python is installed; make setup installs opencv-python-headless")
+    (library,) = Path(cv2.__file__).parent.glob("cv2*.so")
+    linked = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
+    outside = {line.split()[0] for line in linked.splitlines() if " => /lib" in line or " => /usr" in line}
+    assert not [name for name in outside if name.startswith(("libGL", "libX", "libxcb", "libglib", "libgthread"))]
