@@ -23,7 +23,6 @@ import torch
 from checkpoint_states import names, save, state
 from hostile import as_archive, code, hostile_files, torch_pickle, traps
 
-from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, StorageError
 from mae_dat.models.tokenizer import load_tokenizer
 from mae_dat.models.weights.convert import convert
@@ -129,7 +128,7 @@ def resume_folder(path: Path) -> Any:
 
 
 def convert_it(path: Path) -> Any:
-    return convert(ConvertConfig(str(path), str(path.with_name("converted.pth")), to="mae"))
+    return convert(path, path.with_name("converted.pth"), to="mae")
 
 
 LOADERS: dict[str, Callable[[Path], Any]] = {

@@ -5,6 +5,7 @@ The result is loaded again, as its users will, and compared with the source befo
 """
 
 import contextlib
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.config.commands.convert import ConvertConfig
-from mae_dat.config.errors import CheckpointError, ConfigError, OutputError
+from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, suggest
 from mae_dat.models.modes import Network
 from mae_dat.models.weights.converters import CONVERTERS, Conversion, ModelOutputs, random_images, to_hub
 from mae_dat.models.weights.open import OpenedModel, open_model
@@ -31,56 +32,96 @@ _SUFFIXES = {
 }
 
 
-def convert(config: ConvertConfig) -> str:
-    """Convert a model, compare it with the source, and return what was done and how to load the result.
+@dataclasses.dataclass(frozen=True, repr=False)
+class ConvertedModel:
+    """A converted model; prints as the command does: what was done, and how to load the result."""
 
-    The destination appears only if the outputs agree within `TOLERANCE`. Raises UserError.
+    source: str
+    path: Path
+    """The file or folder that was written."""
+    description: str
+    """Format of the source and its architecture, in words."""
+    difference: float
+    """Largest difference between the outputs of the source and of the result, loaded again, over the largest output."""
+    usage: str
+    """Lines of code, or commands, that load the result."""
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.source}: {self.description}\n"
+            f"{self.path}: loaded again, its outputs differ by {self.difference:.0e} of the largest "
+            f"(allowed: {TOLERANCE:.0e})\n\n{self.usage}"
+        )
+
+
+def convert(
+    source: str | Path, dest: str | Path, to: str, *, model: str | None = None, license: str | None = None
+) -> ConvertedModel:
+    """Convert a model for use elsewhere, load the result again, and compare its outputs with the source's.
+
+    source: a weights file or an output folder of any kind that `load_model` takes, except a detector; or a released
+        name.
+    dest: the file to write (timm: .safetensors or .pth, mae: .pth, onnx: .onnx, export: .pt2), or a folder (hf). It
+        appears only if the outputs agree.
+    to: timm, for `timm.create_model(checkpoint_path=...)`; mae, for MAE's code; hf, a folder for `from_pretrained` and
+        `push_to_hub`; onnx or export (torch.export), a graph from pixels in [0, 1] to logits, or to tokens for a
+        pretraining.
+    model: the architecture, if neither the file nor its shapes show it.
+    license: hf: license for the model card, such as cc-by-nc-4.0 for what comes from MAE's published weights.
+
+    Raises ConfigError, OutputError (nothing is overwritten that would be lost), MissingInputError, CheckpointError
+    (also if the outputs differ), DownloadError.
+
+    >>> import mae_dat
+    >>> converted = mae_dat.convert("mae_dat_demo", "demo.safetensors", to="timm")
+    >>> converted.path.name, converted.difference < 1e-4
+    ('demo.safetensors', True)
     """
-    dest = Path(config.dest)
-    _check_destination(config)
-    opened = open_model(config.source, config.model)
+    if to not in _SUFFIXES:
+        raise ConfigError(f"convert(to={to!r}): {suggest(to, list(_SUFFIXES))}")
+    source = str(source)
+    dest = Path(dest)
+    _check_destination(source, dest, to)
+    opened = open_model(source, model)
     network = opened.encoder()
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".convert.") as folder, _only_warnings():
-        conversion = _write(opened, Path(folder) / dest.name, config)
+        conversion = _write(opened, Path(folder) / dest.name, to, dest=dest, source=source, license=license)
         difference = max(
             output_difference(ModelOutputs(network), conversion.outputs, random_images(opened, count))
             for count in (1, 3)
         )
         for path in Path(folder).iterdir():  # ONNX puts large weights into a second file
             path.replace(dest.with_name(path.name))
-    return (
-        f"{config.source}: {opened.file.format}; {opened.plan}\n"
-        f"{dest}: loaded again, its outputs differ by {difference:.0e} of the largest (allowed: {TOLERANCE:.0e})\n\n"
-        f"{conversion.usage}"
-    )
+    return ConvertedModel(source, dest, f"{opened.file.format}; {opened.plan}", difference, conversion.usage)
 
 
-def _write(opened: OpenedModel, path: Path, config: ConvertConfig) -> Conversion:
-    if config.to == "hf":
-        return to_hub(opened, path, config.dest, source=Path(config.source).name, license=config.license)
-    return CONVERTERS[config.to](opened, path, config.dest)
+def _write(opened: OpenedModel, path: Path, to: str, *, dest: Path, source: str, license: str | None) -> Conversion:
+    if to == "hf":
+        return to_hub(opened, path, str(dest), source=Path(source).name, license=license)
+    return CONVERTERS[to](opened, path, str(dest))
 
 
 @contextlib.contextmanager
 def _only_warnings() -> Iterator[None]:
     """Drop log records below warnings: the exporters' messages, and those of the second loading."""
-    logging.disable(logging.INFO)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
-def _check_destination(config: ConvertConfig) -> None:
+def _check_destination(source: str, dest: Path, to: str) -> None:
     """Raise ConfigError for a name of another kind of file, OutputError if something would be lost."""
-    dest, suffixes = Path(config.dest), _SUFFIXES[config.to]
-    if dest.suffix not in suffixes and config.to != "hf":
-        raise ConfigError(f"--to {config.to} writes {' or '.join(suffixes)}, got {dest}.")
-    if dest.exists() and Path(config.source).resolve() == dest.resolve():
+    suffixes = _SUFFIXES[to]
+    if dest.suffix not in suffixes and to != "hf":
+        raise ConfigError(f"--to {to} writes {' or '.join(suffixes)}, got {dest}.")
+    if dest.exists() and Path(source).resolve() == dest.resolve():
         raise OutputError(f"{dest} is the source itself: name another file.")
-    if dest.is_dir() and (config.to != "hf" or any(dest.iterdir())):
+    if dest.is_dir() and (to != "hf" or any(dest.iterdir())):
         raise OutputError(f"{dest} is a folder with other files: name one that does not exist yet.")
-    if dest.is_file() and config.to == "hf":
+    if dest.is_file() and to == "hf":
         raise OutputError(f"{dest} is a file, and --to hf writes a folder: name one that does not exist yet.")
     if not dest.parent.is_dir():
         raise OutputError(f"there is no folder {dest.parent} for {dest.name}: create it first.")
@@ -106,4 +147,4 @@ def output_difference(before: Network, after: Network, image: Tensor) -> float:
 def main(config: ConvertConfig) -> None:
     """Run the command."""
     console_for_command()
-    print(convert(config))
+    print(convert(config.source, config.dest, config.to, model=config.model, license=config.license))

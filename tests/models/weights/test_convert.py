@@ -13,11 +13,10 @@ from tiny_runs import verb
 from torch import Tensor
 
 from golden_rule import fill_by_rule
-from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, UserError
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit
 from mae_dat.models.mae import IMAGENET_STD, VIT_SIZES, MaskedAutoencoder, build_mae
-from mae_dat.models.weights.convert import convert
+from mae_dat.models.weights.convert import TOLERANCE, convert
 from mae_dat.models.weights.converters import TIMM_NAMES, timm_arguments
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.huggingface import HubClassifier, HubMaskedAutoencoder
@@ -147,7 +146,7 @@ def test_pictures_that_are_not_square(tmp_path: Path) -> None:
     write_weights(path, model.net.state_dict(), {"mae_dat": json.dumps(facts)})
     image = torch.rand(2, 3, 32, 128)
     assert torch.equal(open_model(path).model(image), model(image))
-    convert(ConvertConfig(str(path), str(tmp_path / "again.safetensors"), "mae"))
+    convert(str(path), str(tmp_path / "again.safetensors"), "mae")
     assert torch.equal(open_model(tmp_path / "again.safetensors").model(image), model(image))
 
 
@@ -159,7 +158,7 @@ def test_timm_loads_the_classifier_with_the_same_logits(
     fine_tuned: tuple[Classifier, str], tmp_path: Path, image: Tensor, suffix: str
 ) -> None:
     model, path = fine_tuned
-    said = convert(ConvertConfig(path, str(tmp_path / f"timm{suffix}"), "timm"))
+    said = str(convert(path, str(tmp_path / f"timm{suffix}"), "timm"))
     call = said[said.index("timm.create_model(") : said.index("\n)\n") + 2]
     network = eval(call, {"timm": timm}).eval()  # what a reader of the output would type
     mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -187,26 +186,26 @@ def test_timm_takes_the_encoder_of_a_pretraining(
     pretrained: tuple[MaskedAutoencoder, str], tmp_path: Path, image: Tensor
 ) -> None:
     model, path = pretrained
-    said = convert(ConvertConfig(path, str(tmp_path / "encoder.safetensors"), "timm"))
+    said = str(convert(path, str(tmp_path / "encoder.safetensors"), "timm"))
     assert read_weights(tmp_path / "encoder.safetensors").tensors.keys() == encoder_of(model).keys()
     assert "num_classes=0" in said
 
 
 def test_mae_layout_and_back(pretrained: tuple[MaskedAutoencoder, str], tmp_path: Path) -> None:
     model, path = pretrained
-    convert(ConvertConfig(path, str(tmp_path / "a.safetensors"), "mae"))
-    convert(ConvertConfig(str(tmp_path / "a.safetensors"), str(tmp_path / "b.pth"), "mae"))
+    convert(path, str(tmp_path / "a.safetensors"), "mae")
+    convert(str(tmp_path / "a.safetensors"), str(tmp_path / "b.pth"), "mae")
     saved = torch.load(tmp_path / "b.pth", weights_only=True)
     assert equal_states(saved["model"], model.state_dict())
     resnet = timm.create_model("test_resnet", num_classes=5)
     torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(ConfigError, match="no test_resnet: use --to timm"):
-        convert(ConvertConfig(str(tmp_path / "resnet.pth"), str(tmp_path / "c.pth"), "mae", "test_resnet"))
+        convert(str(tmp_path / "resnet.pth"), str(tmp_path / "c.pth"), "mae", model="test_resnet")
 
 
 def test_a_hub_folder_of_a_classifier(fine_tuned: tuple[Classifier, str], tmp_path: Path, image: Tensor) -> None:
     model, path = fine_tuned
-    said = convert(ConvertConfig(path, str(tmp_path / "hub"), "hf", license="cc-by-nc-4.0"))
+    said = str(convert(path, str(tmp_path / "hub"), "hf", license="cc-by-nc-4.0"))
     again = HubClassifier.from_pretrained(tmp_path / "hub")
     assert torch.equal(again(image), model(image))
     card = (tmp_path / "hub" / "README.md").read_text()
@@ -224,15 +223,15 @@ def test_a_hub_folder_of_a_classifier(fine_tuned: tuple[Classifier, str], tmp_pa
 
 def test_a_hub_folder_of_a_pretraining(pretrained: tuple[MaskedAutoencoder, str], tmp_path: Path) -> None:
     model, path = pretrained
-    convert(ConvertConfig(path, str(tmp_path / "full"), "hf"))
+    convert(path, str(tmp_path / "full"), "hf")
     assert equal_states(HubMaskedAutoencoder.from_pretrained(tmp_path / "full").state_dict(), model.state_dict())
     torch.save(encoder_of(model), tmp_path / "encoder.pth")
-    convert(ConvertConfig(str(tmp_path / "encoder.pth"), str(tmp_path / "encoder"), "hf"))
+    convert(str(tmp_path / "encoder.pth"), str(tmp_path / "encoder"), "hf")
     assert read_weights(tmp_path / "encoder" / "model.safetensors").tensors.keys() == encoder_of(model).keys()
 
 
 def test_a_damaged_hub_folder_is_refused(fine_tuned: tuple[Classifier, str], tmp_path: Path) -> None:
-    convert(ConvertConfig(fine_tuned[1], str(tmp_path / "hub"), "hf"))
+    convert(fine_tuned[1], str(tmp_path / "hub"), "hf")
     file = tmp_path / "hub" / "model.safetensors"
     tensors = read_weights(file).tensors
     del tensors["blocks.1.attn.qkv.weight"]
@@ -249,7 +248,7 @@ def test_onnx_gives_the_same_logits_for_any_batch(
     fine_tuned: tuple[Classifier, str], tmp_path: Path, image: Tensor
 ) -> None:
     model, path = fine_tuned
-    convert(ConvertConfig(path, str(tmp_path / "ft.onnx"), "onnx"))
+    convert(path, str(tmp_path / "ft.onnx"), "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "ft.onnx", providers=["CPUExecutionProvider"])
     for batch in (image[:1], image, image.repeat(3, 1, 1, 1)):
         found = torch.from_numpy(session.run(None, {"image": batch.numpy()})[0])
@@ -261,7 +260,7 @@ def test_exported_programs_give_the_same_tokens_for_any_batch(
     pretrained: tuple[MaskedAutoencoder, str], tmp_path: Path, image: Tensor
 ) -> None:
     model, path = pretrained
-    convert(ConvertConfig(path, str(tmp_path / "mae.pt2"), "export"))
+    convert(path, str(tmp_path / "mae.pt2"), "export")
     program = torch.export.load(tmp_path / "mae.pt2").module()
     for batch in (image[:1], image):
         torch.testing.assert_close(program(batch), model.features(batch), rtol=1e-5, atol=1e-5)
@@ -280,7 +279,7 @@ def test_outputs_that_differ_fail_the_conversion_and_leave_nothing(
 
     monkeypatch.setattr(torch, "save", damaged)
     with pytest.raises(CheckpointError, match=r"outputs differ by .* more than 1e-04"):
-        convert(ConvertConfig(fine_tuned[1], str(dest), "timm"))
+        convert(fine_tuned[1], str(dest), "timm")
     assert dest.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ft.pth", "timm.pth"]
 
@@ -301,7 +300,7 @@ def test_destinations_that_cannot_be(
     fine_tuned: tuple[Classifier, str], tmp_path: Path, to: Any, dest: str, raised: type[UserError], message: str
 ) -> None:
     with pytest.raises(raised, match=message):
-        convert(ConvertConfig(fine_tuned[1], str(tmp_path / dest), to))
+        convert(fine_tuned[1], str(tmp_path / dest), to)
 
 
 def test_the_command(
@@ -318,3 +317,13 @@ def test_the_command(
 def test_a_decoder_of_another_size_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"decoder_embed\.weight +32 x 48"):
         load_autoencoder(tiny_mae(decoder_embed_dim=64), tiny_mae().state_dict())
+
+
+def test_what_was_converted_prints_as_the_command_does(fine_tuned: tuple[Classifier, str], tmp_path: Path) -> None:
+    converted = convert(Path(fine_tuned[1]), tmp_path / "x.safetensors", to="timm")
+    assert converted.path == tmp_path / "x.safetensors"
+    assert converted.difference <= TOLERANCE
+    assert converted.usage in repr(converted)
+    assert "its outputs differ by" in repr(converted)
+    with pytest.raises(ConfigError, match=r"convert\(to='tim'\): did you mean timm\?"):
+        convert(fine_tuned[1], tmp_path / "y.safetensors", to="tim")
