@@ -11,6 +11,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "detection": ("torchmetrics", "pycocotools"),
     "explore": ("nicegui",),
     "parquet": ("pyarrow",),
+    "huggingface": ("transformers",),
 }
 """The names under which the packages of each extra are imported."""
 

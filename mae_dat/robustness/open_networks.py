@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import ImageSize
+from mae_dat.models.adapters import (
+    HuggingFaceClassifier,
+    as_pixel_classifier,
+    is_timm_model,
+    is_transformers_folder,
+    open_transformers_folder,
+)
 from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.models.modes import Network, evaluation_mode
 from mae_dat.models.weights.formats import ModelFile
@@ -20,6 +27,7 @@ from mae_dat.robustness.fingerprints import module_sha256, state_sha256
 from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, create_evaluated_network
 from mae_dat.robustness.onnx_network import open_onnx
 from mae_dat.robustness.scores.results import ModelFacts
+from mae_dat.robustness.suites.imagenet import SYNSETS
 from mae_dat.storage.files import sha256_of
 
 TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:", "timm/")
@@ -52,7 +60,7 @@ def open_networks(
     ]
     if pretrained:
         titles_of_models = titles[len(sources) :]
-        opened += [_open_timm(model, title, options) for model, title in zip(models, titles_of_models, strict=True)]
+        opened += [open_timm(model, title, options) for model, title in zip(models, titles_of_models, strict=True)]
     return opened
 
 
@@ -81,7 +89,8 @@ def distinct_names(sources: Sequence[str]) -> list[str]:
 
 
 def open_network(source: str, model: str | None, name: str, options: EvalOptions) -> EvaluatedNetwork:
-    """Open the classifier in an output folder, a weights file, an ONNX file or a released name.
+    """Open the classifier in an output folder, a weights file, a folder of transformers, an ONNX file or a released
+    name.
 
     `model` names the architecture if the file does not. Raises MissingInputError, CheckpointError (also for a
     pretraining), ConfigError, DownloadError.
@@ -91,6 +100,8 @@ def open_network(source: str, model: str | None, name: str, options: EvalOptions
         raise ConfigError(f"--checkpoint {source}: networks of timm are named by --model {model} --pretrained.")
     if source.endswith(".onnx"):
         return open_onnx(Path(source), name, options)
+    if model is None and is_transformers_folder(Path(source)):
+        return _transformers_network(open_transformers_folder(Path(source)), name, source, options)
     flag = f"--checkpoint {source}"
     opened = open_model(source, model, options.size, flag=flag)
     with errors_name_flag(flag):
@@ -106,13 +117,44 @@ def open_network(source: str, model: str | None, name: str, options: EvalOptions
     )
 
 
-def _open_timm(model: str, name: str, options: EvalOptions) -> EvaluatedNetwork:
+def open_timm(model: str, name: str, options: EvalOptions) -> EvaluatedNetwork:
     """Open timm's `model` with timm's own weights, and its own crop unless another one is requested."""
     network = pretrained_timm(model, options.size)
-    crop = options.crop or resolve_model_data_config(network.net)["crop_pct"]
     return _classifier_network(
-        network, name=name, source=f"timm {model}", architecture=model, options=replace(options, crop=crop)
+        network, name=name, source=f"timm {model}", architecture=model, options=_with_timm_crop(network, options)
     )
+
+
+def _with_timm_crop(network: Classifier, options: EvalOptions) -> EvalOptions:
+    return replace(options, crop=options.crop or resolve_model_data_config(network.net)["crop_pct"])
+
+
+def _transformers_network(
+    network: HuggingFaceClassifier,
+    name: str,
+    source: str,
+    options: EvalOptions,
+    classes: Sequence[str] | None = None,
+) -> EvaluatedNetwork:
+    """Return the network to evaluate from a classifier of transformers, with the settings of its image processor."""
+    processor = network.processor
+    options = replace(options, crop=options.crop or processor.crop)
+    facts: ModelFacts = {
+        "title": name,
+        "source": source,
+        "sha256": state_sha256(network),
+        "architecture": type(network.net).__name__,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "size": list(options.size or processor.size),
+        "normalization": f"mean {_format_numbers(network.mean)}, std {_format_numbers(network.std)}",
+        "interpolation": options.interpolation or processor.interpolation,
+        "precision": options.precision_name,
+        "averaged": None,
+    }
+    opened = create_evaluated_network(network.to(options.device), facts, classes, options)
+    # The names that such classifiers give ImageNet's classes are not those of its folders, so the order is trusted.
+    own = network.classes if classes is None and opened.outputs != len(SYNSETS) else opened.classes
+    return replace(opened, classes=own)
 
 
 def _classifier_network(
@@ -160,22 +202,29 @@ def _format_numbers(values: Tensor) -> str:
 def open_callable(
     network: Network, name: str, options: EvalOptions, classes: Sequence[str] | None = None
 ) -> EvaluatedNetwork:
-    """Return the network to evaluate from a callable of pixels in [0, 1]; a module is moved to the device.
+    """Return the network to evaluate from a callable of pixels in [0, 1], or a model of timm or transformers.
 
-    Raises ConfigError if it fails on a blank image, or declares that it takes normalized ones.
+    A module is moved to the device. `classes` are by default those that the module records. Raises ConfigError if it
+    fails on a blank image, or declares that it takes normalized ones.
     """
+    is_timm = is_timm_model(network)
+    network = as_pixel_classifier(network)
     module = network if isinstance(network, nn.Module) else None
     with evaluation_mode(network):
         sha256 = module_sha256(module) if module else None
     identity = {"code": sha256} if sha256 else None
+    if isinstance(network, HuggingFaceClassifier):
+        opened = _transformers_network(network, name, "Python", options, classes)
+        return replace(opened, identity=identity)
     if isinstance(network, Classifier):
         opened = _classifier_network(
             network,
             name=name,
             source="Python",
             architecture=type(network.net).__name__,
-            options=options,
-            classes=classes,
+            options=_with_timm_crop(network, options) if is_timm else options,
+            size=network.input_size,
+            classes=classes or network.classes,
         )
         return replace(opened, identity=identity)
     facts: ModelFacts = {
