@@ -11,7 +11,7 @@ INSTALL := pip install --constraint constraints.txt --editable '.[dev]'
 WITHOUT_DEPS := torchattacks imagecorruptions-imaug
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo docs test test-slow lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test: lint  ## lint and every test that is not slow, JOBS=2 at a time
 # Exit code 5 is pytest's "no test selected".
 test-slow: setup  ## the tests marked slow
 	$(PYTEST) -m slow || [ $$? -eq 5 ]
+
+docs: setup  ## the documentation site: output/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: setup  ## speed and memory beside the reference code's, and the goals: docs/explanation/performance.md
 	$(BIN)/python -m benchmarks
