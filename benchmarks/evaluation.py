@@ -144,7 +144,7 @@ def ours(work: Work, model: Classifier) -> Run:
 
 @torch.no_grad()
 def usual(work: Work, model: Classifier) -> Run:
-    """As evaluations are mostly written: for each cell a folder, a loader and its workers anew, normalisation in the
+    """As evaluations are mostly written: for each cell a folder, a loader and its workers anew, normalization in the
     workers, float32, and the number of right answers read back after every batch."""
     network, found = Timed(model.net), Run()
     normalize = transforms.Normalize(model.mean.flatten().tolist(), model.std.flatten().tolist())

@@ -2,7 +2,7 @@
 
 The pictures are as large as those of ImageNet: 500 x 375 px, generated, with a grain that brings their JPEGs to some
 110 kB. All loaders crop and flip as MAE does and run in this process on one thread; processor time is counted. The
-baseline also normalises, which our steps leave to the device, together with the division by 255.
+baseline also normalizes, which our steps leave to the device, together with the division by 255.
 """
 
 import atexit

@@ -1,6 +1,6 @@
 """Where a vision transformer looks: attention weights, computed from the queries and keys of a forward pass.
 
-timm's fused attention never computes the weights. Its `q_norm` and `k_norm` (identities if a model normalises neither)
+timm's fused attention never computes the weights. Its `q_norm` and `k_norm` (identities if a model normalizes neither)
 return exactly the queries and keys that it uses, so softmax(q k^T / sqrt(d)) of these is the attention.
 
 Shapes: T tokens, the first `prefix` of them class and register tokens, then h x w patches in row-major order.

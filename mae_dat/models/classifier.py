@@ -26,7 +26,7 @@ POOLS = ("cls", "mean", "tokens")
 
 
 class Classifier(nn.Module):
-    """A timm network that takes normalised images, as a classifier of pixels in [0, 1]; keys have the prefix `net.`.
+    """A timm network that takes normalized images, as a classifier of pixels in [0, 1]; keys have the prefix `net.`.
 
     `mean` and `std` hold one value per channel; they are settings, not weights, and are not in the state dict.
     """
@@ -176,7 +176,7 @@ def build_classifier(  # noqa: PLR0913 - timm's arguments
 ) -> Classifier:
     """Build the classifier `name`: one of MAE's fine-tuning names (`VIT_SIZES`) or any timm model.
 
-    MAE's models normalise by ImageNet's statistics (0.5 if channels are not 3), timm's by their own: MAE weights
+    MAE's models normalize by ImageNet's statistics (0.5 if channels are not 3), timm's by their own: MAE weights
     belong in `vit_base_patch16`, not in timm's `vit_base_patch16_224`. `mean` and `std` override both. `drop_path` and
     `img_size` reach timm models that accept them; `global_pool` is for MAE's, `pretrained` (timm's weights) for timm's.
     Raises ConfigError for an unknown name (with the nearest) or settings that do not fit.
@@ -202,7 +202,7 @@ def build_classifier(  # noqa: PLR0913 - timm's arguments
 
 
 def pretrained_timm(name: str, img_size: int | ImageSize | None = None) -> Classifier:
-    """Build a timm model with timm's own weights, classes and normalisation, by its name or by a place that timm knows
+    """Build a timm model with timm's own weights, classes and normalization, by its name or by a place that timm knows
     (hf-hub:OWNER/NAME, local-dir:PATH).
 
     Raises ConfigError for an unknown name or one without classes, MissingInputError without weights.

@@ -1,7 +1,7 @@
 """Object detectors on pixels in [0, 1]: torchvision's, and Faster R-CNN on a vision transformer with a simple feature
 pyramid (Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection", section 3).
 
-All images of a batch have the same size, so torchvision's transform inside only normalises and pads with zeros at the
+All images of a batch have the same size, so torchvision's transform inside only normalizes and pads with zeros at the
 right and below, to multiples of 32: boxes are in pixels of the given image, and an adversary changes that image.
 """
 
@@ -150,7 +150,7 @@ class _PyramidBackbone(nn.Module):
         self.pyramid = SimpleFeaturePyramid(trunk.embed_dim, width, self.patch)
 
     def forward(self, image: Tensor) -> OrderedDict[str, Tensor]:
-        """Return the pyramid's maps of normalised images (B, 3, H, W), sides divisible by the patch."""
+        """Return the pyramid's maps of normalized images (B, 3, H, W), sides divisible by the patch."""
         tokens = self.trunk.forward_features(image)[:, self.trunk.num_prefix_tokens :]
         height, width = (side // self.patch for side in image.shape[-2:])
         return self.pyramid(tokens.transpose(1, 2).unflatten(2, (height, width)))

@@ -3,7 +3,7 @@
 Shapes: B images, C channels, H x W pixels, p pixel patch side, N = H/p * W/p patches in row-major order, K kept
 patches, P = p * p * C pixels of a patch in (row, column, channel) order, D width of the encoder.
 
-Pixels are floats in [0, 1]; the model normalises them itself. The mask's noise is an argument, and the loss a function
+Pixels are floats in [0, 1]; the model normalizes them itself. The mask's noise is an argument, and the loss a function
 outside of the model, so that two views of an image, a figure and a test can share one mask.
 """
 
@@ -251,7 +251,7 @@ class MaskedAutoencoder(nn.Module):
         return rearrange(words, "b (h i) (w j) -> b (h w) (i j)", h=rows, w=columns)
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Normalise pixels in [0, 1], (B, C, H, W), to zero mean and unit deviation."""
+        """Normalize pixels in [0, 1], (B, C, H, W), to zero mean and unit deviation."""
         return (image - self.mean) / self.std
 
     def denormalize(self, image: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class MaskedAutoencoder(nn.Module):
     def prediction_to_image(self, prediction: Tensor, image: Tensor, norm_pix: bool) -> Tensor:
         """Turn predicted patches (B, N, P) into unclipped pixels (B, C, H, W).
 
-        With `norm_pix` the statistics of the true patches of `image` undo the normalisation.
+        With `norm_pix` the statistics of the true patches of `image` undo the normalization.
         """
         if norm_pix:
             mean, deviation = self._patch_statistics(self.patchify(self.normalize(image)))

@@ -81,7 +81,7 @@ def to_timm(opened: OpenedModel, path: Path, dest: str) -> Conversion:
     return Conversion(
         outputs,
         f"timm.create_model(\n    {name!r},\n{lines})\n\n"
-        f"timm's models take normalised pixels: mean {statistics['mean']}, std {statistics['std']}.",
+        f"timm's models take normalized pixels: mean {statistics['mean']}, std {statistics['std']}.",
     )
 
 
@@ -172,7 +172,7 @@ def _bare_tensors(opened: OpenedModel, decoder: bool) -> dict[str, Tensor]:
 
 
 def _pixel_statistics(opened: OpenedModel) -> dict[str, tuple[float, ...]]:
-    """Return mean and deviation of pixels in [0, 1] that the model normalises by, without float32's last digits."""
+    """Return mean and deviation of pixels in [0, 1] that the model normalizes by, without float32's last digits."""
     statistics = {"mean": opened.model.mean, "std": opened.model.std}
     return {key: tuple(round(value, 6) for value in tensor.flatten().tolist()) for key, tensor in statistics.items()}
 

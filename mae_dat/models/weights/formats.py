@@ -1,4 +1,4 @@
-"""Checkpoint formats: what a file holds, recognised by its keys, and its tensors under the keys of MAE and timm.
+"""Checkpoint formats: what a file holds, recognized by its keys, and its tensors under the keys of MAE and timm.
 
 The keys of MAE and timm are the same, and are kept as they are; so are those of torchvision, DeiT and easyrobust. Only
 the keys of Hugging Face are renamed (`from_hugging_face`). It also stores query, key and value separately; they are
@@ -70,7 +70,7 @@ class ModelFile:
 
 
 def recognize(file: WeightsFile, facts: Mapping[str, Any] | None = None, is_ours: bool = False) -> ModelFile:
-    """Recognise the format of a file and convert its keys to those of MAE and timm.
+    """Recognize the format of a file and convert its keys to those of MAE and timm.
 
     `facts` are known from elsewhere (default: those in the file); `is_ours`: a run's checkpoint, which has no metadata.
     Raises CheckpointError for damaged facts.

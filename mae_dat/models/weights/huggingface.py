@@ -32,7 +32,7 @@ _CARD = """---
 
 {{ description | default("Masked autoencoders and Discrete Adversarial Training (DAT).") }}
 
-Pixels are float in [0, 1], (B, C, H, W); the model normalises them itself, by the `mean` and `std` of `config.json`.
+Pixels are float in [0, 1], (B, C, H, W); the model normalizes them itself, by the `mean` and `std` of `config.json`.
 
 ```python
 from mae_dat.models.weights.huggingface import {{ class_name | default("HubClassifier") }}

@@ -43,7 +43,7 @@ class LoadReport:
     resized: tuple[PatchGrid, PatchGrid] | None = None
     """Rows and columns of the position embedding's patches in the file and in the model."""
     format: str = ""
-    """What the file was recognised as."""
+    """What the file was recognized as."""
     wrappers: tuple[str, ...] = ()
     """What was removed from around the tensors."""
 
@@ -69,7 +69,7 @@ def load_pretrained(classifier: Classifier, source: ModelSource, source_grid: Pa
     file's grid is not square and the file does not record it.
 
     Raises MissingInputError and CheckpointError, which lists every other key that is missing, left over or of another
-    shape, and reports a file whose pixels were normalised differently.
+    shape, and reports a file whose pixels were normalized differently.
     """
     return _load_classifier(classifier, read_model_file(source), source_grid, exact=False)
 
@@ -172,14 +172,14 @@ def _load_classifier(
 
 
 def _check_statistics(classifier: Classifier, weights: ModelFile) -> None:
-    """Raise CheckpointError if the weights were trained on pixels that were normalised differently."""
+    """Raise CheckpointError if the weights were trained on pixels that were normalized differently."""
     if weights.statistics is None:
         return
     statistics = (classifier.mean.flatten().tolist(), classifier.std.flatten().tolist())
     if not all(_close(values, others) for values, others in zip(statistics, weights.statistics, strict=True)):
         mean, std = (tuple(round(value, 4) for value in values) for values in weights.statistics)
         raise CheckpointError(
-            f"{weights.source} was trained on pixels normalised by mean {mean} and std {std}, this model normalises "
+            f"{weights.source} was trained on pixels normalized by mean {mean} and std {std}, this model normalizes "
             f"otherwise: choose the --model with these statistics (timm's names have their own, such as "
             f"vit_base_patch16_224 0.5), or build_classifier(..., mean={mean}, std={std})."
         )
@@ -229,7 +229,7 @@ def _allowed_differences(
     """Return keys that may start afresh (a whole head, a whole `fc_norm`) and keys that may be left over (`norm`)."""
     fc_norm = [key for key in expected if key.startswith("fc_norm.")]
     fresh_keys = [key for part in (fc_norm, head) if not any(key in state for key in part) for key in part]
-    # Under mean pooling MAE normalises after pooling, by `fc_norm`: the encoder's last `norm` has no place then.
+    # Under mean pooling MAE normalizes after pooling, by `fc_norm`: the encoder's last `norm` has no place then.
     norm_replaced = bool(fc_norm) and fc_norm[0] in fresh_keys
     return fresh_keys, [key for key in state if norm_replaced and key.startswith("norm.") and key not in expected]
 

@@ -1,6 +1,6 @@
 """Open a model by the name of released weights, a weights file or an output folder: `open_model(source).model`.
 
-The way is the same for every model: the source is read and recognised (`read_model_file`), what it records and its
+The way is the same for every model: the source is read and recognized (`read_model_file`), what it records and its
 shapes say how to build the model (`plan_model`), and its tensors are loaded (`weights.load`).
 """
 
@@ -41,7 +41,7 @@ class ModelPlan:
     global_pool: bool = True
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    """Statistics that normalise pixels in [0, 1]; None for the model's default."""
+    """Statistics that normalize pixels in [0, 1]; None for the model's default."""
     has_decoder: bool = False
     """Whether the file holds an autoencoder's decoder; otherwise it is left as initialised."""
     detector_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -225,9 +225,9 @@ def _name_by_shapes(file: ModelFile) -> str:
             f"{', '.join(VIT_SIZES)}: give its name with --model, or timm's."
         )
     if file.kind == "classifier" and "fc_norm.weight" not in file.tensors and file.statistics is None:
-        # MAE's and timm's files have the same keys and shapes, and do not say how they normalised pixels.
+        # MAE's and timm's files have the same keys and shapes, and do not say how they normalized pixels.
         raise CheckpointError(
-            f"{file.label} may be MAE's or timm's, which normalise pixels differently: give --model "
+            f"{file.label} may be MAE's or timm's, which normalize pixels differently: give --model "
             f"{name} (ImageNet's statistics: MAE, DeiT) or timm's name, such as vit_base_patch16_224 (its own)."
         )
     return name

@@ -23,7 +23,7 @@ _WORD_HEAD = "decoder_words."
 
 
 def read_model_file(source: ModelSource) -> ModelFile:
-    """Read weights, verify them, recognise their format and convert their keys to those of MAE and timm.
+    """Read weights, verify them, recognize their format and convert their keys to those of MAE and timm.
 
     An output folder provides its `model.safetensors`, or the model in its newest checkpoint. Facts are those recorded
     with the weights, else those of the registry of released weights. AdvProp's auxiliary norms and a pretraining's word

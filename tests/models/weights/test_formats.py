@@ -89,7 +89,7 @@ def test_statistics_that_differ_are_refused_and_named() -> None:
     model = imagenet()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for load in (load_classifier, load_pretrained):
-        with pytest.raises(CheckpointError, match=r"mean \(0\.5, 0\.5, 0\.5\).*normalises otherwise.*--model"):
+        with pytest.raises(CheckpointError, match=r"mean \(0\.5, 0\.5, 0\.5\).*normalizes otherwise.*--model"):
             load(model, easyrobust(fine_tuned(), (0.5, 0.5, 0.5)))
     assert equal_states(model.state_dict(), before)
     load_classifier(tiny(mean=0.5), {**easyrobust(fine_tuned(), (0.5, 0.5, 0.5)), "0.std": torch.full((3,), 0.5)})
