@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mae_dat.config.errors import UsageError, suggest
-from mae_dat.config.parse import load_config, run_command
+from mae_dat import __version__
+from mae_dat.config.arguments import Command, split_verb
+from mae_dat.config.parse import command_of, load_config, run_command
 
 PROGRAM = "mae-dat"
 
@@ -30,12 +31,18 @@ class Verb:
     """The function that takes the configuration, or a choice of it by the configuration."""
     examples: tuple[str, ...]
 
+    def command_line(self, program: str) -> Command:
+        """Return the command line of the verb; `program` is the command in the usage line."""
+        return command_of(_find(self.config), program, self._examples(program))
+
     def load(self, arguments: Sequence[str], program: str) -> Any:
         """Build the configuration from the arguments; `program` is the command in the usage line."""
-        examples = self.examples
-        if program.endswith(".py"):
-            examples = tuple(f"python {program} {words.split(' ', 2)[2]}" for words in examples)
-        return load_config(_find(self.config), arguments, program, examples)
+        return load_config(_find(self.config), arguments, program, self._examples(program))
+
+    def _examples(self, program: str) -> tuple[str, ...]:
+        if not program.endswith(".py"):
+            return self.examples
+        return tuple(f"python {program} {words.split(' ', 2)[2]}" for words in self.examples)
 
     def call(self, config: Any) -> None:
         """Import the verb's code and run it."""
@@ -63,7 +70,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             _finetune_or_evaluate,
             (
                 "mae-dat finetune --data_path DIR --finetune PRE --output_dir OUT --dat",
-                "mae-dat finetune --data_path DIR --model resnet50 --pretrained --epochs 10",
+                "mae-dat finetune --data_path DIR --model resnet50 --pretrained --dat",
             ),
         ),
         "detect": Verb(
@@ -89,7 +96,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "config.commands.tokenizer:DistillConfig",
             "training.tokenizer.distill:main",
             (
-                "mae-dat tokenizer distill --teacher vqgan_f8_16384 --data_path DIR --input_size 224",
+                "mae-dat tokenizer distill --teacher vqgan_f8_16384 --input_size 224",
                 "mae-dat tokenizer distill --teacher TOK/tokenizer.safetensors --data_path DIR",
             ),
         ),
@@ -237,6 +244,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
     },
 }
+FAMILIES = {
+    "tokenizer": "Train a light tokenizer, which turns an image into visual words.",
+    "visualize": "Draw galleries of images that show what a model or a tokenizer does.",
+}
+"""The first words of verbs of two words."""
 VERBS: dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
 LAUNCHER = "submit"
 """The verb whose arguments are its own flags, then another verb or a script with its flags."""
@@ -248,38 +260,33 @@ def _find(place: str) -> Any:
     return getattr(importlib.import_module(f"mae_dat.{module}"), name)
 
 
-def overview(prefix: str = "") -> str:
-    """Return the help text: every verb that starts with `prefix`, with its line, by group."""
-    lines = [f"usage: {PROGRAM} {prefix or 'VERB'} {'KIND ' if prefix else ''}[flags]", ""]
+def overview() -> str:
+    """Return the help of `mae-dat`: every verb with its line, by group."""
+    lines = [f"usage: {PROGRAM} VERB [flags]", ""]
     for title, verbs in GROUPS.items():
-        shown = {name: verb.summary for name, verb in verbs.items() if not prefix or name.startswith(f"{prefix} ")}
-        if title == "help" and not prefix:
+        if title == "help":
             lines += ["jobs:", _line(LAUNCHER, "run a verb on SLURM, or here in the background"), ""]
-        if shown:
-            lines += [f"{title}:", *(_line(name, summary) for name, summary in shown.items()), ""]
-    lines += [f"{PROGRAM} VERB --help lists the flags of a verb.", "", "examples:"]
-    examples = [verb.examples[0] for name, verb in VERBS.items() if prefix and name.startswith(f"{prefix} ")]
-    lines += [
-        f"  {example}"
-        for example in (examples or ["mae-dat demo", "mae-dat finetune --data_path DIR --output_dir OUT --dat"])[:2]
-    ]
-    return "\n".join(lines)
+        lines += [f"{title}:", *(_line(name, verb.summary) for name, verb in verbs.items()), ""]
+    examples = ("demo", "finetune --data_path DIR --output_dir OUT --dat")
+    return "\n".join([*lines, f"{PROGRAM} VERB --help lists the flags of a verb.", "", *_example_lines(examples)])
+
+
+def family_overview(first: str) -> str:
+    """Return the help of the verbs of two words that start with `first`, such as `visualize`."""
+    kinds = {name: verb for name, verb in VERBS.items() if name.startswith(f"{first} ")}
+    lines = [f"usage: {PROGRAM} {first} KIND [flags]", "", FAMILIES[first], "", "kinds:"]
+    lines += [_line(name.removeprefix(f"{first} "), verb.summary) for name, verb in kinds.items()]
+    lines += ["", f"{PROGRAM} {first} KIND --help lists the flags of a kind.", ""]
+    examples = [verb.examples[0].removeprefix(f"{PROGRAM} ") for verb in kinds.values()]
+    return "\n".join([*lines, *_example_lines(examples[:2])])
+
+
+def _example_lines(examples: Sequence[str]) -> list[str]:
+    return ["examples:", *(f"  {PROGRAM} {example}" for example in examples)]
 
 
 def _line(name: str, summary: str) -> str:
     return f"  {name:<25}{summary}"
-
-
-def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the verb, of one word or two, and the other arguments. Raises UsageError for an unknown verb."""
-    for words in (2, 1):
-        name = " ".join(arguments[:words])
-        if name in VERBS:
-            return name, list(arguments[words:])
-    first = arguments[0]
-    kinds = [name for name in VERBS if name.startswith(f"{first} ")]
-    wrong, valid = (" ".join(arguments[:2]), kinds) if kinds else (first, [*VERBS, LAUNCHER])
-    raise UsageError(f"there is no verb {wrong!r}: {suggest(wrong, valid)} `{PROGRAM} --help` lists all.")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -287,20 +294,20 @@ def run(arguments: Sequence[str]) -> int:
 
     Raises UserError; UsageError for an unknown verb.
     """
-    words = list(arguments) or ["--help"]
-    is_help = words[-1] in ("-h", "--help") or len(words) == 1
-    if words[0] in ("-h", "--help"):
+    first, *rest = list(arguments) or ["--help"]
+    if first in ("-h", "--help"):
         print(overview())
-        return 0
-    if words[0] == LAUNCHER:
+    elif first == "--version":
+        print(f"{PROGRAM} {__version__}")
+    elif first in FAMILIES and rest in ([], ["-h"], ["--help"]):
+        print(family_overview(first))
+    elif first == LAUNCHER:
         from mae_dat.launch.submit import main as submit
 
-        return submit(words[1:], VERBS, f"{PROGRAM} {LAUNCHER}")
-    if len(words) <= 2 and is_help and words[0] not in VERBS and any(name.startswith(f"{words[0]} ") for name in VERBS):
-        print(overview(words[0]))
-        return 0
-    name, rest = split_verb(words)
-    run_verb(name, rest, f"{PROGRAM} {name}")
+        return submit(rest, VERBS, f"{PROGRAM} {LAUNCHER}")
+    else:
+        name, rest = split_verb(arguments, [*VERBS, LAUNCHER])
+        run_verb(name, rest, f"{PROGRAM} {name}")
     return 0
 
 
@@ -316,10 +323,14 @@ def main() -> NoReturn:
 
 
 def submit_script() -> NoReturn:
-    """Run submit.py."""
-    from mae_dat.launch.submit import main as submit
+    """Run submit.py, which is `mae-dat submit`."""
 
-    sys.exit(run_command(lambda: submit(sys.argv[1:], VERBS)))
+    def submit() -> int:
+        from mae_dat.launch.submit import main as submit_job
+
+        return submit_job(sys.argv[1:], VERBS)
+
+    sys.exit(run_command(submit))
 
 
 def main_script(name: str) -> NoReturn:

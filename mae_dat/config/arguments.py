@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from mae_dat.config.errors import UsageError, similar_words
+from mae_dat.config.errors import UsageError, similar_words, suggest
 from mae_dat.config.flags import REQUIRED, Flag, WrongValueError
 
 MAX_WIDTH = 100
@@ -124,6 +124,25 @@ class Command:
 
     def _see_help(self) -> str:
         return f"`{self.program} --help` lists all flags."
+
+
+def split_verb(words: Sequence[str], verbs: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the verb of a command line, of one word or two, and the other words.
+
+    Raises UsageError, with a suggestion, for an unknown verb.
+    """
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in verbs:
+            return name, list(words[count:])
+    first, second = words[0], words[1] if len(words) > 1 else "-"
+    kinds = [name.split()[1] for name in verbs if name.startswith(f"{first} ")]
+    if kinds and second.startswith("-"):
+        raise UsageError(f"{first} needs a kind: {', '.join(kinds)}. `mae-dat {first} --help` lists them.")
+    if kinds:
+        hint = suggest(second, kinds)
+        raise UsageError(f"{first} has no kind {second!r}: {hint} `mae-dat {first} --help` lists them.")
+    raise UsageError(f"there is no verb {first!r}: {suggest(first, verbs)} `mae-dat --help` lists all.")
 
 
 class _Parser(argparse.ArgumentParser):

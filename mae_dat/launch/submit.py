@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from submitit.core.core import Job
 
-from mae_dat.config.arguments import Command
+from mae_dat.config.arguments import Command, split_verb
 from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UsageError, UserError, suggest
 from mae_dat.config.flags import build_config, flags_of, flat_values
 from mae_dat.config.groups import data_root
@@ -78,7 +78,7 @@ def parse_command(argv: Sequence[str], verbs: Verbs, program: str = "submit.py")
     if name.endswith(".py") or "/" in name:
         task = ScriptTask(str(_existing_script(Path(name))), tuple(args))
     else:
-        _split_verb(script_words, verbs)
+        split_verb(script_words, list(verbs))
         task = ScriptTask(PACKAGE_FOLDER.name, tuple(script_words), module=True)
     for word in task.args:
         if word.startswith("--") and _takes_value(word) is not None:
@@ -120,15 +120,6 @@ def _existing_script(path: Path) -> Path:
     raise MissingInputError(f"no such script: {path}: {suggest(str(path), scripts) if scripts else 'wrong folder?'}")
 
 
-def _split_verb(words: Sequence[str], verbs: Verbs) -> tuple[str, list[str]]:
-    """Return the verb, of one word or two, and its flags. Raises UsageError for an unknown verb."""
-    for count in (2, 1):
-        name = " ".join(words[:count])
-        if name in verbs:
-            return name, list(words[count:])
-    raise UsageError(f"there is no verb {words[0]!r}: {suggest(words[0], sorted(verbs))} A script ends in .py.")
-
-
 # ---- the script's own flags ----
 
 
@@ -138,7 +129,7 @@ def script_settings(task: ScriptTask, verbs: Verbs) -> dict[str, Any] | None:
     Raises UserError for wrong flags, as the verb does.
     """
     if task.module:
-        name, args = _split_verb(task.args, verbs)
+        name, args = split_verb(task.args, list(verbs))
         return flat_values(verbs[name].load(args, f"mae-dat {name}"))
     script = Path(task.script).name
     verb = verbs.get(script.removeprefix("main_").removesuffix(".py")) if script in _SCRIPTS else None

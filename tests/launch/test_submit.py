@@ -171,7 +171,7 @@ def test_a_verb_is_submitted_like_a_script() -> None:
         assert config.dry_run
     with pytest.raises(UsageError, match=r"no verb 'compar': did you mean compare"):
         parse_command(["compar"], VERBS)
-    with pytest.raises(UsageError, match=r"no verb 'tokenizer'"):
+    with pytest.raises(UsageError, match=r"tokenizer has no kind 'trian': did you mean train"):
         parse_command(["tokenizer", "trian"], VERBS)
 
 
