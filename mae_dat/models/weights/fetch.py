@@ -1,10 +1,9 @@
 """The commands that list and download released weights."""
 
 import logging
+import shutil
+import textwrap
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Column, Table
 
 from mae_dat.config.commands.weights import GetConfig, ListConfig
 from mae_dat.config.errors import ConfigError
@@ -18,22 +17,36 @@ from mae_dat.storage.released import (
 )
 
 NON_COMMERCIAL = "CC-BY-NC-4.0"
+_MAX_WIDTH = 100
 
 
-def _table(entries: dict[str, ReleasedWeights]) -> Table:
-    """Return a table with a row for each of the weights; names are not wrapped, so that they can be copied."""
-    name = Column("name", no_wrap=True, min_width=max(map(len, entries)))
-    headings = ("what it is", "MB", "license", "sha256", "here")
-    rows = Table(name, *headings, box=None, pad_edge=False)
+def _table(entries: dict[str, ReleasedWeights]) -> str:
+    """Return a table of the weights: a line with name, size, license and place, and below it what they are."""
+    lines = [_row("name", "MB", "license", "here")]
     for entry in entries.values():
         path = find_local_file(entry)
         size = path.stat().st_size if path else entry.size
         licence = NON_COMMERCIAL if NON_COMMERCIAL in entry.licence else entry.licence.partition(" (")[0]
-        sha256 = "shipped" if entry.embedded else "known" if entry.sha256 else "first use"
-        rows.add_row(
-            entry.name, entry.what, f"{size / 1e6:,.0f}" if size else "", licence, sha256, "" if path is None else "yes"
-        )
-    return rows
+        lines.append(_row(entry.name, f"{size / 1e6:,.0f}" if size else "", licence, "yes" if path else ""))
+        lines += _wrapped(entry.what, "  ", "  ")
+    return "\n".join(lines)
+
+
+def _row(name: str, size: str, licence: str, here: str) -> str:
+    return f"{name:<41}{size:>6}  {licence:<14}{here}".rstrip()
+
+
+def _wrapped(text: str, first_indent: str, indent: str) -> list[str]:
+    """Return text in lines as wide as the terminal; words, such as addresses, are not broken."""
+    width = min(shutil.get_terminal_size().columns, _MAX_WIDTH) - 1
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first_indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _details(entry: ReleasedWeights) -> str:
@@ -41,31 +54,28 @@ def _details(entry: ReleasedWeights) -> str:
     facts = {
         "name": entry.name,
         "what it is": entry.what,
-        "licence": entry.licence,
+        "license": entry.licence,
         "published": entry.origin,
-        "addresses": "\n            ".join(entry.urls),
+        "addresses": " ".join(entry.urls),
         "file": entry.file,
-        "sha256": entry.sha256 or ("on its card" if entry.embedded else "not published: that of the first use counts"),
+        "sha256": entry.sha256 or ("on its card" if entry.embedded else "recorded at the first download"),
         "MB": entry.size and f"{entry.size / 1e6:,.0f}",
         "pixels": entry.input_size,
         "expected": ", ".join(f"{key} {value}" for key, value in entry.expected.items()),
     }
-    return "\n".join(f"{key:<11} {value}" for key, value in facts.items() if value)
+    rows = [_wrapped(str(value), f"{key:<12}", 12 * " ") for key, value in facts.items() if value]
+    return "\n".join(line for row in rows for line in row)
 
 
 def list_weights(config: ListConfig) -> None:
     """Run `mae-dat list`: print the table of released weights, or what is known about those named."""
-    screen = Console()
-    entries = [find_released(name) for name in config.names]
-    for entry in entries:
-        screen.print(_details(entry), end="\n\n", soft_wrap=True, highlight=False)
-    if not entries:
-        screen.print(_table(released_weights()))
-        screen.print(
-            f"\n{NON_COMMERCIAL}: not for commercial use. A name can stand for a file in --finetune, --resume, "
-            f"--checkpoint and --tokenizer. Downloads go to {weights_folder()}.",
-            highlight=False,
-        )
+    for entry in [find_released(name) for name in config.names]:
+        print(_details(entry), end="\n\n")
+    if not config.names:
+        print(_table(released_weights()))
+        print(f"\n{NON_COMMERCIAL}: not for commercial use.")
+        print("A name can stand for a file in --finetune, --resume, --checkpoint, --tokenizer.")
+        print(f"Downloads go to {weights_folder()}.")
 
 
 def get_weights(config: GetConfig) -> None:

@@ -336,7 +336,7 @@ def test_a_name_is_a_tokenizer(home: Path) -> None:
 
 
 def command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     verb("list")(arguments)
     return capsys.readouterr().out
 
@@ -345,13 +345,16 @@ def test_the_command_lists_tells_and_finds(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (home / "resnet50_dat.pth").write_bytes(b"x" * 3_000_000)
-    lines = {line.split()[0]: line for line in command([], monkeypatch, capsys).splitlines() if line.strip()}
+    table = command([], monkeypatch, capsys)
+    assert max(len(line) for line in table.splitlines() if not line.startswith("Downloads go to ")) <= 80
+    lines = {line.split()[0]: line for line in table.splitlines() if line.strip()}
     assert set(released_weights()) <= set(lines)
     assert lines["resnet50_dat"].split()[-1] == "yes"
     assert " 3 " in lines["resnet50_dat"]
-    assert lines["vqgan_demo"].split()[-2:] == ["shipped", "yes"]
+    assert lines["vqgan_demo"].split()[1:] == ["2", "Apache-2.0", "yes"]
     assert "CC-BY-NC-4.0" in lines["mae_vit_huge_patch14_dat"]
-    assert lines["vit_base_patch16"].split()[-1] == "use"  # not here
+    assert lines["vit_base_patch16"].split() == ["vit_base_patch16", "CC-BY-NC-4.0"]  # not here
+    assert "  MAE ViT-B/16 fine-tuned on ImageNet-1k\n" in table
     told = command(["mae_vit_huge_patch14_dat"], monkeypatch, capsys)
     assert "mCE 31.4" in told
     assert "not for commercial use" in told
