@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console as RichConsole
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from mae_dat.runtime.world import world_from_environment
 
@@ -24,8 +24,9 @@ def format_duration(seconds: float) -> str:
 
 
 class Console:
-    """Progress of one or several stages: a live bar on a terminal, one plain line every `interval` seconds in a file.
+    """Progress of one or several stages: a live bar on a terminal, plain lines in a file.
 
+    The lines come every `interval` seconds, and less often in a long stage: after every fiftieth of the time so far.
     `plan` gives the expected seconds of every stage of a longer job by title. The remaining time then covers the later
     stages, corrected by how much the finished ones deviated from the plan. With `quiet` (ranks above 0) nothing is
     shown.
@@ -43,9 +44,7 @@ class Console:
         """Send the log to the terminal above the bar, or as plain lines to standard error; only warnings where
         `quiet`."""
         if self.live:
-            handler: logging.Handler = RichHandler(
-                console=self.rich, show_path=False, show_time=False, show_level=False, markup=False
-            )
+            handler: logging.Handler = _TerminalHandler(self.rich)
         else:
             handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -69,6 +68,22 @@ class Console:
         if planned:
             pace = sum(measured[name] for name in planned) / max(sum(self.plan[name] for name in planned), 1e-9)
         return pace * sum(seconds for name, seconds in self.plan.items() if name not in measured)
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes the log above a live bar. Long lines are left to the terminal, so that a command in one can be copied."""
+
+    def __init__(self, console: RichConsole) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message, a warning in yellow."""
+        try:
+            style = "yellow" if record.levelno >= logging.WARNING else ""
+            self.console.print(Text(self.format(record), style=style), soft_wrap=True)
+        except Exception:
+            self.handleError(record)
 
 
 class Task:
@@ -115,7 +130,8 @@ class Task:
             self.progress.update(self.bar, completed=self.completed, note=f"{note}  {remaining}")
             return
         now = time.monotonic()
-        due = now - self.last_line >= self.console.interval or self.completed == self.total
+        interval = max(self.console.interval, (now - self.start) / 50)
+        due = now - self.last_line >= interval or self.completed == self.total
         if due and not self.console.quiet:
             self.last_line = now
             logger.info("%s: %s %d/%d  %s  %s", self.title, self.unit, self.completed, self.total, note, remaining)
