@@ -33,19 +33,14 @@ from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.export import export_model
 from mae_dat.training.finetune import initialize_from
 from mae_dat.training.galleries import galleries_due, show_galleries
+from mae_dat.training.next_commands import after_detection, log_next_commands
 from mae_dat.training.objectives.dat import with_dat
 from mae_dat.training.optim import build_optimizer
 from mae_dat.training.session import run_training
-from mae_dat.training.setup import Reporting
+from mae_dat.training.setup import Reporting, ShownScore
 from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
-
-_SCALAR_TAGS = {
-    "train_loss": "loss",
-    "train_lr": "lr",
-    **{f"test_{name}": f"perf/test_{name}" for name in DETECTION_METRICS},
-}
 
 
 def detect(config: DetectConfig, console: Console) -> dict[str, float]:
@@ -70,7 +65,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
         def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(epoch, context):
                 gallery = draw_detections(model, objective, validation, seed=config.run.seed, device=context.device)
-                show_galleries({"boxes": gallery}, context, log, epoch)
+                show_galleries({"boxes": gallery}, context, log, state.step)
             if (epoch + 1) % config.measure.eval_every and epoch != last_epoch:
                 return {}
             scores = _validation_scores(model, validation, config, context)
@@ -83,7 +78,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
             data=config.data,
             optim=config.optim,
             settings=flat_values(config),
-            reporting=Reporting("detect", at_epoch_end, _SCALAR_TAGS),
+            reporting=Reporting("detect", at_epoch_end, ShownScore("test_map", "val mAP", 100)),
         )
         facts = {**_detector_facts(config, images.classes), "steps": state.step}
         export_model(full_state_dict(model.net.state_dict()), context, facts)
@@ -204,6 +199,8 @@ def main(config: DetectConfig) -> None:
         print_corruption_table(result, config.measure.severities)
     else:
         print_scores(result)
+    if not config.measure.eval:
+        log_next_commands(config.run.output_dir, after_detection(config.run.output_dir, config.data))
 
 
 def print_scores(result: dict[str, float]) -> None:

@@ -8,6 +8,8 @@ class TrainingClock:
 
     def __init__(self, first_step: int) -> None:
         self.first_step = first_step
+        self.training_time = (0, 0.0)
+        """Number and seconds of all laps."""
         self.start = self.last_save = time.monotonic()
         self.restart()
 
@@ -19,7 +21,9 @@ class TrainingClock:
         """Return the wall and processor seconds since the last `lap` or `restart`."""
         before = self.last, self.last_cpu
         self.restart()
-        return self.last - before[0], self.last_cpu - before[1]
+        seconds = self.last - before[0]
+        self.training_time = (self.training_time[0] + 1, self.training_time[1] + seconds)
+        return seconds, self.last_cpu - before[1]
 
     def steps_per_second(self, step: int) -> float:
         """Return the pace since the start of this process, up to the last lap."""

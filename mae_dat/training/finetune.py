@@ -32,6 +32,7 @@ from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.export import export_model
 from mae_dat.training.galleries import adversary_gallery, galleries_due, show_galleries
+from mae_dat.training.next_commands import after_finetuning, log_next_commands
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.consistency import AUGMIX_VIEWS, AugMix, ConsistentDAT
@@ -39,18 +40,11 @@ from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.pixel import WithPixelAdversary
 from mae_dat.training.optim import build_optimizer, effective_lr
 from mae_dat.training.session import run_training
-from mae_dat.training.setup import Reporting
+from mae_dat.training.setup import Reporting, ShownScore
 from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-_SCALAR_TAGS = {
-    "train_loss": "loss",
-    "train_lr": "lr",
-    "test_acc1": "perf/test_acc1",
-    "test_acc5": "perf/test_acc5",
-    "test_loss": "perf/test_loss",
-}
 _GALLERY_IMAGES = 6
 _SLOW_LARS = 0.5  # MAE's linear probe has 6.4
 
@@ -75,7 +69,7 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
                 galleries = draw_validation_adversary(
                     state.model, state.objective, samples=samples, seed=seed, device=context.device
                 )
-                show_galleries(galleries, context, log, epoch)
+                show_galleries(galleries, context, log, state.step)
             return evaluate_accuracy(state.averaged, loader, context.device, context.precision)
 
         run_training(
@@ -85,7 +79,7 @@ def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune")
             data=data,
             optim=config.optim,
             settings=flat_values(config),
-            reporting=Reporting(title, at_epoch_end, _SCALAR_TAGS),
+            reporting=Reporting(title, at_epoch_end, ShownScore("test_acc1", "val top-1")),
         )
         facts = {**classifier_facts(settings, data, images.classes), "nb_classes": classes}
         export_classifier(state, context, facts)
@@ -299,6 +293,7 @@ def initialize_from(model: Classifier, source: str | Path) -> None:
 
 
 def main(config: FinetuneConfig) -> None:
-    """Run the command, and log the accuracy of the result."""
+    """Run the command, and log the accuracy of the result and what to do with it."""
     scores = finetune(config, console_for_command())
     logger.info("accuracy %.2f %% top-1, %.2f %% top-5", scores["test_acc1"], scores["test_acc5"])
+    log_next_commands(config.run.output_dir, after_finetuning(config.run.output_dir, config.data))

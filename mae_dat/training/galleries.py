@@ -190,12 +190,13 @@ def galleries_due(epoch: int, context: RunContext) -> bool:
     return every > 0 and (epoch + 1) % every == 0 and (context.world.main or context.sharded)
 
 
-def show_galleries(galleries: Mapping[str, Tensor], context: RunContext, log: RunLog, epoch: int) -> None:
-    """Save galleries by name, (3, H, W) in [0, 1]: the newest as pictures/NAME.png, and all of them in TensorBoard."""
+def show_galleries(galleries: Mapping[str, Tensor], context: RunContext, log: RunLog, step: int) -> None:
+    """Save galleries by name, (3, H, W) in [0, 1], drawn after `step` updates: the newest as pictures/NAME.png, and all
+    of them in TensorBoard."""
     if not context.world.main:
         return
     folder = context.output / "pictures"
     folder.mkdir(exist_ok=True)
     for name, gallery in galleries.items():
         save_png(gallery, folder / f"{name}.png")
-        log.image(name, gallery, 1000 * (epoch + 1))
+        log.image(name, gallery, step)

@@ -8,7 +8,8 @@ state of a run is its tensors and one integer (`TrainingState`). To follow one s
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from torch import Tensor
 from mae_dat.config.errors import InterruptError, NumericsError, UserError
 from mae_dat.data.image_set import Batch, as_float
 from mae_dat.models.modes import autocast
-from mae_dat.runtime.collectives import all_sum, catch_user_error, on_all_ranks, raise_on_all_ranks
-from mae_dat.runtime.device import peak_memory
+from mae_dat.runtime.collectives import catch_user_error, on_all_ranks, raise_on_all_ranks
 from mae_dat.runtime.failures import explain_rank_failure
 from mae_dat.runtime.seeds import seed_everything, step_generator, step_seed
 from mae_dat.runtime.sharding import no_gradient_sync, wrap_model
@@ -32,6 +32,7 @@ from mae_dat.training.prefetch import Prefetcher
 from mae_dat.training.setup import TrainingSetup
 from mae_dat.training.state import TrainingState
 from mae_dat.training.step_report import DelayedReports, MicroBatch, RankRequests, StepReport
+from mae_dat.training.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Trainer:
         """What is called in a step: the model, or DistributedDataParallel around it."""
         self.model.train()
         self.clock = TrainingClock(state.step)
+        self.log = TrainingLog(state, setup, self.clock)
         self.reports = DelayedReports(self.device)
         self.prefetcher = Prefetcher(setup.loader, setup.optim.accum_iter, self.reports.lag)
         self.agreed = RankRequests()
@@ -163,14 +165,15 @@ class Trainer:
         micro_batches = [self.forward_backward(batch, micro_index) for micro_index, batch in enumerate(batches)]
         self.prefetcher.prefetch()
         save_error = catch_user_error(self.saver.check) if self.saver else None
-        bad_losses_and_requests = self.reports.sum_over_ranks(micro_batches, self.requests_of_this_rank(save_error))
+        sums = self.reports.sum_over_ranks(micro_batches, self.requests_of_this_rank(save_error))
         grad_norm = self.apply_gradient()
         self.reports.add(
             self.state.step,
             micro_batches,
             save_error,
+            lr=self.state.optimizer.param_groups[-1]["lr"],
             grad_norm=grad_norm,
-            bad_losses_and_requests=bad_losses_and_requests,
+            sums=sums,
         )
         self.state.step += 1
 
@@ -268,16 +271,12 @@ class Trainer:
             self.add_metrics(report)
 
     def add_metrics(self, report: StepReport) -> None:
-        """Add a step's metrics to the epoch's totals, weighted by images, and put them aside for the objective."""
-        sums = {"images": 0.0, "skipped": 0.0, "updates": 1.0, "grad_norm": report.grad_norm}
-        for batch, metrics in zip(report.micro_batches, report.metrics, strict=True):
-            self.state.delayed_metrics.append((report.step, metrics))
-            weighted = {name: len(batch.images) * value for name, value in metrics.items()}
-            for name, value in {**weighted, "images": len(batch.images), "skipped": batch.skipped}.items():
-                sums[name] = sums.get(name, 0.0) + value
-        for name, value in sums.items():
-            self.state.totals[name] = self.state.totals.get(name, 0.0) + value
-        self.loss = sums["loss"] / sums["images"]
+        """Log a step's metrics, and put them aside for the objective."""
+        self.state.delayed_metrics += [(report.step, metrics) for metrics in report.metrics]
+        self.log.add(report)
+        images = [len(batch.images) for batch in report.micro_batches]
+        losses = [metrics["loss"] for metrics in report.metrics]
+        self.loss = sum(map(operator.mul, images, losses)) / sum(images)
 
     def numerics_error(self, report: StepReport) -> NumericsError | None:
         """Return this rank's error about a bad step; None if the loss of another rank alone is at fault.
@@ -305,30 +304,13 @@ class Trainer:
         """Average the epoch's metrics over images and ranks, evaluate, write the record, and start new totals."""
         epoch = self.state.step // self.setup.steps_per_epoch - 1
         self.average_batch_norm()
-        totals = self.totals_of_all_ranks()
-        images, skipped, updates = (totals.pop(name) for name in ("images", "skipped", "updates"))
-        seconds = totals.pop("seconds") / self.context.world.size
-        cpu_seconds = totals.pop("cpu_seconds", 0.0)  # missing in checkpoints of older versions
-        means = {
-            f"train_{name}": total / (updates if name == "grad_norm" else images) for name, total in totals.items()
-        }
-        if skipped:
-            logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
+        means, facts = self.log.epoch_means()
         record = {
             **means,
             "train_lr": self.state.optimizer.param_groups[-1]["lr"],
             **self.setup.reporting.at_epoch_end(self.state, epoch, self.setup.log),
         }
-        facts = {
-            "epoch": epoch,
-            "step": self.state.step,
-            "n_parameters": sum(p.numel() for p in self.state.model.parameters() if p.requires_grad),
-            "seconds": round(seconds, 2),
-            "cpu_seconds": round(cpu_seconds, 2),
-            "skipped": int(skipped),
-            "peak_memory_gb": round(peak_memory(self.device) / 1e9, 2),
-        }
-        self.write_record(epoch, record, facts)
+        self.log.write_epoch(epoch, record, facts)
         self.score = record.get("test_acc1", record.get("test_map", -means["train_loss"]))
         self.state.totals = {}
         self.state.model.train()
@@ -338,20 +320,6 @@ class Trainer:
         if self.context.world.size > 1:
             for network in dict.fromkeys((self.state.model, self.state.averaged)):
                 distribute_bn(network, self.context.world.size, reduce=True)
-
-    def totals_of_all_ranks(self) -> dict[str, float]:
-        """Return the epoch's totals, summed over the ranks. Collective."""
-        names = sorted(self.state.totals)
-        totals = torch.tensor([self.state.totals[name] for name in names], dtype=torch.float64, device=self.device)
-        return dict(zip(names, all_sum(totals).tolist(), strict=True))
-
-    def write_record(self, epoch: int, record: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Write an epoch's record to log.txt and TensorBoard, where the axis counts thousandths of an epoch."""
-        if epoch == 0:
-            logger.info("peak memory %.2f GB", facts["peak_memory_gb"])
-        self.setup.log.record({**record, **facts})
-        tags = self.setup.reporting.scalar_tags
-        self.setup.log.scalars({tags.get(name, name): value for name, value in record.items()}, 1000 * (epoch + 1))
 
     # ---- checkpoints ----
 
@@ -371,6 +339,7 @@ class Trainer:
 
     def save(self) -> None:
         """Start to write a checkpoint, on rank 0. Collective."""
+        self.setup.log.flush()  # so that a run that resumes from here misses no point of its log
         content = self.state.state_dict()
         manifest = {**self.epoch_manifest(), **self.setup.manifest, "epoch": self.epoch}
         changing = self.changed_in_forward()

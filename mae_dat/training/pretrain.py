@@ -19,6 +19,7 @@ from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.training.context import prepare_model, run_context
 from mae_dat.training.export import export_model
 from mae_dat.training.galleries import adversary_gallery, galleries_due, reconstruction_gallery, show_galleries
+from mae_dat.training.next_commands import after_pretraining, log_next_commands
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
@@ -27,7 +28,6 @@ from mae_dat.training.session import run_training
 from mae_dat.training.setup import Reporting
 from mae_dat.training.state import TrainingState
 
-_SCALAR_TAGS = {"train_lr": "lr"}
 _GALLERY_IMAGES = 6
 
 
@@ -49,7 +49,7 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
         def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(epoch, context):
                 galleries = draw_galleries(model, objective, still_images, mae=mae, seed=seed)
-                show_galleries(galleries, context, log, epoch)
+                show_galleries(galleries, context, log, state.step)
             return {}
 
         run_training(
@@ -59,7 +59,7 @@ def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") 
             data=data,
             optim=config.optim,
             settings=flat_values(config),
-            reporting=Reporting(title, at_epoch_end, _SCALAR_TAGS),
+            reporting=Reporting(title, at_epoch_end),
         )
         facts: dict[str, Any] = {
             "kind": "mae",
@@ -119,5 +119,6 @@ def draw_galleries(
 
 
 def main(config: PretrainConfig) -> None:
-    """Run the command."""
+    """Run the command, and log what to do with the result."""
     pretrain(config, console_for_command())
+    log_next_commands(config.run.output_dir, after_pretraining(config))

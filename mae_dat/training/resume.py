@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 FREE_SETTINGS = {
     *("output_dir", "log_dir", "resume", "start_epoch", "deterministic", "save_minutes", "keep", "keep_every"),
     "checkpoint_activations",
-    *("allow_change", "hang_minutes", "pictures_every"),
+    *("allow_change", "hang_minutes", "log_every", "pictures_every"),
     *("data_path", "on_bad", "num_workers", "pin_mem"),
     *("eval", "dist_eval", "suite", "limit"),
     *("val_path", "save_every"),  # of a tokenizer's training

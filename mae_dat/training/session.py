@@ -55,7 +55,7 @@ def run_training(  # noqa: PLR0913 - keywords
     if state.step >= optim.total_epochs * epoch_steps:
         logger.info("%s is complete (%d steps): nothing left to train.", context.run.output_dir, state.step)
         return
-    with contextlib.closing(_start_log(context, settings, state.step, epoch_steps)) as log:
+    with contextlib.closing(_start_log(context, settings, state.step)) as log:
         setup = TrainingSetup(
             context=context,
             optim=optim,
@@ -105,7 +105,7 @@ def _loader(
     return train_loader(images, sampler, data.num_workers, pin_memory=pinned)
 
 
-def _start_log(context: RunContext, settings: Mapping[str, Any], step: int, epoch_steps: int) -> RunLog:
+def _start_log(context: RunContext, settings: Mapping[str, Any], step: int) -> RunLog:
     """Record that training starts at a step, and open its log, to which only rank 0 writes.
 
     Raises OutputError, NoProgressError, StorageError.
@@ -116,7 +116,6 @@ def _start_log(context: RunContext, settings: Mapping[str, Any], step: int, epoc
         _log_folder(context.run.log_dir),
         step,
         enabled=context.world.main,
-        purge_from=1000 * step // epoch_steps + 1,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mae_dat.config.groups import OptimConfig
 from mae_dat.data.image_set import Batch
@@ -15,6 +15,20 @@ EpochEnd = Callable[[TrainingState, int, RunLog], dict[str, float]]
 """Evaluates and draws after an epoch, given its number; the metrics that it returns join the epoch's record."""
 
 
+class ShownScore(NamedTuple):
+    """The score in the line about an epoch: higher is better."""
+
+    key: str
+    """Its key in the epoch's record."""
+    title: str
+    factor: float = 1.0
+    """What makes it percent."""
+
+    def percent(self, record: Mapping[str, float]) -> float:
+        """Return the score of an epoch's record in percent."""
+        return self.factor * record[self.key]
+
+
 @dataclass(frozen=True)
 class Reporting:
     """What a run shows of itself."""
@@ -22,8 +36,9 @@ class Reporting:
     title: str
     """The title of the progress bar."""
     at_epoch_end: EpochEnd = lambda state, epoch, log: {}
-    scalar_tags: Mapping[str, str] = field(default_factory=dict)
-    """TensorBoard tag for a key of an epoch's record, where it is not the key itself."""
+    score: ShownScore | None = None
+    by_epochs: bool = True
+    """Whether the training counts epochs; a tokenizer's counts steps alone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,12 @@ class TrainingSetup:
     def total_steps(self) -> int:
         """Updates of the whole run."""
         return self.optim.total_epochs * self.steps_per_epoch
+
+    @property
+    def log_interval(self) -> int:
+        """Updates between two points of the log: `--log_every`, but at least five points an epoch."""
+        every = self.context.run.log_every
+        return min(every, max(1, self.steps_per_epoch // 5)) if self.reporting.by_epochs else every
 
     @property
     def effective_batch(self) -> int:

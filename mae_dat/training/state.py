@@ -27,6 +27,8 @@ class TrainingState:
     """Updates since the start of the run."""
     totals: dict[str, float] = field(default_factory=dict)
     """Sums of the metrics over the current epoch's images of this rank, with `images`, `updates` and `seconds`."""
+    point_sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Sum and number of the metrics since the last point of the log, the same on all ranks."""
     delayed_metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     """Steps and their metrics, which the objective has not observed yet.
 
@@ -48,6 +50,7 @@ class TrainingState:
             "objective": self.objective.state_dict(),
             "ema": full_state_dict(self.ema.module.state_dict()) if self.ema else None,
             "step": self.step,
+            "point_sums": self.point_sums,
             "ranks": gather(rank_state),
         }
 
@@ -63,6 +66,7 @@ class TrainingState:
         if self.ema:
             load_model_state(self.ema.module, state["ema"] or state["model"])
         self.step = state["step"]
+        self.point_sums = state.get("point_sums", {})  # missing in checkpoints of older versions
         rank_states = state["ranks"]
         if len(rank_states) == ranks:
             rank_state = rank_states[rank]

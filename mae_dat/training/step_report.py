@@ -103,11 +103,13 @@ class StepReport:
     """Whether any rank had a loss that is not finite."""
     requests: RankRequests
     """What any rank requested."""
+    means: dict[str, float]
+    """The objective's metrics, averaged over the micro-batches of all ranks."""
 
     def __init__(
-        self, step: int, micro_batches: Sequence[MicroBatch], save_error: UserError | None, values: Tensor
+        self, step: int, micro_batches: Sequence[MicroBatch], save_error: UserError | None, lr: float, values: Tensor
     ) -> None:
-        self.step, self.micro_batches, self.save_error = step, micro_batches, save_error
+        self.step, self.micro_batches, self.save_error, self.lr = step, micro_batches, save_error, lr
         self._copy = HostCopy(values)
 
     def wait(self) -> None:
@@ -117,7 +119,9 @@ class StepReport:
         self.metrics = [{name: next(numbers) for name in batch.metrics} for batch in self.micro_batches]
         self.grad_norm, self.update_skipped = next(numbers), next(numbers) > 0
         self.bad_loss = next(numbers) > 0
-        self.requests = RankRequests(*(count > 0 for count in numbers))
+        self.requests = RankRequests(*(next(numbers) > 0 for _ in RankRequests._fields))
+        micro_batches = next(numbers)
+        self.means = {name: next(numbers) / micro_batches for name in self.micro_batches[0].metrics}
 
 
 class DelayedReports:
@@ -133,18 +137,22 @@ class DelayedReports:
         self._pending: deque[StepReport] = deque()
 
     def sum_over_ranks(self, micro_batches: Sequence[MicroBatch], requests: RankRequests) -> Tensor:
-        """Count over all ranks the losses that are not finite and the requests of each kind; float32 (5,), on the
-        device. Collective.
+        """Sum over all ranks, in one operation: how many losses are not finite, the requests of each kind, the number
+        of micro-batches and each of their metrics. Returns float32 (6 + metrics,), on the device. Collective.
 
-        Sets `skip_updates` if there is such a loss.
+        Sets `skip_updates` if there is a loss that is not finite.
         """
         bad_losses = torch.stack([batch.metrics["loss"] for batch in micro_batches]).isfinite().logical_not().sum()
-        requested = torch.tensor(requests, dtype=torch.float32, pin_memory=self.device.type == "cuda")
-        bad_losses_and_requests = all_sum(
-            torch.cat([bad_losses.float().view(1), requested.to(self.device, non_blocking=True)])
-        )
-        self.skip_where(bad_losses_and_requests[0] > 0)
-        return bad_losses_and_requests
+        counts = torch.tensor(
+            [*requests, len(micro_batches)], dtype=torch.float32, pin_memory=self.device.type == "cuda"
+        ).to(self.device, non_blocking=True)
+        metrics = [
+            torch.stack([value.to(self.device, non_blocking=True) for value in batch.metrics.values()]).float()
+            for batch in micro_batches
+        ]
+        sums = all_sum(torch.cat([bad_losses.float().view(1), counts, torch.stack(metrics).sum(0)]))
+        self.skip_where(sums[0] > 0)
+        return sums
 
     def skip_where(self, bad: Tensor) -> None:
         """Set `skip_updates` to 1 where `bad`, a boolean scalar on the device, is true. It never returns to 0."""
@@ -155,19 +163,19 @@ class DelayedReports:
         step: int,
         micro_batches: Sequence[MicroBatch],
         save_error: UserError | None,
+        lr: float,
         grad_norm: Tensor,
-        bad_losses_and_requests: Tensor,
+        sums: Tensor,
     ) -> None:
-        """Start to copy the numbers of a launched step to the host; `bad_losses_and_requests` is the result of
-        `sum_over_ranks`."""
+        """Start to copy the numbers of a launched step to the host; `sums` is the result of `sum_over_ranks`."""
         metrics = [value for batch in micro_batches for value in batch.metrics.values()]
         scalars = [
             value.to(self.device, torch.float64, non_blocking=True)
             for value in (*metrics, grad_norm, self.skip_updates)
         ]
         # `StepReport.wait` reads the values in this order.
-        values = torch.cat([torch.stack(scalars), bad_losses_and_requests.double()])
-        self._pending.append(StepReport(step, micro_batches, save_error, values))
+        values = torch.cat([torch.stack(scalars), sums.double()])
+        self._pending.append(StepReport(step, micro_batches, save_error, lr, values))
 
     def read(self, lag: int) -> Iterator[StepReport]:
         """Yield the oldest reports with their numbers, until only `lag` of them are left."""

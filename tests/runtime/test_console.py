@@ -94,6 +94,31 @@ def test_a_terminal_gets_a_live_bar(clock: Clock, caplog: pytest.LogCaptureFixtu
     assert not caplog.records, "no plain lines beside the bar"
 
 
+def test_a_long_line_reaches_a_terminal_in_one_piece() -> None:
+    """So that a command in it can be copied; a bar stays below the lines."""
+    screen, console = io.StringIO(), Console()
+    console.rich = RichConsole(file=screen, force_terminal=True, width=40)
+    console.live = True
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        console.start_logging()
+        with console.task("train", 20):
+            logging.getLogger("mae_dat").info("mae-dat evaluate --checkpoint %s [bold]", "OUT/" * 30)
+            logging.getLogger("mae_dat").warning("a warning")
+    finally:
+        logging.basicConfig(level=level, handlers=before, force=True)
+    shown = screen.getvalue()
+    assert f"mae-dat evaluate --checkpoint {'OUT/' * 30} [bold]\n" in shown
+    assert "\x1b[33ma warning" in shown, "in yellow"
+
+
+def test_lines_of_a_long_stage_become_rare(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run_task(Console(interval=10), clock, 10 * 3600, 1.0)
+    assert 200 < len(caplog.records) < 300, "and not 3600"
+
+
 def test_the_time_left_of_a_resumed_stage_counts_what_was_done_now(clock: Clock) -> None:
     with Console(quiet=True).task("train", 100, completed=90) as task:
         clock.now += 4
@@ -182,8 +207,8 @@ def test_a_torn_tensorboard_file_leaves_every_position_once(
     """A run is killed while it writes: later values are written again, earlier ones are kept."""
     (tmp_path / "whole").mkdir()
     first = RunLog(tmp_path / "whole")
-    for epoch in range(1, 5):
-        first.scalars({"loss": float(epoch)}, 1000 * epoch)
+    for number in range(1, 5):
+        first.point({"train_loss": float(number)}, 1000 * number)
     first.close()
     (events,) = (tmp_path / "whole").glob("events*")
     content = events.read_bytes()
@@ -195,22 +220,23 @@ def test_a_torn_tensorboard_file_leaves_every_position_once(
         folder = tmp_path / str(torn)
         folder.mkdir()
         (folder / earlier).write_bytes(content[:torn])
-        log = RunLog(folder, resumed_step=20, purge_from=2001)
-        for epoch in range(3, 7):
-            log.scalars({"loss": float(epoch)}, 1000 * epoch)
+        log = RunLog(folder, resumed_step=2000)
+        for number in range(3, 7):
+            log.point({"train_loss": float(number)}, 1000 * number)
         log.close()
         board = EventAccumulator(str(folder))
         with caplog.at_level(logging.CRITICAL):
             board.Reload()
-        shown = [scalar.step for scalar in board.Scalars("loss")]
+        shown = [scalar.step for scalar in board.Scalars("train/loss")]
         assert shown[-4:] == [3000, 4000, 5000, 6000]
         assert shown == [1000, 2000, 3000, 4000, 5000, 6000][-len(shown) :] or shown == [1000, 3000, 4000, 5000, 6000]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path, enabled=False)
-    log.record({"epoch": 0})
-    log.scalars({"loss": 1.0}, 1000)
+    log.record({"epoch": 0, "step": 10})
+    log.point({"train_loss": 1.0}, 10)
+    log.flush()
     log.image("image", torch.zeros(3, 4, 4), 1000)
     log.close()
     assert list(tmp_path.iterdir()) == []
@@ -231,13 +257,17 @@ def curve(events: EventAccumulator, tag: str) -> dict[int, float]:
 
 def test_scalars_and_images_come_back(tmp_path: Path) -> None:
     log = RunLog(tmp_path, tmp_path / "board")
-    log.scalars({"loss": 2.0, "lr": 1e-3}, 1000)
-    log.scalars({"loss": 1.0, "lr": 1e-4}, 2000)
+    log.point({"train_loss": 2.0, "train_lr": 1e-3, "epoch": 0.5}, 1000)
+    log.point({"train_loss": 1.0, "train_lr": 1e-4, "epoch": 1.0}, 2000)
+    log.record({"epoch": 0, "step": 2000, "train_loss": 1.5, "test_acc1": 60.0, "seconds": 3.0})
     log.image("gallery", torch.rand(3, 20, 30) * 2 - 0.5, 2000)
     log.close()
     events = read_board(tmp_path / "board")
-    assert curve(events, "loss") == {1000: 2.0, 2000: 1.0}
-    assert curve(events, "lr") == pytest.approx({1000: 1e-3, 2000: 1e-4})
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr", "train/epoch", "val/acc1"}
+    assert curve(events, "train/loss") == {1000: 2.0, 2000: 1.0}
+    assert curve(events, "train/lr") == pytest.approx({1000: 1e-3, 2000: 1e-4})
+    assert curve(events, "val/acc1") == {2000: 60.0}
+    assert read_log(tmp_path / "steps.jsonl")[1] == {"step": 2000, "train_loss": 1.0, "train_lr": 1e-4, "epoch": 1.0}
     (image,) = events.Images("gallery")
     assert (image.step, image.height, image.width) == (2000, 20, 30)
 
@@ -264,7 +294,16 @@ def tokenizer(tmp_path: Path) -> str:
     return str(tmp_path / "tokenizer.safetensors")
 
 
-def test_pretraining_writes_maes_tags_and_its_galleries(
+TRAIN_TAGS = {
+    f"train/{name}"
+    for name in (
+        *("loss", "loss_clean", "loss_adversarial", "changed_words", "eps", "lr", "grad_norm", "epoch"),
+        "images_per_second",
+    )
+}
+
+
+def test_pretraining_writes_its_tags_and_galleries(
     tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(mae.MAE_MODELS, "mae_tiny", MaeSize(TINY, 16, 1, 2))
@@ -273,18 +312,25 @@ def test_pretraining_writes_maes_tags_and_its_galleries(
     )
     pretrain(config, Console(quiet=True))
     events, records = read_board(tmp_path / "mae"), read_log(tmp_path / "mae" / "log.txt")
-    assert {"train_loss", "lr"} <= set(events.Tags()["scalars"])
-    assert curve(events, "train_loss") == pytest.approx({1000 * (r["epoch"] + 1): r["train_loss"] for r in records})
-    assert list(curve(events, "lr")) == [1000, 2000]
+    points = read_log(tmp_path / "mae" / "steps.jsonl")
+    assert [point["step"] for point in points] == [1, 2, 3, 4], "at least one in five of an epoch's two steps"
+    assert set(events.Tags()["scalars"]) == TRAIN_TAGS
+    for tag in TRAIN_TAGS - {"train/epoch", "train/images_per_second"}:
+        expected = {point["step"]: point[tag.replace("/", "_")] for point in points}
+        assert curve(events, tag) == pytest.approx(expected, rel=1e-6), tag
+    assert list(curve(events, "train/epoch").values()) == [0.5, 1.0, 1.5, 2.0]
+    for record, halves in zip(records, (points[:2], points[2:]), strict=True):
+        for key in ("train_loss", "train_grad_norm", "train_changed_words", "train_eps"):
+            assert record[key] == pytest.approx(sum(half[key] for half in halves) / 2, rel=1e-6)
     assert set(events.Tags()["images"]) == {"reconstruction", "adversary"}
     for name in ("reconstruction", "adversary"):
         (image,) = events.Images(name)  # of the second epoch only: pictures_every is 2
-        assert image.step == 2000
+        assert image.step == 4
         assert image.width > 100
         assert (tmp_path / "mae" / "pictures" / f"{name}.png").is_file()
 
 
-def test_finetuning_writes_maes_tags_and_its_gallery(
+def test_finetuning_writes_its_tags_and_gallery(
     tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(mae.VIT_SIZES, "vit_tiny", TINY)
@@ -296,9 +342,8 @@ def test_finetuning_writes_maes_tags_and_its_gallery(
     )
     finetune(config, Console(quiet=True))
     events, records = read_board(tmp_path / "classifier"), read_log(tmp_path / "classifier" / "log.txt")
-    tags = {"loss": "train_loss", "lr": "train_lr", "perf/test_acc1": "test_acc1", "perf/test_acc5": "test_acc5"}
-    for tag, key in {**tags, "perf/test_loss": "test_loss"}.items():
-        expected = {1000 * (record["epoch"] + 1): record[key] for record in records}
-        assert curve(events, tag) == pytest.approx(expected, rel=1e-6)
-        assert key not in events.Tags()["scalars"]
-    assert [(image.step, image.width > 100) for image in events.Images("adversary")] == [(2000, True)]
+    assert set(events.Tags()["scalars"]) == {*TRAIN_TAGS, "val/acc1", "val/acc5", "val/loss"}
+    for name in ("acc1", "acc5", "loss"):
+        expected = {record["step"]: record[f"test_{name}"] for record in records}
+        assert curve(events, f"val/{name}") == pytest.approx(expected, rel=1e-6)
+    assert [(image.step, image.width > 100) for image in events.Images("adversary")] == [(4, True)]

@@ -205,9 +205,9 @@ def attempt(arm: Arm, output: Path, ranks: int, plan: Plan | None) -> tuple[bool
     return killed, all(code == 0 for code in codes.values()), survived
 
 
-def log_of(output: Path) -> list[dict[str, float]]:
-    """The epochs' records without their times."""
-    lines = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+def log_of(output: Path, name: str = "log.txt") -> list[dict[str, float]]:
+    """The records of a log without their times."""
+    lines = [json.loads(line) for line in (output / name).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
@@ -215,7 +215,8 @@ def same(output: Path, whole: Path, exactly: bool) -> bool:
     """Whether two runs have the same weights and log: every bit of them, or up to what another order of sums does."""
     if exactly:
         weights = [(one / "model.safetensors").read_bytes() for one in (output, whole)]
-        return weights[0] == weights[1] and log_of(output) == log_of(whole)
+        logs = [[log_of(one, name) for name in ("log.txt", "steps.jsonl")] for one in (output, whole)]
+        return weights[0] == weights[1] and logs[0] == logs[1]
     pairs = zip(log_of(output), log_of(whole), strict=True)
     return all(math.isclose(one["train_loss"], other["train_loss"], rel_tol=1e-5) for one, other in pairs)
 

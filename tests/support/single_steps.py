@@ -41,4 +41,4 @@ class SingleSteps:
         self.trainer.model.train()
         self.trainer.train_step()
         self.trainer.read_reports(lag=0)
-        return self.objective.figures(self.trainer.last_metrics)
+        return self.objective.logged(self.trainer.last_metrics)

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--input_size", "32", "--batch_size", "8", "--epochs", "1", "--warmup_epochs", "0", "--num_workers", "0"]
 SMALL += ["--pictures_every", "0"]
 PRETRAIN = ["--model", "mae_vit_demo_patch8", *SMALL]
-MEASURED = ("seconds", "cpu_seconds", "peak_memory_gb")  # of a record of log.txt: no two runs agree in them
+MEASURED = ("seconds", "cpu_seconds", "peak_memory_gb", "train_images_per_second")
+"""Keys of log.txt and steps.jsonl in which no two runs agree."""
 FINETUNE = ["--model", "vit_demo_patch8", "--aa", "None", "--reprob", "0", *SMALL]
 
 

@@ -138,10 +138,8 @@ def signal_in_step(step: int, number: int) -> Iterator[None]:
         yield
 
 
-def records(output: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in record.items() if key not in MEASURED} for record in read_log(output / "log.txt")
-    ]
+def records(output: Path, name: str = "log.txt") -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in read_log(output / name)]
 
 
 def final_state(output: Path) -> dict[str, Any]:

@@ -102,6 +102,9 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(
     moved = [not torch.equal(value, whole["model"][key]) for key, value in between["model"].items()]
     assert any(moved), "the resumed part trained"
     assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    points = records(tmp_path / "stopped", "steps.jsonl")
+    assert points == records(tmp_path / "whole", "steps.jsonl")
+    assert len(points) == resumed["step"], "a point for every step of such a short epoch"
     epochs = 3 if name == "accumulation" else 2
     assert [record["epoch"] for record in records(tmp_path / "stopped")] == list(range(epochs))
     for file in ("model.safetensors", "model.json"):

@@ -172,13 +172,23 @@ def test_a_step_stays_spoiled() -> None:
     pending, requests = DelayedReports(CPU), RankRequests(save=True)
     for number, loss in enumerate((1.0, math.inf, 1.0)):
         batches = [MicroBatch([number], 0, {"loss": torch.tensor(loss), "share": torch.tensor(0.5)})]
-        counts = pending.sum_over_ranks(batches, requests)
-        pending.add(number, batches, None, torch.tensor(2.0), counts)
+        sums = pending.sum_over_ranks(batches, requests)
+        pending.add(number, batches, None, 0.1, torch.tensor(2.0), sums)
     reports = list(pending.read(lag=0))
     assert [(one.bad_loss, one.update_skipped) for one in reports] == [(False, False), (True, True), (False, True)]
     assert reports[0].metrics == [{"loss": 1.0, "share": 0.5}]
     assert reports[0].requests == requests
-    assert reports[0].grad_norm == 2.0
+    assert (reports[0].grad_norm, reports[0].lr) == (2.0, 0.1)
+    assert reports[0].means == reports[0].metrics[0]
+
+
+def test_means_are_over_the_micro_batches() -> None:
+    pending = DelayedReports(CPU)
+    batches = [MicroBatch([0], 0, {"loss": torch.tensor(loss), "share": torch.tensor(0.5)}) for loss in (1.0, 4.0)]
+    pending.add(0, batches, None, 0.1, torch.tensor(2.0), pending.sum_over_ranks(batches, RankRequests()))
+    (report,) = pending.read(lag=0)
+    assert report.means == {"loss": 2.5, "share": 0.5}
+    assert [metrics["loss"] for metrics in report.metrics] == [1.0, 4.0]
 
 
 # ---- two ranks ----

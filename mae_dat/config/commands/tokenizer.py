@@ -35,6 +35,8 @@ class TokenizerTrainingConfig(CommandConfig):
     """Highest learning rate."""
     save_every: int = 500
     """Steps between two checkpoints."""
+    log_every: int = 100
+    """Steps between two points in steps.jsonl and TensorBoard."""
     num_workers: int = dataclasses.field(default_factory=default_num_workers)
     """Processes that decode images; 0 decodes in the main process (default: the CPU cores, at most 10)."""
     device: str = "auto"

@@ -55,6 +55,10 @@ class Objective(ABC):
         On a GPU they arrive after the next step has been launched.
         """
 
+    def logged(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return what the log shows of metrics that were averaged over several steps: all of them."""
+        return dict(means)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
         return {}
@@ -83,6 +87,10 @@ class ObjectiveWrapper(Objective):
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Pass the metrics to the wrapped objective."""
         self.objective.observe(metrics)
+
+    def logged(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return what the log shows of the wrapped objective's metrics."""
+        return self.objective.logged(means)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped objective's state for a checkpoint."""

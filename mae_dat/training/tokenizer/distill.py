@@ -88,9 +88,9 @@ class Distillation(TokenizerObjective):
                 changed = share_changed(words, student.words_of(latent))
         return {"loss": loss, "squared_error": squared_error, "changed_words": changed}
 
-    def figures(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def logged(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return the loss, the PSNR in dB to the teacher's drawings, and the share of equal words."""
-        return {**super().figures(metrics), "agreement": 1 - metrics["changed_words"]}
+        return {**super().logged(means), "agreement": 1 - means["changed_words"]}
 
     def cross_entropy(self, latent: Tensor, words: Tensor, generator: torch.Generator) -> Tensor:
         """Compute the cross-entropy of the teacher's words (B, h, w), a scalar, at some places of the batch.

@@ -45,9 +45,6 @@ from mae_dat.training.step_report import StepReport
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY = 100
-"""Steps between records in log.txt."""
-
 
 class TokenizerObjective(Objective):
     """What a light tokenizer is trained for, with the tokenizer and all else that training changes."""
@@ -81,9 +78,10 @@ class TokenizerObjective(Objective):
     def after_update(self, skip: Tensor) -> None:
         """Train what has an optimizer of its own, except where `skip`, a scalar on the device, is 1."""
 
-    def figures(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return what is logged of a step's metrics: the loss, and the PSNR in dB."""
-        return {"loss": metrics["loss"], "psnr": -10 * math.log10(max(metrics["squared_error"], 1e-10))}
+    def logged(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return what the log shows of metrics: the loss, the PSNR in dB and the norm of the gradient."""
+        psnr = -10 * math.log10(max(means["squared_error"], 1e-10))
+        return {"loss": means["loss"], "psnr": psnr, **{name: means[name] for name in ("grad_norm",) if name in means}}
 
     @abstractmethod
     def measure(self, loader: ImageLoader) -> dict[str, float]:
@@ -141,22 +139,17 @@ class TokenizerTrainer(Trainer):
         return [*super().changed_in_forward(), *self.objective.changed_in_forward()]
 
     def add_metrics(self, report: StepReport) -> None:
-        """Log the figures of every hundredth step."""
+        """Log a step's metrics, and keep them for the progress bar."""
         super().add_metrics(report)
         self.last_metrics = report.metrics[-1]
-        step = report.step + 1
-        if step % LOG_EVERY == 0:
-            figures = self.objective.figures(self.last_metrics)
-            self.setup.log.record({"step": step, **figures})
-            self.setup.log.scalars({f"tokenizer/{name}": value for name, value in figures.items()}, step)
 
     def progress_note(self) -> str:
         """Return loss and PSNR of the newest step that was read."""
-        figures = self.objective.figures(self.last_metrics) if math.isfinite(self.loss) else {"psnr": math.nan}
-        return f"loss {self.loss:.3f}  PSNR {figures['psnr']:.1f} dB"
+        shown = self.objective.logged(self.last_metrics) if math.isfinite(self.loss) else {"psnr": math.nan}
+        return f"loss {self.loss:.3f}  PSNR {shown['psnr']:.1f} dB"
 
     def end_epoch(self) -> None:
-        """Start new totals: records were written by steps, and nothing is evaluated before the end."""
+        """Start new totals: the log has points alone, and nothing is evaluated before the end."""
         self.state.totals = {}
 
 
@@ -241,6 +234,7 @@ def train_to_file(
         seed=config.seed,
         precision=config.precision,
         allow_change=config.allow_change,
+        log_every=config.log_every,
     )
     with run_context(run, LaunchConfig(), console) as context:
         start = time.monotonic()
@@ -252,7 +246,7 @@ def train_to_file(
             data=DataConfig(num_workers=config.num_workers),
             optim=tokenizer_optim(config),
             settings=flat_values(config),
-            reporting=Reporting("train the tokenizer"),
+            reporting=Reporting("train the tokenizer", by_epochs=False),
             trainer_class=trainer_class,
             epoch_steps=1,
         )
