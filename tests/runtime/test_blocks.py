@@ -43,11 +43,11 @@ CPU = torch.device("cpu")
 
 def train(folder: Path, output: Path, **flags: Any) -> None:
     config = FinetuneConfig(
-        dataclasses.replace(run_config(output), **flags),
-        data_config(folder),
-        ClassifierConfig("vit_tiny", drop_path=0.3, ema_decay=0.8),
-        AugmentConfig(aa=None),
-        OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
+        run=dataclasses.replace(run_config(output), **flags),
+        data=data_config(folder),
+        classifier=ClassifierConfig("vit_tiny", drop_path=0.3, ema_decay=0.8),
+        augment=AugmentConfig(aa=None),
+        optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
     )
     finetune(config, Console(quiet=True))
 

@@ -89,7 +89,7 @@ def run_mae(
 ) -> None:
     optim = OptimConfig(batch_size=8, epochs=epochs, warmup_epochs=1, blr=0.05, accum_iter=accum_iter)
     run = dataclasses.replace(run_config(output), save_minutes=save_minutes)
-    config = PretrainConfig(run, data_config(folder), MaskConfig("mae_tiny", 0.5, True), optim)
+    config = PretrainConfig(run=run, data=data_config(folder), mae=MaskConfig("mae_tiny", 0.5, True), optim=optim)
     pretrain(config, Console(quiet=True))
 
 
@@ -99,23 +99,23 @@ def run_accumulating_mae(folder: Path, output: Path, tokenizer: Path) -> None:
 
 def run_classifier(folder: Path, output: Path, tokenizer: Path) -> None:
     config = FinetuneConfig(
-        run_config(output),
-        data_config(folder),
-        ClassifierConfig("vit_tiny", drop_path=0.3, ema_decay=0.8),
-        AugmentConfig(mixup=0.8, cutmix=1.0),
-        OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
+        run=run_config(output),
+        data=data_config(folder),
+        classifier=ClassifierConfig("vit_tiny", drop_path=0.3, ema_decay=0.8),
+        augment=AugmentConfig(mixup=0.8, cutmix=1.0),
+        optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
     )
     finetune(config, Console(quiet=True))
 
 
 def run_dat(folder: Path, output: Path, tokenizer: Path) -> None:
     config = FinetuneConfig(
-        run_config(output),
-        data_config(folder),
-        ClassifierConfig("vit_tiny"),
-        AugmentConfig(aa=None),
-        OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
-        DatConfig("released", share=0.05, tokenizer=str(tokenizer)),
+        run=run_config(output),
+        data=data_config(folder),
+        classifier=ClassifierConfig("vit_tiny"),
+        augment=AugmentConfig(aa=None),
+        optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
+        dat=DatConfig("released", share=0.05, tokenizer=str(tokenizer)),
     )
     finetune(config, Console(quiet=True))
 

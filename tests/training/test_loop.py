@@ -205,7 +205,7 @@ def test_unreadable_images_are_replaced_and_counted(
         path.write_bytes(b"")
     optim = OptimConfig(batch_size=17, epochs=1, warmup_epochs=0)
     data = dataclasses.replace(data_config(images), on_bad="skip")
-    config = PretrainConfig(run_config(tmp_path / "out"), data, MaskConfig("mae_tiny"), optim)
+    config = PretrainConfig(run=run_config(tmp_path / "out"), data=data, mae=MaskConfig("mae_tiny"), optim=optim)
     with caplog.at_level(logging.WARNING):
         pretrain(config, Console(quiet=True))
     assert records(tmp_path / "out")[0]["skipped"] == 2
