@@ -99,7 +99,7 @@ def decode_bytes(content: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd but harmless metadata would warn for each image and epoch
             with Image.open(io.BytesIO(content)) as image:
-                return _to_rgb(image)
+                return to_rgb(image)
     except Exception as error:  # PIL's decoders raise nearly every type of exception on damaged files
         raise image_error(name, _cause(content, error)) from error
 
@@ -133,7 +133,8 @@ def _color_jpeg_size(content: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an opened image to 8-bit RGB, as `decode_bytes` describes. Raises DataError without the image's name."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels are more than the {MAX_PIXELS // 10**6} megapixels allowed")

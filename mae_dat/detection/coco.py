@@ -223,22 +223,37 @@ class BoxTransform:
 
     def __call__(self, image: Image.Image, scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the image, float32 (3, H, W) in [0, 1], and the remaining boxes, labels and crowd flags."""
-        (height, width), factor = scene.size, 1.0
+        factor = 1.0
         boxes: Tensor = tv_tensors.BoundingBoxes(scene.boxes, format="XYXY", canvas_size=scene.size)
         truth = {"boxes": boxes, "labels": scene.labels, "crowd": scene.crowd}
         pixels: Tensor = v2.functional.to_image(image)
         if self.scale:
             pixels, truth = v2.RandomHorizontalFlip()(pixels, truth)
             factor = float(torch.empty(()).uniform_(*self.scale))
-        factor *= min(self.size[0] / height, self.size[1] / width)
-        scaled = [max(1, round(side * factor)) for side in (height, width)]
         # Not torchvision's ScaleJitter, which takes the height for the width.
-        pixels, truth = v2.Resize(scaled, antialias=True)(pixels, truth)
+        pixels, truth = v2.Resize(self._scaled_size(scene.size, factor), antialias=True)(pixels, truth)
         crop = v2.RandomCrop(self.size, pad_if_needed=True) if self.scale else v2.CenterCrop(self.size)
         pixels, truth = crop(pixels, truth)
         sanitize = v2.SanitizeBoundingBoxes(labels_getter=lambda pair: (pair[1]["labels"], pair[1]["crowd"]))
         pixels, truth = sanitize(pixels, truth)
         return v2.functional.to_dtype(pixels, torch.float32, scale=True).as_subclass(Tensor), truth
+
+    def _scaled_size(self, size: ImageSize, factor: float = 1.0) -> list[int]:
+        """Return height and width of an image of this size, fitted into that of the detector, times `factor`."""
+        factor *= min(self.size[0] / size[0], self.size[1] / size[1])
+        return [max(1, round(side * factor)) for side in size]
+
+    def original_boxes(self, boxes: Tensor, size: ImageSize) -> Tensor:
+        """Convert boxes (N, 4) in pixels of the transformed image to pixels of the image of (height, width) `size`.
+
+        They are clipped to the image. Only for a transform without `scale`.
+        """
+        (height, width), (scaled_H, scaled_W) = size, self._scaled_size(size)
+        left, top = (self.size[1] - scaled_W) // 2, (self.size[0] - scaled_H) // 2
+        offset = boxes.new_tensor([left, top, left, top])
+        stretch = boxes.new_tensor([width / scaled_W, height / scaled_H] * 2)
+        limit = boxes.new_tensor([width, height] * 2)
+        return ((boxes - offset) * stretch).clamp(min=0).minimum(limit)
 
 
 class CocoImages(ImageSet):

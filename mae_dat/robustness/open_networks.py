@@ -21,8 +21,8 @@ from mae_dat.models.adapters import (
 from mae_dat.models.classifier import Classifier, pretrained_timm
 from mae_dat.models.modes import Network, evaluation_mode
 from mae_dat.models.weights.formats import ModelFile
-from mae_dat.models.weights.open import open_model
-from mae_dat.models.weights.read import errors_name_flag
+from mae_dat.models.weights.open import OpenedModel, open_model
+from mae_dat.models.weights.read import errors_name_flag, read_model_file
 from mae_dat.robustness.fingerprints import module_sha256, state_sha256
 from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwork, create_evaluated_network
 from mae_dat.robustness.onnx_network import open_onnx
@@ -93,7 +93,18 @@ def open_network(source: str, model: str | None, name: str, options: EvalOptions
     name.
 
     `model` names the architecture if the file does not. Raises MissingInputError, CheckpointError (also for a
-    pretraining), ConfigError, DownloadError.
+    pretraining and a detector), ConfigError, DownloadError.
+    """
+    opened = open_network_or_detector(source, model, name, options)
+    return opened_network(opened, source, name, options) if isinstance(opened, OpenedModel) else opened
+
+
+def open_network_or_detector(
+    source: str, model: str | None, name: str, options: EvalOptions
+) -> EvaluatedNetwork | OpenedModel:
+    """Open what `open_network` opens, or a detector, which is returned as opened.
+
+    Raises as `open_network` does, and ConfigError for a detector with another size than its own.
     """
     if source.startswith(TIMM_PREFIXES) and not Path(source).exists():
         model = f"hf-hub:{source}" if source.startswith("timm/") else source
@@ -103,8 +114,18 @@ def open_network(source: str, model: str | None, name: str, options: EvalOptions
     if model is None and is_transformers_folder(Path(source)):
         return _transformers_network(open_transformers_folder(Path(source)), name, source, options)
     flag = f"--checkpoint {source}"
-    opened = open_model(source, model, options.size, flag=flag)
     with errors_name_flag(flag):
+        if options.size is not None and source and read_model_file(source).kind == "detector":
+            raise ConfigError(
+                f"{flag} is a detector, which sees images at the size it was trained at: leave out --input_size."
+            )
+    opened = open_model(source, model, options.size, flag=flag)
+    return opened if opened.kind == "detector" else opened_network(opened, source, name, options)
+
+
+def opened_network(opened: OpenedModel, source: str, name: str, options: EvalOptions) -> EvaluatedNetwork:
+    """Return the network to evaluate from a model that was opened from `source`. Raises CheckpointError, ConfigError."""
+    with errors_name_flag(f"--checkpoint {source}"):
         classifier = opened.classifier()
     return _classifier_network(
         classifier,

@@ -131,15 +131,24 @@ class Shards(ImageSet):
         return self.index.sha256()
 
     def name_of(self, index: int, header: tarfile.TarInfo | None = None) -> str:
-        """Return the shard's path and the member's name in it."""
+        """Return the shard's path and the member's name in it, for messages."""
+        location, header = self._locate(index), header or self._header(index)
+        member = f", member {header.name!r}" if header else ""
+        return f"{location.path}{member} at byte {location.offset}"
+
+    def member_path(self, index: int) -> str:
+        """Return SHARD.tar/MEMBER, for tables; the position instead of the member if its header cannot be read."""
+        location, header = self._locate(index), self._header(index)
+        return f"{location.path}/{header.name}" if header else f"{location.path} at byte {location.offset}"
+
+    def _header(self, index: int) -> tarfile.TarInfo | None:
+        """Read the header of an image's member; None if that fails."""
         location = self._locate(index)
         try:
-            header = header or tarfile.TarInfo.frombuf(
-                self._read(location.shard, location.offset - BLOCK, BLOCK), "utf-8", "replace"
-            )
-            return f"{location.path}, member {header.name!r} at byte {location.offset}"
+            header = self._read(location.shard, location.offset - BLOCK, BLOCK)
+            return tarfile.TarInfo.frombuf(header, "utf-8", "replace")
         except (OSError, tarfile.HeaderError, UserError):
-            return f"{location.path} at byte {location.offset}"
+            return None
 
     def _locate(self, index: int) -> "_Location":
         shard = int(torch.searchsorted(self.starts, index, right=True)) - 1
