@@ -111,6 +111,15 @@ GROUPS: dict[str, dict[str, Verb]] = {
                 "mae-dat evaluate --model resnet50 --pretrained --data_path IMAGENET",
             ),
         ),
+        "predict": Verb(
+            "predict the classes or boxes of new images",
+            "config.commands.predict:PredictConfig",
+            "prediction.predict:main",
+            (
+                "mae-dat predict photo.jpg DIR --checkpoint OUT --output_dir PREDICTIONS",
+                "mae-dat predict DIR --model resnet50 --pretrained --top_k 3",
+            ),
+        ),
         "compare": Verb(
             "compare plain, random words and DAT in one report",
             "config.commands.compare:CompareConfig",

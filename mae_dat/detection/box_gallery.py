@@ -15,7 +15,8 @@ from mae_dat.training.objectives.dat import WithDAT
 _IMAGES = 4
 _MIN_SCORE = 0.5  # of a detection that is drawn
 _SIDE = 384  # of a drawn image, in pixels
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # Okabe and Ito
+BOX_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+"""Of the classes in turn: the palette of Okabe and Ito."""
 
 
 def draw_detections(
@@ -53,7 +54,7 @@ def draw_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
         selected = objects["scores"] >= _MIN_SCORE if "scores" in objects else torch.ones_like(labels).bool()
         indices = [label - 1 for label in labels[selected].tolist()]
         names = [classes[index] for index in indices]
-        colors = [_COLORS[index % len(_COLORS)] for index in indices]
+        colors = [BOX_COLORS[index % len(BOX_COLORS)] for index in indices]
         corners = scale * objects["boxes"][selected].cpu()
         drawings.append(draw_bounding_boxes(canvas, corners, names, colors, width=2) if names else canvas)
     return torch.stack(drawings)

@@ -117,3 +117,35 @@ def rms_error(confidence: Tensor, correct: Tensor, compat: bool = False) -> floa
         for start, stop in (spans[:-1] if compat else spans)
     )
     return math.sqrt(math.fsum(squares))
+
+
+# ---- temperature ----
+
+TEMPERATURES = (0.01, 100.0)
+"""The range in which a temperature is fitted."""
+
+
+def mean_nll(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
+    """Compute the mean negative log-likelihood in nats of labels int64 (N,) under softmax(logits / temperature), from
+    logits (N, C), in float64."""
+    return float(torch.nn.functional.cross_entropy(logits.double() / temperature, labels))
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Fit the temperature that minimizes `mean_nll` (Guo et al. 2017, section 4.2), within `TEMPERATURES`.
+
+    The likelihood is concave in 1 / temperature, so there is one minimum. Where every image is classified correctly, it
+    is at the lower end of the range. Raises DataError for no images.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if not len(labels):
+        raise DataError("no images to fit a temperature to")
+    lowest, highest = map(math.log, TEMPERATURES)
+    result = minimize_scalar(
+        lambda log: mean_nll(logits, labels, math.exp(log)),
+        bounds=(lowest, highest),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return math.exp(float(result.x))

@@ -1,0 +1,127 @@
+"""Predict new images with any model: `mae-dat predict`, and `mae_dat.predict` from Python.
+
+The flags become a `run`: `inputs` finds the images, `predictors` opens the model and passes them through it
+(`batches`). `results` collects `predictions` in memory, and writes them with `files` and `box_files`. Loader, transform
+and arithmetic are those of an evaluation.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae_dat.config.commands.predict import PredictConfig
+from mae_dat.config.errors import ConfigError, DataError
+from mae_dat.prediction.predictions import Predictions
+from mae_dat.prediction.results import Collector, Tally
+from mae_dat.prediction.run import PredictionRun, open_run
+from mae_dat.runtime.console import Console, console_for_command, format_duration
+from mae_dat.storage.files import require_file
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 10  # predictions that the command prints
+
+
+def predict(  # noqa: PLR0913 - one keyword per flag
+    checkpoint: Any,
+    images: Any,
+    *,
+    output_dir: str | Path | None = None,
+    top_k: int = 5,
+    classes: Sequence[str] | None = None,
+    model: str | None = None,
+    pretrained: bool = False,
+    temperature: float | None = None,
+    calibrate: str | Path | None = None,
+    abstain_below: float | None = None,
+    score_threshold: float = 0.5,
+    draw: int = 100,
+    logits: bool = False,
+    input_size: int | Sequence[int] | None = None,
+    interpolation: str | None = None,
+    crop: float | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+    console: Console | None = None,
+) -> Predictions:
+    """Predict the classes of images with their probabilities, or boxes with a detector: the command, from Python.
+
+    `checkpoint` is what `--checkpoint` takes, a loaded model (`load_model`), or any callable from float images (B, 3,
+    H, W) in [0, 1] to logits (B, K); None with `model` and `pretrained` for timm's weights. `images` is a path (file,
+    folder of any depth, shards), a PIL image, an array uint8 or float in [0, 1] of shape (H, W, 3) or (B, H, W, 3), a
+    tensor (3, H, W) or (B, 3, H, W), or a list of these. The other arguments are the flags of `mae-dat predict`, except
+    that `classes` are the names themselves, `logits` keeps the logits, float32 (n, K), and the defaults of
+    `num_workers` and `precision` are those of `evaluate`. Files are written only with `output_dir`.
+
+    Raises UserError for images or models that cannot be used, before anything is predicted; DataError if no image can
+    be read; NumericsError for NaN or infinite logits.
+
+        predictions = mae_dat.predict("OUT", "photos/")
+        print(predictions)                     # a table
+        predictions.labels()                   # the most probable class of each file
+        predictions.probabilities              # float32 (n, K)
+    """
+    config = PredictConfig(
+        model=model,
+        pretrained=pretrained,
+        top_k=top_k,
+        temperature=temperature,
+        calibrate=None if calibrate is None else str(calibrate),
+        abstain_below=abstain_below,
+        score_threshold=score_threshold,
+        draw=draw,
+        input_size=() if input_size is None else (input_size,) if isinstance(input_size, int) else tuple(input_size),
+        interpolation=interpolation,  # type: ignore[arg-type] # checked by the transform
+        crop=crop,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=str(device),
+        precision=precision,  # type: ignore[arg-type] # as in evaluate
+    )
+    console = console or Console()
+    run = open_run(checkpoint, images, classes, config, None if output_dir is None else Path(output_dir), console)
+    collected = Collector(run.empty, keep_logits=logits)
+    run.predict(collected.add)
+    return collected.predictions()
+
+
+# ---- the command ----
+
+
+def main(config: PredictConfig) -> None:
+    """Run the command."""
+    console, folder, start = console_for_command(), Path(config.output_dir), time.monotonic()
+    if not config.images:
+        raise ConfigError("no images: give files, folders or shards, such as `mae-dat predict --checkpoint OUT DIR`.")
+    classes = None if config.classes is None else read_class_names(Path(config.classes))
+    run = open_run(config.checkpoint, list(config.images), classes, config, folder, console)
+    first, tally = Collector(run.empty, limit=_SHOWN), Tally()
+    run.predict(first.add, tally.add)
+    if tally.unreadable:
+        logger.warning("%s images are unreadable: %s lists them", f"{tally.unreadable:,}", folder / "unreadable.txt")
+    print(dataclasses.replace(first.predictions(), unreadable={}))
+    print(f"{_summary(tally, run)} in {format_duration(time.monotonic() - start)}: {folder / 'predictions.csv'}")
+
+
+def _summary(tally: Tally, run: PredictionRun) -> str:
+    parts = [f"{tally.predicted:,} images predicted"]
+    if run.empty.boxes is not None:
+        parts.append(f"{tally.boxes:,} boxes of score {run.config.score_threshold:g} or more")
+    if run.config.abstain_below is not None:
+        parts.append(f"{tally.abstained:,} abstained")
+    return ", ".join([*parts, f"{tally.unreadable:,} unreadable"])
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Read the names of the classes, one a line. Raises MissingInputError, DataError for an empty line or none."""
+    names = require_file(path, "--classes").read_text(encoding="utf-8").splitlines()
+    if not names or not all(name.strip() for name in names):
+        raise DataError(f"--classes {path}: give one name a line, without empty lines.")
+    return names
