@@ -82,7 +82,15 @@ def fit_to_folder(predictor: ClassPredictor, folder: str | Path, setup: Evaluati
 
 def fit_calibration(logits: Tensor, labels: Tensor) -> Calibration:
     """Fit the temperature to logits (N, K) and labels int64 (N,), and log how the probabilities change."""
-    temperature = fit_temperature(logits, labels)
+    if bool((logits.argmax(1) == labels).all()):
+        logger.warning(
+            "all %d images are predicted correctly, to which no temperature can be fitted: it stays 1; calibrate with "
+            "more images.",
+            len(labels),
+        )
+        temperature = 1.0
+    else:
+        temperature = fit_temperature(logits, labels)
     errors = []
     for number in (1.0, temperature):
         confidence, prediction = (logits.double() / number).softmax(1).max(1)
@@ -100,10 +108,6 @@ def fit_calibration(logits: Tensor, labels: Tensor) -> Calibration:
         *calibration.nll,
         *calibration.ece,
     )
-    if not 1.01 * TEMPERATURES[0] < temperature < 0.99 * TEMPERATURES[1]:
-        logger.warning(
-            "the temperature is at the end of its range, %g to %g: the model predicts all of these images correctly, "
-            "or no better than by chance; calibrate with more images.",
-            *TEMPERATURES,
-        )
+    if temperature > 0.99 * TEMPERATURES[1]:
+        logger.warning("the model predicts these images no better than by chance: are they of its classes?")
     return calibration

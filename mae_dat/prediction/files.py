@@ -5,11 +5,10 @@ interruption the lines stay in NAME.partial, so a file of the final name is alwa
 """
 
 import contextlib
-import csv
-import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, Self
 from mae_dat.storage.files import atomic_write, storage_error, sync_folder
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+_SPECIAL = re.compile(r'[",\r\n]')
 PARTIAL = ".partial"
 
 Row = Mapping[str, str | float | bool]
@@ -36,10 +36,13 @@ def safe_cell(value: str | float | bool) -> str:
     return f"'{value}" if value.startswith(_FORMULA_STARTS) else value
 
 
-def _csv_lines(rows: Sequence[Sequence[str]]) -> bytes:
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return _utf8(buffer.getvalue())
+def _csv_lines(rows: Iterable[Sequence[str]]) -> bytes:
+    return _utf8("".join(",".join(map(_quote, row)) + "\n" for row in rows))
+
+
+def _quote(cell: str) -> str:
+    # Not by the csv module, which leaves a carriage return unquoted before Python 3.13.
+    return '"' + cell.replace('"', '""') + '"' if _SPECIAL.search(cell) else cell
 
 
 def _utf8(text: str) -> bytes:
@@ -71,10 +74,15 @@ class PredictionFiles:
         self._parquet: Any = None
 
     def __enter__(self) -> Self:
-        self._append("predictions.csv", _csv_lines([[*self.columns]]))
-        self._append("predictions.jsonl", b"")
-        if find_spec("pyarrow"):
-            self._open_parquet()
+        try:
+            self._append("predictions.csv", _csv_lines([[*self.columns]]))
+            self._append("predictions.jsonl", b"")
+            if find_spec("pyarrow"):
+                self._open_parquet()
+        except BaseException:
+            for file in self._files.values():
+                file.close()
+            raise
         return self
 
     def add(self, rows: Sequence[Row], records: Sequence[Mapping[str, Any]], unreadable: Mapping[str, str]) -> None:
@@ -154,7 +162,8 @@ class PredictionFiles:
 
 
 def _one_line(text: str) -> str:
-    return text.replace("\n", "\\n").replace("\t", "\\t")
+    """Return a text with control characters written as `\\n`, `\\t`, ..."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:

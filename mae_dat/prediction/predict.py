@@ -36,7 +36,7 @@ def predict(  # noqa: PLR0913 - one keyword per flag
     classes: Sequence[str] | None = None,
     model: str | None = None,
     pretrained: bool = False,
-    temperature: float | None = None,
+    temperature: float = 1.0,
     calibrate: str | Path | None = None,
     abstain_below: float | None = None,
     score_threshold: float = 0.5,

@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,16 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def first(self, count: int) -> "Predictions":
+        """Return the predictions for the first `count` images."""
+        return replace(
+            self,
+            files=self.files[:count],
+            probabilities=self.probabilities[:count],
+            logits=None if self.logits is None else self.logits[:count],
+            boxes=None if self.boxes is None else self.boxes[:count],
+        )
 
     def labels(self) -> list[str | None]:
         """Return the most probable class of each image; None where it is abstained. Raises ConfigError for boxes."""

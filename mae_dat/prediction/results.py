@@ -45,8 +45,11 @@ class Collector:
 
     def add(self, part: Predictions) -> None:
         """Add a batch."""
-        if self.limit is None or sum(map(len, self.parts)) < self.limit:
-            self.parts.append(part if self.keep_logits else dataclasses.replace(part, logits=None))
+        part = part if self.keep_logits else dataclasses.replace(part, logits=None)
+        if self.limit is None:
+            self.parts.append(part)
+        elif (missing := self.limit - sum(map(len, self.parts))) > 0:
+            self.parts.append(part.first(missing))
 
     def predictions(self) -> Predictions:
         """Return all of them as one."""

@@ -124,7 +124,7 @@ def open_run(
             _require_no_inputs_in(folder / DRAWN_FOLDER, inputs)
         prepare_output_folder(folder)
     _log_run(predictor, inputs, options)
-    temperature = config.temperature or 1.0
+    temperature = config.temperature
     if config.calibrate is not None and isinstance(predictor, ClassPredictor):
         temperature = fit_to_folder(predictor, config.calibrate, setup).temperature
     return PredictionRun(predictor, inputs, setup, config, temperature)
@@ -132,8 +132,10 @@ def open_run(
 
 def _require_no_class_flags(predictor: BoxPredictor, config: PredictConfig) -> None:
     """Raise ConfigError for flags that a detector has no use for."""
-    for name in ("temperature", "calibrate", "abstain_below"):
-        if getattr(config, name) is not None:
+    given = {"temperature": config.temperature != 1, "calibrate": config.calibrate is not None}
+    given["abstain_below"] = config.abstain_below is not None
+    for name, is_given in given.items():
+        if is_given:
             raise ConfigError(f"--{name} is for classifiers; {predictor.name} is a detector: see --score_threshold.")
 
 

@@ -19,10 +19,9 @@ import timm
 import torch
 from benchmark_folders import FEW, SIDE, reduced, validation_names, write_objectnet
 from built_suites import open_sources, suite_from
-from evaluated_models import Linear, dataset, draw, imagenet, write_onnx
+from evaluated_models import Linear, dataset, draw, imagenet, saved, write_onnx, write_timm
 from PIL import Image
 from ranks import exit_codes, start_ranks
-from timm.models import save_for_hf
 from tiny_runs import ROOT, environment, outcome_of, run_script, verb
 from torch import Tensor, nn
 from torchvision.transforms import functional
@@ -49,25 +48,10 @@ from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, SIXTEEN, 
 from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.world import World
-from mae_dat.storage.weight_files import write_weights
 
 __all__ = ["dataset", "imagenet"]  # fixtures
 
 CPU = torch.device("cpu")
-
-
-def saved(path: Path, classes: int = 1000, names: list[str] | None = None, side: int = 32, seed: int = 0) -> Path:
-    """An untrained vision transformer as a file of ours."""
-    from mae_dat.models.classifier import build_classifier
-
-    torch.manual_seed(seed)
-    model = build_classifier("vit_demo_patch8", classes, side)
-    nn.init.normal_(model.net.head.weight)  # type: ignore[union-attr, arg-type]
-    facts = {"kind": "classifier", "model": "vit_demo_patch8", "global_pool": True, "input_size": [side, side]}
-    facts |= {"nb_classes": classes} | ({"classes": names} if names else {})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, model.net.state_dict(), {"mae_dat": json.dumps(facts)})
-    return path
 
 
 def printed(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -472,14 +456,6 @@ def test_onnx_files_of_a_fixed_batch_are_run_at_it_or_refused_with_the_fix(datas
         assert cells(evaluate({"onnx": file}, "clean", dataset, batch_size=7), "clean", "onnx") == expected
     with pytest.raises(ConfigError, match=r"does not take images of 2 x 3 x 32 x 32.*with a dynamic batch axis"):
         evaluate(write_onnx(network, tmp_path / "traced.onnx", flat=1), "clean", dataset)
-
-
-def write_timm(folder: Path, classes: int = 10) -> nn.Module:
-    """A network as timm puts it on the Hub: what hf-hub:OWNER/NAME fetches lies here as local-dir:FOLDER."""
-    torch.manual_seed(0)
-    network = timm.create_model("test_vit", num_classes=classes, img_size=32)
-    save_for_hf(network, folder)
-    return network
 
 
 def test_timms_own_names_reach_timm(

@@ -1,20 +1,25 @@
 """Tiny models and images to evaluate."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from benchmark_folders import SIDE, reduced, validation_names
 from PIL import Image
+from timm.models import save_for_hf
 from tiny_runs import draw_folder
 from torch import Tensor, nn
 
+from mae_dat.models.classifier import build_classifier
 from mae_dat.robustness.corruptions import CORRUPTIONS
 from mae_dat.robustness.suites.catalogue import BENCHMARKS
 from mae_dat.robustness.suites.imagenet import IMAGENET_A, SIXTEEN, synsets_of
+from mae_dat.storage.weight_files import write_weights
 
 
 class Linear(nn.Sequential):
@@ -104,3 +109,23 @@ def write_onnx(network: Linear, path: Path, batch: int | str = "batch", flat: in
     graph = helper.make_graph(nodes, "linear", [image_input], [logits_output], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
+
+
+def saved(path: Path, classes: int = 1000, names: list[str] | None = None, side: int = 32, seed: int = 0) -> Path:
+    """An untrained vision transformer as a file of ours."""
+    torch.manual_seed(seed)
+    model = build_classifier("vit_demo_patch8", classes, side)
+    nn.init.normal_(model.net.head.weight)  # type: ignore[union-attr, arg-type]
+    facts = {"kind": "classifier", "model": "vit_demo_patch8", "global_pool": True, "input_size": [side, side]}
+    facts |= {"nb_classes": classes} | ({"classes": names} if names else {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(path, model.net.state_dict(), {"mae_dat": json.dumps(facts)})
+    return path
+
+
+def write_timm(folder: Path, classes: int = 10) -> nn.Module:
+    """A network as timm puts it on the Hub: what hf-hub:OWNER/NAME fetches lies here as local-dir:FOLDER."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=classes, img_size=32)
+    save_for_hf(network, folder)
+    return network

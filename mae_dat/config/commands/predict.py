@@ -34,8 +34,8 @@ class PredictConfig:
     """Folder for the results."""
     top_k: int = 5
     """Classes in each row, the most probable first."""
-    temperature: float | None = None
-    """Divide the logits by this number before the softmax (default: 1)."""
+    temperature: float = 1.0
+    """Divide the logits by this number before the softmax."""
     calibrate: str | None = None
     """Fit the temperature to the labeled images of DIR/val/CLASS, so that probabilities match the accuracy."""
     abstain_below: float | None = None
@@ -62,9 +62,9 @@ class PredictConfig:
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ConfigError(f"--top_k {self.top_k}: give at least 1 class.")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(f"--temperature {self.temperature:g}: give a number above 0.")
-        if self.temperature is not None and self.calibrate is not None:
+        if self.temperature != 1 and self.calibrate is not None:
             raise ConfigError("--temperature and --calibrate: give one of them.")
         for name in ("abstain_below", "score_threshold"):
             value = getattr(self, name)

@@ -134,8 +134,8 @@ def mean_nll(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Fit the temperature that minimizes `mean_nll` (Guo et al. 2017, section 4.2), within `TEMPERATURES`.
 
-    The likelihood is concave in 1 / temperature, so there is one minimum. Where every image is classified correctly, it
-    is at the lower end of the range. Raises DataError for no images.
+    The likelihood is concave in 1 / temperature, so there is one minimum; none if every image is classified correctly,
+    because then it falls towards temperature 0. Raises DataError for no images.
     """
     from scipy.optimize import minimize_scalar
 

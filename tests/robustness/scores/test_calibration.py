@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from mae_dat.config.errors import DataError, NumericsError
-from mae_dat.robustness.scores.calibration import Confidences, expected_error, rms_error
+from mae_dat.robustness.scores.calibration import (
+    TEMPERATURES,
+    Confidences,
+    expected_error,
+    fit_temperature,
+    mean_nll,
+    rms_error,
+)
 
 
 def doubles(*values: float) -> Tensor:
@@ -114,3 +121,31 @@ def test_an_image_twice_or_never_and_a_nan_are_errors() -> None:
     confidences.add(torch.tensor([0, 1]), uniform * torch.tensor([[1.0], [torch.nan]]), torch.tensor([3, 3]))
     with pytest.raises(NumericsError):
         confidences.reduce(lambda rows: rows)
+
+
+# ---- temperature ----
+
+
+def test_the_fitted_temperature_is_the_one_that_the_labels_were_drawn_with() -> None:
+    """Labels drawn from softmax(logits / 2.5), and from a tenth of that temperature."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(20_000, 10, generator=generator)
+    labels = torch.multinomial((logits.double() / 2.5).softmax(1), 1, generator=generator)[:, 0]
+    temperature = fit_temperature(logits, labels)
+    assert temperature == pytest.approx(2.5, rel=0.03)
+    assert fit_temperature(logits / 10, labels) == pytest.approx(temperature / 10, rel=1e-4)
+    # At the minimum the mean logit of the labels is the one that the model expects.
+    expected = ((logits.double() / temperature).softmax(1) * logits.double()).sum(1).mean()
+    assert float(logits.gather(1, labels[:, None]).double().mean()) == pytest.approx(float(expected), rel=1e-4)
+    assert mean_nll(logits, labels, temperature) < min(mean_nll(logits, labels, t) for t in (1, 2.3, 2.7))
+
+
+def test_there_is_a_temperature_only_where_there_are_errors() -> None:
+    assert fit_temperature(torch.eye(3), torch.arange(3)) < 0.05
+    assert fit_temperature(torch.eye(3), torch.arange(3).flip(0)) == pytest.approx(TEMPERATURES[1], rel=1e-3)
+    with pytest.raises(DataError, match="no images"):
+        fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+
+
+def test_mean_nll_by_hand() -> None:
+    assert mean_nll(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), 2.0) == pytest.approx(math.log(1 + math.exp(-1)))
