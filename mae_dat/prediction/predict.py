@@ -106,6 +106,8 @@ def main(config: PredictConfig) -> None:
     run.predict(first.add, tally.add)
     if tally.unreadable:
         logger.warning("%s images are unreadable: %s lists them", f"{tally.unreadable:,}", folder / "unreadable.txt")
+    if run.empty.boxes is not None and not tally.boxes:
+        logger.warning("no box has a score of %g or more: lower --score_threshold.", config.score_threshold)
     print(dataclasses.replace(first.predictions(), unreadable={}))
     print(f"{_summary(tally, run)} in {format_duration(time.monotonic() - start)}: {folder / 'predictions.csv'}")
 

@@ -154,14 +154,13 @@ def _require_no_inputs_in(drawn: Path, inputs: InputImages) -> None:
 
 def _log_run(predictor: ClassPredictor | BoxPredictor, inputs: InputImages, options: EvalOptions) -> None:
     if isinstance(predictor, BoxPredictor):
-        name, kind, (height, width) = predictor.name, "detector", predictor.size
+        model, (height, width) = f"detector {predictor.name}", predictor.size
     else:
         network = predictor.network
-        name, kind, (height, width) = network.name, network.facts["architecture"], network.size
+        model, (height, width) = f"{network.name} ({network.facts['architecture']})", network.size
     logger.info(
-        "%s (%s), %d x %d px, %s on %s; %d classes (%s)",
-        name,
-        kind,
+        "%s, %d x %d px, %s on %s; %d classes (%s)",
+        model,
         height,
         width,
         options.precision_name,
