@@ -20,6 +20,7 @@ from mae_dat.config.parse import run_command
 from mae_dat.launch.submit import launcher_command
 
 REQUIRED = {"convert": "OUT net.safetensors --to timm", "report": "OUT", "scan": "DIR", "get": "mae_dat_demo"}
+REQUIRED["predict"] = "photo.jpg"
 SCRIPTS = {"main_pretrain.py": "pretrain", "main_finetune.py": "finetune"}
 HEAVY = {"torch", "torchvision", "timm", "numpy", "yaml", "rich"}
 # A tenth of a second each. The launcher needs submitit, which imports some of them.

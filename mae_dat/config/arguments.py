@@ -20,8 +20,8 @@ _METAVARS = {
     "device": "DEVICE", "model": "NAME", "names": "TITLE", "images": "PATH", "suite": "SUITE", "config": "FILE",
     "manifest": "FILE", "classes": "FILE", "subset": "FILE", "index": "DIR", "arms": "NAME", "cross_arms": "NAME",
     "pretrainings": "NAME", "pretrain_config": "FILE", "finetune_config": "FILE", "allow_change": "FLAG",
-    "baseline": "TITLE", "views": "VIEW", "partition": "NAME", "account": "NAME", "qos": "NAME", "python": "COMMAND",
-    "crop_scale": ("MIN", "MAX"), "cutmix_minmax": ("MIN", "MAX"), "scale_jitter": ("MIN", "MAX"),
+    "calibrate": "DIR", "baseline": "TITLE", "views": "VIEW", "partition": "NAME", "account": "NAME", "qos": "NAME",
+    "python": "COMMAND", "crop_scale": ("MIN", "MAX"), "cutmix_minmax": ("MIN", "MAX"), "scale_jitter": ("MIN", "MAX"),
 }  # fmt: skip
 _METAVARS_BY_KIND = {int: "N", float: "X", str: "TEXT"}
 _MESSAGES = (  # argparse's, in the words of the others

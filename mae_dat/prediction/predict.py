@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from mae_dat.config.commands.predict import PredictConfig
-from mae_dat.config.errors import ConfigError, DataError
+from mae_dat.config.commands.predict import BoxConfig, PredictConfig, ProbabilityConfig
+from mae_dat.config.errors import DataError
 from mae_dat.prediction.predictions import Predictions
 from mae_dat.prediction.results import Collector, Tally
 from mae_dat.prediction.run import PredictionRun, open_run
@@ -69,14 +69,16 @@ def predict(  # noqa: PLR0913 - one keyword per flag
         predictions.probabilities              # float32 (n, K)
     """
     config = PredictConfig(
+        images=(),
         model=model,
         pretrained=pretrained,
-        top_k=top_k,
-        temperature=temperature,
-        calibrate=None if calibrate is None else str(calibrate),
-        abstain_below=abstain_below,
-        score_threshold=score_threshold,
-        draw=draw,
+        probabilities=ProbabilityConfig(
+            top_k=top_k,
+            temperature=temperature,
+            calibrate=None if calibrate is None else str(calibrate),
+            abstain_below=abstain_below,
+        ),
+        boxes=BoxConfig(score_threshold=score_threshold, draw=draw),
         input_size=() if input_size is None else (input_size,) if isinstance(input_size, int) else tuple(input_size),
         interpolation=interpolation,  # type: ignore[arg-type] # checked by the transform
         crop=crop,
@@ -98,16 +100,15 @@ def predict(  # noqa: PLR0913 - one keyword per flag
 def main(config: PredictConfig) -> None:
     """Run the command."""
     console, folder, start = console_for_command(), Path(config.output_dir), time.monotonic()
-    if not config.images:
-        raise ConfigError("no images: give files, folders or shards, such as `mae-dat predict --checkpoint OUT DIR`.")
-    classes = None if config.classes is None else read_class_names(Path(config.classes))
+    names = config.probabilities.classes
+    classes = None if names is None else read_class_names(Path(names))
     run = open_run(config.checkpoint, list(config.images), classes, config, folder, console)
     first, tally = Collector(run.empty, limit=_SHOWN), Tally()
     run.predict(first.add, tally.add)
     if tally.unreadable:
         logger.warning("%s images are unreadable: %s lists them", f"{tally.unreadable:,}", folder / "unreadable.txt")
     if run.empty.boxes is not None and not tally.boxes:
-        logger.warning("no box has a score of %g or more: lower --score_threshold.", config.score_threshold)
+        logger.warning("no box has a score of %g or more: lower --score_threshold.", config.boxes.score_threshold)
     print(dataclasses.replace(first.predictions(), unreadable={}))
     print(f"{_summary(tally, run)} in {format_duration(time.monotonic() - start)}: {folder / 'predictions.csv'}")
 
@@ -115,8 +116,8 @@ def main(config: PredictConfig) -> None:
 def _summary(tally: Tally, run: PredictionRun) -> str:
     parts = [f"{tally.predicted:,} images predicted"]
     if run.empty.boxes is not None:
-        parts.append(f"{tally.boxes:,} boxes of score {run.config.score_threshold:g} or more")
-    if run.config.abstain_below is not None:
+        parts.append(f"{tally.boxes:,} boxes of score {run.config.boxes.score_threshold:g} or more")
+    if run.config.probabilities.abstain_below is not None:
         parts.append(f"{tally.abstained:,} abstained")
     return ", ".join([*parts, f"{tally.unreadable:,} unreadable"])
 

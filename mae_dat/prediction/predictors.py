@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
-from mae_dat.config.errors import ConfigError, NumericsError
+from mae_dat.config.errors import CheckpointError, ConfigError, NumericsError
 from mae_dat.config.groups import ImageSize
 from mae_dat.detection.coco import BoxTransform, Scene
 from mae_dat.models.detector import Boxes, Detector
+from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import autocast, evaluation_mode
 from mae_dat.models.weights.open import OpenedModel
 from mae_dat.prediction.batches import PredictionBatch, PreparedImages, predict_batches
@@ -206,6 +207,8 @@ def open_predictor(
         return _from_opened(source, "Python", classes, options)
     if isinstance(source, Detector):
         return _box_predictor(source, None, getattr(source, "input_size", None), "the detector", classes, options)
+    if isinstance(source, MaskedAutoencoder):
+        raise CheckpointError("the model is a pretraining, which has no classes yet: fine-tune it first.")
     if not callable(source):
         raise ConfigError(f"a checkpoint of type {type(source).__name__} is no model: give a path, a name or a module.")
     # `load_model` leaves the size and the names of the classes on the module.

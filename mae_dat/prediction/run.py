@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mae_dat.config.commands.predict import PredictConfig
+from mae_dat.config.commands.predict import PredictConfig, ProbabilityConfig
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import image_size
 from mae_dat.prediction.batches import PredictionBatch
@@ -49,9 +49,9 @@ class PredictionRun:
             classes=list(self.predictor.classes),
             probabilities=np.zeros((0, 0 if is_detector else len(self.predictor.classes)), np.float32),
             boxes=[] if is_detector else None,
-            top_k=self.config.top_k,
+            top_k=self.config.probabilities.top_k,
             temperature=self.temperature,
-            abstain_below=self.config.abstain_below,
+            abstain_below=self.config.probabilities.abstain_below,
         )
 
     def predict(self, *sinks: Callable[[Predictions], None]) -> None:
@@ -63,15 +63,12 @@ class PredictionRun:
         with contextlib.ExitStack() as stack:
             if self.setup.folder is not None:
                 writer = stack.enter_context(
-                    ResultWriter(self.setup.folder, self.empty, self.inputs, self._images_to_draw())
+                    ResultWriter(self.setup.folder, self.empty, self.inputs, self.config.boxes.images_to_draw)
                 )
                 sinks = (writer.add, *sinks)
             self._pass_images((tally.add, *sinks))
         if tally.predicted == 0:
             raise DataError(f"none of the {len(self.inputs):,} images can be read, such as {tally.first_unreadable}")
-
-    def _images_to_draw(self) -> int:
-        return 0 if self.config.no_draw else self.config.draw
 
     def _pass_images(self, sinks: Sequence[Callable[[Predictions], None]]) -> None:
         empty = self.empty
@@ -89,7 +86,7 @@ class PredictionRun:
             deliver(batch, probabilities=np.zeros((len(boxes), 0), np.float32), boxes=boxes)
 
         if isinstance(self.predictor, BoxPredictor):
-            self.predictor.predict(self.inputs, self.setup, deliver_boxes, self.config.score_threshold)
+            self.predictor.predict(self.inputs, self.setup, deliver_boxes, self.config.boxes.score_threshold)
         else:
             self.predictor.predict(self.inputs, self.setup, deliver_logits)
 
@@ -118,19 +115,19 @@ def open_run(
         checkpoint, model=config.model, pretrained=config.pretrained, classes=classes, options=options
     )
     if isinstance(predictor, BoxPredictor):
-        _require_no_class_flags(predictor, config)
+        _require_no_class_flags(predictor, config.probabilities)
     if folder is not None:
         if isinstance(predictor, BoxPredictor):
             _require_no_inputs_in(folder / DRAWN_FOLDER, inputs)
         prepare_output_folder(folder)
     _log_run(predictor, inputs, options)
-    temperature = config.temperature
-    if config.calibrate is not None and isinstance(predictor, ClassPredictor):
-        temperature = fit_to_folder(predictor, config.calibrate, setup).temperature
+    temperature, labeled = config.probabilities.temperature, config.probabilities.calibrate
+    if labeled is not None and isinstance(predictor, ClassPredictor):
+        temperature = fit_to_folder(predictor, labeled, setup).temperature
     return PredictionRun(predictor, inputs, setup, config, temperature)
 
 
-def _require_no_class_flags(predictor: BoxPredictor, config: PredictConfig) -> None:
+def _require_no_class_flags(predictor: BoxPredictor, config: ProbabilityConfig) -> None:
     """Raise ConfigError for flags that a detector has no use for."""
     given = {"temperature": config.temperature != 1, "calibrate": config.calibrate is not None}
     given["abstain_below"] = config.abstain_below is not None

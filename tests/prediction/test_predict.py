@@ -15,7 +15,7 @@ from tiny_models import tiny
 from tiny_runs import Outcome, draw_folder, outcome_of, verb
 from torch import Tensor, nn
 
-from mae_dat.config.errors import ConfigError, DataError, NumericsError
+from mae_dat.config.errors import CheckpointError, ConfigError, DataError, NumericsError
 from mae_dat.models.mae import build_mae
 from mae_dat.models.weights.open import open_model
 from mae_dat.prediction.predict import predict
@@ -353,7 +353,7 @@ def test_bad_input_is_a_message(
     facts = {"kind": "pretraining", "model": "mae_vit_demo_patch8", "input_size": [64, 64]}
     write_weights(pretraining, build_mae("mae_vit_demo_patch8").state_dict(), {"mae_dat": json.dumps(facts)})
     cases: list[tuple[list[str], int, str]] = [
-        (checkpoint, 64, "no images: give files, folders or shards"),
+        (checkpoint, 2, "mae-dat predict needs IMAGES"),
         ([photo], 64, "no model: give --checkpoint OUT"),
         ([photo, "--model", "resnet18"], 64, "no model: give --checkpoint OUT"),
         ([photo, *checkpoint, "--pretrained", "--model", "resnet18"], 64, "--checkpoint and --pretrained: give one"),
@@ -392,6 +392,8 @@ def test_bad_input_is_a_message(
         assert outcome.code == code, (arguments, outcome)
         assert message in outcome.stderr.replace("\n", " "), (arguments, outcome)
     assert not (tmp_path / "out" / "predictions.csv").exists()
+    with pytest.raises(CheckpointError, match="is a pretraining, which has no classes yet"):
+        predict(build_mae("mae_vit_demo_patch8"), photos, console=QUIET)
     with pytest.raises(ConfigError, match="a checkpoint of type int is no model"):
         predict(3, photos, console=QUIET)  # type: ignore[arg-type]
 
