@@ -25,8 +25,8 @@ from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.open_networks import (
     distinct_names,
     open_callable,
-    open_networks,
-    open_source,
+    open_network_or_detector,
+    open_timm,
     opened_network,
 )
 from mae_dat.robustness.setup import EvaluationSetup
@@ -195,21 +195,19 @@ def open_predictor(
                 "no model: give --checkpoint OUT (an output folder, weights file, released name or .onnx file), or "
                 "--model NAME --pretrained for timm's weights."
             )
-        return _class_predictor(open_networks((), (model,), True, (), options)[0], classes)
+        return _class_predictor(open_timm(model, model, options), classes)
     if pretrained:
         raise ConfigError("--checkpoint and --pretrained: give one of them.")
     if isinstance(source, str | Path):
-        path = str(source)
-        if path.endswith(".onnx"):
-            return _class_predictor(open_networks((path,), (), False, (), options)[0], classes)
-        return _from_opened(open_source(path, model, options.size), path, classes, options)
+        opened = open_network_or_detector(str(source), model, distinct_names((str(source),))[0], options)
+        return _from_opened(opened, classes, options)
     if isinstance(source, OpenedModel):
-        return _from_opened(source, "Python", classes, options)
+        return _from_opened(source, classes, options)
     if isinstance(source, Detector):
         return _box_predictor(source, None, getattr(source, "input_size", None), "the detector", classes, options)
     if isinstance(source, MaskedAutoencoder):
         raise CheckpointError("the model is a pretraining, which has no classes yet: fine-tune it first.")
-    if not callable(source):
+    if not callable(source) and not isinstance(source, tuple):  # a pair: a model of transformers and its processor
         raise ConfigError(f"a checkpoint of type {type(source).__name__} is no model: give a path, a name or a module.")
     # `load_model` leaves the size and the names of the classes on the module.
     size = options.size or getattr(source, "input_size", None)
@@ -219,12 +217,13 @@ def open_predictor(
 
 
 def _from_opened(
-    opened: OpenedModel, path: str, classes: Sequence[str] | None, options: EvalOptions
+    opened: OpenedModel | EvaluatedNetwork, classes: Sequence[str] | None, options: EvalOptions
 ) -> ClassPredictor | BoxPredictor:
+    if isinstance(opened, EvaluatedNetwork):
+        return _class_predictor(opened, classes)
     if opened.kind == "detector":
         return _box_predictor(opened.model, opened.classes, opened.input_size, opened.title, classes, options)
-    name = opened.title if path == "Python" else distinct_names((path,))[0]
-    return _class_predictor(opened_network(opened, path, name, options), classes)
+    return _class_predictor(opened_network(opened, "Python", opened.title, options), classes)
 
 
 def _box_predictor(

@@ -124,7 +124,7 @@ def open_network_or_detector(
 
 
 def opened_network(opened: OpenedModel, source: str, name: str, options: EvalOptions) -> EvaluatedNetwork:
-    """Return the network to evaluate from a model that was opened from `source`. Raises CheckpointError, ConfigError."""
+    """Return the network to evaluate from the model that `source` holds. Raises CheckpointError, ConfigError."""
     with errors_name_flag(f"--checkpoint {source}"):
         classifier = opened.classifier()
     return _classifier_network(
@@ -238,15 +238,16 @@ def open_callable(
         opened = _transformers_network(network, name, "Python", options, classes)
         return replace(opened, identity=identity)
     if isinstance(network, Classifier):
-        opened = _classifier_network(
-            network,
-            name=name,
-            source="Python",
-            architecture=type(network.net).__name__,
-            options=_with_timm_crop(network, options) if is_timm else options,
-            size=network.input_size,
-            classes=classes or network.classes,
-        )
+        with evaluation_mode(network):
+            opened = _classifier_network(
+                network,
+                name=name,
+                source="Python",
+                architecture=type(network.net).__name__,
+                options=_with_timm_crop(network, options) if is_timm else options,
+                size=network.input_size,
+                classes=classes or network.classes,
+            )
         return replace(opened, identity=identity)
     facts: ModelFacts = {
         "title": name,
