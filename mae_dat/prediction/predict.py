@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mae_dat.config.commands.predict import BoxConfig, PredictConfig, ProbabilityConfig
+from mae_dat.config.commands.predict import PredictConfig
 from mae_dat.config.errors import DataError
 from mae_dat.prediction.predictions import Predictions
 from mae_dat.prediction.results import Collector, Tally
@@ -68,24 +68,23 @@ def predict(  # noqa: PLR0913 - one keyword per flag
         predictions.labels()                   # the most probable class of each file
         predictions.probabilities              # float32 (n, K)
     """
-    config = PredictConfig(
+    config = PredictConfig.from_flags(
         images=(),
         model=model,
         pretrained=pretrained,
-        probabilities=ProbabilityConfig(
-            top_k=top_k,
-            temperature=temperature,
-            calibrate=None if calibrate is None else str(calibrate),
-            abstain_below=abstain_below,
-        ),
-        boxes=BoxConfig(score_threshold=score_threshold, draw=draw),
-        input_size=() if input_size is None else (input_size,) if isinstance(input_size, int) else tuple(input_size),
-        interpolation=interpolation,  # type: ignore[arg-type] # checked by the transform
+        top_k=top_k,
+        temperature=temperature,
+        calibrate=calibrate,
+        abstain_below=abstain_below,
+        score_threshold=score_threshold,
+        draw=draw,
+        input_size=() if input_size is None else input_size,
+        interpolation=interpolation,
         crop=crop,
         batch_size=batch_size,
         num_workers=num_workers,
         device=str(device),
-        precision=precision,  # type: ignore[arg-type] # as in evaluate
+        precision=precision,
     )
     console = console or Console()
     run = open_run(checkpoint, images, classes, config, None if output_dir is None else Path(output_dir), console)
