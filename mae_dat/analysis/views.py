@@ -32,7 +32,7 @@ TOP = 5  # predictions of each view
 AMPLIFICATIONS = (16, 8, 4, 2, 1)
 IMAGENET_CLASSES = 1000
 
-Predictions = list[tuple[str, float]]
+ClassShares = list[tuple[str, float]]
 """Class names with their probabilities, the most probable first."""
 
 
@@ -118,7 +118,7 @@ class ImageInspector:
         return [*views, ImageView("changed words", word_map[0], legend)]
 
     @torch.no_grad()
-    def predict(self, images: Sequence[Tensor]) -> list[Predictions]:
+    def predict(self, images: Sequence[Tensor]) -> list[ClassShares]:
         """Return the first predictions for each of the images (1, C, H, W)."""
         probabilities = self.model(torch.cat(list(images))).float().softmax(1)
         best = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)

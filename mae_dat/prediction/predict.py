@@ -1,8 +1,8 @@
 """Predict new images with any model: `mae-dat predict`, and `mae_dat.predict` from Python.
 
 The flags become a `run`: `inputs` finds the images, `predictors` opens the model and passes them through it
-(`batches`). `results` collects `predictions` in memory, and writes them with `files` and `box_files`. Loader, transform
-and arithmetic are those of an evaluation.
+(`batches`). `results` collects `predictions` in memory, and writes them with `result_files` and `box_files`. Loader,
+transform and arithmetic are those of an evaluation.
 """
 
 import dataclasses
@@ -53,41 +53,29 @@ def predict(  # noqa: PLR0913 - one keyword per flag
 ) -> Predictions:
     """Predict the classes of images with their probabilities, or boxes with a detector: the command, from Python.
 
-    `checkpoint` is what `--checkpoint` takes, a loaded model (`load_model`), or any callable from float images (B, 3,
-    H, W) in [0, 1] to logits (B, K); None with `model` and `pretrained` for timm's weights. `images` is a path (file,
-    folder of any depth, shards), a PIL image, an array uint8 or float in [0, 1] of shape (H, W, 3) or (B, H, W, 3), a
-    tensor (3, H, W) or (B, 3, H, W), or a list of these. The other arguments are the flags of `mae-dat predict`, except
-    that `classes` are the names themselves, `logits` keeps the logits, float32 (n, K), and the defaults of
-    `num_workers` and `precision` are those of `evaluate`. Files are written only with `output_dir`.
+    `checkpoint` is what `--checkpoint` takes, a loaded model, or any callable from float images (B, 3, H, W) in [0, 1]
+    to logits (B, K); None with `model` and `pretrained` for timm's weights. `images` is a path (file, folder of any
+    depth, shards), a PIL image, an array (H, W, 3) or (B, H, W, 3) of uint8 or float in [0, 1], a tensor (3, H, W) or
+    (B, 3, H, W), or a list of these. The others are flags of `mae-dat predict`, but `classes` are the names themselves,
+    `logits` keeps the logits, and `num_workers` and `precision` have the defaults of `evaluate`. Files are written only
+    with `output_dir`. Raises UserError for wrong images or models, before anything is predicted; DataError if no image
+    can be read; NumericsError for NaN or infinite logits.
 
-    Raises UserError for images or models that cannot be used, before anything is predicted; DataError if no image can
-    be read; NumericsError for NaN or infinite logits.
-
-        predictions = mae_dat.predict("OUT", "photos/")
-        print(predictions)                     # a table
-        predictions.labels()                   # the most probable class of each file
-        predictions.probabilities              # float32 (n, K)
+    >>> import mae_dat, numpy
+    >>> predictions = mae_dat.predict("mae_dat_demo", numpy.zeros((64, 64, 3)))
+    >>> predictions.probabilities.shape
+    (1, 10)
+    >>> predictions.labels()
+    ['star']
     """
     config = PredictConfig.from_flags(
-        images=(),
-        model=model,
-        pretrained=pretrained,
-        top_k=top_k,
-        temperature=temperature,
-        calibrate=calibrate,
-        abstain_below=abstain_below,
-        score_threshold=score_threshold,
-        draw=draw,
-        input_size=() if input_size is None else input_size,
-        interpolation=interpolation,
-        crop=crop,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=str(device),
-        precision=precision,
-    )
-    console = console or Console()
-    run = open_run(checkpoint, images, classes, config, None if output_dir is None else Path(output_dir), console)
+        images=(), model=model, pretrained=pretrained, top_k=top_k, temperature=temperature, calibrate=calibrate,
+        abstain_below=abstain_below, score_threshold=score_threshold, draw=draw, interpolation=interpolation, crop=crop,
+        input_size=() if input_size is None else input_size, batch_size=batch_size, num_workers=num_workers,
+        device=str(device), precision=precision,
+    )  # fmt: skip
+    folder = None if output_dir is None else Path(output_dir)
+    run = open_run(checkpoint, images, classes, config, folder, console or Console())
     collected = Collector(run.empty, keep_logits=logits)
     run.predict(collected.add)
     return collected.predictions()

@@ -11,7 +11,7 @@ import torch
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import ImageSize
-from mae_dat.prediction.files import Row, write_csv
+from mae_dat.prediction.result_files import Row, write_csv
 
 _CORNERS = ("x_min", "y_min", "x_max", "y_max")
 _ROWS = 10  # of the table that is printed

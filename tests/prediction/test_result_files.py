@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mae_dat.config.errors import StorageError
-from mae_dat.prediction.files import PredictionFiles, safe_cell, write_csv
+from mae_dat.prediction.result_files import PredictionFiles, safe_cell, write_csv
 
 COLUMNS: dict[str, type] = {"file": str, "probability_1": float, "abstained": bool}
 ODD = ["=1+2", "+x", "-x.jpg", "@x", "\tx", "\rx", "\nx", "'x", 'a,"b"\nc', "plain = -1", "ä\udcff"]
