@@ -17,7 +17,7 @@ from mae_dat.launch.submit import launcher_command, split_command
 
 DOCUMENTS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 SHELL_BLOCK = re.compile(r"^( *)```(?:bash|sh)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-PENDING = {"predict", "doctor", "completion"}
+PENDING = {"doctor", "completion"}
 """Verbs that are documented before they exist."""
 COMMAND = re.compile(r"(?:mae-dat|-m mae_dat) ([a-z].*)")
 
