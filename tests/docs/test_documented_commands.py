@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from paths import ROOT
 
-from mae_dat.cli import LAUNCHER, VERBS, split_verb
+from mae_dat.cli import LAUNCHER, VERBS
+from mae_dat.config.arguments import split_verb
 from mae_dat.config.errors import UsageError
 from mae_dat.config.flags import build_config
 from mae_dat.config.parse import command_of
@@ -38,7 +39,7 @@ def check_command(words: list[str]) -> None:
         build_config(JobConfig, launcher_command(LAUNCHER).parse(flags))
         if not words or words[0].endswith(".py"):
             return
-    name, arguments = split_verb(words)
+    name, arguments = split_verb(words, list(VERBS))
     module, _, config = VERBS[name].config.partition(":")
     command_of(getattr(importlib.import_module(f"mae_dat.{module}"), config)).parse(arguments)
 
