@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.errors import ConfigError, suggest
 from mae_dat.config.groups import ImageSize
 from mae_dat.models.adapters import (
     HuggingFaceClassifier,
@@ -263,3 +263,11 @@ def open_callable(
     }
     opened = create_evaluated_network(module.to(options.device) if module else network, facts, classes, options)
     return replace(opened, identity=identity)
+
+
+def baseline_first(networks: Sequence[EvaluatedNetwork], baseline: str | None) -> list[EvaluatedNetwork]:
+    """Return the networks, the baseline before the others. Raises ConfigError for an unknown name."""
+    names = [network.name for network in networks]
+    if baseline is not None and baseline not in names:
+        raise ConfigError(f"--baseline {baseline}: {suggest(baseline, names)}")
+    return sorted(networks, key=lambda network: network.name != (baseline or names[0]))

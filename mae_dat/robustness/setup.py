@@ -4,9 +4,14 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import torch
+
+from mae_dat.config.commands.evaluate import SuiteConfig
 from mae_dat.config.errors import ConfigError
+from mae_dat.data.open import image_root
 from mae_dat.robustness.cache import MeasurementCache
 from mae_dat.robustness.network import EvalOptions
+from mae_dat.robustness.suites.base import SuiteSettings
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.world import World
 
@@ -34,3 +39,18 @@ class EvaluationSetup:
     def cache(self) -> MeasurementCache:
         """The measurements of earlier calls."""
         return MeasurementCache(self.folder / "cells" if self.folder else None)
+
+
+def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -> SuiteSettings:
+    """Return the settings of the suites that the flags describe."""
+    return SuiteSettings(
+        root=image_root(config.data_path),
+        partial=config.partial,
+        subset=Path(config.subset) if config.subset else None,
+        limit=config.limit,
+        seed=config.seed,
+        extra_corruptions=config.held_out,
+        tokenizer=config.tokenizer,
+        batch_size=batch_size,
+        device=device,
+    )

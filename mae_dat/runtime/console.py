@@ -1,11 +1,14 @@
-"""The progress and the log of a command: a live progress bar on a terminal, or plain lines in a file."""
+"""The progress and the log of a command: a live progress bar on a terminal or in a notebook, or plain lines in a
+file."""
 
+import contextlib
+import html
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -24,7 +27,7 @@ def format_duration(seconds: float) -> str:
 
 
 class Console:
-    """Progress of one or several stages: a live bar on a terminal, plain lines in a file.
+    """Progress of one or several stages: a live bar on a terminal or in a notebook, plain lines in a file.
 
     The lines come every `interval` seconds, and less often in a long stage: after every fiftieth of the time so far.
     `plan` gives the expected seconds of every stage of a longer job by title. The remaining time then covers the later
@@ -39,17 +42,38 @@ class Console:
         self.interval, self.quiet = interval, quiet
         self.rich = RichConsole(stderr=True)
         self.live = self.rich.is_terminal and not quiet
+        self.in_notebook = self.rich.is_jupyter and not quiet
 
     def start_logging(self, level: int = logging.INFO) -> None:
         """Send the log to the terminal above the bar, or as plain lines to standard error; only warnings where
         `quiet`."""
+        logging.basicConfig(level=logging.WARNING if self.quiet else level, handlers=[self._log_handler()], force=True)
+        logging.getLogger("timm").setLevel(logging.WARNING)
+
+    @contextlib.contextmanager
+    def log_inside(self) -> Iterator[None]:
+        """Send this package's log to the console inside the block, unless the process has set up logging itself."""
+        package = logging.getLogger("mae_dat")
+        if self.quiet or package.hasHandlers():
+            yield
+            return
+        handler, level = self._log_handler(), package.level
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            package.removeHandler(handler)
+            package.setLevel(level)
+
+    def _log_handler(self) -> logging.Handler:
+        """Return the handler that prints above the bar, or plain lines."""
         if self.live:
             handler: logging.Handler = _TerminalHandler(self.rich)
-        else:
-            handler = logging.StreamHandler(sys.stderr)
+        else:  # a notebook shows standard error in red
+            handler = logging.StreamHandler(sys.stdout if self.in_notebook else sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
-        logging.basicConfig(level=logging.WARNING if self.quiet else level, handlers=[handler], force=True)
-        logging.getLogger("timm").setLevel(logging.WARNING)
+        return handler
 
     def task(self, title: str, total: int, unit: str = "step", completed: int = 0) -> "Task":
         """Return a stage of `total` units, of which a resumed run has `completed` already."""
@@ -94,6 +118,7 @@ class Task:
         self.first = self.completed = completed
         self.start = self.last_line = time.monotonic()
         self.progress: Progress | None = None
+        self.notebook_bar: NotebookBar | None = None
 
     def __enter__(self) -> Self:
         if self.console.live:
@@ -106,6 +131,9 @@ class Task:
             self.progress = Progress(*columns, console=self.console.rich, transient=True)
             self.bar = self.progress.add_task(self.title, total=self.total, completed=self.completed, note="")
             self.progress.start()
+        elif self.console.in_notebook:
+            self.notebook_bar = NotebookBar(self.title, self.total)
+            self.notebook_bar.show(self.completed, "")
         self.start = self.last_line = time.monotonic()
         return self
 
@@ -115,6 +143,8 @@ class Task:
         self.console.seconds_spent[self.title] = time.monotonic() - self.start
         if self.progress:
             self.progress.stop()
+        if self.notebook_bar:
+            self.notebook_bar.close(self.completed, format_duration(self.console.seconds_spent[self.title]))
 
     def seconds_left(self) -> float:
         """Estimate the seconds to the end of this stage and of the plan's later ones."""
@@ -129,12 +159,63 @@ class Task:
         if self.progress:
             self.progress.update(self.bar, completed=self.completed, note=f"{note}  {remaining}")
             return
+        if self.notebook_bar:
+            self.notebook_bar.show(self.completed, f"{note}  {remaining}")
+            return
         now = time.monotonic()
         interval = max(self.console.interval, (now - self.start) / 50)
         due = now - self.last_line >= interval or self.completed == self.total
         if due and not self.console.quiet:
             self.last_line = now
             logger.info("%s: %s %d/%d  %s  %s", self.title, self.unit, self.completed, self.total, note, remaining)
+
+
+class NotebookBar:
+    """A progress bar in the output of a notebook's cell, which is replaced in place."""
+
+    INTERVAL_S = 0.25
+    """Shortest time between two updates."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total = title, total
+        self.display: Any = None
+        self.last_update = -self.INTERVAL_S
+
+    def show(self, completed: int, note: str) -> None:
+        """Show the number of completed units and a note, at most a few times a second."""
+        if time.monotonic() - self.last_update < self.INTERVAL_S and completed < self.total:
+            return
+        self.last_update = time.monotonic()
+        bar = f'<progress value="{completed}" max="{self.total}" style="vertical-align: middle"></progress>'
+        self._replace(f"{completed}/{self.total}  {note}".strip(), bar)
+
+    def close(self, completed: int, duration: str) -> None:
+        """Replace the bar by a line that stays."""
+        self._replace(f"{completed}/{self.total} in {duration}")
+
+    def _replace(self, text: str, bar: str = "") -> None:
+        from IPython.display import display
+
+        content = {
+            "text/plain": f"{self.title}: {text}",
+            "text/html": f"<div>{html.escape(self.title)} {bar} {html.escape(text)}</div>",
+        }
+        if self.display is None:
+            self.display = display(content, raw=True, display_id=True)
+        else:
+            self.display.update(content, raw=True)
+
+
+@contextlib.contextmanager
+def console_for_python(progress: bool = True) -> Iterator[Console]:
+    """Return the console of a function that is called from Python, for the duration of the block.
+
+    It shows a progress bar on a terminal or in a notebook. The package's log is shown too, unless the process has set
+    up logging itself. With `progress` False, and on ranks above 0, only warnings are shown.
+    """
+    console = Console(quiet=not progress or not world_from_environment().main)
+    with console.log_inside():
+        yield console
 
 
 def console_for_command() -> Console:

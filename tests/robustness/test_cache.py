@@ -13,13 +13,13 @@ import torch
 from benchmark_folders import FEW, SIDE, validation_names
 from built_suites import open_sources, suite_from
 from evaluated_models import Linear, dataset, draw, imagenet, write_onnx  # noqa: F401 - some are fixtures
+from quiet_evaluation import evaluate
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_runs import draw_folder, finetune_in
 from torch import Tensor, nn
 
 from mae_dat.models.tokenizer import embedded_path
-from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.fingerprints import module_sha256
 from mae_dat.robustness.measure import PassImages
 from mae_dat.robustness.network import EvalOptions
@@ -52,7 +52,7 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     names = validation_names()
     (imagenet / "ImageNet-C" / "fog" / "3" / names[0]).unlink()
     with caplog.at_level("INFO"):
-        results = evaluate(Linear(1000), "imagenet-c", imagenet, size=SIDE, partial=True)
+        results = evaluate(Linear(1000), "imagenet-c", imagenet, input_size=SIDE, partial=True)
     facts = results["suites"]["Linear"]["imagenet-c"]
     assert facts["missing"][-1] == "fog/3: 5 of 6 pictures are there"
     assert (facts["images"], results["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
@@ -61,7 +61,7 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     assert all("partial†" in metric.title for metric in summarize(results).metrics)
     assert {row["partial"] for row in csv.DictReader(counts_csv(summarize(results)).splitlines())} == {"True"}
     draw([imagenet / "ImageNet-C" / "snow" / "4" / name for name in reversed(names)])
-    other = evaluate(Linear(1000), "imagenet-c", imagenet, size=SIDE, partial=True)
+    other = evaluate(Linear(1000), "imagenet-c", imagenet, input_size=SIDE, partial=True)
     assert other["suites"]["Linear"]["imagenet-c"]["fingerprint"] != facts["fingerprint"]
 
 
@@ -157,10 +157,10 @@ def test_the_code_of_a_module_is_part_of_it(tmp_path: Path, monkeypatch: pytest.
 
 def test_attributes_of_a_network_are_part_of_its_key(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     for mean in (0.0, 0.9, torch.tensor(0.5)):
-        stored = evaluate(Shifted(mean), "clean", dataset, size=32, output_dir=tmp_path)
-        assert right(stored, "clean") == right(evaluate(Shifted(mean), "clean", dataset, size=32), "clean")
+        stored = evaluate(Shifted(mean), "clean", dataset, input_size=32, output_dir=tmp_path)
+        assert right(stored, "clean") == right(evaluate(Shifted(mean), "clean", dataset, input_size=32), "clean")
     assert len(list((tmp_path / "cells").iterdir())) == 3
-    evaluate(Shifted(0.9).eval(), "clean", dataset, size=32, output_dir=tmp_path)
+    evaluate(Shifted(0.9).eval(), "clean", dataset, input_size=32, output_dir=tmp_path)
     assert len(list((tmp_path / "cells").iterdir())) == 3, "the mode that it comes in is no part of it"
 
 
@@ -171,10 +171,10 @@ def test_what_cannot_be_known_is_measured_anew_and_told(
 ) -> None:
     for sign in (1, -1):
         results = evaluate(
-            lambda image, sign=sign: sign * brightest(image), "clean", dataset, size=32, output_dir=tmp_path
+            lambda image, sign=sign: sign * brightest(image), "clean", dataset, input_size=32, output_dir=tmp_path
         )
         assert right(results, "clean") == right(
-            evaluate(lambda x, s=sign: s * brightest(x), "clean", dataset, size=32), "clean"
+            evaluate(lambda x, s=sign: s * brightest(x), "clean", dataset, input_size=32), "clean"
         )
         assert "<lambda> cannot be distinguished from other networks" in caplog.text
         caplog.clear()
@@ -208,7 +208,7 @@ def test_a_tokenizer_is_known_by_its_weights(dataset: Path, tmp_path: Path) -> N
             Linear(),
             "words-random",
             dataset,
-            size=32,
+            input_size=32,
             output_dir=tmp_path / "out",
             tokenizer=str(tmp_path / "tok.safetensors"),
         )
@@ -227,7 +227,7 @@ def test_a_report_tells_every_version_that_measured_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    options: dict[str, Any] = {"size": 32, "limit": 2, "output": tmp_path}
+    options: dict[str, Any] = {"input_size": 32, "limit": 2, "output_dir": tmp_path}
     first = evaluate(Linear(), ("clean", "pgd-5-1/255"), dataset, **options)
     (under,) = first["measured_under"]
     assert under["cells"] == {"Linear": {"clean": [""], "pgd-5-1/255": [""], "gradient attacks": [""]}}
@@ -256,13 +256,13 @@ def test_a_report_tells_every_version_that_measured_it(
 
 
 def test_cells_of_an_older_release_are_taken_and_told(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
-    first = evaluate(Linear(), "clean", dataset, size=32, output_dir=tmp_path)
+    first = evaluate(Linear(), "clean", dataset, input_size=32, output_dir=tmp_path)
     (cell,) = (tmp_path / "cells").iterdir()
     content = json.loads(cell.read_text())
     del content["versions"]
     content["found"]["calibration"]["nll"] = float("inf")
     cell.write_text(json.dumps(content))
-    results = evaluate(Linear(), ("clean", "fgsm-1/255"), dataset, size=32, output_dir=tmp_path)
+    results = evaluate(Linear(), ("clean", "fgsm-1/255"), dataset, input_size=32, output_dir=tmp_path)
     assert results["cells"]["Linear"]["clean"] == first["cells"]["Linear"]["clean"]
     assert results["versions"]["of some cells"] == "not recorded by an older release"
     assert "cells of an older release" in " ".join(mixed_versions(summarize(results)))
@@ -272,7 +272,7 @@ def test_cells_of_an_older_release_are_taken_and_told(dataset: Path, tmp_path: P
 def test_an_infinite_likelihood_is_valid_json_and_no_gap(dataset: Path, tmp_path: Path) -> None:  # noqa: F811
     network = Linear()
     network[2].weight.data *= 1e4
-    results = evaluate(network, "clean", dataset, size=32, output_dir=tmp_path)
+    results = evaluate(network, "clean", dataset, input_size=32, output_dir=tmp_path)
 
     def refuse(word: str) -> None:
         raise ValueError(word)
@@ -299,7 +299,7 @@ def test_float32_is_exact_whatever_the_process_has_set(dataset: Path) -> None:  
     before = cudnn.allow_tf32, matmul.allow_tf32
     try:
         cudnn.allow_tf32 = matmul.allow_tf32 = True
-        evaluate(network, "clean", dataset, size=32)
+        evaluate(network, "clean", dataset, input_size=32)
         assert (cudnn.allow_tf32, matmul.allow_tf32) == (True, True)
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = before

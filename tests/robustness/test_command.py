@@ -21,6 +21,7 @@ from benchmark_folders import FEW, SIDE, reduced, validation_names, write_object
 from built_suites import open_sources, suite_from
 from evaluated_models import Linear, dataset, draw, imagenet, saved, write_onnx, write_timm
 from PIL import Image
+from quiet_evaluation import evaluate
 from ranks import exit_codes, start_ranks
 from tiny_runs import ROOT, environment, outcome_of, run_script, verb
 from torch import Tensor, nn
@@ -36,7 +37,6 @@ from mae_dat.config.errors import CheckpointError, ConfigError, DataError, Missi
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.shards.pack import pack
 from mae_dat.models.classifier import Classifier, pretrained_timm
-from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, as_stored, corrupt_image, image_seed
 from mae_dat.robustness.measure import ImagePass, PassImages, measure_passes
 from mae_dat.robustness.report.measurements import corruption_counts
@@ -203,7 +203,7 @@ def test_the_other_suites_count_what_a_plain_loop_counts(others: Path) -> None:
         right = dict.fromkeys(truths, 0)
         for (cell, _, truth), answer in zip(asked, answers, strict=True):
             right[cell] += answer in truth
-        results = cells(evaluate(network, name, others, size=SIDE), name)
+        results = cells(evaluate(network, name, others, input_size=SIDE), name)
         assert {cell: (own["correct"], own["total"]) for cell, own in results.items()} == {
             cell: (count, total) for cell, count in right.items()
         }
@@ -214,7 +214,7 @@ def test_the_other_suites_count_what_a_plain_loop_counts(others: Path) -> None:
 
 def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(dataset: Path) -> None:
     network = Linear()
-    results = cells(evaluate(network, "generated", dataset, size=32, held_out=True, seed=3), "generated")
+    results = cells(evaluate(network, "generated", dataset, input_size=32, held_out=True, seed=3), "generated")
     assert len(results) == 5 * len(CORRUPTIONS + EXTRA)
     paths = sorted((dataset / "val").rglob("*.png"))
     names = sorted({path.parent.name for path in paths})
@@ -238,10 +238,10 @@ SOME = ("clean", "generated", "pgd-5-1/255", "words-random", "words-symbolic")
 
 def test_counts_depend_neither_on_batches_nor_on_workers(dataset: Path) -> None:
     network = Linear()
-    expected = evaluate(network, SOME, dataset, size=32)
+    expected = evaluate(network, SOME, dataset, input_size=32)
     assert 0 < cells(expected, "generated")["fog/3"]["correct"] < 20
     for batch_size, workers in [(1, 0), (7, 0), (64, 2)]:
-        again = evaluate(network, SOME, dataset, size=32, batch_size=batch_size, num_workers=workers)
+        again = evaluate(network, SOME, dataset, input_size=32, batch_size=batch_size, num_workers=workers)
         assert again["cells"] == expected["cells"]
         assert again["calibration"]["Linear"]["clean"] == pytest.approx(expected["calibration"]["Linear"]["clean"])
 
@@ -306,7 +306,7 @@ def test_a_nan_on_one_rank_is_an_error_on_all_that_names_network_and_cell(datase
         assert isinstance(found, NumericsError)
         assert re.search(r"net gave NaN or infinite logits for 1 of the first 1\d images of clean", str(found))
     with pytest.raises(NumericsError, match="network gave NaN"):
-        evaluate(network, "clean", dataset, size=32)
+        evaluate(network, "clean", dataset, input_size=32)
 
 
 @pytest.mark.parametrize(("bad", "after"), [(torch.nan, 0), (torch.inf, 6), (-torch.inf, 6)])
@@ -348,7 +348,7 @@ def test_two_real_ranks_write_what_one_does(dataset: Path, tmp_path: Path) -> No
 
 def test_a_limit_takes_the_same_pictures_with_the_same_chance(dataset: Path) -> None:
     network = Linear()
-    results = evaluate(network, ("clean", "generated"), dataset, size=32, limit=8, seed=1)
+    results = evaluate(network, ("clean", "generated"), dataset, input_size=32, limit=8, seed=1)
     assert {count["total"] for suite in ("clean", "generated") for count in cells(results, suite).values()} == {8}
     assert results["suites"]["Linear"]["clean"]["protocol"]["subset"] == "8 of 20 pictures (seed 1)"
     few, whole = (
@@ -367,7 +367,7 @@ def test_a_limit_takes_the_same_pictures_with_the_same_chance(dataset: Path) -> 
 def test_pictures_in_shards_count_as_in_folders(dataset: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     pack(PackConfig(str(dataset), str(packed), num_workers=0), Console(quiet=True))
-    names, options = ("clean", "fgsm-1/255"), {"size": 32, "num_workers": 1}
+    names, options = ("clean", "fgsm-1/255"), {"input_size": 32, "num_workers": 1}
     results = evaluate(Linear(), names, packed, **options)
     assert results["cells"] == evaluate(Linear(), names, dataset, **options)["cells"]
     assert choose_suites(["all"], open_sources(packed)) == choose_suites(["all"], open_sources(dataset))
@@ -381,7 +381,7 @@ def test_pictures_in_shards_count_as_in_folders(dataset: Path, tmp_path: Path) -
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(dataset: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"size": 32, "batch_size": 20, "output_dir": tmp_path}
+    options: dict[str, Any] = {"input_size": 32, "batch_size": 20, "output_dir": tmp_path}
     network = Linear()
     network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after a look at blank pictures and a check
     with pytest.raises(KeyboardInterrupt):
@@ -393,7 +393,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(dataset: Path, tmp_p
     results = evaluate(network, ("clean", "generated"), dataset, **options)
     assert 0 < network.seen < 20 * 60
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    assert results["cells"] == evaluate(network, ("clean", "generated"), dataset, size=32)["cells"]
+    assert results["cells"] == evaluate(network, ("clean", "generated"), dataset, input_size=32)["cells"]
     network.seen = 0
     assert evaluate(network, ("clean", "generated"), dataset, **options)["cells"] == results["cells"]
     assert network.seen < 90  # the checks of the network itself
@@ -403,7 +403,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(dataset: Path, tmp_p
 
 
 def test_what_changes_is_measured_anew(dataset: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"size": 32, "output_dir": tmp_path}
+    options: dict[str, Any] = {"input_size": 32, "output_dir": tmp_path}
     first = evaluate(Linear(), ("clean", "fgsm-1/255"), dataset, **options)
     before = len(list((tmp_path / "cells").iterdir()))
     other = evaluate(Linear(seed=1), ("clean", "fgsm-1/255"), dataset, **options)
@@ -435,7 +435,7 @@ def test_what_changes_is_measured_anew(dataset: Path, tmp_path: Path) -> None:
 def test_onnx_files_count_as_the_network_that_they_were(dataset: Path, tmp_path: Path) -> None:
     network = Linear()
     file = write_onnx(network, tmp_path / "linear.onnx")
-    results = evaluate({"onnx": file, "torch": network}, ("clean", "generated", "fgsm-1/255"), dataset, size=32)
+    results = evaluate({"onnx": file, "torch": network}, ("clean", "generated", "fgsm-1/255"), dataset, input_size=32)
     assert cells(results, "clean", "onnx") == cells(results, "clean", "torch")
     assert cells(results, "generated", "onnx") == cells(results, "generated", "torch")
     assert results["models"]["onnx"]["parameters"] == 490
@@ -445,12 +445,12 @@ def test_onnx_files_count_as_the_network_that_they_were(dataset: Path, tmp_path:
     with pytest.raises(CheckpointError, match=r"bad\.onnx cannot be run as ONNX"):
         evaluate(tmp_path / "bad.onnx", "clean", dataset)
     with pytest.raises(ConfigError, match="does not take images of 2 x 3 x 48 x 48"):
-        evaluate(file, "clean", dataset, size=48)
+        evaluate(file, "clean", dataset, input_size=48)
 
 
 def test_onnx_files_of_a_fixed_batch_are_run_at_it_or_refused_with_the_fix(dataset: Path, tmp_path: Path) -> None:
     network = Linear()
-    expected = cells(evaluate(network, "clean", dataset, size=32), "clean")
+    expected = cells(evaluate(network, "clean", dataset, input_size=32), "clean")
     for batch in (1, 3, 8):
         file = write_onnx(network, tmp_path / "fixed.onnx", batch)
         assert cells(evaluate({"onnx": file}, "clean", dataset, batch_size=7), "clean", "onnx") == expected
@@ -477,7 +477,7 @@ def test_timms_own_names_reach_timm(
     source = f"local-dir:{tmp_path / 'net'}"
     printed(["--model", source, "--pretrained", *arguments, "--input_size", "32"], monkeypatch, capsys)
     ours = Classifier(network, (0.5,) * 3, (0.5,) * 3)
-    expected = evaluate({"net": ours}, "clean", dataset, size=32, device="cpu")["cells"]["net"]
+    expected = evaluate({"net": ours}, "clean", dataset, input_size=32, device="cpu")["cells"]["net"]
     (found,) = read_results(out / "results.json")["cells"].values()
     assert found == expected
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # timm itself says that it finds nothing
@@ -534,15 +534,15 @@ def test_timms_weights_are_measured_with_timms_crop(
     again = read_results(out / "results.json")
     assert "crop" not in next(iter(again["models"].values()))
     assert len(list((out / "cells").iterdir())) == 2
-    ours = evaluate(Classifier(network, (0.5,) * 3, (0.5,) * 3), "clean", tmp_path / "data", size=32)
+    ours = evaluate(Classifier(network, (0.5,) * 3, (0.5,) * 3), "clean", tmp_path / "data", input_size=32)
     assert "crop" not in ours["models"]["Classifier"]
     assert ours["cells"]["Classifier"] == next(iter(again["cells"].values()))
     with pytest.raises(ConfigError, match=r"--crop 1\.5: give a share"):
-        evaluate(Linear(), "clean", tmp_path / "data", size=32, crop=1.5)
+        evaluate(Linear(), "clean", tmp_path / "data", input_size=32, crop=1.5)
 
 
 def test_attacks_are_checked_and_symbolic_words_beat_random_ones(dataset: Path) -> None:
-    results = evaluate(Linear(), ("fgsm-1/255", "words-random", "words-symbolic"), dataset, size=32)
+    results = evaluate(Linear(), ("fgsm-1/255", "words-random", "words-symbolic"), dataset, input_size=32)
     checks = results["checks"]["Linear"]
     assert {check["name"] for check in checks["gradient attacks"]} >= {"gradients", "PGD beats FGSM"}
     assert all(check["passed"] for check in checks["words-symbolic"])
@@ -570,7 +570,7 @@ def test_attacks_count_what_they_count_on_their_own(dataset: Path) -> None:
     sources = open_sources(dataset)
     network = knowing(suite_from(sources, "clean").passes[0].images)
     results = evaluate(
-        network, ("clean", "pgd-20-l2-0.5", "words-random", "words-symbolic"), dataset, size=32, batch_size=6
+        network, ("clean", "pgd-20-l2-0.5", "words-random", "words-symbolic"), dataset, input_size=32, batch_size=6
     )
     images = suite_from(sources, "clean").passes[0].images
     image = torch.stack([images[index]["image"] for index in range(20)])
@@ -620,24 +620,24 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
     dataset: Path, imagenet: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="10 classes, the networks have 7 outputs"):
-        evaluate(Linear(7), "clean", dataset, size=32)
+        evaluate(Linear(7), "clean", dataset, input_size=32)
     with pytest.raises(DataError, match="10 outputs, not ImageNet's 1000"):
-        evaluate(Linear(), "imagenet-a", imagenet, size=32)
+        evaluate(Linear(), "imagenet-a", imagenet, input_size=32)
     turned = [SYNSETS[1], SYNSETS[0], *SYNSETS[2:]]
     with pytest.raises(DataError, match="class 0 of the network is"):
-        evaluate(Linear(1000), "imagenet", imagenet, size=32, classes=turned)
+        evaluate(Linear(1000), "imagenet", imagenet, input_size=32, classes=turned)
     with pytest.raises(DataError, match="unknown to training"):
-        evaluate(Linear(), "clean", dataset, size=32, classes=[f"class {i}" for i in range(10)])
+        evaluate(Linear(), "clean", dataset, input_size=32, classes=[f"class {i}" for i in range(10)])
     with pytest.raises(ConfigError, match="10 outputs and a list of 3 classes"):
-        evaluate(Linear(), "clean", dataset, size=32, classes=["a", "b", "c"])
+        evaluate(Linear(), "clean", dataset, input_size=32, classes=["a", "b", "c"])
     with pytest.raises(ConfigError, match="do not have the same classes"):
-        evaluate({"a": Linear(10), "b": Linear(11)}, "clean", dataset, size=32)
+        evaluate({"a": Linear(10), "b": Linear(11)}, "clean", dataset, input_size=32)
     with pytest.raises(ConfigError, match="gives .* for 2 images"):
-        evaluate(lambda image: image, "clean", dataset, size=32)
+        evaluate(lambda image: image, "clean", dataset, input_size=32)
     bare = Linear()
     bare.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="takes images normalized by"):
-        evaluate(bare, "clean", dataset, size=32)
+        evaluate(bare, "clean", dataset, input_size=32)
 
 
 def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(tmp_path: Path) -> None:
@@ -653,9 +653,11 @@ def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(t
         return torch.stack([-mean, mean], 1)
 
     with pytest.raises(ConfigError, match=r"seems to take images normalized by mean 0\.5"):
-        evaluate(normalised, "clean", tmp_path, size=32)
+        evaluate(normalised, "clean", tmp_path, input_size=32)
     assert (
-        cells(evaluate(lambda x: normalised(x - 0.45), "clean", tmp_path, size=32), "clean", "<lambda>")[""]["correct"]
+        cells(evaluate(lambda x: normalised(x - 0.45), "clean", tmp_path, input_size=32), "clean", "<lambda>")[""][
+            "correct"
+        ]
         == 48
     )
 
@@ -671,10 +673,10 @@ def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
         near = (image_ - image[number]).flatten(1).abs().amax(1) < 1e-3
         return 9.0 * nn.functional.one_hot(torch.where(near, label, 0), 1000)
 
-    results = evaluate(knowing, "cue-conflict", imagenet, size=SIDE)
+    results = evaluate(knowing, "cue-conflict", imagenet, input_size=SIDE)
     assert cells(results, "cue-conflict", "knowing")[""]["shape"] == len(images)
     with pytest.raises(ConfigError, match=r"from 0 to 255: of 32 images it is right about 32 this way, and about 2 in"):
-        evaluate(lambda x: knowing(x / 255), "cue-conflict", imagenet, size=SIDE)
+        evaluate(lambda x: knowing(x / 255), "cue-conflict", imagenet, input_size=SIDE)
 
 
 def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> None:
@@ -683,7 +685,7 @@ def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> 
     def refused(match: str, suite: Any = "all", kind: type[UserError] = DataError, **settings: Any) -> None:
         network.seen = 0
         with pytest.raises(kind, match=match):
-            evaluate(network, suite, imagenet, size=SIDE, **settings)
+            evaluate(network, suite, imagenet, input_size=SIDE, **settings)
         assert network.seen <= 4  # blank pictures
 
     refused("did you mean imagenet", "imagenett", ConfigError)
@@ -692,7 +694,7 @@ def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> 
     refused("nowhere", "imagenet", MissingInputError, subset="nowhere")
     (imagenet / "ImageNet-C" / "fog" / "3").rename(imagenet / "fog3")
     refused("fog has no severity 3")
-    results = evaluate(network, "imagenet-c", imagenet, size=SIDE, partial=True)
+    results = evaluate(network, "imagenet-c", imagenet, input_size=SIDE, partial=True)
     assert results["suites"]["Linear"]["imagenet-c"]["missing"] == ["fog has no severity 3"]
     assert len(cells(results, "imagenet-c")) == 74
     (imagenet / "fog3").rename(imagenet / "ImageNet-C" / "fog" / "3")
@@ -701,32 +703,32 @@ def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> 
 
 
 def test_a_suite_that_cannot_be_made_at_a_size_is_left_out_of_all_and_refused_by_name(dataset: Path) -> None:
-    results = evaluate({"odd": Linear()}, "all", dataset, size=33, limit=2)
+    results = evaluate({"odd": Linear()}, "all", dataset, input_size=33, limit=2)
     for name in ("words-random", "words-symbolic"):
         assert name not in results["cells"]["odd"]
         assert results["not_measured"][name].startswith("odd: image size 33 x 33 is not divisible by the tokenizer's")
         with pytest.raises(ConfigError, match="33 x 33 is not divisible"):
-            evaluate(Linear(), ("all", name), dataset, size=33, limit=2)
-    assert "at least 32 px" in evaluate(Linear(), "all", dataset, size=28, limit=2)["not_measured"]["generated"]
+            evaluate(Linear(), ("all", name), dataset, input_size=33, limit=2)
+    assert "at least 32 px" in evaluate(Linear(), "all", dataset, input_size=28, limit=2)["not_measured"]["generated"]
     with pytest.raises(ConfigError, match="at least 32 px"):
-        evaluate(Linear(), "generated", dataset, size=28)
+        evaluate(Linear(), "generated", dataset, input_size=28)
 
 
 def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Path, tmp_path: Path) -> None:
     for outputs, advice in ((21841, "give weights fine-tuned on ImageNet-1k"), (1001, r"model\(image\)\[:, 1:\]")):
         for suite, message in (("all", "holds ImageNet, ImageNet-V2, ImageNet-A"), ("imagenet", "the network has")):
             with pytest.raises(UserError, match=rf"{message}.* {outputs} outputs, not ImageNet's 1000: .*{advice}"):
-                evaluate(Linear(outputs), suite, imagenet, size=SIDE)
+                evaluate(Linear(outputs), suite, imagenet, input_size=SIDE)
     flat = tmp_path / "flat" / "imagenet" / "val"
     draw([flat / Path(name).name for name in validation_names()])
     with pytest.raises(DataError, match=rf"{flat}: holds images in no class folders; move each .*valprep"):
-        evaluate(Linear(1000), "all", tmp_path / "flat", size=SIDE)
+        evaluate(Linear(1000), "all", tmp_path / "flat", input_size=SIDE)
     (imagenet / "ILSVRC2012").symlink_to(imagenet / "imagenet", target_is_directory=True)
     assert open_sources(imagenet, 1000).clean_suite == "imagenet"
     (imagenet / "ILSVRC2012").unlink()
     shutil.copytree(imagenet / "imagenet", imagenet / "ILSVRC2012")
     with pytest.raises(DataError, match=rf"may each be ImageNet; move one of them out of {imagenet}, or rename it"):
-        evaluate(Linear(1000), "all", imagenet, size=SIDE)
+        evaluate(Linear(1000), "all", imagenet, input_size=SIDE)
 
 
 def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) -> None:
@@ -734,7 +736,7 @@ def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) 
     bad.write_bytes(bad.read_bytes()[:200])
     for workers in (0, 2):
         with pytest.raises(DataError, match=r"ILSVRC2012_val_00000004\.JPEG.*unpack it again"):
-            evaluate(Linear(1000), "imagenet", imagenet, size=SIDE, num_workers=workers)
+            evaluate(Linear(1000), "imagenet", imagenet, input_size=SIDE, num_workers=workers)
 
 
 def test_folders_of_ones_own_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> None:
@@ -742,19 +744,19 @@ def test_folders_of_ones_own_that_do_not_fit_are_refused(dataset: Path, tmp_path
     root = Path(shutil.copytree(dataset, tmp_path / "data"))
     for level in (root / "val", root / "val" / classes[0], tmp_path):
         with pytest.raises(MissingInputError, match=rf"no val/CLASS: did you mean {root}\?"):
-            evaluate(network, "all", level, size=32)
+            evaluate(network, "all", level, input_size=32)
     with pytest.raises(ConfigError, match="--suite names nothing"):
-        evaluate(network, (), root, size=32)
+        evaluate(network, (), root, input_size=32)
     shutil.rmtree(root / "val" / classes[3])
     with pytest.raises(DataError, match=rf"no pictures of {classes[3]} \(1 of 10 classes\); .* --partial"):
-        evaluate(network, "all", root, size=32, classes=classes)
-    results = evaluate(network, "clean", root, size=32, classes=classes, partial=True)
+        evaluate(network, "all", root, input_size=32, classes=classes)
+    results = evaluate(network, "clean", root, input_size=32, classes=classes, partial=True)
     assert results["suites"]["Linear"]["clean"]["missing"] == [f"no pictures of {classes[3]} (1 of 10 classes)"]
     with pytest.raises(DataError, match="9 class.*10 outputs"):
-        evaluate(network, "clean", root, size=32)
+        evaluate(network, "clean", root, input_size=32)
     next((root / "val" / classes[0]).iterdir()).write_bytes(b"no picture")
     with pytest.raises(DataError, match=rf"{classes[0]}.*unpack it again"):
-        evaluate(network, "all", root, size=32, classes=classes, partial=True)
+        evaluate(network, "all", root, input_size=32, classes=classes, partial=True)
 
 
 def test_flags_that_do_not_fit_together(
@@ -781,7 +783,7 @@ def test_flags_that_do_not_fit_together(
 
 def test_examples_are_pictures_on_which_the_networks_differ(dataset: Path, tmp_path: Path) -> None:
     networks = {"one": Linear(), "other": Linear(seed=1)}
-    results = evaluate(networks, ("clean", "generated", "words-random"), dataset, size=32, output_dir=tmp_path)
+    results = evaluate(networks, ("clean", "generated", "words-random"), dataset, input_size=32, output_dir=tmp_path)
     assert 2 <= len(results["examples"]) <= 8
     for example in results["examples"]:
         assert sum(answer == example["label"] for answer in example["answers"].values()) == 1

@@ -13,13 +13,13 @@ import pytest
 import torch
 from built_suites import open_sources, suite_from
 from evaluated_models import Linear, dataset  # noqa: F401 - dataset is a fixture
+from quiet_evaluation import evaluate
 from torch import Tensor, nn
 
 from mae_dat.attacks.checks import CHECK_PASSES
 from mae_dat.config.errors import ConfigError, NumericsError
 from mae_dat.robustness.checks import check_attacks
-from mae_dat.robustness.command import evaluate
-from mae_dat.robustness.evaluation import print_headline
+from mae_dat.robustness.evaluation import print_headline, run_evaluation
 from mae_dat.robustness.evaluation_plan import open_evaluation_plan
 from mae_dat.robustness.examples import write_examples
 from mae_dat.robustness.measure import ImagePass, PassSampler, measure_passes
@@ -107,9 +107,9 @@ def count_of(pipe: list[int]) -> int:
 def test_every_pass_of_an_attack_and_of_its_checks_beats(dataset: Path, beats: list[int]) -> None:  # noqa: F811
     """One batch of an attack, or the checks on a large network, may take longer than the watchdog waits."""
     network = Linear()
-    evaluate(network, "clean", dataset, size=32)
+    evaluate(network, "clean", dataset, input_size=32)
     assert count_of(beats) == 1
-    evaluate(network, "pgd-20-l2-0.5", dataset, size=32)
+    evaluate(network, "pgd-20-l2-0.5", dataset, input_size=32)
     assert count_of(beats) == 20 + 1 + 1 + CHECK_PASSES  # gradients, the answer, the batch, the checks
     sources = open_sources(dataset)
     for name, least in (("words-symbolic", 10), ("words-random", 5)):
@@ -121,9 +121,9 @@ def test_every_pass_of_an_attack_and_of_its_checks_beats(dataset: Path, beats: l
 def test_a_look_for_examples_beats_on_every_rank(dataset: Path, beats: list[int], tmp_path: Path) -> None:  # noqa: F811
     """A batch for each network after reading a picture, also where nothing is written."""
     networks = {"one": Linear(), "other": Linear(seed=1)}
-    evaluate(networks, "clean", dataset, size=32)
+    evaluate(networks, "clean", dataset, input_size=32)
     without = count_of(beats)
-    evaluate(networks, "clean", dataset, size=32, output_dir=tmp_path)
+    evaluate(networks, "clean", dataset, input_size=32, output_dir=tmp_path)
     assert count_of(beats) == without + 20 + 2 * 2
     view = EvalOptions(CPU, size=(32, 32))
     plan = open_evaluation_plan(
@@ -150,7 +150,9 @@ def test_progress_tells_of_passes_before_the_first_batch_is_done(
     console = Console(interval=0.0)
     console.live = False
     with caplog.at_level("INFO"):
-        evaluate(Linear(), "pgd-5-1/255", dataset, size=32, console=console)
+        view = EvalOptions(CPU, size=(32, 32))
+        setup, networks = EvaluationSetup(view, None, console), [open_callable(Linear(), "net", view)]
+        run_evaluation(networks, SuiteSettings(dataset), ["pgd-5-1/255"], setup, title="")
     lines = [one for one in caplog.messages if one.startswith("pgd-5-1/255: image")]
     assert lines[0].split() == ["pgd-5-1/255:", "image", "0/20", "1", "passes"]
     assert "20/20  6 passes  0:00 left" in lines[-1]
@@ -177,7 +179,7 @@ def test_what_bfloat16_changes_is_counted_and_told(dataset: Path) -> None:  # no
     pixels = torch.stack([images[index]["image"][:, 0, 0] for index in range(20)])
     changed = int((pixels.bfloat16().float() != pixels).any(1).sum())
     assert changed > 0
-    results = evaluate(network, "clean", dataset, size=32, precision="bf16")
+    results = evaluate(network, "clean", dataset, input_size=32, precision="bf16")
     count = results["agreement"]["Close"]
     assert (count["correct"], count["total"]) == (20 - changed, 20)
     assert list(results["cells"]["Close"]) == ["clean"]
@@ -186,14 +188,14 @@ def test_what_bfloat16_changes_is_counted_and_told(dataset: Path) -> None:  # no
         message
         == f"bf16; of 20 pictures it answers {changed} otherwise than in fp32 ({5 * changed}.00 %), above 0.02 %"
     )
-    exact = evaluate(network, "clean", dataset, size=32)
+    exact = evaluate(network, "clean", dataset, input_size=32)
     assert exact["agreement"] == {}
     assert precision_text(exact["models"]["Close"], exact["agreement"].get("Close")) == "fp32"
 
 
 def test_a_limit_is_said_before_the_numbers(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     for limit, message in ((8, "Not the whole benchmarks: 8 of 20 pictures (seed 0)"), (None, "")):
-        print_headline(evaluate(Linear(), "clean", dataset, size=32, limit=limit))
+        print_headline(evaluate(Linear(), "clean", dataset, input_size=32, limit=limit))
         first = capsys.readouterr().out.splitlines()[0]
         assert first.startswith(message)
         assert ("Not the whole" in first) == (limit is not None)
@@ -203,8 +205,8 @@ def test_what_cannot_work_is_said_before_anything_is_read(dataset: Path) -> None
     wrong: list[dict[str, Any]] = [{"batch_size": 0}, {"num_workers": -1}]
     for setting in wrong:
         with pytest.raises(ConfigError, match="give at least 1 image, and 0 or more workers"):
-            evaluate(Linear(), "clean", dataset, size=32, **setting)
+            evaluate(Linear(), "clean", dataset, input_size=32, **setting)
     damaged = Linear()
     damaged[2].weight.data.fill_(torch.nan)
     with pytest.raises(NumericsError, match="gives NaN or infinite logits for a blank image"):
-        evaluate(damaged, "clean", dataset, size=32)
+        evaluate(damaged, "clean", dataset, input_size=32)

@@ -1,0 +1,175 @@
+"""Evaluate models from Python: `mae_dat.evaluate`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch.distributed as dist
+from torch import nn
+
+from mae_dat.config.commands.evaluate import EvaluateConfig
+from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import image_size
+from mae_dat.config.signature import check_flag_names, takes_flags
+from mae_dat.models.adapters import is_transformers_model
+from mae_dat.robustness.evaluation import run_evaluation
+from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
+from mae_dat.robustness.open_networks import (
+    TIMM_PREFIXES,
+    baseline_first,
+    distinct_names,
+    open_callable,
+    open_network,
+    open_timm,
+)
+from mae_dat.robustness.setup import EvaluationSetup, suite_settings
+from mae_dat.robustness.summary import Evaluation
+from mae_dat.runtime.collectives import on_main_rank
+from mae_dat.runtime.console import Console, console_for_python
+from mae_dat.runtime.device import amp_dtype, pick_device
+from mae_dat.runtime.world import World
+from mae_dat.storage.files import prepare_output_folder
+from mae_dat.storage.released import released_weights
+
+_LEFT_OUT = ("checkpoint", "model", "pretrained", "names", "hang_minutes")
+
+
+@takes_flags(EvaluateConfig, _LEFT_OUT)
+def evaluate(
+    models: Any,
+    suite: str | Sequence[str] = "all",
+    data_path: str | Path | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    progress: bool = True,
+    **flags: Any,
+) -> Evaluation:
+    """Evaluate a model, or several side by side, on robustness benchmarks: `mae-dat evaluate`, from Python.
+
+    Args:
+        models: a model, a list of models, or a mapping from titles to models. A model is one of these:
+            the output folder of a fine-tuning, a weights file, an ONNX file, or the name of released weights;
+            the name of a timm model, or a timm module; an image classifier of Hugging Face transformers (the module, a
+            pair of it and its image processor, a pipeline, or a folder that it was saved in); or any callable from
+            float images (B, 3, H, W) in [0, 1] to logits (B, K). Modules of timm and transformers normalize as their
+            own settings say; any other callable must normalize itself.
+        suite: `all` (every suite whose images are found), or names such as clean, generated, imagenet-c, pgd-5-1/255
+            or words-symbolic.
+        data_path: folder that contains the folders of the benchmarks, or val/CLASS; `demo` for generated images
+            (default: the environment variable MAE_DAT_DATA).
+        output_dir: folder for results.json and the report. To resume an interrupted call, repeat it. By default
+            nothing is written.
+        classes: names of the outputs in order, for models that do not record them.
+        progress: whether to show a progress bar and the log.
+        flags: the other flags of `mae-dat evaluate`, listed below.
+
+    Returns:
+        An `Evaluation`: prints as a table; `.scores` are its numbers, `.results` all counts, and `.report(DIR)` writes
+        the report. In a process group all ranks call `evaluate` and get the same.
+
+    Raises:
+        UserError: the images, models or settings cannot be used (before anything is measured), or a model gives NaN or
+            infinite logits.
+
+    Examples:
+        >>> import mae_dat
+        >>> def brightness(images):  # two classes: dark and bright
+        ...     mean = images.mean((1, 2, 3))
+        ...     return torch.stack([0.5 - mean, mean - 0.5], 1)
+        >>> evaluation = mae_dat.evaluate(brightness, "clean", "photos", input_size=32, progress=False)
+        >>> print(evaluation)  # doctest: +ELLIPSIS
+                                             brightness
+        Clean* (%) ↑ ...
+        >>> sorted(evaluation.scores)
+        ['clean', 'clean/ece']
+    """
+    check_flag_names(EvaluateConfig, flags, _LEFT_OUT, "evaluate")
+    folder = None if output_dir is None else Path(output_dir)
+    config = EvaluateConfig.from_flags(suite=suite, data_path=data_path, **flags)
+    device = pick_device(config.device)
+    options = EvalOptions(
+        device,
+        amp_dtype(config.precision, device),
+        size=image_size(config.input_size) if config.input_size else None,
+        interpolation=config.interpolation,
+        crop=config.crop,
+    )
+    networks = baseline_first(open_models(models, options, classes), config.baseline)
+    with console_for_python(progress) as console:
+        results = run_evaluation(
+            networks,
+            suite_settings(config.suites, device, config.batch_size),
+            config.suites.suite,
+            _setup_in_python(options, folder, console, config),
+            title=config.title,
+        )
+    return Evaluation(results, folder)
+
+
+def _setup_in_python(
+    options: EvalOptions, folder: Path | None, console: Console, config: EvaluateConfig
+) -> EvaluationSetup:
+    """Return the setup of a call from Python, whose process may be part of a process group."""
+    return EvaluationSetup(
+        options,
+        None if folder is None else on_main_rank(lambda: prepare_output_folder(folder)),
+        console=console,
+        world=World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(),
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
+
+
+# ---- models ----
+
+
+def open_models(models: Any, options: EvalOptions, classes: Sequence[str] | None = None) -> list[EvaluatedNetwork]:
+    """Open what `evaluate` takes as models. Raises UserError."""
+    return [open_any(model, name, options, classes) for name, model in _named(models).items()]
+
+
+def _named(models: Any) -> dict[str, Any]:
+    """Return the models by title. Raises ConfigError for none, or for two of one title."""
+    if isinstance(models, Mapping):
+        named = {str(name): model for name, model in models.items()}
+    elif isinstance(models, list):
+        titles = [_title_of(model) for model in models]
+        if all(isinstance(model, str | Path) for model in models) and models:
+            titles = distinct_names([*map(str, models)])
+        if len(set(titles)) < len(titles):
+            raise ConfigError(f"two models have the same title ({', '.join(titles)}): give a mapping from titles.")
+        named = dict(zip(titles, models, strict=True))
+    else:
+        named = {_title_of(models): models}
+    if not named:
+        raise ConfigError("no models to evaluate: give a model, a list of them, or a mapping from titles to models.")
+    return named
+
+
+def _title_of(model: Any) -> str:
+    if isinstance(model, str | Path):
+        return Path(model).name
+    if isinstance(model, tuple) and model:
+        model = model[0]
+    if is_transformers_model(getattr(model, "model", None)):  # of a pipeline
+        model = model.model
+    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", type(model).__name__)
+
+
+def open_any(model: Any, name: str, options: EvalOptions, classes: Sequence[str] | None = None) -> EvaluatedNetwork:
+    """Open one model under a title: a path, a name, or anything that `open_callable` takes. Raises UserError."""
+    if not isinstance(model, str | Path):
+        return open_callable(model, name, options, classes)
+    source = str(model)
+    if is_timm_name(source):
+        return open_timm(f"hf-hub:{source}" if source.startswith("timm/") else source, name, options)
+    return open_network(source, None, name, options)
+
+
+def is_timm_name(source: str) -> bool:
+    """Return whether a source names a timm model; a file, folder or released weights of that name take precedence."""
+    if Path(source).exists() or source in released_weights():
+        return False
+    return source.startswith(TIMM_PREFIXES) or timm.is_model(source)
