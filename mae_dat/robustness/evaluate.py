@@ -49,12 +49,11 @@ def evaluate(
     """Evaluate a model, or several side by side, on robustness benchmarks: `mae-dat evaluate`, from Python.
 
     Args:
-        models: a model, a list of models, or a mapping from titles to models. A model is one of these:
-            the output folder of a fine-tuning, a weights file, an ONNX file, or the name of released weights;
-            the name of a timm model, or a timm module; an image classifier of Hugging Face transformers (the module, a
-            pair of it and its image processor, a pipeline, or a folder that it was saved in); or any callable from
-            float images (B, 3, H, W) in [0, 1] to logits (B, K). Modules of timm and transformers normalize as their
-            own settings say; any other callable must normalize itself.
+        models: a model, a list of models, or a mapping from titles to models. A model is the output folder of a
+            fine-tuning, a weights file, an ONNX file or a released name; the name of a timm model, or a timm module; a
+            classifier of Hugging Face transformers (module, pair of module and image processor, pipeline, or folder);
+            or any callable from float images (B, 3, H, W) in [0, 1] to logits (B, K). Modules of timm and transformers
+            normalize as their own settings say; any other callable must normalize itself.
         suite: `all` (every suite whose images are found), or names such as clean, generated, imagenet-c, pgd-5-1/255
             or words-symbolic.
         data_path: folder that contains the folders of the benchmarks, or val/CLASS; `demo` for generated images
@@ -86,26 +85,26 @@ def evaluate(
         ['clean', 'clean/ece']
     """
     check_flag_names(EvaluateConfig, flags, _LEFT_OUT, "evaluate")
-    folder = None if output_dir is None else Path(output_dir)
     config = EvaluateConfig.from_flags(suite=suite, data_path=data_path, **flags)
+    folder = None if output_dir is None else Path(output_dir)
+    options = evaluation_options(config)
+    networks = baseline_first(open_models(models, options, classes), config.baseline)
+    with console_for_python(progress) as console:
+        setup = _setup_in_python(options, folder, console, config)
+        suites = suite_settings(config.suites, options.device, config.batch_size)
+        return Evaluation(run_evaluation(networks, suites, config.suites.suite, setup, config.title), folder)
+
+
+def evaluation_options(config: EvaluateConfig) -> EvalOptions:
+    """Return how the flags feed images to the models. Raises ConfigError."""
     device = pick_device(config.device)
-    options = EvalOptions(
+    return EvalOptions(
         device,
         amp_dtype(config.precision, device),
         size=image_size(config.input_size) if config.input_size else None,
         interpolation=config.interpolation,
         crop=config.crop,
     )
-    networks = baseline_first(open_models(models, options, classes), config.baseline)
-    with console_for_python(progress) as console:
-        results = run_evaluation(
-            networks,
-            suite_settings(config.suites, device, config.batch_size),
-            config.suites.suite,
-            _setup_in_python(options, folder, console, config),
-            title=config.title,
-        )
-    return Evaluation(results, folder)
 
 
 def _setup_in_python(
