@@ -78,31 +78,35 @@ def discrete_adversary(
 ) -> DiscreteAdversary:
     """Change visual words of `image` (B, C, H, W) to raise `loss_fn`; the baselines change random words or none.
 
-    image: float (B, C, H, W) in [0, 1], with sides that the tokenizer's factor divides.
-    loss_fn: maps an image to the mean loss of the batch, a scalar.
-    tokenizer: the visual words, on the image's device (`load_tokenizer`).
-    config: which adversary, and how strong; by default the one of DAT's released code with eps 0.1, which was chosen
-        for vqgan_f8_16384 at 224 px. With the embedded tokenizer it changes almost no word: give a larger eps.
-    generator: source of the random draws, on the image's device; by default torch's global one.
-    gradient: dL/dimage (B, C, H, W), which replaces the gradient that `released` would compute.
-    check: whether to check the range of the pixels, which waits for the device.
-    words: the image's words (B, h, w), which save an encoding, except for `released` at the image.
-
     The model gets no parameter gradient, and keeps its training flags.
 
-    Raises ConfigError if the size does not fit the tokenizer or `config` has only a share where eps is the strength,
-    and ValueError for pixels outside [0, 1].
+    Args:
+        image: float (B, C, H, W) in [0, 1], with sides that the tokenizer's factor divides.
+        loss_fn: maps an image to the mean loss of the batch, a scalar.
+        tokenizer: the visual words, on the image's device (`load_tokenizer`).
+        config: which adversary, and how strong; by default the one of DAT's released code with eps 0.1, which was
+            chosen for vqgan_f8_16384 at 224 px. With the embedded tokenizer it changes almost no word: give a larger
+            eps.
+        generator: source of the random draws, on the image's device; by default torch's global one.
+        gradient: dL/dimage (B, C, H, W), which replaces the gradient that `released` would compute.
+        check: whether to check the range of the pixels, which waits for the device.
+        words: the image's words (B, h, w), which save an encoding, except for `released` at the image.
 
-    >>> import mae_dat, torch
-    >>> from torch.nn.functional import cross_entropy
-    >>> model, tokenizer = mae_dat.load_model("mae_dat_demo"), mae_dat.load_tokenizer()
-    >>> images, labels = torch.rand(2, 3, 64, 64), torch.tensor([3, 7])
-    >>> attack = mae_dat.AttackConfig(eps=2.0)
-    >>> result = mae_dat.discrete_adversary(images, lambda x: cross_entropy(model(x), labels), tokenizer, attack)
-    >>> result.adversarial.shape, result.adversarial_words.shape
-    (torch.Size([2, 3, 64, 64]), torch.Size([2, 16, 16]))
-    >>> bool(result.changed_share > 0)
-    True
+    Raises:
+        ConfigError: the size does not fit the tokenizer, or `config` has only a share where eps is the strength.
+        ValueError: pixels are outside [0, 1].
+
+    Examples:
+        >>> import mae_dat, torch
+        >>> from torch.nn.functional import cross_entropy
+        >>> model, tokenizer = mae_dat.load_model("mae_dat_demo"), mae_dat.load_tokenizer()
+        >>> images, labels = torch.rand(2, 3, 64, 64), torch.tensor([3, 7])
+        >>> attack = mae_dat.AttackConfig(eps=2.0)
+        >>> result = mae_dat.discrete_adversary(images, lambda x: cross_entropy(model(x), labels), tokenizer, attack)
+        >>> result.adversarial.shape, result.adversarial_words.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 16, 16]))
+        >>> bool(result.changed_share > 0)
+        True
     """
     config = config or AttackConfig()
     if math.isnan(config.eps):

@@ -25,26 +25,29 @@ def corrupt(images: NDArray[np.uint8], corruption: str, severity: int = 3, seed:
 def corrupt(images: Any, corruption: str, severity: int = 3, seed: int = 0) -> Any:
     """Corrupt images as ImageNet-C does; the result has the type and shape of `images`.
 
-    images: a tensor (3, H, W) or (B, 3, H, W), float in [0, 1] or uint8, on any device; an array (H, W, 3) or
-        (B, H, W, 3), uint8; or a PIL image, whose result is RGB. Sides of 32 pixels or more.
-    corruption: gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur, snow,
-        frost, fog, brightness, contrast, elastic_transform, pixelate or jpeg_compression; or one of the 4 extra ones,
-        which never count in a mean: speckle_noise, gaussian_blur, spatter or saturate.
-    severity: 1 (weak) to 5 (strong).
-    seed: of the random draws. Image i of a batch draws from (seed, i, corruption, severity) alone, on every machine; a
-        single image is image 0. These are the draws of the evaluation's suite `generated` for the image at place i,
-        which it then stores as JPEG.
-
     Floats are rounded to 8 bits before they are corrupted, because the corruptions are defined for 8-bit images.
 
-    Raises ValueError for an unknown corruption (the message lists all) or severity, and DataError for images of another
-    type, shape or range.
+    Args:
+        images: a tensor (3, H, W) or (B, 3, H, W), float in [0, 1] or uint8, on any device; an array (H, W, 3) or
+            (B, H, W, 3), uint8; or a PIL image, whose result is RGB. Sides of 32 pixels or more.
+        corruption: gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur, snow,
+            frost, fog, brightness, contrast, elastic_transform, pixelate or jpeg_compression; or one of the 4 extra
+            ones, which never count in a mean: speckle_noise, gaussian_blur, spatter or saturate.
+        severity: 1 (weak) to 5 (strong).
+        seed: seed of the random draws. Image i of a batch draws from (seed, i, corruption, severity) alone, on every
+            machine; a single image is image 0. These are the draws of the evaluation's suite `generated` for the image
+            at place i, which it then stores as JPEG.
 
-    >>> import mae_dat, torch
-    >>> images = torch.rand(2, 3, 64, 64)
-    >>> foggy = mae_dat.corrupt(images, "fog", severity=3)
-    >>> foggy.shape, foggy.dtype
-    (torch.Size([2, 3, 64, 64]), torch.float32)
+    Raises:
+        ValueError: the corruption (the message lists all) or severity is unknown.
+        DataError: the images have another type, shape or range.
+
+    Examples:
+        >>> import mae_dat, torch
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> foggy = mae_dat.corrupt(images, "fog", severity=3)
+        >>> foggy.shape, foggy.dtype
+        (torch.Size([2, 3, 64, 64]), torch.float32)
     """
     check_corruption(corruption, severity)
     if isinstance(images, Image.Image):

@@ -59,23 +59,30 @@ def convert(
 ) -> ConvertedModel:
     """Convert a model for use elsewhere, load the result again, and compare its outputs with the source's.
 
-    source: a weights file or an output folder of any kind that `load_model` takes, except a detector; or a released
-        name.
-    dest: the file to write (timm: .safetensors or .pth, mae: .pth, onnx: .onnx, export: .pt2), or a folder (hf). It
-        appears only if the outputs agree.
-    to: timm, for `timm.create_model(checkpoint_path=...)`; mae, for MAE's code; hf, a folder for `from_pretrained` and
-        `push_to_hub`; onnx or export (torch.export), a graph from pixels in [0, 1] to logits, or to tokens for a
-        pretraining.
-    model: the architecture, if neither the file nor its shapes show it.
-    license: hf: license for the model card, such as cc-by-nc-4.0 for what comes from MAE's published weights.
+    Args:
+        source: a weights file or an output folder of any kind that `load_model` takes, except a detector; or a released
+            name.
+        dest: the file to write (timm: .safetensors or .pth, mae: .pth, onnx: .onnx, export: .pt2), or a folder (hf). It
+            appears only if the outputs agree.
+        to: timm, for `timm.create_model(checkpoint_path=...)`; mae, for MAE's code; hf, a folder for `from_pretrained`
+            and `push_to_hub`; onnx or export (torch.export), a graph from pixels in [0, 1] to logits, or to tokens for
+            a pretraining.
+        model: the architecture, if neither the file nor its shapes show it.
+        license: hf: license for the model card, such as cc-by-nc-4.0 for what comes from MAE's published weights.
 
-    Raises ConfigError, OutputError (nothing is overwritten that would be lost), MissingInputError, CheckpointError
-    (also if the outputs differ), DownloadError.
+    Returns:
+        A `ConvertedModel`, which prints what was done and how to load the result.
 
-    >>> import mae_dat
-    >>> converted = mae_dat.convert("mae_dat_demo", "demo.safetensors", to="timm")
-    >>> converted.path.name, converted.difference < 1e-4
-    ('demo.safetensors', True)
+    Raises:
+        ConfigError: the target is unknown, or does not fit the model or the name of the file.
+        OutputError: something would be lost at the destination.
+        UserError: the source is missing or damaged, or the outputs differ.
+
+    Examples:
+        >>> import mae_dat
+        >>> converted = mae_dat.convert("mae_dat_demo", "demo.safetensors", to="timm")
+        >>> converted.path.name, converted.difference < 1e-4
+        ('demo.safetensors', True)
     """
     if to not in _SUFFIXES:
         raise ConfigError(f"convert(to={to!r}): {suggest(to, list(_SUFFIXES))}")

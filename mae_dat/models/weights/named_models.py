@@ -37,27 +37,33 @@ def load_model(
 ) -> "Classifier | MaskedAutoencoder | Detector":
     """Load a model from weights, in evaluation mode: a classifier, a masked autoencoder or an object detector.
 
-    source: the output folder of a run (its `model.safetensors`, or the newest checkpoint of a run that has not
-        finished), a weights file (ours, MAE's, timm's, DeiT's, easyrobust's, Hugging Face's ViT and ViTMAE), or the
-        name of released weights (`list_models`), which are downloaded once and verified on every load.
-    device: cpu, cuda, or auto: CUDA if there is any.
-    model: the architecture, if neither the file nor its shapes show it, such as resnet50.
-    input_size: side, or height and width, in pixels, in place of the one that the file records.
+    Args:
+        source: the output folder of a run (its `model.safetensors`, or the newest checkpoint of a run that has not
+            finished), a weights file (ours, MAE's, timm's, DeiT's, easyrobust's, Hugging Face's ViT and ViTMAE), or the
+            name of released weights (`list_models`), which are downloaded once and verified on every load.
+        device: cpu, cuda, or auto: CUDA if there is any.
+        model: the architecture, if neither the file nor its shapes show it, such as resnet50.
+        input_size: side, or height and width, in pixels, in place of the one that the file records.
 
-    All models take float images (B, C, H, W) in [0, 1] and normalize them themselves. A `Classifier` returns logits
-    (B, K); a `MaskedAutoencoder` has `features(images)`; a `Detector` returns the boxes of each image. `model.classes`
-    are the names of the outputs, or None if the file does not record them; `model.input_size` is (height, width). What
-    was loaded is logged in one line, at level INFO.
+    Returns:
+        A `Classifier`, which returns logits (B, K), a `MaskedAutoencoder`, which has `features(images)`, or a
+        `Detector`, which returns the boxes of each image. All take float images (B, C, H, W) in [0, 1] and normalize
+        them themselves. `model.classes` are the names of the outputs, or None if the file does not record them;
+        `model.input_size` is (height, width). What was loaded is logged in one line, at level INFO.
 
-    Raises MissingInputError (no such file or name), CheckpointError (damaged, a tokenizer, or an unknown
-    architecture), ConfigError (an input size that does not fit) and DownloadError.
+    Raises:
+        MissingInputError: no such file or name.
+        CheckpointError: the file is damaged, is a tokenizer, or does not show its architecture.
+        ConfigError: the input size does not fit.
+        DownloadError: released weights cannot be downloaded.
 
-    >>> import mae_dat, torch
-    >>> model = mae_dat.load_model("mae_dat_demo")
-    >>> model(torch.rand(2, 3, *model.input_size)).shape
-    torch.Size([2, 10])
-    >>> model.classes[:3]
-    ('arrow', 'bolt', 'cross')
+    Examples:
+        >>> import mae_dat, torch
+        >>> model = mae_dat.load_model("mae_dat_demo")
+        >>> model(torch.rand(2, 3, *model.input_size)).shape
+        torch.Size([2, 10])
+        >>> model.classes[:3]
+        ('arrow', 'bolt', 'cross')
     """
     try:
         opened = open_model(source, model, _as_size(input_size))
@@ -106,24 +112,30 @@ def create_model(
 ) -> "Classifier | MaskedAutoencoder | Detector":
     """Build a model by its name, with fresh or pretrained weights, in training mode.
 
-    name: one of `list_models`: MAE's (vit_base_patch16, mae_vit_base_patch16, ...), released weights, any timm model,
-        or a torchvision detector.
-    num_classes: outputs of a classifier (default: those of the weights or of timm's), or kinds of boxes of a detector.
-    pretrained: True loads the weights that are released under this name, or timm's; a file, an output folder or another
-        released name loads that. With `num_classes` the head is new where the weights have another one.
-    input_size: side, or height and width, in pixels (default: the model's own; detectors: 224).
-    in_chans: channels of the images.
-    drop_path: probability of stochastic depth, for classifiers.
+    Args:
+        name: one of `list_models`: MAE's (vit_base_patch16, mae_vit_base_patch16, ...), released weights, any timm
+            model, or a torchvision detector.
+        num_classes: outputs of a classifier (default: those of the weights or of timm's), or kinds of boxes of a
+            detector.
+        pretrained: True loads the weights that are released under this name, or timm's; a file, an output folder or
+            another released name loads that. With `num_classes` the head is new where the weights have another one.
+        input_size: side, or height and width, in pixels (default: the model's own; detectors: 224).
+        in_chans: channels of the images.
+        drop_path: probability of stochastic depth, for classifiers.
 
-    All models take float images (B, C, H, W) in [0, 1] and normalize them themselves.
+    Returns:
+        A `Classifier`, `MaskedAutoencoder` or `Detector`, which takes float images (B, C, H, W) in [0, 1] and
+        normalizes them itself.
 
-    Raises ConfigError for an unknown name (with the nearest ones) or settings that do not fit, MissingInputError,
-    CheckpointError and DownloadError.
+    Raises:
+        ConfigError: the name is unknown (the message has the nearest ones), or settings do not fit.
+        UserError: the weights are missing, damaged or cannot be downloaded.
 
-    >>> import mae_dat, torch
-    >>> model = mae_dat.create_model("vit_demo_patch8", num_classes=5)
-    >>> model(torch.rand(2, 3, 64, 64)).shape
-    torch.Size([2, 5])
+    Examples:
+        >>> import mae_dat, torch
+        >>> model = mae_dat.create_model("vit_demo_patch8", num_classes=5)
+        >>> model(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 5])
     """
     size, entry = _as_size(input_size), released_weights().get(name)
     if entry and entry.kind == "tokenizer":
@@ -251,11 +263,12 @@ def list_models(pattern: str = "") -> list[str]:
     With a `pattern`, also the matching ones of timm's thousand models: a part of the name, or a pattern with `*` for
     any characters. Names of released weights are also a source for `load_model`.
 
-    >>> import mae_dat
-    >>> mae_dat.list_models("demo")
-    ['mae_dat_demo', 'mae_vit_demo_patch8', 'vit_demo_patch8']
-    >>> "resnet50.a1_in1k" in mae_dat.list_models("resnet50*")
-    True
+    Examples:
+        >>> import mae_dat
+        >>> mae_dat.list_models("demo")
+        ['mae_dat_demo', 'mae_vit_demo_patch8', 'vit_demo_patch8']
+        >>> "resnet50.a1_in1k" in mae_dat.list_models("resnet50*")
+        True
     """
     released = [name for name, entry in released_weights().items() if entry.kind != "tokenizer"]
     names = {*MAE_MODELS, *VIT_SIZES, *released, *_detector_names()}
