@@ -14,8 +14,10 @@ if TYPE_CHECKING:  # at run time they are imported on first use
     from mae_dat.models.classifier import Classifier
     from mae_dat.models.mae import MaskedAutoencoder
     from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
+    from mae_dat.models.weights.convert import convert
     from mae_dat.models.weights.named_models import create_model, list_models, load_model
     from mae_dat.robustness.corrupt import corrupt
+    from mae_dat.robustness.evaluate import evaluate
     from mae_dat.training.objectives.dat import WithDAT
 
 __version__ = "0.1.0"
@@ -27,9 +29,11 @@ __all__ = [
     "PretrainConfig",
     "VisualTokenizer",
     "WithDAT",
+    "convert",
     "corrupt",
     "create_model",
     "discrete_adversary",
+    "evaluate",
     "list_models",
     "load_model",
     "load_tokenizer",
@@ -43,9 +47,11 @@ _MODULES = {
     "PretrainConfig": "config.runs",
     "VisualTokenizer": "models.tokenizer",
     "WithDAT": "training.objectives.dat",
+    "convert": "models.weights.convert",
     "corrupt": "robustness.corrupt",
     "create_model": "models.weights.named_models",
     "discrete_adversary": "attacks.discrete",
+    "evaluate": "robustness.evaluate",
     "list_models": "models.weights.named_models",
     "load_model": "models.weights.named_models",
     "load_tokenizer": "models.tokenizer",
