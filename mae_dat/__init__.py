@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # at run time they are imported on first use
     from mae_dat.robustness.corrupt import corrupt
     from mae_dat.robustness.evaluate import evaluate
     from mae_dat.training.objectives.dat import WithDAT
+    from mae_dat.training.python_api import finetune, pretrain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,9 +35,11 @@ __all__ = [
     "create_model",
     "discrete_adversary",
     "evaluate",
+    "finetune",
     "list_models",
     "load_model",
     "load_tokenizer",
+    "pretrain",
 ]
 
 _MODULES = {
@@ -52,9 +55,11 @@ _MODULES = {
     "create_model": "models.weights.named_models",
     "discrete_adversary": "attacks.discrete",
     "evaluate": "robustness.evaluate",
+    "finetune": "training.python_api",
     "list_models": "models.weights.named_models",
     "load_model": "models.weights.named_models",
     "load_tokenizer": "models.tokenizer",
+    "pretrain": "training.python_api",
 }
 """The module of each name, below `mae_dat`."""
 

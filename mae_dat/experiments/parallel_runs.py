@@ -20,8 +20,8 @@ from mae_dat.config.errors import ConfigError, InterruptError, RetryError, UserE
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.runtime.console import Console, format_duration
 from mae_dat.runtime.signals import StopRequest, stop_requests
-from mae_dat.training.finetune import finetune
-from mae_dat.training.pretrain import pretrain
+from mae_dat.training.finetune import run_finetuning
+from mae_dat.training.pretrain import run_pretraining
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ class Stage:
 def _run_or_resume(settings: Settings, title: str, console: Console) -> None:
     """Run one training, or resume it."""
     if isinstance(settings, PretrainConfig):
-        pretrain(settings, console, title)
+        run_pretraining(settings, console, title)
     else:
-        finetune(settings, console, title)
+        run_finetuning(settings, console, title)
 
 
 def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -36,9 +37,12 @@ def stop_requests() -> Iterator[StopRequest]:
     """Turn the signals into a request to save and stop, for the duration of the block.
 
     Raises InterruptError out of the block on a second signal: one that comes more than two seconds after the first, or
-    a second Ctrl-C.
+    a second Ctrl-C. Outside the main thread, where Python delivers no signals, nothing changes.
     """
     stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
     first = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -49,7 +49,7 @@ _GALLERY_IMAGES = 6
 _SLOW_LARS = 0.5  # MAE's linear probe has 6.4
 
 
-def finetune(config: FinetuneConfig, console: Console, title: str = "fine-tune") -> dict[str, float]:
+def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-tune") -> dict[str, float]:
     """Fine-tune, or resume in the output folder, export the classifier, and return its accuracy on the validation split
     (`evaluate_accuracy`)."""
     check_mixup(config.augment, config.optim.batch_size)
@@ -294,6 +294,6 @@ def initialize_from(model: Classifier, source: str | Path) -> None:
 
 def main(config: FinetuneConfig) -> None:
     """Run the command, and log the accuracy of the result and what to do with it."""
-    scores = finetune(config, console_for_command())
+    scores = run_finetuning(config, console_for_command())
     logger.info("accuracy %.2f %% top-1, %.2f %% top-5", scores["test_acc1"], scores["test_acc5"])
     log_next_commands(config.run.output_dir, after_finetuning(config.run.output_dir, config.data))

@@ -31,7 +31,7 @@ from mae_dat.training.state import TrainingState
 _GALLERY_IMAGES = 6
 
 
-def pretrain(config: PretrainConfig, console: Console, title: str = "pretrain") -> None:
+def run_pretraining(config: PretrainConfig, console: Console, title: str = "pretrain") -> None:
     """Pretrain, or resume in the output folder, and export the autoencoder with its decoder."""
     mae, data, seed = config.mae, config.data, config.run.seed
     with run_context(config.run, config.launch, console) as context:
@@ -120,5 +120,5 @@ def draw_galleries(
 
 def main(config: PretrainConfig) -> None:
     """Run the command, and log what to do with the result."""
-    pretrain(config, console_for_command())
+    run_pretraining(config, console_for_command())
     log_next_commands(config.run.output_dir, after_pretraining(config))

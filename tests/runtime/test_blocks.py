@@ -34,7 +34,7 @@ from mae_dat.runtime.blocks import checkpoint_blocks, choose_attention, compile_
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.device import amp_dtype, set_float32_precision
 from mae_dat.runtime.run_log import read_log
-from mae_dat.training.finetune import finetune
+from mae_dat.training.finetune import run_finetuning
 
 __all__ = ["folder", "one_thread", "surroundings", "tokenizer"]
 
@@ -49,7 +49,7 @@ def train(folder: Path, output: Path, **flags: Any) -> None:
         augment=AugmentConfig(aa=None),
         optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
     )
-    finetune(config, Console(quiet=True))
+    run_finetuning(config, Console(quiet=True))
 
 
 # ---- attention step by step ----

@@ -22,8 +22,8 @@ from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime import console as console_module
 from mae_dat.runtime.console import Console, format_duration
 from mae_dat.runtime.run_log import RunLog, read_log
-from mae_dat.training.finetune import finetune
-from mae_dat.training.pretrain import pretrain
+from mae_dat.training.finetune import run_finetuning
+from mae_dat.training.pretrain import run_pretraining
 
 
 class Clock:
@@ -310,7 +310,7 @@ def test_pretraining_writes_its_tags_and_galleries(
     config = PretrainConfig(
         **settings(tmp_path, "mae"), mae=MaskConfig("mae_tiny"), dat=DatConfig("released", tokenizer=tokenizer)
     )
-    pretrain(config, Console(quiet=True))
+    run_pretraining(config, Console(quiet=True))
     events, records = read_board(tmp_path / "mae"), read_log(tmp_path / "mae" / "log.txt")
     points = read_log(tmp_path / "mae" / "steps.jsonl")
     assert [point["step"] for point in points] == [1, 2, 3, 4], "at least one in five of an epoch's two steps"
@@ -340,7 +340,7 @@ def test_finetuning_writes_its_tags_and_gallery(
         augment=AugmentConfig(aa=None),
         dat=DatConfig("released", tokenizer=tokenizer),
     )
-    finetune(config, Console(quiet=True))
+    run_finetuning(config, Console(quiet=True))
     events, records = read_board(tmp_path / "classifier"), read_log(tmp_path / "classifier" / "log.txt")
     assert set(events.Tags()["scalars"]) == {*TRAIN_TAGS, "val/acc1", "val/acc5", "val/loss"}
     for name in ("acc1", "acc5", "loss"):

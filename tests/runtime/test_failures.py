@@ -25,7 +25,7 @@ from mae_dat.runtime.console import Console
 from mae_dat.runtime.failures import explain_rank_failure, is_connection_loss
 from mae_dat.runtime.watchdog import process_state
 from mae_dat.runtime.world import process_group, world_from_environment
-from mae_dat.training.pretrain import pretrain
+from mae_dat.training.pretrain import run_pretraining
 
 GONE = 30.0  # seconds within which the other ranks have to be gone
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def train_for_long(rank: int, folder: Path, output: Path) -> None:
     flags = ["--model", "mae_tiny", "--input_size", "32", "--batch_size", "4", "--epochs", "9999", "--num_workers", "2"]
     flags += ["--device", "cpu", "--pictures_every", "0", "--data_path", str(folder), "--output_dir", str(output)]
     config = load_config(PretrainConfig, flags)
-    run_command(lambda: pretrain(config, Console(quiet=True)))
+    run_command(lambda: run_pretraining(config, Console(quiet=True)))
 
 
 def descendants(pid: int | None) -> list[int]:

@@ -44,10 +44,10 @@ from mae_dat.runtime.world import process_group, world_from_environment
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training.accuracy import evaluate_accuracy, synchronized
 from mae_dat.training.context import run_context
-from mae_dat.training.finetune import finetune
+from mae_dat.training.finetune import run_finetuning
 from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.classification import Classification
-from mae_dat.training.pretrain import pretrain
+from mae_dat.training.pretrain import run_pretraining
 
 SIDE = 32
 TINY = ViTSize(SIDE, 8, 32, 2, 2)
@@ -72,7 +72,7 @@ def run_of(folder: Path, output: Path, shards: bool, **changes: Any) -> dict[str
 
 def run_mae(folder: Path, output: Path, shards: bool) -> None:
     optim = OptimConfig(batch_size=4, epochs=2, warmup_epochs=0, lr=3e-3, accum_iter=2, clip_grad=0.5)
-    pretrain(
+    run_pretraining(
         PretrainConfig(mae=MaskConfig("mae_tiny"), optim=optim, **run_of(folder, output, shards)), Console(quiet=True)
     )
 
@@ -86,7 +86,7 @@ def run_dat(folder: Path, output: Path, shards: bool) -> None:
         dat=DatConfig("released", share=0.05, tokenizer=str(folder.parent / "tokenizer.safetensors")),
         **run_of(folder, output, shards, pictures_every=1),
     )
-    finetune(config, Console(quiet=True))
+    run_finetuning(config, Console(quiet=True))
 
 
 def run_probe(folder: Path, output: Path, shards: bool) -> None:
@@ -95,7 +95,7 @@ def run_probe(folder: Path, output: Path, shards: bool) -> None:
         optim=OptimConfig(batch_size=4, epochs=1, warmup_epochs=0, lr=3.0),
         **run_of(folder, output, shards),
     )
-    finetune(config, Console(quiet=True))
+    run_finetuning(config, Console(quiet=True))
 
 
 def run_resnet(folder: Path, output: Path, shards: bool) -> None:
@@ -105,7 +105,7 @@ def run_resnet(folder: Path, output: Path, shards: bool) -> None:
         optim=OptimConfig(batch_size=4, epochs=1, warmup_epochs=0, lr=1e-4, clip_grad=1.0),
         **run_of(folder, output, shards),
     )
-    finetune(config, Console(quiet=True))
+    run_finetuning(config, Console(quiet=True))
 
 
 RUNS = {"mae": run_mae, "dat": run_dat, "probe": run_probe, "resnet": run_resnet}
@@ -200,7 +200,7 @@ def nan_on_rank_1(rank: int, folder: Path, output: Path) -> dict[str, Any]:
         patch.setattr(Trainer, "train_step", step)
         patch.setattr(Trainer, "read_reports", read)
         patch.setattr("mae_dat.training.finetune.Classification", _NaNAt)
-        finetune(config, Console(quiet=True))
+        run_finetuning(config, Console(quiet=True))
     return results
 
 

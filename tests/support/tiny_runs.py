@@ -17,8 +17,8 @@ from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.console import Console
-from mae_dat.training.finetune import finetune
-from mae_dat.training.pretrain import pretrain
+from mae_dat.training.finetune import run_finetuning
+from mae_dat.training.pretrain import run_pretraining
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--input_size", "32", "--batch_size", "8", "--epochs", "1", "--warmup_epochs", "0", "--num_workers", "0"]
@@ -53,14 +53,14 @@ def save_tokenizer(path: Path, factor: int = 4) -> Path:
 def pretrain_in(output: Path, data: Path | str, *flags: str) -> Path:
     """Pretrains in this process and returns the output folder."""
     given = [*PRETRAIN, "--data_path", str(data), "--output_dir", str(output), *flags]
-    pretrain(load_config(PretrainConfig, given), Console(quiet=True))
+    run_pretraining(load_config(PretrainConfig, given), Console(quiet=True))
     return output
 
 
 def finetune_in(output: Path, data: Path | str, *flags: str) -> dict[str, float]:
     """Fine-tunes in this process and returns the accuracy."""
     given = [*FINETUNE, "--data_path", str(data), "--output_dir", str(output), *flags]
-    return finetune(load_config(FinetuneConfig, given), Console(quiet=True))
+    return run_finetuning(load_config(FinetuneConfig, given), Console(quiet=True))
 
 
 class Outcome(NamedTuple):

@@ -30,12 +30,12 @@ from mae_dat.runtime.run_log import RunLog, read_log
 from mae_dat.runtime.world import World
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.training.context import RunContext
-from mae_dat.training.finetune import finetune
+from mae_dat.training.finetune import run_finetuning
 from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.optim import build_optimizer
-from mae_dat.training.pretrain import pretrain
+from mae_dat.training.pretrain import run_pretraining
 from mae_dat.training.setup import EpochEnd, Reporting, TrainingSetup
 from mae_dat.training.state import TrainingState
 
@@ -90,7 +90,7 @@ def run_mae(
     optim = OptimConfig(batch_size=8, epochs=epochs, warmup_epochs=1, blr=0.05, accum_iter=accum_iter)
     run = dataclasses.replace(run_config(output), save_minutes=save_minutes)
     config = PretrainConfig(run=run, data=data_config(folder), mae=MaskConfig("mae_tiny", 0.5, True), optim=optim)
-    pretrain(config, Console(quiet=True))
+    run_pretraining(config, Console(quiet=True))
 
 
 def run_accumulating_mae(folder: Path, output: Path, tokenizer: Path) -> None:
@@ -105,7 +105,7 @@ def run_classifier(folder: Path, output: Path, tokenizer: Path) -> None:
         augment=AugmentConfig(mixup=0.8, cutmix=1.0),
         optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
     )
-    finetune(config, Console(quiet=True))
+    run_finetuning(config, Console(quiet=True))
 
 
 def run_dat(folder: Path, output: Path, tokenizer: Path) -> None:
@@ -117,7 +117,7 @@ def run_dat(folder: Path, output: Path, tokenizer: Path) -> None:
         optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
         dat=DatConfig("released", share=0.05, tokenizer=str(tokenizer)),
     )
-    finetune(config, Console(quiet=True))
+    run_finetuning(config, Console(quiet=True))
 
 
 RUNS = {"mae": run_mae, "accumulation": run_accumulating_mae, "mixup, EMA, drop path": run_classifier, "DAT": run_dat}

@@ -23,7 +23,7 @@ from mae_dat.robustness.scores.results import read_results, write_results
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.weight_files import read_weights
-from mae_dat.training.finetune import finetune
+from mae_dat.training.finetune import run_finetuning
 
 write_report_again = verb("report")
 
@@ -60,7 +60,7 @@ def test_a_checkpoint_amid_a_dat_run_resumes_and_ends_as_it_would_have(
         optim=OptimConfig(batch_size=8, epochs=2, warmup_epochs=1, blr=0.05),
         dat=DatConfig("released", share=0.05, tokenizer="tokenizer.safetensors"),
     )
-    finetune(config, Console(quiet=True))
+    run_finetuning(config, Console(quiet=True))
     weights = read_weights(Path("dat/model.safetensors")).tensors
     expected = read_weights(EARLIER / "dat_end.safetensors").tensors
     assert weights.keys() == expected.keys()

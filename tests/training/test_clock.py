@@ -15,7 +15,7 @@ from mae_dat.models.mae import MaeSize, ViTSize
 from mae_dat.runtime.console import Console
 from mae_dat.training import clock
 from mae_dat.training.loop import Trainer
-from mae_dat.training.pretrain import pretrain
+from mae_dat.training.pretrain import run_pretraining
 
 
 def train_with_own_clock(rank: int, folder: Path, output: Path) -> None:
@@ -29,7 +29,7 @@ def train_with_own_clock(rank: int, folder: Path, output: Path) -> None:
     run = RunConfig(str(output), device="cpu", precision="fp32", pictures_every=0, hang_minutes=0, save_minutes=1)
     data = DataConfig(str(folder), input_size=(32,), num_workers=0)
     optim = OptimConfig(batch_size=2, epochs=1, warmup_epochs=0, lr=1e-3)
-    pretrain(PretrainConfig(run=run, data=data, mae=MaskConfig("mae_tiny"), optim=optim), Console(quiet=True))
+    run_pretraining(PretrainConfig(run=run, data=data, mae=MaskConfig("mae_tiny"), optim=optim), Console(quiet=True))
     assert saved == [1, 2, 3, 4, 5], saved
 
 

@@ -61,7 +61,7 @@ from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import learning_rate
-from mae_dat.training.pretrain import pretrain
+from mae_dat.training.pretrain import run_pretraining
 from mae_dat.training.state import TrainingState
 
 __all__ = ["folder", "surroundings", "tokenizer"]  # fixtures
@@ -207,7 +207,7 @@ def test_unreadable_images_are_replaced_and_counted(
     data = dataclasses.replace(data_config(images), on_bad="skip")
     config = PretrainConfig(run=run_config(tmp_path / "out"), data=data, mae=MaskConfig("mae_tiny"), optim=optim)
     with caplog.at_level(logging.WARNING):
-        pretrain(config, Console(quiet=True))
+        run_pretraining(config, Console(quiet=True))
     assert records(tmp_path / "out")[0]["skipped"] == 2
     assert "2 unreadable images were replaced" in caplog.text
 
