@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from mae_dat import __version__
 from mae_dat.config.arguments import Command, split_verb
+from mae_dat.config.flags import flat_values
+from mae_dat.config.memory import memory_errors_name_flags
 from mae_dat.config.parse import command_of, load_config, run_command
 
 PROGRAM = "mae-dat"
@@ -45,8 +47,10 @@ class Verb:
         return tuple(f"python {program} {words.split(' ', 2)[2]}" for words in self.examples)
 
     def call(self, config: Any) -> None:
-        """Import the verb's code and run it."""
-        _find(self.run if isinstance(self.run, str) else self.run(config))(config)
+        """Import the verb's code and run it. Raises UserError."""
+        run = _find(self.run if isinstance(self.run, str) else self.run(config))
+        with memory_errors_name_flags(flat_values(config)):
+            run(config)
 
 
 def _finetune_or_evaluate(config: Any) -> str:

@@ -172,4 +172,6 @@ def _cause(content: bytes, error: Exception) -> str:
         return "it is a web page or XML, not an image"
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is not an image that can be read"
+    if isinstance(error, MemoryError):
+        return "there was not enough memory to decode it, or it is damaged"
     return f"the image is damaged or truncated ({error})"

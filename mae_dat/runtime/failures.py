@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mae_dat.config.errors import ConfigError, RankError, RetryError, UserError
+from mae_dat.config.memory import MemoryLimitError, is_memory_error
 from mae_dat.runtime.rendezvous import open_server, receive_message, send_message
 
 logger = logging.getLogger(__name__)
@@ -241,6 +242,8 @@ def _report_of(error: BaseException, rank: int) -> tuple[FailureReport, int]:
     else:
         message = f"{type(error).__name__}: {error}"
         exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if is_memory_error(error):
+            exit_code = MemoryLimitError.exit_code
     return {"rank": rank, "message": message, "code": exit_code}, exit_code
 
 

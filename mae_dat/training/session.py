@@ -8,6 +8,7 @@ from typing import Any
 
 from mae_dat.config.errors import OutputError
 from mae_dat.config.groups import DataConfig, OptimConfig
+from mae_dat.config.memory import memory_errors_name_flags
 from mae_dat.config.parse import write_config
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, train_loader
@@ -66,7 +67,8 @@ def run_training(  # noqa: PLR0913 - keywords
             manifest=manifest,
             name_of=images.name_of,
         )
-        trainer_class(state, setup).run()
+        with memory_errors_name_flags(settings):
+            trainer_class(state, setup).run()
 
 
 def _manifest(settings: Mapping[str, Any], images: ImageSet, optim: OptimConfig, ranks: int) -> dict[str, Any]:

@@ -102,10 +102,10 @@ class TrainingLog:
 def epoch_line(records: Sequence[Mapping[str, Any]], epochs: int, score: ShownScore | None) -> str:
     """Return one line about the last of the epochs' records, such as
 
-    epoch 3/50  loss 1.234  val top-1 67.1 % (best 68.0 %, epoch 2)  12 s
+    epoch 3/50  loss 1.2345  val top-1 67.1 % (best 68.0 %, epoch 2)  12 s
     """
     last = records[-1]
-    parts = [f"epoch {last['epoch'] + 1}/{epochs}", f"loss {last['train_loss']:.4g}"]
+    parts = [f"epoch {last['epoch'] + 1}/{epochs}", f"loss {last['train_loss']:.4f}"]
     if score and score.key in last:
         best = max((record for record in records if score.key in record), key=lambda record: record[score.key])
         parts.append(

@@ -152,14 +152,14 @@ def test_an_epochs_line_has_the_best_score_so_far() -> None:
     ]
     lines = [epoch_line(records[: number + 1], 50, TOP1) for number in range(4)]
     assert lines == [
-        "epoch 1/50  loss 2  val top-1 10.0 % (best 10.0 %, epoch 1)  1.2 s",
-        "epoch 2/50  loss 1  val top-1 68.0 % (best 68.0 %, epoch 2)  12 s",
+        "epoch 1/50  loss 2.0000  val top-1 10.0 % (best 10.0 %, epoch 1)  1.2 s",
+        "epoch 2/50  loss 1.0000  val top-1 68.0 % (best 68.0 %, epoch 2)  12 s",
         "epoch 3/50  loss 0.6667  val top-1 67.1 % (best 68.0 %, epoch 2)  1 min 01 s",
-        "epoch 4/50  loss 0.5  val top-1 68.0 % (best 68.0 %, epoch 2)  2 h 03 min",
+        "epoch 4/50  loss 0.5000  val top-1 68.0 % (best 68.0 %, epoch 2)  2 h 03 min",
     ]
-    assert epoch_line(records[:1], 50, None) == "epoch 1/50  loss 2  1.2 s"
+    assert epoch_line(records[:1], 50, None) == "epoch 1/50  loss 2.0000  1.2 s"
     unmeasured = [records[0], {"epoch": 1, "train_loss": 1.0, "seconds": 1.0}]
-    assert epoch_line(unmeasured, 50, TOP1) == "epoch 2/50  loss 1  1.0 s"
+    assert epoch_line(unmeasured, 50, TOP1) == "epoch 2/50  loss 1.0000  1.0 s"
     detection = [{"epoch": 0, "train_loss": 1.0, "test_map": 0.305, "seconds": 1.0}]
     assert "val mAP 30.5 % (best" in epoch_line(detection, 2, ShownScore("test_map", "val mAP", 100))
 
