@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from mae_dat import __version__
 from mae_dat.config.arguments import Command, split_verb
+from mae_dat.config.commands.completion import CompletionConfig
+from mae_dat.config.commands.submit import launcher_command
 from mae_dat.config.flags import flat_values
 from mae_dat.config.memory import memory_errors_name_flags
 from mae_dat.config.parse import command_of, load_config, run_command
@@ -249,6 +251,15 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "experiments.compare:main",
             ("mae-dat demo", "mae-dat demo --arms plain released --output_dir DEMO"),
         ),
+        "completion": Verb(
+            "print a script that completes verbs and flags in your shell",
+            "config.commands.completion:CompletionConfig",
+            "cli:print_completion",
+            (
+                "mae-dat completion bash > ~/.local/share/bash-completion/completions/mae-dat",
+                "mae-dat completion fish > ~/.config/fish/completions/mae-dat.fish",
+            ),
+        ),
         "recipes": Verb(
             "list the recipes that --config finds, or print one",
             "config.commands.recipes:RecipesConfig",
@@ -263,7 +274,7 @@ FAMILIES = {
 }
 """The first words of verbs of two words."""
 VERBS: dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
-LAUNCHER = "submit"
+LAUNCHER, LAUNCHER_SUMMARY = "submit", "run a verb on SLURM, or here in the background"
 """The verb whose arguments are its own flags, then another verb or a script with its flags."""
 
 
@@ -278,7 +289,7 @@ def overview() -> str:
     lines = [f"usage: {PROGRAM} VERB [flags]", ""]
     for title, verbs in GROUPS.items():
         if title == "help":
-            lines += ["jobs:", _line(LAUNCHER, "run a verb on SLURM, or here in the background"), ""]
+            lines += ["jobs:", _line(LAUNCHER, LAUNCHER_SUMMARY), ""]
         lines += [f"{title}:", *(_line(name, verb.summary) for name, verb in verbs.items()), ""]
     examples = ("demo", "finetune --data_path DIR --output_dir OUT --dat")
     return "\n".join([*lines, f"{PROGRAM} VERB --help lists the flags of a verb.", "", *_example_lines(examples)])
@@ -315,19 +326,36 @@ def run(arguments: Sequence[str]) -> int:
     elif first in FAMILIES and rest in ([], ["-h"], ["--help"]):
         print(family_overview(first))
     elif first == LAUNCHER:
-        from mae_dat.launch.submit import main as submit
-
-        return submit(rest, VERBS, f"{PROGRAM} {LAUNCHER}")
+        return _submit(rest, f"{PROGRAM} {LAUNCHER}")
     else:
         name, rest = split_verb(arguments, [*VERBS, LAUNCHER])
         run_verb(name, rest, f"{PROGRAM} {name}")
     return 0
 
 
+def _submit(arguments: Sequence[str], program: str) -> int:
+    """Run the launcher, which is imported only for a job, and return the exit code."""
+    if list(arguments[:1]) in (["-h"], ["--help"]):
+        print(launcher_command(program).help())
+        return 0
+    from mae_dat.launch.submit import main as submit
+
+    return submit(arguments, VERBS, program)
+
+
 def run_verb(name: str, arguments: Sequence[str], program: str) -> None:
     """Run a verb; `program` is the command in the usage line. Raises UserError."""
     verb = VERBS[name]
     verb.call(verb.load(arguments, program))
+
+
+def print_completion(config: CompletionConfig) -> None:
+    """Run `mae-dat completion`: print the script for a shell."""
+    from mae_dat.config.completion import CompletedVerb, completion_script
+
+    verbs = [CompletedVerb(name, verb.summary, verb.command_line("").flags) for name, verb in VERBS.items()]
+    launcher = CompletedVerb(LAUNCHER, LAUNCHER_SUMMARY, launcher_command("").flags)
+    print(completion_script(config.shell, verbs, launcher), end="")
 
 
 def main() -> NoReturn:
@@ -337,13 +365,7 @@ def main() -> NoReturn:
 
 def submit_script() -> NoReturn:
     """Run submit.py, which is `mae-dat submit`."""
-
-    def submit() -> int:
-        from mae_dat.launch.submit import main as submit_job
-
-        return submit_job(sys.argv[1:], VERBS)
-
-    sys.exit(run_command(submit))
+    sys.exit(run_command(lambda: _submit(sys.argv[1:], Path(sys.argv[0]).name)))
 
 
 def main_script(name: str) -> NoReturn:

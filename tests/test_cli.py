@@ -15,9 +15,9 @@ from tiny_runs import environment
 import mae_dat
 from mae_dat.cli import FAMILIES, LAUNCHER, VERBS, family_overview, overview, run
 from mae_dat.config.arguments import Command, help_text
+from mae_dat.config.commands.submit import launcher_command
 from mae_dat.config.errors import UsageError
 from mae_dat.config.parse import run_command
-from mae_dat.launch.submit import launcher_command
 
 REQUIRED = {"convert": "OUT net.safetensors --to timm", "report": "OUT", "scan": "DIR", "get": "mae_dat_demo"}
 REQUIRED["predict"] = "photo.jpg"

@@ -18,15 +18,16 @@ from typing import Any, Protocol
 
 from submitit.core.core import Job
 
-from mae_dat.config.arguments import Command, split_verb
+from mae_dat.config.arguments import split_verb
+from mae_dat.config.commands.submit import SUBMIT_USAGE, JobConfig, launcher_command
 from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError, UsageError, UserError, suggest
-from mae_dat.config.flags import build_config, flags_of, flat_values
+from mae_dat.config.flags import build_config, flat_values
 from mae_dat.config.groups import data_root
 from mae_dat.config.recipes import find_recipe
 from mae_dat.launch.code_copy import collect_code, write_code_copy
 from mae_dat.launch.executors import batch_file, clean_environment, submit_job
 from mae_dat.launch.follow import follow
-from mae_dat.launch.job import JobConfig, ResolvedJob
+from mae_dat.launch.job import ResolvedJob, resolve_job
 from mae_dat.launch.task import ScriptTask
 from mae_dat.runtime.environment import PACKAGE_FOLDER
 from mae_dat.storage.files import prepare_output_folder
@@ -44,24 +45,11 @@ class LoadableVerb(Protocol):
 
 Verbs = Mapping[str, LoadableVerb]
 
-_DESCRIPTION = """Submit a verb of mae-dat or a script as a job to SLURM, or run it on this machine in the background.
-
-Everything after the verb or script is passed to it. A job that is preempted, runs out of time or loses a node queues
-again and resumes from the newest checkpoint in its output folder."""
 _SCRIPTS = ("main_pretrain.py", "main_finetune.py")
 """Scripts that are verbs too, so that their flags can be checked before the job starts."""
-_USAGE = "[flags] VERB|SCRIPT.py [flags of the verb or script]"
-_EXAMPLES = ("--nodes 4 finetune --data_path DIR --dat", "--nodes 4 main_finetune.py --data_path DIR --dat")
 
 
 # ---- the command line ----
-
-
-def launcher_command(program: str) -> Command:
-    """Return the command line of the launcher; `program` is the command in the usage line."""
-    python = "python " if program.endswith(".py") else ""
-    examples = [f"{python}{program} {words}" for words in _EXAMPLES]
-    return Command(program, _DESCRIPTION, flags_of(JobConfig), examples, _USAGE)
 
 
 def parse_command(argv: Sequence[str], verbs: Verbs, program: str = "submit.py") -> tuple[JobConfig, ScriptTask]:
@@ -73,7 +61,7 @@ def parse_command(argv: Sequence[str], verbs: Verbs, program: str = "submit.py")
     words, script_words = split_command(argv)
     config = build_config(JobConfig, launcher_command(program).parse(words))
     if not script_words:
-        raise UsageError(f"nothing to run: {program} {_USAGE}. `{program} --help` lists the flags of the launcher.")
+        raise UsageError(f"nothing to run: give {program} {SUBMIT_USAGE}. `{program} --help` lists all flags.")
     name, *args = script_words
     if name.endswith(".py") or "/" in name:
         task = ScriptTask(str(_existing_script(Path(name))), tuple(args))
@@ -273,7 +261,7 @@ def main(argv: Sequence[str], verbs: Verbs, program: str = "submit.py") -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config, task = parse_command(argv, verbs, program)
-        job = config.resolve()
+        job = resolve_job(config)
         tasks = checked_tasks(job, task, verbs)
         command = f"{'python ' if program.endswith('.py') else ''}{program} {shlex.join(argv)}"
         code, tasks = copy_code(job, tasks, command, verbs)

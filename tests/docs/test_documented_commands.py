@@ -1,6 +1,5 @@
 """The commands of the README and of the documentation can be given: their verbs, flags and values exist."""
 
-import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,15 +9,14 @@ from paths import ROOT
 
 from mae_dat.cli import LAUNCHER, VERBS
 from mae_dat.config.arguments import split_verb
+from mae_dat.config.commands.submit import JobConfig, launcher_command
 from mae_dat.config.errors import UsageError
 from mae_dat.config.flags import build_config
-from mae_dat.config.parse import command_of
-from mae_dat.launch.job import JobConfig
-from mae_dat.launch.submit import launcher_command, split_command
+from mae_dat.launch.submit import split_command
 
 DOCUMENTS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 SHELL_BLOCK = re.compile(r"^( *)```(?:bash|sh)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-PENDING = {"doctor", "completion"}
+PENDING = {"doctor"}
 """Verbs that are documented before they exist."""
 COMMAND = re.compile(r"(?:mae-dat|-m mae_dat) ([a-z].*)")
 
@@ -40,8 +38,7 @@ def check_command(words: list[str]) -> None:
         if not words or words[0].endswith(".py"):
             return
     name, arguments = split_verb(words, list(VERBS))
-    module, _, config = VERBS[name].config.partition(":")
-    command_of(getattr(importlib.import_module(f"mae_dat.{module}"), config)).parse(arguments)
+    VERBS[name].command_line(name).parse(arguments)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from mae_dat.cli import VERBS
+from mae_dat.config.commands.submit import JobConfig
 from mae_dat.config.errors import ConfigError, MissingInputError, NoProgressError, OutputError, UsageError, UserError
 from mae_dat.launch.executors import batch_file
-from mae_dat.launch.job import JobConfig
+from mae_dat.launch.job import resolve_job
 from mae_dat.launch.submit import checked_tasks, main, parse_command
 from mae_dat.launch.task import ScriptTask
 
@@ -105,7 +106,7 @@ def test_dry_run_prints_the_batch_file_and_leaves_no_trace(script: Path, tmp_pat
 def batch_text(*words: str) -> str:
     """The batch file of a dry run in this process."""
     config, task = parse_command(["--dry_run", *words], VERBS)
-    return batch_file(config.resolve(), task, ROOT, "python submit.py")
+    return batch_file(resolve_job(config), task, ROOT, "python submit.py")
 
 
 def test_unset_flags_are_left_to_the_cluster(script: Path) -> None:
@@ -137,7 +138,7 @@ def test_an_array_has_the_users_indices_and_waits_for_its_files(script: Path) ->
 def test_a_line_break_would_be_a_command_of_the_batch_file(script: Path, flag: str, value: str) -> None:
     config, _ = parse_command([flag, value, "--dry_run", str(script)], VERBS)
     with pytest.raises(ConfigError, match=f"{flag} .*line breaks"):
-        config.resolve()
+        resolve_job(config)
 
 
 def test_what_is_typed_is_never_run_by_the_batch_file(tmp_path: Path) -> None:
@@ -186,9 +187,9 @@ def test_a_verb_is_submitted_like_a_script() -> None:
         (["tran.py", "--dat"], MissingInputError, "no such script: tran.py: did you mean train.py"),
         (["nowhere/train.py"], MissingInputError, "no such script"),
         (["./"], ConfigError, "not a Python script"),
-        (["--nodes", "0", "--dry_run", "train.py"], ConfigError, "--nodes 0: must be 1 or more"),
-        (["--ngpus", "-1", "--dry_run", "train.py"], ConfigError, "--ngpus -1: must be 0 or more"),
-        (["--mem_gb", "-1", "--dry_run", "train.py"], ConfigError, "--mem_gb -1.0"),
+        (["--nodes", "0", "--dry_run", "train.py"], ConfigError, "--nodes must be 1 or more, got 0"),
+        (["--ngpus", "-1", "--dry_run", "train.py"], ConfigError, "--ngpus must be 0 or more, got -1"),
+        (["--mem_gb", "-1", "--dry_run", "train.py"], ConfigError, "--mem_gb must be above 0, got -1"),
         (["--cluster", "local", "--nodes", "2", "train.py"], ConfigError, "there is one machine"),
         (["--cluster", "local", "--array", "0-3", "train.py"], ConfigError, "only SLURM has arrays"),
         (["--array", "0-", "--dry_run", "train.py"], ConfigError, "'0-' is not an index"),
@@ -201,7 +202,7 @@ def test_mistakes_are_named(
 ) -> None:
     monkeypatch.chdir(script.parent)
     with pytest.raises(error) as caught:
-        parse_command(words, VERBS)[0].resolve()
+        resolve_job(parse_command(words, VERBS)[0])
     assert message in str(caught.value)
 
 
@@ -209,8 +210,8 @@ def test_slurm_where_there_is_none(script: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(script.parent))
     config, _ = parse_command(["--cluster", "slurm", str(script)], VERBS)
     with pytest.raises(ConfigError, match="--cluster local"):
-        config.resolve()
-    assert JobConfig().resolve().cluster == "local"
+        resolve_job(config)
+    assert resolve_job(JobConfig()).cluster == "local"
 
 
 def test_a_mistake_ends_with_its_exit_code_and_one_line(script: Path) -> None:
@@ -229,7 +230,7 @@ def test_a_value_of_the_wrong_type_is_rejected(script: Path, capsys: pytest.Capt
 def checked(*words: str) -> list[ScriptTask]:
     """The tasks of a command line, after the checks that precede every submission."""
     config, task = parse_command(words, VERBS)
-    return checked_tasks(config.resolve(), task, VERBS)
+    return checked_tasks(resolve_job(config), task, VERBS)
 
 
 @pytest.fixture
