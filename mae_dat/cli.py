@@ -252,7 +252,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ("mae-dat demo", "mae-dat demo --arms plain released --output_dir DEMO"),
         ),
         "completion": Verb(
-            "print a script that completes verbs and flags in your shell",
+            "print a script that completes verbs and flags",
             "config.commands.completion:CompletionConfig",
             "cli:print_completion",
             (
