@@ -8,6 +8,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment with the wheel, which sees the packages installed here, but no editable installation."""
     folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, symlinks=True)
+    has_pip = find_spec("pip") is not None  # uv makes environments without it
+    venv.create(folder, symlinks=True, with_pip=not has_pip)
+    program = sys.executable if has_pip else str(folder / "bin" / "python")
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     # Python does not read the .pth files, such as those of editable installations, in folders named by a .pth file.
     (packages / "dependencies.pth").write_text("\n".join({sysconfig.get_path(kind) for kind in ("purelib", "platlib")}))
     install = ["-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet", "--no-deps", "--no-index"]
-    done = subprocess.run([sys.executable, *install, str(wheel)], capture_output=True, text=True)
+    done = subprocess.run([program, *install, str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
 
