@@ -1,0 +1,66 @@
+"""The commands and code of the README and of Get started, run as they are printed, on a few small images."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import ROOT
+from tiny_runs import draw_folder, one_thread  # noqa: F401 - the fixture is used by itself
+
+from mae_dat.cli import run
+
+PAGES = {"README.md": ROOT / "README.md", "get-started.md": ROOT / "docs" / "get-started.md"}
+SHORTER = {"pretrain": ["--epochs", "1", "--warmup_epochs", "0"], "finetune": ["--epochs", "1", "--warmup_epochs", "0"]}
+NOT_RUN = {
+    "demo": "takes minutes; tests/system/test_wheel.py runs it",
+    "get": "needs a network",
+    "doctor": "tests/experiments/test_doctor.py runs it",
+    "explore": "serves a page until it is stopped",
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page].read_text(), re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The `mae-dat` commands of a page, without comments."""
+    lines = "\n".join(blocks(page, "bash")).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mae-dat ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a user: images in DIR, in photos and in new_photos."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DIR", "photos"):
+        draw_folder(tmp_path / name)
+    (tmp_path / "new_photos").symlink_to(tmp_path / "photos" / "val")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_every_line_of_python_works(
+    page: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+    for words in commands(page):
+        verb = words[0]
+        if verb in NOT_RUN or "--pretrained" in words or "PHOTO.jpg" in words:
+            continue
+        if verb == "submit":
+            words = ["submit", "--dry_run", *words[1:]]
+        assert run([*words, *SHORTER.get(verb, [])]) == 0, words
+        ran.append(verb)
+    assert {"finetune", "predict", "evaluate"} <= set(ran)
+    names: dict[str, Any] = {"__name__": "example"}
+    for block in blocks(page, "python"):
+        if "for images, labels in loader" in block:
+            names["loader"] = [(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]))]
+            names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.01)
+        code = re.sub(r"epochs=\d+", "epochs=1, warmup_epochs=0", block)
+        exec(compile(code, page, "exec"), names)
+    assert float(names["loss"].detach()) > 0
