@@ -423,7 +423,7 @@ def test_no_network_is_said_with_the_way_out(home: Path) -> None:
     for part in (
         "nowhere.invalid",
         "refused",
-        "mae-dat list tiny --mirror DIR",
+        "mae-dat get tiny --output_dir DIR",
         "MAE_DAT_MIRROR=DIR",
         str(home),
     ):
