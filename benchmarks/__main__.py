@@ -17,7 +17,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import attention, checkpoint, corruptions, dat, evaluation, finetune, loader, mae, startup, tokenizer
+from benchmarks import (
+    attention,
+    checkpoint,
+    corruptions,
+    dat,
+    evaluation,
+    finetune,
+    loader,
+    mae,
+    prediction,
+    startup,
+    tokenizer,
+)  # fmt: skip
 from benchmarks.rate import matrix_rates
 from benchmarks.stored_rows import store_rows
 from benchmarks.table import as_json, print_rows
@@ -39,6 +51,7 @@ MODULES: dict[str, ModuleType] = {
     "tokenizer": tokenizer,
     "dat": dat,
     "evaluation": evaluation,
+    "prediction": prediction,
     "corruptions": corruptions,
     "loader": loader,
     "checkpoint": checkpoint,
