@@ -59,11 +59,9 @@ def fit_to_folder(predictor: ClassPredictor, folder: str | Path, setup: Evaluati
     DataError for other classes than the network's or no readable image.
     """
     network = predictor.network
-    sources = SuiteSources(
-        SuiteSettings(image_root(str(folder)), partial=True),
-        network.outputs,
-        predictor.classes if predictor.names_are_known else None,
-    )
+    # Folders have the names in the checkpoint, even where others are given for the results.
+    classes = network.classes or (predictor.classes if predictor.names_are_known else None)
+    sources = SuiteSources(SuiteSettings(image_root(str(folder)), partial=True), network.outputs, classes)
     (labeled,) = sources.image_sets(sources.clean_suite)
     parts: list[Tensor] = []
     indices: list[int] = []

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -138,7 +138,7 @@ class MemoryImages:
 
 
 def open_inputs(images: Any) -> InputImages:
-    """Open images: a path, a PIL image, an array, a tensor, or a sequence of these, in order.
+    """Open images: a path, a PIL image, an array, a tensor, or several of these in a list or another iterable.
 
     A path is an image file, a folder of any depth, a folder of shards or one shard, the address of shards, or `demo`.
     A path given twice is read once. Arrays are uint8, or float in [0, 1], of shape (H, W), (H, W, 3) or (B, H, W, 3);
@@ -146,7 +146,8 @@ def open_inputs(images: Any) -> InputImages:
 
     Raises ConfigError for no images or another type, MissingInputError, DataError for a folder without images.
     """
-    given = list(images) if isinstance(images, list | tuple) else [images]
+    is_one = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
+    given = [images] if is_one or not isinstance(images, Iterable) else list(images)
     if not given:
         raise ConfigError(f"no images: {_ADVICE}.")
     parts: list[ImagePart] = []

@@ -1,5 +1,6 @@
 """Where the predictions of each batch go: counted, collected in memory, or written to the files of a folder."""
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Self
 
 import numpy as np
 
+from mae_dat.config.errors import DataError
 from mae_dat.prediction.box_files import DRAWN_FOLDER, BoxDrawer, CocoResults
 from mae_dat.prediction.inputs import InputImages
 from mae_dat.prediction.predictions import Predictions
@@ -96,7 +98,8 @@ class ResultWriter:
             self.coco.add(name, found)
             if self.left_to_draw:
                 self.left_to_draw -= 1
-                self.drawer.draw(name, self.inputs.load_image(found.number), found)
+                with contextlib.suppress(DataError):  # a file that has been deleted since it was predicted
+                    self.drawer.draw(name, self.inputs.load_image(found.number), found)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -43,6 +43,7 @@ def test_files_and_folders_in_order_and_each_file_once(
     assert np.array_equal(pixels(inputs, 2), noise(seed=0))
     assert np.array_equal(pixels(inputs, 5), noise(seed=6))
     assert [*inputs.files()] == names(inputs)
+    assert names(open_inputs(Path("d").glob("*.jpg"))) == ["d/b.jpg"]
 
 
 @pytest.fixture

@@ -261,8 +261,12 @@ def test_calibration_fits_the_temperature_to_the_validation_images(
     assert "all 20 images are predicted correctly" in caplog.text
     with pytest.raises(DataError, match="has 10 classes, the networks have 3 outputs"):
         predict(Linear(3), dataset / "val", calibrate=dataset, input_size=32, console=QUIET)
+    unnamed = saved(tmp_path / "unnamed.safetensors", 10)
+    for checkpoint, names in ((file, NAMES), (unnamed, None), (unnamed, classes)):
+        again = predict(checkpoint, dataset / "val", classes=names, calibrate=dataset, device="cpu", console=QUIET)
+        assert again.temperature == fitted.temperature
     with pytest.raises(DataError, match="has class folders unknown to training"):
-        predict(file, dataset, classes=NAMES, calibrate=dataset, device="cpu", console=QUIET)
+        predict(unnamed, dataset / "val", classes=NAMES, calibrate=dataset, device="cpu", console=QUIET)
 
 
 # ---- images ----
