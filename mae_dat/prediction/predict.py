@@ -101,9 +101,9 @@ def main(config: PredictConfig) -> None:
 
 
 def _summary(tally: Tally, run: PredictionRun) -> str:
-    parts = [f"{tally.predicted:,} images predicted"]
+    parts = [f"{tally.predicted:,} {'image' if tally.predicted == 1 else 'images'} predicted"]
     if run.empty.boxes is not None:
-        parts.append(f"{tally.boxes:,} boxes of score {run.config.boxes.score_threshold:g} or more")
+        parts.append(f"{tally.boxes:,} {'box' if tally.boxes == 1 else 'boxes'} of score {run.config.boxes.score_threshold:g} or more")
     if run.config.probabilities.abstain_below is not None:
         parts.append(f"{tally.abstained:,} abstained")
     return ", ".join([*parts, f"{tally.unreadable:,} unreadable"])
