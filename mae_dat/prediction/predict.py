@@ -101,12 +101,16 @@ def main(config: PredictConfig) -> None:
 
 
 def _summary(tally: Tally, run: PredictionRun) -> str:
-    parts = [f"{tally.predicted:,} {'image' if tally.predicted == 1 else 'images'} predicted"]
+    parts = [f"{_count(tally.predicted, 'image', 'images')} predicted"]
     if run.empty.boxes is not None:
-        parts.append(f"{tally.boxes:,} {'box' if tally.boxes == 1 else 'boxes'} of score {run.config.boxes.score_threshold:g} or more")
+        parts.append(f"{_count(tally.boxes, 'box', 'boxes')} of score {run.config.boxes.score_threshold:g} or more")
     if run.config.probabilities.abstain_below is not None:
         parts.append(f"{tally.abstained:,} abstained")
     return ", ".join([*parts, f"{tally.unreadable:,} unreadable"])
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
 
 
 def read_class_names(path: Path) -> list[str]:
