@@ -32,7 +32,7 @@ def auto_attack(
     shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed}
     targets = {"n_classes": min(10, classes)}
     devices = [image.device] if image.is_cuda else []
-    # The package calls `backward` and `eval`: no parameter may get a gradient, and every training flag is restored.
+    # torchattacks calls `backward` and `eval`: exclude the parameters from gradients and restore every training flag.
     with (
         restore_training_flags(model),
         frozen_parameters(model),
@@ -52,4 +52,4 @@ def require_auto_attack(classes: int) -> None:
     """Raise MissingInputError without torchattacks, ConfigError for fewer than 4 classes."""
     require_extra("autoattack", "AutoAttack")
     if classes < 4:
-        raise ConfigError(f"AutoAttack compares the four highest logits, and this model has {classes} classes.")
+        raise ConfigError(f"AutoAttack needs at least 4 classes (it compares the four highest logits), got {classes}.")

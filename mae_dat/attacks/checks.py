@@ -1,7 +1,7 @@
-"""Checks that the outcome of a pixel attack can be believed: a broken attack looks like a robust model.
+"""Checks that the result of a pixel attack can be trusted: a broken attack makes a model look robust.
 
-Two mistakes are caught: a model that does not take pixels in [0, 1], the unit of eps (`require_pixel_model`), and
-gradients that lead an attack nowhere (`attack_checks`, printed next to the model's results). Shapes: image
+They detect two mistakes: a model that does not take pixels in [0, 1], the unit of eps (`require_pixel_model`), and
+gradients that do not help an attack (`attack_checks`, printed next to the model's results). Shapes: image
 (B, C, H, W) in [0, 1], label int64 (B,), logits (B, K).
 """
 
@@ -29,13 +29,13 @@ from mae_dat.models.modes import Network
 
 
 def require_no_declared_normalization(model: Network) -> None:
-    """Raise ConfigError if the model's own settings (timm's `pretrained_cfg`) say that it takes normalized images."""
+    """Raise ConfigError if the model's own settings (timm's `pretrained_cfg`) declare normalized inputs."""
     settings = getattr(model, "pretrained_cfg", None) or {}
     mean, std = settings.get("mean", (0,)), settings.get("std", (1,))
     if any(mean) or set(std) != {1}:
         raise ConfigError(
-            f"{type(model).__name__} takes images normalized by mean {mean} and std {std}, and an attack's eps is in "
-            "pixels in [0, 1]: give mae_dat.models.classifier.Classifier(model, mean, std)."
+            f"{type(model).__name__} takes images normalized by mean {mean} and std {std}, but an attack needs pixels "
+            "in [0, 1], the unit of eps: use mae_dat.models.classifier.Classifier(model, mean, std)."
         )
 
 
@@ -66,15 +66,15 @@ MAX_FALSE_ALARM = 1e-4
 
 
 def require_pixel_model(model: Network, probes: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
-    """Raise ConfigError for a model that is right about more images when they have another `InputScale`.
+    """Raise ConfigError for a model that classifies more images correctly at another `InputScale`.
 
-    `probes`: up to `MAX_PROBES` pairs of colour images (B, 3, H, W) in [0, 1] and a function from logits (B, K) to
+    `probes`: up to `MAX_PROBES` pairs of color images (B, 3, H, W) in [0, 1] and a function from logits (B, K) to
     bool (B,), which predictions are right. They are read one by one until every scale is decided.
 
-    The test is a sign test. Take the images that the model gets right at exactly one of the two scales. If it takes
-    [0, 1], it is right at [0, 1] with probability 1/2 or more for each of them. The model is rejected if a count as low
-    as the one observed had a probability below MAX_FALSE_ALARM / (probes x scales); so the probability that any probe
-    rejects a good model stays below MAX_FALSE_ALARM, for images drawn at random.
+    The test is a sign test on the images that the model classifies correctly at exactly one of the two scales. For a
+    model of pixels in [0, 1], each of them is correct at [0, 1] with a probability of at least 1/2. The model is
+    rejected if a count as low as the observed one has a probability below MAX_FALSE_ALARM / (probes x scales), so the
+    probability that any probe rejects a valid model stays below MAX_FALSE_ALARM, for images drawn at random.
     """
     threshold = MAX_FALSE_ALARM / (MAX_PROBES * len(INPUT_SCALES))
     right_plain = total = 0
@@ -92,8 +92,8 @@ def require_pixel_model(model: Network, probes: Iterable[tuple[Tensor, Callable[
             count = counts[scale] = count.plus(plain, scaled)
             if _binomial_tail(count.scaled_only, count.plain_only) < threshold:
                 raise ConfigError(
-                    f"the model seems to take images {scale.name}: of {total} images it is right about {count.scaled} "
-                    f"this way, and about {right_plain} in [0, 1]. Give {scale.advice}."
+                    f"the model seems to take images {scale.name}: it classifies {count.scaled} of {total} images "
+                    f"correctly this way, but about {right_plain} in [0, 1]. Use {scale.advice}."
                 )
             if _binomial_tail(count.plain_only, count.scaled_only) < threshold:
                 del counts[scale]
@@ -102,7 +102,7 @@ def require_pixel_model(model: Network, probes: Iterable[tuple[Tensor, Callable[
 
 
 class _ScaleCounts(NamedTuple):
-    """Images that a model gets right at another scale only, in [0, 1] only, and at the other scale at all."""
+    """Images classified correctly at another scale only, in [0, 1] only, and at the other scale in total."""
 
     scaled_only: int = 0
     plain_only: int = 0
@@ -123,7 +123,7 @@ def _binomial_tail(heads: int, tails: int) -> float:
     return sum(math.comb(throws, count) for count in range(heads, throws + 1)) / 2**throws
 
 
-# ---- do the gradients lead an attack? ----
+# ---- do the gradients help an attack? ----
 
 CHECK_PASSES = 99
 """Forward passes of `attack_checks`."""
@@ -144,11 +144,11 @@ class Check(NamedTuple):
 def attack_checks(
     model: Network, image: Tensor, label: Tensor, generators: Sequence[torch.Generator], eps: float = 4 / 255
 ) -> list[Check]:
-    """Check whether this model's gradients lead an attack (Carlini et al. 2019, AutoAttack's own checks).
+    """Check whether the gradients of a model help an attack (Carlini et al. 2019, AutoAttack's own checks).
 
     Costs about a hundred passes; 64 images are enough. A failed check means that the model may be *less* robust than
-    its results: it hides its gradients, or its predictions are random. Losses are means over the images, and one loss
-    counts as at least another if it is no more than 1 % lower.
+    its results suggest: it hides its gradients, or its predictions are random. Losses are means over the images; a loss
+    that is at most 1 % lower than another counts as equal to it.
     """
 
     def loss_and_accuracy(adversarial: Tensor) -> tuple[float, float]:

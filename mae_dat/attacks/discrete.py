@@ -29,8 +29,8 @@ __all__ = ["AttackConfig", "DiscreteAdversary", "discrete_adversary", "random_wo
 class DiscreteAdversary:
     """The result of an attack.
 
-    `adversarial` is the adversarial image in [0, 1], decoded from `adversarial_words`. What an attack does not need
-    itself is passed as a function, so it costs a pass of the tokenizer only if someone reads it.
+    `adversarial` is the adversarial image in [0, 1], decoded from `adversarial_words`. Results that the attack itself
+    does not need are computed only when they are read, since each costs a pass of the tokenizer.
     """
 
     def __init__(
@@ -81,16 +81,17 @@ def discrete_adversary(
     The model gets no parameter gradient, and keeps its training flags.
 
     Args:
-        image: float (B, C, H, W) in [0, 1], with sides that the tokenizer's factor divides.
+        image: float (B, C, H, W) in [0, 1]; H and W divisible by the tokenizer's factor.
         loss_fn: maps an image to the mean loss of the batch, a scalar.
-        tokenizer: the visual words, on the image's device (`load_tokenizer`).
+        tokenizer: the tokenizer (`load_tokenizer`), on the device of the image.
         config: which adversary, and how strong; by default the one of DAT's released code with eps 0.1, which was
-            chosen for vqgan_f8_16384 at 224 px. With the embedded tokenizer it changes almost no word: give a larger
+            chosen for vqgan_f8_16384 at 224 px. With the embedded tokenizer it changes almost no word: use a larger
             eps.
         generator: source of the random draws, on the image's device; by default torch's global one.
-        gradient: dL/dimage (B, C, H, W), which replaces the gradient that `released` would compute.
-        check: whether to check the range of the pixels, which waits for the device.
-        words: the image's words (B, h, w), which save an encoding, except for `released` at the image.
+        gradient: dL/dimage (B, C, H, W), if already known; `released` then does not compute it.
+        check: whether to check the range of the pixels, which synchronizes with the device.
+        words: the words (B, h, w) of the image, if already known; saves an encoding, except for `released` at the
+            image.
 
     Raises:
         ConfigError: the size does not fit the tokenizer, or `config` has only a share where eps is the strength.
@@ -111,8 +112,8 @@ def discrete_adversary(
     config = config or AttackConfig()
     if math.isnan(config.eps):
         raise ConfigError(
-            f"one attack by `{config.kind}` has the strength eps, and AttackConfig(share={config.share}) gives none: "
-            "use WithDAT, which finds and holds it, or ShareController's find and apply; or give eps."
+            f"the attack `{config.kind}` needs eps, which AttackConfig(share={config.share}) does not set: set eps, or "
+            "use WithDAT (or ShareController), which adjusts eps to the share."
         )
     if check:
         require_pixels(image)
@@ -161,7 +162,7 @@ def released_attack(
     return DiscreteAdversary(
         (lambda: reconstruct(tokenizer, image)) if at_image else center,
         decode_words(tokenizer, adversarial_words),
-        # The words of Q(x) are not always those of x. Only a difference to Q(x)'s own words is due to the attack.
+        # Encoding Q(x) can give other words than encoding x, so the attack's changes are counted against those of Q(x).
         lambda count: encode_words(tokenizer, center[:count]),
         adversarial_words,
     )
@@ -197,7 +198,7 @@ def symbolic_attack(
     words: Tensor | None,
     **_: Any,
 ) -> DiscreteAdversary:
-    """Replace a share of the words by those that raise the loss most, to first order (symbolic.py)."""
+    """Replace a share of the words by those that raise the loss most, by a first-order estimate (symbolic.py)."""
     words = encode_words(tokenizer, image) if words is None else words
     count = round(config.word_share * words[0].numel())
     adversarial_words = symbolic_words(
@@ -243,7 +244,7 @@ def decoded_adversary(tokenizer: VisualTokenizer, words: Tensor, adversarial_wor
 def encode_words(tokenizer: VisualTokenizer, image: Tensor) -> Tensor:
     """Encode an image (B, C, H, W) as words (B, h, w), outside autocast.
 
-    An attack's step is a fraction of a grey level; bfloat16 would round it away.
+    An attack's step is a fraction of a gray level; bfloat16 would round it away.
     """
     with torch.autocast(image.device.type, enabled=False):
         return tokenizer.encode(image)
@@ -268,7 +269,7 @@ def random_start(center: Tensor, config: AttackConfig, generator: torch.Generato
     """
     if config.random_start == 0:
         return center
-    # The coin stays on the device: branching on it in Python would wait for the device.
+    # The random choice stays on the device: branching on it in Python would wait for the device.
     starts = torch.rand((), generator=generator, device=center.device) < config.random_start
     noise = torch.randn(center.shape, generator=generator, device=center.device)
     return torch.where(starts, (center + config.eps * unit(noise)).clamp(0, 1), center)
@@ -299,6 +300,6 @@ def other_words(
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
-    """Return one image's own random generator, on the CPU: independent of the batch, rank and worker it comes in."""
+    """Return the random generator of one image, on the CPU: it does not depend on the batch, rank or worker."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

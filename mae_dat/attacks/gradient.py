@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LossFn = Callable[[Tensor], Tensor]
-"""Maps images (B, C, H, W) to a scalar loss. It is a closure over the targets, the mask or the boxes."""
+"""Maps images (B, C, H, W) to a scalar loss; a closure over the targets, the mask or the boxes."""
 
 
 def input_gradient(image: Tensor, loss_fn: LossFn) -> Tensor:
@@ -30,8 +30,8 @@ def require_pixels(image: Tensor) -> None:
     low, high = image.detach().aminmax()
     if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ValueError(
-            f"the attack takes pixels in [0, 1], got [{low:.4g}, {high:.4g}]: leave the normalization to the model, "
-            "as mae_dat.Classifier(model, mean, std) does."
+            f"the attack takes pixels in [0, 1], got [{low:.4g}, {high:.4g}]: normalize inside the model, for example "
+            "with mae_dat.Classifier(model, mean, std)."
         )
 
 

@@ -1,7 +1,7 @@
 """Pixel attacks for evaluation: FGSM and PGD in an L-infinity or L2 ball.
 
 They work on pixels in [0, 1], the unit of eps, so the normalization belongs inside the model. `auto_attack.py` has
-AutoAttack, `checks.py` the checks that the model takes such pixels and that an attack's outcome can be believed. An
+AutoAttack; `checks.py` checks that the model takes such pixels and that the result of an attack can be trusted. An
 attack leaves no trace: no parameter gradient, no training flag changed. It runs in float32. Shapes: image (B, C, H, W)
 in [0, 1], label int64 (B,), logits (B, K).
 """
@@ -34,15 +34,17 @@ class PixelAttack:
     random_start: bool = False
     """Uniform in the box (`linf`), or on the sphere (`l2`)."""
     restarts: int = 1
-    """Number of runs, of which each image keeps the worst: a misclassification first, then the highest loss."""
+    """Number of runs. The worst result of each image counts: a misclassification first, then the highest loss."""
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
-            raise ConfigError(f"unknown norm {self.norm!r} of a pixel attack: known are linf, l2.")
+            raise ConfigError(f"unknown norm {self.norm!r} of a pixel attack: use linf or l2.")
         if not (self.eps > 0 and self.step > 0 and self.steps >= 1 and self.restarts >= 1):
             raise ConfigError(f"a pixel attack needs eps > 0, step > 0, steps >= 1 and restarts >= 1, got {self}.")
         if self.restarts > 1 and not self.random_start:
-            raise ConfigError(f"{self.restarts} restarts without random_start would all be the same.")
+            raise ConfigError(
+                f"{self.restarts} restarts of a pixel attack would all be the same: set random_start or restarts=1."
+            )
 
 
 # The first two as in the evaluation of RVT, by the authors of DAT.
@@ -56,7 +58,7 @@ PIXEL_ATTACKS = {
 def pixel_adversary(
     model: Network, image: Tensor, label: Tensor, attack: PixelAttack, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Return adversarial images (B, C, H, W) in [0, 1], inside the ball to the last bit.
+    """Return adversarial images (B, C, H, W) in [0, 1], exactly inside the ball.
 
     Each image draws from its own generator (`discrete.image_generator`), so its result does not depend on its batch.
     Raises ValueError for pixels outside [0, 1].
@@ -98,7 +100,7 @@ def loss_gradient(model: Network, image: Tensor, label: Tensor) -> Tensor:
 
 
 def _cross_entropy_sum(model: Network, label: Tensor) -> LossFn:
-    """Return the summed loss: its gradient at an image is that of the image's own loss, whatever the batch size."""
+    """Return the loss summed over the batch: its gradient at an image is that of the loss of this image alone."""
     return lambda image: F.cross_entropy(model(image).float(), label, reduction="sum")
 
 
@@ -117,10 +119,10 @@ def random_point(image: Tensor, attack: PixelAttack, generators: Sequence[torch.
 
 
 def project_into_ball(point: Tensor, center: Tensor, attack: PixelAttack) -> Tensor:
-    """Project `point` into the ball around `center` and into [0, 1], exact to the last bit; all (B, C, H, W).
+    """Project `point` into the ball around `center` and into [0, 1], exactly; all (B, C, H, W).
 
-    The projection is computed in float64. Where rounding to float32 leads out of the ball, the result is the next
-    float32 towards the center.
+    The projection is computed in float64. If rounding to float32 leaves the ball, the result is the next float32
+    toward the center.
     """
     middle, point = center.double(), point.double()
     if attack.norm == "linf":

@@ -14,17 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 class ShareController:
-    """Holds the share of changed words at a target by adjusting eps.
+    """Keeps the share of changed words at a target by adjusting eps.
 
-    `find` searches the strength on the first batch, `observe` then follows it: log eps moves by a small part of the
-    log ratio of target and running share, or by half of it while the share is off by more than a factor of 2. The
-    latter happens in the first steps of `paper`, whose gradient is not normalized and grows a thousandfold while the
+    `find` searches eps on the first batch. `observe` then adjusts it after each step: log eps moves by a small part of
+    log(target / running share), or by half of it while the share is off by more than a factor of 2. Such large errors
+    occur in the first steps of `paper`, whose gradient is not normalized and grows a thousandfold while the
     classification head learns.
     """
 
     GAIN, FAST_GAIN = 0.05, 0.5
     SMOOTHING = 0.9
-    # Without any gradient no strength is enough, and infinity times zero would end as NaN pixels.
+    # The upper limit is finite: without a gradient eps would grow forever, and infinity * 0 makes NaN pixels.
     LARGEST = 1e12
     # The search covers a factor of 2^12 * 16^7 = 1.1e12; a leap of 16 is bisected to within 1.04.
     DOUBLINGS, LEAPS, BISECTIONS = 12, 7, 6
@@ -43,8 +43,8 @@ class ShareController:
     def find(self, share_at: Callable[[float], float]) -> None:
         """Search eps on a first batch: go up or down until the target is bracketed, then bisect in log eps.
 
-        `share_at` maps eps to the share of changed words. If no strength reaches the target, log a warning and take
-        the one that comes nearest, the smallest of equals.
+        `share_at` maps eps to the share of changed words. If no eps reaches the target, log a warning and use the
+        one whose share is closest; of several equally close ones, the smallest.
         """
         eps, shares = self.eps, {self.eps: share_at(self.eps)}
         upwards = shares[eps] < self.target
@@ -56,9 +56,9 @@ class ShareController:
                 return
         self.eps = min(shares, key=lambda eps: (abs(shares[eps] - self.target), eps))
         logger.warning(
-            "no strength from eps %.3g to %.3g changes %.1f %% of the words; eps %.3g comes nearest, with %.2f %%. "
-            "If the loss has no gradient yet, as with a model whose output is still constant, eps is adjusted once it "
-            "has one; otherwise give another --dat_share.",
+            "no eps from %.3g to %.3g changes %.1f %% of the words; using eps %.3g, which changes %.2f %%. "
+            "If the loss has no gradient yet (the output of the model is still constant), eps is adjusted later, when "
+            "there is one; otherwise choose another --dat_share.",
             min(shares),
             max(shares),
             100 * self.target,
@@ -78,7 +78,7 @@ class ShareController:
         if self.average is None or not near:
             self.average = share
         self.average = self.SMOOTHING * self.average + (1 - self.SMOOTHING) * share
-        # Within [1/4, 4], so that one step moves eps by a factor of 2 at most (FAST_GAIN), also where no word changes.
+        # Clamped to [1/4, 4], so that a step changes eps by a factor of 2 at most (FAST_GAIN), even if no word changes.
         ratio = max(self.target / max(self.average, self.target / 4), 0.25)
         self.eps = min(self.eps * ratio ** (self.GAIN if near else self.FAST_GAIN), self.LARGEST)
 

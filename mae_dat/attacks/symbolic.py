@@ -1,8 +1,8 @@
-"""The symbolic adversary: visual words chosen one by one, to first order (HotFlip, Ebrahimi et al. 2018).
+"""The symbolic adversary: visual words chosen one by one by a first-order estimate (HotFlip, Ebrahimi et al. 2018).
 
 The attack changes words, so its gradient passes through the tokenizer's *decoder* to the codes, never through its
-encoder or the quantizer. Changing the word c at a place into k raises the loss by about (e_k - e_c) . g, where g is the
-gradient at that place's code. Each place takes its best word; the places that gain most are changed.
+encoder or the quantizer. Changing the word c at a place to k raises the loss by about (e_k - e_c) . g, where g is the
+gradient at the code of that place. The best word is found for each place; the places with the largest gain are changed.
 
 Shapes: words (B, h, w), int64; N is the number of places of all images, K the vocabulary, D the dimension of a code.
 """
@@ -44,8 +44,9 @@ def change_words(
 ) -> Tensor:
     """Take one step: change the `count` best of the `free` places, bool (B, h, w), to their best words; (B, h, w).
 
-    Only places that gain are changed, so without a gradient no word changes. With `nearest` a word becomes one of the
-    `nearest` codes to its own. `loss_fn` maps images (B, C, H, W) to a scalar in which every image has the same weight.
+    Only places with a positive gain are changed, so without a gradient no word changes. With `nearest`, a word changes
+    only to one of the `nearest` codes closest to its own. `loss_fn` maps images (B, C, H, W) to a scalar in which every
+    image has the same weight.
     """
     gradient = code_gradient(words, loss_fn, tokenizer)
     gain, best = best_words(words.flatten(), gradient.flatten(0, 2), tokenizer.codebook, nearest)
@@ -62,7 +63,7 @@ def code_gradient(words: Tensor, loss_fn: LossFn, tokenizer: VisualTokenizer) ->
         codes = look_up(words, tokenizer.codebook).detach().requires_grad_()
         with torch.autocast(words.device.type, enabled=False):
             pixels = tokenizer.pixels(codes)
-        # Straight through the clamp, whose own gradient would hide a word that darkens a pixel above 1.
+        # The gradient skips the clamp: its own is 0 where a pixel exceeds 1, and would hide words that darken it.
         (gradient,) = torch.autograd.grad(loss_fn(straight_through(pixels, pixels.clamp(0, 1))), codes)
     return gradient.permute(0, 2, 3, 1).float()
 
@@ -91,7 +92,7 @@ def best_words(
 
 @torch.no_grad()
 def nearest_codes(words_N: Tensor, codebook_KD: Tensor, count: int) -> Tensor:
-    """Return the `count` other words with the nearest codes (L2) to each given word's, nearest first: (N, count)."""
+    """Return the `count` other words whose codes are nearest (L2) to that of each word, nearest first: (N, count)."""
     neighbours = []
     for word in words_N.split(rows_at_once(codebook_KD)):
         score = nearness(codebook_KD[word], codebook_KD)

@@ -3,9 +3,9 @@
 This is a threat model of its own: the adversary cannot touch pixels. It replaces words of the tokenizer, and the model
 sees the image decoded from them. Share 0 is the reconstruction, with no word changed.
 
-Budgets are nested: words changed at one share stay changed at the next, which adds to them. An image counts as right at
-a share if the model was right there and at every smaller share, because *up to* k % includes fewer. So no curve rises,
-and images that are already misclassified are not attacked any further.
+Budgets are nested: words changed at one share stay changed at the next, larger one. An image counts as correct at a
+share if the model was right there and at every smaller share, because *up to* k % includes fewer. So accuracy never
+rises with the share, and images that are already misclassified are not attacked any further.
 """
 
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ WORD_SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 @dataclass(frozen=True)
 class WordAttack:
-    """What is measured, and how hard the adversary tries."""
+    """Settings of the attack: budgets, steps and vocabulary."""
 
     shares: tuple[float, ...] = WORD_SHARES
-    """Budgets, rising from 0: shares of an image's words."""
+    """Budgets as shares of an image's words, in rising order from 0."""
     steps: int = 2
-    """Gradients that the symbolic adversary takes from one share to the next."""
+    """Gradient steps of the symbolic adversary from one share to the next."""
     nearest: int | None = None
-    """A word becomes one of the `nearest` codes to its own (None: any word)."""
+    """A word changes only to one of the `nearest` codes closest to its own (None: to any word)."""
     seed: int = 0
     """Seed of the random words."""
 
     def __post_init__(self) -> None:
         if self.shares[:1] != (0.0,) or any(a >= b for a, b in pairwise(self.shares)) or self.shares[-1] > 1:
-            raise ConfigError(f"shares of words must begin with 0, rise and end at 1 at most, got {self.shares}.")
+            raise ConfigError(f"shares of words must start at 0 and rise to at most 1, got {self.shares}.")
         if self.steps < 1 or (self.nearest is not None and self.nearest < 1):
             raise ConfigError(f"a word attack needs steps >= 1 and nearest >= 1, got {self}.")
 
@@ -52,8 +52,8 @@ class WordAttack:
         counts = [round(share * places) for share in self.shares]
         if len(set(counts)) < len(counts):
             raise ConfigError(
-                f"the shares {self.shares} of {places} words per image are {counts} words: leave out those that are "
-                "the same."
+                f"the shares {self.shares} of {places} words per image are {counts} words: remove shares that give the "
+                "same number of words."
             )
         return counts
 
@@ -111,7 +111,7 @@ def _is_right(model: nn.Module, tokenizer: VisualTokenizer, words: Tensor, label
     logits = model(tokenizer.decode(words))
     if not logits.isfinite().all():
         raise NumericsError(
-            "the model gave NaN or infinite logits: its weights are damaged, or its arithmetic overflows."
+            "the model returned NaN or infinite logits: its weights are damaged, or its arithmetic overflows."
         )
     return logits.argmax(1) == label
 

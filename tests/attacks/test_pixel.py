@@ -136,7 +136,7 @@ def test_pixels_out_of_range_are_refused(bad: float) -> None:
         ({"eps": math.nan}, "needs eps > 0"),
         ({"steps": 0}, "steps >= 1"),
         ({"norm": "l1"}, "unknown norm 'l1'"),
-        ({"restarts": 2}, "2 restarts without random_start"),
+        ({"restarts": 2}, "2 restarts .*set random_start"),
     ],
 )
 def test_an_attack_that_cannot_work_is_refused(settings: dict[str, object], message: str) -> None:

@@ -71,7 +71,7 @@ def test_a_share_out_of_reach_is_warned_about(most: float, nearest: float, caplo
 @pytest.mark.parametrize("kind", ["released", "paper"])
 def test_one_attack_refuses_a_share_that_it_cannot_hold(kind: str) -> None:
     config = AttackConfig(kind, share=0.05)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="use WithDAT, which finds and holds it"):
+    with pytest.raises(ConfigError, match="set eps, or use WithDAT"):
         discrete_adversary(torch.rand(1, 3, 8, 8), lambda x: x.sum(), Mosaic(), config, generator())
     assert ShareController(config).apply(config).eps == AttackConfig(kind).eps == 0.1  # type: ignore[arg-type]
 

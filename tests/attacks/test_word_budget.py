@@ -151,12 +151,12 @@ def test_it_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("shares", [(0.1, 0.2), (), (0.0, 0.2, 0.2), (0.0, 0.3, 0.2), (0.0, 1.1)])
 def test_shares_that_make_no_curve_are_refused(shares: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigError, match="begin with 0, rise and end at 1"):
+    with pytest.raises(ConfigError, match="start at 0 and rise to at most 1"):
         WordAttack(shares)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    with pytest.raises(ConfigError, match="64 words per image are .*leave out those that are the same"):
+    with pytest.raises(ConfigError, match="64 words per image are .*remove shares that give the same"):
         measured(attack=WordAttack())
     with pytest.raises(ConfigError, match="steps >= 1 and nearest >= 1"):
         WordAttack(nearest=0)

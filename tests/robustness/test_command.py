@@ -675,7 +675,7 @@ def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
 
     results = evaluate(knowing, "cue-conflict", imagenet, input_size=SIDE)
     assert cells(results, "cue-conflict", "knowing")[""]["shape"] == len(images)
-    with pytest.raises(ConfigError, match=r"from 0 to 255: of 32 images it is right about 32 this way, and about 2 in"):
+    with pytest.raises(ConfigError, match=r"it classifies 32 of 32 images correctly this way, but about 2 "):
         evaluate(lambda x: knowing(x / 255), "cue-conflict", imagenet, input_size=SIDE)
 
 

@@ -235,7 +235,7 @@ def test_an_autoencoder_needs_no_labels(tokenizer: CountedTokenizer) -> None:
         (lambda image: (255 * image).byte(), r"must be float \(B, C, H, W\) with pixels in \[0, 1\], got torch.uint8"),
         (lambda image: image[0], r"must be float \(B, C, H, W\) .*, got torch.float32 \(3, 16, 16\)"),
         (lambda image: image[:3], "there are 3 images and 16 labels"),
-        (lambda image: 2 * image - 1, r"takes pixels in \[0, 1\], got \[-0.99.*leave the normalization to the model"),
+        (lambda image: 2 * image - 1, r"takes pixels in \[0, 1\], got \[-0.99.*normalize inside the model"),
         (lambda image: image[:, :, :15], "image size 15 x 16 is not divisible by the tokenizer's factor 4"),
     ],
 )
