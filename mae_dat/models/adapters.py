@@ -1,7 +1,7 @@
 """Classifiers of other libraries as models of pixels in [0, 1]: timm's modules, and those of Hugging Face transformers.
 
-Both take normalized images. The adapters normalize as the model's own settings say: timm's `pretrained_cfg`, or the
-image processor of transformers.
+Both take normalized images. The adapters normalize by the model's own settings: timm's `pretrained_cfg`, or the image
+processor of transformers.
 """
 
 import json
@@ -49,8 +49,8 @@ class ProcessorSettings:
         scale = settings.get("rescale_factor", _PIXEL_SCALE)
         if not settings.get("do_rescale", True) or abs(scale - _PIXEL_SCALE) > 1e-6:
             raise ConfigError(
-                f"the image processor scales pixels by {scale}, not by 1/255: wrap the model in a function from images "
-                "in [0, 1] to logits."
+                f"the image processor scales pixels by {scale}, but only 1/255 is supported: wrap the model in a "
+                "function from images in [0, 1] to logits."
             )
         normalizes = settings.get("do_normalize", True) and settings.get("image_mean") is not None
         mean, std = (settings["image_mean"], settings["image_std"]) if normalizes else ((0.0,) * 3, (1.0,) * 3)
@@ -73,7 +73,7 @@ def _sides(size: Any) -> ImageSize:
             return int(size["height"]), int(size["width"])
         if side := size.get("shortest_edge"):
             return int(side), int(side)
-    raise ConfigError(f"the image processor has the size {size}, which is neither a side nor height and width.")
+    raise ConfigError(f"the image processor has the size {size}: expected one side, or height and width.")
 
 
 class HuggingFaceClassifier(nn.Module):
@@ -111,7 +111,7 @@ def is_transformers_model(model: Any) -> bool:
 def timm_classifier(net: nn.Module) -> Classifier:
     """Return a timm module as a classifier of pixels in [0, 1]. Raises ConfigError for one without classes."""
     if not getattr(net, "num_classes", 0):
-        raise ConfigError(f"{type(net).__name__} has no classes, it gives features: fine-tune it first")
+        raise ConfigError(f"{type(net).__name__} has no classes, only features: fine-tune it first.")
     statistics = resolve_model_data_config(net)
     return Classifier(net, statistics["mean"], statistics["std"])
 
@@ -119,8 +119,8 @@ def timm_classifier(net: nn.Module) -> Classifier:
 def transformers_classifier(model: nn.Module, processor: Any = None) -> HuggingFaceClassifier:
     """Return a classifier of transformers as a model of pixels in [0, 1].
 
-    Without an image `processor` its settings are read from where the model was loaded. Raises ConfigError if there are
-    none, or if they do something else than resize, crop and normalize.
+    Without a `processor`, the settings are read from the folder or repository that the model was loaded from. Raises
+    ConfigError if there are none, or if the processor does more than resize, crop and normalize.
     """
     return HuggingFaceClassifier(model, ProcessorSettings.read(processor or _stored_processor(model)))
 
@@ -130,7 +130,7 @@ def _stored_processor(model: nn.Module) -> Mapping[str, Any]:
     source = str(getattr(model, "name_or_path", "") or "")
     name = type(model).__name__
     if not source:
-        raise ConfigError(f"{name} does not say how it normalizes images: {_PAIR}.")
+        raise ConfigError(f"{name} does not record how it normalizes images: {_PAIR}.")
     file = Path(source) / PROCESSOR_FILE
     try:
         if not Path(source).is_dir():
@@ -142,7 +142,7 @@ def _stored_processor(model: nn.Module) -> Mapping[str, Any]:
 
 
 def open_transformers_folder(folder: Path) -> HuggingFaceClassifier:
-    """Open the image classifier that transformers has saved in a folder, in evaluation mode.
+    """Open an image classifier saved by transformers in a folder, in evaluation mode.
 
     Raises MissingInputError if transformers is not installed, ConfigError.
     """
@@ -157,7 +157,7 @@ def open_transformers_folder(folder: Path) -> HuggingFaceClassifier:
 
 
 def is_transformers_folder(folder: Path) -> bool:
-    """Return whether transformers has saved an image classifier in a folder."""
+    """Return whether a folder holds an image classifier saved by transformers."""
     try:
         architectures: Sequence[str] = json.loads((folder / "config.json").read_text()).get("architectures") or ()
     except (OSError, ValueError, AttributeError):

@@ -32,8 +32,8 @@ def attention_layers(model: Classifier | MaskedAutoencoder) -> list[Attention]:
     is_vit = isinstance(net, MaskedAutoencoder | VisionTransformer)
     if not is_vit or not layers or not all(isinstance(layer, Attention) for layer in layers):
         raise ConfigError(
-            f"{type(net).__name__} has no self-attention between all patches that could be drawn; use a plain vision "
-            "transformer (vit_*, deit_*) or a masked autoencoder."
+            f"{type(net).__name__} has no self-attention over all patches: use a plain vision transformer (vit_*, "
+            "deit_*) or a masked autoencoder."
         )
     return layers
 
@@ -81,8 +81,8 @@ def attention_maps(
 ) -> Tensor:
     """Compute the attention to each patch (B, heads, h, w) of images (B, C, H, W), in the block `block` (from 0).
 
-    `query` `class`: the class token's attention; `mean`: the mean over the patches' queries; `auto`: by what the model
-    pools. A map sums to less than 1: the rest is attention to class and register tokens. With `rollout` one map (B, 1,
+    `query` `class`: the class token's attention; `mean`: the mean over the patches' queries; `auto`: `default_query`. A
+    map sums to less than 1: the rest is attention to class and register tokens. With `rollout` one map (B, 1,
     h, w) for all blocks up to `block`, heads averaged and residuals counted as half: the product of (A + 1) / 2
     (Abnar & Zuidema 2020, arXiv 2005.00928, eq. 1).
 

@@ -43,7 +43,7 @@ class Classifier(nn.Module):
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or min(std) <= 0:
-            raise ConfigError(f"mean {tuple(mean)} and std {tuple(std)}: give one value a channel, std above 0")
+            raise ConfigError(f"mean {tuple(mean)} and std {tuple(std)}: give one value per channel, std above 0.")
         self.net = net
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -55,8 +55,8 @@ class Classifier(nn.Module):
     def features(self, image: Tensor, pool: str = "mean") -> Tensor:
         """Return the features before the head of images (B, C, H, W) with pixels in [0, 1]; D is the network's width.
 
-        `cls`: the class token (B, D). `mean`: the mean over all places (B, D). `tokens`: every place in row-major order
-        (B, N, D), without class token. Raises ConfigError for another pool, and for `cls` without a class token.
+        `cls`: the class token (B, D). `mean`: the mean over all positions (B, D). `tokens`: all positions in row-major
+        order (B, N, D), without class token. Raises ConfigError for another pool, and for `cls` without a class token.
         """
         net: Any = self.net
         features = net.forward_features((image - self.mean) / self.std)
@@ -72,12 +72,12 @@ class Classifier(nn.Module):
     def make_linear_probe(self) -> None:
         """Freeze the network and add a new head: BatchNorm without affine, then a linear layer (MAE, appendix A).
 
-        From now on only the head is trained, and in training mode. Raises ConfigError if the head is no linear layer.
+        Afterwards only the head is trained and in training mode. Raises ConfigError if the head is not a linear layer.
         """
         net: Any = self.net
         head = net.get_classifier()
         if not isinstance(head, nn.Linear):
-            raise ConfigError(f"a linear probe replaces a linear head; {type(net).__name__} has {head}")
+            raise ConfigError(f"a linear probe needs a model with a linear head; {type(net).__name__} has {head}.")
         name = next(name for name, module in net.named_modules() if module is head)
         net.requires_grad_(False)
         linear = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
@@ -103,16 +103,17 @@ def pool_tokens(tokens: Tensor, prefix: int, pool: str) -> Tensor:
     Raises ConfigError for `cls` without a prefix, and for a pool that is not in POOLS.
     """
     if pool not in POOLS:
-        raise ConfigError(f"unknown pool {pool!r}: known are {', '.join(POOLS)}")
+        raise ConfigError(f"unknown pool {pool!r}: use one of {', '.join(POOLS)}.")
     if pool != "cls":
         return tokens[:, prefix:].mean(1) if pool == "mean" else tokens[:, prefix:]
     if not prefix:
-        raise ConfigError("this model has no class token: use the pool mean")
+        raise ConfigError("this model has no class token: use the pool mean.")
     return tokens[:, 0]
 
 
 def fused_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fuse a linear probe's head, BatchNorm NAME.0 and linear NAME.1, into one linear layer NAME, equal in evaluation.
+    """Fuse the head of a linear probe, BatchNorm NAME.0 and linear NAME.1, into one linear layer NAME with equal output
+    in evaluation mode.
 
     Other tensors stay the same.
     """
@@ -182,11 +183,11 @@ def build_classifier(  # noqa: PLR0913 - timm's arguments
     Raises ConfigError for an unknown name (with the nearest) or settings that do not fit.
     """
     if num_classes < 1:
-        raise ConfigError(f"number of classes {num_classes}: give at least 1")
+        raise ConfigError(f"number of classes {num_classes}: give at least 1.")
     if name in VIT_SIZES:
         if pretrained:
             raise ConfigError(
-                f"{name} has no weights of its own: give a checkpoint instead, or use a timm model's name"
+                f"{name} has no pretrained weights in timm: load a checkpoint, or use the name of a timm model."
             )
         net: nn.Module = build_vit(
             VIT_SIZES[name], num_classes, img_size, drop_path=drop_path, global_pool=global_pool, in_chans=in_chans
@@ -209,7 +210,7 @@ def pretrained_timm(name: str, img_size: int | ImageSize | None = None) -> Class
     """
     net = _build_timm(name, None, img_size, drop_path=0.0, in_chans=3, pretrained=True)
     if not net.num_classes:
-        raise ConfigError(f"{name} has no classes, it gives features: fine-tune it first")
+        raise ConfigError(f"{name} has no classes, only features: fine-tune it first.")
     statistics = resolve_model_data_config(net)
     return Classifier(net, statistics["mean"], statistics["std"])
 
@@ -225,7 +226,7 @@ def _build_timm(
 ) -> nn.Module:
     try:
         source, timm_name = parse_model_name(name)
-    except ValueError as error:  # timm's message names the prefix at fault
+    except ValueError as error:  # timm's message names the unknown prefix
         raise ConfigError(str(error)) from error
     if source is None and not timm.is_model(timm_name):
         raise unknown_name("model", name, [*VIT_SIZES, *timm.list_models()])
@@ -238,7 +239,7 @@ def _build_timm(
         if not pretrained and source is None:
             raise
         raise MissingInputError(
-            f"{name} is not available: {error}. Check the internet connection, or give a file downloaded before"
+            f"{name} is not available: {error}. Check the internet connection, or use a file downloaded before."
         ) from error
     patch_size = getattr(getattr(net, "patch_embed", None), "patch_size", None)
     if img_size is not None and patch_size is not None:
@@ -249,7 +250,7 @@ def _build_timm(
 def _create_with_accepted(name: str, options: dict[str, Any], **always: Any) -> nn.Module:
     """Create a timm model without the options that it does not accept.
 
-    timm cannot be asked which options a model accepts, so those that its constructor names in a TypeError are dropped.
+    timm does not list the options that a model accepts, so those named in the constructor's TypeError are dropped.
     """
     while True:
         try:

@@ -1,8 +1,8 @@
 """Object detectors on pixels in [0, 1]: torchvision's, and Faster R-CNN on a vision transformer with a simple feature
 pyramid (Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection", section 3).
 
-All images of a batch have the same size, so torchvision's transform inside only normalizes and pads with zeros at the
-right and below, to multiples of 32: boxes are in pixels of the given image, and an adversary changes that image.
+All images of a batch have the same size, so torchvision's transform inside only normalizes, and pads with zeros on the
+right and at the bottom to multiples of 32. So boxes are in pixels of the given image, which an adversary can change.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ Boxes = dict[str, Tensor]
 """`boxes` (N, 4) in pixels (x1, y1, x2, y2) and `labels` (N,) of one image; of a detection also `scores` (N,)."""
 
 FINEST_STRIDE, LEVELS = 4, 4
-# Without training mode torchvision's detectors return no losses; these layers keep the mode that they are in.
+# torchvision's detectors return losses only in training mode, but these layers keep their mode.
 _MODE_KEEPING = (_BatchNorm, nn.Dropout, DropPath)
 # Boxes are computed from what these modules return: bfloat16 would round a coordinate of 800 to a multiple of 4.
 _FLOAT32_OUTPUTS = ("rpn.head", "roi_heads.box_predictor", "head")
@@ -58,8 +58,8 @@ class Detector(nn.Module):
     def forward(self, image: Tensor, truth: list[Boxes] | None = None) -> Any:
         """Return the losses by name (scalars) if `truth` is given, else the `Boxes` detected in each image.
 
-        `image` (B, 3, H, W) has pixels in [0, 1]. Losses can be had in evaluation mode too: then BatchNorm, dropout and
-        drop path stay in evaluation mode.
+        `image` (B, 3, H, W) has pixels in [0, 1]. Losses are also available in evaluation mode: BatchNorm, dropout and
+        drop path then stay in evaluation mode.
         """
         if truth is None:
             return self.net(list(image))
@@ -71,7 +71,7 @@ class Detector(nn.Module):
         return {"*.pos_embed", "*.cls_token"}
 
     def transformer_inside(self) -> tuple[str, VisionTransformer] | None:
-        """Return the prefix of the transformer's parameter names and the transformer, None if there is none."""
+        """Return the prefix of the transformer's parameter names, and the transformer; None if there is none."""
         for prefix, module in self.named_modules():
             if isinstance(module, VisionTransformer):
                 return prefix, module
@@ -113,7 +113,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 def _doublings(patch: int) -> int:
-    """Return how often a map of that stride has to be doubled to come nearest to the finest stride."""
+    """Return how often to double a map of stride `patch` to come closest to the finest stride."""
     return max(0, round(math.log2(patch / FINEST_STRIDE)))
 
 
@@ -172,10 +172,10 @@ def build_detector(
 ) -> Detector:
     """Build a detector of images (height, width) `size`: a torchvision name, or Faster R-CNN on one of `VIT_SIZES`.
 
-    `pretrained_backbone` is for torchvision's. The others are for a transformer: `width` are the pyramid's channels,
-    `anchor_size` the side in pixels of the anchors on the finest map, which doubles from map to map, `regions` those of
-    each image that the box head learns from in a step, `trunk` a classifier from `build_trunk` that provides the
-    transformer (default: a new one).
+    `pretrained_backbone` is for torchvision's detectors. The others are for a transformer: `width` is the number of
+    channels of the pyramid; `anchor_size` the side in pixels of the anchors on the finest map, which doubles from map
+    to map; `regions` the number of regions per image that the box head learns from in a step; `trunk` a classifier from
+    `build_trunk` that provides the transformer (default: a new one).
 
     Raises ConfigError for an unknown name, MissingInputError if the backbone's weights cannot be downloaded.
     """
@@ -186,12 +186,12 @@ def build_detector(
 
 
 def build_trunk(name: str, size: tuple[int, int], drop_path: float = 0.0) -> Classifier:
-    """Build the mean-pooling classifier whose transformer `build_detector` uses, so that it can load weights before."""
+    """Build the mean-pooling classifier whose transformer `build_detector` uses, so that weights can be loaded first."""
     return build_classifier(name, 1, _padded_size(name, size), drop_path)
 
 
 def _size_multiple(name: str) -> int:
-    """Return what the sides of an image are padded to multiples of, so that the side of every map is an integer."""
+    """Return the number whose multiples the sides of an image are padded to, so that every map has integer sides."""
     patch = VIT_SIZES[name].patch_size
     return patch * 2 ** (LEVELS - 1 - _doublings(patch))
 
@@ -228,7 +228,7 @@ def _build_vit_detector(
         box_batch_size_per_image=regions,
         rpn_pre_nms_top_n_train=min(2000, 4 * regions),
         rpn_post_nms_top_n_train=min(2000, 4 * regions),
-        # As few in evaluation: of proposals further down the list the box head never learned that they are background.
+        # As few in evaluation: the box head has not learned that proposals further down the list are background.
         rpn_pre_nms_top_n_test=min(1000, 4 * regions),
         rpn_post_nms_top_n_test=min(1000, 4 * regions),
         min_size=min(size),
@@ -242,7 +242,7 @@ def _build_torchvision_detector(name: str, num_classes: int, size: tuple[int, in
     """Build torchvision's detector; with `pretrained` weights its backbone's BatchNorm is frozen and stays frozen."""
     if name not in TORCHVISION_DETECTORS:
         raise unknown_name("detector", name, [*VIT_SIZES, *TORCHVISION_DETECTORS])
-    # SSD resizes to a size of its own inside; its boxes are in pixels of the given image all the same.
+    # SSD resizes images inside to its own size; its boxes are still in pixels of the given image.
     options: dict[str, Any] = {} if name.startswith("ssd") else {"min_size": min(size), "max_size": max(size)}
     if not pretrained:
         options["weights_backbone"] = None

@@ -1,10 +1,10 @@
-"""Masked autoencoder for images (He et al. 2021, arXiv 2111.06377) and the sizes it comes in.
+"""Masked autoencoder for images (He et al. 2021, arXiv 2111.06377) and its named sizes.
 
 Shapes: B images, C channels, H x W pixels, p pixel patch side, N = H/p * W/p patches in row-major order, K kept
 patches, P = p * p * C pixels of a patch in (row, column, channel) order, D width of the encoder.
 
-Pixels are floats in [0, 1]; the model normalizes them itself. The mask's noise is an argument, and the loss a function
-outside of the model, so that two views of an image, a figure and a test can share one mask.
+Pixels are floats in [0, 1]; the model normalizes them itself. The mask's noise is an argument, and the loss is a
+function outside of the model, so that two views of an image, a figure or a test can share one mask.
 """
 
 import dataclasses
@@ -77,14 +77,14 @@ def check_image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[in
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2 or patch_size < 1:
         raise ConfigError(
-            f"image size {img_size} with patch {patch_size}: give one side, or height and width, in pixels"
+            f"image size {img_size} with patch {patch_size}: give one side, or height and width, in pixels."
         )
     for side in sides:
         if side < patch_size or side % patch_size:
             below, above = side // patch_size * patch_size, (side // patch_size + 1) * patch_size
             valid = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
-                f"image size {sides[0]} x {sides[1]}: {side} is not divisible by patch size {patch_size}: use {valid}"
+                f"image size {sides[0]} x {sides[1]}: {side} is not divisible by patch size {patch_size}: use {valid}."
             )
     return sides[0], sides[1]
 
@@ -99,7 +99,7 @@ def pixel_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...
 def _check_width(name: str, width: int, heads: int) -> None:
     if width % heads or width % 4:
         raise ConfigError(
-            f"{name} {width} must be divisible by its {heads} heads and by 4 (sin-cos position embedding)"
+            f"{name} {width} must be divisible by its {heads} heads and by 4 (sine-cosine position embedding)."
         )
 
 
@@ -131,8 +131,7 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def _transformer(size: ViTSize, in_chans: int) -> VisionTransformer:
-    """Build timm's transformer of this size, without class token and head and with uninitialised weights, for its
-    parts."""
+    """Build timm's transformer of this size as a source of parts: no class token, no head, uninitialized weights."""
     return VisionTransformer(
         img_size=size.img_size,
         patch_size=size.patch_size,
@@ -166,7 +165,7 @@ class MaskedAutoencoder(nn.Module):
     mean: Tensor
     std: Tensor
     classes: tuple[str, ...] | None = None
-    """None: a pretraining has no classes."""
+    """None: a masked autoencoder has no classes."""
     blocks: nn.Sequential
     decoder_blocks: nn.Sequential
 
@@ -224,7 +223,7 @@ class MaskedAutoencoder(nn.Module):
 
     def _initialize_weights(self) -> None:
         self.apply(_initialize)
-        # As in MAE: the patch projection is initialised as a linear layer; its bias keeps the convolution's default.
+        # As in MAE: the patch projection is initialized as a linear layer; its bias keeps the convolution's default.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -236,7 +235,7 @@ class MaskedAutoencoder(nn.Module):
         """
         if self.patch_size % factor:
             raise ConfigError(
-                f"a patch of {self.patch_size} pixels is not divisible into words of {factor} pixels: give a --model "
+                f"a patch of {self.patch_size} pixels is not divisible into words of {factor} pixels: use a --model "
                 "whose patch side is a multiple of the tokenizer's factor, another --tokenizer, or --target pixels."
             )
         per_patch = (self.patch_size // factor) ** 2
@@ -269,7 +268,7 @@ class MaskedAutoencoder(nn.Module):
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=side, q=side)
 
     def target(self, image: Tensor, norm_pix: bool) -> Tensor:
-        """Compute what the decoder has to predict, (B, N, P), for images (B, C, H, W) in [0, 1].
+        """Compute the prediction target (B, N, P) of images (B, C, H, W) in [0, 1].
 
         With `norm_pix` each patch has zero mean and unit (unbiased) variance: the paper's table 1d, "pixel (w/ norm)".
         """
@@ -282,7 +281,7 @@ class MaskedAutoencoder(nn.Module):
     def prediction_to_image(self, prediction: Tensor, image: Tensor, norm_pix: bool) -> Tensor:
         """Turn predicted patches (B, N, P) into unclipped pixels (B, C, H, W).
 
-        With `norm_pix` the statistics of the true patches of `image` undo the normalization.
+        With `norm_pix` the normalization is undone by the statistics of the true patches of `image`.
         """
         if norm_pix:
             mean, deviation = self._patch_statistics(self.patchify(self.normalize(image)))
@@ -307,7 +306,7 @@ class MaskedAutoencoder(nn.Module):
         prediction = self.decoder_pred(features)
         if words is None:
             return prediction, mask
-        assert self.decoder_words is not None, "add_word_head comes first"
+        assert self.decoder_words is not None, "call add_word_head first"
         masked = ids_restore.argsort(dim=1)[:, latent.shape[1] - 1 :, None]
         features = features.gather(1, masked.expand(-1, -1, features.shape[-1]))
         words = words.gather(1, masked.expand(-1, -1, words.shape[-1]))
@@ -316,14 +315,14 @@ class MaskedAutoencoder(nn.Module):
     def encode(self, image: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode the visible patches: latent (B, 1 + K, D) with the class token, mask (B, N), and ids_restore (B, N).
 
-        Visible are the K = int(N * (1 - mask_ratio)) patches of smallest `noise` (B, N), in that order; patch n of the
-        image is at place ids_restore[n] of the shuffled order. Raises ConfigError for a ratio that masks everything,
-        ValueError for noise or an image of another shape.
+        The K = int(N * (1 - mask_ratio)) patches with the smallest `noise` (B, N) are visible, in that order; patch n
+        of the image has index ids_restore[n] in the shuffled order. Raises ConfigError for a ratio that masks
+        everything, ValueError for noise or an image of another shape.
         """
         self._check_shapes(image, noise)
         keep = int(self.num_patches * (1 - mask_ratio))
         if not 1 <= keep <= self.num_patches:
-            raise ConfigError(f"mask ratio {mask_ratio} keeps {keep} of {self.num_patches} patches; use one in [0, 1)")
+            raise ConfigError(f"mask ratio {mask_ratio} keeps {keep} of {self.num_patches} patches; use one in [0, 1).")
         ids_shuffle = noise.argsort(dim=1, stable=True)
         ids_restore = ids_shuffle.argsort(dim=1)
         mask = (ids_restore >= keep).to(image.dtype)
@@ -336,7 +335,7 @@ class MaskedAutoencoder(nn.Module):
 
     def _encode_patches(self, image: Tensor, visible: Tensor) -> Tensor:
         tokens = self.embed_patches(image, visible) + self.pos_embed[0, 1:][visible]
-        # Not len(image): an exported graph would keep the batch size of its example.
+        # image.shape[0], not len(image), which would fix the batch size in an exported graph.
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(image.shape[0], -1, -1)
         return self.norm(self.blocks(torch.cat([cls_token, tokens], dim=1)))
 
@@ -351,7 +350,7 @@ class MaskedAutoencoder(nn.Module):
         return F.linear(patches, weight, self.patch_embed.proj.bias)
 
     def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Decode a latent (B, 1 + K, D) to features (B, N, decoder's width); mask tokens stand for masked patches."""
+        """Decode a latent (B, 1 + K, D) to features (B, N, decoder's width); mask tokens replace masked patches."""
         tokens = self.decoder_embed(latent)
         masked = self.num_patches + 1 - tokens.shape[1]
         mask_tokens = self.mask_token.expand(len(tokens), masked, -1)
@@ -387,5 +386,5 @@ def build_mae(name: str, **overrides: Any) -> MaskedAutoencoder:
 
 
 def mask_noise(batch: int, num_patches: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-    """Draw uniform noise (B, N) that orders each image's patches; a generator of that device makes it repeatable."""
+    """Draw uniform noise (B, N) that orders the patches of each image; pass a generator to make it reproducible."""
     return torch.rand(batch, num_patches, generator=generator, device=device)

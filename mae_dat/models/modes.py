@@ -24,7 +24,7 @@ def restore_training_flags(*models: object) -> Iterator[None]:
     """Restore every submodule's training flag after the block, also after an error.
 
     Flags are restored one by one: `model.train()` would also switch parts that were in evaluation mode before, such as
-    a frozen BatchNorm. Models that are no `nn.Module` are ignored.
+    a frozen BatchNorm. Arguments that are not an `nn.Module` are ignored.
     """
     flags = {part: part.training for model in models if isinstance(model, nn.Module) for part in model.modules()}
     try:
@@ -48,10 +48,10 @@ def evaluation_mode(*models: object) -> Iterator[None]:
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """Exclude the model's parameters from gradients inside the block.
 
-    An attack needs gradients of the image alone. A compiled model would compute those of its parameters too, and every
+    An attack needs only the gradient of the image. A compiled model would also compute those of its parameters, and any
     model would keep activations for them.
     """
-    # Sharded parameters (FSDP) keep their flag: they take it over when they are gathered for the first time.
+    # The flag of sharded parameters (FSDP) stays: the full parameters copy it when they are first gathered.
     parameters = [
         parameter for parameter in model.parameters() if parameter.requires_grad and not isinstance(parameter, DTensor)
     ]

@@ -1,11 +1,11 @@
 """AdvProp's two sets of norms (Xie et al. 2020): one for clean views and one for adversarial ones, whose statistics
 differ.
 
-A trick makes this work for every network: `split_norms` changes the class of each norm, in place, to a subclass made
-for it. The norm keeps its place in the network, the keys of its tensors and `isinstance` of its old class, so
-optimizer, checkpoints and timm's code need not know about it; its auxiliary copy is a child under the key `auxiliary`.
-Wrapper modules in place of the norms would change every key and break networks that access `norm.weight`. The original
-norms are evaluated and exported.
+To work for every network, `split_norms` changes the class of each norm, in place, to a subclass made for it. The norm
+keeps its place in the network, the keys of its tensors, and is still an instance of its old class, so optimizer,
+checkpoints and timm's code need no changes; its auxiliary copy is a child with the key `auxiliary`. Wrapper modules
+instead of the norms would change every key and break networks that access `norm.weight`. Evaluation and export use the
+original norms.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _TIMM_NORMS = (
     *("SimpleNorm", "SimpleNormFp32", "SimpleNorm2d", "SimpleNorm2dFp32"),
     *("EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2", "EvoNorm2dS0", "EvoNorm2dS1", "EvoNorm2dS2"),
     *("FilterResponseNormTlu2d", "FilterResponseNormAct2d"),
-)  # timm's own classes, which derive from none of torch's; older versions lack some
+)  # timm's own classes, which are not subclasses of torch's; older versions lack some
 NORMS: tuple[type[nn.Module], ...] = (
     *(nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
     *(getattr(timm.layers, name) for name in _TIMM_NORMS if hasattr(timm.layers, name)),
@@ -35,33 +35,33 @@ AUXILIARY = "auxiliary"
 
 
 class SplitNorm(nn.Module):
-    """The first base of a split norm's new class; the second one is the class that the norm had."""
+    """First base class of a split norm; the second one is the original class of the norm."""
 
     auxiliary: nn.Module
     uses_auxiliary = False
     """Whether the auxiliary copy is used instead."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x, by the auxiliary copy if `uses_auxiliary`."""
+        """Normalize x, with the auxiliary copy if `uses_auxiliary`."""
         return self.auxiliary(x) if self.uses_auxiliary else super().forward(x)
 
 
 def split_norms(model: nn.Module) -> None:
     """Add to each norm an auxiliary copy of its current state, in place. Build optimizer and averages afterwards.
 
-    Raises ConfigError for a model without norms, and warns about modules with weights that are norms by their name
-    only: both views share those.
+    Raises ConfigError for a model without norms. Warns about modules with weights whose name suggests a norm, but whose
+    class is unknown: both views share those.
     """
     norms = [part for part in model.modules() if isinstance(part, NORMS)]
     if not norms:
-        raise ConfigError("this model has no norms to split: leave out --split_norms, and --at advprop.")
+        raise ConfigError("this model has no norms to split: remove --split_norms and --at advprop.")
     shared = {
         type(part).__name__
         for part in model.modules()
         if "Norm" in type(part).__name__ and not isinstance(part, NORMS) and [*part.parameters(recurse=False)]
     }
     if shared:
-        logger.warning("not split, and so shared by clean and adversarial views: %s.", ", ".join(sorted(shared)))
+        logger.warning("norms that are not split, but shared by both views: %s.", ", ".join(sorted(shared)))
     for norm in norms:
         norm.add_module(AUXILIARY, copy.deepcopy(norm))
         kind = type(norm)

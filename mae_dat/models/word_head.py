@@ -1,4 +1,4 @@
-"""Visual words as a target of masked autoencoding: the words' probabilities from the decoder's features of a patch.
+"""Visual words as a target of masked autoencoding: word probabilities from the decoder's features of a patch.
 
 Shapes: B images, R masked patches of each, n words per patch, K words in the vocabulary, D width of the decoder.
 """
@@ -10,15 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 class WordHead(nn.Module):
-    """Predicts the visual words of patches: the decoder's features give an embedding of 64 numbers for each of the n
-    places in a patch, and each embedding a score for each of K words.
+    """Predicts the visual words of patches: a linear layer maps the decoder's features to n embeddings of 64 numbers,
+    one per word of the patch; each embedding gives a score for each of K words.
 
-    One layer would hold D * n * K weights: 34 M for a decoder of 512, 4 words per patch and 16,384 words; this holds
-    1.2 M. The tokenizer's own codes would be too short to score words by: 4 numbers in VQ-f8.
+    A single layer would have D * n * K weights: 34 M for a decoder of width 512, 4 words per patch and 16,384 words;
+    this head has 1.2 M. The tokenizer's own codes are too short to score words with: 4 numbers in VQ-f8.
     """
 
     WIDTH = 64
-    SCORES_AT_ONCE = 2**25  # 128 MiB, whatever the batch and K
+    SCORES_AT_ONCE = 2**25  # 128 MiB, independent of the batch size and K
 
     def __init__(self, width: int, per_patch: int, num_words: int) -> None:
         super().__init__()
@@ -26,11 +26,11 @@ class WordHead(nn.Module):
         self.score = nn.Linear(self.WIDTH, num_words)
 
     def forward(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Score words (B, R, n) by features (B, R, D): negative log-likelihood in nats, and whether each word is the
+        """Score words (B, R, n) given features (B, R, D): negative log-likelihood in nats, and whether each word is the
         most probable one (1 or 0), both float32 (B, R, n).
 
-        Scores are computed in chunks, and again in the backward pass: all at once they would take 4 * B * R * n * K
-        bytes, 5 GB for 128 images of 147 masked patches with 4 words of 16,384.
+        Scores are computed in chunks, and again in the backward pass: together they would take 4 * B * R * n * K bytes,
+        5 GB for 128 images with 147 masked patches of 4 words each and K = 16,384.
         """
         rows = max(1, self.SCORES_AT_ONCE // self.score.out_features)
         embeddings = self.embed(features).reshape(-1, self.WIDTH).split(rows)

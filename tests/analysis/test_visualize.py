@@ -244,7 +244,7 @@ def test_help_needs_no_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("attention", ["--checkpoint", "{fine}", "--input_size", "36"], ["36 is not divisible", "32 or 40"]),
         ("attention", ["--checkpoint", "{broken}"], ["broken.pth"]),
         ("words", ["--input_size", "30"], ["not divisible", "--input_size 28 28"]),
-        ("words", ["--tokenizer", "{fine}/model.safetensors"], ["model.safetensors", "no VQGAN"]),
+        ("words", ["--tokenizer", "{fine}/model.safetensors"], ["model.safetensors", "not a VQGAN"]),
         ("words", ["--images", "nothing.jpg"], ["nothing.jpg does not exist"]),
         ("words", ["--images", "{empty}"], ["empty", "no images"]),
         ("words", ["--images", "{broken}"], ["broken.pth", "not an image"]),

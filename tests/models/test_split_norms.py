@@ -116,7 +116,7 @@ def test_every_norm_of_timm_is_split(name: str, caplog: pytest.LogCaptureFixture
 
 def test_a_norm_by_its_name_alone_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     split_norms(nn.ModuleList([nn.LayerNorm(4), GlobalResponseNorm(4)]))
-    assert "not split, and so shared by clean and adversarial views: GlobalResponseNorm" in caplog.text
+    assert "not split, but shared by both views: GlobalResponseNorm" in caplog.text
 
 
 def test_the_adversary_that_is_drawn_is_the_one_that_is_trained_on(tokenizer: CountedTokenizer) -> None:
@@ -141,7 +141,7 @@ def test_the_way_back_is_found_after_an_error() -> None:
 
 
 def test_a_network_without_norms_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no norms to split: leave out --split_norms"):
+    with pytest.raises(ConfigError, match="no norms to split: remove --split_norms"):
         split_norms(nn.Linear(3, 3))
 
 

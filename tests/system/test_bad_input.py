@@ -298,7 +298,7 @@ def test_a_file_that_is_no_pretraining(
 
 def test_a_pretraining_is_no_tokenizer(finetune: Run, images: Path, pretrained: Path) -> None:
     path = pretrained / "model.safetensors"
-    refused(finetune("--data_path", images, "--dat", "--tokenizer", path), path, "no VQGAN")
+    refused(finetune("--data_path", images, "--dat", "--tokenizer", path), path, "not a VQGAN")
 
 
 # ---- checkpoints ----

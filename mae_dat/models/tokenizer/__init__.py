@@ -28,8 +28,8 @@ EMBEDDED = "embedded"
 
 
 def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
-    """Load a frozen tokenizer: `embedded` (included, for 64 px), a released name, a light one's `.safetensors`, or a
-    VQGAN checkpoint.
+    """Load a frozen tokenizer: `embedded` (included, for 64 px), the name of released weights, the `.safetensors` of a
+    light tokenizer, or a VQGAN checkpoint.
 
     If there is a card `NAME.json` with a `sha256`, the file is compared with it on every load. Raises
     MissingInputError, CheckpointError, DownloadError.

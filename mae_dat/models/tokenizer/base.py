@@ -43,13 +43,13 @@ class VisualTokenizer(nn.Module, ABC):
         return self.codebook.shape[0]
 
     def words_of(self, latent: Tensor) -> Tensor:
-        """Return the nearest word at each place of a latent map: (B, D, h, w) -> (B, h, w)."""
+        """Return the nearest word at each position of a latent map: (B, D, h, w) -> (B, h, w)."""
         batch, dim, height, width = latent.shape
         flat = latent.permute(0, 2, 3, 1).reshape(-1, dim)
         return nearest_words(flat, self.codebook).view(batch, height, width)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Return the visual words (B, h, w) of images (B, C, H, W) in [0, 1]. Raises as `check`."""
+        """Return the visual words (B, h, w) of images (B, C, H, W) in [0, 1]. Raises the errors of `check`."""
         self.check(image)
         with exact_float32():
             return self.words_of(self.latent(image))
@@ -67,8 +67,8 @@ class VisualTokenizer(nn.Module, ABC):
         """Raise ConfigError unless `image` is (B, in_chans, H, W), InputSizeError unless `factor` divides H and W."""
         if image.ndim != 4 or image.shape[1] != self.in_chans:
             raise ConfigError(
-                f"the tokenizer takes images (B, {self.in_chans}, H, W) and was given {tuple(image.shape)}; "
-                "train one for other channels with mae-dat tokenizer train."
+                f"the tokenizer takes images (B, {self.in_chans}, H, W), got {tuple(image.shape)}: for other channels, "
+                "train one with mae-dat tokenizer train."
             )
         height, width = image.shape[-2:]
         if height % self.factor or width % self.factor:
@@ -79,14 +79,14 @@ class VisualTokenizer(nn.Module, ABC):
             )
 
     def freeze(self) -> Self:
-        """Set evaluation mode and exclude parameters from gradients, as all uses but training a tokenizer need."""
+        """Set evaluation mode and exclude parameters from gradients, for all uses except training a tokenizer."""
         return self.eval().requires_grad_(False)
 
     def reducible(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """Return the layers of the encoder and of the decoder that may compute in 16 bits.
 
-        Never the first convolution, because a DAT step is a fraction of a grey level, which bfloat16 would lose there,
-        nor the last layers, whose rounding would change words and pixels.
+        They exclude the first convolution, where bfloat16 would round away a DAT step (a fraction of a gray level), and
+        the last layers, whose rounding would change words and pixels.
         """
         return [], []
 
@@ -99,8 +99,8 @@ class VisualTokenizer(nn.Module, ABC):
     ) -> Self:
         """Move a frozen tokenizer to its device in the form that is fastest there.
 
-        Channels last, the `reducible` layers in these types, and, with `compiled`, norm and activation fused by
-        torch.compile. Raises ConfigError without a C++ compiler.
+        The form: channels last, the `reducible` layers in these types, and, with `compiled`, norm and activation fused
+        by torch.compile. Raises ConfigError without a C++ compiler.
         """
         self.to(device)
         self.to(memory_format=torch.channels_last)
@@ -116,7 +116,7 @@ class VisualTokenizer(nn.Module, ABC):
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Disable TF32 on NVIDIA GPUs inside the block, whatever the run has set.
+    """Disable TF32 on NVIDIA GPUs inside the block, even if the run has enabled it.
 
     With TF32, words would differ from those of other machines.
     """

@@ -1,11 +1,11 @@
-"""Encoder and decoder of a VQGAN, with the keys and the function of taming-transformers', but faster.
+"""Encoder and decoder of a VQGAN: the keys and the function of taming-transformers, but faster.
 
-Only the order of rounding differs: swish is one operation, attention is PyTorch's fused one, and an enlargement by 2
+Only the order of rounding differs: swish is one operation, attention is PyTorch's fused one, and upsampling by 2
 followed by a 3 x 3 convolution is one transposed convolution of 4 x 4, which needs 4 multiplications per output instead
 of 9. No level's feature map is stored for later.
 
-Precision: `conv_in` stays in float32 when other layers are cast, because a DAT step is a fraction of a grey level,
-which bfloat16 would lose there; so do the encoder's last norm and convolution, whose rounding would change words.
+Precision: `conv_in` stays in float32 when other layers are cast, because bfloat16 would round away a DAT step (a
+fraction of a gray level); the encoder's last norm and convolution too, because their rounding would change words.
 Shapes: maps are (B, C, H, W).
 """
 
@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + attention over all places, one head as wide as the map."""
+    """x + attention over all positions, with one head as wide as the map."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement by 2 and a 3 x 3 convolution, as one transposed convolution."""
+    """Nearest-neighbor upsampling by 2 and a 3 x 3 convolution, as one transposed convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,9 +84,9 @@ class Upsample(nn.Module):
 
 
 def _fold_kernel(kernel: Tensor) -> Tensor:
-    """Return the kernel (C_in, C_out, 4, 4) of a transposed convolution that enlarges by 2 and applies `kernel` (C_out,
-    C_in, 3, 3)."""
-    # Enlarging is itself a transposed convolution with 2 x 2 ones; the two kernels are convolved with each other.
+    """Return the kernel (C_in, C_out, 4, 4) of a transposed convolution that upsamples by 2 and applies `kernel`
+    (C_out, C_in, 3, 3)."""
+    # Upsampling is itself a transposed convolution with 2 x 2 ones; the two kernels are convolved with each other.
     mirrored = kernel.float().flip(2, 3).transpose(0, 1)
     return F.avg_pool2d(F.pad(mirrored, (1, 1, 1, 1)), 2, stride=1, divisor_override=1).to(kernel.dtype)
 

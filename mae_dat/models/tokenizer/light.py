@@ -99,25 +99,25 @@ class LightTokenizer(VisualTokenizer):
         return [*self.encoder][2:-1], [*self.decoder][1:-2]
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file that also holds the configuration, so that it alone rebuilds the tokenizer."""
+        """Write a safetensors file with the configuration, so that the file is enough to rebuild the tokenizer."""
         settings = json.dumps(dataclasses.asdict(self.config))
         write_weights(path, dict(self.state_dict()), {"tokenizer": "light", "config": settings})
 
     @classmethod
     def from_file(cls, path: Path, file: WeightsFile) -> Self:
-        """Build a saved tokenizer again. Raises CheckpointError if the file is not one."""
+        """Rebuild a saved tokenizer. Raises CheckpointError if the file is not one."""
         try:
             config = LightConfig(**json.loads(file.metadata["config"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is no light tokenizer: {error}. Make one with mae-dat tokenizer train."
+                f"{path} is not a light tokenizer: {error}. Train one with mae-dat tokenizer train."
             ) from error
         tokenizer = cls(config)
         check_keys(
             path,
             tokenizer.state_dict(),
             file.tensors,
-            "its configuration and weights disagree: make it again with mae-dat tokenizer train",
+            "its configuration and weights disagree: train it again with mae-dat tokenizer train",
         )
         tokenizer.load_state_dict(file.tensors)
         return tokenizer

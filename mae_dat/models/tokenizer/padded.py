@@ -7,10 +7,10 @@ from mae_dat.models.tokenizer.base import VisualTokenizer
 
 
 class PaddedTokenizer(VisualTokenizer):
-    """A tokenizer for images of one size (height, width), whatever its factor.
+    """A tokenizer for images of one size (height, width), which its factor need not divide.
 
-    Edges are repeated at the right and below up to multiples of the factor, and decoded images are cropped back: every
-    pixel, and so every box, stays where it is. Words are (B, ceil(height / factor), ceil(width / factor)).
+    The right and bottom edges are repeated up to multiples of the factor, and decoded images are cropped back, so
+    pixels and boxes do not move. Words are (B, ceil(height / factor), ceil(width / factor)).
     """
 
     def __init__(self, tokenizer: VisualTokenizer, size: tuple[int, int]) -> None:

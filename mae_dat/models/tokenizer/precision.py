@@ -1,7 +1,7 @@
-"""Which layers of a tokenizer compute in 16 bits, and what that does to its words.
+"""Precision of a tokenizer: which layers compute in 16 bits, and how many words that changes.
 
-A DAT step at 224 px is 0.07 grey levels: rounding decides which words it changes. So 16 bits are a choice, and `auto`
-chooses them only after comparing the words.
+A DAT step at 224 px is 0.07 gray levels, so rounding influences which words it changes. Therefore 16 bits are optional,
+and `auto` uses them only after comparing the words.
 """
 
 import copy
@@ -32,15 +32,15 @@ class Agreement(NamedTuple):
     """A tokenizer in 16 bits compared with the same one in float32; shares in [0, 1], except the last field."""
 
     flips: float
-    """Words of the images that differ."""
+    """Share of the images' words that differ."""
     exact_changes: float
-    """Words that a step changes in float32."""
+    """Share of words that a step changes in float32."""
     fast_changes: float
-    """Words that it changes in 16 bits."""
+    """Share of words that it changes in 16 bits."""
     overlap: float
-    """Places that it changes in both, of those in either; each attacks its own reconstruction."""
+    """Intersection over union of the positions changed in each precision; each attacks its own reconstruction."""
     overlap_same_image: float
-    """The same if both attack float32's reconstruction: the effect of the encoder alone."""
+    """The same if both attack the reconstruction of float32, which isolates the effect of the encoder."""
     pixels: float
     """Mean absolute difference of the images decoded from the same words, in [0, 1]."""
 
@@ -74,8 +74,8 @@ def in_precision(
 ) -> VisualTokenizer:
     """Move a frozen tokenizer to its device, in the precision of this name (`PRECISIONS`), and return it.
 
-    `auto` is float32 on a CPU; on a GPU fp16, if its words and pixels of a few generated images are within the limits
-    on rank 0. Collective.
+    `auto` is float32 on a CPU. On a GPU it is fp16 if the words and pixels of a few generated images stay within the
+    limits on rank 0. Collective.
     """
     if precision == "auto":
         candidates = ("fp16",) if device.type == "cuda" else ()
@@ -92,14 +92,14 @@ def first_accurate_precision(tokenizer: VisualTokenizer, device: torch.device, c
         fast = copy.deepcopy(tokenizer).prepare(device, *PRECISIONS[name])
         comparison = agreement(exact, fast, image.to(device), torch.zeros_like(image, device=device))
         if comparison.flips <= MAX_FLIPS and comparison.pixels <= MAX_PIXELS:  # False for NaN
-            logger.info("tokenizer in %s: %.2f %% of the words differ from float32's", name, 100 * comparison.flips)
+            logger.info("tokenizer in %s: %.2f %% of the words differ from float32", name, 100 * comparison.flips)
             return name
         logger.warning("tokenizer in float32: in %s %.1f %% of the words would differ", name, 100 * comparison.flips)
     return "fp32"
 
 
 def generated_images(tokenizer: VisualTokenizer, count: int = 4) -> Tensor:
-    """Draw images (count, C, H, H) in [0, 1] of 32 words per side."""
+    """Draw images (count, C, H, H) in [0, 1] with sides of 32 words."""
     from mae_dat.data.generated.draw import draw_image  # imports Pillow, which the tokenizers do not need
 
     images = np.stack([draw_image(0, "val", index, size=32 * tokenizer.factor).image for index in range(count)])

@@ -9,7 +9,7 @@ SCORES_AT_ONCE = 2**25  # float32 numbers: 128 MiB
 
 
 def rows_at_once(codebook_KD: Tensor) -> int:
-    """Return how many rows of scores of all words fit into memory at a time, whatever the batch and the codebook."""
+    """Return how many rows of scores over all words fit into `SCORES_AT_ONCE`."""
     return max(1, SCORES_AT_ONCE // len(codebook_KD))
 
 

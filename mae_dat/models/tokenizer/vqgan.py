@@ -18,7 +18,7 @@ from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.models.tokenizer.blocks import Decoder, Encoder, Upsample
 from mae_dat.storage.weight_files import check_keys
 
-# Attention is placed by resolution in taming's configurations; all published models are described at 256 px.
+# taming's configurations place attention by resolution, relative to 256 px in all published models.
 _REFERENCE_RESOLUTION = 256
 
 
@@ -72,8 +72,8 @@ class GumbelQuantizer(nn.Module):
 
 
 class VQGAN(VisualTokenizer):
-    """The paper's tokenizer. Pixels go in as 2x - 1 and come out as (x + 1) / 2; no position embedding, so any size
-    fits."""
+    """The paper's tokenizer. It scales pixels to [-1, 1] and back itself, and has no position embedding, so every image
+    size divisible by the factor works."""
 
     def __init__(self, config: VQGANConfig = VQGANConfig()) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class VQGAN(VisualTokenizer):
     def words_of(self, latent: Tensor) -> Tensor:
         """Return the words (B, h, w) of a map (B, D, h, w): nearest codes, or the argmax of a Gumbel model's scores."""
         if isinstance(self.quantize, GumbelQuantizer):
-            # One sample at a time: K score maps of a batch would be gigabytes.
+            # One image at a time: the K score maps of a batch would take gigabytes.
             return torch.cat([self.quantize.proj(sample).argmax(1) for sample in latent.split(1)])
         return super().words_of(latent)
 
@@ -121,7 +121,7 @@ class VQGAN(VisualTokenizer):
         return encoder, decoder
 
     def prepare(self, *arguments: Any, **options: Any) -> Self:
-        """Prepare as the base class does, and fold the kernels of the enlargements once."""
+        """Prepare as the base class does, and fold the kernels of the upsampling layers once."""
         for module in self.modules():
             if isinstance(module, Upsample):
                 module.freeze()
@@ -129,7 +129,7 @@ class VQGAN(VisualTokenizer):
 
     @classmethod
     def from_state_dict(cls, path: Path | str, tensors: Mapping[str, Tensor]) -> Self:
-        """Build the model that the tensors describe, and load them; every key has to match.
+        """Build the model from the shapes of the tensors, and load them; every key has to match.
 
         `loss.*` (the training losses) and `model_ema.*` are ignored. Raises CheckpointError with the missing and
         unexpected keys.
@@ -138,21 +138,24 @@ class VQGAN(VisualTokenizer):
         config = read_config(path, weights)
         with torch.device("meta"):
             expected = cls(config).state_dict()
-        check_keys(path, expected, weights, "give a VQGAN of taming-transformers, latent-diffusion or easyrobust")
+        check_keys(path, expected, weights, "use a VQGAN of taming-transformers, latent-diffusion or easyrobust")
         model = cls(config)
         model.load_state_dict(weights)
         return model
 
 
 def read_config(path: Path | str, tensors: Mapping[str, Tensor]) -> VQGANConfig:
-    """Derive the architecture from keys and shapes. Raises CheckpointError if these are no VQGAN's."""
+    """Derive the architecture from keys and shapes. Raises CheckpointError if they are not those of a VQGAN."""
     gumbel = "quantize.proj.weight" in tensors
     codebook_key = "quantize.embed.weight" if gumbel else "quantize.embedding.weight"
     required = [codebook_key, "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight"]
     absent = [key for key in required if key not in tensors]
     if absent:
         first_keys = ", ".join(list(tensors)[:6])
-        raise CheckpointError(f"{path} is no VQGAN: missing {', '.join(absent)}; it holds {first_keys}, ...")
+        raise CheckpointError(
+            f"{path} is not a VQGAN: it lacks {', '.join(absent)} and contains {first_keys}, ... Use a VQGAN of "
+            "taming-transformers, latent-diffusion or easyrobust."
+        )
     ch, in_chans = tensors["encoder.conv_in.weight"].shape[:2]
     levels = 1 + max(_numbers(tensors, r"encoder\.down\.(\d+)\."))
     widths = [tensors.get(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)]

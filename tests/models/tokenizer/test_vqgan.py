@@ -166,7 +166,7 @@ def test_every_difference_of_the_keys_is_listed(change: Callable[[dict[str, Tens
 def test_other_files_are_no_tokenizers(tmp_path: Path) -> None:
     path = tmp_path / "linear.pth"
     torch.save(nn.Linear(2, 3).state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"linear\.pth is no VQGAN.*holds weight, bias"):
+    with pytest.raises(CheckpointError, match=r"linear\.pth is not a VQGAN.*contains weight, bias"):
         load_tokenizer(path)
     with pytest.raises(MissingInputError, match=r"--tokenizer embedded.*nothing\.ckpt"):
         load_tokenizer(tmp_path / "nothing.ckpt")
@@ -202,7 +202,7 @@ def test_any_size_that_the_factor_divides(make: Callable[[], VisualTokenizer], h
     assert rebuilt.max() <= 1
     with pytest.raises(ConfigError, match=f"{height} x {width + 1} is not divisible by the tokenizer's factor"):
         tokenizer.encode(torch.rand(1, 3, height, width + 1))
-    with pytest.raises(ConfigError, match=r"\(B, 3, H, W\) and was given \(2, 1, 16, 16\)"):
+    with pytest.raises(ConfigError, match=r"\(B, 3, H, W\), got \(2, 1, 16, 16\)"):
         tokenizer.encode(torch.rand(2, 1, 16, 16))
 
 
