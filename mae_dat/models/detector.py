@@ -186,7 +186,7 @@ def build_detector(
 
 
 def build_trunk(name: str, size: tuple[int, int], drop_path: float = 0.0) -> Classifier:
-    """Build the mean-pooling classifier whose transformer `build_detector` uses, so that weights can be loaded first."""
+    """Build the mean-pooling classifier whose transformer `build_detector` uses, to load weights into it first."""
     return build_classifier(name, 1, _padded_size(name, size), drop_path)
 
 

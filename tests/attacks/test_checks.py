@@ -32,7 +32,9 @@ def test_a_model_of_other_images_is_refused() -> None:
         match=r"normalized by mean 0.5.*classifies \d+ of \d+ images correctly this way, but about \d+ in .*Use mae",
     ):
         look(shift, image, label)
-    with pytest.raises(ConfigError, match=r"from 0 to 255: it classifies \d+ .* Use lambda image: model\(255 \* image\)"):
+    with pytest.raises(
+        ConfigError, match=r"from 0 to 255: it classifies \d+ .* Use lambda image: model\(255 \* image\)"
+    ):
         look(lambda x: net(x / 255), image, label)
     look(net, image, label)
     look(Classifier(net, (0, 0, 0), (1, 1, 1)), image, label)
