@@ -1,7 +1,7 @@
 """Convert weights for use elsewhere: `mae-dat convert SOURCE DEST --to timm`.
 
 SOURCE is any file or output folder that this project loads: MAE, Hugging Face ViTMAE, timm, DeiT, easyrobust, our own.
-The result is loaded again, as its users will, and compared with the source before the command ends.
+The command then loads the result in the way its users will, and compares it with the source.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _SUFFIXES = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ConvertedModel:
-    """A converted model; prints as the command does: what was done, and how to load the result."""
+    """A converted model; printing it shows what was converted and how to load the result."""
 
     source: str
     path: Path
@@ -120,16 +120,16 @@ def _only_warnings() -> Iterator[None]:
 
 
 def _check_destination(source: str, dest: Path, to: str) -> None:
-    """Raise ConfigError for a name of another kind of file, OutputError if something would be lost."""
+    """Raise ConfigError for a name with the wrong suffix, OutputError if existing files would be overwritten."""
     suffixes = _SUFFIXES[to]
     if dest.suffix not in suffixes and to != "hf":
-        raise ConfigError(f"--to {to} writes {' or '.join(suffixes)}, got {dest}.")
+        raise ConfigError(f"--to {to} needs a destination with the suffix {' or '.join(suffixes)}, got {dest}.")
     if dest.exists() and Path(source).resolve() == dest.resolve():
-        raise OutputError(f"{dest} is the source itself: name another file.")
+        raise OutputError(f"{dest} is the source itself: choose another file.")
     if dest.is_dir() and (to != "hf" or any(dest.iterdir())):
-        raise OutputError(f"{dest} is a folder with other files: name one that does not exist yet.")
+        raise OutputError(f"{dest} is a folder with other files: choose one that does not exist yet.")
     if dest.is_file() and to == "hf":
-        raise OutputError(f"{dest} is a file, and --to hf writes a folder: name one that does not exist yet.")
+        raise OutputError(f"{dest} is a file, but --to hf writes a folder: choose one that does not exist yet.")
     if not dest.parent.is_dir():
         raise OutputError(f"there is no folder {dest.parent} for {dest.name}: create it first.")
     prepare_output_folder(dest.parent, "another destination")

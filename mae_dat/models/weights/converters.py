@@ -1,7 +1,7 @@
-"""Write an opened model in the formats of others, and load the result again as its users will.
+"""Write an opened model in the formats of other projects, and load the result in the way its users will.
 
-Each converter writes to `path`, a temporary one. It returns the outputs of what it wrote, for comparison, and the lines
-of code that load it from `dest`, where the result will be.
+Each converter writes to the temporary `path`. It returns the outputs of the written model, for comparison, and the
+lines of code that load it from `dest`, its final path.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class ModelOutputs(nn.Module):
 
 
 class Conversion(NamedTuple):
-    """A model as its users will have it: its outputs of pixels in [0, 1], and the lines of code that load it."""
+    """A converted model: a function from pixels in [0, 1] to its outputs, and the lines of code that load it."""
 
     outputs: Network
     usage: str
@@ -66,7 +66,7 @@ def random_images(opened: OpenedModel, count: int) -> Tensor:
 
 
 def to_timm(opened: OpenedModel, path: Path, dest: str) -> Conversion:
-    """Write a file for `timm.create_model(..., checkpoint_path=...)`; of a pretraining the encoder."""
+    """Write a file for `timm.create_model(..., checkpoint_path=...)`; for a masked autoencoder, the encoder."""
     name, options = timm_arguments(opened)
     _write_tensors(_bare_tensors(opened, decoder=False), path, opened, root=None)
     model: Any = timm.create_model(name, checkpoint_path=str(path), **options).eval()
@@ -110,7 +110,7 @@ def timm_arguments(opened: OpenedModel) -> tuple[str, dict[str, Any]]:
 
 
 def to_mae(opened: OpenedModel, path: Path, dest: str) -> Conversion:
-    """Write MAE's own layout: `model` in a .pth, with the decoder if there is one. Raises ConfigError."""
+    """Write a .pth in MAE's layout (key `model`), with the decoder if there is one. Raises ConfigError."""
     plan = opened.plan
     if plan.name not in (*VIT_SIZES, *MAE_MODELS):
         raise ConfigError(f"MAE's code has no {plan.name}: use --to timm.")
@@ -129,7 +129,7 @@ def to_mae(opened: OpenedModel, path: Path, dest: str) -> Conversion:
 def to_hub(opened: OpenedModel, path: Path, dest: str, source: str, license: str | None = None) -> Conversion:
     """Write a folder for `from_pretrained` and `push_to_hub`: config.json, model.safetensors and a model card.
 
-    `source` is what the card names as the origin, `license` its licence.
+    The card states the origin `source`, and the `license` if one is given.
     """
     plan = opened.plan
     settings: dict[str, Any] = {
@@ -178,7 +178,7 @@ def _pixel_statistics(opened: OpenedModel) -> dict[str, tuple[float, ...]]:
 
 
 def _export_facts(opened: OpenedModel) -> dict[str, Any]:
-    """Return what it takes to build the model again, as our own exports record it."""
+    """Return the facts that rebuild the model, as our own exports record them."""
     plan = opened.plan
     facts: dict[str, Any] = {
         "kind": "classifier" if plan.num_classes else "mae",
@@ -204,7 +204,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path, opened: OpenedModel, 
 
 
 def to_onnx(opened: OpenedModel, path: Path, dest: str) -> Conversion:
-    """Write an ONNX graph with a free batch size, which onnxruntime runs again. Raises MissingInputError."""
+    """Write an ONNX graph with a dynamic batch size, and run it with onnxruntime. Raises MissingInputError."""
     require_extra("export", "--to onnx")
     import onnxruntime
 
@@ -229,7 +229,7 @@ def to_onnx(opened: OpenedModel, path: Path, dest: str) -> Conversion:
 
 
 def to_export(opened: OpenedModel, path: Path, dest: str) -> Conversion:
-    """Write a `torch.export` program with a free batch size."""
+    """Write a `torch.export` program with a dynamic batch size."""
     batch = {"image": {0: torch.export.Dim("batch")}}
     network = ModelOutputs(opened.model).eval()
     with torch.no_grad():
@@ -245,4 +245,4 @@ CONVERTERS: dict[str, Callable[[OpenedModel, Path, str], Conversion]] = {
     "onnx": to_onnx,
     "export": to_export,
 }
-"""The converters by the value of --to, except `hf`, whose `to_hub` takes more."""
+"""The converters by the value of --to, except `hf`: `to_hub` has more arguments."""

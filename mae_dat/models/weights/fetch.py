@@ -21,7 +21,7 @@ _MAX_WIDTH = 100
 
 
 def _table(entries: dict[str, ReleasedWeights]) -> str:
-    """Return a table of the weights: a line with name, size, license and place, and below it what they are."""
+    """Return a table of the weights: a line with name, size, license and whether they are here, then a description."""
     lines = [_row("name", "MB", "license", "here")]
     for entry in entries.values():
         path = find_local_file(entry)
@@ -68,13 +68,13 @@ def _details(entry: ReleasedWeights) -> str:
 
 
 def list_weights(config: ListConfig) -> None:
-    """Run `mae-dat list`: print the table of released weights, or what is known about those named."""
+    """Run `mae-dat list`: print the table of released weights, or the details of the named ones."""
     for entry in [find_released(name) for name in config.names]:
         print(_details(entry), end="\n\n")
     if not config.names:
         print(_table(released_weights()))
         print(f"\n{NON_COMMERCIAL}: not for commercial use.")
-        print("A name can stand for a file in --finetune, --resume, --checkpoint, --tokenizer.")
+        print("--finetune, --resume, --checkpoint and --tokenizer take a name in place of a file.")
         print(f"Downloads go to {weights_folder()}.")
 
 
@@ -82,7 +82,7 @@ def get_weights(config: GetConfig) -> None:
     """Run `mae-dat get`: download weights and print their paths. Raises ConfigError without a name, DownloadError."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not config.names:
-        raise ConfigError("which weights? Give one or more names; `mae-dat list` shows them.")
+        raise ConfigError("no name of weights given: give one or more names; `mae-dat list` shows them.")
     folder = Path(config.output_dir) if config.output_dir else None
     for entry in [find_released(name) for name in config.names]:
         print(f"{entry.name}: {fetch(entry, config.trust, folder)}")

@@ -1,12 +1,12 @@
-"""Checkpoint formats: what a file holds, recognized by its keys, and its tensors under the keys of MAE and timm.
+"""Checkpoint formats: recognize a file by its keys, and convert its keys to those of MAE and timm.
 
-The keys of MAE and timm are the same, and are kept as they are; so are those of torchvision, DeiT and easyrobust. Only
-the keys of Hugging Face are renamed (`from_hugging_face`). It also stores query, key and value separately; they are
-stacked into the one `qkv` of MAE and timm, in that order.
+MAE and timm use the same keys. They stay unchanged, as do those of torchvision, DeiT and easyrobust. Only the keys of
+Hugging Face are renamed (`from_hugging_face`). It also stores query, key and value separately; they are stacked into
+the one `qkv` of MAE and timm, in that order.
 
-Prefixes that all keys of a file share, such as DDP's `module.`, are gone by then: `extract_weights` in
-`storage/weight_files.py` drops them when it reads the file. Among them is `net.`, which `models/classifier.py` puts
-before the keys of the timm network inside a `Classifier`; `load.py` loads into that network.
+`extract_weights` in `storage/weight_files.py` has already removed prefixes that all keys of a file share, such as DDP's
+`module.`. One of them is `net.`, the prefix of the timm network inside a `Classifier`; `load.py` loads into that
+network.
 """
 
 import re
@@ -21,10 +21,10 @@ from mae_dat.storage.weight_files import PixelStatistics, WeightsFile
 
 Kind = Literal["autoencoder", "encoder", "classifier", "detector", "tokenizer", "other"]
 """`autoencoder`: encoder and decoder; `encoder`: a vision transformer without head; `classifier`: one with a head;
-`detector`: boxes; `tokenizer`: visual words; `other`: a network whose keys say no more, such as a ResNet."""
+`detector`: boxes; `tokenizer`: visual words; `other`: a network that its keys do not identify, such as a ResNet."""
 
 _HUGGING_FACE = "embeddings.patch_embeddings.projection.weight"
-# Applied in this order, each to the result of the one before.
+# Applied in this order, each to the result of the previous one.
 _RENAMES = (
     (r"^vit\.", ""),
     (r"^embeddings\.cls_token$", "cls_token"),
@@ -48,18 +48,18 @@ _ATTENTION_PART = re.compile(r"(.*\.attn\.)(query|key|value)(\.\w+)")
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What was read for a model: tensors under the keys of MAE and timm, and what is known about them."""
+    """The content of a model's file: tensors under the keys of MAE and timm, and facts about them."""
 
     tensors: dict[str, Tensor]
     kind: Kind
     format: str = ""
     """The format in words, for messages and reports."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What an export of ours, a run's checkpoint or the registry of released weights records about the model."""
+    """Facts recorded about the model by our export, the checkpoint of a run or the registry of released weights."""
     source: str = "the given weights"
     """The path of the file."""
     wrappers: tuple[str, ...] = ()
-    """What was removed from around the tensors (see `extract_weights`)."""
+    """Wrappers that were removed, such as `module.` (see `extract_weights`)."""
     statistics: PixelStatistics | None = None
     """Mean and standard deviation of pixels in [0, 1], one value per channel, if the file holds them."""
 
@@ -72,8 +72,8 @@ class ModelFile:
 def recognize(file: WeightsFile, facts: Mapping[str, Any] | None = None, is_ours: bool = False) -> ModelFile:
     """Recognize the format of a file and convert its keys to those of MAE and timm.
 
-    `facts` are known from elsewhere (default: those in the file); `is_ours`: a run's checkpoint, which has no metadata.
-    Raises CheckpointError for damaged facts.
+    `facts` replace those in the file; `is_ours` marks the checkpoint of a run, which has no metadata. Raises
+    CheckpointError for damaged facts.
     """
     tensors, prefix = file.tensors, ""
     facts = file.facts if facts is None else facts
@@ -118,7 +118,7 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], facts: Mapping[str, Any]) -> tuple[Kind, str]:
-    """Return the kind of model that the tensors are of, and a description of it."""
+    """Return the kind of model that the tensors belong to, and its description."""
     if facts.get("kind") == "detector":
         return "detector", "object detector"
     if metadata.get("tokenizer") == "light":

@@ -1,7 +1,7 @@
 """Models for the Hugging Face hub: `from_pretrained(FOLDER or REPOSITORY)`, `save_pretrained`, `push_to_hub`.
 
 A folder holds `config.json` (the arguments of the class), `model.safetensors` and a model card. Our own loader reads
-the weights: never a pickle, and only if every key matches.
+the weights: it never reads a pickle, and every key has to match.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ model = {{ class_name | default("HubClassifier") }}.from_pretrained("FOLDER or U
 
 
 class _FromHub(PyTorchModelHubMixin, library_name="mae_dat", model_card_template=_CARD):
-    """Read and write weights with our own code instead of the mixin's, which ignores keys that differ."""
+    """Read and write weights with our own code, because the mixin ignores keys that differ."""
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_weights(save_directory / SAFETENSORS_SINGLE_FILE, self.tensors(), {})  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ class HubMaskedAutoencoder(MaskedAutoencoder, _FromHub, tags=["masked-autoencode
 
 
 def write_card(folder: Path, kind: type, description: str, license: str | None) -> None:
-    """Write the folder's model card, README.md, with a licence if one is given."""
+    """Write the folder's model card, README.md, with a license if one is given."""
     tags = list(kind._hub_mixin_info.model_card_data.tags)  # type: ignore[attr-defined]
     data = ModelCardData(library_name="mae_dat", license=license, tags=tags)
     text = {"name": folder.name, "description": description, "class_name": kind.__name__}

@@ -1,7 +1,7 @@
-"""Load weights, foreign or our own, into classifiers, masked autoencoders and detectors.
+"""Load weights, our own or from other projects, into classifiers, masked autoencoders and detectors.
 
-A model is loaded only if every key is accounted for: missing or left over may be only what MAE's own fine-tuning allows
-(a new head; `norm` replaced by a new `fc_norm` under mean pooling). After an error the model is as it was before.
+Every key has to match. The only exceptions are those of MAE's own fine-tuning: a new head, and a new `fc_norm` in place
+of `norm` under mean pooling. After an error the model is unchanged.
 """
 
 import logging
@@ -34,7 +34,7 @@ _DISTILLED_SIZES = {192: "tiny", 384: "small", 768: "base"}  # timm's names by w
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: the number of tensors, keys that start afresh, keys left out, a resized patch grid."""
+    """What was loaded: number of tensors, newly initialized keys, ignored keys, a resized patch grid."""
 
     source: str
     loaded: int
@@ -43,9 +43,9 @@ class LoadReport:
     resized: tuple[PatchGrid, PatchGrid] | None = None
     """Rows and columns of the position embedding's patches in the file and in the model."""
     format: str = ""
-    """What the file was recognized as."""
+    """The recognized format of the file."""
     wrappers: tuple[str, ...] = ()
-    """What was removed from around the tensors."""
+    """Wrappers that were removed, such as `module.`."""
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors from {self.source}"]
@@ -62,23 +62,23 @@ class LoadReport:
 
 
 def load_pretrained(classifier: Classifier, source: ModelSource, source_grid: PatchGrid | None = None) -> LoadReport:
-    """Load what fine-tuning starts from: an MAE pretraining or a fine-tuned model, as MAE does.
+    """Load the initial weights of a fine-tuning: an MAE pretraining or a fine-tuned model, as MAE does.
 
-    A decoder is dropped; head and `fc_norm` may be missing and `norm` left over; a head of another shape starts afresh.
-    The position embedding is resized if the patch grid differs; `source_grid` (rows, columns) is needed only if the
-    file's grid is not square and the file does not record it.
+    A decoder is ignored; head and `fc_norm` may be missing, and `norm` may be unexpected; a head of another shape is
+    initialized anew. The position embedding is resized if the patch grid differs; `source_grid` (rows, columns) is
+    needed only if the file's grid is not square and the file does not record it.
 
-    Raises MissingInputError and CheckpointError, which lists every other key that is missing, left over or of another
-    shape, and reports a file whose pixels were normalized differently.
+    Raises MissingInputError; CheckpointError with every other key that is missing, unexpected or of another shape, or
+    if the file's model normalizes pixels differently.
     """
     return _load_classifier(classifier, read_model_file(source), source_grid, exact=False)
 
 
 def load_classifier(classifier: Classifier, source: ModelSource, source_grid: PatchGrid | None = None) -> LoadReport:
-    """Load a fine-tuned model for evaluation: every key has to match, and the head's number of classes.
+    """Load a fine-tuned model for evaluation: every key and the number of classes have to match.
 
-    `source_grid` as in `load_pretrained`. Raises MissingInputError and CheckpointError, which names both numbers of
-    classes, or the keys.
+    `source_grid` as in `load_pretrained`. Raises MissingInputError; CheckpointError with both numbers of classes, or
+    with the keys that differ.
     """
     return _load_classifier(classifier, read_model_file(source), source_grid, exact=True)
 
@@ -89,17 +89,17 @@ def load_autoencoder(
     """Load a pretraining into a masked autoencoder; with `decoder` False only the encoder, even if there is a decoder.
 
     Position embeddings are resized if the patch grid differs (`source_grid` as in `load_pretrained`). Raises
-    MissingInputError and CheckpointError: for a file without decoder or of another kind, and with the keys that differ.
+    MissingInputError; CheckpointError for a file without decoder or of another kind, or with the keys that differ.
     """
     weights = read_model_file(source)
     if weights.kind == "classifier":
         raise CheckpointError(
-            f"{weights.source} is a classifier ({weights.format}), no pretraining: give MAE's weights."
+            f"{weights.source} is a classifier ({weights.format}), not a masked autoencoder: use MAE's weights."
         )
     if decoder and weights.kind == "encoder":
         raise CheckpointError(
-            f"{weights.source} has no decoder: MAE's mae_pretrain_* files hold the encoder alone. Give one with "
-            "decoder, such as mae_visualize_vit_large.pth, or load the encoder only (decoder=False)."
+            f"{weights.source} has no decoder: MAE's mae_pretrain_* files contain only the encoder. Use a file with "
+            "decoder, such as mae_visualize_vit_large.pth, or load only the encoder (decoder=False)."
         )
     excluded = () if decoder else DECODER_KEYS
     expected = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(excluded)}
@@ -126,9 +126,14 @@ def load_autoencoder(
 
 
 def load_detector(detector: "Detector", source: ModelSource) -> LoadReport:
-    """Load a `Detector` that this package exported. Raises MissingInputError, CheckpointError with the keys."""
+    """Load a `Detector` exported by this package. Raises MissingInputError, CheckpointError with the differing keys."""
     weights = read_model_file(source)
-    check_keys(weights.source, detector.net.state_dict(), weights.tensors, "give weights of this command")
+    check_keys(
+        weights.source,
+        detector.net.state_dict(),
+        weights.tensors,
+        "use weights exported by mae-dat detect with the same --model",
+    )
     detector.net.load_state_dict(weights.tensors)
     return LoadReport(weights.source, len(weights.tensors), format=weights.format, wrappers=weights.wrappers)
 
@@ -139,7 +144,7 @@ def load_detector(detector: "Detector", source: ModelSource) -> LoadReport:
 def _load_classifier(
     classifier: Classifier, weights: ModelFile, source_grid: PatchGrid | None, exact: bool
 ) -> LoadReport:
-    """Load weights; if not `exact`, head and `fc_norm` may start afresh."""
+    """Load weights; if not `exact`, head and `fc_norm` may be initialized anew."""
     net, state = classifier.net, dict(weights.tensors)
     expected = net.state_dict()
     _check_statistics(classifier, weights)
@@ -179,9 +184,9 @@ def _check_statistics(classifier: Classifier, weights: ModelFile) -> None:
     if not all(_close(values, others) for values, others in zip(statistics, weights.statistics, strict=True)):
         mean, std = (tuple(round(value, 4) for value in values) for values in weights.statistics)
         raise CheckpointError(
-            f"{weights.source} was trained on pixels normalized by mean {mean} and std {std}, this model normalizes "
-            f"otherwise: choose the --model with these statistics (timm's names have their own, such as "
-            f"vit_base_patch16_224 0.5), or build_classifier(..., mean={mean}, std={std})."
+            f"{weights.source} was trained on pixels normalized by mean {mean} and std {std}, but this model "
+            f"normalizes differently: choose a --model with these statistics (timm's have their own, such as 0.5 for "
+            f"vit_base_patch16_224), or build_classifier(..., mean={mean}, std={std})."
         )
 
 
@@ -193,8 +198,8 @@ def _check_distillation(state: Mapping[str, Tensor], expected: Mapping[str, Tens
     if "dist_token" in state and "dist_token" not in expected:
         size = _DISTILLED_SIZES.get(state["dist_token"].shape[-1], "SIZE")
         raise CheckpointError(
-            f"{source} is a distilled DeiT: its dist_token and second head fit timm's distilled models only; "
-            f"use --model deit_{size}_distilled_patch16_224."
+            f"{source} is a distilled DeiT: its dist_token and second head fit only timm's distilled models: use "
+            f"--model deit_{size}_distilled_patch16_224."
         )
 
 
@@ -210,7 +215,7 @@ def _check_head(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], hea
     if weight is None:
         return
     if weight not in state:
-        raise CheckpointError(f"{source} has no classification head ({weight}): fine-tune from it before evaluating it")
+        raise CheckpointError(f"{source} has no classification head ({weight}): fine-tune it before evaluating it.")
     check_class_count(source, len(state[weight]), len(expected[weight]))
 
 
@@ -218,18 +223,18 @@ def check_class_count(source: str, classes: int, expected: int) -> None:
     """Raise CheckpointError unless the head of `source` has as many classes as the data or the setting."""
     if classes != expected:
         raise CheckpointError(
-            f"{source} classifies {classes} classes, the data or the setting has {expected}: use {classes} classes, "
-            "or fine-tune from the checkpoint to get a new head"
+            f"{source} has {classes} classes, but the data or the setting has {expected}: use {classes} classes, or "
+            "fine-tune from the checkpoint to get a new head."
         )
 
 
 def _allowed_differences(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Return keys that may start afresh (a whole head, a whole `fc_norm`) and keys that may be left over (`norm`)."""
+    """Return keys that may be missing (a whole head, a whole `fc_norm`) and keys that may be unexpected (`norm`)."""
     fc_norm = [key for key in expected if key.startswith("fc_norm.")]
     fresh_keys = [key for part in (fc_norm, head) if not any(key in state for key in part) for key in part]
-    # Under mean pooling MAE normalizes after pooling, by `fc_norm`: the encoder's last `norm` has no place then.
+    # Under mean pooling MAE normalizes after pooling, by `fc_norm`, and does not use the encoder's last `norm`.
     norm_replaced = bool(fc_norm) and fc_norm[0] in fresh_keys
     return fresh_keys, [key for key in state if norm_replaced and key.startswith("norm.") and key not in expected]
 
@@ -240,8 +245,8 @@ def _allowed_differences(
 def resize_position_embedding(pos_embed: Tensor, old: PatchGrid, new: PatchGrid, prefix: int = 1) -> Tensor:
     """Resize a position embedding (1, prefix + h * w, D) bicubically from the grid `old` to `new`, as MAE does.
 
-    The first `prefix` tokens (class token, registers) stay the same. timm's `resample_abs_pos_embed` computes the same,
-    but its older versions ignore a change from 4 x 16 to 8 x 8 patches, whose number is equal.
+    The first `prefix` tokens (class token, registers) stay the same. timm's `resample_abs_pos_embed` is not used: older
+    versions skip the resize if the number of patches stays the same, for example from 4 x 16 to 8 x 8.
     """
     tokens, patches = pos_embed[:, :prefix], pos_embed[:, prefix:]
     grid = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
@@ -273,7 +278,7 @@ def _source_grid(
     source_grid: PatchGrid | None,
     weights: ModelFile,
 ) -> PatchGrid | None:
-    """Return the rows and columns of patches that a position embedding is for: `source_grid`, recorded, or else square.
+    """Return the rows and columns of a position embedding's patches: `source_grid`, else those recorded, else a square.
 
     None if there is nothing to resize. Raises CheckpointError if the number of patches does not fit.
     """
@@ -289,15 +294,15 @@ def _source_grid(
     if rows * columns != patches:
         raise CheckpointError(
             f"{weights.source} has a position embedding for {patches} patches, not {rows} x {columns}: "
-            "give its rows and columns of patches as source_grid"
+            "give its rows and columns of patches as source_grid."
         )
     return rows, columns
 
 
 def recorded_grid(weights: ModelFile, patches: int) -> PatchGrid | None:
-    """Return the rows and columns of patches by the recorded image size, if they are as many as `patches`.
+    """Return the rows and columns of patches by the recorded image size, or None if their number is not `patches`.
 
-    The registry of released weights records a size too, and a file of that name may have been replaced.
+    They can differ: the registry of released weights records a size too, and a file of that name may be another one.
     """
     projection = weights.tensors.get("patch_embed.proj.weight")
     if projection is None or projection.ndim != 4 or "input_size" not in weights.facts:
@@ -311,7 +316,7 @@ def recorded_grid(weights: ModelFile, patches: int) -> PatchGrid | None:
 
 
 def size_by_shapes(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name in `VIT_SIZES` that a vision transformer's tensors fit: patch side, width, number of blocks."""
+    """Return the name in `VIT_SIZES` with the patch side, width and number of blocks of these tensors."""
     patch = tensors.get("patch_embed.proj.weight")
     if patch is None or patch.ndim != 4:
         return None

@@ -79,7 +79,7 @@ def load_model(
 
 
 def _description(source: str | Path, opened: OpenedModel) -> str:
-    """Return one line about a model that was loaded; the line before it names the file and its format."""
+    """Return one line about a loaded model; the line before it in the log names the file and its format."""
     kind = {"autoencoder": "masked autoencoder", "classifier": "classifier", "detector": "object detector"}[opened.kind]
     if opened.kind == "autoencoder" and not opened.plan.has_decoder:
         kind = "encoder of a masked autoencoder (the decoder is untrained)"
@@ -166,12 +166,12 @@ def create_model(
 def _create_classifier(
     name: str, num_classes: int | None, pretrained: Pretrained, settings: dict[str, Any]
 ) -> Classifier:
-    """Build one of MAE's classifiers or timm's, with timm's weights (True) or those of a source."""
+    """Build a classifier of MAE or timm, with timm's weights (True) or those of a source."""
     if num_classes is None and pretrained is True and settings["in_chans"] == 3:
         return pretrained_timm(name, settings.get("img_size"))
     if num_classes is None:
         if name in VIT_SIZES:
-            raise ConfigError(f"{name} has no number of classes of its own: give num_classes.")
+            raise ConfigError(f"{name} has no default number of classes: give num_classes.")
         config: Any = timm.get_pretrained_cfg(name, allow_unregistered=True)
         num_classes = config.num_classes if config else 1000
     model = build_classifier(name, num_classes, pretrained=pretrained is True, **settings)
@@ -183,7 +183,7 @@ def _create_classifier(
 def _create_exported(
     name: str, num_classes: int | None, pretrained: Pretrained, size: ImageSize | None
 ) -> tuple[Classifier, Sequence[str] | None]:
-    """Build a model of ours whose file describes it, and return it with its classes."""
+    """Build a model from a file of this package, which describes it, and return it with its classes."""
     plan = plan_model(read_model_file(name))
     if num_classes is not None and num_classes != plan.num_classes:
         classifier = build_classifier(plan.name, num_classes, size or plan.img_size, global_pool=plan.global_pool)
@@ -247,7 +247,7 @@ def weights_source(name: str, pretrained: Pretrained) -> str | Path:
     if not isinstance(pretrained, bool):
         return pretrained
     if name not in released_weights():
-        raise CheckpointError(f"no weights are released as {name}: give a file or an output folder as `pretrained`.")
+        raise CheckpointError(f"there are no released weights {name}: give a file or an output folder as `pretrained`.")
     return name
 
 

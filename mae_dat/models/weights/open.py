@@ -1,7 +1,7 @@
 """Open a model by the name of released weights, a weights file or an output folder: `open_model(source).model`.
 
-The way is the same for every model: the source is read and recognized (`read_model_file`), what it records and its
-shapes say how to build the model (`plan_model`), and its tensors are loaded (`weights.load`).
+The steps are the same for every model: read and recognize the source (`read_model_file`), derive how to build the model
+from the recorded facts and the shapes (`plan_model`), build it, and load the tensors (`weights.load`).
 """
 
 import math
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What it takes to build a model; `build` builds it with fresh weights."""
+    """All settings needed to build a model; `build` builds it with fresh weights."""
 
     kind: Literal["autoencoder", "classifier", "detector"]
     name: str
@@ -43,7 +43,7 @@ class ModelPlan:
     std: tuple[float, ...] | None = None
     """Statistics that normalize pixels in [0, 1]; None for the model's default."""
     has_decoder: bool = False
-    """Whether the file holds an autoencoder's decoder; otherwise it is left as initialised."""
+    """Whether the file holds an autoencoder's decoder; otherwise it is left as initialized."""
     detector_settings: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `build_detector`."""
 
@@ -81,7 +81,7 @@ class OpenedModel:
     plan: ModelPlan
     file: ModelFile
     title: str
-    """What it was opened by, and its architecture: for titles and messages."""
+    """Its source and architecture, for titles and messages."""
 
     @property
     def kind(self) -> Literal["autoencoder", "classifier", "detector"]:
@@ -90,7 +90,7 @@ class OpenedModel:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the file records about itself, or the registry of released weights about it."""
+        """Facts recorded in the file or in the registry of released weights."""
         return self.file.facts
 
     @property
@@ -110,32 +110,34 @@ class OpenedModel:
     def classifier(self) -> Classifier:
         """Return the model if it is a classifier. Raises CheckpointError otherwise."""
         if self.kind == "autoencoder":
-            raise CheckpointError(f"{self.title} is a pretraining, which has no classes yet: fine-tune it first.")
+            raise CheckpointError(f"{self.title} is a masked autoencoder, which has no classes: fine-tune it first.")
         if self.kind == "detector":
-            raise CheckpointError(f"{self.title} is an object detector: give a classifier.")
+            raise CheckpointError(f"{self.title} is an object detector: use a classifier.")
         return self.model
 
     def autoencoder(self) -> MaskedAutoencoder:
         """Return the model if it can reconstruct images. Raises CheckpointError otherwise."""
         if self.kind != "autoencoder":
-            raise CheckpointError(f"{self.title} is a {self.kind} and reconstructs nothing: give a pretraining.")
+            raise CheckpointError(
+                f"{self.title} is a {self.kind}, which cannot reconstruct images: use a pretrained masked autoencoder."
+            )
         if not self.plan.has_decoder:
             raise CheckpointError(
-                f"{self.title} has no decoder, without which nothing is reconstructed: MAE's mae_pretrain_* files hold "
-                "the encoder alone. Give one with decoder, such as mae_visualize_vit_large.pth or a pretraining of "
-                "yours; the encoder's attention can be drawn."
+                f"{self.title} has no decoder, so it cannot reconstruct images: MAE's mae_pretrain_* files contain "
+                "only the encoder. Use a file with decoder, such as mae_visualize_vit_large.pth or your own pretraining; or "
+                "draw the encoder's attention."
             )
         return self.model
 
     def encoder(self) -> Classifier | MaskedAutoencoder:
         """Return the model if it computes features of whole images. Raises CheckpointError for a detector."""
         if self.kind == "detector":
-            raise CheckpointError(f"{self.title} is an object detector: give a classifier or a pretraining.")
+            raise CheckpointError(f"{self.title} is an object detector: use a classifier or masked autoencoder.")
         return self.model
 
 
 def classifier_size(model: Classifier) -> ImageSize:
-    """Return the height and width in pixels that timm's settings of a classifier say, or its patches."""
+    """Return the height and width in pixels of a classifier's images, from its patches or timm's settings."""
     img_size = getattr(getattr(model.net, "patch_embed", None), "img_size", None)
     height, width = img_size or resolve_model_data_config(model.net)["input_size"][-2:]
     return height, width
@@ -147,8 +149,8 @@ def open_model(
     """Open a model on the CPU, in evaluation mode, from the name of released weights, a file, a folder or tensors.
 
     `name` is the architecture, required if neither the file nor its shapes show it; `img_size` (height, width) replaces
-    the image size of the file. `flag` is the command-line flag that gave the source, for messages. An autoencoder's
-    decoder that the file does not hold is left as initialised.
+    the image size of the file. `flag` is the command-line flag that gave the source, for messages. If the file of an
+    autoencoder has no decoder, the decoder is left as initialized.
 
     Raises MissingInputError, ConfigError, CheckpointError, DownloadError.
     """
@@ -190,7 +192,7 @@ def plan_model(file: ModelFile, name: str | None = None) -> ModelPlan:
         name = f"mae_{name}"
     if is_pretraining != (name in MAE_MODELS):
         content = "a pretraining without classes" if is_pretraining else "a classifier"
-        raise CheckpointError(f"{file.source} is {content} ({file.format}), which {name} is not: give another --model.")
+        raise CheckpointError(f"{file.source} is {content} ({file.format}), but {name} is not: use another --model.")
     patch = file.tensors.get("patch_embed.proj.weight")
     mean, std = file.statistics or (None, None)
     return ModelPlan(
@@ -221,14 +223,14 @@ def _name_by_shapes(file: ModelFile) -> str:
     name = size_by_shapes(file.tensors)
     if name is None:
         raise CheckpointError(
-            f"{file.label} does not say which network it is, and its shapes are none of "
-            f"{', '.join(VIT_SIZES)}: give its name with --model, or timm's."
+            f"{file.label} does not record its architecture, and its shapes match none of "
+            f"{', '.join(VIT_SIZES)}: give the name with --model, such as that of a timm model."
         )
     if file.kind == "classifier" and "fc_norm.weight" not in file.tensors and file.statistics is None:
-        # MAE's and timm's files have the same keys and shapes, and do not say how they normalized pixels.
+        # MAE's and timm's files have the same keys and shapes, and do not record how pixels are normalized.
         raise CheckpointError(
-            f"{file.label} may be MAE's or timm's, which normalize pixels differently: give --model "
-            f"{name} (ImageNet's statistics: MAE, DeiT) or timm's name, such as vit_base_patch16_224 (its own)."
+            f"{file.label} may be from MAE or timm, which normalize pixels differently: give --model {name} for "
+            "ImageNet's statistics (MAE, DeiT), or a timm name such as vit_base_patch16_224 for timm's."
         )
     return name
 
@@ -252,14 +254,14 @@ def _size_by_shapes(file: ModelFile, required: bool) -> ImageSize | None:
         if not required:
             return None
         raise CheckpointError(
-            f"{file.source} was written for images that are not square ({patches} patches), and does not say for "
-            "which: build the model with its img_size, and load with source_grid."
+            f"{file.source} was written for images that are not square ({patches} patches), and does not record their "
+            "size: build the model with its img_size, and load the weights with source_grid."
         )
     return side * patch.shape[-2], side * patch.shape[-1]
 
 
 def _patch_grid(plan: ModelPlan, file: ModelFile) -> PatchGrid | None:
-    """Return the rows and columns of patches that the file's position embedding is for."""
+    """Return the rows and columns of patches of the file's position embedding."""
     patch = file.tensors.get("patch_embed.proj.weight")
     if plan.img_size is None or patch is None or "pos_embed" not in file.tensors:
         return None
@@ -267,10 +269,10 @@ def _patch_grid(plan: ModelPlan, file: ModelFile) -> PatchGrid | None:
 
 
 def _head_weight(name: str, file: ModelFile) -> str:
-    """Return the key of the weights that have a row for each class. Raises CheckpointError if there are none."""
+    """Return the key of the head's weights (classes, D). Raises CheckpointError if there are none."""
     pretrained_cfg: Any = None if name in VIT_SIZES else timm.get_pretrained_cfg(name, allow_unregistered=True)
     head = getattr(pretrained_cfg, "classifier", None) or "head"
     key = f"{head if isinstance(head, str) else head[0]}.weight"
     if key not in file.tensors:
-        raise CheckpointError(f"{file.source} has no classification head ({key}): fine-tune from it first.")
+        raise CheckpointError(f"{file.source} has no classification head ({key}): fine-tune it first.")
     return key

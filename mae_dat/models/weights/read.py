@@ -1,6 +1,6 @@
-"""From a name, file or folder to verified tensors and the facts recorded with them.
+"""Read verified tensors, and the facts recorded with them, from a name, file or folder.
 
-Every model takes this way: opened for evaluation, loaded to start fine-tuning, converted, or loaded by torch.hub.
+Evaluation, fine-tuning, conversion and torch.hub all read models here.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from mae_dat.storage.released import local_path, released_weights
 from mae_dat.storage.weight_files import WEIGHTS_FILE, WeightsFile, extract_weights, read_weights, verify_card
 
 ModelSource = str | Path | Mapping[str, Any] | ModelFile
-"""A weights file, an output folder, the name of released weights, a state dict, or what was read from one of them."""
+"""A weights file, an output folder, the name of released weights, a state dict, or a `ModelFile` read from these."""
 
 _WORD_HEAD = "decoder_words."
 
@@ -49,13 +49,12 @@ def read_model_file(source: ModelSource) -> ModelFile:
             verify_card(path)
             file = read_weights(path)
             facts = file.facts or (entry.facts if entry else {})
-    # The word head belongs to a pretraining and its tokenizer; nothing that is loaded from it has one.
+    # The word head is used only by the pretraining with its tokenizer; models loaded from the file have none.
     tensors = {key: tensor for key, tensor in file.tensors.items() if not key.startswith(_WORD_HEAD)}
     model_file = recognize(file._replace(tensors=fused_head(main_norms(tensors))), facts, is_ours)
     if model_file.kind == "tokenizer":
         raise CheckpointError(
-            f"{file.source} is a tokenizer ({model_file.format}): give it as --tokenizer, "
-            "or open it with mae_dat.load_tokenizer."
+            f"{file.source} is a tokenizer ({model_file.format}): use it with --tokenizer or mae_dat.load_tokenizer."
         )
     return model_file
 
@@ -64,14 +63,14 @@ def _read_newest_checkpoint(folder: Path) -> tuple[WeightsFile, dict[str, Any]]:
     """Read the model of a run that has not exported one yet, and the run's settings."""
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
-        raise MissingInputError(f"{folder} holds neither {WEIGHTS_FILE} nor a valid checkpoint-*.pth.")
+        raise MissingInputError(f"{folder} contains neither {WEIGHTS_FILE} nor a valid checkpoint-*.pth.")
     weights = extract_weights(checkpoint.load(), str(checkpoint.path))
     return weights, dict(checkpoint.manifest.get("settings", {}))
 
 
 @contextlib.contextmanager
 def errors_name_flag(flag: str | None) -> Iterator[None]:
-    """Put the flag that named a file, such as `--finetune`, in front of the message of a CheckpointError."""
+    """Prefix the message of a CheckpointError with the flag that named the file, such as `--finetune`."""
     try:
         yield
     except CheckpointError as error:

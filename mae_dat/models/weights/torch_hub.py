@@ -1,9 +1,9 @@
-"""The models of `torch.hub`: one function for each name, with released weights or those of a file.
+"""The models of `torch.hub`: one function for each name, with released weights or the weights of a file.
 
     model = torch.hub.load(REPOSITORY, "mae_dat_demo", pretrained=True, trust_repo=True)
     model = torch.hub.load("FOLDER", "mae_dat_demo", pretrained=True, source="local")   # no network
 
-`pretrained` is False (fresh weights), True (the released ones, downloaded once, hashed on every load) or the path of a
+`pretrained` is False (fresh weights), True (released weights, downloaded once, verified on every load) or the path of a
 weights file in any format of `docs/reference/formats.md`. Further arguments go to the constructor. Images are (B, 3, H,
 W) with pixels in [0, 1]: every model normalizes them itself. Models are returned in evaluation mode.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mae_dat.storage.released import released_weights
 
-if TYPE_CHECKING:  # torch.hub.list and help need not wait for torch
+if TYPE_CHECKING:  # so that torch.hub.list and torch.hub.help do not wait for torch
     from mae_dat.models.classifier import Classifier
     from mae_dat.models.mae import MaskedAutoencoder
     from mae_dat.models.tokenizer import VisualTokenizer
@@ -45,7 +45,7 @@ def mae_vit_base_patch16(pretrained: Pretrained = False, decoder: bool = True, *
     """Masked autoencoder ViT-B/16, 112 M parameters with its decoder: model(image, mask_ratio, noise) -> patches, mask.
 
     Released weights: MAE's pretraining with decoder (1600 epochs, predicts normalized pixels; CC-BY-NC-4.0, not for
-    commercial use). MAE's better known mae_pretrain_vit_base.pth holds the encoder alone: load such a file with
+    commercial use). MAE's better known mae_pretrain_vit_base.pth contains only the encoder: load it with
     decoder=False, which leaves the decoder as initialized. `settings`: img_size, in_chans, mean, std, ...
     """
     return _autoencoder("mae_vit_base_patch16", pretrained, decoder, settings)
@@ -67,7 +67,7 @@ def mae_vit_huge_patch14(pretrained: Pretrained = False, decoder: bool = True, *
 def vit_base_patch16(pretrained: Pretrained = False, **settings: Any) -> Classifier:
     """ViT-B/16 classifier of pixels in [0, 1]: logits (B, 1000). Released: MAE fine-tuned, 83.7 % top-1 (CC-BY-NC-4.0).
 
-    `settings`: img_size, drop_path, in_chans, and num_classes, which starts a new head where it is given.
+    `settings`: img_size, drop_path, in_chans, and num_classes (if given, the head is new).
     """
     return _classifier("vit_base_patch16", pretrained, settings)
 
@@ -91,7 +91,7 @@ def vit_huge_patch14(pretrained: Pretrained = False, **settings: Any) -> Classif
 def resnet50_dat(pretrained: Pretrained = False, **settings: Any) -> Classifier:
     """ResNet50 classifier of pixels in [0, 1]: logits (B, 1000). Released: trained with DAT, 76.5 % top-1, 74.16 mCE.
 
-    `settings`: num_classes (starts a new head where it is given), in_chans, drop_path.
+    `settings`: num_classes (if given, the head is new), in_chans, drop_path.
     """
     return _classifier("resnet50_dat", pretrained, settings)
 
@@ -145,7 +145,7 @@ def vqgan_f16_1024(pretrained: Pretrained = False) -> VisualTokenizer:
 
 
 def vqgan_demo(pretrained: Pretrained = False) -> VisualTokenizer:
-    """The project's own light tokenizer for 64 px, factor 4, 512 words, 0.5 M parameters; shipped.
+    """The project's own light tokenizer for 64 px, factor 4, 512 words, 0.5 M parameters; included.
 
     encode(image) -> words (B, H/4, W/4), decode(words) -> image, both with pixels in [0, 1].
     """

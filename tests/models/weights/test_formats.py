@@ -89,7 +89,7 @@ def test_statistics_that_differ_are_refused_and_named() -> None:
     model = imagenet()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for load in (load_classifier, load_pretrained):
-        with pytest.raises(CheckpointError, match=r"mean \(0\.5, 0\.5, 0\.5\).*normalizes otherwise.*--model"):
+        with pytest.raises(CheckpointError, match=r"mean \(0\.5, 0\.5, 0\.5\).*normalizes differently.*--model"):
             load(model, easyrobust(fine_tuned(), (0.5, 0.5, 0.5)))
     assert equal_states(model.state_dict(), before)
     load_classifier(tiny(mean=0.5), {**easyrobust(fine_tuned(), (0.5, 0.5, 0.5)), "0.std": torch.full((3,), 0.5)})
@@ -256,7 +256,7 @@ def bad_file(kind: str, folder: Path) -> Path:
         ("hostile", "cannot be read"),
         ("larger", "does not fit"),
         ("resnet", "does not fit"),
-        ("vqgan", r"is a tokenizer \(VQGAN\): give it as --tokenizer"),
+        ("vqgan", r"is a tokenizer \(VQGAN\): use it with --tokenizer"),
         ("light", r"is a tokenizer \(light tokenizer\)"),
     ],
 )
@@ -281,7 +281,7 @@ def test_a_refused_file_runs_nothing_and_changes_nothing(tmp_path: Path, kind: s
 
 
 def test_a_classifier_is_no_pretraining() -> None:
-    with pytest.raises(CheckpointError, match=r"is a classifier \(MAE fine-tuned.*no pretraining"):
+    with pytest.raises(CheckpointError, match=r"is a classifier \(MAE fine-tuned.*not a masked autoencoder"):
         load_autoencoder(tiny_mae(), tiny().net.state_dict(), decoder=False)
 
 

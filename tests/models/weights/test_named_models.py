@@ -66,7 +66,7 @@ def test_another_input_size_and_architecture_can_be_given(tmp_path: Path) -> Non
     assert load_model("mae_dat_demo", input_size=(32, 48)).input_size == (32, 48)
     net = timm.create_model("test_resnet", num_classes=7)
     torch.save(net.state_dict(), tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match="does not say which network it is"):
+    with pytest.raises(CheckpointError, match="does not record its architecture"):
         load_model(tmp_path / "net.pth")
     opened = load_model(tmp_path / "net.pth", model="test_resnet")
     assert opened.classes is None
@@ -132,7 +132,7 @@ def test_wrong_names_and_settings_raise_an_error() -> None:
         create_model("vqgan_demo")
     with pytest.raises(ConfigError, match="object detector: give num_classes"):
         create_model("fasterrcnn_mobilenet_v3_large_320_fpn")
-    with pytest.raises(CheckpointError, match="no weights are released as mae_vit_demo_patch8"):
+    with pytest.raises(CheckpointError, match="no released weights mae_vit_demo_patch8"):
         create_model("mae_vit_demo_patch8", pretrained=True)
 
 
