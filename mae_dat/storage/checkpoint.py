@@ -61,7 +61,7 @@ class Saver:
         self._cancelled = threading.Event()
 
     def save(self, step: int, state: Mapping[str, Any], copy_immediately: Iterable[Tensor] = (), **facts: Any) -> None:
-        """Start to write a checkpoint of `state` as it is now; `facts` are stored in the manifest.
+        """Start to write a checkpoint of the current `state`; `facts` are stored in the manifest.
 
         `copy_immediately` are the tensors that a forward pass may change (`model.buffers()`): they are copied before
         `save` returns. The others must not change before `before_change` has returned. Waits for the previous save
@@ -72,13 +72,13 @@ class Saver:
         self._written = self._thread.submit(self._write, self._snapshot, step, facts)
 
     def before_change(self) -> None:
-        """Wait until weights and optimizer may change; to be called before every update."""
+        """Wait until weights and optimizer may change. Call it before every update."""
         if self._snapshot:
             self._snapshot.wait()
             self._snapshot = None
 
     def check(self) -> None:
-        """Raise the StorageError of a save that failed, without waiting; to be called at every step."""
+        """Raise the StorageError of a failed save, without waiting. Call it at every step."""
         if self._written and self._written.done():
             self.wait()
 
@@ -108,7 +108,7 @@ class Saver:
 
     def _may_write(self) -> None:
         if self._cancelled.is_set():
-            raise StorageError(f"writing the checkpoint in {self.folder} was cancelled.")
+            raise StorageError(f"writing the checkpoint in {self.folder} was canceled.")
         if self.guard:
             self.guard()
 
@@ -126,7 +126,7 @@ class Saver:
         self._may_write()
         with atomic_write(path, size) as file:
             hashing = _HashingWriter(file, self._cancelled)
-            torch.save(state, hashing)  # type: ignore[arg-type] # it uses nothing but write and flush
+            torch.save(state, hashing)  # type: ignore[arg-type] # it uses only write and flush
         facts = {
             "version": FORMAT_VERSION,
             "step": step,
@@ -148,10 +148,10 @@ class Saver:
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep_newest: int = 2, **facts: Any) -> Path:
-    """Write one checkpoint, without a training loop, and return its path when it is on disk.
+    """Write one checkpoint, wait until it is on disk, and return its path.
 
-    It is for scripts, tests and benchmarks: a training writes its checkpoints in the background (`Saver`). The
-    arguments are those of `Saver` and `Saver.save`. Raises StorageError.
+    For scripts, tests and benchmarks; a training writes its checkpoints in the background (`Saver`). The arguments are
+    those of `Saver` and `Saver.save`. Raises StorageError.
     """
     with contextlib.closing(Saver(folder, keep_newest)) as saver:
         saver.save(step, state, **facts)
@@ -165,9 +165,9 @@ class _HashingWriter:
         self.file, self.cancelled, self.digest, self.size = file, cancelled, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
-        """Append to the file. Raises StorageError once the checkpoint is cancelled."""
+        """Append to the file. Raises StorageError if the checkpoint was canceled."""
         if self.cancelled.is_set():
-            raise StorageError("writing the checkpoint was cancelled.")
+            raise StorageError("writing the checkpoint was canceled.")
         self.digest.update(data)
         self.size += len(data)
         return self.file.write(data)
@@ -180,8 +180,8 @@ class _HashingWriter:
 def _delete_old(folder: Path, step: int, keep_newest: int) -> None:
     """Delete the checkpoints up to this step that a Saver does not keep.
 
-    Checkpoints of later steps stay: a run that has resumed before them found them damaged, and they must not count
-    among the newest `keep_newest` instead of valid ones.
+    Checkpoints of later steps are ignored: they are damaged, because the run resumed from an earlier one, and must not
+    count among the newest `keep_newest`.
     """
     manifests = [path for path in _manifests(folder) if _step_of(path) <= step]
     facts = {path: _read_facts(path) for path in manifests}
@@ -194,7 +194,7 @@ def _delete_old(folder: Path, step: int, keep_newest: int) -> None:
 
 
 def _manifest_text(facts: Mapping[str, Any]) -> bytes:
-    """Return the text of a manifest with a checksum of its own, so that no change of it goes unnoticed."""
+    """Return the text of a manifest with its own checksum, so that any change of it is detected."""
     check = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return json.dumps({**facts, "check": check}, indent=1).encode()
 
@@ -208,9 +208,9 @@ def _read_facts(manifest_path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Find the newest valid checkpoint in `folder`; None without one. Damaged ones are logged and skipped."""
+    """Return the newest valid checkpoint in `folder`, None if there is none; log and skip damaged ones."""
     invalid: set[Path] = set()
-    # Look again while there are new ones: a run that is writing may delete the newest one before it is read here.
+    # List the folder again while there are new ones: a running job may delete the newest one before it is read here.
     while manifests := [path for path in _manifests(folder) if path not in invalid]:
         for manifest_path in manifests:
             try:
@@ -229,7 +229,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
-            raise MissingInputError(f"no valid checkpoint-*.pth in {path}.")
+            raise MissingInputError(f"no valid checkpoint-*.pth in {path}: give the output folder of a run.")
         return checkpoint
     if not path.is_file():
         raise MissingInputError(f"no such checkpoint: {path}")
@@ -252,15 +252,15 @@ def verify_checkpoint(manifest_path: Path) -> Checkpoint:
         raise CheckpointError(f"the manifest {manifest_path} is damaged ({error}).") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {version}; this version of mae_dat reads up to {FORMAT_VERSION}: update mae_dat."
+            f"{path} has format {version}, but this version of mae_dat reads up to {FORMAT_VERSION}: update mae_dat."
         )
     if _NAME.fullmatch(manifest_path.name) and step != _step_of(manifest_path):
-        raise CheckpointError(f"{manifest_path} is of step {step}, so it belongs to another checkpoint.")
+        raise CheckpointError(f"{manifest_path} records step {step}, so it belongs to another checkpoint.")
     check = manifest.pop("check", None)
     if (check or version == FORMAT_VERSION) and text != _manifest_text(manifest):
         raise CheckpointError(f"the manifest {manifest_path} is damaged (its content does not match its checksum).")
     if not _has_digest(path, digest):
-        raise CheckpointError(f"{path} is damaged or missing: its sha256 is not that of the manifest.")
+        raise CheckpointError(f"{path} is damaged or missing: its sha256 differs from the one in the manifest.")
     return Checkpoint(path, step, manifest)
 
 
@@ -273,9 +273,9 @@ def _has_digest(path: Path, digest: str) -> bool:
 
 
 def delete_unfinished(folder: Path) -> None:
-    """Delete what a killed run left behind: temporary files, and checkpoints without a manifest.
+    """Delete the temporary files and the checkpoints without a manifest that a killed run has left.
 
-    To be called only while no other run writes to the folder.
+    Call it only while no other run writes to the folder.
     """
     unfinished = [
         path

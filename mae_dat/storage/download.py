@@ -21,7 +21,7 @@ from mae_dat.storage.files import storage_error
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4
-"""Number of connections in a row without new data after which a URL has failed."""
+"""Number of consecutive connections without new data after which a URL has failed."""
 RETRY_PAUSE_SECONDS = 1.0
 TIMEOUT_SECONDS = 30.0
 REPORT_SECONDS = 10.0
@@ -39,10 +39,10 @@ class _ConnectionLostError(UrlFailedError):
 
 
 def download(url: str, partial: Path, name: str) -> None:
-    """Download `url` to the file `partial`; a file beside it (`.note`) records how a later call can resume.
+    """Download `url` to the file `partial`; a file next to it (`.note`) records how a later call can resume.
 
-    `name` is shown in the progress. Raises UrlFailedError, and StorageError when the disk is full; the data received so
-    far is kept in both cases.
+    `name` is shown in the progress. Raises UrlFailedError, and StorageError if the disk is full; in both cases the data
+    received so far is kept.
     """
     attempts, previous_size = 0, 0
     while True:
@@ -61,7 +61,7 @@ def download(url: str, partial: Path, name: str) -> None:
 
 
 def _download_rest(url: str, partial: Path, name: str) -> None:
-    """Download in one connection: append to the partial file if the server's file is unchanged, or else start again."""
+    """Download in one connection: append to the partial file if the server's file is unchanged, else start again."""
     note = partial.with_suffix(".note")
     size, version = _read_note(partial, note, url)
     # Some servers compress the transfer, and a range of compressed data could not be appended.
@@ -113,7 +113,7 @@ class _NoDowngrade(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         """Follow a redirect as the base class does. Raises UrlFailedError for one from https to anything else."""
         if not newurl.startswith("https://") and not (req.full_url.startswith("http://") and newurl.startswith("http")):
-            raise UrlFailedError(f"refused a redirect to {newurl}")
+            raise UrlFailedError(f"rejected a redirect from https to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -123,7 +123,7 @@ def _read_note(partial: Path, note: Path, url: str) -> tuple[int, str]:
         content: dict[str, Any] = json.loads(note.read_text())
         can_resume = content["url"] == url and content["version"]
         return (partial.stat().st_size, content["version"]) if can_resume else (0, "")
-    except (OSError, ValueError, KeyError, TypeError):  # no note, or a torn one: the version is not known
+    except (OSError, ValueError, KeyError, TypeError):  # no note, or an incomplete one: the version is unknown
         return 0, ""
 
 

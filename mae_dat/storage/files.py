@@ -1,4 +1,4 @@
-"""Atomic writing, checksums, and a test that an output folder can be written, before hours are spent on a run."""
+"""Atomic writing, checksums, and a check before a run starts that its output folder is writable."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ _DISK_FULL = {
 
 
 def home_folder() -> Path:
-    """Return the folder of downloads and caches: $MAE_DAT_HOME, or ~/.cache/mae_dat where it is not set."""
+    """Return the folder of downloads and caches: $MAE_DAT_HOME, or ~/.cache/mae_dat if it is not set."""
     return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".cache" / "mae_dat")
 
 
@@ -35,9 +35,9 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, need: int = 0) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success it is synced to disk and replaces `path`, else it is removed.
+    """Open a temporary file next to `path`; on success it is synced to disk and replaces `path`, else it is removed.
 
-    Readers see either the old content or the new, never a part of it; a previous file survives a full disk and a kill
+    Readers see either the old content or the new, never a part of it; an existing file survives a full disk and a kill
     at any time. `need` is the number of bytes that will be written, if known: if they do not fit, nothing is written.
     Raises StorageError, with path, needed and free bytes, for a full disk and any other failed write.
     """
@@ -66,7 +66,7 @@ def atomic_write(path: Path, need: int = 0) -> Iterator[BinaryIO]:
 
 
 def is_web_page(start: bytes) -> bool:
-    """Return whether a file that begins with `start` is a web page, as failed downloads leave behind."""
+    """Return whether a file that begins with `start` is a web page, a frequent result of a failed download."""
     return _WEB_PAGE.match(start) is not None
 
 
@@ -80,7 +80,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write_fault(error: BaseException) -> Exception | None:
-    """Return the failed write behind an error, None if there is none: `torch.save` hides it in a RuntimeError."""
+    """Return the failed write that caused an error, or None: `torch.save` wraps it in a RuntimeError."""
     if isinstance(error, OSError):
         return error
     if not isinstance(error, RuntimeError):
@@ -110,7 +110,7 @@ def prepare_output_folder(folder: Path, instead: str = "another with --output_di
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A name as long as our longest: a path near the length limit may have no room for it.
+        # A name as long as our longest one, to detect a path that is too long for the system.
         handle, name = tempfile.mkstemp(prefix=".checkpoint-00000000.pth.probe.", suffix=".tmp", dir=folder)
         with open(handle, "wb") as probe:
             probe.write(b"mae_dat")
@@ -125,7 +125,7 @@ def prepare_output_folder(folder: Path, instead: str = "another with --output_di
 
 
 def require_file(path: Path, what: str, error: type[UserError] = MissingInputError) -> Path:
-    """Return `path` if it is a file; otherwise raise `error`, whose message begins with `what` the file is for."""
+    """Return `path` if it is a file; otherwise raise `error`, with a message that begins with `what`, its purpose."""
     if path.is_dir():
         raise error(f"{what}: {path} is a folder, not a file.")
     if not path.is_file():

@@ -1,6 +1,6 @@
 """Copies of a training state in host memory that delay training as little as possible.
 
-Small tensors are copied at once, large ones by another thread while the next forward and backward pass run:
+Small tensors are copied immediately, large ones by another thread during the next forward and backward pass:
 
     training thread    Snapshot(state) | forward, backward | wait() | optimizer step
     writing thread                     | copy_large() | torch.save(content) ... | release()
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 20
-"""Size in bytes from which a storage is copied by the other thread."""
+"""Size in bytes from which the other thread copies a storage."""
 
 
 class HostBuffers:
@@ -46,7 +46,7 @@ class _Copy(NamedTuple):
 
 
 class Snapshot:
-    """A copy of `state` (dictionaries and lists of tensors, numbers and strings) as it is now, in host memory.
+    """A copy of the current `state` (dictionaries and lists of tensors, numbers and strings) in host memory.
 
     `content` is complete after `copy_large`, which is called by another thread; `wait` blocks until the state may
     change. Tensors that share memory share it in the copy too, so that `torch.save` writes the same bytes for both.
@@ -63,7 +63,7 @@ class Snapshot:
         tensors = [tensor for tensor in _tensors(state) if _is_plain(tensor)]
         self._device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         memo: dict[int, Any] = {id(tensor): self._copy_of(tensor, immediate_keys) for tensor in tensors}
-        # torch counts the changes of a tensor in `_version` (not in inference mode): they must not happen too early.
+        # torch counts the changes of a tensor in `_version` (not in inference mode), which reveals a too early change.
         self._versions = [
             (tensor, tensor._version)
             for tensor in tensors

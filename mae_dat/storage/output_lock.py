@@ -1,10 +1,11 @@
-"""One run at a time in an output folder, and an end to restarts without progress. Nothing here needs torch.
+"""The lock of an output folder (one run at a time), and a limit on restarts without progress. Needs no torch.
 
-The right to write is a POSIX lock on one byte of a lock file that nobody else opens. It ends with the process, however
-that ends, and not before, whatever child processes it has left; it works across the nodes of a cluster. A job that the
-scheduler has restarted elsewhere, while its previous start is still on a node that was cut off, locks the next byte.
-lease.json records which byte counts and, for the messages of other runs, which run is the owner. On a file system
-without locks, the owner touches lease.json every few seconds instead.
+A run owns a folder while it holds a POSIX lock on one byte of a lock file, which no other code opens. The system
+releases the lock when the process ends, in whatever way, even if child processes survive; the lock works across the
+nodes of a cluster. The previous start of a job may still hold it on a node that lost its network. If the scheduler has
+restarted the job elsewhere, the new start locks the next byte. lease.json records the byte that counts and, for the
+messages of other runs, the owner. On a file system without locks, the owner touches lease.json every few seconds
+instead.
 
 `record_start` counts the restarts of a job in attempts.json and ends a job that is restarted without a new step.
 """
@@ -30,15 +31,15 @@ from mae_dat.storage.files import atomic_write, storage_error
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
-"""Interval at which the owner touches lease.json where the file system has no locks."""
+"""Interval at which the owner touches lease.json if the file system has no locks."""
 MISSED_BEATS = 3
 """Number of missing touches after which a folder is free."""
 _LOCKED_ERRORS = {errno.EACCES, errno.EAGAIN}
 _NO_LOCK_ERRORS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_GATE = 0  # this byte is locked while lease.json is read or written; the bytes above it stand for the right to write
+_GATE = 0  # this byte is locked while lease.json is read or written; a lock on a later byte is the right to write
 _RESTARTS_FILE = "attempts.json"
-_MAX_STUCK_RESTARTS = 3  # restarts in a row without a new step, after which a job ends itself
-# (process, folder): POSIX locks do not keep out the process that has them, so its own locks are listed here.
+_MAX_STUCK_RESTARTS = 3  # consecutive restarts without a new step, after which a job ends itself
+# (process, folder): a process can take its own POSIX locks again, so its own locks are listed here.
 _locked_here: set[tuple[int, Path]] = set()
 
 
@@ -59,7 +60,7 @@ class Restarts(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read the counters; those that are missing or no numbers are 0."""
+        """Read the counters; a missing or invalid one is 0."""
         names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "MAE_DAT_RESTARTS")
         values = [os.environ.get(name, "") for name in names]
         slurm, elastic, loop = (int(value) if value.isdecimal() else 0 for value in values)
@@ -68,10 +69,10 @@ class Restarts(NamedTuple):
 
 
 def record_start(folder: Path, step: int) -> None:
-    """Record in attempts.json that training starts at `step`; for rank 0, when the step to resume at is known.
+    """Record in attempts.json that training starts at `step`. Call it on rank 0 once the step to resume at is known.
 
-    Raises NoProgressError when a scheduler has restarted the same job three times and no start got further than the one
-    before it. A start by a person (a new job, or the same command without a scheduler) begins a new count.
+    Raises NoProgressError if a scheduler has restarted the same job three times and no start got further than the
+    previous one. A start by a person (a new job, or the same command without a scheduler) resets the count.
     """
     restarts, previous = Restarts.from_environment(), read_json(folder / _RESTARTS_FILE)
     stuck = 0
@@ -83,9 +84,9 @@ def record_start(folder: Path, step: int) -> None:
     if stuck >= _MAX_STUCK_RESTARTS:
         job = f"job {restarts.job}" if restarts.job else "this run"
         raise NoProgressError(
-            f"{job} was started again {stuck} times and is still at step {step}, so it stops here. Find out from its "
-            "logs why it ended each time and fix the cause; then start it by hand (it resumes from "
-            f"{folder}, nothing in it is lost). If it was stopped before it could save, lower --save_minutes."
+            f"{job} was restarted {stuck} times and is still at step {step}, so it stops here. Read its logs and fix "
+            f"the cause; then run the same command again by hand: it resumes from {folder}, nothing is lost. If the job "
+            "was stopped before it could save, lower --save_minutes."
         )
 
 
@@ -118,19 +119,19 @@ class OutputLock:
         }
 
     def check(self) -> None:
-        """Raise OutputError if another run has taken the folder over; to be called before every write."""
+        """Raise OutputError if another run has taken over the folder. Call it before every write."""
         if not self._is_owner():
             raise OutputError(
-                f"{self.folder} was taken over by {_describe(read_json(self.file))}: this run, "
-                f"{_describe(self.record)}, stops and writes nothing more."
+                f"{self.folder} was taken over by {_describe(read_json(self.file))}: this run "
+                f"({_describe(self.record)}) stops without writing anything more."
             )
 
     def _is_owner(self) -> bool:
-        """Return whether lease.json names this run; if the file was deleted, no other run has taken over."""
+        """Return whether this run owns the folder: lease.json names it, or was deleted."""
         return bool(read_json(self.file).get("token", self.record["token"]) == self.record["token"])
 
     def _is_restart_of(self, owner: dict[str, Any]) -> bool:
-        """Return whether this process is a later start of the owner's job: the scheduler has given the owner up."""
+        """Return whether this process is a later start of the owner's job, so that the scheduler gave up the owner."""
         job, restarts = self.record["job"], self.record["restarts"]
         return bool(job and job == owner.get("job") and restarts > owner.get("restarts", restarts))
 
@@ -152,14 +153,14 @@ class OutputLock:
                 file.write(self._content())
 
     def _unlock(self, lock: int) -> None:
-        # The number of a byte other than the first must outlive this run: the first may still be locked somewhere.
+        # Keep the record of a byte other than the first: another node may still hold the lock on the first one.
         if self.record["byte"] == _GATE + 1:
             with contextlib.suppress(_LockedError, OSError), _gate(lock):
                 if self._is_owner():
                     self.file.unlink(missing_ok=True)
 
     def _create_file(self, take_over: bool) -> None:
-        """Do the same without locks: the run that creates lease.json has the folder. Raises _LockedError."""
+        """Do the same without locks: the run that creates lease.json owns the folder. Raises _LockedError."""
         owner = read_json(self.file)
         if self.file.exists():
             if self._age() < MISSED_BEATS * BEAT_SECONDS and not (take_over and self._is_restart_of(owner)):
@@ -171,13 +172,13 @@ class OutputLock:
                 file.write(self._content())
         except FileExistsError as error:
             raise _LockedError from error
-        # Another run may have moved this file away instead of the old one: give it the time to move it back.
+        # Another run may have moved this file away instead of the old one: wait until it has moved it back.
         time.sleep(min(BEAT_SECONDS, 0.5))
         if read_json(self.file).get("token") != self.record["token"]:
             raise _LockedError
 
     def _remove_file_of(self, owner: dict[str, Any]) -> None:
-        """Remove the owner's lease.json, and no other that has replaced it meanwhile. Raises _LockedError."""
+        """Remove the owner's lease.json, unless another one has replaced it meanwhile. Raises _LockedError."""
         moved = self.file.with_name(f".lease.{self.record['token']}.tmp")
         try:
             self.file.rename(moved)
@@ -205,10 +206,10 @@ class OutputLock:
 
 @contextlib.contextmanager
 def lock_output_folder(folder: Path, grace: float = 10.0) -> Iterator[OutputLock]:
-    """Keep other runs out of an existing `folder` while the block runs; for rank 0 only.
+    """Lock an existing `folder` against other runs inside the block; for rank 0 only.
 
     Waits `grace` seconds for a run that is about to end; after that, a job that SLURM has restarted takes over from its
-    previous start. Raises OutputError, naming the owner, if another run has the folder, and StorageError.
+    previous start. Raises OutputError with the owner if another run has the folder, and StorageError.
     """
     lock, key = OutputLock(folder), (os.getpid(), folder.resolve())
     if key in _locked_here:
@@ -288,7 +289,7 @@ def _retry(output_lock: OutputLock, acquire: Callable[[bool], None], grace: floa
 
 @contextlib.contextmanager
 def _gate(lock: int, patience: float = 5.0) -> Iterator[None]:
-    """Let one process at a time through. Raises _LockedError if another process stays in it for `patience` seconds."""
+    """Admit one process at a time. Raises _LockedError if another process is inside for `patience` seconds."""
     deadline = time.monotonic() + patience
     while not _lock_byte(lock, _GATE):
         if time.monotonic() > deadline:

@@ -1,9 +1,9 @@
 """Released weights: the list of them, where they are on this machine, and their verified download.
 
-The list is `released_weights.yaml`. `fetch` returns a file whose SHA-256 it has just computed and compared. The
-expected hash comes from the list or, where nobody publishes one, from the first time that the file was seen on this
-machine: it is recorded in the file's card (`FILE.json` in place of the suffix). No file is read as weights before that.
-One process downloads a file while the others wait, and the file gets its name only when it is complete and verified.
+The list is `released_weights.yaml`. `fetch` computes the SHA-256 of a file and compares it before the file is read as
+weights. The expected hash comes from the list. If no hash is published, it is recorded when the file is first used on
+this machine, in the card of the file (suffix `.json`). One process downloads a file while the others wait, and the file
+gets its name only when it is complete and verified.
 
 Importing this module does not import torch.
 """
@@ -50,17 +50,17 @@ class ReleasedWeights:
 
     name: str
     what: str
-    """One line for the list."""
+    """Description in one line, for `mae-dat list`."""
     kind: Literal["mae", "classifier", "tokenizer", "export"]
     """export: a file written by this package, whose metadata describes the model."""
     model: str
     """Name of the model for `build_mae` or `build_classifier`, or a key of `VQGAN_PRESETS`."""
     file: str
-    """File name in the weights folder and in mirrors (the publisher's, where it says enough); for embedded weights the
+    """File name in the weights folder and in mirrors (the publisher's if it is descriptive); for embedded weights the
     path inside the package."""
     licence: str
     origin: str
-    """Where it is published and described."""
+    """Address of the page that publishes and describes it."""
     urls: tuple[str, ...] = ()
     sha256: str | None = None
     md5: str | None = None
@@ -107,7 +107,7 @@ def _parse_entry(name: str, fields: dict[str, Any]) -> ReleasedWeights:
 
 
 def find_released(name: str) -> ReleasedWeights:
-    """Return the released weights of this name. Raises ConfigError with the closest names where there are none."""
+    """Return the released weights of this name. Raises ConfigError with the closest names if there are none."""
     try:
         return released_weights()[name]
     except KeyError:
@@ -178,7 +178,7 @@ def _create_weights_folder(folder: Path) -> None:
     except OutputError as error:
         cause = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
         raise OutputError(
-            f"cannot write to the folder of weights {folder}: {cause}. Set {HOME_VARIABLE} to another folder."
+            f"cannot write to the weights folder {folder}: {cause}. Set {HOME_VARIABLE} to another folder."
         ) from error
 
 
@@ -205,7 +205,7 @@ def _verify_file(entry: ReleasedWeights, path: Path, downloaded: bool = True) ->
         if downloaded:
             advice = f" and was renamed to {_rename_bad(path, path)}. Run the command again to download it again"
         raise CheckpointError(
-            f"{path} is not what it should be: its sha256 is {actual}, {source} says {expected}. It was not "
+            f"{path} has the wrong content: its sha256 is {actual}, but {source} records {expected}. It was not "
             f"loaded{advice}."
         )
     return path
@@ -244,7 +244,7 @@ def _write_card(card: Path, entry: ReleasedWeights, *, sha256: str, size: int, u
 
 def _warn_of_first_use(entry: ReleasedWeights, sha256: str, card: Path) -> None:
     logger.warning(
-        "%s: nobody publishes a sha256. That of this file, %s, is recorded in %s and checked from now on.",
+        "%s: no sha256 is published. The sha256 of this file, %s, is recorded in %s and checked from now on.",
         entry.name,
         sha256,
         card,
@@ -252,7 +252,7 @@ def _warn_of_first_use(entry: ReleasedWeights, sha256: str, card: Path) -> None:
 
 
 def _rename_bad(bad: Path, path: Path) -> Path:
-    """Rename a file that failed the checks to PATH.bad, so that it can be inspected but is never loaded."""
+    """Rename a file that failed the checks to PATH.bad, for inspection; it is never loaded."""
     renamed = path.with_name(f"{path.name}.bad")
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         bad.replace(renamed)
@@ -260,7 +260,7 @@ def _rename_bad(bad: Path, path: Path) -> Path:
 
 
 def _find_fault(entry: ReleasedWeights, path: Path) -> str:
-    """Describe what a file is instead of these weights; empty if it looks like them."""
+    """Describe what is wrong with a file; empty if it looks like these weights."""
     with path.open("rb") as file:
         start = file.read(64)
     size = path.stat().st_size
@@ -308,14 +308,14 @@ def _download_from_any_url(entry: ReleasedWeights, path: Path, trust: bool) -> N
     card = path.with_suffix(".json")
     expected, source = _expected_sha256(entry, card)
     size = f" ({entry.size / 1e6:,.0f} MB)" if entry.size else ""
-    logger.warning("%s: downloading %s%s. Licence: %s.", entry.name, path.name, size, entry.licence)
+    logger.warning("%s: downloading %s%s. License: %s.", entry.name, path.name, size, entry.licence)
     reasons: list[str] = []
     for url in entry.urls:
         try:
             if not url.startswith("https://") and not (trust or expected):
                 raise UrlFailedError(
-                    "not encrypted, and without a known sha256: the file could have been changed on the way. To accept "
-                    f"it nevertheless: mae-dat get {entry.name} --trust"
+                    "plain http, and no known sha256: the file could be changed during the transfer. To accept it "
+                    f"anyway, run mae-dat get {entry.name} --trust"
                 )
             partial = _download_and_unpack(entry, url, path)
         except UrlFailedError as error:
@@ -323,7 +323,7 @@ def _download_from_any_url(entry: ReleasedWeights, path: Path, trust: bool) -> N
             continue
         sha256, fault = sha256_of(partial), _find_fault(entry, partial)
         if expected not in (None, sha256) and "web page" not in fault:
-            fault = f"a file with the sha256 {sha256}; {source} says {expected}"
+            fault = f"a file with the sha256 {sha256}; {source} records {expected}"
         if fault:
             reasons.append(f"\n  {url}: gave {fault}. The file was renamed to {_rename_bad(partial, path)}")
             continue
@@ -342,7 +342,7 @@ def _download_from_any_url(entry: ReleasedWeights, path: Path, trust: bool) -> N
 
 
 def _download_and_unpack(entry: ReleasedWeights, url: str, path: Path) -> Path:
-    """Download a URL, resuming an earlier try, and return the checkpoint's temporary file beside `path`."""
+    """Download a URL, resuming an earlier attempt, and return the checkpoint's temporary file next to `path`."""
     logger.info("%s: from %s", entry.name, urllib.parse.urlsplit(url).netloc)
     partial = path.with_name(f".{path.name}.partial")
     download(url, partial, entry.name)
@@ -363,7 +363,7 @@ def _unpack(partial: Path, path: Path) -> Path:
             if any(Path(name).suffix == ".pkl" for name in names):  # a file of torch.save
                 return partial
             if len(names) != 1:
-                raise UrlFailedError(f"an archive with {len(names)} checkpoints in it, not one")
+                raise UrlFailedError(f"an archive with {len(names)} checkpoints instead of one")
             with archive.open(names[0]) as source, unpacked.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
     except zipfile.BadZipFile as error:

@@ -1,8 +1,7 @@
 """Read and write weight files. Code in a file is never executed, and damaged files are never loaded.
 
-This package writes `.safetensors`. Other `.pth`, `.pt` and `.ckpt` files are read with torch's `weights_only` and
-exactly two further classes allowed: `argparse.Namespace`, for MAE's checkpoints, and a stub for a callback, for
-Lightning's.
+This package writes `.safetensors`. `.pth`, `.pt` and `.ckpt` files are read with torch's `weights_only`, which allows
+only two more classes here: `argparse.Namespace` for MAE's checkpoints, and a stub for a callback in Lightning's.
 """
 
 import argparse
@@ -24,7 +23,7 @@ WEIGHTS_FILE = "model.safetensors"  # the exported model of a run, in its output
 # Where MAE, timm and Lightning store the weights in a checkpoint; averaged weights take precedence, as in timm.
 _AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema")
 _STATE_KEYS = (*_AVERAGE_KEYS, "model", "state_dict")
-_MAX_DEPTH = 4  # levels of such keys that are searched: a file can nest them without end
+_MAX_DEPTH = 4  # levels of such keys that are searched, because a hostile file can nest any number of them
 _PREFIXES = ("module.", "net.", "model.", "1.")  # DDP; Classifier; a wrapper; easyrobust's (normalization, model)
 _STATISTICS = ("0.mean", "0.std")  # of easyrobust's pair of normalization and model
 _MAX_ROWS = 6  # of each kind in a table of keys
@@ -33,7 +32,7 @@ _LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpo
 
 
 class LightningCallbackStub:
-    """Replaces `ModelCheckpoint` as a dictionary key in Lightning's files; has no behaviour."""
+    """Replaces `ModelCheckpoint` as a dictionary key in Lightning's files; does nothing."""
 
 
 PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -53,7 +52,7 @@ class WeightsFile(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Description of the model in a file of this package; empty for other files. Raises CheckpointError."""
+        """The description of the model in a file of this package; empty for other files. Raises CheckpointError."""
         try:
             facts = json.loads(self.metadata.get("mae_dat", "{}"))
         except ValueError as error:
@@ -64,8 +63,8 @@ class WeightsFile(NamedTuple):
 def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
     """Read the weights of a `.safetensors` or torch file to the CPU, with keys as from `extract_weights`.
 
-    `what` names the purpose in messages. Raises MissingInputError for a missing file and CheckpointError for anything
-    else than a complete weights file.
+    `what` names the purpose in messages. Raises MissingInputError for a missing file and CheckpointError for any file
+    that is not a complete weights file.
     """
     path = Path(path)
     if path.is_dir():
@@ -82,13 +81,12 @@ def read_pickle(path: Path) -> Any:
     """Read the object in a torch file with `weights_only`. Raises CheckpointError."""
     _reject_other_files(path)
     _reject_unusual_archives(path)
-    # torch types the list as callables; (class, full name) pairs are documented and needed to allow a name that is not
-    # installed.
+    # (class, full name) pairs, which torch documents but does not type, allow the name of a class that is not installed.
     allowed: list[Any] = [argparse.Namespace, (LightningCallbackStub, _LIGHTNING_CALLBACK)]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any of the reader's layers
+    except Exception as error:  # a damaged file can fail in any layer of the reader
         raise _unreadable(path, error) from error
 
 
@@ -109,8 +107,8 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def extract_weights(content: Any, source: str, metadata: dict[str, str] | None = None) -> WeightsFile:
     """Return the tensors of a state dict, or of a checkpoint that has one under `model`, `state_dict` or as an average.
 
-    The additions of wrappers are removed: prefixes that all keys share, `_orig_mod.` anywhere, the statistics of a
-    normalization. Raises CheckpointError, with `source` and its content, if there are no tensors.
+    Traces of wrappers are removed: prefixes that all keys share, `_orig_mod.` anywhere, the statistics of a
+    normalization. Raises CheckpointError with `source` and its content if there are no tensors.
     """
     wrappers: list[str] = []
     for _ in range(_MAX_DEPTH):
@@ -134,7 +132,7 @@ def extract_weights(content: Any, source: str, metadata: dict[str, str] | None =
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
         wrappers += ["DDP (module.)"] if prefix == "module." else []
     if not tensors:
-        raise CheckpointError(f"{source} holds no weights (it holds {listing(names)}); give a model's checkpoint.")
+        raise CheckpointError(f"{source} contains no weights, only {listing(names)}: use the checkpoint of a model.")
     file = WeightsFile(tensors, metadata or {}, source, tuple(wrappers))
     return file._replace(statistics=_statistics(statistics, file.facts))
 
@@ -216,23 +214,23 @@ def _reject_other_files(path: Path) -> None:
 
 
 def _reject_unusual_archives(path: Path) -> None:
-    """Raise CheckpointError for compressed records, which could fill the memory, and for two records of one name, which
-    can be read in two ways. torch writes neither."""
+    """Raise CheckpointError for compressed records, which could fill the memory, and for two records with the same
+    name, which are ambiguous. torch writes neither."""
     try:
         with zipfile.ZipFile(path) as archive:
             records, size = archive.infolist(), path.stat().st_size
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return  # another format, or damaged: torch's reader reports the cause
     if len({record.filename for record in records}) < len(records):
-        raise _unreadable(path, ValueError("it holds two records of the same name"))
+        raise _unreadable(path, ValueError("it contains two records with the same name"))
     if sum(record.file_size for record in records) > size:
-        raise _unreadable(path, ValueError("its records are compressed, and torch writes no such files"))
+        raise _unreadable(path, ValueError("its records are compressed, which torch never does"))
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     cause = str(error).strip().split("\n")[0] or type(error).__name__
     if "Weights only load failed" in cause:  # torch then advises to load it without this protection
-        cause = "it is damaged, or holds other objects than tensors, numbers and text, which are not loaded"
+        cause = "it is damaged, or contains objects other than tensors, numbers and text, which are never loaded"
     return CheckpointError(f"{path} cannot be read as weights: {cause}. Download or write the file again.")
 
 
