@@ -85,8 +85,8 @@ def record_start(folder: Path, step: int) -> None:
         job = f"job {restarts.job}" if restarts.job else "this run"
         raise NoProgressError(
             f"{job} was restarted {stuck} times and is still at step {step}, so it stops here. Read its logs and fix "
-            f"the cause; then run the same command again by hand: it resumes from {folder}, nothing is lost. If the job "
-            "was stopped before it could save, lower --save_minutes."
+            f"the cause; then run the same command again by hand: it resumes from {folder}, nothing is lost. If the "
+            "job was stopped before it could save, lower --save_minutes."
         )
 
 

@@ -314,7 +314,7 @@ def _download_from_any_url(entry: ReleasedWeights, path: Path, trust: bool) -> N
         try:
             if not url.startswith("https://") and not (trust or expected):
                 raise UrlFailedError(
-                    "plain http, and no known sha256: the file could be changed during the transfer. To accept it "
+                    "not encrypted, and no known sha256: the file could be changed during the transfer. To accept it "
                     f"anyway, run mae-dat get {entry.name} --trust"
                 )
             partial = _download_and_unpack(entry, url, path)

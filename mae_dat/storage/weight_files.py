@@ -81,7 +81,7 @@ def read_pickle(path: Path) -> Any:
     """Read the object in a torch file with `weights_only`. Raises CheckpointError."""
     _reject_other_files(path)
     _reject_unusual_archives(path)
-    # (class, full name) pairs, which torch documents but does not type, allow the name of a class that is not installed.
+    # (class, full name) pairs, which torch documents but does not type, allow the name of a class not installed.
     allowed: list[Any] = [argparse.Namespace, (LightningCallbackStub, _LIGHTNING_CALLBACK)]
     try:
         with torch.serialization.safe_globals(allowed):

@@ -65,7 +65,7 @@ def test_a_share_out_of_reach_is_warned_about(most: float, nearest: float, caplo
     controller.find(lambda eps: min(most, eps / 20))
     assert controller.eps == pytest.approx(nearest), "the smallest of those that come nearest"
     assert "changes 5.0 % of the words" in caplog.text
-    assert f"with {100 * most:.2f} %" in caplog.text
+    assert f"which changes {100 * most:.2f} %" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["released", "paper"])

@@ -89,13 +89,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "zeroed page": (zero_page, "checkpoint-00000002.pth is damaged"),
     "another's manifest": (
         lambda path: path.with_suffix(".json").write_bytes((path.parent / "checkpoint-00000001.json").read_bytes()),
-        "checkpoint-00000002.json is of step 1, so it belongs to another checkpoint",
+        "checkpoint-00000002.json records step 1, so it belongs to another checkpoint",
     ),
     "another's weights": (
         lambda path: path.write_bytes((path.parent / "checkpoint-00000001.pth").read_bytes()),
         "checkpoint-00000002.pth is damaged",
     ),
-    "another step": (lambda path: change_manifest(path, step=3), "is of step 3"),
+    "another step": (lambda path: change_manifest(path, step=3), "records step 3"),
     "torn manifest": (lambda path: os.truncate(path.with_suffix(".json"), 40), "checkpoint-00000002.json is damaged"),
     "no manifest's content": (lambda path: path.with_suffix(".json").write_text("[1]"), "00002.json is damaged"),
     "manifest without hash": (lambda path: path.with_suffix(".json").write_text('{"version": 1, "step": 2}'), "sha256"),

@@ -330,7 +330,7 @@ def test_the_third_restart_without_a_step_ends_the_job(
     for count in range(3):
         start(monkeypatch, tmp_path, 40, **{counter: count})
     for count in (3, 4):
-        with pytest.raises(NoProgressError, match=r"job 7 was started again \d times and is still at step 40") as error:
+        with pytest.raises(NoProgressError, match=r"job 7 was restarted \d times and is still at step 40") as error:
             start(monkeypatch, tmp_path, 40, **{counter: count})
     assert error.value.exit_code == 70
 

@@ -292,7 +292,7 @@ def test_a_busy_server_is_asked_again_and_the_next_mirror_after_it(server: Serve
     assert [path for path, _ in server.requests[3:]] == ["/gone", "/w"]
 
 
-# ---- not what it should be ----
+# ---- has the wrong content ----
 
 
 def test_a_corrupted_download_is_put_aside_and_the_next_mirror_is_used(server: Server, home: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_corrupted_download_is_put_aside_and_the_next_mirror_is_used(server: S
     bad[-1] ^= 1
     url = server.page("/bad", bytes(bad))
     with pytest.raises(
-        DownloadError, match=f"sha256 {hashlib.sha256(bad).hexdigest()}; the registry says {SHA256}.*renamed to"
+        DownloadError, match=f"sha256 {hashlib.sha256(bad).hexdigest()}; the registry records {SHA256}.*renamed to"
     ):
         fetch(entry(url))
     assert names(home) == ["tiny.safetensors.bad"]
@@ -311,7 +311,7 @@ def test_a_file_that_changed_on_disk_is_not_loaded_but_put_aside(server: Server,
     one = entry(server.page("/w", CONTENT))
     path = fetch(one)
     path.write_bytes(CONTENT[:-1] + b"\0")
-    with pytest.raises(CheckpointError, match=rf"not what it should be.*the registry says {SHA256}.*\.bad.*again"):
+    with pytest.raises(CheckpointError, match=rf"has the wrong content.*the registry records {SHA256}.*\.bad.*again"):
         fetch(one)
     assert names(home) == ["tiny.json", "tiny.safetensors.bad"]
     assert fetch(one).read_bytes() == CONTENT
@@ -349,7 +349,7 @@ def test_the_first_hash_is_recorded_said_and_checked_ever_after(
 ) -> None:
     one = entry(server.page("/w", CONTENT), sha256=None)
     path = fetch(one, trust=True)
-    assert f"nobody publishes a sha256. That of this file, {SHA256}" in caplog.text
+    assert f"no sha256 is published. The sha256 of this file, {SHA256}" in caplog.text
     assert json.loads(path.with_suffix(".json").read_text())["sha256_from"] == "first use"
     assert fetch(one) == path
     path.write_bytes(b"PK" + CONTENT)
@@ -395,7 +395,7 @@ def test_https_needs_no_trust_and_follows_redirects_but_not_to_http(secure: Serv
     weights_folder().joinpath("tiny.safetensors").unlink()
     plain = server.page("/w", CONTENT)
     url = secure.page("/down", status=302, location=plain)
-    with pytest.raises(DownloadError, match=f"refused a redirect to {plain}"):
+    with pytest.raises(DownloadError, match=f"rejected a redirect from https to {plain}"):
         fetch(entry(url))
     assert not server.requests
 
@@ -411,7 +411,7 @@ def test_a_redirect_to_another_host_is_followed_and_checked(server: Server) -> N
     url = server.page("/here", status=302, location=elsewhere)
     assert fetch(entry(url)).read_bytes() == CONTENT
     weights_folder().joinpath("tiny.safetensors").unlink()
-    with pytest.raises(DownloadError, match="refused a redirect to ftp://"):
+    with pytest.raises(DownloadError, match="rejected a redirect from https to ftp://"):
         fetch(entry(server.page("/ftp", status=302, location="ftp://127.0.0.1/w")))
     with pytest.raises(DownloadError, match="HTTP 302"):
         fetch(entry(server.page("/loop", status=302, location="/loop")))
@@ -483,5 +483,5 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(server: Server, 
 
 def test_a_store_that_is_a_file(server: Server, home: Path) -> None:
     home.parent.write_text("a file")
-    with pytest.raises(OutputError, match="folder of weights.*Set MAE_DAT_HOME"):
+    with pytest.raises(OutputError, match="weights folder.*Set MAE_DAT_HOME"):
         fetch(entry(server.page("/w", CONTENT)))

@@ -124,8 +124,8 @@ class OpenedModel:
         if not self.plan.has_decoder:
             raise CheckpointError(
                 f"{self.title} has no decoder, so it cannot reconstruct images: MAE's mae_pretrain_* files contain "
-                "only the encoder. Use a file with decoder, such as mae_visualize_vit_large.pth or your own pretraining; or "
-                "draw the encoder's attention."
+                "only the encoder. Use a file with decoder, such as mae_visualize_vit_large.pth or your own "
+                "pretraining; or draw the encoder's attention."
             )
         return self.model
 

@@ -203,7 +203,7 @@ def test_a_damaged_demo_is_not_loaded(demo: Path, tmp_path: Path, monkeypatch: p
     copy.write_bytes(demo.read_bytes()[:-1] + b"x")
     copy.with_suffix(".json").write_text(demo.with_suffix(".json").read_text())
     monkeypatch.setattr(store, "PACKAGE_ROOT", tmp_path / "copy")
-    with pytest.raises(CheckpointError, match="not what it should be"):
+    with pytest.raises(CheckpointError, match="has the wrong content"):
         hub.mae_dat_demo(pretrained=True)
     with pytest.raises(CheckpointError, match="damaged"):
         hub.mae_dat_demo(pretrained=copy)
