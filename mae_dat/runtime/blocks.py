@@ -1,4 +1,4 @@
-"""The blocks of a model, and how they compute: compiled, with recomputed activations, with attention step by step."""
+"""The blocks of a model: compilation, activation checkpointing, and the choice of the attention kernel."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from mae_dat.config.errors import ConfigError
 from mae_dat.runtime.device import cpu_has_amx, require_compiler
 
-_SMALL_SHARE = 0.02  # of all parameters; a smaller child is no block of its own
+_SMALL_SHARE = 0.02  # of all parameters; a smaller child is not a block
 
 
 def model_blocks(model: nn.Module) -> list[nn.Module]:
@@ -40,11 +40,11 @@ def _parameter_count(model: nn.Module) -> int:
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: torch.dtype | None) -> None:
-    """Replace torch's fused attention by softmax(q k^T) v step by step where that trains faster; in place.
+    """Replace torch's fused attention by a plain softmax(q k^T) v if that trains faster; in place.
 
     In bfloat16 on a CPU without matrix units a layer takes 1.2 to 2.7 times as long with the fused kernel, at 50 to
-    1,025 tokens (`python -m benchmarks --only attention`); in float32 nothing is gained. GPUs keep the fused kernel,
-    and so do CPUs with matrix units, where it was not measured. Both variants round as bfloat16 does.
+    1,025 tokens (`python -m benchmarks --only attention`); in float32 the plain version is not faster. GPUs keep the
+    fused kernel, and so do CPUs with matrix units, which were not measured. Both versions round as bfloat16 does.
     """
     if device.type == "cpu" and precision is torch.bfloat16 and not cpu_has_amx():
         for module in model.modules():
@@ -60,20 +60,20 @@ def compile_blocks(model: nn.Module) -> None:
     """
     require_compiler("--compile")
     blocks = model_blocks(model)
-    # Each rate of drop path is another program, and each is compiled for training, evaluation and the attack.
+    # Each drop path rate needs its own program, compiled for training, evaluation and the attack.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
     for block in blocks:
         block.compile(options={"fallback_random": True})  # drop path draws as without compilation
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Make each block keep only its input for the backward pass, which computes its activations again; in place, and
-    the keys of the state dict stay the same.
+    """Make each block keep only its input, and recompute its activations in the backward pass; in place. The keys of
+    the state dict stay the same.
 
     Raises ConfigError for a model with BatchNorm, whose statistics would count every batch twice.
     """
     blocks = model_blocks(model)
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for block in blocks for part in block.modules()):
-        raise ConfigError("--checkpoint_activations would let BatchNorm see every batch twice: leave it out.")
+        raise ConfigError("--checkpoint_activations would make BatchNorm count every batch twice: remove the flag.")
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,6 +1,6 @@
 """Operations over all ranks: sums, gathers and errors. "Collective" means that every rank has to call it.
 
-A single process is a world of one rank: the functions return their argument and wait for nobody.
+A single process is a world of one rank: the functions return their argument without waiting.
 """
 
 from collections.abc import Callable

@@ -29,9 +29,9 @@ def format_duration(seconds: float) -> str:
 class Console:
     """Progress of one or several stages: a live bar on a terminal or in a notebook, plain lines in a file.
 
-    The lines come every `interval` seconds, and less often in a long stage: after every fiftieth of the time so far.
-    `plan` gives the expected seconds of every stage of a longer job by title. The remaining time then covers the later
-    stages, corrected by how much the finished ones deviated from the plan. With `quiet` (ranks above 0) nothing is
+    A line is logged every `interval` seconds, and less often in a long stage: when its time has grown by 2 %. `plan`
+    maps the titles of all stages of a longer job to their expected seconds. The remaining time then includes the later
+    stages, corrected by the deviation of the finished ones from the plan. With `quiet` (ranks above 0) nothing is
     shown.
     """
 
@@ -45,8 +45,7 @@ class Console:
         self.in_notebook = self.rich.is_jupyter and not quiet
 
     def start_logging(self, level: int = logging.INFO) -> None:
-        """Send the log to the terminal above the bar, or as plain lines to standard error; only warnings where
-        `quiet`."""
+        """Send the log to the terminal above the bar, or as plain lines to standard error; only warnings if `quiet`."""
         logging.basicConfig(level=logging.WARNING if self.quiet else level, handlers=[self._log_handler()], force=True)
         logging.getLogger("timm").setLevel(logging.WARNING)
 
@@ -80,7 +79,7 @@ class Console:
         return Task(self, title=title, total=total, unit=unit, completed=completed)
 
     def end_stage(self, title: str) -> None:
-        """Mark a stage as over; one that had nothing left to do is removed from the plan, since it was not measured."""
+        """Mark a stage as finished; one without work is removed from the plan, because it was not measured."""
         if title not in self.seconds_spent:
             self.plan.pop(title, None)
 
@@ -95,7 +94,7 @@ class Console:
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes the log above a live bar. Long lines are left to the terminal, so that a command in one can be copied."""
+    """Writes the log above a live bar. The terminal wraps long lines, so that a command in one can be copied."""
 
     def __init__(self, console: RichConsole) -> None:
         super().__init__()

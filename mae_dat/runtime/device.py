@@ -10,7 +10,7 @@ from mae_dat.runtime.world import World
 
 
 def pick_device(name: str, world: World = World()) -> torch.device:  # noqa: B008 - immutable
-    """Return the device to run on: `auto` takes CUDA if there is any, one GPU for each local rank.
+    """Return the device to run on: `auto` is CUDA if available, with one GPU for each local rank.
 
     Raises ConfigError for an unknown device, and for CUDA on a machine without it.
     """
@@ -22,9 +22,7 @@ def pick_device(name: str, world: World = World()) -> torch.device:  # noqa: B00
         raise ConfigError(f"--device {name} is not a device: use cuda, cpu or auto.") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(
-                "--device cuda: this machine has no usable CUDA device. Use --device cpu (slow, but it works)."
-            )
+            raise ConfigError("--device cuda: this machine has no usable CUDA device. Use --device cpu (slower).")
         device = torch.device("cuda", world.local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
@@ -42,10 +40,10 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def set_float32_precision(precision: str) -> None:
     """Set how a GPU computes in float32: matrix products in TF32 for `tf32`, else in full precision.
 
-    Convolutions always use full precision: the adversary's step is a fraction of a grey level, and TF32, cuDNN's
-    default, would lose it in a tokenizer.
+    Convolutions always use full precision: the adversary's step is a fraction of a gray level, which TF32 (cuDNN's
+    default) would round away in a tokenizer.
     """
-    # These are torch's older switches. Setting the newer ones, `fp32_precision`, makes reading the older ones an error,
+    # torch's older switches: after setting the newer ones (`fp32_precision`), reading the older ones raises an error,
     # and torch.compile and torch.export read them.
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = False
@@ -58,11 +56,11 @@ def require_compiler(flag: str) -> None:
     try:
         get_cpp_compiler()
     except RuntimeError as error:
-        raise ConfigError(f"{flag} needs a C++ compiler such as g++: install one, or leave it out.") from error
+        raise ConfigError(f"{flag} needs a C++ compiler such as g++: install one, or remove {flag}.") from error
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has used so far: allocated on the GPU, or resident in host memory."""
+    """Return the peak memory of this process in bytes: allocated on the GPU, or resident in host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -79,7 +77,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _cpu_flags() -> str:
-    # torch names its checks differently from release to release; /proc is the same everywhere it matters.
+    # The names of torch's own checks change between releases; /proc/cpuinfo is stable.
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         return file.read()
     return ""

@@ -1,7 +1,7 @@
-"""The software that runs: the commit of this package, whether it was changed since, and the versions of the packages.
+"""Software facts: the commit of this package, whether files differ from it, and the versions of the packages.
 
-A copy of the code that the launcher made records its origin in `code.json` beside the package; otherwise git is asked.
-Imports neither torch nor anything else that is slow, and never fails: an unknown fact is None.
+A copy of the code made by the launcher records its origin in `code.json` next to the package; otherwise the facts come
+from git. Imports neither torch nor other slow modules, and never fails: an unknown fact is None.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from typing import TypedDict
 CODE_FILE = "code.json"
 PACKAGE_FOLDER = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "taming-transformers", "numpy", "scipy", "opencv-python", "pillow")
-# The other builds of OpenCV compute the same, so that their version is recorded under one name.
+# All builds of OpenCV compute the same, so their version is recorded under one name.
 OTHER_BUILDS = {"opencv-python": ("opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")}
 COMMIT_KEY = "mae_dat's code"
-"""Key of the commit among the versions. It is compared with nothing: equal sources give equal results, whatever their
-commit."""
+"""Key of the commit among the versions. It is never compared: equal sources give equal results, even if their commits
+differ."""
 
 
 class CodeFacts(TypedDict):
@@ -34,7 +34,7 @@ class CodeFacts(TypedDict):
     dirty: bool | None
     """Whether files differ from that commit; None outside git."""
     sha256: str
-    """Hash of the package's *.py files: equal for equal sources, wherever they are."""
+    """Hash of the package's *.py files: equal for equal sources in any folder."""
 
 
 # ---- this package ----
@@ -54,7 +54,7 @@ def package_code_facts(package: Path) -> CodeFacts:
 
 
 def describe_code(facts: CodeFacts) -> str:
-    """Describe the code in words: by its commit if git knew it, otherwise by its hash."""
+    """Describe the code in words: by its commit if known, otherwise by its hash."""
     if facts["commit"] is None:
         return f"sources {facts['sha256'][:12]}"
     return f"commit {facts['commit']}{' with changes' if facts['dirty'] else ''}"
@@ -64,7 +64,7 @@ def _recorded_state(path: Path) -> tuple[str | None, bool | None] | None:
     """Return (commit, dirty) from the `code.json` of a copy of the code; None without a valid one."""
     try:
         facts = json.loads(path.read_text())
-        facts = facts.get("package", facts)  # present where the submitted script belongs to another repository
+        facts = facts.get("package", facts)  # present if the submitted script belongs to another repository
         return facts["commit"], facts["dirty"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -74,7 +74,7 @@ def git_state(folder: Path) -> tuple[str, bool] | None:
     """Return (commit, dirty) of the files that git tracks below `folder`; None if there are none, or no git."""
     try:
         if not run_git(folder, "ls-files", "--", "."):
-            return None  # a virtual environment inside somebody's repository
+            return None  # for example a virtual environment inside another repository
         commit = run_git(folder, "rev-parse", "HEAD").decode().strip()
         return commit, bool(run_git(folder, "status", "--porcelain", "--", "."))
     except (OSError, subprocess.SubprocessError):
@@ -83,7 +83,7 @@ def git_state(folder: Path) -> tuple[str, bool] | None:
 
 def run_git(folder: Path, *words: str) -> bytes:
     """Run git in `folder` and return its output. Raises OSError without git, SubprocessError when git fails."""
-    # `status` would otherwise lock the index for a moment, and the user's own git commands would fail.
+    # Otherwise `status` locks the index for a moment, so that git commands of the user can fail.
     command = ["git", "--no-optional-locks", "-C", str(folder), *words]
     return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
 

@@ -1,8 +1,8 @@
-"""Failures of a single rank: it reports the reason to the other ranks, which wait for it, and all of them stop.
+"""Failures of a single rank: it reports the reason to the other ranks, which would wait for it, and all ranks stop.
 
-Every rank keeps a connection to rank 0, which forwards the first report of a failure, or the news that a connection
-broke without one. An error of one rank (an unreadable image, a full disk, a bug) ends all ranks with its exit code. If
-a rank was killed, the others exit with 75: run the same command again.
+Every rank keeps a connection to rank 0. Rank 0 forwards the first report of a failure, or reports a connection that
+broke. An error of one rank (an unreadable image, a full disk, a bug) ends all ranks with its exit code. If a rank was
+killed, the others exit with 75: run the same command again.
 """
 
 import atexit
@@ -26,10 +26,10 @@ from mae_dat.runtime.rendezvous import open_server, receive_message, send_messag
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 20.0  # a rank that waits for a lost one has so long to notice it by itself before its process is ended
+GRACE_S = 20.0  # time for a rank to notice by itself that it waits for a lost one, before its process is ended
 REPORT_S = 1.0  # the report of a failure may arrive a little later than the end of torch's connections
 CLOSE_S = 5.0  # how long to wait for torch's own threads before leaving without them
-# A machine that lost its power closes no connection: it is probed after 20 s of silence and given up after 60 s.
+# A machine that lost power closes no connection: keepalive probes start after 20 s of silence and give up after 60 s.
 KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
 # Parts of the messages of gloo and NCCL when the other side is gone; gloo has no error type of its own.
 _LOSS_MESSAGES = (
@@ -42,7 +42,7 @@ _LOSS_MESSAGES = (
 )
 
 FailureReport = dict[str, Any]
-"""What is known of a failure: `rank`; `message` and `code` unless that rank was killed; `cause` is torch's own message.
+"""A failure: `rank`; `message` and `code` unless that rank was killed; `cause`, torch's own message.
 
 The report {"bye": True} means that a rank has finished without a failure."""
 
@@ -76,7 +76,7 @@ class _FailureChannel:
         """The first failure of another rank that this rank knows of."""
         self.report_arrived = threading.Event()
         self.stopping = threading.Event()
-        """Set once this rank does not wait for a collective operation any more, so that nobody has to end it."""
+        """Set once this rank no longer waits for a collective operation, so that its process need not be ended."""
         self.closed = threading.Event()
         self.connections: dict[int, socket.socket] = {}
         """The open connections, by the rank at the other end."""
@@ -90,8 +90,8 @@ class _FailureChannel:
             self.connections.update(_accept_all(server, token, self.size))
         for connection in self.connections.values():
             _enable_keepalive(connection)
-        # A data loader's worker that outlives its killed rank must not keep the connections open: the others would not
-        # notice the loss.
+        # A data loader's worker can outlive its killed rank. It must not keep the connections open, or the others would
+        # not notice the loss.
         os.register_at_fork(after_in_child=self._close_in_child)
         threading.Thread(target=self._listen, daemon=True, name="failure reports").start()
 
@@ -114,7 +114,7 @@ class _FailureChannel:
             connection.close()
 
     def _listen(self) -> None:
-        """Wait for the first failure, in a thread of its own; rank 0 forwards it."""
+        """Wait for the first failure, in a separate thread; rank 0 forwards it."""
         with selectors.DefaultSelector() as selector:
             for rank, connection in self.connections.items():
                 selector.register(connection, selectors.EVENT_READ, rank)
@@ -133,7 +133,7 @@ class _FailureChannel:
             self._exit_if_stuck(self.report)
 
     def _exit_if_stuck(self, report: FailureReport) -> None:
-        """End this process if it still waits for the lost rank: a kernel of NCCL waits for ever."""
+        """End this process if it still waits for the lost rank: an NCCL kernel waits forever."""
         if not self.stopping.wait(GRACE_S):
             error = error_from_report(report)
             sys.stderr.write(f"error: {error}\n")
@@ -151,7 +151,7 @@ def _connect(hub: dict[str, Any], rank: int) -> socket.socket:
 
 
 def _accept_all(server: socket.socket, token: str, size: int) -> dict[int, socket.socket]:
-    """Accept a connection from each of the other ranks. Raises ConfigError that names the ranks that do not come."""
+    """Accept a connection from each of the other ranks. Raises ConfigError with the ranks that did not connect."""
     connections: dict[int, socket.socket] = {}
     server.settimeout(GRACE_S)
     with server, contextlib.suppress(TimeoutError):
@@ -163,7 +163,7 @@ def _accept_all(server: socket.socket, token: str, size: int) -> dict[int, socke
                     connections[int(greeting["rank"])] = connection
     if missing := set(range(1, size)) - set(connections):
         ranks = ", ".join(map(str, sorted(missing)))
-        raise ConfigError(f"rank {ranks} did not connect to rank 0: does a firewall block the connection?")
+        raise ConfigError(f"rank {ranks} did not connect to rank 0: check whether a firewall blocks the connection.")
     return connections
 
 
@@ -183,18 +183,18 @@ def _enable_keepalive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-# ---- around the work of a rank ----
+# ---- wrappers for the work of a rank ----
 
 _channel: _FailureChannel | None = None
 
 
 @contextlib.contextmanager
 def explain_rank_failure(when: Callable[[], str] = str) -> Iterator[None]:
-    """Turn the failure of a collective operation into an error that names the rank at fault.
+    """Turn the failure of a collective operation into an error that names the rank that failed.
 
     Raises RankError with the message of the rank that stopped, or RetryError if that rank was killed. `when` returns
-    the progress of the run, such as "at step 12"; it is called only for the message. After any error the rest of this
-    rank's work, such as finishing a checkpoint, may take its time.
+    the progress of the run, such as "at step 12"; it is called only for the message. After any error this rank has time
+    to finish its work, such as writing a checkpoint.
     """
     try:
         yield
@@ -236,7 +236,7 @@ def report_failure_to_ranks() -> Iterator[None]:
 def _report_of(error: BaseException, rank: int) -> tuple[FailureReport, int]:
     """Return the report of this rank's own error, and the exit code that it ends with."""
     if isinstance(error, RetryError):
-        return {}, error.exit_code  # this rank only noticed that another one, which it cannot name, is lost
+        return {}, error.exit_code  # this rank only noticed the loss of another one, whose number it does not know
     if isinstance(error, UserError):
         message, exit_code = str(error), error.exit_code
     else:

@@ -1,4 +1,4 @@
-"""The hardware of this machine, as reports and benchmarks record it."""
+"""Hardware facts of this machine, for reports and benchmarks."""
 
 import os
 import platform

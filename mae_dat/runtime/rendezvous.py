@@ -1,9 +1,8 @@
-"""How ranks find each other without torchrun, although a port may be taken and a foreign service may listen on it.
+"""Rendezvous of the ranks without torchrun, even if a port is taken or another service listens on it.
 
-Rank 0 opens torch's store on any free port, and a small server on the first free one of a list of ports, which replies
-with the store's port. Every rank computes the same list. The other ranks ask along this list until a server of their
-own job replies. They ask before torch connects, because torch's client waits for ever on a port where something listens
-but is silent.
+Rank 0 opens torch's store on any free port, and a small server on the first free port of a list; the server replies
+with the store's port. Every rank computes the same list. The other ranks query these ports until a server of their job
+replies. They query first because torch's client waits forever on a port with a silent service.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 PORTS, STRIDE = 8, 997
 TIMEOUT_S = 1800.0  # on a large machine, nodes of one job start minutes apart
-REPLY_S = 2.0  # longest wait for a foreign service that is silent
+REPLY_S = 2.0  # longest wait for the reply of a service
 REMINDER_S = 30.0  # between two log messages while waiting
 MAX_MESSAGE_BYTES = 4096
 
@@ -38,7 +37,7 @@ def candidate_ports(first: int) -> list[int]:
 
 
 def job_token(size: int) -> str:
-    """Return a text that identifies this job: the same on all of its ranks, another one after a requeue."""
+    """Return a text that identifies this job: the same on all ranks, and a new one after a requeue."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "MASTER_PORT")
     return "/".join(["mae_dat", *[os.environ.get(name, "") for name in names], str(os.getuid()), str(size)])
 
@@ -66,10 +65,10 @@ def join_ranks(
 
 @contextlib.contextmanager
 def _store_announced(ports: Sequence[int], token: str, store_port: int, size: int) -> Iterator[int]:
-    """Reply with the store's port to every rank of this job that asks; yields the port of this server."""
+    """Reply with the store's port to every query from a rank of this job; yields the port of this server."""
     server = open_server(ports, size)
     callers: dict[int, str] = {}
-    """The process that was the first to ask for each rank."""
+    """The first process that has asked for each rank."""
 
     def serve() -> None:
         while True:
@@ -82,8 +81,8 @@ def _store_announced(ports: Sequence[int], token: str, store_port: int, size: in
                 request = receive_message(connection)
                 if request["token"] != token:
                     continue
-                # Two jobs started by hand on the same port have the same token. A rank that is already taken shows
-                # that the caller belongs to the other job.
+                # Two jobs started by hand on the same port have the same token. If the caller's rank is already taken,
+                # it belongs to the other job.
                 is_ours = callers.setdefault(int(request["rank"]), request["who"]) == request["who"]
                 send_message(connection, {"token": token, "port": store_port if is_ours else None})
 
@@ -119,9 +118,9 @@ def _wait_for_ranks(store: TCPStore, size: int, address: str, deadline: float) -
         now = time.monotonic()
         if now > deadline:
             raise ConfigError(
-                f"rank 0 waited at {address}, but rank {_format_ranks(missing)} of {size} never connected: did every "
-                f"task start, and may the nodes connect to {address}? MASTER_ADDR must be rank 0's host, under a name "
-                "that the other nodes know."
+                f"rank 0 waited at {address}, but rank {_format_ranks(missing)} of {size} never connected: check that "
+                f"every task started, that the nodes can connect to {address}, and that MASTER_ADDR is a name of rank "
+                "0's host that the other nodes can resolve."
             )
         if now - last_reminder > REMINDER_S:
             logger.warning("waiting at %s for rank %s of %d", address, _format_ranks(missing), size)
@@ -137,7 +136,7 @@ def _format_ranks(ranks: Sequence[int]) -> str:
 
 
 def _find_store(rank: int, host: str, ports: Sequence[int], token: str, deadline: float) -> TCPStore:
-    """Ask along the ports until rank 0 of this job replies, and connect to its store."""
+    """Query the ports in turn until rank 0 of this job replies, and connect to its store."""
     who, last_reminder, reason = secrets.token_hex(8), time.monotonic(), ""
     while True:
         for port in ports:
@@ -152,8 +151,8 @@ def _find_store(rank: int, host: str, ports: Sequence[int], token: str, deadline
         address = f"{host}, port {', '.join(map(str, ports))}"
         if now > deadline:
             raise ConfigError(
-                f"rank {rank} found no rank 0 of this job at {address} ({reason}): did rank 0 start, is MASTER_ADDR "
-                "its host, and may the nodes connect to each other?"
+                f"rank {rank} found no rank 0 of this job at {address} ({reason}): check that rank 0 started, that "
+                "MASTER_ADDR is its host, and that the nodes can connect to each other."
             )
         if now - last_reminder > REMINDER_S:
             logger.warning("rank %d is looking for rank 0 at %s (%s)", rank, address, reason)

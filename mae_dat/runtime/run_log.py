@@ -1,4 +1,4 @@
-"""The log of a run: `log.txt` and `steps.jsonl`, one JSON record a line, and TensorBoard.
+"""The log of a run: `log.txt` and `steps.jsonl`, one JSON record per line, and TensorBoard.
 
 `log.txt` has a record for every epoch, `steps.jsonl` a point every few steps. TensorBoard shows the points and the
 scores of the epochs, with the number of updates as the axis of all curves (docs/how-to/follow-training.md).
@@ -23,8 +23,8 @@ _TAG_GROUPS = {"train_": "train/", "test_": "val/"}
 class RunLog:
     """`log.txt`, `steps.jsonl` and TensorBoard of one run, on rank 0; other ranks (`enabled` is False) write nothing.
 
-    Every record has its `step`, the number of updates. When a run resumes, records past the restored step are dropped,
-    so that none appears twice; `flush` before a checkpoint makes sure that none before it is missing.
+    Every record has its `step`, the number of updates. When a run resumes, records after the restored step are dropped,
+    so that none appears twice. Call `flush` before a checkpoint, so that no earlier record is missing.
 
     The writing methods raise StorageError.
     """
@@ -34,7 +34,7 @@ class RunLog:
     ) -> None:
         self.path, self.points_path = output_dir / "log.txt", output_dir / "steps.jsonl"
         self.records: list[dict[str, Any]] = []
-        """The epochs' records, also those from before the run resumed."""
+        """The records of all epochs, including those before the run resumed."""
         self.writer: Any = None
         if not enabled:
             return
@@ -69,7 +69,7 @@ class RunLog:
                 self.writer.add_image(tag, image_CHW.clamp(0, 1), step)
 
     def flush(self) -> None:
-        """Write what TensorBoard's writer still holds back."""
+        """Write the values that TensorBoard's writer still buffers."""
         if self.writer is not None:
             with self._storage_errors(self.path):
                 self.writer.flush()
@@ -102,7 +102,7 @@ def _tag(name: str) -> str:
 
 
 def _drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrite a log without the records past a step (all of them at step 0), and return the others."""
+    """Rewrite a log without the records after a step (without any at step 0), and return the others."""
     records = [record for record in read_log(path) if step and record.get("step", 0) <= step]
     with atomic_write(path) as file:
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
@@ -110,8 +110,7 @@ def _drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a `log.txt` or `steps.jsonl`; a torn line, which a killed run leaves behind, is skipped with
-    a warning."""
+    """Read the records of a `log.txt` or `steps.jsonl`; skip and log incomplete lines (of a killed run)."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
@@ -121,5 +120,5 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
         else:
-            logger.warning("%s: a torn line was dropped", path)
+            logger.warning("%s: an incomplete line was skipped", path)
     return records

@@ -10,7 +10,7 @@ import torch
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Return a 63-bit seed for one step of one rank.
 
-    It depends on nothing but its arguments, so that a run resumes exactly without saving any random state.
+    It depends only on its arguments, so that a run resumes exactly without saving any random state.
     """
     digest = hashlib.sha256(f"mae_dat step {seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

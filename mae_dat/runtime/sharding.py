@@ -1,9 +1,9 @@
-"""How the ranks share a model: a copy on each rank (DDP), or shards of weights, gradients and optimizer state (FSDP2).
+"""Distribution of a model over ranks: copies (DDP), or shards of weights, gradients and optimizer state (FSDP2).
 
-A checkpoint holds full tensors in both cases, so that a run can resume in the other form and on any number of ranks.
+A checkpoint contains full tensors in both cases, so that a run can resume in the other form and on any number of ranks.
 torch.distributed.checkpoint.state_dict is not used, for three reasons: it names an optimizer's parameters instead of
 numbering them, so that older checkpoints would no longer load; it takes a step to create missing optimizer state; and
-it copies the tensors of a model without shards, which the writer of checkpoints copies later and only if they change.
+it copies the tensors of an unsharded model, which the checkpoint writer copies later and only if they change.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ def shard_model(model: nn.Module, world: World, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether `shard_model` was called on a model: its forward pass is then collective."""
+    """Return whether `shard_model` was called on a model, so that its forward pass is collective."""
     return isinstance(model, FSDPModule)
 
 
 def wrap_model(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """Return what the training loop calls: DistributedDataParallel around the model, or the model itself if there is a
-    single rank or the model is sharded."""
+    """Return the module that the training loop calls: the model in DistributedDataParallel, or the model itself if
+    there is a single rank or the model is sharded."""
     if world.size == 1 or is_sharded(model):
         return model
     with warnings.catch_warnings():
@@ -56,9 +56,9 @@ def wrap_model(model: nn.Module, world: World, device: torch.device) -> nn.Modul
 def _rebuild_buckets(model: DistributedDataParallel) -> None:
     """Let DDP arrange its buckets now, by a backward pass with a gradient of zero.
 
-    DDP rearranges them once, after the first backward pass. With three ranks or more, the order of terms in a sum, and
-    so its last bit, depends on the place in a bucket. Without this, the first step of a resumed run would differ from
-    the same step of a run without interruption.
+    DDP rearranges them once, after the first backward pass. With three ranks or more, the order of the terms of a sum,
+    and so its last bit, depends on the position in a bucket. Without this call, the first step of a resumed run would
+    differ from the same step of an uninterrupted run.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.reducer.prepare_for_backward([])
@@ -86,10 +86,10 @@ def no_gradient_sync(model: nn.Module) -> Iterator[None]:
 
 
 def full_state_dict(state: Any) -> Any:
-    """Return a state dict with full tensors in rank 0's memory instead of shards, and None in their place on the other
-    ranks. Collective if there are shards.
+    """Return a state dict with full tensors instead of shards on rank 0, and with None in their place on other ranks.
+    Collective if there are shards.
 
-    Nested mappings and lists are searched. Tensors that are not sharded are returned as they are, without a copy.
+    Includes nested mappings and lists. Tensors that are not sharded are returned unchanged, without a copy.
     """
     if isinstance(state, DTensor):
         full = state.full_tensor()

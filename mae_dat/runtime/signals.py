@@ -13,8 +13,8 @@ from mae_dat.config.errors import InterruptError, RetryError
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# A scheduler signals every process of a job, and a launcher passes on its own signal: one request arrives several times
-# within a moment. Only a signal after this time is a second request.
+# A scheduler signals every process of a job, and a launcher passes on its own signal, so one request arrives several
+# times in a short time. Only a signal after this time is a second request.
 ECHO_S = 2.0
 
 
@@ -22,9 +22,9 @@ class StopRequest:
     """A request to save and stop."""
 
     signal: "signal.Signals | None" = None
-    """The first signal that this process got."""
+    """The first signal that this process has received."""
     immediate = False
-    """Whether a second signal asked to stop without saving."""
+    """Whether a second signal requested a stop without saving."""
 
     @property
     def exit_code(self) -> int:
@@ -50,10 +50,10 @@ def stop_requests() -> Iterator[StopRequest]:
         name = signal.Signals(number).name
         if stop.signal is None:
             stop.signal, first = signal.Signals(number), time.monotonic()
-            logger.warning("%s: saving after this step, then stopping. A second one stops at once.", name)
+            logger.warning("%s: saving after this step, then stopping. A second signal stops immediately.", name)
         elif number == signal.SIGINT or time.monotonic() - first > ECHO_S:
             stop.immediate = True
-            raise InterruptError(f"{name}: stopped at once, at the last checkpoint.", stop.exit_code)
+            raise InterruptError(f"{name}: stopped at once, without saving.", stop.exit_code)
 
     handlers_before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

@@ -1,8 +1,8 @@
 """A watchdog for training that hangs: a child process that gets a heartbeat for every step and ends a silent parent.
 
-It is a process and imports next to nothing, because a thread would hang together with its process: behind the
+It is a separate process with few imports, because a thread would hang together with its process: blocked by the
 interpreter's lock, or stopped. It counts its own seconds instead of reading a clock, so that it does not end a job that
-a scheduler suspends as a whole and wakes later. This file, run as a script, is the child.
+a scheduler suspends and resumes as a whole. This file, run as a script, is the child.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ FIRST_MINUTES = 30.0  # until the first heartbeat: loading, compiling, the searc
 STACKS_S = 1  # time to write the stacks
 LEAVE_S = 3  # time for the process to leave with code 75 before it is killed
 STACKS_SIGNAL = signal.SIGQUIT  # free, and what a terminal sends for Ctrl-\
-# These signals reach every process of a job, but the watchdog has to leave last. It inherits them blocked.
+# These signals reach every process of a job, but the watchdog has to end last, so it inherits them blocked.
 BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGHUP}
 
 _heartbeat_pipe = -1
@@ -37,7 +37,7 @@ def heartbeat() -> None:
 
 @contextlib.contextmanager
 def watchdog(minutes: float, rank: int = 0, first_minutes: float = FIRST_MINUTES) -> Iterator[None]:
-    """End this process with code 75 after `minutes` without a `heartbeat`, its stacks written to stderr; 0 is never.
+    """End this process with code 75 after `minutes` without a `heartbeat`, and write its stacks to stderr; 0: never.
 
     The first heartbeat may take `first_minutes`, or `minutes` if that is more. SIGQUIT writes the stacks at any time.
     A second watchdog inside the block does nothing.
@@ -70,7 +70,7 @@ def watchdog(minutes: float, rank: int = 0, first_minutes: float = FIRST_MINUTES
 
 
 def _exit_on_order(order: int) -> None:
-    """Exit when the child orders it, in a thread of its own; returns when the child ends without an order."""
+    """Exit when the child orders it (runs in a separate thread); return if the child ends without an order."""
     with os.fdopen(order, "rb", buffering=0) as pipe:
         if pipe.read(1):
             os._exit(RETRY)
@@ -102,7 +102,7 @@ def main() -> None:
 def end_process(pid: int, name: str, silent_seconds: int) -> None:
     """Make a process write its stacks, order it to exit, and kill it if it does not."""
     write_stderr(
-        f"\n{name} made no step for {silent_seconds} s ({process_state(pid)}): its stacks follow, then it is ended.\n"
+        f"\n{name} finished no step for {silent_seconds} s ({process_state(pid)}): it writes its stacks and is ended.\n"
     )
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, STACKS_SIGNAL)
@@ -114,12 +114,12 @@ def end_process(pid: int, name: str, silent_seconds: int) -> None:
             if os.getppid() != pid:
                 return
             time.sleep(0.1)
-        write_stderr(f"\n{name} does not leave by itself: killed.\n")
+        write_stderr(f"\n{name} did not exit by itself: killed.\n")
         os.kill(pid, signal.SIGKILL)
 
 
 def process_state(pid: int) -> str:
-    """Return the kernel's description of what a process does: running, sleeping, stopped, waiting for a disk."""
+    """Return the state of a process according to the kernel: running, sleeping, stopped, waiting for a disk."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
         return next(line.partition(":")[2].strip() for line in file if line.startswith("State"))
     return "state unknown"

@@ -1,4 +1,4 @@
-"""The ranks of a run: which one this process is, and the process group that connects them."""
+"""The ranks of a run: the rank of this process, and the process group of all ranks."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def world_from_environment() -> World:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    # An interactive allocation sets SLURM_NTASKS too; only srun sets the step's variables.
+    # An interactive allocation also sets SLURM_NTASKS; only srun sets the variables of a step.
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
     return World()
@@ -41,14 +41,14 @@ def world_from_environment() -> World:
 def process_group(world: World, device: torch.device) -> Iterator[None]:
     """Join the other ranks for the duration of the block; does nothing for a single process.
 
-    If a rank fails, the others leave with its error (see `mae_dat.runtime.failures`). Raises ConfigError when the ranks
-    do not find each other.
+    If a rank fails, the others exit with its error (see `mae_dat.runtime.failures`). Raises ConfigError if the ranks
+    cannot connect to each other.
     """
     if world.size == 1:
         yield
         return
     gpu = device if device.type == "cuda" else None
-    # gloo carries what is in host memory: pickled objects, and a sharded state on its way to rank 0.
+    # gloo transfers data in host memory: pickled objects, and a sharded state that rank 0 gathers.
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         dist.init_process_group(backend, init_method="env://", device_id=gpu)
@@ -60,8 +60,8 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
 
 
 def _join_store(world: World) -> dist.Store:
-    """Return the ranks' common store where torchrun made none: at MASTER_ADDR and MASTER_PORT, or at the address that
-    SLURM's variables give."""
+    """Return the common store of the ranks if torchrun created none: at MASTER_ADDR and MASTER_PORT, or at the address
+    derived from SLURM's variables."""
     env = os.environ
     host = env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     first_port = int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 9500)) % 12000)

@@ -161,7 +161,7 @@ def test_records_beyond_the_resumed_step_are_dropped(tmp_path: Path, caplog: pyt
         file.write('{"epoch": 3, "st')  # a kill in the middle of a write
     with caplog.at_level(logging.WARNING):
         log = RunLog(tmp_path, resumed_step=25)
-    assert "log.txt: a torn line was dropped" in caplog.text
+    assert "log.txt: an incomplete line was skipped" in caplog.text
     log.record({"epoch": 2, "step": 30, "train_loss": 0.4})
     log.close()
     records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
