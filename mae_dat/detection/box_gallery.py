@@ -13,10 +13,10 @@ from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.dat import WithDAT
 
 _IMAGES = 4
-_MIN_SCORE = 0.5  # of a detection that is drawn
-_SIDE = 384  # of a drawn image, in pixels
+_MIN_SCORE = 0.5  # detections below are not drawn
+_SIDE = 384  # side of a drawn image in pixels
 BOX_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
-"""Of the classes in turn: the palette of Okabe and Ito."""
+"""Colors of the classes, in turn: the palette of Okabe and Ito."""
 
 
 def draw_detections(
@@ -42,7 +42,7 @@ def draw_detections(
 
 
 def draw_boxes(image: Tensor, boxes: list[Boxes], classes: list[str]) -> Tensor:
-    """Draw named boxes on enlarged images (B, 3, H, W) in [0, 1]; of detections only those of a score of 0.5 or more.
+    """Draw named boxes on enlarged images (B, 3, H, W) in [0, 1]; detections with a score below 0.5 are omitted.
 
     Returns (B, 3, s * H, s * W) with a whole number s.
     """

@@ -1,4 +1,4 @@
-"""Images with boxes from COCO's JSON, at a fixed size, with flips and scale jitter that move the boxes along.
+"""Images with boxes from COCO's JSON, at a fixed size, with flips and scale jitter of images and boxes.
 
 A sample is a pure function of (seed, epoch, index), as for classifiers. Boxes are (x0, y0, x1, y1) in pixels of the
 image that the detector sees; labels start at 1, since 0 is torchvision's background.
@@ -33,8 +33,8 @@ from mae_dat.robustness.corruptions import corrupt_image, image_seed
 
 logger = logging.getLogger(__name__)
 
-PADDING_LABEL = -1  # of the rows that pad the boxes of an image to the largest number of the set
-_OVERHANG = 1.0  # pixels by which a box may leave its image: COCO's own do, by rounding
+PADDING_LABEL = -1  # label of the rows that pad the boxes of an image to the largest number of the set
+_OVERHANG = 1.0  # pixels by which a box may exceed its image, as some of COCO's do by rounding
 
 
 class BoxSample(Sample):
@@ -101,8 +101,8 @@ def find_annotations(root: str | os.PathLike[str], split: str) -> CocoSplit:
 def read_scenes(split: CocoSplit, classes: Sequence[str] = (), skip: bool = False) -> tuple[list[Scene], list[str]]:
     """Read the scenes of a split and its class names, in the order of their ids, or as `classes` gives them.
 
-    Raises DataError for what cannot be trained on: broken JSON, a missing image, a box without area or outside of its
-    image, an unknown category or image, no box at all. With `skip` such images and boxes are skipped, and logged.
+    Raises DataError for invalid JSON, a missing image, a box without area or outside of its image, an unknown category
+    or image, or no box at all. With `skip`, such images and boxes are skipped and logged.
     """
     path, problems = split.annotations, _Problems(split.annotations, skip)
     try:
@@ -114,7 +114,7 @@ def read_scenes(split: CocoSplit, classes: Sequence[str] = (), skip: bool = Fals
         rows = _boxes_by_image(content, sizes, labels, problems)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is no COCO file: {reason}; expected images, annotations and categories.") from error
+        raise DataError(f"{path} is not a COCO file: {reason}; it needs images, annotations and categories.") from error
     scenes = []
     for entry in entries:
         file = split.folder / entry["file_name"]
@@ -124,7 +124,7 @@ def read_scenes(split: CocoSplit, classes: Sequence[str] = (), skip: bool = Fals
             problems.add(f"the image {file} does not exist")
     problems.log()
     if not any(len(scene.boxes) for scene in scenes):
-        raise DataError(f"{path} has no box to learn from or to measure with ({len(scenes)} images); check the file.")
+        raise DataError(f"{path} has no usable box ({len(scenes)} images): check the file.")
     return scenes, list(classes or names.values())
 
 
@@ -149,10 +149,10 @@ class _Problems:
 def _labels_by_category(names: Mapping[Any, str], classes: Sequence[str], problems: _Problems) -> dict[Any, int]:
     """Map category ids to labels. Ids need not be contiguous: a label is the position of the name in `classes`."""
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise DataError(f"{problems.path} names the category {twice[0]!r} twice; give each its own name.")
+        raise DataError(f"{problems.path} has two categories {twice[0]!r}: give each its own name.")
     classes = list(classes or names.values())
     for name in set(names.values()) - set(classes):
-        problems.add(f"the category {name!r} is unknown to training, which has {', '.join(classes)}")
+        problems.add(f"the category {name!r} is not one of the training's, {', '.join(classes)}")
     return {number: classes.index(name) + 1 for number, name in names.items() if name in classes}
 
 
@@ -181,19 +181,19 @@ def _problem_of(entry: Mapping[str, Any], sizes: Mapping[Any, ImageSize], labels
     """Describe what is wrong with an annotation; None if it is valid."""
     name, box = f"annotation {entry.get('id')}", entry["bbox"]
     if entry["image_id"] not in sizes:
-        return f"{name} is of image {entry['image_id']}, which is not listed"
+        return f"{name} belongs to image {entry['image_id']}, which is not listed"
     if entry["category_id"] not in labels:
         return f"{name} has the unknown category {entry['category_id']}"
     if len(box) != 4 or not all(math.isfinite(value) for value in box):
         return f"{name} has the box {box}, not (x, y, width, height)"
     (height, width), (x, y, box_width, box_height) = sizes[entry["image_id"]], box
     if box_width <= 0 or box_height <= 0:
-        return f"{name} has the box {box}, of no area"
+        return f"{name} has the box {box} without area"
     outside = x + box_width > width + _OVERHANG or y + box_height > height + _OVERHANG
     if x < -_OVERHANG or y < -_OVERHANG or outside:
         return f"{name} has the box {box} outside of its image of {width} x {height} pixels"
     x0, y0, x1, y1 = _clip_box(box, sizes[entry["image_id"]])
-    return None if x1 > x0 and y1 > y0 else f"{name} has the box {box}, of which nothing is inside its image"
+    return None if x1 > x0 and y1 > y0 else f"{name} has the box {box} outside of its image"
 
 
 def _clip_box(box: Sequence[float], size: ImageSize) -> list[float]:
@@ -208,14 +208,14 @@ def _make_scene(path: str, size: ImageSize, rows: list[_BoxRow]) -> Scene:
     return Scene(path=path, size=size, boxes=boxes, labels=labels, crowd=crowd.bool())
 
 
-# ---- what the detector sees ----
+# ---- from scenes to the input of the detector ----
 
 
 class BoxTransform:
-    """Fit an image and its boxes into the size of the detector: the whole image, centred, with black borders.
+    """Fit an image and its boxes into the size of the detector: the whole image, centered, with black borders.
 
     For training (`scale`: the range of the jitter, such as (0.5, 2.0)) the image is first flipped at random, scaled and
-    cropped; a box of which less than a pixel is left is removed.
+    cropped; boxes smaller than a pixel afterwards are removed.
     """
 
     def __init__(self, size: ImageSize, scale: tuple[float, float] | None = None) -> None:
@@ -230,7 +230,7 @@ class BoxTransform:
         if self.scale:
             pixels, truth = v2.RandomHorizontalFlip()(pixels, truth)
             factor = float(torch.empty(()).uniform_(*self.scale))
-        # Not torchvision's ScaleJitter, which takes the height for the width.
+        # torchvision's ScaleJitter is not used, because it swaps height and width.
         pixels, truth = v2.Resize(self._scaled_size(scene.size, factor), antialias=True)(pixels, truth)
         crop = v2.RandomCrop(self.size, pad_if_needed=True) if self.scale else v2.CenterCrop(self.size)
         pixels, truth = crop(pixels, truth)
@@ -257,9 +257,10 @@ class BoxTransform:
 
 
 class CocoImages(ImageSet):
-    """Images with boxes; `classes[label - 1]` is the name of a label. Raises what `read_scenes` does.
+    """Images with boxes; `classes[label - 1]` is the name of a label. Raises the errors of `read_scenes`.
 
-    `corrupted` returns the same images under a corruption, which is applied at their own size, before the transform.
+    `corrupted` returns the same images under a corruption, which is applied at their original size, before the
+    transform.
     """
 
     corruption: tuple[str, int] | None = None
@@ -273,7 +274,7 @@ class CocoImages(ImageSet):
         seed: int = 0,
     ) -> None:
         super().__init__(split.folder, v2.functional.to_image, on_bad, seed)
-        self.box_transform = box_transform  # instead of the transform, which knows no boxes
+        self.box_transform = box_transform  # instead of the transform of image sets without boxes
         self.scenes, self.classes = read_scenes(split, classes, skip=on_bad == "skip")
         self.max_boxes = max(len(scene.boxes) for scene in self.scenes)
 
@@ -281,12 +282,12 @@ class CocoImages(ImageSet):
         return len(self.scenes)
 
     def load_image(self, index: int) -> Image.Image:
-        """Load an image as the base class does; DataError also where its size differs from the JSON, since the boxes
-        are wrong then."""
+        """Load an image as the base class does; also raises DataError if its size differs from the one in the JSON,
+        because then the boxes are wrong."""
         scene = self.scenes[index]
         image = decode_file(scene.path)
         if image.size != scene.size[::-1]:
-            raise DataError(f"{scene.path} has {image.size} pixels, its JSON says {scene.size[::-1]}; repair one.")
+            raise DataError(f"{scene.path} has {image.size} pixels, but its JSON has {scene.size[::-1]}: repair one.")
         if self.corruption is None:
             return image
         name, severity = self.corruption

@@ -28,7 +28,7 @@ from mae_dat.training.context import RunContext
 logger = logging.getLogger(__name__)
 
 DetectionPair = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""The detections and the ground truth of an image, as torchmetrics takes them."""
+"""The detections and the ground truth of an image, in torchmetrics' format."""
 DETECTION_METRICS = ("map", "map_50", "map_75")
 
 
@@ -77,7 +77,7 @@ def measure_corruptions(
 ) -> dict[str, Any]:
     """Measure on clean images and under 15 corruptions, with mPC and rPC, into `output/detection.json`. Collective.
 
-    Every result is stored at once, and results stored under the same protocol are not measured again.
+    Every result is stored immediately, and results stored under the same protocol are not measured again.
     """
     path = context.output / "detection.json"
     scores = on_all_ranks(lambda: _read_scores(path, protocol))
@@ -114,7 +114,7 @@ def _read_scores(path: Path, protocol: Mapping[str, Any]) -> dict[str, dict[str,
         return {}
     content = json.loads(path.read_text())
     if content.get("protocol") != json.loads(json.dumps(dict(protocol))):
-        logger.warning("%s was measured under another protocol: everything is measured again.", path)
+        logger.warning("%s was measured under another protocol: measuring everything again.", path)
         return {}
     return content["cells"]
 

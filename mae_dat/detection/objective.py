@@ -11,10 +11,10 @@ from mae_dat.training.objectives.base import Objective, Parts
 
 
 class DetectionObjective(Objective):
-    """The total loss of a detector, the sum of its losses, which DAT's adversary raises too.
+    """The total loss of a detector, the sum of its losses; DAT's adversary raises the same loss.
 
-    torchvision samples anchors and regions at random. Every view of a batch, whether clean, attacked or adversarial,
-    starts from the same random state, so that views differ in their pixels only.
+    torchvision samples anchors and regions at random. Every view of a batch (clean, attacked or adversarial) starts
+    from the same random state, so that views differ only in their pixels.
     """
 
     def prepare(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:

@@ -1,8 +1,8 @@
 """Train an object detector, plainly or with DAT, and measure it.
 
-`mae-dat detect --data_path DIR ... --output_dir OUT`: DIR holds COCO's format (docs/how-to/detect.md). The
-adversary of `--dat` raises the detector's total loss. To resume, run the same command again. `--eval --resume OUT`
-measures, with `--corruptions` also under 15 corruptions.
+`mae-dat detect --data_path DIR ... --output_dir OUT`: DIR is in COCO's format (docs/how-to/detect.md). The adversary of
+`--dat` raises the detector's total loss. To resume, run the same command again. `--eval --resume OUT` measures the
+average precision; with `--corruptions`, also under 15 corruptions.
 """
 
 import dataclasses
@@ -86,17 +86,16 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
 
 
 def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
-    """Measure the average precision of the detector that `--resume` names; with `--corruptions` see
-    `measure_corruptions`."""
+    """Measure the average precision of the detector in `--resume`; with `--corruptions` see `measure_corruptions`."""
     require_extra("detection", "mAP")
     if config.run.resume is None:
-        raise ConfigError("--eval measures the detector that --resume names: an output folder or its weights.")
+        raise ConfigError("--eval needs --resume with a detector: an output folder or its weights.")
     with run_context(config.run, config.launch, console, training=False) as context:
         file = read_model_file(config.run.resume)
         if file.kind != "detector":
-            raise CheckpointError(f"--resume {config.run.resume} is no detector of this command; train one first.")
+            raise CheckpointError(f"--resume {config.run.resume} is not a detector of mae-dat detect: train one first.")
         opened = open_model(file)
-        # Boxes are in pixels of the size that the detector was trained at.
+        # Boxes are in pixels at the size of the training.
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, input_size=opened.input_size))
         model, facts = opened.to(context.device).model, opened.facts
         validation = open_coco_images(config, "val", facts["classes"])
@@ -127,7 +126,7 @@ def open_coco_images(
 ) -> CocoImages:
     """Open a split of the data: augmented for training; for validation unaugmented, and at most --limit images."""
     if config.data.in_chans != 3:
-        raise ConfigError(f"detectors take 3 channels, not --in_chans {config.data.in_chans}.")
+        raise ConfigError(f"--in_chans {config.data.in_chans}: detectors need 3 channels.")
     scale_jitter = config.detector.scale_jitter if split == "train" else None
     images = CocoImages(
         find_annotations(image_root(config.data.data_path), split),
@@ -140,7 +139,7 @@ def open_coco_images(
 
 
 def build_configured_detector(config: DetectConfig, num_classes: int, start: bool = False) -> Detector:
-    """Build the detector that the flags describe; with `start` it gets the weights that they name."""
+    """Build the detector described by the flags; with `start`, load the initial weights that they name."""
     settings, size = config.detector, config.data.image_size
     trunk = None
     if settings.model in VIT_SIZES:
@@ -162,7 +161,7 @@ def build_configured_detector(config: DetectConfig, num_classes: int, start: boo
 
 
 def _detector_facts(config: DetectConfig, classes: list[str]) -> dict[str, Any]:
-    """Return what is needed to build the detector again; it is stored with its weights."""
+    """Return the facts to rebuild the detector, which are stored with its weights."""
     settings = config.detector
     return {
         "kind": "detector",

@@ -1,1 +1,1 @@
-"""Submit a training as a job to SLURM or to this machine, and follow it; free of torch."""
+"""Submit a training as a job to SLURM or to this machine, and follow its log; does not import torch."""

@@ -1,5 +1,4 @@
-"""A copy of the code beside the jobs: a job runs the code that was submitted, however long it waits and however often
-it starts again.
+"""A copy of the code next to the jobs: a job runs the code as submitted, even after a long wait or a restart.
 
 The copy's folder is named after its content, so that submitting the same code twice copies it once.
 """
@@ -36,7 +35,7 @@ class CodeTree:
     state: tuple[str, bool] | None
     """Commit, and whether files differ from it; None outside git."""
     too_large: tuple[str, ...] = ()
-    """Names of files that are left out."""
+    """Names of files that are not copied."""
 
     def add(self, path: Path) -> str:
         """Add a file unless it is there already; return its name in the copy."""
@@ -60,8 +59,8 @@ def collect_code(folder: Path, results: Sequence[Path] = ()) -> CodeTree:
     """Collect the code around a script's folder: all files of its git repository that are not ignored.
 
     Without git, collects the sources in the folder and the packages below it. This package, with its recipes, is added
-    if it is elsewhere; it is all of the code if `folder` is where it was installed. Files in the folders `results` are
-    not code. Raises ConfigError if there is too much to be code.
+    if it is elsewhere; if `folder` is where it was installed, only this package is collected. Files in the folders
+    `results` are not code. Raises ConfigError if the files are too many or too large to be code.
     """
     root, files, state = _files_around(folder.resolve())
     if state is None or root != PACKAGE_FOLDER.parent:
@@ -75,14 +74,14 @@ def collect_code(folder: Path, results: Sequence[Path] = ()) -> CodeTree:
     if len(sizes) > MAX_FILES or sum(sizes.values()) > MAX_BYTES:
         raise ConfigError(
             f"{root} contains {len(sizes):,} files of {sum(sizes.values()) / 2**20:,.0f} MiB that git does not ignore, "
-            "too much for a copy of the code: name data and results in .gitignore, or give --no_snapshot."
+            "too much for a copy of the code: list data and results in .gitignore, or use --no_snapshot."
         )
     return CodeTree(root, {name: files[name] for name in sizes}, state, too_large)
 
 
 def _files_around(folder: Path) -> tuple[Path, dict[str, Path], tuple[str, bool] | None]:
     """Return the root of the code around `folder`, its files by name, and (commit, dirty), None without git."""
-    if folder == PACKAGE_FOLDER.parent == RECIPES_FOLDER.parents[1]:  # installed, beside packages that are not ours
+    if folder == PACKAGE_FOLDER.parent == RECIPES_FOLDER.parents[1]:  # installed, next to foreign packages
         return folder, {}, None
     try:
         root = Path(os.fsdecode(run_git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
@@ -93,7 +92,7 @@ def _files_around(folder: Path) -> tuple[Path, dict[str, Path], tuple[str, bool]
 
 
 def _package_files() -> dict[str, Path]:
-    """Return all files of this package, with the recipes in the place that they have in an installed package."""
+    """Return all files of this package, with the recipes where an installed package has them."""
     package = PACKAGE_FOLDER
     files = {path for path in package.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
     recipes = {f"{package.name}/configs/{path.name}": path for path in RECIPES_FOLDER.glob("*.yaml")}
@@ -134,7 +133,7 @@ def _copy_files(tree: CodeTree, temporary: Path, parent: Path, command: str) -> 
     for name, path in tree.files.items():
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, temporary / name)
-    # The hash of the copy, not of the source, which somebody may be editing.
+    # The hash of the copy, because the source may change meanwhile.
     sha256 = tree_hash((name, temporary / name) for name in tree.files)
     target = parent / _folder_name(sha256, tree.state)
     if not target.exists():
@@ -146,7 +145,7 @@ def _copy_files(tree: CodeTree, temporary: Path, parent: Path, command: str) -> 
             if not target.is_dir():  # otherwise another submission was faster
                 raise
     if tree_hash((name, target / name) for name in tree.files) != sha256:
-        raise OutputError(f"{target} was changed after it was made: remove it, and submit again.")
+        raise OutputError(f"{target} was changed after it was copied: remove it and submit again.")
     return target
 
 

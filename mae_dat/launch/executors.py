@@ -23,11 +23,11 @@ from mae_dat.launch.job import ResolvedJob
 from mae_dat.launch.task import SIGNAL_DELAY_S, ScriptTask
 from mae_dat.storage.files import prepare_output_folder
 
-_NO_TIMEOUT_MINUTES = 60 * 24 * 365 * 100  # on this machine, nobody waits for a job to end
+_NO_TIMEOUT_MINUTES = 60 * 24 * 365 * 100  # a job on this machine has no time limit
 # A signal must not end the launcher's own Python before it can pass the signal on.
 _UNTIL_READY = "trap '' TERM USR1 USR2; exec \"$@\""
-# Variables of an allocation that we may be submitting from: nothing of it may reach the job. submitit's `clean_env` is
-# not used: it also removes the variables that name the cluster, and the user's own defaults for sbatch.
+# Variables of the allocation that the launcher may run in; they must not reach the job. submitit's `clean_env` is not
+# used: it also removes the variables that name the cluster, and the user's own defaults for sbatch.
 _OTHER_JOB_VARIABLES = re.compile(
     r"(SLURM|SLURMD|SRUN|SUBMITIT|TORCHELASTIC)_.*|MASTER_(ADDR|PORT)|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MAE_DAT_RESTARTS"
 )
@@ -73,7 +73,7 @@ def make_executor(job: ResolvedJob, name: str, code: Path, command: str) -> Pick
     if job.cluster == "debug":
         return DebugExecutor(folder)
     python = job.config.python or shlex.quote(sys.executable)
-    # -P: import the package that PYTHONPATH names, not one below the current folder.
+    # -P: import the package from PYTHONPATH, not one below the current folder.
     start = f"/bin/sh -c {shlex.quote(_UNTIL_READY)} sh {python} -P"
     if job.cluster == "local":
         executor: PicklingExecutor = submitit.LocalExecutor(folder, python=start)
@@ -113,10 +113,10 @@ def _slurm_parameters(job: ResolvedJob, name: str, code: Path, command: str) -> 
         "comment": config.comment,
         "signal_delay_s": SIGNAL_DELAY_S,
         "stderr_to_stdout": True,  # one log, in order
-        # As JSON, because in a comment what follows a line break would be run.
+        # As JSON, because text after a line break in a comment would be run.
         "setup": [f"# submitted with {json.dumps(command)}", python_path],
-        # Without the first, the other ranks wait for a dead one until the time limit. Without the second, SLURM from
-        # 22.05 on gives each task a single core.
+        # Without the first, the other ranks wait for a dead one until the time limit. Without the second, SLURM 22.05
+        # and later give each task a single core.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={config.cpus_per_task}"],
         # Some clusters turn this off by default: it allows a restart after the loss of a node, and our own
         # `scontrol requeue`.
@@ -126,7 +126,7 @@ def _slurm_parameters(job: ResolvedJob, name: str, code: Path, command: str) -> 
 
 
 def batch_file(job: ResolvedJob, task: ScriptTask, code: Path, command: str) -> str:
-    """Return the text that sbatch would get, with the script's command line as a comment below."""
+    """Return the batch file for sbatch, followed by the script's command line as a comment."""
     executor = make_executor(job, task.name, code, command)
     assert isinstance(executor, submitit.SlurmExecutor)
     text = executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -170,8 +170,8 @@ def clean_environment(code: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _detached_from_terminal() -> Iterator[None]:
-    """Start processes that survive a hang-up and Ctrl-C, and that do not keep our output open: `submit.py | tee` would
-    wait for them."""
+    """Start processes that survive a hang-up and Ctrl-C, and do not keep our output open; otherwise `submit.py | tee`
+    would wait for them."""
     saved_streams = {stream: os.dup(stream) for stream in (1, 2)}
     handlers_before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
     devnull = os.open(os.devnull, os.O_WRONLY)

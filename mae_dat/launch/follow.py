@@ -21,20 +21,20 @@ SETTLE_S = 1.0  # for the last lines of a log and the last files of a job to arr
 _MAY_RUN_AGAIN = {"TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
 _CERTAINLY_OVER = {"COMPLETED", "FAILED", "CANCELLED"}
 UNKNOWN = JobState("UNKNOWN")
-"""The state of a job that SLURM does not know any more."""
+"""The state of a job that SLURM no longer knows."""
 
 
 class LogTail:
-    """A growing log file, shown as it grows."""
+    """Shows the new lines of a growing log file."""
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         self.path, self.prefix, self.position = path, prefix, 0
 
     def show(self, out: TextIO, unfinished: bool = False) -> None:
-        """Write the lines that are new since the last call; with `unfinished` also a line without its end."""
+        """Write the lines added since the last call; with `unfinished`, also an incomplete last line."""
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self.position:  # somebody has emptied it
+                if file.seek(0, 2) < self.position:  # the file was truncated
                     self.position = 0
                 file.seek(self.position)
                 content = file.read()
@@ -50,8 +50,8 @@ class LogTail:
 def follow(jobs: Sequence[Job[int]], exits: Sequence[RankExits], slurm: bool, out: TextIO | None = None) -> int:
     """Show the log of rank 0 until the last of `jobs` has ended; return the first exit code that is not 0, or 0.
 
-    `exits` holds the exit codes of each job's ranks. A job that will be started again, also after the loss of a node,
-    has not ended. The exit code of a cancelled job is 130.
+    `exits` holds the exit codes of each job's ranks. A job that will be restarted, also after the loss of a node, has
+    not ended. The exit code of a canceled job is 130.
     """
     out = out or sys.stdout
     indices = [job.job_id.partition("_")[2] for job in jobs]  # in the array; empty for a single job
@@ -91,8 +91,8 @@ def _current_states(jobs: Sequence[Job[int]], slurm: bool) -> dict[str, JobState
 
 
 def _is_over(state: JobState, before: JobState | None) -> bool:
-    """Return whether a job has ended. Most states have to be seen twice: NODE_FAIL, for example, may be a step on the
-    way back into the queue."""
+    """Return whether a job has ended. Most states have to be seen twice: NODE_FAIL, for example, can precede the return
+    to the queue."""
     return state.name in _CERTAINLY_OVER or (state == before and (state.final or state == UNKNOWN))
 
 

@@ -1,7 +1,7 @@
-"""What a job and its submitter ask of SLURM: the state of a job, and putting it back into the queue.
+"""Queries to SLURM: the state of a job, and its return to the queue.
 
-submitit only asks `sacct`: it takes the loss of a node for the end of a job that SLURM is about to start again, and
-knows nothing on clusters without accounting. Here the controller is asked first.
+submitit only queries `sacct`: it mistakes the loss of a node for the end of a job that SLURM will restart, and fails on
+clusters without accounting. This module queries the controller first.
 """
 
 import logging
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
-# States that are the end of a job. In any other state it may run again; so may a job in PREEMPTED or NODE_FAIL as long
-# as the controller knows it.
+# Final states of a job. In any other state it may run again; so may a job in PREEMPTED or NODE_FAIL as long as the
+# controller knows it.
 FINAL_STATES = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 FINAL_STATES |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
-_REPLY_S = 60  # longest that a busy controller may take
+_REPLY_S = 60  # longest wait for the reply of a busy controller
 
 
 class JobState(NamedTuple):
@@ -37,7 +37,7 @@ class JobState(NamedTuple):
 def job_states(job: str) -> dict[str, JobState] | None:
     """Return states by id: of one job or array element, or of all elements of the array `job`.
 
-    Empty when SLURM does not know the job any more, None when the controller does not reply.
+    Empty if SLURM no longer knows the job, None if the controller does not reply.
     """
     reply = _run("squeue", ["--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%i|%T|%r"])
     if reply is None:
@@ -65,9 +65,9 @@ def _run(program: str, arguments: list[str]) -> "subprocess.CompletedProcess[str
 def requeue(job: str, received: signal.Signals | None, tries: int = 5) -> bool:
     """Put the running job `job` back into the queue, from any of its nodes; return False if SLURM decides about it.
 
-    A job that is being cancelled must not be put back: SLURM would revive it. A job that an administrator requeues, or
-    whose node was lost, is put back by SLURM itself. `received` is the signal that this task got: if SLURM does not
-    reply, it is the only sign of a cancellation.
+    A job that is being canceled must not be put back, or SLURM would restart it. SLURM itself puts back a job that an
+    administrator requeues or whose node was lost. `received` is the signal that this task got: if SLURM does not reply,
+    it is the only sign of a cancellation.
     """
     for attempt in range(tries):
         states = job_states(job)
@@ -75,7 +75,7 @@ def requeue(job: str, received: signal.Signals | None, tries: int = 5) -> bool:
         if state is None:
             allowed = received != signal.SIGTERM
         else:
-            # A job at its time limit looks like a cancelled one, except for the reason.
+            # A job at its time limit looks like a canceled one, except for the reason.
             allowed = state.name == "RUNNING" or state.reason == "TimeLimit"
         if not allowed:
             logger.info("job %s is %s: SLURM decides whether it runs again", job, state.name if state else "unknown")

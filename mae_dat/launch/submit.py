@@ -125,7 +125,7 @@ def script_settings(task: ScriptTask, verbs: Verbs) -> dict[str, Any] | None:
 
 
 def check_settings(settings: Mapping[str, Any], dry_run: bool) -> None:
-    """Raise UserError now for a training that would stop at its start, not after a night in the queue.
+    """Raise UserError now for a training that would fail at its start, instead of after hours in the queue.
 
     A dry run, which needs no data, only logs a warning.
     """
@@ -139,7 +139,7 @@ def check_settings(settings: Mapping[str, Any], dry_run: bool) -> None:
     except UserError as error:
         if not dry_run:
             raise
-        logger.warning("the job would stop at once: %s", error)
+        logger.warning("the job would fail at its start: %s", error)
 
 
 def _check_weights(flag: str, source: str | None) -> None:
@@ -203,9 +203,9 @@ def copy_code(
 
 
 def _config_files(args: Sequence[str]) -> list[Path]:
-    """Return the files that `--config FILE` and `--config=FILE` name; recipes are part of every copy.
+    """Return the files given by `--config FILE` and `--config=FILE`; recipes are part of every copy.
 
-    Raises MissingInputError for neither a file nor a recipe.
+    Raises MissingInputError for a value that is neither a file nor a recipe.
     """
     names = [name for flag, name in itertools.pairwise(args) if flag == "--config"]
     names += [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
@@ -238,7 +238,7 @@ def run_in_this_process(job: Job[int], code: Path) -> int:
     with clean_environment(code):
         os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
         try:
-            # Not through job.result(), which opens a debugger on an error.
+            # job.result() is not used, because it opens a debugger on an error.
             if error := job.exception():
                 raise error
         except SystemExit as end:

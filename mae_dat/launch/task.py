@@ -1,8 +1,8 @@
-"""What one task of a job does on its node: it runs the script in a process of its own, passes signals on, and starts
-the job again when the script was stopped through no fault of its own (exit code 75, or killed).
+"""One task of a job on its node: runs the script in a separate process, passes signals on, and restarts the job if the
+script was interrupted (exit code 75, or killed).
 
-The script resumes from its output folder, so no progress is kept here. The job's folder holds how the script ended on
-each rank in each attempt. From these files all ranks come to the same decision, and `--wait` knows the exit code.
+The script resumes from its output folder, so no progress is kept here. The job's folder records how the script ended on
+each rank in each attempt. From these files all ranks make the same decision, and `--wait` reads the exit code.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from mae_dat.config.errors import InterruptError, NoProgressError, RetryError, S
 from mae_dat.launch.slurm import requeue
 from mae_dat.storage.files import atomic_write
 
-SIGNAL_DELAY_S = 120  # SLURM sends its signal so long before the time limit: enough to write a checkpoint
+SIGNAL_DELAY_S = 120  # SLURM sends its signal this long before the time limit: enough to write a checkpoint
 STOP_GRACE_S = 90  # how long a script may take to end after a signal; below the delay above
-# How long a rank waits for the others to end, above all for rank 0, which may still be saving: the end of one task ends
-# them all. After an error the wait is shorter: rank 0 may not have noticed it.
+# How long a rank waits for the others to end, mainly for rank 0, which may still be saving: the end of one task ends
+# all. After an error the wait is shorter, because rank 0 may not have noticed it.
 OTHER_RANKS_WAIT_S, WAIT_AFTER_ERROR_S = 300.0, 120.0
-ERROR_REPORT_WAIT_S = 3.0  # how long rank 0, ready to start again, waits for another rank to report an error
-EARLY_CRASH_S, MAX_EARLY_CRASHES = 60.0, 3  # a script killed so early, so many times in a row, is not started again
+ERROR_REPORT_WAIT_S = 3.0  # how long rank 0, ready to restart, waits for another rank to report an error
+EARLY_CRASH_S, MAX_EARLY_CRASHES = 60.0, 3  # a script killed this early this many times in a row is not restarted
 _FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# SLURM signals every process of a task. The default action of these two would kill a script before it can save, so the
-# shell makes the script ignore them unless it sets handlers of its own.
+# SLURM signals every process of a task. The default action of these two signals would kill a script before it can save,
+# so the shell makes the script ignore them unless it sets its own handlers.
 _SHIELD = ("/bin/sh", "-c", "trap '' USR1 USR2; exec \"$@\"", "sh")
 
 
@@ -47,7 +47,7 @@ class RankExit(NamedTuple):
     """How the script ended on one rank."""
 
     code: int
-    """Its exit code; if negative, the signal that killed it."""
+    """Its exit code; if negative, the number of the signal that killed it."""
     seconds: float
     """How long it ran."""
     signal: str | None = None
@@ -74,7 +74,7 @@ def job_exit_code(exits: Sequence[RankExit]) -> int:
 
 
 class RankExits:
-    """How the ranks of a job ended, attempt by attempt, in a folder that all of them see."""
+    """How the ranks of a job ended, attempt by attempt, in a folder shared by all ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,7 +82,7 @@ class RankExits:
     def write(self, attempt: int, rank: int, rank_exit: RankExit) -> None:
         """Record how a rank ended.
 
-        If that fails, as on a full disk, only the log says so: the job must still return to the queue or start again.
+        If that fails, for example on a full disk, it is only logged: the job must still return to the queue or restart.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ class RankExits:
         return job_exit_code(list(self.read(max(attempts)).values())) if attempts else None
 
     def keep_crashing(self, attempt: int) -> bool:
-        """Return whether in this attempt, and in each of those before it, some rank crashed at its start."""
+        """Return whether a rank crashed at its start in this attempt and in each of the previous ones."""
         attempts = range(attempt, attempt - MAX_EARLY_CRASHES, -1)
         return all(any(rank_exit.crashed for rank_exit in self.read(number).values()) for number in attempts)
 
@@ -157,7 +157,7 @@ class ScriptTask:
     @property
     def command(self) -> list[str]:
         """The script's command line, for the Python that runs this task."""
-        # -P: run the module of the copied code, which PYTHONPATH names, not one below the current folder.
+        # -P: run the module of the copied code on PYTHONPATH, not one below the current folder.
         start = ["-P", "-m", self.script] if self.module else [self.script]
         return [sys.executable, *start, *self.args]
 
@@ -171,7 +171,7 @@ class ScriptTask:
         return replace(self, args=tuple(word.replace("%a", str(index)) for word in self.args))
 
     def rank_exits(self, folder: Path, job: str) -> RankExits:
-        """Return where the ranks of the job with this id record how they ended, given the job's folder."""
+        """Return the records of how the ranks of the job with this id ended, given the job's folder."""
         return RankExits(folder / f"{job}_exits_{self.token}")
 
     def __call__(self) -> int:
@@ -193,12 +193,12 @@ class ScriptTask:
                     code, start_again = self._end_on_this_machine(job, attempt, rank_exit, received)
             attempt += 1
         if code:
-            get_logger().info(f"{shlex.join(self.command)} ended with exit code {code}; see its messages above")
+            get_logger().info(f"{shlex.join(self.command)} ended with exit code {code}: see its messages above")
             raise SystemExit(code)
         return 0
 
     def _run(self, job: submitit.JobEnvironment, received: ReceivedSignals, attempt: int) -> RankExit:
-        """Run the script once. The first signal is passed on as SIGTERM, on which a script saves and stops."""
+        """Run the script once. The first signal is passed on as SIGTERM, which makes a script save and stop."""
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "MAE_DAT_RESTARTS": str(attempt)}
         # On this machine, Ctrl-C in the terminal that submitted the job must not reach the script.
         new_session = job.cluster == "local"
@@ -207,10 +207,10 @@ class ScriptTask:
         while child.poll() is None:
             if received.first and not stop_sent:
                 stop_sent = time.monotonic()
-                get_logger().info(f"{received.first.name}: the script is asked to save and stop")
+                get_logger().info(f"{received.first.name}: requesting the script to save and stop")
                 child.terminate()
             elif stop_sent and time.monotonic() > stop_sent + STOP_GRACE_S:
-                get_logger().info(f"the script has not ended for {STOP_GRACE_S} s and is killed")
+                get_logger().info(f"killing the script, which has not ended within {STOP_GRACE_S} s")
                 child.kill()
                 child.wait()
             time.sleep(0.1)
@@ -239,9 +239,9 @@ class ScriptTask:
     def _must_requeue_itself(
         self, exits: RankExits, attempt: int, rank_exit: RankExit, received: ReceivedSignals
     ) -> bool:
-        """Return whether a rank other than 0 has to put the job back itself, because rank 0 does not.
+        """Return whether a rank other than 0 has to put the job back into the queue, because rank 0 does not.
 
-        Waits until rank 0 has ended or does not matter any more: the first task that ends with an error makes SLURM
+        Waits until rank 0 has ended or its end no longer matters: the first task that ends with an error makes SLURM
         kill the others, and rank 0 may still be saving.
         """
         restart = rank_exit.exit_code == RetryError.exit_code
@@ -249,7 +249,7 @@ class ScriptTask:
         count = received.count
 
         def job_is_ending() -> bool:
-            """Return whether SLURM has signalled this task once more."""
+            """Return whether SLURM has sent this task another signal."""
             return received.count > count
 
         wait_s = OTHER_RANKS_WAIT_S if restart else WAIT_AFTER_ERROR_S
@@ -273,7 +273,7 @@ class ScriptTask:
             return code, False
         if exits.keep_crashing(attempt):
             return _give_up(exits, attempt, job.global_rank), False
-        get_logger().info("the script is started again")
+        get_logger().info("restarting the script")
         return code, True
 
 

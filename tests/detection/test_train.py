@@ -136,15 +136,15 @@ def setting(where: str, **values: Any) -> Callable[[Any], object]:
     "change, message",
     [
         (setting("images", file_name="train/disc/none.png"), "none.png does not exist"),
-        (setting("annotations", bbox=[4, 6, 0, 12]), "annotation 1 .* no area"),
+        (setting("annotations", bbox=[4, 6, 0, 12]), "annotation 1 .* without area"),
         (setting("annotations", bbox=[30, 6, 10, 12]), "annotation 1 .* outside .* 32 x 32"),
         (setting("annotations", bbox=[4, 6, math.nan, 12]), "not \\(x, y, width, height\\)"),
-        (setting("annotations", bbox=[32.5, 6, 0.5, 5]), "of which nothing is inside its image"),
+        (setting("annotations", bbox=[32.5, 6, 0.5, 5]), "outside of its image"),
         (setting("annotations", category_id=6), "unknown category 6"),
         (setting("annotations", image_id=8), "image 8, which is not listed"),
         (setting("categories", name="early"), "'early' twice"),
         (lambda content: content.pop("categories"), "'categories' is missing"),
-        (lambda content: content.update(annotations=[]), "no box"),
+        (lambda content: content.update(annotations=[]), "no usable box"),
     ],
 )
 def test_problems_of_the_data_are_reported_before_training(
@@ -167,9 +167,9 @@ def test_a_picture_of_another_size_than_its_json_says_and_a_class_unknown_to_tra
     tmp_path: Path, folder: Path
 ) -> None:
     images = CocoImages(coco_file(tmp_path, folder, setting("images", width=64)), BoxTransform((32, 32)))
-    with pytest.raises(DataError, match="its JSON says"):
+    with pytest.raises(DataError, match="its JSON has"):
         images[0]
-    with pytest.raises(DataError, match="'late' is unknown to training"):
+    with pytest.raises(DataError, match="'late' is not one of the training's"):
         CocoImages(coco_file(tmp_path, folder), BoxTransform((32, 32)), classes=["early"])
 
 

@@ -71,7 +71,7 @@ def test_the_same_code_is_copied_once_and_changed_code_again(repository: Path, t
 def test_an_edited_copy_is_not_used(repository: Path, tmp_path: Path) -> None:
     copy = write_code_copy(collect_code(repository), tmp_path / "code", "")
     (copy / "train.py").write_text("something else\n")
-    with pytest.raises(OutputError, match="was changed after it was made"):
+    with pytest.raises(OutputError, match="was changed after it was copied"):
         write_code_copy(collect_code(repository), tmp_path / "code", "")
 
 
@@ -99,7 +99,7 @@ def test_large_files_are_named_and_left_out(repository: Path, monkeypatch: pytes
     assert tree.too_large == ("data.bin",)
     assert "data.bin" not in tree.files
     monkeypatch.setattr(code_copy, "MAX_FILES", 4)
-    with pytest.raises(ConfigError, match=r"\.gitignore, or give --no_snapshot"):
+    with pytest.raises(ConfigError, match=r"\.gitignore, or use --no_snapshot"):
         collect_code(repository)
 
 

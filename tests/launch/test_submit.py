@@ -262,7 +262,7 @@ def test_a_job_without_images_is_rejected_before_the_queue(
     with pytest.raises(ConfigError, match="MAE_DAT_DATA"):
         checked(*words)
     checked("--dry_run", *words)
-    assert "would stop at once: no images" in caplog.text
+    assert "would fail at its start: no images" in caplog.text
     caplog.clear()
     monkeypatch.setenv("MAE_DAT_DATA", "images")
     checked(*words)
@@ -359,8 +359,8 @@ def test_a_preempted_job_saves_and_is_run_again(tmp_path: Path) -> None:
     result = run_local(script, int(signal.SIGUSR2))
     assert result.returncode == 0, result.stdout
     assert script.with_suffix(".state").read_text() == "saved"
-    assert "SIGUSR2: the script is asked to save and stop" in result.stdout
-    assert result.stdout.count("is started again") == 1
+    assert "SIGUSR2: requesting the script to save and stop" in result.stdout
+    assert result.stdout.count("restarting the script") == 1
 
 
 def test_a_cancelled_job_saves_and_is_not_run_again(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_a_cancelled_job_saves_and_is_not_run_again(tmp_path: Path) -> None:
     result = run_local(script, int(signal.SIGTERM))
     assert result.returncode == 75, result.stdout
     assert script.with_suffix(".state").read_text() == "saved"
-    assert "is started again" not in result.stdout
+    assert "restarting the script" not in result.stdout
 
 
 def test_a_script_that_is_killed_at_every_start_is_not_started_again(tmp_path: Path) -> None:
