@@ -142,7 +142,7 @@ def setting(where: str, **values: Any) -> Callable[[Any], object]:
         (setting("annotations", bbox=[32.5, 6, 0.5, 5]), "outside of its image"),
         (setting("annotations", category_id=6), "unknown category 6"),
         (setting("annotations", image_id=8), "image 8, which is not listed"),
-        (setting("categories", name="early"), "'early' twice"),
+        (setting("categories", name="early"), "two categories 'early'"),
         (lambda content: content.pop("categories"), "'categories' is missing"),
         (lambda content: content.update(annotations=[]), "no usable box"),
     ],
