@@ -1,7 +1,7 @@
 """Explore an image on a local page: corrupt it or change its visual words, and compare one or several classifiers.
 
-`mae-dat explore [--checkpoint OUT_A OUT_B]` serves the page to this machine only, and the page loads nothing
-from elsewhere. `views` computes what NiceGUI shows here.
+`mae-dat explore [--checkpoint OUT_A OUT_B]` serves the page to this machine only, and the page loads nothing from other
+servers. `views.py` computes the content, and this module shows it with NiceGUI.
 """
 
 import base64
@@ -97,7 +97,7 @@ def find_examples(images: str) -> list[Example]:
 
 
 def _reason(error: UserError) -> str:
-    """Return why an image cannot be opened, without advice on flags that only training has."""
+    """Return why an image cannot be opened, without the advice on flags that only training has."""
     return error.problem if isinstance(error, ImageError) else str(error)
 
 
@@ -148,7 +148,7 @@ class ExplorePage:
     async def update(self) -> None:
         """Compute and draw the current image and change.
 
-        Requests that arrive meanwhile, such as while a slider moves, are skipped, except for the newest.
+        Of the requests that arrive meanwhile, for example while a slider moves, only the newest is processed.
         """
         self.requests += 1
         if self.busy:
@@ -273,7 +273,7 @@ class ExplorePage:
     async def _open_upload(self, event: "events.UploadEventArguments") -> None:
         content = await event.file.read()
         self.upload.reset()
-        # The path has no folder, since only a folder's name would be taken for the class.
+        # The path has no folder, because the name of a folder would be used as the class.
         await self.open(Path(event.file.name), partial(decode_bytes, content, event.file.name))
 
     def _draw_results(self, results: list[tuple[str, list[ImageView]]]) -> None:
@@ -331,7 +331,7 @@ def build_application(inspectors: list[ImageInspector], examples: list[Example])
         thumbnails.append(data_url(image))
 
     def show() -> None:
-        # The timer lets the page appear first: a browser may not wait as long as a large model computes.
+        # The timer lets the page appear first: a browser may time out while a large model computes.
         ui.timer(0, ExplorePage(inspectors, examples, thumbnails).update, once=True)
 
     application = FastAPI(openapi_url=None)
@@ -346,7 +346,7 @@ def listen_locally(port: int) -> socket.socket:
     try:
         return socket.create_server((_HOST, port))
     except OSError as error:
-        raise ConfigError(f"--port {port}: {error.strerror}; give another, or 0 for any free one.") from error
+        raise ConfigError(f"--port {port}: {error.strerror}; use another port, or 0 for any free one.") from error
 
 
 def main(config: ExploreConfig) -> None:
@@ -357,7 +357,7 @@ def main(config: ExploreConfig) -> None:
 
     with listen_locally(config.port) as server_socket:
         print(f"Open http://{_HOST}:{server_socket.getsockname()[1]} in a browser; Ctrl-C stops it.", flush=True)
-        # NiceGUI looks through all objects in memory for the server that runs it, which triggers torch's warning.
+        # NiceGUI searches all objects in memory for its server, which triggers a warning of torch.
         warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
         settings = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
         try:

@@ -1,4 +1,4 @@
-"""Extract features of images with any model, and measure how well their nearest neighbours classify.
+"""Extract features of images with any model, and measure how well their nearest neighbors classify.
 
 `mae-dat features` runs it in one process on one device.
 """
@@ -88,12 +88,12 @@ def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature
     ConfigError when the bank has fewer images.
     """
     if neighbours > len(bank.labels):
-        raise ConfigError(f"--knn {neighbours}: there are only {len(bank.labels)} training images; give a lower one.")
+        raise ConfigError(f"--knn {neighbours}: there are only {len(bank.labels)} training images; use a lower number.")
     bank_ND, classes, hits = F.normalize(bank.values, dim=1), int(bank.labels.max()) + 1, torch.zeros(2)
     for values, labels in zip(queries.values.split(_CHUNK), queries.labels.split(_CHUNK), strict=True):
         similarity, nearest = (F.normalize(values, dim=1) @ bank_ND.T).topk(neighbours, dim=1)
         votes = torch.zeros(len(values), classes)
-        # Less the largest, so that no exponential overflows at a small temperature.
+        # The largest is subtracted, so that no exponential overflows at a small temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes.scatter_add_(1, bank.labels[nearest], weights)
         correct = votes.topk(min(5, classes), dim=1).indices == labels[:, None]
@@ -116,7 +116,7 @@ def save_features(features: Features, path: Path) -> None:
 def open_split(config: FeaturesConfig, split: str, opened: OpenedModel) -> ImageSet:
     """Open a split's images, unaugmented, at the model's size; `all` takes every image below the folder."""
     root = image_root(config.data_path)
-    # The same labels in both splits, even where a class has no folder in one of them.
+    # The same labels in both splits, even if a class has no folder in one of them.
     classes = open_split(config, "train", opened).classes if split == "val" and config.knn else None
     transform = with_channels(EvalTransform(opened.input_size), opened.plan.in_chans)
     folder = root if split == "all" else find_split(root, split)

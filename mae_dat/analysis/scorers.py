@@ -50,7 +50,7 @@ class ClassScorer(Scorer):
 
     @torch.no_grad()
     def captions(self, image: Tensor, context: Tensor) -> list[str]:
-        """Return the predicted class and its probability, and those of the target where it is another class."""
+        """Return the predicted class and its probability, and those of the target if it is another class."""
         probabilities = self.model(image).float().softmax(1)
         captions = []
         for row, predicted, target in zip(
@@ -63,7 +63,7 @@ class ClassScorer(Scorer):
         return captions
 
     def class_name(self, index: int) -> str:
-        """Return the name of a class, or its number where names are unknown."""
+        """Return the name of a class, or its number if names are unknown."""
         return self.classes[index] if self.classes else f"class {index}"
 
 

@@ -1,7 +1,8 @@
-"""Compute how far images are from clean ones: channel statistics in a model, feature distances, colours and spectrum.
+"""Compute how far images are from clean ones: channel statistics in a model, feature distances, colors and spectrum.
 
-Mao et al. 2022 explain DAT by the statistics of BatchNorm on clean and on adversarial images (Fig. 2) and by what the
-perturbations look like (Fig. 3). Everything is accumulated in float64 over batches of images (B, C, H, W) in [0, 1].
+Mao et al. 2022 explain DAT by the statistics of BatchNorm on clean and on adversarial images (Fig. 2) and by the
+appearance of the perturbations (Fig. 3). Everything is accumulated in float64 over batches of images (B, C, H, W) in
+[0, 1].
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,7 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
         }
         if layers:
             return layers
-    raise ConfigError(f"{type(model).__name__} has no BatchNorm, LayerNorm or GroupNorm to compare the inputs of.")
+    raise ConfigError(f"{type(model).__name__} has no BatchNorm, LayerNorm or GroupNorm whose inputs can be compared.")
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def record_moments(layers: Mapping[str, nn.Module], moments: Mapping[str, Moment
 
 
 def correlation(first_C: Tensor, second_C: Tensor) -> float:
-    """Compute Pearson's r of two vectors (C,) over the channels; nan where one of them is constant."""
+    """Compute Pearson's r of two vectors (C,) over the channels; nan if one of them is constant."""
     first, second = first_C.double() - first_C.double().mean(), second_C.double() - second_C.double().mean()
     return float((first @ second) / (first.norm() * second.norm()))
 
@@ -99,7 +100,7 @@ def frechet_distance(first_ND: Tensor, second_MD: Tensor) -> float:
     It is biased upwards for few images: compare sets of the same size only. Raises ConfigError for fewer than 2.
     """
     if min(len(first_ND), len(second_MD)) < 2:
-        raise ConfigError("a distance of feature distributions needs at least 2 images in both sets.")
+        raise ConfigError("a distance between feature distributions needs at least 2 images in both sets.")
     first, second = first_ND.double(), second_MD.double()
     first_DD, second_DD = torch.atleast_2d(first.T.cov()), torch.atleast_2d(second.T.cov())
     # The product of two positive semi-definite matrices has real eigenvalues >= 0; the clamp removes rounding errors.
@@ -109,7 +110,7 @@ def frechet_distance(first_ND: Tensor, second_MD: Tensor) -> float:
 
 
 def distinct_colors(image: Tensor) -> Tensor:
-    """Count the different 8-bit colours in each image (B, C, H, W), int64 (B,): the paper's Fig. 3."""
+    """Count the different 8-bit colors in each image (B, C, H, W), int64 (B,): the paper's Fig. 3."""
     levels = (image * LEVELS).round().long()
     codes = torch.zeros_like(levels[:, 0])
     for channel in levels.unbind(1):
@@ -118,10 +119,10 @@ def distinct_colors(image: Tensor) -> Tensor:
 
 
 def power_spectrum(delta: Tensor, bins: int = 16) -> Tensor:
-    """Compute the mean power of a perturbation (B, C, H, W) by spatial frequency, (bins,) from 0 to 0.5 cycles a pixel.
+    """Compute the mean power of a perturbation (B, C, H, W) by spatial frequency: (bins,), 0 to 0.5 cycles per pixel.
 
     Summed over all frequencies of an image, the power is the perturbation's mean square times H * W; the corners of the
-    spectrum, beyond 0.5 cycles a pixel, are left out.
+    spectrum, above 0.5 cycles per pixel, are omitted.
     """
     height, width = delta.shape[-2:]
     power_HW = torch.fft.fft2(delta.double()).abs().square().mean((0, 1)) / (height * width)

@@ -60,8 +60,8 @@ class ImageView(NamedTuple):
 
 
 class _Comparison(NamedTuple):
-    """The image, its changed version and what they look like decoded from their words, each (1, C, H, W) with a title;
-    the change in pixels and words; and what the shown difference is relative to."""
+    """The image, its changed version and both decoded from their words, each (1, C, H, W) with a title; the change in
+    pixels and words; and the baseline of the shown difference."""
 
     images: list[tuple[str, Tensor]]
     adversary: DiscreteAdversary
@@ -72,11 +72,11 @@ class ImageInspector:
     """A classifier and a tokenizer that inspect one image after another."""
 
     def __init__(self, opened: OpenedModel, tokenizer: VisualTokenizer) -> None:
-        """Raise CheckpointError for a pretraining, ConfigError where size or channels do not fit the tokenizer."""
+        """Raise CheckpointError for a pretraining, ConfigError if size or channels do not fit the tokenizer."""
         if opened.kind == "autoencoder":
             raise CheckpointError(
-                f"{opened.title} is a pretraining and has no predictions: give a classifier. To see its "
-                "reconstructions, use mae-dat visualize reconstruction."
+                f"{opened.title} is a pretraining and has no predictions: use a classifier. To see its "
+                "reconstructions, run mae-dat visualize reconstruction."
             )
         self.name, self.model, self.size = opened.title, opened.classifier(), opened.input_size
         self.tokenizer = tokenizer
@@ -92,10 +92,10 @@ class ImageInspector:
 
     def inspect(self, image: Image.Image, path: Path, change: Change) -> list[ImageView]:
         """Return the image, its changed version, their difference, both decoded from their words, and a map of the
-        changed words. Changed words need no decoding, so only the image is shown decoded then.
+        changed words. For changed words, the changed version is already decoded, so only the image is decoded.
 
-        The folder of `path` names the class of the image, if it is one of the classifier's. Raises DataError for a size
-        that cannot be corrupted.
+        The class of the image is the folder name of `path`, if the classifier has that class. Raises DataError for a
+        size that cannot be corrupted.
         """
         if change.kind == "corruption":
             comparison = self._corrupt(image, change)
@@ -111,7 +111,7 @@ class ImageInspector:
         adversary = comparison.adversary
         factor = amplification(adversary.adversarial - adversary.reconstruction)
         *_, (_, difference), (_, word_map) = adversary_columns(adversary.reconstruction, adversary, factor)
-        scale = f"to {comparison.baseline}; grey: none, black and white: {127.5 / factor:.0f} grey levels or more"
+        scale = f"to {comparison.baseline}; gray: none, black and white: {127.5 / factor:.0f} gray levels or more"
         views.insert(2, ImageView(f"difference × {factor}", difference[0].clamp(0, 1), scale))
         changed, total = int((adversary.words != adversary.adversarial_words).sum()), adversary.words.numel()
         legend = f"dark: {changed} of {total} words ({changed / total:.1%})"
@@ -141,7 +141,7 @@ class ImageInspector:
         pixels = self._cropped_pixels(image)
         clean = self._input(pixels)
         seed = image_seed(change.seed, 0, change.corruption, change.severity)
-        # ImageNet-C's images are stored as JPEG, and this compression is a part of what a model sees.
+        # ImageNet-C's images are stored as JPEG, so this compression is part of the model's input.
         corrupted = self._input(as_stored(corrupt_image(pixels, change.corruption, change.severity, seed)))
         words, corrupted_words = self.tokenizer.encode(clean), self.tokenizer.encode(corrupted)
         title = f"{change.corruption.replace('_', ' ')} {change.severity}"
@@ -174,14 +174,14 @@ class ImageInspector:
 
 
 def amplification(difference: Tensor) -> int:
-    """Return the largest of 16, 8, 4, 2, 1 that clips at most 1 % of the values of a difference shown around grey."""
+    """Return the largest of 16, 8, 4, 2, 1 that clips at most 1 % of the values of a difference shown around gray."""
     values = difference.abs().flatten().float()
     large = float(values.kthvalue(max(1, math.ceil(0.99 * len(values)))).values)
     return next((factor for factor in AMPLIFICATIONS if factor * large <= 0.5), 1)
 
 
 def prediction_change(views: Sequence[ImageView]) -> str:
-    """Say whether the first prediction for the changed image differs from the one for the image."""
+    """Describe whether the first prediction for the changed image differs from the one for the image."""
     (before, before_probability), (after, after_probability) = views[0].predictions[0], views[1].predictions[0]
     if before == after:
         return f"The prediction stays: {before} {before_probability:.0%} → {after_probability:.0%}"

@@ -1,4 +1,4 @@
-"""Draw what a model does, for any checkpoint and any images, as PNG and for TensorBoard.
+"""Draw galleries of a model's reconstructions, attention, words and adversaries, as PNG and for TensorBoard.
 
 The four kinds of galleries share their flags for images and checkpoints; each has its own configuration and function.
 """
@@ -55,7 +55,7 @@ from mae_dat.training.objectives.dat import WithDAT
 logger = logging.getLogger(__name__)
 
 _MAX_WORDS = 24  # on a sheet of the most used or most changed words
-_MAX_CODEBOOK = 1024  # words in the drawing of a codebook; of a larger one the most used are drawn
+_MAX_CODEBOOK = 1024  # words in the drawing of a codebook; for a larger one, the most used words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class GalleryPage:
 
     @property
     def names(self) -> list[str]:
-        """Files as captions name them: with their folder, which often is their class."""
+        """The file names for captions, with their folder, which is often the class."""
         return ["/".join(path.parts[-2:]) for path in self.paths]
 
 
@@ -122,13 +122,13 @@ def read_pages(config: ImagesConfig, size: ImageSize, in_chans: int, device: tor
 
 
 def open_checkpoint(config: CheckpointConfig, images: ImagesConfig, device: torch.device) -> OpenedModel:
-    """Open the model that the flags name."""
+    """Open the model given by the flags."""
     size = image_size(images.input_size) if images.input_size else None
     return open_model(config.checkpoint, config.model, size, flag="--checkpoint").to(device)
 
 
 def make_scorer(opened: OpenedModel, masking: MaskingConfig) -> Scorer:
-    """Return what describes the views of an image in an attack on this model."""
+    """Return the scorer of a model: the objective of an attack, and captions of the views."""
     if opened.kind == "autoencoder":
         normalized = predicts_normalized_patches(opened, masking.norm_pix_loss)
         return ReconstructionScorer(opened.autoencoder(), masking.mask_ratio, normalized)
@@ -136,11 +136,11 @@ def make_scorer(opened: OpenedModel, masking: MaskingConfig) -> Scorer:
 
 
 def predicts_normalized_patches(opened: OpenedModel, norm_pix_loss: bool | None) -> bool:
-    """Return the flag, else what the autoencoder's file says, else False with a warning."""
+    """Return the flag if given, else the setting in the autoencoder's file, else False with a warning."""
     if norm_pix_loss is None and "norm_pix_loss" not in opened.facts:
         logger.warning(
-            "%s does not say whether it was trained with --norm_pix_loss; taken as False. If its reconstructions are "
-            "grey, give --norm_pix_loss True.",
+            "%s does not record whether it was trained with --norm_pix_loss: assuming False. If its reconstructions "
+            "are gray, use --norm_pix_loss True.",
             opened.title,
         )
     return bool(opened.facts.get("norm_pix_loss", False) if norm_pix_loss is None else norm_pix_loss)
@@ -222,7 +222,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
     """Write adversary.png and changed_words.png."""
     attack = config.dat.attack
     if attack is None:
-        raise ConfigError("--dat none changes nothing: give released, paper, symbolic, random or reconstruction.")
+        raise ConfigError("--dat none changes nothing: use released, paper, symbolic, random or reconstruction.")
     device = pick_device(config.images.device)
     opened = open_checkpoint(config.checkpoint, config.images, device)
     pages = read_pages(config.images, opened.input_size, opened.plan.in_chans, device)
@@ -246,7 +246,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
             writer.write("adversary", draw_gallery(columns, captions, heading), page.number)
         rows = most_changed_words(torch.cat(words), torch.cat(adversarial_words), _MAX_WORDS)
         if not rows:
-            logger.warning("no word changed: the attack is too weak for this tokenizer; give --dat_share 0.05.")
+            logger.warning("no word changed: the attack is too weak for this tokenizer; use --dat_share 0.05.")
             return
         heading += "; words most often changed, what they mostly became, and in how many of their places"
         writer.write("changed_words", changed_word_sheet(tokenizer, rows, heading))
@@ -255,7 +255,7 @@ def draw_adversary(config: AdversaryConfig) -> None:
 def adversary_captions(
     scorer: Scorer, page: GalleryPage, adversary: DiscreteAdversary, context: Any
 ) -> list[list[str]]:
-    """Return for each image the captions of its row: the model's output on the image, with the file's name, on its
+    """Return the captions of each image's row: the model's output on the image (with the file name), on its
     reconstruction and on its adversary, and the number of changed words."""
     views = (page.image, adversary.reconstruction, adversary.adversarial)
     outputs = zip(*(scorer.captions(view, context) for view in views), strict=True)

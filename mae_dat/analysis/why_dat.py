@@ -1,13 +1,13 @@
-"""Measure why discrete adversaries help, as Mao et al. 2022 explain it.
+"""Measure why discrete adversaries help, following the explanation of Mao et al. 2022.
 
-`mae-dat analyze --checkpoint A [B ...] --data_path DIR --output_dir OUT` attacks each network with discrete
-and pixel adversaries on held-out images and measures how far the statistics inside the network are from those of the
-clean images (Fig. 2), how far its features are, and what the perturbations look like (Fig. 3).
+`mae-dat analyze --checkpoint A [B ...] --data_path DIR --output_dir OUT` attacks each network with discrete and pixel
+adversaries on held-out images. It measures how far the statistics inside the network are from those of the clean images
+(Fig. 2), the distance of its features, and the appearance of the perturbations (Fig. 3).
 
-The pixel attack at its usual strength and DAT differ in strength as well as in kind. To compare kinds, there are also a
-pixel attack whose change is as long (L2) as DAT's, and noise of that length. Since most of DAT's length is the
-tokenizer's reconstruction error, another pixel attack starts from the reconstruction Q(x) and goes as far from it as
-DAT does. Writes analysis.json, analysis.html and figures/*.png.
+The pixel attack at its usual strength and DAT differ in strength as well as in kind. To compare only the kind, there
+are also a pixel attack with the L2 length of DAT's change, and noise of that length. Since most of DAT's length is the
+tokenizer's reconstruction error, another pixel attack starts from the reconstruction Q(x) and has the length of DAT's
+change from it. Writes analysis.json, analysis.html and figures/*.png.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ from mae_dat.training.objectives.dat import WithDAT
 
 logger = logging.getLogger(__name__)
 
-_HALVES = ("even", "odd")  # of the clean images: how far apart two samples of the same distribution are
+_HALVES = ("even", "odd")  # of the clean images, to compare two samples of the same distribution
 _DISCRETE = ("reconstruction", "random", "released", "symbolic")
 _SPECTRUM_BINS = 16
 _GALLERY_IMAGES = 4  # in the gallery of perturbations
@@ -86,7 +86,7 @@ class ViewStatistics:
     def add_batch(
         self, model: Classifier, layers: dict[str, nn.Module], image: Tensor, clean: Tensor, label: Tensor
     ) -> None:
-        """Add a batch of the view (B, 3, H, W), made from the images `clean` of classes `label` (B,)."""
+        """Add a batch of the view (B, 3, H, W), made from the images `clean` with classes `label` (B,)."""
         with record_moments(layers, self.moments):
             logits = model(image).float()
         self.features.append(model.features(image).float().cpu())
@@ -118,15 +118,15 @@ def analyze_network(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Analyze one network: its views in numbers (see `summarize_views`) and the first images of each view.
 
-    Raises ConfigError for a network that is no `Classifier` or has no normalization layer, DataError for fewer than 4
-    images.
+    Raises ConfigError for a network that is not a `Classifier` or has no normalization layer, DataError for fewer than
+    4 images.
     """
     model = network.model
     if not isinstance(model, Classifier):
         raise ConfigError(f"{network.name} is {network.facts['architecture']}: its layers are not accessible.")
     layers, count = norm_layers(model), min(config.limit or len(images), len(images))
     if count < _MIN_IMAGES:
-        raise DataError(f"{images.root} has {count} images: statistics of two halves need at least {_MIN_IMAGES}.")
+        raise DataError(f"{images.root} has {count} images: the statistics of two halves need at least {_MIN_IMAGES}.")
     statistics = {view: ViewStatistics.of_layers(layers) for view in (CLEAN_VIEW, *_HALVES, *config.views)}
     indices = evenly_spaced(len(images), count)
     batches = [indices[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
@@ -191,7 +191,7 @@ class AdversarialViews:
     def _matched_views(
         self, image: Tensor, label: Tensor, indices: list[int], *, decoded: Tensor, dat: Tensor
     ) -> dict[str, tuple[Tensor, dict[str, float]]]:
-        """Make the views whose change is as long as the one of `dat`, DAT's adversary."""
+        """Make the views whose change has the L2 length of the change of `dat`, DAT's adversary."""
         views: dict[str, tuple[Tensor, dict[str, float]]] = {}
         length_B111 = l2_lengths(dat - image)
         if "pixel_length" in self.config.views:
@@ -248,7 +248,7 @@ def summarize_views(statistics: dict[str, ViewStatistics], layers: int) -> dict[
 def mean_correlations(clean: dict[str, Moments], other: dict[str, Moments]) -> dict[str, Any]:
     """Compute Pearson's r layer by layer, and the means over the layers.
 
-    r is None where all channels of a layer are alike, and the means leave such a layer out. Raises ConfigError where no
+    r is None for a layer whose channels are all equal, and the means exclude such layers. Raises ConfigError if no
     layer remains.
     """
     by_layer = correlations(clean, other)
@@ -256,7 +256,7 @@ def mean_correlations(clean: dict[str, Moments], other: dict[str, Moments]) -> d
     for moment in ("mean", "variance"):
         defined = [r[moment] for r in by_layer.values() if not math.isnan(r[moment])]
         if not defined:
-            raise ConfigError(f"no layer has channels that differ by their {moment}: there is nothing to correlate.")
+            raise ConfigError(f"the channels of every layer have the same {moment}: there is nothing to correlate.")
         means[moment] = sum(defined) / len(defined)
     # JSON has no nan.
     json_by_layer = {

@@ -105,7 +105,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def summary_sentences(networks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Summarize the numbers of each network in a sentence, and say how to read them."""
+    """Summarize the numbers of each network in a sentence, and explain how to read them."""
     sentences = []
     for network in networks:
         views = network["views"]
@@ -198,7 +198,7 @@ def appearance_table(networks: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def dot_figures(networks: Sequence[Mapping[str, Any]], figures: Sequence[DotFigure]) -> tuple[ReportFigure, ...]:
-    """Draw a number of every view as dots, one colour per network."""
+    """Draw a number of every view as dots, one color per network."""
     drawings = []
     for figure in figures:
         views = [view for view in VIEW_TITLES if figure.key in networks[0]["views"].get(view, {})]
@@ -231,7 +231,7 @@ def spectrum_figures(networks: Sequence[Mapping[str, Any]]) -> tuple[ReportFigur
 
 
 def perturbation_figure(name: str, views: Mapping[str, Tensor]) -> ReportFigure:
-    """Draw a network's clean images (B, 3, H, W) in [0, 1], and beside them the changes of every view around grey."""
+    """Draw a network's clean images (B, 3, H, W) in [0, 1] next to the changes of every view, shown around gray."""
     clean = views[CLEAN_VIEW]
     columns = []
     for view, image in views.items():

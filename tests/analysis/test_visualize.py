@@ -163,7 +163,7 @@ def test_foreign_files_are_read(draw: Draw, tmp_path: Path, monkeypatch: pytest.
     torch.save(create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "resnet.pth")
     outcome = draw("reconstruction", "--checkpoint", tmp_path / "visualize.pth", "--limit", 1)
     assert outcome.code == 0, outcome.stderr
-    assert "does not say whether it was trained with --norm_pix_loss" in outcome.stderr
+    assert "does not record whether it was trained with --norm_pix_loss" in outcome.stderr
     assert draw("attention", "--checkpoint", tmp_path / "pretrain.pth", "--limit", 1, "--block", 2).code == 0
     assert "pretrain.pth (mae_vit_demo_patch8): attention of the class token, block 2 of 5" in told
     given = ["--checkpoint", tmp_path / "resnet.pth", "--model", "resnet10t", "--input_size", SIZE, "--limit", 2]

@@ -87,7 +87,7 @@ def test_a_layer_whose_channels_are_alike_is_left_out_of_the_mean() -> None:
     both = mean_correlations({"a": first, "b": flat}, {"a": second, "b": flat})
     assert both["by_layer"]["b"] == {"mean": None, "variance": None}
     assert both["correlation_mean"] == both["by_layer"]["a"]["mean"]
-    with pytest.raises(ConfigError, match="no layer has channels that differ by their mean"):
+    with pytest.raises(ConfigError, match="channels of every layer have the same mean"):
         mean_correlations({"b": flat}, {"b": flat})
 
 

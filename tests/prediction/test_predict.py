@@ -259,7 +259,7 @@ def test_calibration_fits_the_temperature_to_the_validation_images(
         path.symlink_to(plain.files[number])
     assert predict(file, dataset / "val", calibrate=tmp_path / "own", device="cpu", console=QUIET).temperature == 1
     assert "all 20 images are predicted correctly" in caplog.text
-    with pytest.raises(DataError, match="has 10 classes, the networks have 3 outputs"):
+    with pytest.raises(DataError, match="has 10 classes, but the models have 3 outputs"):
         predict(Linear(3), dataset / "val", calibrate=dataset, input_size=32, console=QUIET)
     unnamed = saved(tmp_path / "unnamed.safetensors", 10)
     for checkpoint, names in ((file, NAMES), (unnamed, None), (unnamed, classes)):
@@ -364,7 +364,7 @@ def test_bad_input_is_a_message(
         (
             [photo, "--checkpoint", str(pretraining)],
             65,
-            "is a masked autoencoder, which has no classes: fine-tune it first",
+            "is a pretraining, which has no classes yet: fine-tune it first",
         ),
         ([photo, "--checkpoint", str(tmp_path / "none.pth")], 66, "none.pth"),
         ([photo, *checkpoint, "--top_k", "0"], 64, "--top_k 0: give at least 1 class"),
@@ -396,7 +396,7 @@ def test_bad_input_is_a_message(
         assert outcome.code == code, (arguments, outcome)
         assert message in outcome.stderr.replace("\n", " "), (arguments, outcome)
     assert not (tmp_path / "out" / "predictions.csv").exists()
-    with pytest.raises(CheckpointError, match="is a masked autoencoder, which has no classes"):
+    with pytest.raises(CheckpointError, match="is a pretraining, which has no classes yet"):
         predict(build_mae("mae_vit_demo_patch8"), photos, console=QUIET)
     with pytest.raises(ConfigError, match="a checkpoint of type int is no model"):
         predict(3, photos, console=QUIET)  # type: ignore[arg-type]

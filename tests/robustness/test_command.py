@@ -619,12 +619,12 @@ def test_finetune_evaluates_the_same_suites(
 def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
     dataset: Path, imagenet: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="10 classes, the networks have 7 outputs"):
+    with pytest.raises(DataError, match="10 classes, but the models have 7 outputs"):
         evaluate(Linear(7), "clean", dataset, input_size=32)
     with pytest.raises(DataError, match="10 outputs, not ImageNet's 1000"):
         evaluate(Linear(), "imagenet-a", imagenet, input_size=32)
     turned = [SYNSETS[1], SYNSETS[0], *SYNSETS[2:]]
-    with pytest.raises(DataError, match="class 0 of the network is"):
+    with pytest.raises(DataError, match="class 0 of the model is"):
         evaluate(Linear(1000), "imagenet", imagenet, input_size=32, classes=turned)
     with pytest.raises(DataError, match="unknown to training"):
         evaluate(Linear(), "clean", dataset, input_size=32, classes=[f"class {i}" for i in range(10)])
@@ -715,13 +715,13 @@ def test_a_suite_that_cannot_be_made_at_a_size_is_left_out_of_all_and_refused_by
 
 
 def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Path, tmp_path: Path) -> None:
-    for outputs, advice in ((21841, "give weights fine-tuned on ImageNet-1k"), (1001, r"model\(image\)\[:, 1:\]")):
-        for suite, message in (("all", "holds ImageNet, ImageNet-V2, ImageNet-A"), ("imagenet", "the network has")):
+    for outputs, advice in ((21841, "use weights fine-tuned on ImageNet-1k"), (1001, r"model\(image\)\[:, 1:\]")):
+        for suite, message in (("all", "contains ImageNet, ImageNet-V2, ImageNet-A"), ("imagenet", "the model has")):
             with pytest.raises(UserError, match=rf"{message}.* {outputs} outputs, not ImageNet's 1000: .*{advice}"):
                 evaluate(Linear(outputs), suite, imagenet, input_size=SIDE)
     flat = tmp_path / "flat" / "imagenet" / "val"
     draw([flat / Path(name).name for name in validation_names()])
-    with pytest.raises(DataError, match=rf"{flat}: holds images in no class folders; move each .*valprep"):
+    with pytest.raises(DataError, match=rf"{flat}: contains images without class folders: move each .*valprep"):
         evaluate(Linear(1000), "all", tmp_path / "flat", input_size=SIDE)
     (imagenet / "ILSVRC2012").symlink_to(imagenet / "imagenet", target_is_directory=True)
     assert open_sources(imagenet, 1000).clean_suite == "imagenet"
@@ -745,7 +745,7 @@ def test_folders_of_ones_own_that_do_not_fit_are_refused(dataset: Path, tmp_path
     for level in (root / "val", root / "val" / classes[0], tmp_path):
         with pytest.raises(MissingInputError, match=rf"no val/CLASS: did you mean {root}\?"):
             evaluate(network, "all", level, input_size=32)
-    with pytest.raises(ConfigError, match="--suite names nothing"):
+    with pytest.raises(ConfigError, match="--suite is empty"):
         evaluate(network, (), root, input_size=32)
     shutil.rmtree(root / "val" / classes[3])
     with pytest.raises(DataError, match=rf"no pictures of {classes[3]} \(1 of 10 classes\); .* --partial"):

@@ -102,7 +102,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "senseless version": (lambda path: change_manifest(path, version=None), "checkpoint-00000002.json is damaged"),
     "future": (
         lambda path: change_manifest(path, version=3),
-        "format 3; this version of mae_dat reads up to 2: update",
+        "format 3, but this version of mae_dat reads up to 2: update",
     ),
 }
 

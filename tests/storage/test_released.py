@@ -353,11 +353,11 @@ def test_the_first_hash_is_recorded_said_and_checked_ever_after(
     assert json.loads(path.with_suffix(".json").read_text())["sha256_from"] == "first use"
     assert fetch(one) == path
     path.write_bytes(b"PK" + CONTENT)
-    with pytest.raises(CheckpointError, match=rf"tiny\.json says {SHA256}"):
+    with pytest.raises(CheckpointError, match=rf"tiny\.json records {SHA256}"):
         fetch(one)
     # A server that gives something else the second time is not believed either.
     server.page("/w", save({"weight": torch.ones(2)}))
-    with pytest.raises(DownloadError, match=rf"tiny\.json says {SHA256}"):
+    with pytest.raises(DownloadError, match=rf"tiny\.json records {SHA256}"):
         fetch(one)
 
 
@@ -448,7 +448,7 @@ def test_a_mirror_folder_is_read_and_never_written(
     assert names(home) == ["tiny.json"]  # the mirror may be read-only: what was seen is recorded at home
     for sha256 in (None, SHA256):
         (mirror / "tiny.safetensors").write_bytes(b"PK")
-        with pytest.raises(CheckpointError, match=f"says {SHA256}. It was not loaded.$"):
+        with pytest.raises(CheckpointError, match=f"records {SHA256}. It was not loaded.$"):
             fetch(entry(sha256=sha256))
     assert names(mirror) == ["tiny.safetensors"]
 

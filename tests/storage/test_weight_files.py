@@ -112,7 +112,7 @@ def test_statistics_alone_are_no_weights() -> None:
 def test_content_without_tensors_is_described() -> None:
     with pytest.raises(CheckpointError, match=r"here contains no weights, only epoch, lr"):
         extract_weights({"epoch": 3, "lr": 0.1}, "here")
-    with pytest.raises(CheckpointError, match=r"it holds list"):
+    with pytest.raises(CheckpointError, match=r"no weights, only list"):
         extract_weights([torch.ones(2)], "here")
 
 

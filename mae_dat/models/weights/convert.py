@@ -123,7 +123,7 @@ def _check_destination(source: str, dest: Path, to: str) -> None:
     """Raise ConfigError for a name with the wrong suffix, OutputError if existing files would be overwritten."""
     suffixes = _SUFFIXES[to]
     if dest.suffix not in suffixes and to != "hf":
-        raise ConfigError(f"--to {to} needs a destination with the suffix {' or '.join(suffixes)}, got {dest}.")
+        raise ConfigError(f"--to {to} writes {' or '.join(suffixes)}, got {dest}: use that suffix.")
     if dest.exists() and Path(source).resolve() == dest.resolve():
         raise OutputError(f"{dest} is the source itself: choose another file.")
     if dest.is_dir() and (to != "hf" or any(dest.iterdir())):

@@ -74,7 +74,7 @@ def list_weights(config: ListConfig) -> None:
     if not config.names:
         print(_table(released_weights()))
         print(f"\n{NON_COMMERCIAL}: not for commercial use.")
-        print("--finetune, --resume, --checkpoint and --tokenizer take a name in place of a file.")
+        print("--finetune, --resume, --checkpoint and --tokenizer also take these names.")
         print(f"Downloads go to {weights_folder()}.")
 
 

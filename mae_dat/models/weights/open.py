@@ -110,7 +110,7 @@ class OpenedModel:
     def classifier(self) -> Classifier:
         """Return the model if it is a classifier. Raises CheckpointError otherwise."""
         if self.kind == "autoencoder":
-            raise CheckpointError(f"{self.title} is a masked autoencoder, which has no classes: fine-tune it first.")
+            raise CheckpointError(f"{self.title} is a pretraining, which has no classes yet: fine-tune it first.")
         if self.kind == "detector":
             raise CheckpointError(f"{self.title} is an object detector: use a classifier.")
         return self.model

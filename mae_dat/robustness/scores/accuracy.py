@@ -1,6 +1,6 @@
 """Counts of correct predictions, and accuracies and errors in percent computed from them.
 
-`results.json` holds integer counts only, so that a report made again from it agrees to the last digit. The
+`results.json` contains only integer counts, so that a report recomputed from it agrees to the last digit. The
 "unnormalized mCE" here is the mean over corruptions of the mean over severities of the top-1 error. The
 AlexNet-normalized mCE of the ImageNet-C paper is in `corruption_error.py`.
 """
@@ -17,7 +17,7 @@ class Count(TypedDict):
     """Predictions of one model on one set of images, such as one corruption at one severity."""
 
     correct: int
-    """Images whose top-1 class was right."""
+    """Images whose top-1 class was correct."""
     total: int
     """All images, summed over ranks."""
     top5: NotRequired[int]
@@ -36,7 +36,7 @@ class CorruptionCounts(TypedDict):
     """Counts of one model on a suite of corruptions, and on as many clean images."""
 
     clean: Count
-    """`total` is 0 where no clean images were measured that the corruptions can be compared with."""
+    """`total` is 0 if no comparable clean images were measured."""
     corruptions: CountsByCorruption
 
 

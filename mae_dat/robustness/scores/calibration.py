@@ -1,8 +1,8 @@
-"""How well a model's confidence matches its accuracy: expected calibration error, RMS calibration error, negative
-log-likelihood and Brier score.
+"""Calibration, the match of a model's confidence and accuracy: expected calibration error, RMS calibration error,
+negative log-likelihood and Brier score.
 
-Shapes: B batch, C classes, N images. Each image has a column of its own, at its number, so the results depend neither
-on the batches nor on the ranks, unless the model's own arithmetic does.
+Shapes: B batch, C classes, N images. Each image has its own column, so the results depend neither on the batches nor on
+the ranks, unless the model's own arithmetic does.
 """
 
 import itertools
@@ -45,8 +45,8 @@ class Confidences:
         self.rows.index_add_(1, index.to(self.device), torch.stack(rows))
 
     def reduce(self, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """Sum the rows over ranks with `all_sum` and move them to the CPU. Every rank has zeros where the others'
-        images are, so the sum is exact.
+        """Sum the rows over ranks with `all_sum` and move them to the CPU. Every rank has zeros in the columns of the
+        other ranks' images, so the sum is exact.
 
         Raises on every rank DataError unless each image was measured exactly once, and NumericsError for a NaN.
         """
@@ -54,7 +54,7 @@ class Confidences:
         for image in (self.rows[TIMES_MEASURED] != 1).nonzero().flatten().tolist():
             raise DataError(f"image {image} was measured {int(self.rows[TIMES_MEASURED, image])} times instead of once")
         if bool(self.rows[CONFIDENCE].isnan().any()):
-            raise NumericsError("the model's probabilities are not numbers: check its weights, or evaluate in float32")
+            raise NumericsError("the model's probabilities are NaN: check its weights, or evaluate in float32")
 
     def scores(self) -> dict[str, float | None]:
         """Compute ece, rms, rms_compat (from 200 images on), nll and brier. `nll` is None if it is infinite, because an
@@ -134,8 +134,8 @@ def mean_nll(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Fit the temperature that minimizes `mean_nll` (Guo et al. 2017, section 4.2), within `TEMPERATURES`.
 
-    The likelihood is concave in 1 / temperature, so there is one minimum; none if every image is classified correctly,
-    because then it falls towards temperature 0. Raises DataError for no images.
+    The likelihood is concave in 1 / temperature, so there is one minimum. There is none if every image is classified
+    correctly, because the NLL then falls toward temperature 0. Raises DataError for no images.
     """
     from scipy.optimize import minimize_scalar
 

@@ -9,8 +9,8 @@ corruption c, and A[s, c] that of a baseline, by default AlexNet:
 
 `mce` computes it, `corruption_errors` its terms. Sums and ratios are exact fractions, rounded once at the end.
 
-AlexNet's errors are those on the published files at 224 px with a centre crop. Only models measured on these files may
-be divided by them; for other images or sizes, pass a baseline measured on the same images.
+AlexNet's errors are those on the published files at 224 px with a center crop. They apply only to models measured on
+these files; for other images or sizes, pass a baseline measured on the same images.
 """
 
 import statistics
@@ -82,8 +82,8 @@ def corruption_errors(
 ) -> dict[str, float]:
     """Compute the CE in percent of every corruption that was measured, the extra ones included.
 
-    `relative` subtracts the clean error, which must come from the same model and crop. Raises ValueError where the
-    baseline lacks a corruption or severity, or is no worse than on clean images.
+    `relative` subtracts the clean error, which must come from the same model and crop. Raises ValueError if the
+    baseline lacks a corruption or severity, or has no higher error than on clean images.
     """
     return {name: float(_corruption_error(counts, baseline, name, relative)) for name in counts["corruptions"]}
 

@@ -21,7 +21,7 @@ class ModelFacts(TypedDict):
 
     title: str
     source: str
-    """As it was given: a path, a released or timm's name, "callable"."""
+    """The source as given: a path, a released or timm name, "callable"."""
     sha256: str | None
     """Hash of the weights file with an ONNX graph's external files, or of the weights of a model passed from Python."""
     architecture: str
@@ -46,13 +46,13 @@ class SuiteFacts(TypedDict):
     protocol: dict[str, str]
     """Reading of the logits, preprocessing, folder, subset, seed, strength: part of a result's key."""
     official: bool
-    """Whether the images are the published files; generated images are labelled as such."""
+    """Whether the images are the published files; generated images are labeled as such."""
     images: int
-    """Number of images in each cell; in the largest one where the cells of a partial folder differ."""
+    """Number of images in each cell; in the largest one if the cells of a partial folder differ."""
     left_out: int
     """Number of images left out of each cell."""
     missing: list[str]
-    """What a partial folder lacks in any cell; the report marks such rows."""
+    """Descriptions of what a partial folder lacks in any cell; the report marks such rows."""
     fingerprint: str
     """sha256 of the names, the labels and some of the bytes of the images of all cells."""
 
@@ -62,7 +62,7 @@ TrainingCurve = list[list[float | None]]
 
 
 class TrainingRun(TypedDict):
-    """The training of a model. Runs of the same `arm` differ in their seed alone and form a group in the report."""
+    """The training of a model. Runs of the same `arm` differ only in their seed and form a group in the report."""
 
     arm: str
     label: str

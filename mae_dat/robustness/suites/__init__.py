@@ -1,1 +1,1 @@
-"""The benchmarks: which exist, what their folders and labels look like, and which ones a run measures."""
+"""The benchmarks: their names, folders and labels, and the choice of those that a run measures."""

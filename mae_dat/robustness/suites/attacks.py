@@ -21,13 +21,13 @@ assert set(WORD_SUITES.values()) == set(WORD_ATTACK_KINDS)
 
 
 def clean_images(sources: SuiteSources, network_input: NetworkInput, name: str) -> BenchmarkSet:
-    """Return the clean images for a network's input, as the cell of suite `name`, which is made from them."""
+    """Return the clean images for a network's input, as the cell of the suite `name` that is made from them."""
     (images,) = sources.limited_sets(sources.clean_suite)
     return images.for_input(*network_input).named(name)
 
 
 def index_note(sources: SuiteSources) -> dict[str, str]:
-    """Return the protocol's note on the images' indices, which random draws depend on, where a subset is measured."""
+    """Return the protocol's note on image indices, which random draws depend on; empty unless a subset is measured."""
     return {} if sources.subset is None else {"numbers": "places in the whole folder"}
 
 
@@ -43,7 +43,7 @@ def build_pixel_attack(sources: SuiteSources, name: str, title: str, network_inp
 
 def _pixel_adversary(attack: PixelAttack, seed: int) -> Adversary:
     def adversary(network: Network, image: Tensor, label: Tensor, folder_index: Tensor) -> Tensor:
-        # A generator for each image: its random start does not depend on the batch it is in.
+        # A generator for each image, so that its random start does not depend on the batch.
         generators = [image_generator(seed, i) for i in folder_index.tolist()]
         return pixel_adversary(network, image, label, attack, generators=generators)
 
@@ -51,7 +51,7 @@ def _pixel_adversary(attack: PixelAttack, seed: int) -> Adversary:
 
 
 def build_auto_attack(sources: SuiteSources, name: str, title: str, network_input: NetworkInput) -> Suite:
-    """Build the suite of AutoAttack. Raises MissingInputError, ConfigError where it cannot run."""
+    """Build the suite of AutoAttack. Raises MissingInputError or ConfigError if it cannot run."""
     settings = sources.settings
     images = clean_images(sources, network_input, name)
     require_auto_attack(sources.outputs)
@@ -66,7 +66,7 @@ def build_auto_attack(sources: SuiteSources, name: str, title: str, network_inpu
         "attack": f"standard, consecutive batches of {settings.batch_size}",
         "seed": str(settings.seed),
     }
-    # It draws for the whole batch, so that the batch is part of the result.
+    # AutoAttack draws random numbers for the whole batch, so the result depends on the batches.
     image_pass = ImagePass(images, adversary=adversary, float32=True, fixed_batches=True)
     return Suite(name, title, (image_pass,), official=True, extra_protocol=protocol, packages=("torchattacks",))
 
@@ -100,9 +100,9 @@ def build_word_attack(sources: SuiteSources, name: str, title: str, network_inpu
 
 
 def _word_attack(sources: SuiteSources, size_HW: ImageSize) -> WordAttack:
-    """Return the attack with those shares that are different numbers of words at this size.
+    """Return the attack with the shares that give different numbers of words at this size.
 
-    Raises InputSizeError for a size that the tokenizer does not take.
+    Raises InputSizeError for a size that does not fit the tokenizer.
     """
     tokenizer = sources.tokenizer
     tokenizer.check(torch.zeros(1, 3, *size_HW))

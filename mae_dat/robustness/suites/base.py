@@ -1,4 +1,4 @@
-"""What a suite is: its passes over images, its settings, and what a report says about it.
+"""A suite: its passes over images, its settings, and its facts for a report.
 
 Shapes: B batch, S cells of a pass.
 """
@@ -30,9 +30,9 @@ WordHits = Callable[[Network, Tensor, Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class ImagePass:
-    """One pass over an image set, which gives S cells: each image is read once and seen in S versions.
+    """One pass over an image set, which gives S cells: each image is read once and evaluated in S versions.
 
-    S is 1, or 5 where a corruption is made at every severity, or the number of word budgets of a word attack.
+    S is 1, or 5 if a corruption is made at every severity, or the number of word budgets of a word attack.
     """
 
     images: BenchmarkSet
@@ -52,12 +52,12 @@ class ImagePass:
     fixed_batches: bool = False
     """Whether batches are the same for any number of ranks, because the images of a batch share their random draws."""
     compare_with_float32: bool = False
-    """Whether a prediction counts as correct if it is the one that the same network makes in float32."""
+    """Whether a prediction counts as correct if it equals the one of the same network in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A suite as one network sees it: passes over images that are all measured in the same way."""
+    """A suite for one network: passes over images that are all measured in the same way."""
 
     name: str
     title: str
@@ -67,7 +67,7 @@ class Suite:
     extra_protocol: dict[str, str] = dataclasses.field(default_factory=dict)
     """What was done to the images; added to the protocol of the image set."""
     packages: tuple[str, ...] = ()
-    """Packages it needs beyond those of `mae_dat.runtime.environment`."""
+    """Required packages in addition to those of `mae_dat.runtime.environment`."""
 
     @property
     def protocol(self) -> dict[str, str]:
@@ -86,12 +86,12 @@ class Suite:
 
     @property
     def image_count(self) -> int:
-        """Images in each cell; in the largest one, where the cells of a partial folder differ."""
+        """Images in each cell; in the largest one, if the cells of a partial folder differ."""
         return max(len(image_pass.images) for image_pass in self.passes)
 
     @property
     def missing(self) -> list[str]:
-        """What any of its cells lacks, with the cells' names unless all lack it."""
+        """Everything missing in any of its cells, with the names of these cells unless all lack it."""
         cells_of: dict[str, list[str]] = {}
         for image_pass in self.passes:
             for text in image_pass.images.missing:
@@ -103,7 +103,7 @@ class Suite:
 
     @property
     def facts(self) -> SuiteFacts:
-        """What a report says about it."""
+        """The facts for a report."""
         joined = hashlib.sha256("".join(self.fingerprints).encode()).hexdigest()
         return {
             "title": self.title,
@@ -140,7 +140,7 @@ class SuiteSettings:
     """Count all images of clean and conflict, whatever the limit: they take one forward pass each."""
     seed: int = 0
     extra_corruptions: bool = False
-    """Whether to make `EXTRA` corruptions too, where corruptions are made here."""
+    """Whether to make the `EXTRA` corruptions too, for corruptions that are made here."""
     tokenizer: str = "embedded"
     batch_size: int = 64
     """Only AutoAttack's result depends on it."""

@@ -18,7 +18,7 @@ from mae_dat.robustness.suites.imagenet import (
     synsets_of,
 )
 
-C_BAR = (  # as its authors spell them
+C_BAR = (  # spelled as by its authors
     "blue_noise_sample",
     "brownish_noise",
     "caustic_refraction",
@@ -34,14 +34,14 @@ C_BAR = (  # as its authors spell them
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What is known about a benchmark."""
+    """Facts about a benchmark."""
 
     name: str
     title: str
     folder_names: tuple[str, ...]
     """Usual names of its folder; any spelling is recognized: ImageNet-C, imagenet_c."""
     images: int
-    """Images in each cell, before the protocol leaves any out."""
+    """Images in each cell, before the protocol excludes any."""
     labels: Mapping[str, int]
     """Class folders and their labels; empty for ObjectNet, whose own files hold them."""
     per_class: int | None = None
@@ -54,7 +54,7 @@ class Benchmark:
     border: int = 0
     """Pixels cut off on each side first."""
     subfolder: str = ""
-    """A folder within the benchmark's that may hold its class folders."""
+    """A subfolder that may contain the class folders."""
     corruptions: tuple[str, ...] = ()
     extra_corruptions: tuple[str, ...] = ()
     """Corruptions that are measured if present, and never part of a mean."""

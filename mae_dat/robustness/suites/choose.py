@@ -20,11 +20,11 @@ DERIVED_SUITES = tuple(name for name, spec in SUITES.items() if spec.kind == "de
 def choose_suites(requested: Sequence[str], sources: SuiteSources) -> tuple[list[str], dict[str, str]]:
     """Return the suites to measure, in order, and why each other one is skipped.
 
-    `all` stands for everything that is present. Raises ConfigError for an unknown name or none; where `all` is nothing,
+    `all` means everything that is present. Raises ConfigError for an unknown name or none; if `all` finds nothing,
     ConfigError or MissingInputError.
     """
     if not requested:
-        raise ConfigError(f"--suite names nothing: give all, or some of {', '.join(SUITES)}.")
+        raise ConfigError(f"--suite is empty: give all, or some of {', '.join(SUITES)}.")
     for name in requested:
         if name not in (*SUITES, "all"):
             raise ConfigError(f"--suite {name}: {suggest(name, [*SUITES, 'all'])}")
@@ -71,14 +71,14 @@ def _has_validation_split(sources: SuiteSources) -> bool:
 
 
 def _nothing_present(sources: SuiteSources) -> UserError:
-    """Return the error that says why `all` is nothing."""
+    """Return the error that explains why `all` finds nothing."""
     root = sources.settings.root.resolve()
     present = [location.benchmark.title for location in inventory(root) if location.folder not in (None, root)]
     if present and sources.outputs != len(SYNSETS):
         return ConfigError(
-            f"{sources.settings.root} holds {', '.join(dict.fromkeys(present))}, and the networks have "
+            f"{sources.settings.root} contains {', '.join(dict.fromkeys(present))}, but the models have "
             f"{sources.outputs} outputs, not ImageNet's {len(SYNSETS)}: {outputs_advice(sources.outputs)}"
         )
     candidates = [path for path in (root.parent, root.parent.parent, *root.iterdir()) if (path / "val").is_dir()]
     hint = f"did you mean {candidates[0]}?" if candidates else "see --help for its layout."
-    return MissingInputError(f"{sources.settings.root} holds no benchmark and no val/CLASS: {hint}")
+    return MissingInputError(f"{sources.settings.root} contains no benchmark and no val/CLASS: {hint}")

@@ -1,8 +1,8 @@
-"""The folders that benchmarks are published in. They are listed completely, and rejected with a reason, before anything
-is measured.
+"""The published folders of benchmarks. They are listed completely, and invalid ones are rejected with a reason, before
+anything is measured.
 
-A class folder holds images and nothing else; the folder above holds class folders, and in corrupted sets the ones
-above those are severities and corruptions.
+A class folder contains only images, and its parent folder only class folders. In corrupted sets, the folders above are
+severities and corruptions.
 """
 
 import os
@@ -25,14 +25,14 @@ Listing = list[tuple[str, int]]  # path below the root and label, by label and n
 
 
 class ExpectedFolder(NamedTuple):
-    """What a benchmark's folder must hold."""
+    """The required content of a benchmark's folder."""
 
     title: str
     labels: Mapping[str, int]
     """Class folders and their labels."""
     images: int
     per_class: int | None
-    """Images in each class folder, None where they differ."""
+    """Images in each class folder, None if they differ."""
 
 
 def folders_in(root: str) -> dict[str, str]:
@@ -67,39 +67,41 @@ def list_images(root: str, expected: ExpectedFolder) -> Listing:
         raise DataError(f"{root}: {_explain_wrong_level(root, folders, expected)}")
     if unknown := [name for name in folders if name not in expected.labels]:
         raise DataError(
-            f"{root}: {len(unknown)} folders are no classes of {expected.title} ({_first_names(unknown)}); is it "
-            "another benchmark's folder?"
+            f"{root}: {len(unknown)} folders are not classes of {expected.title} ({_first_names(unknown)}): check "
+            "whether it is the folder of another benchmark"
         )
     if stray := _images_in(root):
-        raise DataError(f"{root}: images lie beside the class folders ({_first_names(stray)}); move or delete them")
+        raise DataError(f"{root}: images next to the class folders ({_first_names(stray)}): move or delete them")
     listing: Listing = []
     for name in class_folders:
         entries = visible_entries(folders[name])
         if inner := [entry.name for entry in entries if entry.is_dir()]:
-            raise DataError(f"{folders[name]}: holds folders ({_first_names(inner)}) where {expected.title} has images")
+            raise DataError(
+                f"{folders[name]}: contains folders ({_first_names(inner)}), but {expected.title} has images here"
+            )
         label = expected.labels[name]
         listing += [(f"{name}/{entry.name}", label) for entry in entries if _is_image(entry.name)]
     return listing
 
 
 def _explain_wrong_level(root: str, folders: Mapping[str, str], expected: ExpectedFolder) -> str:
-    """Say why a folder without any class folder is the wrong one."""
+    """Explain why a folder without any class folder is the wrong one."""
     layout = f"{expected.title} is <folder>/{next(iter(expected.labels))}/<image>"
     if os.path.basename(os.path.normpath(root)) in expected.labels:
-        return f"holds images, not class folders; name the folder above it ({layout})"
+        return f"contains images, not class folders: give the folder above it ({layout})"
     if _images_in(root):
         return (
-            f"holds images in no class folders; move each into its class's ({layout}), as valprep.sh does for "
-            "ImageNet's validation images"
+            f"contains images without class folders: move each into the folder of its class ({layout}), as valprep.sh "
+            "does for ImageNet's validation images"
         )
     for name, path in folders.items():
         if any(inner in expected.labels for inner in folders_in(path)):
-            return f"has no class folders, but {name} in it has; name that ({layout})"
-    return f"has no class folder of {expected.title} but {_first_names(list(folders)) or 'nothing at all'} ({layout})"
+            return f"has no class folders, but its subfolder {name} has: give that one ({layout})"
+    return f"has no class folder of {expected.title}, only {_first_names(list(folders)) or 'nothing'} ({layout})"
 
 
 def missing_images(root: str, listing: Listing, expected: ExpectedFolder) -> list[str]:
-    """Return what a folder lacks, in words. Raises DataError if it holds more than the benchmark has."""
+    """Describe what is missing in a folder. Raises DataError if it contains more than the benchmark has."""
     counts = dict.fromkeys(expected.labels, 0)
     for path, _ in listing:
         counts[path.split("/")[0]] += 1
@@ -133,15 +135,15 @@ def corruption_folders(root: str, names: Sequence[str], title: str) -> dict[str,
             if corruption in names:
                 paths.setdefault(corruption, []).append(inner_path)
     if twice := [name for name, at in paths.items() if len(at) > 1]:
-        raise DataError(f"{root}: {twice[0]} is there twice, {' and '.join(paths[twice[0]])}; delete one")
+        raise DataError(f"{root}: {twice[0]} exists twice, {' and '.join(paths[twice[0]])}: delete one")
     if not paths:
         layout = f"{title} is <folder>/{names[0]}/1/n01440764/<image>"
         inside = list(folders_in(root))
         too_deep = set(inside) & {*SEVERITY_FOLDERS} or _parent_name(root) in names
         fault = "has no folder of a corruption"
         if too_deep:
-            fault = "lies within a corruption's folder; name one further up"
-        raise DataError(f"{root}: {fault} ({layout}); it holds {_first_names(inside) or 'no folder'}")
+            fault = "is inside the folder of a corruption: give one further up"
+        raise DataError(f"{root}: {fault} ({layout}); it contains {_first_names(inside) or 'no folder'}")
     return {name: paths[name][0] for name in names if name in paths}
 
 
@@ -161,12 +163,12 @@ def severity_folders(root: str, title: str, by_strength: bool = False) -> dict[i
         by_value = sorted(folders, key=float)
         if len(folders) != len(SEVERITY_FOLDERS):
             raise DataError(
-                f"{root}: {len(folders)} severities named by their strength ({', '.join(by_value)}), {title} has 5: "
-                "which is which can be determined only if all 5 are there; unpack it again"
+                f"{root}: {len(folders)} severities named by their strength ({', '.join(by_value)}), but {title} has "
+                "5, and without all of them their numbers are unknown: unpack it again"
             )
         return dict(enumerate((folders[name] for name in by_value), 1))
     if unknown:
-        raise DataError(f"{root}: {_first_names(unknown)}: no severity of {title}; expected the folders 1 to 5")
+        raise DataError(f"{root}: {_first_names(unknown)}: not a severity of {title}; expected the folders 1 to 5")
     return {int(name): folders[name] for name in sorted(folders)}
 
 
@@ -181,7 +183,7 @@ def check_size(path: str, size: tuple[int, int], side: int) -> None:
     """Raise DataError unless the image at `path`, of `size` (width, height), is `side` x `side` pixels."""
     if size != (side, side):
         raise DataError(
-            f"{path}: {size[0]} x {size[1]} px where the benchmark is stored at {side} x {side}; resized or "
+            f"{path}: {size[0]} x {size[1]} px, but the benchmark is stored at {side} x {side}; resized or "
             "regenerated copies give other numbers: unpack the official files"
         )
 

@@ -27,7 +27,7 @@ def _digest(words: Sequence[object], separator: str) -> str:
 
 
 def _read_lists() -> dict[str, Any]:
-    """Return the lists. They are asserted because a changed list would shift every result a little, unnoticed."""
+    """Return the lists. Assertions verify them, because a changed list would silently shift every result a little."""
     lists: dict[str, Any] = json.loads(_LISTS.read_text())
     assert _digest(lists["synsets"], "\n") == "385e0240499426c0"
     assert _digest(lists["imagenet_a"], ",") == "973e8c3e530bf5db"
@@ -79,7 +79,7 @@ class ClassMapping:
     def predictions(self, logits: Tensor, count: int = 1) -> Tensor:
         """Return the `count` best classes, int64 (B, count), from logits (B, K); fewer where there are fewer.
 
-        NO_CLASS where the highest logit belongs to none. Raises DataError for another K.
+        NO_CLASS if the highest logit belongs to no class. Raises DataError for another K.
         """
         if self.mean_probability:
             return self.probabilities(logits).topk(min(count, len(self.classes)), dim=1).indices
@@ -100,8 +100,8 @@ class ClassMapping:
         """Return the logits that are used, (B, L), of (B, K)."""
         if logits.shape[1] != self.outputs:
             raise DataError(
-                f"the network has {logits.shape[1]} outputs, {self.name} needs {self.outputs}; evaluate a network that "
-                "was trained on these classes"
+                f"the model has {logits.shape[1]} outputs, but {self.name} needs {self.outputs}: evaluate a model "
+                "trained on these classes"
             )
         return logits[:, self.used_logits]
 
@@ -136,8 +136,8 @@ SIXTEEN_CLASSES = class_mapping("16 classes, mean probability", SIXTEEN, restric
 def outputs_advice(outputs: int) -> str:
     """Return advice for a network whose number of outputs is not ImageNet's."""
     if outputs == 1 + len(SYNSETS):
-        return "where the first is a background class, evaluate lambda image: model(image)[:, 1:] from Python"
-    return "give weights fine-tuned on ImageNet-1k, or name a --suite of the network's own classes"
+        return "if the first is a background class, evaluate lambda image: model(image)[:, 1:] from Python"
+    return "use weights fine-tuned on ImageNet-1k, or a --suite of the model's own classes"
 
 
 def check_classes(classes: Sequence[str] | None, outputs: int) -> None:
@@ -147,11 +147,11 @@ def check_classes(classes: Sequence[str] | None, outputs: int) -> None:
     pass.
     """
     if outputs != len(SYNSETS):
-        raise DataError(f"the network has {outputs} outputs, not ImageNet's {len(SYNSETS)}: {outputs_advice(outputs)}")
+        raise DataError(f"the model has {outputs} outputs, not ImageNet's {len(SYNSETS)}: {outputs_advice(outputs)}")
     names = list(classes or SYNSETS)
     if set(names) <= set(SYNSETS) and names != list(SYNSETS):
         at = next((i for i, (a, b) in enumerate(zip(names, SYNSETS, strict=False)) if a != b), len(names))
         raise DataError(
-            f"class {at} of the network is {names[at] if at < len(names) else 'missing'}, ImageNet's is {SYNSETS[at]}: "
+            f"class {at} of the model is {names[at] if at < len(names) else 'missing'}, ImageNet's is {SYNSETS[at]}: "
             "its class list is not ImageNet's in sorted order"
         )

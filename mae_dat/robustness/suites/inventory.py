@@ -38,10 +38,10 @@ def find_benchmark(root: str | Path, name: str) -> Path | None:
     usual = {_plain(folder_name) for folder_name in benchmark.folder_names}
     candidates = {Path(root).resolve().name: str(root), **folders_in(str(root))}
     matches = [Path(path) for folder_name, path in candidates.items() if _plain(folder_name) in usual]
-    # `val` alone could hold any images: it means ImageNet only if no other name matches.
+    # `val` may contain any images: it means ImageNet only if no other name matches.
     matches = [path for path in matches if path.name != "val"] or matches
     folders = [path / benchmark.subfolder if (path / benchmark.subfolder).is_dir() else path for path in matches]
-    distinct = list({path.resolve(): path for path in reversed(folders)}.values())[::-1]  # a link is not a second one
+    distinct = list({path.resolve(): path for path in reversed(folders)}.values())[::-1]  # without links to the same
     if len(distinct) > 1:
         paths = " and ".join(map(str, distinct))
         raise DataError(f"{root}: {paths} may each be {benchmark.title}; move one of them out of {root}, or rename it")

@@ -1,4 +1,4 @@
-"""Labels that benchmarks keep in files beside their images, or in the names of the images."""
+"""Labels that benchmarks store in files next to their images, or in the names of the images."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def find_label_file(folder: Path, name: str, subfolder: str = "") -> Path:
         if (candidate / name).is_file():
             return candidate / name
     raise MissingInputError(
-        f"{folder}: {name} is missing; put it beside the images ({folder.parent / subfolder / name})"
+        f"{folder}: {name} is missing: put it next to the images ({folder.parent / subfolder / name})"
     )
 
 
@@ -40,7 +40,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is no JSON that can be read ({error}); download it again") from error
+        raise DataError(f"{path}: is not readable JSON ({error}): download it again") from error
 
 
 # ---- ReaL ----
@@ -62,10 +62,12 @@ def real_targets(file: Path, listing: Listing) -> tuple[Listing, Tensor]:
     """
     labels = _read_json(file)
     if not isinstance(labels, list) or len(labels) != VALIDATION_IMAGES:
-        raise DataError(f"{file}: is no list of {VALIDATION_IMAGES} lists of labels; download ReaL's real.json again")
+        raise DataError(
+            f"{file}: is not a list of {VALIDATION_IMAGES} lists of labels: download ReaL's real.json again"
+        )
     rows = [labels[_validation_number(path) - 1] for path, _ in listing]
     if bad := [row for row in rows if not all(isinstance(i, int) and 0 <= i < len(SYNSETS) for i in row)]:
-        raise DataError(f"{file}: {bad[0]} are no ImageNet classes 0 to 999; download ReaL's real.json again")
+        raise DataError(f"{file}: {bad[0]} are not ImageNet classes 0 to 999: download ReaL's real.json again")
     labelled = [(image, row) for image, row in zip(listing, rows, strict=True) if row]
     most = max((len(row) for _, row in labelled), default=1)
     table = tensor([row + [NO_LABEL] * (most - len(row)) for _, row in labelled])
@@ -99,11 +101,11 @@ def read_conflicts(folder: Path, classes: Sequence[str]) -> tuple[Listing, Tenso
     the classes of shape and texture, int64 (N, 2).
 
     A texture has the name of its class or, for the shapes of the generated data set, one of `TEXTURES`. Images whose
-    cues agree say nothing about the shape bias and are left out (Geirhos et al. 2019). Raises MissingInputError or
+    cues agree do not measure the shape bias and are excluded (Geirhos et al. 2019). Raises MissingInputError or
     DataError, which names the folder, or an image with another name.
     """
     if not folder.is_dir():
-        raise MissingInputError(f"{folder}: no such folder of conflict images; leave the suite conflict out.")
+        raise MissingInputError(f"{folder}: no such folder of conflict images: add it, or omit the suite conflict.")
     is_generated = set(classes) == set(SHAPES)
     class_of_texture = dict(zip(TEXTURES, SHAPES, strict=True)) if is_generated else {name: name for name in classes}
     number = {name: i for i, name in enumerate(classes)}
@@ -115,15 +117,17 @@ def read_conflicts(folder: Path, classes: Sequence[str]) -> tuple[Listing, Tenso
             listing.append((os.path.relpath(path, folder), shape_label))
             cues.append((shape_label, texture_label))
     if not listing:
-        raise DataError(f"{folder}: no image named <shape>-<texture>-* of two classes; leave the suite conflict out.")
+        raise DataError(
+            f"{folder}: no image named <shape>-<texture>-* of two classes: add one, or omit --suite conflict."
+        )
     return listing, tensor(cues)
 
 
 def _cues_in(path: str, shapes: Iterable[str], textures: Iterable[str]) -> tuple[str, str]:
     """Return the shape and the texture in an image's name; both may contain hyphens themselves.
 
-    If one texture's name begins with another's, the longer one is taken. Raises DataError, which names the image,
-    unless exactly one shape fits.
+    If several textures fit, the longest one is used. Raises DataError with the image's name unless exactly one shape
+    fits.
     """
 
     def begins_with(text: str, name: str) -> bool:
@@ -182,12 +186,10 @@ def read_objectnet(folder: Path) -> ObjectNet:
         members = {folder_of_label[label]: classes for label, classes in classes_of_label.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{folder}: ObjectNet's mapping files do not fit together at {error}; unpack them again"
+            f"{folder}: ObjectNet's mapping files contradict each other at {error}: unpack them again"
         ) from error
     if (len(members), len({i for ids in members.values() for i in ids})) != (OVERLAP, OVERLAP_LOGITS):
-        raise DataError(
-            f"{folder}: the mapping files name other than {OVERLAP} classes ({OVERLAP_LOGITS} of ImageNet's)"
-        )
+        raise DataError(f"{folder}: the mapping files do not have {OVERLAP} classes ({OVERLAP_LOGITS} of ImageNet's)")
     members = dict(sorted(members.items()))
     numbers = {name: number for number, name in enumerate(members)}
     return ObjectNet({name: numbers.get(name, NO_CLASS) for name in sorted(label_of_folder)}, members)

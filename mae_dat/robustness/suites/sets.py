@@ -62,7 +62,7 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """From a decoded image to the network's input; as text, part of a result's key."""
+    """Converts a decoded image to the network's input; its text is part of a result's key."""
 
     size_HW: ImageSize
     interpolation: str = "bicubic"
@@ -71,9 +71,9 @@ class Preprocessing:
     border: int = 0
     """Pixels cut off on each side first."""
     crop: float | None = None
-    """The crop's side over the resized image's, of a network that has its own; not used for stored images."""
+    """The crop's side over the resized image's, if the network has its own; not used for stored images."""
     keep_size: bool = False
-    """Whether an image that happens to have the network's size passes unchanged; never in the benchmarks."""
+    """Whether an image of exactly the network's size stays unchanged; never in the benchmarks."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float pixels (3, H, W) in [0, 1]."""
@@ -126,10 +126,10 @@ class BenchmarkSet(ImageSet):
         self.folder_indices: list[int] = []
         """The images' positions in the whole folder, if only some were selected; empty if these are 0 to N - 1."""
         self.left_out = 0
-        """Number of images that the protocol leaves out: without label (ReaL), of equal cues, of classes that ImageNet
+        """Number of images that the protocol excludes: without label (ReaL), with equal cues, of classes that ImageNet
         lacks."""
         self.missing: list[str] = []
-        """What the folder lacks, in words; empty unless it was opened as partial."""
+        """Descriptions of what the folder lacks; empty unless it was opened as partial."""
         self.protocol: dict[str, str] = {
             "reading": class_mapping.name,
             "preprocessing": str(preprocessing),
@@ -155,12 +155,12 @@ class BenchmarkSet(ImageSet):
         return image
 
     def prepared_image(self, index: int) -> Image.Image:
-        """Return the image as the network gets it, 8-bit RGB."""
+        """Return the input of the network as an 8-bit RGB image."""
         return self.transform.resize_and_crop(self.load_image(index))
 
     def folder_index(self, index: int) -> int:
-        """Return an image's position in the whole folder. Its random draws depend on it, and so are the same whichever
-        other images are selected."""
+        """Return an image's position in the whole folder. Its random draws depend on this position, and therefore not
+        on the selection of other images."""
         return self.folder_indices[index] if self.folder_indices else index
 
     def label(self, index: int) -> int:
@@ -208,7 +208,7 @@ class BenchmarkSet(ImageSet):
         return other
 
     def limited(self, limit: int, seed: int) -> "BenchmarkSet":
-        """Return `limit` images drawn by `seed`, in their old order; they keep their indices in the folder."""
+        """Return `limit` images drawn by `seed`, in their original order; they keep their indices in the folder."""
         if limit >= len(self):
             return self
         generator = torch.Generator().manual_seed(seed)
@@ -259,7 +259,7 @@ class CustomSet(BenchmarkSet):
 
 @contextlib.contextmanager
 def _unpack_advice() -> Iterator[None]:
-    """Replace the advice in errors of images to delete or skip them: an evaluation needs all of them."""
+    """Replace the advice of image errors to delete or skip images, because an evaluation needs all of them."""
     try:
         yield
     except ImageError as error:
@@ -328,7 +328,7 @@ def _look_up(requested: str | Benchmark, folder: str | Path) -> Benchmark:
 
 
 def _record_subset(cell_set: BenchmarkSet, every_image: Listing, count: int) -> None:
-    """Record the selected images' indices in the whole folder, and note the selection of `count` images."""
+    """Record the indices of the selected images in the whole folder, and the selection of `count` images."""
     index_of = {image: index for index, (image, _) in enumerate(every_image)}
     cell_set.folder_indices = [index_of[image] for image, _ in cell_set.listing]
     cell_set.protocol["subset"] = f"{count:,} pictures of a list"
@@ -341,7 +341,7 @@ def _list_cell(benchmark: Benchmark, path: str, subset: Collection[str] | None) 
     missing = missing_images(path, every_image, expected)
     if subset is None:
         return every_image, every_image, missing
-    return every_image, select_subset(every_image, set(subset), path), []  # images beside the subset may be missing
+    return every_image, select_subset(every_image, set(subset), path), []  # images outside of the subset may be missing
 
 
 def _require_complete(root: str | Path, benchmark: Benchmark, missing: list[str], partial: bool) -> None:
@@ -386,7 +386,7 @@ def _build_set(
         labelled = listing if len(with_class) == len(listing) else with_class
         targets = torch.tensor([label for _, label in labelled])[:, None]
     if not labelled:
-        raise DataError(f"{path}: {benchmark.title} leaves no image to measure; check its labels")
+        raise DataError(f"{path}: {benchmark.title} has no image to measure: check its labels")
     cell_set = BenchmarkSet(
         cell,
         path,

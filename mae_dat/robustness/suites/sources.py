@@ -1,5 +1,4 @@
-"""What suites are built from: the image sets of a folder and the tokenizer, each opened once, whatever the number of
-networks."""
+"""The sources of suites: the image sets of a folder and the tokenizer, each opened once for any number of networks."""
 
 import dataclasses
 import functools
@@ -26,10 +25,9 @@ SUBSET_SUITES = ("imagenet", "imagenet-real", "imagenet-c")
 
 
 class SuiteSources:
-    """Image sets and tokenizer for networks with `outputs` logits, of these `classes` where they are known.
+    """Image sets and tokenizer for networks with `outputs` logits, of these `classes` if known.
 
-    Everything that is wrong with the images raises a UserError, with the reason, when a set is opened: before the
-    evaluation starts.
+    Any problem of the images raises a UserError with the reason when a set is opened, before the evaluation starts.
     """
 
     def __init__(self, settings: SuiteSettings, outputs: int, classes: Sequence[str] | None = None) -> None:
@@ -80,7 +78,7 @@ class SuiteSources:
         root = find_split(self.settings.root, "val")
         images = open_images(root, lambda image: torch.zeros(0), self.classes)
         if len(images.classes) != self.outputs:
-            raise DataError(f"{root} has {len(images.classes)} classes, the networks have {self.outputs} outputs.")
+            raise DataError(f"{root} has {len(images.classes)} classes, but the models have {self.outputs} outputs.")
         present = {images.label(index) for index in range(len(images))}
         absent = [name for label, name in enumerate(images.classes) if label not in present]
         missing = f"no pictures of {', '.join(absent[:5])} ({len(absent)} of {self.outputs} classes)"
@@ -122,7 +120,7 @@ class SuiteSources:
 
     @functools.cached_property
     def tokenizer_facts(self) -> dict[str, str]:
-        """What identifies the tokenizer in a protocol."""
+        """The facts that identify the tokenizer in a protocol."""
         return {
             "tokenizer": Path(self.settings.tokenizer).name,
             "tokenizer's sha256": sha256_of(tokenizer_path(self.settings.tokenizer)),

@@ -26,7 +26,7 @@ from mae_dat.robustness.suites.sources import SuiteSources
 
 AGREEMENT, AGREEMENT_IMAGES = "bf16 against fp32", 10_000
 BuildSuite = Callable[[SuiteSources, str, str, NetworkInput], Suite]
-"""(sources, name, title, network_input) to the suite as a network of this input sees it."""
+"""(sources, name, title, network_input) to the suite for a network with this input."""
 
 
 def build_benchmark(sources: SuiteSources, name: str, title: str, network_input: NetworkInput) -> Suite:
@@ -46,8 +46,8 @@ def _stored_suite(name: str, title: str, sets: list[BenchmarkSet], network_input
 
 
 def _stored_pass(images: BenchmarkSet) -> ImagePass:
-    """Return a pass over stored images. Confidences are measured too where exactly one class is correct, but not on
-    the 75 cells of corruptions, whose calibration nobody reports."""
+    """Return a pass over stored images. Confidences are also measured if exactly one class is correct, but not on the
+    75 cells of corruptions, whose calibration is not usually reported."""
     corruption, severity = images.cell.corruption, images.cell.severity
     one_label = images.targets.shape[1] == 1 and not images.class_mapping.mean_probability
     cell = f"{corruption}/{severity}" if corruption else ""
@@ -80,8 +80,7 @@ def build_generated(sources: SuiteSources, name: str, title: str, network_input:
 
 
 def build_agreement(sources: SuiteSources, measured: Suite) -> Suite:
-    """Build the check of how often a network in bfloat16 predicts what it predicts in float32, on images of a suite of
-    stored ones."""
+    """Build the check of how often a network makes the same prediction in bfloat16 and float32, on stored images."""
     seed = sources.settings.seed
     images = measured.passes[0].images.limited(AGREEMENT_IMAGES, seed).named(AGREEMENT)
     image_pass = ImagePass(images, compare_with_float32=True)
@@ -89,7 +88,7 @@ def build_agreement(sources: SuiteSources, measured: Suite) -> Suite:
 
 
 class SuiteSpec(NamedTuple):
-    """What is known about a suite before any image is opened."""
+    """Facts about a suite that are known before any image is opened."""
 
     title: str
     kind: Literal["benchmark", "custom", "derived"]
@@ -99,7 +98,7 @@ class SuiteSpec(NamedTuple):
     """Rough number for one image, to estimate the time left; for generated corruptions with the cost of making them."""
     needs_gradients: bool = False
     by_name_only: str = ""
-    """Why `--suite all` does not include it."""
+    """Reason why `--suite all` does not include it."""
 
 
 SUITES: dict[str, SuiteSpec] = {
@@ -130,9 +129,9 @@ assert set(PIXEL_ATTACKS) <= set(SUITES)
 
 
 def build_suite(name: str, sources: SuiteSources, network_input: NetworkInput) -> Suite:
-    """Build a suite as a network of this input sees it.
+    """Build a suite for a network with this input.
 
-    Raises UserError for images that are missing or wrong, InputSizeError where it cannot be made at this size.
+    Raises UserError for missing or invalid images, InputSizeError if it cannot be made at this size.
     """
     spec = SUITES[name]
     return spec.build(sources, name, spec.title, network_input)

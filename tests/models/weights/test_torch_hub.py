@@ -296,7 +296,7 @@ def test_a_name_is_a_pretraining_to_start_from(home: Path) -> None:
     model = build_classifier("vit_demo_patch8", 5)
     initialize_from(model, "mae_vit_base_patch16")
     assert torch.equal(model.net.blocks[0].attn.qkv.weight, autoencoder.blocks[0].attn.qkv.weight)
-    with pytest.raises(CheckpointError, match="masked autoencoder, which has no classes"):
+    with pytest.raises(CheckpointError, match="pretraining, which has no classes"):
         evaluated_config(file, FinetuneConfig())
 
 

@@ -107,7 +107,7 @@ def test_another_number_or_order_of_classes_is_an_error() -> None:
     check_classes(None, 1000)
     check_classes(SYNSETS, 1000)
     check_classes([f"class {i}" for i in range(1000)], 1000)
-    with pytest.raises(DataError, match="class 0 of the network is n15075141"):
+    with pytest.raises(DataError, match="class 0 of the model is n15075141"):
         check_classes(SYNSETS[::-1], 1000)
-    with pytest.raises(DataError, match="class 999 of the network is missing"):
+    with pytest.raises(DataError, match="class 999 of the model is missing"):
         check_classes(SYNSETS[:999], 1000)
