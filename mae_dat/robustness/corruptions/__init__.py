@@ -55,7 +55,7 @@ def check_image(image: NDArray[Any]) -> None:
 
 
 def image_seed(seed: int, index: int, name: str, severity: int) -> int:
-    """Return a stable 32-bit seed for one image: the same on every machine, rank and worker, and in any order."""
+    """Return a 32-bit seed for one image that does not depend on machine, rank, worker or order."""
     key = f"{seed}/{index}/{name}/{severity}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
 
@@ -63,7 +63,7 @@ def image_seed(seed: int, index: int, name: str, severity: int) -> int:
 def corrupt_image(image: Image, name: str, severity: int, seed: int) -> Image:
     """Return an image, uint8 (H, W, 3), corrupted by `name` from `CORRUPTIONS` or `EXTRA` at severity 1 to 5.
 
-    The result depends on the arguments alone. Raises ValueError (name, severity) and DataError (image).
+    The result depends only on the arguments. Raises ValueError (name, severity) and DataError (image).
     """
     check_corruption(name, severity)
     check_image(image)

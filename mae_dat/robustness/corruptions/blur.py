@@ -1,7 +1,7 @@
 """Blur: defocus, glass, motion, zoom and Gaussian, as in ImageNet-C's make_imagenet_c.py (hendrycks/robustness).
 
 Every function takes uint8 (H, W, 3), a severity 1 to 5 and the generator of its random draws, and returns uint8
-(H, W, 3). Lengths are in pixels, whatever the size of the image; zooms are factors.
+(H, W, 3). Lengths are in pixels, independent of the size of the image; zooms are factors.
 """
 
 import functools
@@ -20,7 +20,7 @@ MOTION_ANGLE = 45  # degrees to either side of horizontal
 ZOOM = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))  # np.arange(1, end, step)
 GAUSSIAN_SIGMA = (1, 2, 3, 4, 6)  # `gaussian(sigma)`
 
-_SLACK = 1e-3  # levels: float32 sums can be 1e-5 short of a whole level, and truncation would subtract a full level
+_SLACK = 1e-3  # levels: a float32 sum can be 1e-5 below a whole level, which truncation would lower by a full level
 
 
 def gaussian_blur(image: Image, severity: int, random: RandomState) -> Image:
@@ -34,7 +34,7 @@ def defocus_blur(image: Image, severity: int, random: RandomState) -> Image:
 
 
 def glass_blur(image: Image, severity: int, random: RandomState) -> Image:
-    """Between two Gaussian blurs, replace every pixel in turn by a random neighbour: `glass_blur`."""
+    """Between two Gaussian blurs, replace every pixel in turn by a random neighbor: `glass_blur`."""
     sigma, reach, rounds = GLASS[severity - 1]
     image = whole_levels(smooth(image, sigma) + _SLACK)
     for _ in range(rounds):
@@ -63,7 +63,7 @@ def zoom_blur(image: Image, severity: int, random: RandomState) -> Image:
 def smooth(levels: Levels, sigma: float) -> Levels:
     """Return levels (H, W) or (H, W, 3) of any number type, filtered by a Gaussian of `sigma` px: float32.
 
-    Cut off at 4 sigma, edges repeated.
+    The Gaussian is truncated at 4 sigma, and edges are repeated.
     """
     size = 2 * int(4 * sigma + 0.5) + 1
     return cv2.GaussianBlur(levels.astype(np.float32), (size, size), sigma, borderType=cv2.BORDER_REPLICATE)
@@ -91,7 +91,8 @@ def _zoomed_axis(length: int, factor: float) -> tuple[float, float]:
 def smear(image: Image, radius: int, sigma: float, angle: float) -> Image:
     """Apply ImageMagick's motion blur to uint8 (H, W) or (H, W, 3): half a Gaussian along a line at `angle` degrees.
 
-    2 radius + 1 pixels, each weighted by its distance; edges repeated; rounded to the nearest level as there.
+    The line has 2 radius + 1 pixels, each weighted by its distance. Edges are repeated, and results are rounded to the
+    nearest level, as in ImageMagick.
     """
     distance = np.arange(2 * radius + 1)
     weights = np.exp(-(distance**2) / (2 * sigma**2))
@@ -111,8 +112,8 @@ def smear(image: Image, radius: int, sigma: float, angle: float) -> Image:
 def _disk(radius: int, sigma: float) -> Levels:
     """Return the kernel of `defocus_blur`, float32 (K, K), ImageNet-C's `disk(radius, alias_blur=sigma)`.
 
-    Its edge is softened within the original's grid, which cuts some of it off at radius 8 and 10: the sum is then not
-    exactly 1, and the image gets a little brighter.
+    Its edge is softened within the original's grid, which truncates the kernel at radius 8 and 10: the sum is then not
+    exactly 1, and the image becomes slightly brighter.
     """
     reach, size = (8, 3) if radius <= 8 else (radius, 5)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -126,9 +127,9 @@ def _replaced_by_neighbours(image: Image, reach: int, random: RandomState) -> Im
     """Return the image (H, W, 3) after one iteration of `glass_blur`: from the last pixel to the first, each takes the
     current value of a pixel up to `reach` away.
 
-    The original intends to swap the two, but assigns through a view, so that the other pixel keeps its value. A pixel
-    whose source was already replaced gets the value which that source took: following these links to their ends
-    computes the whole iteration at once.
+    The original means to swap the two pixels, but assigns through a view, so that the other pixel keeps its value. If
+    the source of a pixel was already replaced, the pixel gets the new value of that source. Following these links to
+    their ends computes the whole iteration at once.
     """
     height, width = image.shape[:2]
     size = height * width
@@ -138,7 +139,7 @@ def _replaced_by_neighbours(image: Image, reach: int, random: RandomState) -> Im
     neighbours = pixels + step_y * width + step_x
     replaced = np.zeros(size, dtype=bool)
     replaced[pixels] = True
-    is_linked = replaced[neighbours] & (neighbours > pixels)  # the neighbour was replaced earlier in this iteration
+    is_linked = replaced[neighbours] & (neighbours > pixels)  # the neighbor was replaced earlier in this iteration
     source = np.arange(size, 2 * size)  # from `size` on: an original pixel; below: a replaced one
     source[pixels] = neighbours + size * ~is_linked
     linked = pixels[is_linked]

@@ -65,10 +65,10 @@ def _jittered(height: int, width: int, reach: float, random: RandomState) -> Lev
 
 @functools.lru_cache(maxsize=64)
 def _gaussian_gain(length: int, sigma: float) -> Levels:
-    """Return the gain, float32 (length,), of a Gaussian of `sigma` px, cut off at 3 sigma, for the cosines of an axis.
+    """Return the gain, float32 (length,), of a Gaussian of `sigma` px, cut at 3 sigma, for the cosines of an axis.
 
-    A filter that reflects at the edges multiplies the cosine transform: exact, and as fast for a kernel of a thousand
-    pixels as for one of ten.
+    A filter with reflecting edges is a product with the cosine transform, which is exact, and as fast for a kernel of a
+    thousand pixels as for one of ten.
     """
     distance = np.arange(1, int(3 * sigma + 0.5) + 1)
     weights = np.exp(-(distance**2) / (2 * sigma**2))
@@ -98,13 +98,13 @@ def jpeg(image: Image, quality: int) -> Image:
 
 
 def saturate(image: Image, severity: int, random: RandomState) -> Image:
-    """Change the saturation of HSV: `saturate`. Greys, which have no hue, count as red."""
+    """Change the saturation of HSV: `saturate`. Grays, which have no hue, count as red."""
     factor, summand = SATURATE[severity - 1]
     channels = cv2.split(image.astype(np.float32))
     largest, smallest = functools.reduce(np.maximum, channels), functools.reduce(np.minimum, channels)
     spread = largest - smallest
     saturation = np.clip(spread / np.maximum(largest, 1) * factor + summand, 0, 1)
-    # Saturation scales a channel's distance below the largest one. For greys, green and blue drop by all of it.
+    # Saturation scales a channel's distance to the largest one. For grays, green and blue drop by the full saturation.
     scale = largest * saturation / np.maximum(spread, 1)
     shifted = [largest - (largest - channel) * scale for channel in channels]
     grey = (spread == 0) * (largest * saturation)

@@ -51,7 +51,7 @@ def shot_noise(image: Image, severity: int, random: RandomState) -> Image:
     """Replace every value by a Poisson draw, as if photons were counted: `shot_noise`, np.random.poisson(x * c) / c.
 
     Draws by inversion of the distribution function, exact to 2^-32 and five times faster than `RandomState.poisson`.
-    It is the only corruption whose draws are not the original's.
+    This is the only corruption whose draws differ from the original's.
     """
     photons = SHOT_PHOTONS[severity - 1]
     table, thresholds, levels = _poisson(photons)
@@ -72,7 +72,7 @@ def _poisson(photons: int) -> tuple[NDArray[np.int16], NDArray[np.int64], NDArra
 
     The second table holds (v << 32) + 2^32 P(at most k photons) for all v and k < photons: the rank of (v << 32) + w in
     it is the photon count, which the third table maps to a level. The first table holds the level itself for every v
-    and leading bits of w, or _UNDECIDED where these do not determine it.
+    and leading bits of w, or _UNDECIDED if these do not determine it.
     """
     levels = (np.arange(photons + 1) / photons * 255).astype(np.int16)  # more photons than at white are white
     cumulated = pdtr(np.arange(photons), np.arange(256)[:, None] / 255 * photons)

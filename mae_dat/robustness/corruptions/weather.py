@@ -1,7 +1,7 @@
 """Weather: snow, frost, fog, brightness and spatter, as in ImageNet-C's make_imagenet_c.py (hendrycks/robustness).
 
 Every function takes uint8 (H, W, 3), a severity 1 to 5 and the generator of its random draws, and returns uint8
-(H, W, 3). Flakes and drops have their size in pixels, whatever the size of the image.
+(H, W, 3). Sizes of flakes and drops are in pixels, independent of the size of the image.
 """
 
 import functools
@@ -49,7 +49,7 @@ def snow(image: Image, severity: int, random: RandomState) -> Image:
 
 
 def frost(image: Image, severity: int, random: RandomState) -> Image:
-    """Add a random crop of one of five photographs of frost: `frost`."""
+    """Add a random crop of one of five photos of frost: `frost`."""
     height, width = image.shape[:2]
     overlay = _frost_photograph(FROST_PHOTOGRAPHS[random.randint(5)], height, width)
     y, x = random.randint(overlay.shape[0] - height), random.randint(overlay.shape[1] - width)
@@ -90,14 +90,14 @@ def fog(image: Image, severity: int, random: RandomState) -> Image:
 def _plasma(side: int, decay: float, random: RandomState) -> Levels:
     """Return a diamond-square fractal on a torus, (side, side) in [0, 1]: `plasma_fractal(mapsize, wibbledecay)`.
 
-    `side` is a power of two. Each new point is the mean of its four neighbours plus noise, which shrinks by decay^2
+    `side` is a power of two. Each new point is the mean of its four neighbors plus noise, which shrinks by decay^2
     with every halved step.
     """
     field = np.zeros((side, side))
     step, amplitude = side, 100.0
 
     def displaced(sums: Levels) -> Levels:
-        # The original too multiplies by the amplitude twice, so the noise has the range of its square.
+        # The original also multiplies by the amplitude twice, so the noise has the range of its square.
         return sums / 4 + amplitude * random.uniform(-amplitude, amplitude, sums.shape)
 
     while step > 1:
@@ -114,10 +114,10 @@ def _plasma(side: int, decay: float, random: RandomState) -> Levels:
 
 
 def brightness(image: Image, severity: int, random: RandomState) -> Image:
-    """Raise the value of HSV: `brightness`. All channels grow by the factor by which the largest one does."""
+    """Raise the value of HSV: `brightness`. All channels grow by the same factor as the largest one."""
     red, green, blue = cv2.split(image)
     largest = cv2.max(cv2.max(red, green), blue)
-    # A look-up replaces the conversion to HSV and back: the new level depends on the largest and the old level alone.
+    # A lookup table replaces the conversion to HSV and back: the new level depends only on the largest and the old one.
     index = largest.astype(np.uint16)[..., None] << 8
     return _brightened(BRIGHTNESS[severity - 1]).take(index | image)
 

@@ -141,11 +141,11 @@ class Results(TypedDict):
     calibration: CalibrationScores
     checks: AttackChecks
     agreement: NotRequired[dict[str, Count]]
-    """By model in bfloat16: for how many clean images its prediction equals the one in float32."""
+    """By model in bfloat16: the number of clean images whose prediction equals the one in float32."""
     not_measured: dict[str, str]
     """Known or requested suites that were not measured -> the reason."""
     examples: list[dict[str, Any]]
-    """Images on which the models differ: file (PNG beside results.json), suite, cell, label, answers (prediction by
+    """Images on which the models differ: file (PNG next to results.json), suite, cell, label, answers (prediction by
     model)."""
     training: NotRequired[TrainingFacts]
 
@@ -176,7 +176,7 @@ def read_results(path: Path) -> Results:
     except FileNotFoundError as error:
         raise MissingInputError(f"no such results: {path}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no results.json of an evaluation ({error}).") from error
+        raise CheckpointError(f"{path} is not the results.json of an evaluation ({error}).") from error
     if not supported:
-        raise CheckpointError(f"{path} holds no cells, or has a newer format than {FORMAT}: update mae_dat.")
+        raise CheckpointError(f"{path} contains no cells, or has a newer format than {FORMAT}: update mae_dat.")
     return results
