@@ -84,7 +84,7 @@ def test_a_corruption_ends_as_a_stored_file_does(inspector: ImageInspector) -> N
     assert torch.allclose(
         difference.image, (0.5 + factor * (after.image - before.image)).clamp(0, 1), rtol=0, atol=1e-6
     )
-    assert f"{127.5 / factor:.0f} grey levels" in difference.caption
+    assert f"{127.5 / factor:.0f} gray levels" in difference.caption
     assert not difference.predictions
     assert not words.predictions
 
