@@ -211,7 +211,7 @@ def test_other_levels_and_contents_of_imagenet_c_are_refused(tmp_path: Path) -> 
     with pytest.raises(DataError, match="no folder of a corruption"):
         open_benchmark(benchmark, tmp_path.parent, SIZE)
     (tmp_path / "frost" / "6").mkdir()
-    with pytest.raises(DataError, match="frost: 6: no severity"):
+    with pytest.raises(DataError, match="frost: 6: not a severity"):
         open_benchmark(benchmark, tmp_path, SIZE)
     (tmp_path / "frost" / "6").rmdir()
     paths[0].rename(paths[0].with_name("ILSVRC2012_val_00000009.JPEG"))
