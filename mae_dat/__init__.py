@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # at run time they are imported on first use
     from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
     from mae_dat.models.weights.convert import convert
     from mae_dat.models.weights.named_models import create_model, list_models, load_model
+    from mae_dat.prediction.predict import predict
     from mae_dat.robustness.corrupt import corrupt
     from mae_dat.robustness.evaluate import evaluate
     from mae_dat.training.objectives.dat import WithDAT
@@ -39,6 +40,7 @@ __all__ = [
     "list_models",
     "load_model",
     "load_tokenizer",
+    "predict",
     "pretrain",
 ]
 
@@ -59,6 +61,7 @@ _MODULES = {
     "list_models": "models.weights.named_models",
     "load_model": "models.weights.named_models",
     "load_tokenizer": "models.tokenizer",
+    "predict": "prediction.predict",
     "pretrain": "training.python_api",
 }
 """The module of each name, below `mae_dat`."""

@@ -7,19 +7,20 @@ transform and arithmetic are those of an evaluation.
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mae_dat.config.commands.predict import PredictConfig
 from mae_dat.config.errors import DataError
+from mae_dat.config.signature import check_flag_names, takes_flags
 from mae_dat.prediction.predictions import Predictions
 from mae_dat.prediction.results import Collector, Tally
 from mae_dat.prediction.run import PredictionRun, open_run
-from mae_dat.runtime.console import Console, console_for_command, format_duration
+from mae_dat.robustness.evaluate import is_timm_name, timm_place
+from mae_dat.runtime.console import console_for_command, console_for_python, format_duration
 from mae_dat.storage.files import require_file
 
 logger = logging.getLogger(__name__)
@@ -27,58 +28,68 @@ logger = logging.getLogger(__name__)
 _SHOWN = 10  # predictions that the command prints
 
 
-def predict(  # noqa: PLR0913 - one keyword per flag
+_LEFT_OUT = ("images", "checkpoint", "classes", "output_dir", "no_draw")
+
+
+@takes_flags(PredictConfig, _LEFT_OUT)
+def predict(
     checkpoint: Any,
     images: Any,
     *,
     output_dir: str | Path | None = None,
-    top_k: int = 5,
     classes: Sequence[str] | None = None,
-    model: str | None = None,
-    pretrained: bool = False,
-    temperature: float = 1.0,
-    calibrate: str | Path | None = None,
-    abstain_below: float | None = None,
-    score_threshold: float = 0.5,
-    draw: int = 100,
     logits: bool = False,
-    input_size: int | Sequence[int] | None = None,
-    interpolation: str | None = None,
-    crop: float | None = None,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    device: str | torch.device = "auto",
-    precision: str = "fp32",
-    console: Console | None = None,
+    progress: bool = True,
+    **flags: Any,
 ) -> Predictions:
-    """Predict the classes of images with their probabilities, or boxes with a detector: the command, from Python.
+    """Predict the classes of images with their probabilities, or boxes with a detector: `mae-dat predict`, from Python.
 
-    `checkpoint` is what `--checkpoint` takes, a loaded model, or any callable from float images (B, 3, H, W) in [0, 1]
-    to logits (B, K); None with `model` and `pretrained` for timm's weights. `images` is a path (file, folder of any
-    depth, shards), a PIL image, an array (H, W, 3) or (B, H, W, 3) of uint8 or float in [0, 1], a tensor (3, H, W) or
-    (B, 3, H, W), or a list of these. The others are flags of `mae-dat predict`, but `classes` are the names themselves,
-    `logits` keeps the logits, and `num_workers` and `precision` have the defaults of `evaluate`. Files are written only
-    with `output_dir`. Raises UserError for wrong images or models, before anything is predicted; DataError if no image
-    can be read; NumericsError for NaN or infinite logits.
+    Args:
+        checkpoint: a model, as `evaluate` takes: an output folder, a weights file, an ONNX file, a released or timm
+            name, a model from `load_model` (also a detector), a module of timm or transformers, or any callable from
+            float images (B, 3, H, W) in [0, 1] to logits (B, K). None with `model` and `pretrained` for timm's weights.
+        images: a path (file, folder of any depth, shards), a PIL image, an array (H, W, 3) or (B, H, W, 3) of uint8 or
+            float in [0, 1], a tensor (3, H, W) or (B, 3, H, W), or a list of these.
+        output_dir: folder for the files that `mae-dat predict` writes. By default nothing is written.
+        classes: the names of the model's outputs in order (default: those that the checkpoint records; ImageNet's for
+            1000 outputs; else numbers).
+        logits: whether to keep the logits.
+        progress: whether to show a progress bar and the log.
+        flags: the other flags of `mae-dat predict`, listed below. Images in memory are prepared in this process unless
+            `num_workers` is given.
 
-    >>> import mae_dat, numpy
-    >>> predictions = mae_dat.predict("mae_dat_demo", numpy.zeros((64, 64, 3)))
-    >>> predictions.probabilities.shape
-    (1, 10)
-    >>> predictions.labels()
-    ['star']
+    Returns:
+        `Predictions`: `.files`, `.classes`, `.probabilities` (n, K), `.labels()`; prints as a table.
+
+    Raises:
+        UserError: the images or the model cannot be used (before anything is predicted), no image can be read, or the
+            model gives NaN or infinite logits.
+
+    Examples:
+        >>> import mae_dat, numpy
+        >>> predictions = mae_dat.predict("mae_dat_demo", numpy.zeros((64, 64, 3)), progress=False)
+        >>> predictions.probabilities.shape
+        (1, 10)
+        >>> predictions.labels()
+        ['star']
     """
-    config = PredictConfig.from_flags(
-        images=(), model=model, pretrained=pretrained, top_k=top_k, temperature=temperature, calibrate=calibrate,
-        abstain_below=abstain_below, score_threshold=score_threshold, draw=draw, interpolation=interpolation, crop=crop,
-        input_size=() if input_size is None else input_size, batch_size=batch_size, num_workers=num_workers,
-        device=str(device), precision=precision,
-    )  # fmt: skip
-    folder = None if output_dir is None else Path(output_dir)
-    run = open_run(checkpoint, images, classes, config, folder, console or Console())
-    collected = Collector(run.empty, keep_logits=logits)
-    run.predict(collected.add)
+    check_flag_names(PredictConfig, flags, _LEFT_OUT, "predict")
+    if not _has_paths(images):
+        flags = {"num_workers": 0, **flags}
+    if isinstance(checkpoint, str | Path) and is_timm_name(str(checkpoint)):
+        flags |= {"model": timm_place(str(checkpoint)), "pretrained": True}
+        checkpoint = None
+    config = PredictConfig.from_flags(images=(), **flags)
+    with console_for_python(progress) as console:
+        run = open_run(checkpoint, images, classes, config, None if output_dir is None else Path(output_dir), console)
+        collected = Collector(run.empty, keep_logits=logits)
+        run.predict(collected.add)
     return collected.predictions()
+
+
+def _has_paths(images: Any) -> bool:
+    several = images if isinstance(images, list | tuple) else [images]
+    return any(isinstance(image, str | os.PathLike) for image in several)
 
 
 # ---- the command ----

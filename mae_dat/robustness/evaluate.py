@@ -163,8 +163,13 @@ def open_any(model: Any, name: str, options: EvalOptions, classes: Sequence[str]
         return open_callable(model, name, options, classes)
     source = str(model)
     if is_timm_name(source):
-        return open_timm(f"hf-hub:{source}" if source.startswith("timm/") else source, name, options)
+        return open_timm(timm_place(source), name, options)
     return open_network(source, None, name, options)
+
+
+def timm_place(source: str) -> str:
+    """Return the name under which timm finds a model: that of a repository timm/NAME has the prefix hf-hub."""
+    return f"hf-hub:{source}" if source.startswith("timm/") else source
 
 
 def is_timm_name(source: str) -> bool:

@@ -19,10 +19,9 @@ from mae_dat.models.weights.open import open_model
 from mae_dat.prediction.box_files import draw_found
 from mae_dat.prediction.predict import predict
 from mae_dat.prediction.predictions import ImageBoxes
-from mae_dat.runtime.console import Console
 from mae_dat.storage.weight_files import write_weights
 
-QUIET = Console(quiet=True)
+QUIET: dict[str, Any] = {"progress": False, "device": "cpu", "num_workers": 0, "precision": "fp32"}
 SIZE = (32, 48)
 CLASSES = ["=cell", "platelet", "rod"]
 
@@ -108,7 +107,7 @@ def test_files_hold_what_the_detector_finds_by_hand(
 
 
 def test_python_returns_boxes(detector: Path, photos: Path, tmp_path: Path) -> None:
-    predictions = predict(detector, photos, score_threshold=0, output_dir=tmp_path / "out", draw=1, console=QUIET)
+    predictions = predict(detector, photos, score_threshold=0, output_dir=tmp_path / "out", draw=1, **QUIET)
     assert predictions.boxes is not None
     assert predictions.probabilities.shape == (3, 0)
     for found in predictions.boxes:
@@ -125,13 +124,13 @@ def test_python_returns_boxes(detector: Path, photos: Path, tmp_path: Path) -> N
     predictions.to_csv(tmp_path / "own.csv")
     assert (tmp_path / "own.csv").read_bytes() == (tmp_path / "out" / "predictions.csv").read_bytes()
     opened = open_model(detector)
-    again = predict(opened.model, noise(60, 70), score_threshold=0, classes=CLASSES, input_size=SIZE, console=QUIET)
-    same = predict(opened, noise(60, 70), score_threshold=0, console=QUIET)
+    again = predict(opened.model, noise(60, 70), score_threshold=0, classes=CLASSES, input_size=SIZE, **QUIET)
+    same = predict(opened, noise(60, 70), score_threshold=0, **QUIET)
     assert again.boxes is not None
     assert same.boxes is not None
     assert np.array_equal(again.boxes[0].boxes, same.boxes[0].boxes)
     with pytest.raises(ConfigError, match="does not record its classes and its input size"):
-        predict(opened.model, noise(), console=QUIET)
+        predict(opened.model, noise(), **QUIET)
 
 
 def test_what_does_not_go_with_a_detector(
@@ -161,8 +160,8 @@ def test_drawn_images_never_replace_an_input(detector: Path, photos: Path, tmp_p
     os.rename(photos / "more", photos / "images")
     before = (photos / "images" / "a.jpg").read_bytes()
     with pytest.raises(ConfigError, match=r"images/a\.jpg is one of the images to predict"):
-        predict(detector, photos, output_dir=photos, console=QUIET)
-    predict(detector, photos / "b.png", output_dir=photos, console=QUIET)
+        predict(detector, photos, output_dir=photos, **QUIET)
+    predict(detector, photos / "b.png", output_dir=photos, **QUIET)
     assert (photos / "images" / "a.jpg").read_bytes() == before
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from evaluated_models import Linear, dataset, saved, write_onnx, write_timm
 from noise_images import noise
+from quiet_evaluation import evaluate
 from tiny_models import tiny
 from tiny_runs import Outcome, draw_folder, outcome_of, verb
 from torch import Tensor, nn
@@ -19,17 +21,16 @@ from mae_dat.config.errors import CheckpointError, ConfigError, DataError, Numer
 from mae_dat.models.mae import build_mae
 from mae_dat.models.weights.open import open_model
 from mae_dat.prediction.predict import predict
-from mae_dat.robustness.command import evaluate
 from mae_dat.robustness.scores.calibration import fit_temperature
 from mae_dat.robustness.suites.sets import Preprocessing
-from mae_dat.runtime.console import Console
 from mae_dat.storage.weight_files import write_weights
 
 __all__ = ["dataset"]  # a fixture
 
 NAMES = [f"kind {number}" for number in range(10)]
 CPU = ["--device", "cpu", "--num_workers", "0", "--precision", "fp32"]
-QUIET = Console(quiet=True)
+FILES = ["predictions.csv", "predictions.jsonl", *["predictions.parquet"] * (find_spec("pyarrow") is not None)]
+QUIET: dict[str, Any] = {"progress": False, "device": "cpu", "num_workers": 0, "precision": "fp32"}
 
 
 @pytest.fixture
@@ -90,8 +91,8 @@ def test_the_logits_are_those_of_an_evaluation_bit_for_bit(tmp_path: Path, preci
     recorded: list[Tensor] = []
     network.register_forward_hook(lambda module, inputs, output: recorded.append(output.detach().float().clone()))
     options: dict[str, Any] = {"device": "cpu", "precision": precision, "num_workers": num_workers, "batch_size": 8}
-    evaluate({"net": network}, "clean", tmp_path, size=32, **options)
-    predictions = predict(file, tmp_path / "val", logits=True, console=QUIET, **options)
+    evaluate({"net": network}, "clean", tmp_path, input_size=32, **options)
+    predictions = predict(file, tmp_path / "val", logits=True, **{**QUIET, **options})
     assert predictions.logits is not None
     starts = [
         start for start, part in enumerate(recorded) if [len(p) for p in recorded[start : start + 3]] == [8, 8, 4]
@@ -129,13 +130,11 @@ def test_files_hold_what_the_model_gives_by_hand(
         rf"7 images predicted, {abstained} abstained, 0 unreadable in 0:0\d: {out}/predictions.csv", last
     )
     assert NAMES[numbers[0, 0]] in printed.splitlines()[1]
-    assert sorted(path.name for path in out.iterdir()) == ["predictions.csv", "predictions.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == FILES
 
 
 def test_python_returns_the_same_as_arrays(model: Path, photos: Path, tmp_path: Path) -> None:
-    predictions = predict(
-        model, photos, output_dir=tmp_path / "out", logits=True, device="cpu", top_k=2, abstain_below=0.9, console=QUIET
-    )
+    predictions = predict(model, photos, output_dir=tmp_path / "out", logits=True, top_k=2, abstain_below=0.9, **QUIET)
     paths = sorted(photos.glob("*.png"))
     expected = dict(zip(map(str, paths), logits_of(model, paths), strict=True))
     assert predictions.logits is not None
@@ -160,7 +159,7 @@ def test_predictions_print_as_a_table_and_as_html(photos: Path) -> None:
         return torch.tensor([[0.0, 2.0, 1.0]]).repeat(len(image), 1)
 
     names = ["<cat>", "dog & co", "bird"]
-    predictions = predict(model, [photos] * 1, classes=names, input_size=32, device="cpu", console=QUIET)
+    predictions = predict(model, [photos] * 1, classes=names, input_size=32, **QUIET)
     lines = str(predictions).splitlines()
     assert lines[0].split() == ["file", "class", "probability", "next", "classes"]
     assert lines[1].startswith(f"{photos / 'a.png'}"[-47:]) or lines[1].startswith("…")
@@ -169,15 +168,15 @@ def test_predictions_print_as_a_table_and_as_html(photos: Path) -> None:
     assert page.count("<tr>") == 8
     assert "dog &amp; co" in page
     assert "<cat>" not in page
-    assert len(predict(model, [noise()] * 12, classes=names, input_size=32, console=QUIET)._repr_html_()) > 0
-    assert str(predict(model, [noise()] * 12, input_size=32, console=QUIET)).splitlines()[-1] == "... 12 images in all"
+    assert len(predict(model, [noise()] * 12, classes=names, input_size=32, **QUIET)._repr_html_()) > 0
+    assert str(predict(model, [noise()] * 12, input_size=32, **QUIET)).splitlines()[-1] == "... 12 images in all"
 
 
 # ---- models ----
 
 
 def test_any_model_that_an_evaluation_takes(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, options = dataset / "val", {"device": "cpu", "console": QUIET, "logits": True}
+    images, options = dataset / "val", {**QUIET, "logits": True}
     file = saved(tmp_path / "model.safetensors", 10, NAMES)
     ours = predict(file, images, **options)  # type: ignore[arg-type]
     opened = open_model(file)
@@ -207,7 +206,7 @@ def test_any_model_that_an_evaluation_takes(dataset: Path, tmp_path: Path, monke
 def test_a_released_name_on_images_of_its_classes(tmp_path: Path) -> None:
     """The demo's classifier on generated images, whose folders are named by their classes."""
     folder = draw_folder(tmp_path / "data", train=0, val=20, conflict=0, size=64)
-    predictions = predict("mae_dat_demo", folder / "val", device="cpu", console=QUIET)
+    predictions = predict("mae_dat_demo", folder / "val", **QUIET)
     folders = [Path(name).parent.name for name in predictions.files]
     correct = sum(map(str.__eq__, folders, map(str, predictions.labels())))
     counts = evaluate({"demo": "mae_dat_demo"}, "clean", folder, device="cpu")["cells"]["demo"]["clean"][""]
@@ -218,11 +217,11 @@ def test_a_released_name_on_images_of_its_classes(tmp_path: Path) -> None:
 def test_names_of_classes(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     image = photos / "a.png"
-    assert predict(Linear(1000), image, input_size=32, console=QUIET).classes[:2] == ["tench", "goldfish"]
+    assert predict(Linear(1000), image, input_size=32, **QUIET).classes[:2] == ["tench", "goldfish"]
     assert "1000 classes (ImageNet's names, because the model has 1000 outputs)" in caplog.text
-    assert predict(Linear(3), image, input_size=32, console=QUIET).classes == ["0", "1", "2"]
+    assert predict(Linear(3), image, input_size=32, **QUIET).classes == ["0", "1", "2"]
     assert "3 classes (numbers, because the model records no names)" in caplog.text
-    named = predict(Linear(3), image, classes=["x", "y", "z"], input_size=32, console=QUIET)
+    named = predict(Linear(3), image, classes=["x", "y", "z"], input_size=32, **QUIET)
     assert named.columns().keys() == {"file", *(f"{name}_{k}" for k in (1, 2, 3) for name in ("class", "probability"))}
     file = tmp_path / "names.txt"
     file.write_text("x\ny\nz\n")
@@ -243,11 +242,11 @@ def test_calibration_fits_the_temperature_to_the_validation_images(
     caplog.set_level("INFO")
     classes = sorted(path.name for path in (dataset / "val").iterdir())
     file = saved(tmp_path / "model.safetensors", 10, classes)
-    plain = predict(file, dataset / "val", logits=True, device="cpu", console=QUIET)
+    plain = predict(file, dataset / "val", logits=True, **QUIET)
     labels = torch.tensor([classes.index(Path(name).parent.name) for name in plain.files])
     assert plain.logits is not None
     temperature = fit_temperature(torch.from_numpy(plain.logits), labels)
-    fitted = predict(file, dataset / "val", calibrate=dataset, device="cpu", console=QUIET)
+    fitted = predict(file, dataset / "val", calibrate=dataset, **QUIET)
     assert fitted.temperature == pytest.approx(temperature)
     expected = (torch.from_numpy(plain.logits) / temperature).softmax(1)
     np.testing.assert_allclose(fitted.probabilities, expected, rtol=1e-5)
@@ -257,16 +256,16 @@ def test_calibration_fits_the_temperature_to_the_validation_images(
         path = tmp_path / "own" / "val" / label / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         path.symlink_to(plain.files[number])
-    assert predict(file, dataset / "val", calibrate=tmp_path / "own", device="cpu", console=QUIET).temperature == 1
+    assert predict(file, dataset / "val", calibrate=tmp_path / "own", **QUIET).temperature == 1
     assert "all 20 images are predicted correctly" in caplog.text
     with pytest.raises(DataError, match="has 10 classes, but the models have 3 outputs"):
-        predict(Linear(3), dataset / "val", calibrate=dataset, input_size=32, console=QUIET)
+        predict(Linear(3), dataset / "val", calibrate=dataset, input_size=32, **QUIET)
     unnamed = saved(tmp_path / "unnamed.safetensors", 10)
     for checkpoint, names in ((file, NAMES), (unnamed, None), (unnamed, classes)):
-        again = predict(checkpoint, dataset / "val", classes=names, calibrate=dataset, device="cpu", console=QUIET)
+        again = predict(checkpoint, dataset / "val", classes=names, calibrate=dataset, **QUIET)
         assert again.temperature == fitted.temperature
     with pytest.raises(DataError, match="has class folders unknown to training"):
-        predict(unnamed, dataset / "val", classes=NAMES, calibrate=dataset, device="cpu", console=QUIET)
+        predict(unnamed, dataset / "val", classes=NAMES, calibrate=dataset, **QUIET)
 
 
 # ---- images ----
@@ -276,7 +275,7 @@ def test_unreadable_images_are_listed_and_change_no_other(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    before = predict(model, sorted(photos.glob("*.png")), batch_size=8, device="cpu", console=QUIET)
+    before = predict(model, sorted(photos.glob("*.png")), batch_size=8, **QUIET)
     (photos / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
     (photos / "page\n.jpg").write_bytes(b"<!doctype html>")
     (photos / "link.jpg").symlink_to("nowhere")
@@ -315,19 +314,19 @@ def test_nothing_but_unreadable_images_is_an_error(
 
 def test_an_interrupted_prediction_leaves_complete_lines_under_another_name(photos: Path, tmp_path: Path) -> None:
     out, network = tmp_path / "out", Linear(3)
-    predict(network, photos / "a.png", output_dir=out, input_size=32, console=QUIET)
+    predict(network, photos / "a.png", output_dir=out, input_size=32, **QUIET)
     before = (out / "predictions.csv").read_bytes()
     network.most = network.seen + 2 + 6  # two blank images, then three batches of two
     with pytest.raises(KeyboardInterrupt):
-        predict(network, photos, output_dir=out, input_size=32, batch_size=2, console=QUIET)
+        predict(network, photos, output_dir=out, input_size=32, batch_size=2, **QUIET)
     assert (out / "predictions.csv").read_bytes() == before
     partial = (out / "predictions.csv.partial").read_text().splitlines()
     assert len(partial) == 1 + 4  # the heading, and the two batches before the one that was computed last
     lines = (out / "predictions.jsonl.partial").read_text().splitlines()
     assert [len(json.loads(line)["classes"]) for line in lines] == [3] * 4
     network.most = float("inf")
-    predict(network, photos, output_dir=out, input_size=32, batch_size=2, console=QUIET)
-    assert sorted(path.name for path in out.iterdir()) == ["predictions.csv", "predictions.jsonl"]
+    predict(network, photos, output_dir=out, input_size=32, batch_size=2, **QUIET)
+    assert sorted(path.name for path in out.iterdir()) == FILES
     assert len(table(out)) == 7
 
 
@@ -337,7 +336,7 @@ def test_logits_that_are_not_finite_name_the_image(photos: Path) -> None:
         return torch.cat([bright, torch.where(bright > 0, torch.nan, bright)], 1)
 
     with pytest.raises(NumericsError, match=r"model gave NaN or infinite logits for .*a\.png: .*--precision fp32"):
-        predict(model, photos, input_size=32, console=QUIET)
+        predict(model, photos, input_size=32, **QUIET)
 
 
 # ---- bad input ----
@@ -397,12 +396,12 @@ def test_bad_input_is_a_message(
         assert message in outcome.stderr.replace("\n", " "), (arguments, outcome)
     assert not (tmp_path / "out" / "predictions.csv").exists()
     with pytest.raises(CheckpointError, match="is a pretraining, which has no classes yet"):
-        predict(build_mae("mae_vit_demo_patch8"), photos, console=QUIET)
+        predict(build_mae("mae_vit_demo_patch8"), photos, **QUIET)
     with pytest.raises(ConfigError, match="a checkpoint of type int is no model"):
-        predict(3, photos, console=QUIET)  # type: ignore[arg-type]
+        predict(3, photos, **QUIET)  # type: ignore[arg-type]
 
 
 def test_a_module_in_training_stays_in_training(photos: Path) -> None:
     network = tiny(3).train()
-    predict(network, photos / "a.png", console=QUIET)
+    predict(network, photos / "a.png", **QUIET)
     assert all(module.training for module in network.modules() if isinstance(module, nn.Linear))
