@@ -56,10 +56,22 @@ class CommandConfig:
         """Return the command that does the same, `mae-dat VERB ...`, with the flags that differ from the defaults."""
         values = flat_values(self)
         flags = flags_of(type(self), default_config(type(self), values))
-        changed = [flag for flag in flags if flag.default is REQUIRED or values[flag.name] != flag.default]
-        changed.sort(key=lambda flag: flag.positional is None)
-        words = [word for flag in changed for word in flag.words(values[flag.name])]
+        changed = {flag.name for flag in flags if flag.default is REQUIRED or values[flag.name] != flag.default}
+        changed |= _flags_that_choose_defaults(type(self), values, changed)
+        arguments = [flag for flag in flags if flag.positional]
+        while arguments and arguments[-1].name not in changed:
+            arguments.pop()
+        named = [flag for flag in flags if flag.name in changed and not flag.positional]
+        words = [word for flag in [*arguments, *named] for word in flag.words(values[flag.name])]
         return shlex.join(["mae-dat", *self.verb.split(), *words])
+
+
+def _flags_that_choose_defaults(kind: type[Any], values: Mapping[str, Any], changed: set[str]) -> set[str]:
+    """Return the flag, if any, without which the other flags would have other defaults, such as `linear_probe`."""
+    defaults = default_config(kind, values)
+    if defaults == default_config(kind, {name: values[name] for name in changed}):
+        return set()
+    return {name for name in values.keys() - changed if default_config(kind, {name: values[name]}) == defaults}
 
 
 def convert_flags(kind: type[Any], flags: Mapping[str, Any]) -> dict[str, Any]:
