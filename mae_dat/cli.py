@@ -203,7 +203,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "analyze": Verb(
             "compare adversarial and clean images in a model",
             "config.commands.analyze:AnalyzeConfig",
-            "analysis.why_dat:main",
+            "analysis.analyze:main",
             (
                 "mae-dat analyze --checkpoint OUT --data_path DIR",
                 "mae-dat analyze --checkpoint PLAIN DAT --data_path DIR --limit 128",

@@ -140,7 +140,7 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
 
     accuracy: dict[str, float] = {}
     if config.knn is not None:
-        accuracy = knn_accuracy(features("train"), features("val"), config.knn, config.temperature)
+        accuracy = knn_accuracy(features("train"), features("val"), config.knn, config.knn_temperature)
         line = "%d nearest neighbors: accuracy %.2f %% top-1, %.2f %% top-5"
         logger.info(line, config.knn, accuracy["knn_acc1"], accuracy["knn_acc5"])
     if config.output_dir:

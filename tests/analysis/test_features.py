@@ -155,7 +155,7 @@ def test_a_classifier_separates_what_it_was_trained_on(
     [
         (["--knn", "0"], "at least 1 neighbor"),
         (["--knn", "5", "--pool", "tokens"], "--pool mean or cls"),
-        (["--knn", "5", "--temperature", "0"], "temperature above 0"),
+        (["--knn", "5", "--knn_temperature", "0"], "knn_temperature above 0"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(flags: list[str], message: str) -> None:

@@ -10,7 +10,7 @@ ANALYZED_VIEWS = (
     "reconstruction", "random", "released", "symbolic", "pixel", "pixel_length", "noise_length", "pixel_decoded",
 )  # fmt: skip
 """Versions of an image that can be compared with the clean one."""
-_MIN_IMAGES = 4  # two in each half: the variance of a single value is 0, which correlates with nothing
+MIN_ANALYZED_IMAGES = 4  # two in each half: the variance of a single value is 0, which correlates with nothing
 _MATCHED = ("pixel_length", "noise_length", "pixel_decoded")
 
 
@@ -66,5 +66,5 @@ class AnalyzeConfig(CommandConfig):
                 raise ConfigError(f"--views: unknown view {view!r}: {suggest(view, ANALYZED_VIEWS)}")
         if set(_MATCHED) & set(self.views) and "released" not in self.views:
             raise ConfigError(f"--views {', '.join(_MATCHED)} need released, whose length they match.")
-        if self.limit is not None and self.limit < _MIN_IMAGES:
-            raise ConfigError(f"--limit must be at least {_MIN_IMAGES}, got {self.limit}.")
+        if self.limit is not None and self.limit < MIN_ANALYZED_IMAGES:
+            raise ConfigError(f"--limit must be at least {MIN_ANALYZED_IMAGES}, got {self.limit}.")

@@ -32,8 +32,8 @@ class FeaturesConfig(CommandConfig):
     """Features of an image: the class token, the mean over the patches, or the features of every patch."""
     knn: int | None = None
     """Classify the images of val by this number of nearest neighbors in train, usually 20."""
-    temperature: float = 0.07
-    """With --knn: the vote of a neighbor is exp(cosine similarity / temperature)."""
+    knn_temperature: float = 0.07
+    """With --knn: the vote of a neighbor is exp(cosine similarity / knn_temperature)."""
     input_size: tuple[int, ...] | None = None
     """Side, or height and width, in pixels (default: those of the model)."""
     batch_size: int = 64
@@ -46,5 +46,5 @@ class FeaturesConfig(CommandConfig):
     """auto: bfloat16 autocast where the hardware supports it."""
 
     def __post_init__(self) -> None:
-        if self.knn is not None and (self.knn < 1 or self.temperature <= 0 or self.pool == "tokens"):
-            raise ConfigError("--knn needs at least 1 neighbor, a temperature above 0, and --pool mean or cls.")
+        if self.knn is not None and (self.knn < 1 or self.knn_temperature <= 0 or self.pool == "tokens"):
+            raise ConfigError("--knn needs at least 1 neighbor, --knn_temperature above 0, and --pool mean or cls.")

@@ -15,9 +15,9 @@ from tiny_runs import (
     verb,
 )
 
+from mae_dat.analysis.analyze import analyze_network, mean_correlations
+from mae_dat.analysis.analyze_page import CLEAN_VIEW, VIEW_TITLES
 from mae_dat.analysis.statistics import Moments
-from mae_dat.analysis.why_dat import analyze_network, mean_correlations
-from mae_dat.analysis.why_dat_page import CLEAN_VIEW, VIEW_TITLES
 from mae_dat.config.commands.analyze import AnalyzeConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.data.image_set import ImageFolder

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mae_dat.analysis.analyze_page import CLEAN_VIEW, write_page
 from mae_dat.analysis.statistics import (
     Moments,
     correlations,
@@ -31,12 +32,11 @@ from mae_dat.analysis.statistics import (
     power_spectrum,
     record_moments,
 )
-from mae_dat.analysis.why_dat_page import CLEAN_VIEW, write_page
 from mae_dat.attacks.discrete import image_generator, reconstruct
 from mae_dat.attacks.gradient import unit
 from mae_dat.attacks.pixel import PixelAttack, pixel_adversary
 from mae_dat.config.adversaries import AttackConfig
-from mae_dat.config.commands.analyze import _MIN_IMAGES, ANALYZED_VIEWS, AnalyzeConfig
+from mae_dat.config.commands.analyze import ANALYZED_VIEWS, MIN_ANALYZED_IMAGES, AnalyzeConfig
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig
 from mae_dat.config.parse import command_line
@@ -125,8 +125,10 @@ def analyze_network(
     if not isinstance(model, Classifier):
         raise ConfigError(f"{network.name} is {network.facts['architecture']}: its layers are not accessible.")
     layers, count = norm_layers(model), min(config.limit or len(images), len(images))
-    if count < _MIN_IMAGES:
-        raise DataError(f"{images.root} has {count} images: the statistics of two halves need at least {_MIN_IMAGES}.")
+    if count < MIN_ANALYZED_IMAGES:
+        raise DataError(
+            f"{images.root} has {count} images: the statistics of two halves need at least {MIN_ANALYZED_IMAGES}."
+        )
     statistics = {view: ViewStatistics.of_layers(layers) for view in (CLEAN_VIEW, *_HALVES, *config.views)}
     indices = evenly_spaced(len(images), count)
     batches = [indices[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
