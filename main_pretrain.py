@@ -3,7 +3,10 @@
 Runs under python, torchrun and srun.
 """
 
-from mae_dat.cli import main_script
+from mae_dat.config.interrupts import exit_on_interrupt
 
 if __name__ == "__main__":
+    exit_on_interrupt()
+    from mae_dat.cli import main_script
+
     main_script("pretrain")

@@ -16,6 +16,7 @@ from mae_dat.config.arguments import Command, split_verb
 from mae_dat.config.commands.completion import CompletionConfig
 from mae_dat.config.commands.submit import launcher_command
 from mae_dat.config.flags import flat_values
+from mae_dat.config.interrupts import interruptible
 from mae_dat.config.memory import memory_errors_name_flags
 from mae_dat.config.parse import command_of, load_config, run_command
 
@@ -51,7 +52,7 @@ class Verb:
     def call(self, config: Any) -> None:
         """Import the verb's code and run it. Raises UserError."""
         run = _find(self.run if isinstance(self.run, str) else self.run(config))
-        with memory_errors_name_flags(flat_values(config)):
+        with interruptible(), memory_errors_name_flags(flat_values(config)):
             run(config)
 
 
@@ -340,7 +341,8 @@ def _submit(arguments: Sequence[str], program: str) -> int:
         return 0
     from mae_dat.launch.submit import main as submit
 
-    return submit(arguments, VERBS, program)
+    with interruptible():
+        return submit(arguments, VERBS, program)
 
 
 def run_verb(name: str, arguments: Sequence[str], program: str) -> None:

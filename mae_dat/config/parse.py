@@ -18,6 +18,7 @@ from mae_dat.config.command_config import resolve_config
 from mae_dat.config.errors import MissingInputError, UserError
 from mae_dat.config.extras import OPENCV_WITHOUT_LIBGL
 from mae_dat.config.flags import Config, default_config, flags_of
+from mae_dat.config.interrupts import INTERRUPTED, is_interrupt
 from mae_dat.config.yaml_files import write_settings
 
 
@@ -71,19 +72,27 @@ def run_command(main: Callable[[], int | None]) -> int:
     """
     try:
         return main() or 0
-    except UserError as error:
+    except BaseException as error:
+        code = _explain(error)
+        if code is None:
+            raise
+        sys.exit(code)
+
+
+def _explain(error: BaseException) -> int | None:
+    """Print the message of an error that ends a command, and return the exit code; None for a bug and for an exit."""
+    if isinstance(error, UserError):
         logging.getLogger("mae_dat").debug("", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
-    except ImportError as error:
-        if "libGL" not in str(error):
-            raise
-        sys.stderr.write(f"error: {OPENCV_WITHOUT_LIBGL}\n")
-        sys.exit(MissingInputError.exit_code)
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
+        return 1
+    if is_interrupt(error):
         with contextlib.suppress(BrokenPipeError):
             sys.stderr.write("interrupted.\n")
-        sys.exit(130)
+        return INTERRUPTED
+    if isinstance(error, ImportError) and "libGL" in str(error):
+        sys.stderr.write(f"error: {OPENCV_WITHOUT_LIBGL}\n")
+        return MissingInputError.exit_code
+    return None

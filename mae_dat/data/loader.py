@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from mae_dat.config.errors import DataError, RetryError, UserError
 from mae_dat.data.image_set import Batch, ImageSet, Sample
 from mae_dat.data.sampler import EvalSampler, TrainSampler
+from mae_dat.runtime.signals import accept_signals, signals_blocked
 
 _DEATH_TIMEOUT_S = 2
 """How long an error of a loader waits for the death of a worker that would explain it."""
@@ -143,6 +144,7 @@ def _start_worker(exiting: Event, worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if exiting.is_set() else None)
+    accept_signals()
 
 
 def detect_killed_workers(start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -154,7 +156,8 @@ def detect_killed_workers(start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     every error.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    batches = start()
+    with signals_blocked():
+        batches = start()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     try:

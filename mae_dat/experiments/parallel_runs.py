@@ -7,10 +7,12 @@ number of threads, the cores divided by the number of processes, may change the 
 import logging
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Self
 
@@ -19,7 +21,7 @@ import torch
 from mae_dat.config.errors import ConfigError, InterruptError, RetryError, UserError
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.runtime.console import Console, format_duration
-from mae_dat.runtime.signals import StopRequest, stop_requests
+from mae_dat.runtime.signals import StopRequest, accept_signals, signals_blocked, stop_requests
 from mae_dat.training.finetune import run_finetuning
 from mae_dat.training.pretrain import run_pretraining
 
@@ -113,7 +115,9 @@ class TrainingProcess:
         self.line, child_line = context.Pipe()
         # Not a daemon, since those cannot start the workers of a data loader.
         self.process = context.Process(target=_serve, args=(child_line, threads, logging.getLogger().level))
-        self.process.start()
+        resource_tracker.ensure_running()  # its first start would let the signals through again
+        with signals_blocked():
+            self.process.start()
         child_line.close()
 
     def train(self, settings: Settings, title: str) -> None:
@@ -185,6 +189,9 @@ class TrainingPool:
 
 def _serve(line: Connection, threads: int, log_level: int) -> None:
     """Run in a training process: receive (settings, title), send None or (message, exit code), until `line` closes."""
+    # Ctrl-C reaches the whole process group. The parent reacts to it, and asks for what is needed by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    accept_signals()
     torch.set_num_threads(threads)
     console = Console(interval=_LOG_INTERVAL_S)
     console.live = False
@@ -192,15 +199,13 @@ def _serve(line: Connection, threads: int, log_level: int) -> None:
     while True:
         try:
             settings, title = line.recv()
-        except (EOFError, OSError, KeyboardInterrupt):  # the parent has finished, or died
+        except (EOFError, OSError):  # the parent has finished, or died
             return
         failure: tuple[str, int] | None = None
         try:
             _run_or_resume(settings, title, console)
         except UserError as error:
             failure = str(error), error.exit_code
-        except KeyboardInterrupt:  # before its first step or after its last, when there is nothing to save
-            return
         try:
             line.send(failure)
         except OSError:  # the parent died, so the failure is logged here: it may be that saving failed

@@ -18,6 +18,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 ECHO_S = 2.0
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Hold back the signals inside the block, in this thread; a process that is started there inherits this.
+
+    So a new process gets none of them before it has handlers of its own. It then calls `accept_signals`.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def accept_signals() -> None:
+    """Let the signals through that `signals_blocked` held back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 class StopRequest:
     """A request to save and stop."""
 
