@@ -252,6 +252,18 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "experiments.compare:main",
             ("mae-dat demo", "mae-dat demo --arms plain released --output_dir DEMO"),
         ),
+        "doctor": Verb(
+            "check the installation and find the batch size that fits",
+            "config.commands.doctor:DoctorConfig",
+            "experiments.doctor:main",
+            ("mae-dat doctor", "mae-dat doctor --model vit_large_patch16 --dat --tokenizer vqgan_f8_16384"),
+        ),
+        "recipes": Verb(
+            "list the recipes that --config finds, or print one",
+            "config.commands.recipes:RecipesConfig",
+            "config.show_recipes:main",
+            ("mae-dat recipes", "mae-dat recipes small_finetune > mine.yaml"),
+        ),
         "completion": Verb(
             "print a script that completes verbs and flags",
             "config.commands.completion:CompletionConfig",
@@ -260,12 +272,6 @@ GROUPS: dict[str, dict[str, Verb]] = {
                 "mae-dat completion bash > ~/.local/share/bash-completion/completions/mae-dat",
                 "mae-dat completion fish > ~/.config/fish/completions/mae-dat.fish",
             ),
-        ),
-        "recipes": Verb(
-            "list the recipes that --config finds, or print one",
-            "config.commands.recipes:RecipesConfig",
-            "config.show_recipes:main",
-            ("mae-dat recipes", "mae-dat recipes small_finetune > mine.yaml"),
         ),
     },
 }

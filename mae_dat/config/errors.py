@@ -95,6 +95,12 @@ class NumericsError(UserError):
     exit_code = 76
 
 
+class InstallationError(UserError):
+    """An installation with which a check of `mae-dat doctor` failed."""
+
+    exit_code = 78
+
+
 class CheckpointError(UserError):
     """A checkpoint or weights file that is damaged or belongs to another model."""
 

@@ -14,6 +14,16 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "huggingface": ("transformers",),
 }
 """The names under which the packages of each extra are imported."""
+EXTRA_USES: dict[str, str] = {
+    "export": "mae-dat convert --to onnx, evaluating ONNX files",
+    "shards": "mae-dat pack, shards at gs://, hf:// and ais:// addresses",
+    "autoattack": "mae-dat evaluate --suite autoattack-4/255",
+    "detection": "mae-dat detect",
+    "explore": "mae-dat explore",
+    "parquet": "Parquet files of mae-dat predict",
+    "huggingface": "classifiers that transformers has saved",
+}
+"""What needs each extra."""
 
 OPENCV_WITHOUT_LIBGL = (
     "OpenCV needs libGL, which this machine lacks: another package has installed opencv-python over the build without "
