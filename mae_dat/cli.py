@@ -253,7 +253,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ("mae-dat demo", "mae-dat demo --arms plain released --output_dir DEMO"),
         ),
         "doctor": Verb(
-            "check the installation and find the batch size that fits",
+            "check the installation, find the batch size that fits",
             "config.commands.doctor:DoctorConfig",
             "experiments.doctor:main",
             ("mae-dat doctor", "mae-dat doctor --model vit_large_patch16 --dat --tokenizer vqgan_f8_16384"),

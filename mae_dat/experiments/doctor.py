@@ -17,7 +17,7 @@ from mae_dat.experiments.checks.ranks import check_gpus, check_ranks
 from mae_dat.experiments.checks.row import CheckRow, RowCheck, format_row, run_check
 from mae_dat.experiments.checks.trial_runs import TrialRuns
 
-_REPORT = "correct the failed rows above first; if there are none, report this as a bug, with the table"
+_REPORT = "if the rows above are all right, please report this as a bug, with the table"
 
 
 def main(config: DoctorConfig) -> None:

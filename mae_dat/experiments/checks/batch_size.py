@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mae_dat.config.commands.doctor import DoctorConfig
+from mae_dat.config.memory import is_memory_error
 from mae_dat.experiments.checks.row import CheckRow
 from mae_dat.runtime.limits import available_memory
 
@@ -46,20 +47,15 @@ def check_batch_size(config: DoctorConfig) -> CheckRow:
     from mae_dat.runtime.device import pick_device
 
     device = pick_device(config.device)
-    name = config.model_on(device.type)
-    height, width = config.size_of(name)
-    size = f"{height}" if height == width else f"{height} x {width}"
-    kind = "pretraining" if name.startswith("mae_") else "fine-tuning"
-    adversary = "" if config.dat.kind == "none" else f", --dat {config.dat.kind}"
-    title = f"{kind} {name} at {size} px{adversary}"
-    devices = torch.cuda.device_count() if config.device in ("auto", "cuda") and device.type == "cuda" else 1
-    wanted = effective_batch(name)
+    title = _title(config, device)
+    wanted, devices = effective_batch(config.model_on(device.type)), 1
     if device.type == "cuda":
+        devices = torch.cuda.device_count() if config.device in ("auto", "cuda") else 1
         fits, memory = _measure_on_gpu(lambda: MeasuredTraining(config, device).update, device, wanted // devices)
     else:
         needed, available = _BYTES_PER_WEIGHT * parameters(config, device), available_memory()
         if available is None:
-            return CheckRow("-", "batch size", "this system does not tell how much memory is free")
+            return CheckRow("-", "batch size", "not measured: this system does not tell how much memory is free")
         if needed > _CPU_SHARE * available:
             text = f"{title}: the weights alone need {needed / 1e9:.1f} of {available / 1e9:.1f} GB in training"
             return CheckRow("warning", "batch size", text, "give a smaller --model")
@@ -68,8 +64,17 @@ def check_batch_size(config: DoctorConfig) -> CheckRow:
         return CheckRow("warning", "batch size", f"{title}: no batch fits ({memory})", _FIX)
     batch, accum = batch_plan(fits, wanted, devices)
     ranks = f" on {devices} GPUs" if devices > 1 else ""
-    flags = f"for MAE's effective batch of {wanted:,}{ranks}: --batch_size {batch} --accum_iter {accum}"
+    flags = f"MAE's effective batch of {wanted:,} images{ranks}:\n--batch_size {batch} --accum_iter {accum}"
     return CheckRow("ok", "batch size", f"{title}: a batch of {fits:,} images fits ({memory})\n{flags}")
+
+
+def _title(config: DoctorConfig, device: "torch.device") -> str:
+    """Return what is measured, in words."""
+    name = config.model_on(device.type)
+    sides = dict.fromkeys(config.size_of(name))
+    kind = "pretraining" if name.startswith("mae_") else "fine-tuning"
+    adversary = "" if config.dat.kind == "none" else f", --dat {config.dat.kind}"
+    return f"{kind} {name} at {' x '.join(map(str, sides))} px{adversary}"
 
 
 def batch_plan(fits: int, wanted: int, devices: int = 1) -> tuple[int, int]:
@@ -84,15 +89,15 @@ def batch_plan(fits: int, wanted: int, devices: int = 1) -> tuple[int, int]:
 
 
 def largest_batch(update: Update, limit: int) -> int:
-    """Double the batch until an update raises torch.OutOfMemoryError, or up to `limit` images; returns the largest one
-    that succeeded, 0 for none."""
-    import torch
-
+    """Double the batch until an update raises an error for want of memory, or up to `limit` images; returns the largest
+    one that succeeded, 0 for none."""
     fits, images = 0, _SMALLEST
     while images <= limit:
         try:
             update(images)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_memory_error(error):
+                raise
             break
         fits, images = images, 2 * images
     return fits
@@ -113,7 +118,7 @@ def _measure_on_gpu(build: Callable[[], Update], device: "torch.device", limit: 
         updates[0](images)
         peaks[images] = torch.cuda.max_memory_allocated(device)
         if peaks[images] > _GPU_SHARE * total:
-            raise torch.OutOfMemoryError("it fits, but leaves no margin")
+            raise torch.OutOfMemoryError("out of memory: the update leaves less than 5 %")
 
     try:
         fits = largest_batch(update, limit)
@@ -137,6 +142,7 @@ def estimate_on_cpu(update: Update) -> tuple[int, str]:
     """
     images, start = _SMALLEST, time.monotonic()
     update(images)  # what is allocated once, such as the optimizer's averages, is not part of the peaks
+    gc.collect()
     available = available_memory() or 0
     peak = peak_rise(update, images)
     while images < _LARGEST_ON_CPU and 2 * peak < _PROBE_SHARE * available and time.monotonic() < start + _SECONDS:
@@ -152,7 +158,6 @@ def estimate_on_cpu(update: Update) -> tuple[int, str]:
 
 def peak_rise(update: Update, images: int) -> float:
     """Return by how many bytes this process's memory rises at most during an update."""
-    gc.collect()
     # Returns freed memory to the system (glibc only); otherwise it would be used again, unseen.
     getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
     if sys.platform == "linux":

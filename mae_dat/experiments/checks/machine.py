@@ -111,11 +111,12 @@ def check_threads() -> CheckRow:
     import torch
 
     threads, cores, workers = torch.get_num_threads(), usable_cores(), default_num_workers()
-    text = f"torch {threads} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}), --num_workers {workers}"
+    setting = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else "the default"
+    text = f"{threads} for torch ({setting}), {workers} loader workers by default"
     if threads > cores + 0.5 or workers > cores + 0.5:
         count = max(1, int(cores))
         fix = f"export OMP_NUM_THREADS={count}, and give --num_workers {count}"
-        return CheckRow("warning", "threads", f"{text}, but this process may use {_cores(cores)} only", fix)
+        return CheckRow("warning", "threads", f"{text}; more than {_cores(cores)}", fix)
     return CheckRow("ok", "threads", text)
 
 
