@@ -111,8 +111,8 @@ def check_threads() -> CheckRow:
     import torch
 
     threads, cores, workers = torch.get_num_threads(), usable_cores(), default_num_workers()
-    setting = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else "the default"
-    text = f"{threads} for torch ({setting}), {workers} loader workers by default"
+    setting = f" (OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']})" if "OMP_NUM_THREADS" in os.environ else ""
+    text = f"{threads} for torch{setting}, --num_workers {workers}"
     if threads > cores + 0.5 or workers > cores + 0.5:
         count = max(1, int(cores))
         fix = f"export OMP_NUM_THREADS={count}, and give --num_workers {count}"

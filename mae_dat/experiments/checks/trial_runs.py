@@ -129,7 +129,7 @@ class TrialRuns:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch use one thread: tiny tensors gain nothing from more, and on a busy machine every step waits for them."""
+    """Let torch use one thread: tiny tensors gain nothing from more, for which every step waits on a busy machine."""
     import torch
 
     before = torch.get_num_threads()
