@@ -16,14 +16,14 @@ from mae_dat.launch.submit import split_command
 
 DOCUMENTS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 SHELL_BLOCK = re.compile(r"^( *)```(?:bash|sh)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"(?:mae-dat|-m mae_dat) ([a-z].*)")
+COMMAND = re.compile(r"(?:^|\$ )(?:mae-dat|python -m mae_dat) ([a-z].*)")
 
 
 def commands(document: str) -> Iterator[list[str]]:
     """The arguments of every `mae-dat VERB ...` in a shell block, without comments, dots, and brackets of options."""
     for _, block in SHELL_BLOCK.findall(document):
         for line in block.replace("\\\n", " ").splitlines():
-            if match := COMMAND.search(line):
+            if match := COMMAND.search(line.strip()):
                 text = re.sub(r"\.\.\.|\[(?=-)|(?<=[\w/])\](?=\s|$)|[;>].*", " ", match[1])
                 yield shlex.split(text.replace("%a", "0"), comments=True)  # %a: the index of an array
 
