@@ -19,8 +19,8 @@ from benchmarks.evaluation import Timed, Work
 from benchmarks.timing import Case, Step, wait_for
 from mae_dat.config.commands.predict import PredictConfig
 from mae_dat.data.generated.draw import draw_image
+from mae_dat.data.inputs import open_inputs
 from mae_dat.models.classifier import build_classifier
-from mae_dat.prediction.inputs import open_inputs
 from mae_dat.prediction.predictors import ClassPredictor
 from mae_dat.prediction.run import PredictionRun
 from mae_dat.robustness.measure import measure_passes

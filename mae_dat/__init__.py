@@ -10,6 +10,7 @@ TYPE_CHECKING = False  # as in typing, whose import would leave a command 5 ms l
 if TYPE_CHECKING:  # at run time they are imported on first use
     from typing import Any
 
+    from mae_dat.analysis.extract_features import extract_features
     from mae_dat.attacks.discrete import discrete_adversary
     from mae_dat.config.adversaries import AttackConfig
     from mae_dat.config.runs import FinetuneConfig, PretrainConfig
@@ -38,6 +39,7 @@ __all__ = [
     "create_model",
     "discrete_adversary",
     "evaluate",
+    "extract_features",
     "finetune",
     "list_models",
     "load_model",
@@ -59,6 +61,7 @@ _MODULES = {
     "create_model": "models.weights.named_models",
     "discrete_adversary": "attacks.discrete",
     "evaluate": "robustness.evaluate",
+    "extract_features": "analysis.extract_features",
     "finetune": "training.python_api",
     "list_models": "models.weights.named_models",
     "load_model": "models.weights.named_models",
@@ -69,15 +72,17 @@ _MODULES = {
 """The module of each name, below `mae_dat`."""
 
 
-def __getattr__(name: str) -> "Any":
-    """Import a name of the API on first use, so that `import mae_dat` and `mae_dat --help` need not wait for torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'mae_dat' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"mae_dat.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # otherwise a type checker would accept any name
+
+    def __getattr__(name: str) -> "Any":
+        """Import a name of the API on first use, so that `import mae_dat` and `mae_dat --help` do not import torch."""
+        if name not in _MODULES:
+            raise AttributeError(f"module 'mae_dat' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"mae_dat.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
     """Return the names of the API, for `dir` and tab completion."""
-    return [*__all__, "__version__"]
+    return sorted([*__all__, "__version__"])

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from mae_dat.config.commands.features import FeaturesConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import image_size
 from mae_dat.data.folders import find_split
-from mae_dat.data.image_set import ImageSet
-from mae_dat.data.loader import eval_loader
+from mae_dat.data.image_set import ImageSet, as_float
+from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.data.open import image_root, open_images, with_channels
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import pool_tokens
@@ -36,13 +37,25 @@ logger = logging.getLogger(__name__)
 _CHUNK = 1024  # images that are compared with the whole bank at once
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Features:
-    """Features `values` float32 (n, D), or (n, N, D) of every patch; `labels` int64 (n,); the images' `paths`."""
+    """Features of n images, in their order. `numpy.asarray(features)` are the values."""
 
-    values: Tensor
-    labels: Tensor
+    values: np.ndarray
+    """float32 (n, D), or (n, N, D) of every patch."""
+    labels: np.ndarray
+    """int64 (n,): the numbers of the class folders, -1 for unlabeled images."""
     paths: list[str]
+    """Paths of the images, or `image N` in memory."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        return f"Features of {len(self)} images: float32 {tuple(self.values.shape)}"
 
 
 def model_features(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
@@ -57,10 +70,27 @@ def model_features(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
 
 
 @torch.inference_mode()
-def extract_features(opened: OpenedModel, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
-    """Compute the features of all images, in their order; the result is on the CPU."""
-    device = next(opened.model.parameters()).device
+def compute_features(
+    model: torch.nn.Module, loader: ImageLoader, title: str, config: FeaturesConfig, console: Console
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the features of all images of a loader in their order, (n, D) or (n, N, D), and return them with the
+    labels (n,)."""
+    device = next(model.parameters()).device
     precision = amp_dtype(config.precision, device)
+    values, labels = [], []
+    with console.task(title, len(loader)) as task:
+        for batch in loader:
+            with autocast(device, precision):
+                image = as_float(batch["image"].to(device, non_blocking=True))
+                features = model_features(model, image, config.pool)
+            values.append(features.float().cpu())
+            labels.append(batch["label"])
+            task.advance("")
+    return torch.cat(values).numpy(), torch.cat(labels).numpy()
+
+
+def _features_of_split(opened: OpenedModel, images: ImageSet, config: FeaturesConfig, console: Console) -> Features:
+    device = next(opened.model.parameters()).device
     loader = eval_loader(
         images,
         batch_size=config.batch_size,
@@ -69,15 +99,9 @@ def extract_features(opened: OpenedModel, images: ImageSet, config: FeaturesConf
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
     )
-    values, labels = [], []
-    with console.task(f"features of {Path(images.root).name}", len(loader)) as task:
-        for batch in loader:
-            with autocast(device, precision):
-                features = model_features(opened.encoder(), batch["image"].to(device, non_blocking=True), config.pool)
-            values.append(features.float().cpu())
-            labels.append(batch["label"])
-            task.advance("")
-    return Features(torch.cat(values), torch.cat(labels), [images.name_of(index) for index in range(len(images))])
+    title = f"features of {Path(images.root).name}"
+    values, labels = compute_features(opened.encoder(), loader, title, config, console)
+    return Features(values, labels, [images.name_of(index) for index in range(len(images))])
 
 
 def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature: float) -> dict[str, float]:
@@ -89,13 +113,15 @@ def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature
     """
     if neighbours > len(bank.labels):
         raise ConfigError(f"--knn {neighbours}: there are only {len(bank.labels)} training images; use a lower number.")
-    bank_ND, classes, hits = F.normalize(bank.values, dim=1), int(bank.labels.max()) + 1, torch.zeros(2)
-    for values, labels in zip(queries.values.split(_CHUNK), queries.labels.split(_CHUNK), strict=True):
+    bank_ND, bank_labels = F.normalize(torch.from_numpy(bank.values), dim=1), torch.from_numpy(bank.labels)
+    query_values, query_labels = torch.from_numpy(queries.values), torch.from_numpy(queries.labels)
+    classes, hits = int(bank_labels.max()) + 1, torch.zeros(2)
+    for values, labels in zip(query_values.split(_CHUNK), query_labels.split(_CHUNK), strict=True):
         similarity, nearest = (F.normalize(values, dim=1) @ bank_ND.T).topk(neighbours, dim=1)
         votes = torch.zeros(len(values), classes)
-        # The largest is subtracted, so that no exponential overflows at a small temperature.
+        # Less the largest, so that no exponential overflows at a small temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes.scatter_add_(1, bank.labels[nearest], weights)
+        votes.scatter_add_(1, bank_labels[nearest], weights)
         correct = votes.topk(min(5, classes), dim=1).indices == labels[:, None]
         hits += torch.stack([correct[:, 0].sum(), correct.sum()])
     acc1, acc5 = (100 * hits / len(queries.labels)).tolist()
@@ -106,11 +132,11 @@ def save_features(features: Features, path: Path) -> None:
     """Write features, labels and paths atomically; .safetensors has the paths in its metadata as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        tensors = {"features": features.values, "labels": features.labels}
+        tensors = {"features": torch.from_numpy(features.values), "labels": torch.from_numpy(features.labels)}
         write_weights(path, tensors, {"paths": json.dumps(features.paths)})
         return
     with atomic_write(path) as file:
-        np.savez(file, features=features.values.numpy(), labels=features.labels.numpy(), paths=np.array(features.paths))
+        np.savez(file, features=features.values, labels=features.labels, paths=np.array(features.paths))
 
 
 def open_split(config: FeaturesConfig, split: str, opened: OpenedModel) -> ImageSet:
@@ -136,7 +162,7 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
 
     @functools.cache  # --knn and --output_dir may need the same split
     def features(split: str) -> Features:
-        return extract_features(opened, open_split(config, split, opened), config, console)
+        return _features_of_split(opened, open_split(config, split, opened), config, console)
 
     accuracy: dict[str, float] = {}
     if config.knn is not None:

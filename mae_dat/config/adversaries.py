@@ -81,6 +81,13 @@ class AttackConfig(_AttackSettings):
     warmup: epochs in which the strength grows from 0: `scaled(ramp(epoch))`.
 
     The other fields are those of the flags `--dat_*`. Raises ConfigError for values that cannot work.
+
+    Examples:
+        >>> import mae_dat
+        >>> mae_dat.AttackConfig(share=0.04).kind  # holds 4 % of the words changed
+        'released'
+        >>> mae_dat.AttackConfig("random", share=0.1).word_share  # a control: 10 % of the words, at random
+        0.1
     """
 
     kind: AttackKind = "released"

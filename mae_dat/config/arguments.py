@@ -263,5 +263,5 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def description_of(kind: type[Any]) -> str:
-    """Return the docstring of a configuration, which is the description in its help."""
-    return inspect.cleandoc(kind.__doc__ or "")
+    """Return the docstring of a configuration without its example in Python: the description in the help."""
+    return inspect.cleandoc(kind.__doc__ or "").partition("\n\nExamples:")[0]

@@ -24,6 +24,12 @@ class PretrainConfig(CommandConfig):
     """Pretrain a masked autoencoder; with --dat on images whose visual words an adversary changes.
 
     To resume, run the same command again.
+
+    Examples:
+        >>> import mae_dat
+        >>> config = mae_dat.PretrainConfig.from_yaml("small_pretrain", data_path="photos", output_dir="pre")
+        >>> config.mae.model, config.data.data_path
+        ('mae_vit_demo_patch8', 'photos')
     """
 
     verb = "pretrain"
@@ -43,6 +49,14 @@ class FinetuneConfig(CommandConfig):
     """Fine-tune a classifier, with --dat by Discrete Adversarial Training; --eval evaluates one.
 
     To resume, run the same command again.
+
+    Examples:
+        >>> import mae_dat
+        >>> config = mae_dat.FinetuneConfig.from_flags(data_path="photos", epochs=3, dat=True)
+        >>> config.optim.epochs
+        3
+        >>> config.command()
+        'mae-dat finetune --data_path photos --epochs 3 --dat released'
     """
 
     verb = "finetune"

@@ -29,6 +29,15 @@ class Classifier(nn.Module):
     """A timm network that takes normalized images, as a classifier of pixels in [0, 1]; keys have the prefix `net.`.
 
     `mean` and `std` hold one value per channel; they are settings, not weights, and are not in the state dict.
+    `classes` are the names of the outputs and `input_size` (height, width) in pixels, where they are known.
+
+    Examples:
+        >>> import mae_dat, timm, torch
+        >>> net = timm.create_model("test_vit", num_classes=5)
+        >>> model = mae_dat.Classifier(net, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).eval()
+        >>> images = torch.rand(2, 3, 160, 160)
+        >>> model(images).shape, model.features(images).shape
+        (torch.Size([2, 5]), torch.Size([2, 64]))
     """
 
     mean: Tensor

@@ -160,6 +160,16 @@ class MaskedAutoencoder(nn.Module):
     `img_size` is a side or (H, W). `mean` and `std` (one value per channel, of pixels in [0, 1]) are by default
     ImageNet's for 3 channels, else 0.5. Raises ConfigError if `patch_size` does not divide `img_size`, or the heads do
     not divide a width.
+
+    Examples:
+        >>> import mae_dat, torch
+        >>> model = mae_dat.MaskedAutoencoder(img_size=64, patch_size=8, embed_dim=48, depth=2, num_heads=4)
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> prediction, mask = model(images, 0.75, noise=torch.rand(2, model.num_patches))
+        >>> prediction.shape, mask.mean()
+        (torch.Size([2, 64, 192]), tensor(0.7500))
+        >>> model.features(images).shape  # the class token and every patch
+        torch.Size([2, 65, 48])
     """
 
     mean: Tensor

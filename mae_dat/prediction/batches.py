@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from mae_dat.config.errors import DataError
 from mae_dat.data.decode import ImageError
 from mae_dat.data.image_set import as_float
+from mae_dat.data.inputs import InputImages
 from mae_dat.data.loader import batch_loader
 from mae_dat.models.modes import autocast
 from mae_dat.models.tokenizer.base import exact_float32
-from mae_dat.prediction.inputs import InputImages
 from mae_dat.robustness.setup import EvaluationSetup
 
 Prepare = Callable[[Image.Image], Tensor]

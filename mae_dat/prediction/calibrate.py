@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dat.config.errors import DataError
+from mae_dat.data.inputs import InputImages
 from mae_dat.data.open import image_root
 from mae_dat.prediction.batches import PredictionBatch
-from mae_dat.prediction.inputs import InputImages
 from mae_dat.prediction.predictors import ClassPredictor
 from mae_dat.robustness.scores.calibration import TEMPERATURES, expected_error, fit_temperature, mean_nll
 from mae_dat.robustness.setup import EvaluationSetup

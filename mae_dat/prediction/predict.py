@@ -1,13 +1,12 @@
 """Predict new images with any model: `mae-dat predict`, and `mae_dat.predict` from Python.
 
-The flags become a `run`: `inputs` finds the images, `predictors` opens the model and passes them through it
+The flags become a `run`: `data.inputs` finds the images, `predictors` opens the model and passes them through it
 (`batches`). `results` collects `predictions` in memory, and writes them with `result_files` and `box_files`. Loader,
 transform and arithmetic are those of an evaluation.
 """
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +54,7 @@ def predict(
             1000 outputs; else numbers).
         logits: whether to keep the logits.
         progress: whether to show a progress bar and the log.
-        flags: the other flags of `mae-dat predict`, listed below. Images in memory are prepared in this process unless
-            `num_workers` is given.
+        flags: the other flags of `mae-dat predict`, listed below.
 
     Returns:
         `Predictions`: `.files`, `.classes`, `.probabilities` (n, K), `.labels()`; prints as a table.
@@ -74,8 +72,6 @@ def predict(
         ['star']
     """
     check_flag_names(PredictConfig, flags, _LEFT_OUT, "predict")
-    if not _has_paths(images):
-        flags = {"num_workers": 0, **flags}
     if isinstance(checkpoint, str | Path) and is_timm_name(str(checkpoint)):
         flags |= {"model": timm_place(str(checkpoint)), "pretrained": True}
         checkpoint = None
@@ -85,11 +81,6 @@ def predict(
         collected = Collector(run.empty, keep_logits=logits)
         run.predict(collected.add)
     return collected.predictions()
-
-
-def _has_paths(images: Any) -> bool:
-    several = images if isinstance(images, list | tuple) else [images]
-    return any(isinstance(image, str | os.PathLike) for image in several)
 
 
 # ---- the command ----

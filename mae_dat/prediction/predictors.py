@@ -13,13 +13,13 @@ from torchvision.models import ResNet18_Weights
 
 from mae_dat.config.errors import CheckpointError, ConfigError, NumericsError
 from mae_dat.config.groups import ImageSize
+from mae_dat.data.inputs import InputImages
 from mae_dat.detection.coco import BoxTransform, Scene
 from mae_dat.models.detector import Boxes, Detector
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import autocast, evaluation_mode
 from mae_dat.models.weights.open import OpenedModel
 from mae_dat.prediction.batches import PredictionBatch, PreparedImages, predict_batches
-from mae_dat.prediction.inputs import InputImages
 from mae_dat.prediction.predictions import ImageBoxes
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.open_networks import (

@@ -10,8 +10,8 @@ from typing import Self
 import numpy as np
 
 from mae_dat.config.errors import DataError
+from mae_dat.data.inputs import InputImages
 from mae_dat.prediction.box_files import DRAWN_FOLDER, BoxDrawer, CocoResults
-from mae_dat.prediction.inputs import InputImages
 from mae_dat.prediction.predictions import Predictions
 from mae_dat.prediction.result_files import PARTIAL, PredictionFiles
 

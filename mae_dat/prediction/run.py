@@ -14,10 +14,10 @@ from torch import Tensor
 from mae_dat.config.commands.predict import PredictConfig, ProbabilityConfig
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import image_size
+from mae_dat.data.inputs import InputImages, open_inputs
 from mae_dat.prediction.batches import PredictionBatch
 from mae_dat.prediction.box_files import DRAWN_FOLDER
 from mae_dat.prediction.calibrate import fit_to_folder
-from mae_dat.prediction.inputs import InputImages, open_inputs
 from mae_dat.prediction.predictions import ImageBoxes, Predictions
 from mae_dat.prediction.predictors import BoxPredictor, ClassPredictor, open_predictor
 from mae_dat.prediction.results import ResultWriter, Tally

@@ -73,14 +73,15 @@ def evaluate(
             infinite logits.
 
     Examples:
-        >>> import mae_dat
+        >>> import mae_dat, torch
         >>> def brightness(images):  # two classes: dark and bright
         ...     mean = images.mean((1, 2, 3))
         ...     return torch.stack([0.5 - mean, mean - 0.5], 1)
         >>> evaluation = mae_dat.evaluate(brightness, "clean", "photos", input_size=32, progress=False)
-        >>> print(evaluation)  # doctest: +ELLIPSIS
-                                             brightness
-        Clean* (%) ↑ ...
+        >>> print(evaluation)
+                                           brightness
+        Clean (%) ↑                              50.0
+        Clean: calibration error, ECE (%) ↓      52.9
         >>> sorted(evaluation.scores)
         ['clean', 'clean/ece']
     """

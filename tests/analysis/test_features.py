@@ -88,8 +88,8 @@ def test_a_masked_autoencoders_features_are_those_of_its_encoder() -> None:
 
 def test_neighbours_vote_by_similarity_and_not_by_number() -> None:
     """One near neighbour of class 0 against two far ones of class 1; every vote is exp(cosine / temperature)."""
-    bank = Features(torch.tensor([[3.0, 0.1], [0.5, 1.0], [0.5, 1.0]]), torch.tensor([0, 1, 1]), [])
-    query = Features(torch.tensor([[10.0, 0.0]]), torch.tensor([0]), [])
+    bank = Features(np.array([[3.0, 0.1], [0.5, 1.0], [0.5, 1.0]], np.float32), np.array([0, 1, 1]), [])
+    query = Features(np.array([[10.0, 0.0]], np.float32), np.array([0]), [])
     assert knn_accuracy(bank, query, 3, 0.07)["knn_acc1"] == 100
     assert knn_accuracy(bank, query, 3, 10.0)["knn_acc1"] == 0
     assert knn_accuracy(bank, query, 1, 10.0)["knn_acc1"] == 100
@@ -102,12 +102,12 @@ def test_neighbours_agree_with_a_loop_over_all_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 4, (60,), generator=generator)
     values = torch.randn(60, 8, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 8)
-    bank, queries = Features(values[:40], labels[:40], []), Features(values[40:], labels[40:], [])
+    bank, queries = (Features(values[part].numpy(), labels[part].numpy(), []) for part in (slice(40), slice(40, None)))
     hits = 0
-    for value, label in zip(queries.values, queries.labels, strict=True):
-        similarity = torch.nn.functional.cosine_similarity(value[None], bank.values)
+    for value, label in zip(values[40:], labels[40:], strict=True):
+        similarity = torch.nn.functional.cosine_similarity(value[None], values[:40])
         order = similarity.argsort(descending=True)[:7]
-        votes = [sum(float((similarity[i] / 0.07).exp()) for i in order if bank.labels[i] == c) for c in range(4)]
+        votes = [sum(float((similarity[i] / 0.07).exp()) for i in order if labels[i] == c) for c in range(4)]
         hits += int(np.argmax(votes) == int(label))
     assert 0 < hits < 20
     assert knn_accuracy(bank, queries, 7, 0.07)["knn_acc1"] == pytest.approx(100 * hits / 20)

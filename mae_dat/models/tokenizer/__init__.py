@@ -28,11 +28,28 @@ EMBEDDED = "embedded"
 
 
 def load_tokenizer(name_or_path: str | Path = EMBEDDED) -> VisualTokenizer:
-    """Load a frozen tokenizer: `embedded` (included, for 64 px), the name of released weights, the `.safetensors` of a
-    light tokenizer, or a VQGAN checkpoint.
+    """Load a frozen tokenizer, in evaluation mode and on the CPU.
 
-    If there is a card `NAME.json` with a `sha256`, the file is compared with it on every load. Raises
-    MissingInputError, CheckpointError, DownloadError.
+    If there is a card `NAME.json` with a `sha256`, the file is compared with it on every load.
+
+    Args:
+        name_or_path: `embedded` (included, for 64 px), the name of released weights such as vqgan_f8_16384, the
+            `.safetensors` of a light tokenizer, or a VQGAN checkpoint of taming, latent-diffusion or easyrobust.
+
+    Returns:
+        A `VisualTokenizer`: `encode(images)` gives the words (B, h, w) of images (B, C, H, W) in [0, 1], and
+        `decode(words)` images.
+
+    Raises:
+        MissingInputError: no such file or name.
+        CheckpointError: the file is damaged, or is no tokenizer.
+        DownloadError: released weights cannot be downloaded.
+
+    Examples:
+        >>> import mae_dat, torch
+        >>> tokenizer = mae_dat.load_tokenizer()
+        >>> tokenizer.encode(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 16, 16])
     """
     path = tokenizer_path(name_or_path)
     require_file(path, f"tokenizer (use --tokenizer {EMBEDDED} for the shipped one, or the path of a checkpoint)")

@@ -17,8 +17,17 @@ class VisualTokenizer(nn.Module, ABC):
     """Discretizes images into visual words. Shapes: image (B, C, H, W) in [0, 1]; words (B, H / factor, W / factor),
     int64.
 
-    A subclass sets `factor`, `in_chans`, the modules `encoder` and `decoder` and `codebook` (K, D), and maps pixels to
-    latents and quantized latents to pixels.
+    `load_tokenizer` loads one. A subclass sets `factor`, `in_chans`, the modules `encoder` and `decoder` and `codebook`
+    (K, D), and maps pixels to latents and quantized latents to pixels.
+
+    Examples:
+        >>> import mae_dat, torch
+        >>> tokenizer = mae_dat.load_tokenizer()
+        >>> isinstance(tokenizer, mae_dat.VisualTokenizer), tokenizer.factor, tokenizer.num_words
+        (True, 4, 512)
+        >>> words = tokenizer.encode(torch.rand(1, 3, 64, 64))
+        >>> words.shape, tokenizer.decode(words).shape
+        (torch.Size([1, 16, 16]), torch.Size([1, 3, 64, 64]))
     """
 
     factor: int

@@ -39,17 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class WithDAT(ObjectiveWrapper):
-    """Discrete Adversarial Training: the loss of a batch and of its adversary. In your own training loop:
-
-        dat = mae_dat.WithDAT(mae_dat.load_tokenizer(), mae_dat.AttackConfig(share=0.04))
-        for images, labels in loader:  # float (B, C, H, W) in [0, 1], and int64 (B,)
-            loss = dat(model, images, labels)
-            loss.backward()
-
-    tokenizer: the visual words, from `load_tokenizer`. It is moved to the device of the images.
-    attack: the adversary. By default it changes 3.8 % of the words, as in the paper.
-    objective: what the model is trained for: a criterion of logits and labels, which returns the mean over the batch,
-        such as `nn.CrossEntropyLoss(label_smoothing=0.1)`; or an `Objective`. By default cross-entropy.
+    """Discrete Adversarial Training: the loss of a batch and of its adversary, in your own training loop.
 
     loss = w L(clean) + L(adversarial), with w = 1 in the released code and 0 in the paper's Algorithm 1. Each is a mean
     over its images; if only a share of the batch is attacked, L(adversarial) estimates the whole batch's, unweighted.
@@ -58,6 +48,23 @@ class WithDAT(ObjectiveWrapper):
 
     `strength_is_known`: whether the attack has an eps. Only a target share has none, until the first step.
     `last_adversary`: the result of the attack in the last call, for images and statistics; None before.
+
+    Args:
+        tokenizer: the visual words, from `load_tokenizer`. It is moved to the device of the images.
+        attack: the adversary. By default it changes 3.8 % of the words, as in the paper.
+        objective: what the model is trained for: a criterion of logits and labels, which returns the mean over the
+            batch, such as `nn.CrossEntropyLoss(label_smoothing=0.1)`; or an `Objective`. By default cross-entropy.
+
+    Examples:
+        >>> import mae_dat, torch
+        >>> dat = mae_dat.WithDAT(mae_dat.load_tokenizer(), mae_dat.AttackConfig(share=0.04))
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+        >>> loader = [(torch.rand(4, 3, 32, 32), torch.tensor([3, 1, 4, 1]))]
+        >>> for images, labels in loader:  # float (B, C, H, W) in [0, 1], and int64 (B,)
+        ...     loss = dat(model, images, labels)
+        ...     loss.backward()
+        >>> sorted(dat.metrics)
+        ['changed_words', 'eps', 'loss', 'loss_adversarial', 'loss_clean']
     """
 
     WEAK_SHARE, WARN_AFTER = 0.005, 3

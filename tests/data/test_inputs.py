@@ -13,9 +13,9 @@ from PIL import Image
 from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError
 from mae_dat.data.decode import decode_file
+from mae_dat.data.inputs import InputImages, open_inputs
 from mae_dat.data.shards.index import read_index
 from mae_dat.data.shards.pack import pack
-from mae_dat.prediction.inputs import InputImages, open_inputs
 from mae_dat.runtime.console import Console
 
 QUIET = Console(quiet=True)
