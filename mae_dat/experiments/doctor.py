@@ -17,7 +17,8 @@ from mae_dat.experiments.checks.ranks import check_gpus, check_ranks
 from mae_dat.experiments.checks.row import CheckRow, RowCheck, format_row, run_check
 from mae_dat.experiments.checks.trial_runs import TrialRuns
 
-_REPORT = "if the rows above are all right, please report this as a bug, with the table"
+_CORRECT, _REPORT = "correct the failed rows above first", "please report this as a bug, with this table"
+"""The fix of a check that raised: after another one failed, or as the first one."""
 
 
 def main(config: DoctorConfig) -> None:
@@ -45,12 +46,15 @@ def main(config: DoctorConfig) -> None:
 def examine(config: DoctorConfig) -> Iterator[str | CheckRow]:
     """Run all checks of the configuration, and yield the title of each group before it and the rows as they are
     known."""
+    has_failed = False
     with TrialRuns(config) as runs:
         for title, checks in _groups(config, runs).items():
             yield title
             for name, check in checks.items():
-                fix = versions.reinstall_command(name) if name in versions.IMPORTED else _REPORT
-                yield from run_check(name, check, fix)
+                fix = _CORRECT if has_failed else _REPORT
+                rows = run_check(name, check, versions.reinstall_command(name) if name in versions.IMPORTED else fix)
+                has_failed = has_failed or any(row.state == "failed" for row in rows)
+                yield from rows
 
 
 def _groups(config: DoctorConfig, runs: TrialRuns) -> dict[str, dict[str, RowCheck]]:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from mae_dat.config.extras import EXTRA_USES, EXTRAS
-from mae_dat.experiments.checks.row import CheckRow
+from mae_dat.experiments.checks.row import CheckRow, describe_error
 from mae_dat.runtime.environment import OTHER_BUILDS, PACKAGE_FOLDER
 
 _DISTRIBUTION = "mae-dat"
@@ -151,7 +151,12 @@ def pair_problem(torch_version: str, torchvision_version: str, required: str | N
 
 def check_timm() -> CheckRow:
     """Check that timm has an allowed version and can be imported."""
-    import timm
+    try:
+        import timm
+    except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ImportError) and error.name == "timm":
+            raise
+        return CheckRow("failed", "timm", describe_error(error), "correct the packages above first")
 
     return version_row("timm", timm.__version__, requirements().get("timm"))
 
