@@ -14,7 +14,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,18 +40,22 @@ from mae_dat.config.commands.analyze import ANALYZED_VIEWS, MIN_ANALYZED_IMAGES,
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig
 from mae_dat.config.parse import command_line
+from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
-from mae_dat.data.loader import batch_loader
+from mae_dat.data.loader import batch_loader, worker_count
 from mae_dat.data.open import image_root, open_images
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import Classifier
+from mae_dat.models.describe import describe_tokenizer
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer
+from mae_dat.robustness.describe import add_network_pixels, add_networks
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.open_networks import open_networks
 from mae_dat.runtime.console import Console, console_for_command
-from mae_dat.runtime.device import pick_device
+from mae_dat.runtime.device import describe_device, pick_device
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.runtime.seeds import step_generator
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.training.objectives.classification import Classification
@@ -267,6 +271,32 @@ def mean_correlations(clean: dict[str, Moments], other: dict[str, Moments]) -> d
     return {"correlation_mean": means["mean"], "correlation_variance": means["variance"], "by_layer": json_by_layer}
 
 
+def _transform(network: EvaluatedNetwork) -> EvalTransform:
+    return EvalTransform(network.size, network.facts["interpolation"], network.facts.get("crop"))
+
+
+def _classes(network: EvaluatedNetwork) -> list[str] | None:
+    return list(network.classes) if network.classes else None
+
+
+def analysis_inputs(
+    config: AnalyzeConfig, networks: Sequence[EvaluatedNetwork], images: ImageSet, device: torch.device
+) -> InputSummary:
+    """Return the summary of what an analysis reads."""
+    inputs = InputSummary(config.verb)
+    names_from = "names stored with the model" if networks[0].classes else ""
+    add_images(inputs, config.data_path, image_root(config.data_path), {"validation": images}, names_from=names_from)
+    if config.limit is not None and config.limit < len(images):
+        inputs.add("validation", f"{config.limit:,} of them, evenly spaced")
+    add_networks(inputs, networks)
+    add_network_pixels(inputs, [(network, describe_resize(_transform(network))) for network in networks])
+    inputs.add("tokenizer", describe_tokenizer(config.tokenizer, load_tokenizer(config.tokenizer)))
+    inputs.add("adversary", f"{', '.join(config.views)}; {100 * config.share:g} % of the words")
+    inputs.add("device", describe_device(device, None, worker_count(config.num_workers)))
+    inputs.add("output", str(Path(config.output_dir).absolute()))
+    return inputs
+
+
 def main(config: AnalyzeConfig) -> None:
     """Run the command."""
     console = console_for_command()
@@ -279,16 +309,15 @@ def main(config: AnalyzeConfig) -> None:
         options=EvalOptions(device),
     )
     root = find_split(image_root(config.data_path), "val")
+    sets = [open_images(root, _transform(network), classes=_classes(network)) for network in evaluated]
+    output = prepare_output_folder(Path(config.output_dir))
+    inputs = analysis_inputs(config, evaluated, sets[0], device)
+    console.report_inputs(inputs, output / INPUTS_FILE)
     networks, examples = [], {}
-    for network in evaluated:
-        facts = network.facts
-        transform = EvalTransform(network.size, facts["interpolation"], facts.get("crop"))
-        classes = list(network.classes) if network.classes else None
-        images = open_images(root, transform, classes=classes)
+    for network, images in zip(evaluated, sets, strict=True):
         numbers, examples[network.name] = analyze_network(network, images, config, console)
         networks.append(numbers)
     results = {"command": command_line(), "settings": dataclasses.asdict(config), "networks": networks}
-    output = prepare_output_folder(Path(config.output_dir))
     with atomic_write(output / "analysis.json") as file:
         file.write((json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     logger.info("wrote %s", write_page(results, examples, output))

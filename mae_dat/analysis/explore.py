@@ -28,11 +28,14 @@ from mae_dat.data.decode import MAX_BYTES, ImageError, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.sampler import evenly_spaced
+from mae_dat.models.describe import describe_tokenizer
 from mae_dat.models.tokenizer import load_tokenizer
+from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.open import open_model
 from mae_dat.robustness.corruptions import CATEGORIES, EXTRA, SEVERITIES
 from mae_dat.runtime.console import console_for_command
-from mae_dat.runtime.device import pick_device
+from mae_dat.runtime.device import describe_device, pick_device
+from mae_dat.runtime.inputs import InputSummary, count_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -94,6 +97,18 @@ def find_examples(images: str) -> list[Example]:
         paths = [Path(path) for path, *_ in ImageFolder(paths[0], functional.to_tensor, labelled=False).samples]
     selection = [paths[index] for index in evenly_spaced(len(paths), EXAMPLES)]
     return [Example(path, partial(decode_file, path)) for path in selection]
+
+
+def page_inputs(config: ExploreConfig, inspectors: list[ImageInspector], examples: list[Example]) -> InputSummary:
+    """Return the summary of what the page shows. Nothing is written, so it is only logged."""
+    inputs = InputSummary(config.verb)
+    place = f"{DEMO}: generated images" if config.images == DEMO else str(Path(config.images).absolute())
+    inputs.add("images", f"{place}, {count_of(len(examples), 'example')}")
+    add_opened_models(inputs, [inspector.opened for inspector in inspectors])
+    inputs.add("pixels", *dict.fromkeys(describe_pixels(inspector.opened) for inspector in inspectors))
+    inputs.add("tokenizer", describe_tokenizer(config.tokenizer, inspectors[0].tokenizer))
+    inputs.add("device", describe_device(pick_device(config.device)))
+    return inputs
 
 
 def _reason(error: UserError) -> str:
@@ -351,8 +366,10 @@ def listen_locally(port: int) -> socket.socket:
 
 def main(config: ExploreConfig) -> None:
     """Run the command."""
-    console_for_command()
-    application = build_application(load_inspectors(config), find_examples(config.images))
+    console = console_for_command()
+    inspectors, examples = load_inspectors(config), find_examples(config.images)
+    console.report_inputs(page_inputs(config, inspectors, examples))
+    application = build_application(inspectors, examples)
     import uvicorn
 
     with listen_locally(config.port) as server_socket:

@@ -18,17 +18,20 @@ from torch import Tensor
 from mae_dat.config.commands.features import FeaturesConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import image_size
+from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet, as_float
-from mae_dat.data.loader import ImageLoader, eval_loader
+from mae_dat.data.loader import ImageLoader, eval_loader, worker_count
 from mae_dat.data.open import image_root, open_images, with_channels
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import pool_tokens
 from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import autocast
+from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.runtime.console import Console, console_for_command
-from mae_dat.runtime.device import amp_dtype, pick_device
+from mae_dat.runtime.device import amp_dtype, describe_device, pick_device
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.storage.weight_files import write_weights
 
@@ -139,14 +142,34 @@ def save_features(features: Features, path: Path) -> None:
         np.savez(file, features=features.values, labels=features.labels, paths=np.array(features.paths))
 
 
-def open_split(config: FeaturesConfig, split: str, opened: OpenedModel) -> ImageSet:
-    """Open a split's images, unaugmented, at the model's size; `all` takes every image below the folder."""
+def open_splits(config: FeaturesConfig, opened: OpenedModel) -> dict[str, ImageSet]:
+    """Open the splits that the flags need, unaugmented, at the model's size; `all` takes every image of the folder."""
     root = image_root(config.data_path)
-    # The same labels in both splits, even if a class has no folder in one of them.
-    classes = open_split(config, "train", opened).classes if split == "val" and config.knn else None
     transform = with_channels(EvalTransform(opened.input_size), opened.plan.in_chans)
-    folder = root if split == "all" else find_split(root, split)
-    return open_images(folder, transform, classes, labelled=split != "all")
+    splits: dict[str, ImageSet] = {}
+    needed = ["train", "val"] if config.knn is not None else []
+    for split in dict.fromkeys([*needed, *([config.split] if config.output_dir else [])]):
+        # The same labels in both splits, even where a class has no folder in one of them.
+        classes = splits["train"].classes if split == "val" and config.knn is not None else None
+        folder = root if split == "all" else find_split(root, split)
+        splits[split] = open_images(folder, transform, classes, labelled=split != "all")
+    return splits
+
+
+def features_inputs(config: FeaturesConfig, opened: OpenedModel, splits: dict[str, ImageSet]) -> InputSummary:
+    """Return the summary of what the extraction of features reads."""
+    inputs = InputSummary(config.verb)
+    add_images(inputs, config.data_path, image_root(config.data_path), splits)
+    add_opened_models(inputs, [opened])
+    inputs.add("pixels", describe_pixels(opened), describe_resize(EvalTransform(opened.input_size)))
+    device = next(opened.model.parameters()).device
+    inputs.add("device", describe_device(device, amp_dtype(config.precision, device), worker_count(config.num_workers)))
+    inputs.add("output", str(Path(config.output_dir).absolute()) if config.output_dir else "nothing is written")
+    return inputs
+
+
+def _inputs_path(config: FeaturesConfig) -> Path | None:
+    return prepare_output_folder(Path(config.output_dir)) / INPUTS_FILE if config.output_dir else None
 
 
 def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
@@ -160,9 +183,12 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
     size = image_size(config.input_size) if config.input_size else None
     opened = open_model(config.checkpoint, config.model, size, flag="--checkpoint").to(device)
 
+    splits = open_splits(config, opened)
+    console.report_inputs(features_inputs(config, opened, splits), _inputs_path(config))
+
     @functools.cache  # --knn and --output_dir may need the same split
     def features(split: str) -> Features:
-        return _features_of_split(opened, open_split(config, split, opened), config, console)
+        return _features_of_split(opened, splits[split], config, console)
 
     accuracy: dict[str, float] = {}
     if config.knn is not None:

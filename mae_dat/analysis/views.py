@@ -78,7 +78,8 @@ class ImageInspector:
                 f"{opened.title} is a pretraining and has no predictions: use a classifier. To see its "
                 "reconstructions, run mae-dat visualize reconstruction."
             )
-        self.name, self.model, self.size = opened.title, opened.classifier(), opened.input_size
+        self.opened, self.name, self.model = opened, opened.title, opened.classifier()
+        self.size = opened.input_size
         self.tokenizer = tokenizer
         tokenizer.check(torch.zeros(1, opened.plan.in_chans, *opened.input_size))
         classes = opened.classes

@@ -26,17 +26,22 @@ from mae_dat.config.commands.visualize import (
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DEMO, ImageSize, image_size
 from mae_dat.data.decode import decode_file
+from mae_dat.data.describe import describe_ignored, describe_resize, describe_root, describe_size
+from mae_dat.data.folders import IgnoredFiles
 from mae_dat.data.gallery import draw_gallery, draw_sheet, save_png
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.open import image_root, with_channels
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.attention import attention_layers, attention_maps, default_query
+from mae_dat.models.describe import describe_tokenizer
 from mae_dat.models.mae import mask_noise
 from mae_dat.models.tokenizer import EMBEDDED, load_tokenizer
+from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.open import OpenedModel, open_model
-from mae_dat.runtime.console import console_for_command
-from mae_dat.runtime.device import pick_device
+from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.device import describe_device, pick_device
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary, count_of
 from mae_dat.runtime.seeds import step_generator
 from mae_dat.storage.files import prepare_output_folder
 from mae_dat.training.galleries import (
@@ -89,6 +94,10 @@ class GalleryWriter:
         self.tensorboard.add_image(f"visualize/{name}", gallery, page or 1)
         logger.info("wrote %s", path)
 
+    def report_inputs(self, inputs: InputSummary, console: Console) -> None:
+        """Log the summary of the inputs, and store it in the folder. Raises StorageError."""
+        console.report_inputs(inputs, self.folder / INPUTS_FILE)
+
     def __enter__(self) -> Self:
         return self
 
@@ -99,19 +108,37 @@ class GalleryWriter:
 # ---- images and models ----
 
 
-def read_pages(config: ImagesConfig, size: ImageSize, in_chans: int, device: torch.device) -> list[GalleryPage]:
+@dataclasses.dataclass(frozen=True)
+class GalleryImages:
+    """The images to draw, in pages, and what lies in their folder."""
+
+    pages: list[GalleryPage]
+    path: Path
+    """The image or the folder."""
+    found: int
+    """Images in the folder, of which some are drawn."""
+    ignored_files: IgnoredFiles
+
+    @property
+    def count(self) -> int:
+        """The number of images that are drawn."""
+        return sum(len(page.paths) for page in self.pages)
+
+
+def read_images(config: ImagesConfig, size: ImageSize, in_chans: int, device: torch.device) -> GalleryImages:
     """Read the images at the size of the model, cropped as for evaluation. Raises MissingInputError, DataError."""
     transform = with_channels(EvalTransform(size), in_chans)
     path = image_root(DEMO) / "val" if config.images == DEMO else Path(config.images)
     if path.is_file():
-        paths, images = [path], [transform(decode_file(path))]
+        paths, images, found, ignored_files = [path], [transform(decode_file(path))], 1, IgnoredFiles()
     else:
         folder = ImageFolder(path, transform, labelled=False)
-        indices = evenly_spaced(len(folder), config.limit or len(folder))
+        found, ignored_files = len(folder), folder.ignored_files
+        indices = evenly_spaced(found, config.limit or found)
         paths = [Path(folder.samples[index][0]) for index in indices]
         images = [folder[index]["image"] for index in indices]
     starts = range(0, len(paths), config.per_page)
-    return [
+    pages = [
         GalleryPage(
             torch.stack(images[start : start + config.per_page]).to(device),
             paths[start : start + config.per_page],
@@ -119,6 +146,34 @@ def read_pages(config: ImagesConfig, size: ImageSize, in_chans: int, device: tor
         )
         for start in starts
     ]
+    return GalleryImages(pages, path, found, ignored_files)
+
+
+def gallery_inputs(
+    verb: str,
+    config: ImagesConfig,
+    images: GalleryImages,
+    device: torch.device,
+    opened: OpenedModel | None = None,
+    **rows: str,
+) -> InputSummary:
+    """Return the summary of what a gallery reads, with further `rows`."""
+    inputs = InputSummary(verb)
+    inputs.add("images", describe_root(config.images, images.path))
+    inputs.add("images", f"{images.count:,} of {count_of(images.found, 'image')}, evenly spaced")
+    inputs.add("left out", describe_ignored([images.ignored_files], images.path))
+    height, width = images.pages[0].image.shape[-2:]
+    resize = describe_resize(EvalTransform((height, width)))
+    if opened:
+        add_opened_models(inputs, [opened])
+        inputs.add("pixels", describe_pixels(opened), resize)
+    else:
+        inputs.add("pixels", describe_size((height, width)), resize)
+    for label, text in rows.items():
+        inputs.add(label, text)
+    inputs.add("device", describe_device(device))
+    inputs.add("output", str(Path(config.output_dir).absolute()))
+    return inputs
 
 
 def open_checkpoint(config: CheckpointConfig, images: ImagesConfig, device: torch.device) -> OpenedModel:
@@ -149,7 +204,7 @@ def predicts_normalized_patches(opened: OpenedModel, norm_pix_loss: bool | None)
 # ---- the galleries ----
 
 
-def draw_reconstruction(config: ReconstructionConfig) -> None:
+def draw_reconstruction(config: ReconstructionConfig, console: Console) -> None:
     """Write reconstruction.png."""
     device = pick_device(config.images.device)
     opened = open_checkpoint(config.checkpoint, config.images, device)
@@ -157,9 +212,10 @@ def draw_reconstruction(config: ReconstructionConfig) -> None:
     norm_pix = predicts_normalized_patches(opened, config.masking.norm_pix_loss)
     generator = step_generator(config.images.seed, 0, 0, device)
     heading = f"{opened.title}, masks of seed {config.images.seed}"
-    pages = read_pages(config.images, opened.input_size, opened.plan.in_chans, device)
+    images = read_images(config.images, opened.input_size, opened.plan.in_chans, device)
     with GalleryWriter(config.images) as writer:
-        for page in pages:
+        writer.report_inputs(gallery_inputs(config.verb, config.images, images, device, opened), console)
+        for page in images.pages:
             noise = mask_noise(len(page.image), model.num_patches, generator, device)
             columns = reconstruction_columns(
                 model, page.image, mask_ratio=config.masking.mask_ratio, noise=noise, norm_pix=norm_pix
@@ -168,7 +224,7 @@ def draw_reconstruction(config: ReconstructionConfig) -> None:
             writer.write("reconstruction", draw_gallery(columns, captions, heading), page.number)
 
 
-def draw_attention(config: AttentionConfig) -> None:
+def draw_attention(config: AttentionConfig, console: Console) -> None:
     """Write attention.png."""
     device = pick_device(config.images.device)
     opened = open_checkpoint(config.checkpoint, config.images, device)
@@ -181,31 +237,35 @@ def draw_attention(config: AttentionConfig) -> None:
     queries = "attention of the class token" if query == "class" else "mean attention of all patches"
     blocks = f"rollout of blocks 1 to {block}" if config.rollout else f"block {block} of {depth}"
     heading = f"{opened.title}: {queries}, {blocks}"
-    pages = read_pages(config.images, opened.input_size, opened.plan.in_chans, device)
+    images = read_images(config.images, opened.input_size, opened.plan.in_chans, device)
     with GalleryWriter(config.images) as writer:
-        for page in pages:
+        writer.report_inputs(gallery_inputs(config.verb, config.images, images, device, opened), console)
+        for page in images.pages:
             maps = attention_maps(model, page.image, block=block - 1, query=query, rollout=config.rollout)
             columns, captions = attention_columns(page.image, maps)
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
             writer.write("attention", draw_gallery(columns, captions, heading, cell=192), page.number)
 
 
-def draw_words(config: WordsConfig) -> None:
+def draw_words(config: WordsConfig, console: Console) -> None:
     """Write words.png, most_used_words.png and codebook.png."""
     device = pick_device(config.images.device)
     tokenizer = load_tokenizer(config.tokenizer).to(device)
     size = config.images.input_size or ((64,) if config.tokenizer == EMBEDDED else (224,))
-    pages = read_pages(config.images, image_size(size), tokenizer.in_chans, device)
+    images = read_images(config.images, image_size(size), tokenizer.in_chans, device)
+    tokenizer_in_words = describe_tokenizer(config.tokenizer, tokenizer)
+    inputs = gallery_inputs(config.verb, config.images, images, device, tokenizer=tokenizer_in_words)
     heading = f"{Path(config.tokenizer).name} tokenizer: factor {tokenizer.factor}, {tokenizer.num_words} words"
     words = []
     with GalleryWriter(config.images) as writer:
-        for page in pages:
+        writer.report_inputs(inputs, console)
+        for page in images.pages:
             words.append(tokenizer.encode(page.image))
             columns, captions = word_columns(page.image, words[-1], tokenizer)
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
             writer.write("words", draw_gallery(columns, captions, heading), page.number)
         used, shares = used_words(torch.cat(words))
-        sample = f"{sum(len(page.paths) for page in pages)} images"
+        sample = f"{images.count} images"
         texts = [f"{word}\n{share:.1%}" for word, share in zip(used[:_MAX_WORDS].tolist(), shares, strict=False)]
         tiles = word_tiles(tokenizer, used[:_MAX_WORDS])
         writer.write("most_used_words", draw_sheet(tiles, texts, f"{heading}; the most used in {sample}"))
@@ -218,23 +278,33 @@ def draw_words(config: WordsConfig) -> None:
         writer.write("codebook", draw_gallery([("", codebook)], heading=f"{heading}; {order}", cell=1))
 
 
-def draw_adversary(config: AdversaryConfig) -> None:
+def draw_adversary(config: AdversaryConfig, console: Console) -> None:
     """Write adversary.png and changed_words.png."""
     attack = config.dat.attack
     if attack is None:
         raise ConfigError("--dat none changes nothing: use released, paper, symbolic, random or reconstruction.")
     device = pick_device(config.images.device)
     opened = open_checkpoint(config.checkpoint, config.images, device)
-    pages = read_pages(config.images, opened.input_size, opened.plan.in_chans, device)
+    images = read_images(config.images, opened.input_size, opened.plan.in_chans, device)
     tokenizer = load_tokenizer(config.dat.tokenizer).to(device)
-    tokenizer.check(pages[0].image)
+    tokenizer.check(images.pages[0].image)
     scorer = make_scorer(opened, config.masking)
     objective = WithDAT(tokenizer, attack, scorer.objective)
     generator = step_generator(config.images.seed, 0, 0, device)
+    inputs = gallery_inputs(
+        config.verb,
+        config.images,
+        images,
+        device,
+        opened,
+        tokenizer=describe_tokenizer(config.dat.tokenizer, tokenizer),
+        adversary=attack.describe(),
+    )
     heading = ""
     words, adversarial_words = [], []
     with GalleryWriter(config.images) as writer:
-        for page in pages:
+        writer.report_inputs(inputs, console)
+        for page in images.pages:
             context = scorer.context(page.image, page.paths, generator)
             adversary = objective.adversary(opened.model, page.image, context, generator)
             words.append(adversary.words)
@@ -269,7 +339,7 @@ def adversary_captions(
 
 # ---- the command ----
 
-_DRAW: dict[type[Any], Callable[[Any], None]] = {
+_DRAW: dict[type[Any], Callable[[Any, Console], None]] = {
     ReconstructionConfig: draw_reconstruction,
     AttentionConfig: draw_attention,
     WordsConfig: draw_words,
@@ -279,5 +349,4 @@ _DRAW: dict[type[Any], Callable[[Any], None]] = {
 
 def main(config: ReconstructionConfig | AttentionConfig | WordsConfig | AdversaryConfig) -> None:
     """Run `mae-dat visualize KIND`; the type of the configuration is the kind."""
-    console_for_command()
-    _DRAW[type(config)](config)
+    _DRAW[type(config)](config, console_for_command())

@@ -126,6 +126,26 @@ class AttackConfig(_AttackSettings):
         """Share of the words that `symbolic` and `random` replace."""
         return 0.05 if self.share is None else self.share
 
+    def describe(self) -> str:
+        """Return the adversary and its strength in words."""
+        if self.kind == "reconstruction":
+            strength = "no word changed"
+        elif not self.moves_pixels:
+            strength = f"{100 * self.word_share:g} % of the words replaced"
+        elif self.share is not None:
+            strength = f"{100 * self.share:g} % of the words changed, by adjusting eps"
+        else:
+            strength = f"eps {self.eps:g}"
+        parts = [
+            strength,
+            f"{self.steps} steps" if self.steps > 1 else "",
+            "at the image" if self.at == "image" else "",
+        ]
+        parts += ["free gradient"] * self.free
+        parts += [f"{100 * self.batch_share:g} % of each batch"] * (self.batch_share < 1)
+        parts += [f"warm-up of {self.warmup:g} epochs"] * (self.warmup > 0)
+        return f"{self.kind} DAT: {', '.join(filter(None, parts))}"
+
     def ramp(self, epoch: float) -> float:
         """Return the factor of the strength at a fractional epoch: linear over the warm-up, then 1.
 
@@ -228,6 +248,17 @@ class BaselineConfig:
     def clean_weight(self) -> float:
         """Weight of the clean view's loss in training with a pixel adversary."""
         return float(self.at == "advprop") if self.at_clean_weight is None else self.at_clean_weight
+
+    def describe(self) -> str:
+        """Return the baseline and its strength in words; empty without one."""
+        parts = []
+        if self.at != "none":
+            eps = f"{255 * self.eps:.3g}/255" if self.at_norm == "linf" else f"{self.eps:g}"
+            parts.append(f"{self.at} on pixels: {self.at_norm} eps {eps}, {self.at_steps} steps")
+        parts += ["split norms"] * self.splits_norms
+        parts += [f"JSD of the adversary's views, weight {self.dat_jsd:g}"] * bool(self.dat_jsd)
+        parts += [f"AugMix JSD, weight {self.jsd:g}"] * bool(self.jsd)
+        return ", ".join(parts)
 
     @property
     def splits_norms(self) -> bool:

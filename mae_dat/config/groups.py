@@ -274,8 +274,14 @@ class EvalConfig:
 
 def default_num_workers() -> int:
     """Return how many processes decode images by default: the CPU cores of this process, at most 10."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_DEFAULT_WORKERS, cores)
+    return min(MAX_DEFAULT_WORKERS, available_cores())
+
+
+def available_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def image_size(sides: tuple[int, ...]) -> ImageSize:

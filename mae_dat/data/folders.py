@@ -1,5 +1,6 @@
-"""Image folders: splits, class folders and image files below a root."""
+"""Image folders: splits, class folders and image files below a root, and a count of what is not read."""
 
+import dataclasses
 import difflib
 import logging
 import os
@@ -13,6 +14,52 @@ from mae_dat.config.errors import DataError, MissingInputError
 logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
+OWN_FILES = ("manifest.jsonl", "index.safetensors", "inputs.json", "settings.json", "boxes.json")
+"""Ends of the names of files that commands of this package write next to images. They are not counted as ignored."""
+_MAX_REASONS = 40  # a folder may have as many suffixes as files
+_OTHER, _SECOND_LINK = "other files", "links to a folder that is read already"
+
+
+@dataclasses.dataclass
+class IgnoredFiles:
+    """What lies in a folder of images and is not read: the number and the first example by reason."""
+
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, reason: str, path: str, count: int = 1) -> None:
+        """Count a file; beyond 40 reasons, as one of the other files."""
+        if reason not in self.counts and len(self.counts) >= _MAX_REASONS:
+            reason = _OTHER
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        self.examples.setdefault(reason, path)
+
+    def update(self, other: "IgnoredFiles") -> None:
+        """Add the counts of another folder."""
+        for reason, count in other.counts.items():
+            self.add(reason, other.examples[reason], count)
+
+    @property
+    def total(self) -> int:
+        """The number of all ignored files."""
+        return sum(self.counts.values())
+
+    def describe(self, root: str | os.PathLike[str] = "", most: int = 5) -> str:
+        """Return the counts in words, the most frequent reason first, with examples relative to `root`.
+
+        Empty if nothing was ignored.
+        """
+        reasons = sorted(self.counts, key=lambda reason: -self.counts[reason])
+        parts = [
+            f"{reason} {self.counts[reason]:,} ({_relative(self.examples[reason], root)})" for reason in reasons[:most]
+        ]
+        rest = sum(self.counts[reason] for reason in reasons[most:])
+        return ", ".join([*parts, *([f"others {rest:,}"] if rest else [])])
+
+
+def _relative(path: str, root: str | os.PathLike[str]) -> str:
+    prefix = os.path.join(root, "")
+    return path.removeprefix(prefix) if str(root) else path
 
 
 def require_folder(root: str | os.PathLike[str]) -> None:
@@ -48,46 +95,115 @@ def find_split(
     )
 
 
-def visible_entries(folder: str) -> list[os.DirEntry[str]]:
+def visible_entries(folder: str, ignored_files: IgnoredFiles | None = None) -> list[os.DirEntry[str]]:
     """List a folder by name, without dot files: .ipynb_checkpoints is no class, ._x.jpg is no image.
 
-    Raises DataError for a folder that cannot be listed.
+    Dot files are added to `ignored_files`. Raises DataError for a folder that cannot be listed.
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            every = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); check its permissions") from error
+    visible = [entry for entry in every if not entry.name.startswith(".")]
+    if ignored_files is not None and len(visible) < len(every):
+        for entry in every:
+            if entry.name.startswith("."):
+                ignored_files.add("hidden", entry.path)
+    return visible
 
 
-def class_folders(root: str) -> tuple[dict[str, str], set[str]]:
+def class_folders(root: str, ignored_files: IgnoredFiles | None = None) -> tuple[dict[str, str], set[str]]:
     """Return the class folders of `root` as name -> path, sorted by name, and the real paths visited.
 
-    A link to a class folder that is listed already is skipped with a warning.
+    A link to a class folder that is listed already is skipped with a warning. Files beside the class folders are added
+    to `ignored_files`.
     """
-    folders = [entry for entry in visible_entries(root) if entry.is_dir()]
+    ignored_files = IgnoredFiles() if ignored_files is None else ignored_files
+    folders = []
+    for entry in visible_entries(root, ignored_files):
+        if _is_folder(entry):
+            folders.append(entry)
+        elif is_image_name(entry.name) and _is_file(entry):
+            ignored_files.add("images beside the class folders", entry.path)
+        else:
+            _ignore_file(entry, ignored_files)
     paths: dict[str, str] = {}
     visited = {os.path.realpath(root)}
     for entry in sorted(folders, key=lambda entry: entry.is_symlink()):  # a link must not replace a real folder
         real = os.path.realpath(entry.path)
         if real in visited:
-            logger.warning("%s is a link to a folder that is read already; it is no class of its own", entry.path)
+            logger.warning("%s is a link to a folder that is read already; it is not a class of its own", entry.path)
+            ignored_files.add(_SECOND_LINK, entry.path)
             continue
         visited.add(real)
         paths[entry.name] = entry.path
     return dict(sorted(paths.items())), visited
 
 
-def walk_images(folder: str, visited: set[str]) -> Iterator[str]:
-    """Yield the paths of all images below `folder`, sorted by folder and name.
+def walk_images(folder: str, visited: set[str], ignored_files: IgnoredFiles | None = None) -> Iterator[str]:
+    """Yield the paths of all images below `folder`, sorted by folder and name; add other files to `ignored_files`.
 
     Folders in `visited` (real paths) are skipped, and visited ones are added to it, because links may form loops.
     """
-    for entry in visible_entries(folder):
-        if entry.is_dir():
+    ignored_files = IgnoredFiles() if ignored_files is None else ignored_files
+    for entry in visible_entries(folder, ignored_files):
+        if _is_folder(entry):
             real = os.path.realpath(entry.path)
             if real not in visited:
                 visited.add(real)
-                yield from walk_images(entry.path, visited)
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
+                yield from walk_images(entry.path, visited, ignored_files)
+            else:
+                ignored_files.add(_SECOND_LINK, entry.path)
+        elif is_image_name(entry.name) and _is_file(entry):
             yield entry.path
+        else:
+            _ignore_file(entry, ignored_files)
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file is read as an image, by its suffix."""
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def count_ignored(entries: Sequence[os.DirEntry[str]], ignored_files: IgnoredFiles) -> None:
+    """Add the files among the entries of a folder that are not read as images to `ignored_files`."""
+    for entry in entries:
+        if not _is_folder(entry) and not (is_image_name(entry.name) and _is_file(entry)):
+            _ignore_file(entry, ignored_files)
+
+
+def _ignore_file(entry: os.DirEntry[str], ignored_files: IgnoredFiles) -> None:
+    """Count a file that is not read, by the reason why not."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        ignored_files.add("dangling links", entry.path)
+    elif not _is_file(entry):
+        ignored_files.add("no regular files", entry.path)
+    elif not entry.name.endswith(OWN_FILES):
+        ignored_files.add(os.path.splitext(entry.name)[1].lower() or "no suffix", entry.path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one; False for a link that leads nowhere or to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def other_folders(root: str | os.PathLike[str], used: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return the names of the folders directly below `root` that contain none of the folders in `used`."""
+    used_paths = [os.path.abspath(path) for path in used]
+    names = []
+    for entry in visible_entries(str(root)):
+        path = os.path.abspath(entry.path)
+        if _is_folder(entry) and not any(f"{other}/".startswith(f"{path}/") for other in used_paths):
+            names.append(entry.name)
+    return names

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypedDict
 
@@ -22,7 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError
 from mae_dat.data.decode import decode_file, decode_pixels, read_bytes
-from mae_dat.data.folders import class_folders, require_folder, walk_images
+from mae_dat.data.folders import IgnoredFiles, class_folders, require_folder, walk_images
 from mae_dat.data.sampler import epoch_order
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class ImageSet(Dataset[Sample]):
     """
 
     classes: list[str]
+    class_names_from: str = "folder names, sorted"
+    """Where the names of the classes and their order come from, unless they are given."""
     packed_size: int | None = None
     """Shorter side in pixels to which larger images were shrunk when they were packed into shards."""
 
@@ -116,6 +119,8 @@ class ImageSet(Dataset[Sample]):
         require_folder(root)
         self.root, self.transform = str(root), transform
         self.on_bad, self.seed, self.max_skips = on_bad, seed, max_skips
+        self.ignored_files = IgnoredFiles()
+        """What lies in the folder and is not read."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -131,6 +136,22 @@ class ImageSet(Dataset[Sample]):
     def label(self, index: int) -> int:
         """Return the number of an image's class; -1 if unlabelled."""
         raise NotImplementedError
+
+    def class_counts(self) -> list[int]:
+        """Return the number of images of every class, in the order of `classes`; empty if there are no labels."""
+        counts = [0] * len(self.classes)
+        for index in range(len(self) if counts else 0):
+            if (label := self.label(index)) >= 0:
+                counts[label] += 1
+        return counts
+
+    def describe_storage(self) -> str:
+        """Return how the images are stored, if they are not single files."""
+        return ""
+
+    def read_folders(self) -> list[str]:
+        """Return the folders that it reads, for a summary of what is not read."""
+        return [self.root]
 
     def name_of(self, index: int) -> str:
         """Return where an image is, for messages."""
@@ -198,13 +219,21 @@ class ImageFolder(ImageSet):
         if labelled:
             self.samples = self._labelled_samples()
         else:
-            self.samples = [(path, -1) for path in walk_images(self.root, {os.path.realpath(self.root)})]
+            visited = {os.path.realpath(self.root)}
+            self.samples = [(path, -1) for path in walk_images(self.root, visited, self.ignored_files)]
         if not self.samples:
-            raise DataError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)}); check the path")
+            raise DataError(
+                f"{root} contains no images ({', '.join(IMG_EXTENSIONS)}){self._other_contents()}; check the path"
+            )
+
+    def _other_contents(self) -> str:
+        """Return what was found instead of images, for messages."""
+        text = self.ignored_files.describe(self.root)
+        return f", but other files: {text}" if text else ""
 
     def _labelled_samples(self) -> list[tuple[str, int]]:
         """Return path and label of every image. Sets `classes` if they are not given."""
-        folders, visited = class_folders(self.root)
+        folders, visited = class_folders(self.root, self.ignored_files)
         layout = f"expected one folder per class: {self.root}/<class>/*.jpg"
         if not folders:
             raise DataError(f"{self.root} has no class folders; {layout}")
@@ -214,9 +243,12 @@ class ImageFolder(ImageSet):
         samples: list[tuple[str, int]] = []
         for name, folder in folders.items():
             label = self.classes.index(name)
-            paths = list(walk_images(folder, visited))
+            other_files = IgnoredFiles()
+            paths = list(walk_images(folder, visited, other_files))
+            self.ignored_files.update(other_files)
             if not paths:
-                raise DataError(f"the class {folder} has no image; delete the folder or fill it; {layout}")
+                files = f" but {other_files.describe(folder)}" if other_files.counts else ""
+                raise DataError(f"the class {folder} has no image{files}; delete the folder or fill it; {layout}")
             samples += [(path, label) for path in paths]
         return samples
 
@@ -235,6 +267,11 @@ class ImageFolder(ImageSet):
     def label(self, index: int) -> int:
         """Return the number of an image's class; -1 if unlabelled."""
         return self.samples[index][1]
+
+    def class_counts(self) -> list[int]:
+        """Return the number of images of every class, in the order of `classes`; empty if there are no labels."""
+        counts = Counter(label for _, label in self.samples)
+        return [counts[number] for number in range(len(self.classes))]
 
     def fingerprint(self) -> str:
         """Return a sha256 of the paths below the root, with their labels."""

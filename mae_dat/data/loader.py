@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mae_dat.config.errors import DataError, RetryError, UserError
+from mae_dat.config.groups import available_cores
 from mae_dat.data.image_set import Batch, ImageSet, Sample
 from mae_dat.data.sampler import EvalSampler, TrainSampler
 from mae_dat.runtime.signals import accept_signals, signals_blocked
@@ -118,16 +119,17 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], num_wor
 
 def _workers(num_workers: int) -> dict[str, Any]:
     """Return a DataLoader's arguments for up to `num_workers` workers, but no more than there are cores."""
-    num_workers = min(num_workers, _available_cores())
+    num_workers = worker_count(num_workers)
     start = functools.partial(_start_worker, _exiting()) if num_workers else None
     return {"num_workers": num_workers, "worker_init_fn": start}
 
 
-def _available_cores() -> int:
-    """Return how many cores this process may use. More workers would only take turns, and torch warns of them."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def worker_count(num_workers: int) -> int:
+    """Return how many workers a loader starts: no more than there are cores.
+
+    More would only take turns, and torch warns of them.
+    """
+    return min(num_workers, available_cores())
 
 
 @functools.cache

@@ -17,11 +17,14 @@ import torch
 from mae_dat.config.commands.scan import ScanConfig
 from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.data.decode import decode_bytes, read_bytes
-from mae_dat.data.image_set import ImageFolder
-from mae_dat.data.loader import map_in_workers
+from mae_dat.data.describe import add_images
+from mae_dat.data.image_set import ImageFolder, ImageSet
+from mae_dat.data.loader import map_in_workers, worker_count
 from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.data.shards.reader import Shards
 from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.device import describe_workers
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.storage.files import atomic_write, prepare_output_folder, sha256_of
 
 MANIFEST = "manifest.jsonl"
@@ -50,8 +53,10 @@ def scan(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
     Raises DataError for a folder without images, MissingInputError, OutputError, StorageError.
     """
     root, manifest = Path(config.folder), _manifest_path(config)
-    names = _image_names(root)
+    images = _open_folder(root)
+    names = _image_names(images)
     prepare_output_folder(manifest.parent, "another place with --manifest FILE")
+    console.report_inputs(scan_inputs(config, images), manifest.with_name(f"{manifest.name}.{INPUTS_FILE}"))
     entries = list(_map_with_progress(lambda name: manifest_entry(root, name), names, config.num_workers, console))
     with atomic_write(manifest) as file:
         for entry in entries:
@@ -82,7 +87,9 @@ def verify_manifest(config: ScanConfig, console: Console) -> tuple[int, list[str
             return ""
         return f"{root / name}: not the file that was scanned: its sha256 is {digest}"
 
-    names = set(_image_names(root))
+    images = _open_folder(root)
+    console.report_inputs(scan_inputs(config, images))
+    names = set(_image_names(images))
     results = _map_with_progress(fault_of, sorted(expected), config.num_workers, console)
     faults = [str(fault) for fault in results if fault]
     return len(expected), faults + [f"{root / name}: not in {path}" for name in sorted(names - set(expected))]
@@ -108,6 +115,7 @@ def scan_shards(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
     Returns the number of images and a list of faults.
     """
     images = Shards(config.folder, lambda image: torch.zeros(0), labelled=False)
+    console.report_inputs(scan_inputs(config, images))
 
     def faults_of(number: int) -> list[str]:
         shard = images.index.shards[number]
@@ -145,10 +153,27 @@ def _map_with_progress(
             yield result
 
 
-def _image_names(root: Path) -> list[str]:
+def scan_inputs(config: ScanConfig, images: ImageSet) -> InputSummary:
+    """Return the summary of what a scan reads."""
+    inputs = InputSummary(f"{config.verb}{' --verify' * config.verify}")
+    root = Path(config.folder)
+    add_images(inputs, config.folder, root, {"images": images})
+    steps = "compare sizes and sha256" if isinstance(images, Shards) or config.verify else "decode every image"
+    inputs.add("checks", steps)
+    inputs.add("workers", describe_workers(worker_count(config.num_workers)))
+    manifest = _manifest_path(config).absolute()
+    if not isinstance(images, Shards):
+        inputs.add("manifest", f"{manifest} ({'read' if config.verify else 'written'})")
+    return inputs
+
+
+def _open_folder(root: Path) -> ImageFolder:
+    return ImageFolder(root, lambda image: torch.zeros(0), labelled=False)
+
+
+def _image_names(images: ImageFolder) -> list[str]:
     """Return the paths of all images below the folder, relative to it."""
-    folder = ImageFolder(root, lambda image: torch.zeros(0), labelled=False)
-    return [str(Path(path).relative_to(root)) for path, _ in folder.samples]
+    return [str(Path(path).relative_to(images.root)) for path, _ in images.samples]
 
 
 def _manifest_path(config: ScanConfig) -> Path:

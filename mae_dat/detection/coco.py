@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.config.groups import ImageSize
 from mae_dat.data.decode import decode_file
-from mae_dat.data.folders import SPLIT_NAMES, require_folder
+from mae_dat.data.folders import SPLIT_NAMES, IgnoredFiles, require_folder
 from mae_dat.data.image_set import Batch, ImageSet, Sample
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.robustness.corruptions import corrupt_image, image_seed
@@ -98,11 +98,14 @@ def find_annotations(root: str | os.PathLike[str], split: str) -> CocoSplit:
     )
 
 
-def read_scenes(split: CocoSplit, classes: Sequence[str] = (), skip: bool = False) -> tuple[list[Scene], list[str]]:
+def read_scenes(
+    split: CocoSplit, classes: Sequence[str] = (), skip: bool = False, ignored_files: IgnoredFiles | None = None
+) -> tuple[list[Scene], list[str]]:
     """Read the scenes of a split and its class names, in the order of their ids, or as `classes` gives them.
 
     Raises DataError for invalid JSON, a missing image, a box without area or outside of its image, an unknown category
-    or image, or no box at all. With `skip`, such images and boxes are skipped and logged.
+    or image, or no box at all. With `skip`, such images and boxes are skipped, logged
+    and counted in `ignored_files`.
     """
     path, problems = split.annotations, _Problems(split.annotations, skip)
     try:
@@ -123,6 +126,8 @@ def read_scenes(split: CocoSplit, classes: Sequence[str] = (), skip: bool = Fals
         else:
             problems.add(f"the image {file} does not exist")
     problems.log()
+    if problems.messages and ignored_files is not None:
+        ignored_files.add("entries of the JSON", problems.messages[0], len(problems.messages))
     if not any(len(scene.boxes) for scene in scenes):
         raise DataError(f"{path} has no usable box ({len(scenes)} images): check the file.")
     return scenes, list(classes or names.values())
@@ -275,7 +280,8 @@ class CocoImages(ImageSet):
     ) -> None:
         super().__init__(split.folder, v2.functional.to_image, on_bad, seed)
         self.box_transform = box_transform  # instead of the transform of image sets without boxes
-        self.scenes, self.classes = read_scenes(split, classes, skip=on_bad == "skip")
+        self.annotations = split.annotations
+        self.scenes, self.classes = read_scenes(split, classes, on_bad == "skip", self.ignored_files)
         self.max_boxes = max(len(scene.boxes) for scene in self.scenes)
 
     def __len__(self) -> int:
@@ -297,6 +303,15 @@ class CocoImages(ImageSet):
     def label(self, index: int) -> int:
         """Return PADDING_LABEL: an image as a whole has no label."""
         return PADDING_LABEL
+
+    def class_counts(self) -> list[int]:
+        """Return the number of boxes of every class, in the order of `classes`."""
+        labels = torch.cat([scene.labels for scene in self.scenes])
+        return torch.bincount(labels, minlength=len(self.classes) + 1)[1:].tolist()
+
+    def read_folders(self) -> list[str]:
+        """Return the folders of the images and of the JSON."""
+        return [self.root, str(self.annotations.parent)]
 
     def name_of(self, index: int) -> str:
         """Return the path of an image."""

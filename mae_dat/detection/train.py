@@ -17,19 +17,25 @@ from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
 from mae_dat.detection.box_gallery import draw_detections
 from mae_dat.detection.coco import BoxTransform, CocoImages, find_annotations
+from mae_dat.detection.describe import measurement_inputs, training_inputs
 from mae_dat.detection.measure import DETECTION_METRICS, average_precision, measure_corruptions, print_corruption_table
 from mae_dat.detection.objective import DetectionObjective
+from mae_dat.models.classifier import Classifier
+from mae_dat.models.describe import WeightsOrigin
 from mae_dat.models.detector import Detector, build_detector, build_trunk
 from mae_dat.models.mae import VIT_SIZES
 from mae_dat.models.weights.open import open_model
 from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.fingerprints import state_sha256
+from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.inputs import INPUTS_FILE
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.runtime.world import world_from_environment
 from mae_dat.training.context import RunContext, prepare_model, run_context
+from mae_dat.training.describe import add_device
 from mae_dat.training.export import export_model
 from mae_dat.training.finetune import initialize_from
 from mae_dat.training.galleries import galleries_due, show_galleries
@@ -53,7 +59,8 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
         images = open_coco_images(config, "train")
         validation = open_coco_images(config, "val", images.classes)
         seed_everything(config.run.seed)
-        model = build_configured_detector(config, len(images.classes), start=True).to(context.device)
+        model, weights = start_detector(config, len(images.classes))
+        model = model.to(context.device)
         objective = with_dat(DetectionObjective(), config.dat, config.data, context.device, pad=True)
         prepare_model(model, context)
         settings = config.detector
@@ -78,6 +85,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
             data=config.data,
             optim=config.optim,
             settings=flat_values(config),
+            inputs=lambda: training_inputs(config, model, objective, images, validation, weights),
             reporting=Reporting("detect", at_epoch_end, ShownScore("test_map", "val mAP", 100)),
         )
         facts = {**_detector_facts(config, images.classes), "steps": state.step}
@@ -96,9 +104,14 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
             raise CheckpointError(f"--resume {config.run.resume} is not a detector of mae-dat detect: train one first.")
         opened = open_model(file)
         # Boxes are in pixels at the size of the training.
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, input_size=opened.input_size))
+        config = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, input_size=opened.input_size),
+            detector=dataclasses.replace(config.detector, model=opened.plan.name),
+        )
         model, facts = opened.to(context.device).model, opened.facts
         validation = open_coco_images(config, "val", facts["classes"])
+        on_main_rank(lambda: _report_inputs(config, context, model, validation, file.origin))
         if not config.measure.corruptions:
             return _validation_scores(model, validation, config, context)
         protocol = {
@@ -121,6 +134,19 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
         )
 
 
+def _report_inputs(
+    config: DetectConfig, context: RunContext, model: Detector, validation: CocoImages, origin: WeightsOrigin
+) -> None:
+    """Log what a measurement reads; store it beside detection.json, if that is written. Raises StorageError."""
+    inputs = measurement_inputs(config, model, validation, origin.describe())
+    add_device(inputs, context, config.data.num_workers)
+    path = None
+    if config.measure.corruptions:
+        path = context.output / f"detection.json.{INPUTS_FILE}"
+        inputs.add("output", str((context.output / "detection.json").absolute()))
+    context.console.report_inputs(inputs, path)
+
+
 def open_coco_images(
     config: DetectConfig, split: Literal["train", "val"], classes: list[str] | None = None
 ) -> CocoImages:
@@ -138,24 +164,34 @@ def open_coco_images(
     return images if split == "train" else images.limited(config.measure.limit)
 
 
-def build_configured_detector(config: DetectConfig, num_classes: int, start: bool = False) -> Detector:
-    """Build the detector described by the flags; with `start`, load the initial weights that they name."""
-    settings, size = config.detector, config.data.image_size
-    trunk = None
-    if settings.model in VIT_SIZES:
-        trunk = build_trunk(settings.model, size, settings.drop_path)
-        if start and settings.finetune:
-            initialize_from(trunk, settings.finetune)
-        elif start:
-            logger.info("%s starts from random weights: no --finetune.", settings.model)
+def start_detector(config: DetectConfig, num_classes: int) -> tuple[Detector, str]:
+    """Build the detector with the weights that the flags name, and return where these came from, in words."""
+    settings = config.detector
+    if settings.model not in VIT_SIZES:
+        weights = "torchvision's, of the backbone" if settings.pretrained else "random (no --pretrained)"
+        return build_configured_detector(config, num_classes, pretrained=settings.pretrained), weights
+    trunk = build_trunk(settings.model, config.data.image_size, settings.drop_path)
+    origin = initialize_from(trunk, settings.finetune) if settings.finetune else None
+    weights = origin.describe() if origin else "random (no --finetune)"
+    return build_configured_detector(config, num_classes, trunk=trunk), weights
+
+
+def build_configured_detector(
+    config: DetectConfig, num_classes: int, pretrained: bool = False, trunk: Classifier | None = None
+) -> Detector:
+    """Build the detector that the flags describe, on a transformer that `trunk` provides, or with torchvision's
+    backbone, whose weights are torchvision's if `pretrained`."""
+    settings = config.detector
+    if settings.model in VIT_SIZES and trunk is None:
+        trunk = build_trunk(settings.model, config.data.image_size, settings.drop_path)
     return build_detector(
         settings.model,
         num_classes,
-        size,
+        config.data.image_size,
         width=settings.width,
         anchor_size=settings.anchor_size,
         regions=settings.regions,
-        pretrained_backbone=settings.pretrained and start,
+        pretrained_backbone=pretrained,
         trunk=trunk,
     )
 

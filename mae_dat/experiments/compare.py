@@ -35,6 +35,7 @@ from mae_dat.config.variants import (
     split_group_name,
 )
 from mae_dat.data.open import image_root, training_images
+from mae_dat.experiments.describe import comparison_inputs
 from mae_dat.experiments.parallel_runs import Stage, train_all
 from mae_dat.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from mae_dat.robustness.evaluate_run import require_color
@@ -50,8 +51,10 @@ from mae_dat.robustness.suites.attacks import WORD_SUITES
 from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, SuiteSettings
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import pick_device
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.files import prepare_output_folder
+from mae_dat.training.finetune import validation_images
 
 # Expected costs in units of a plain fine-tuning's; the remaining time alone depends on them.
 _PRETRAIN_COST = 0.5
@@ -75,12 +78,45 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
     }
     if config.measure:
         require_color(runs[config.arms[0], config.seeds[0]].data.in_chans)
-    images = training_images(pretraining.data, lambda image: torch.zeros(0), 0, labelled=False)
-    console.plan = _stage_costs(config, pretraining.optim.epochs, runs, len(images))
-    train_all(_training_stages(config, runs), config.jobs, console)
+    stages = _training_stages(config, runs)
+    inputs, images = _report_inputs(config, pretraining, runs, console)
+    console.plan = _stage_costs(config, pretraining.optim.epochs, runs, images)
+    console.shows_inputs = False  # one summary stands for all trainings
+    try:
+        train_all(stages, config.jobs, console)
+    finally:
+        console.shows_inputs = True
     if not config.measure:
         return None
-    return _measure_and_report(config, pretraining, runs, console)
+    return _measure_and_report(config, pretraining, runs, console, inputs)
+
+
+def _report_inputs(
+    config: CompareConfig, pretraining: PretrainConfig, runs: Runs, console: Console
+) -> tuple[InputSummary, int]:
+    """Log and store the summary of what the comparison reads; return it and the number of training images."""
+    fine_tuning = next(iter(runs.values()))
+    images = training_images(fine_tuning.data, lambda image: torch.zeros(0), 0, labelled=True)
+    validation = validation_images(fine_tuning.data, images.classes)
+    output = Path(config.output_dir)
+    folders = [pretraining_folder(output, name) for name in config.pretrainings_to_train()]
+    folders += [Path(run.run.output_dir) for run in runs.values()]
+    inputs = comparison_inputs(
+        config,
+        pretraining,
+        fine_tuning,
+        splits={"training": images, "validation": validation},
+        suites=_suites(config),
+        folders=folders,
+    )
+    console.report_inputs(inputs, output / INPUTS_FILE)
+    return inputs, len(images)
+
+
+def _suites(config: CompareConfig) -> tuple[str, ...]:
+    """Return the suites to measure; by default conflict is one if its folder is there."""
+    conflict = [CONFLICT] if (image_root(config.root) / CONFLICT).is_dir() else []
+    return config.suite or (CLEAN, GENERATED, *conflict, *WORD_SUITES)
 
 
 # ---- the trainings ----
@@ -167,7 +203,7 @@ def _stage_costs(comparison: CompareConfig, pretrain_epochs: int, runs: Runs, im
 
 
 def _measure_and_report(
-    comparison: CompareConfig, pretraining: PretrainConfig, runs: Runs, console: Console
+    comparison: CompareConfig, pretraining: PretrainConfig, runs: Runs, console: Console, inputs: InputSummary
 ) -> Results:
     """Measure all classifiers on the same images, except for what is stored already, and write the report."""
     any_config = next(iter(runs.values()))
@@ -181,12 +217,18 @@ def _measure_and_report(
     suite_settings = SuiteSettings(
         root, limit=comparison.limit, whole_clean=True, tokenizer=any_config.dat.tokenizer, device=device
     )
-    suites = comparison.suite or (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []), *WORD_SUITES)
     setup = EvaluationSetup(
-        options, Path(comparison.output_dir), console, batch_size=64, num_workers=any_config.data.num_workers
+        options,
+        Path(comparison.output_dir),
+        console,
+        batch_size=64,
+        num_workers=any_config.data.num_workers,
+        inputs=inputs,
     )
     training = _collect_training(comparison, pretraining, runs)
-    return run_evaluation(networks, suite_settings, suites, setup, title=comparison.title, training=training)
+    return run_evaluation(
+        networks, suite_settings, _suites(comparison), setup, title=comparison.title, training=training
+    )
 
 
 def _collect_training(comparison: CompareConfig, pretraining: PretrainConfig, runs: Runs) -> TrainingFacts:

@@ -194,6 +194,7 @@ def _serve(line: Connection, threads: int, log_level: int) -> None:
     accept_signals()
     torch.set_num_threads(threads)
     console = Console(interval=_LOG_INTERVAL_S)
+    console.shows_inputs = False  # the comparison logs one summary for all
     console.live = False
     console.start_logging(log_level)
     while True:

@@ -12,6 +12,7 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import command_line
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.experiments.compare import compare
+from mae_dat.experiments.describe import proof_inputs
 from mae_dat.robustness.open_networks import distinct_names
 from mae_dat.robustness.report.comparison import ablation_tables
 from mae_dat.robustness.report.findings import ablation_findings
@@ -20,8 +21,9 @@ from mae_dat.robustness.report.summarize import summarize
 from mae_dat.robustness.report.tables import words_tables_by_group
 from mae_dat.robustness.scores.results import Results
 from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.inputs import INPUTS_FILE
 from mae_dat.runtime.machine import hardware_facts
-from mae_dat.storage.files import atomic_write
+from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 _QUICK_IMAGES = FolderSettings(train=32, val=20, conflict=20, silhouette=0, size=32)
 _QUICK_FLAGS = "--input_size 32 --batch_size 16 --epochs 1 --warmup_epochs 0"
@@ -61,7 +63,10 @@ def prove(config: ProofConfig, console: Console) -> Path:
     """Train and measure what is still missing, and write OUT/results.md. Returns its path."""
     path = Path(config.output_dir) / "results.md"
     all_results: dict[str, Results] = {}
-    for name, comparison in comparisons(config).items():
+    configs = comparisons(config)
+    inputs = proof_inputs(config, configs)
+    console.report_inputs(inputs, prepare_output_folder(path.parent) / INPUTS_FILE)
+    for name, comparison in configs.items():
         results = compare(comparison, console)
         assert results is not None, "a proof measures"
         all_results[name] = results

@@ -51,6 +51,11 @@ class MeasurementCache:
             logger.warning("%s is damaged (%s): measuring again.", path, error)
             return None
 
+    def has(self, key: CacheKey | None) -> bool:
+        """Return whether there is a measurement of a key; its file may be damaged."""
+        path = self._path(key)
+        return path is not None and path.is_file()
+
     def write(self, key: CacheKey | None, measurement: CachedMeasurement) -> None:
         """Store a measurement. Raises StorageError."""
         path = self._path(key)

@@ -8,20 +8,26 @@ from pathlib import Path
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import DataConfig, RunConfig
 from mae_dat.config.runs import FinetuneConfig
+from mae_dat.data.describe import add_images, describe_resize
+from mae_dat.data.image_set import ImageSet
 from mae_dat.data.open import image_root
+from mae_dat.data.transforms import EvalTransform
+from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.load import check_class_count
-from mae_dat.models.weights.open import open_model
+from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.evaluation import print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, SuiteSettings
-from mae_dat.runtime.collectives import on_all_ranks
+from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.inputs import InputSummary
 from mae_dat.training.accuracy import evaluate_accuracy
-from mae_dat.training.context import run_context
+from mae_dat.training.context import RunContext, run_context
+from mae_dat.training.describe import add_device, add_on_bad
 from mae_dat.training.finetune import validation_images, validation_loader
 
 logger = logging.getLogger(__name__)
@@ -57,9 +63,25 @@ def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> 
         data = dataclasses.replace(config.data, in_chans=opened.plan.in_chans)
         images = validation_images(data, opened.classes)
         check_class_count(file.source, opened.plan.num_classes, config.classifier.nb_classes or len(images.classes))
+        on_main_rank(lambda: context.console.report_inputs(_accuracy_inputs(config, opened, images, context)))
         loader = validation_loader(images, 2 * config.optim.batch_size, config.data, context)
         final = evaluate_accuracy(model, loader, context.device, context.precision)
         logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
+
+
+def _accuracy_inputs(
+    config: FinetuneConfig, opened: OpenedModel, images: ImageSet, context: RunContext
+) -> InputSummary:
+    """Return the summary of what the evaluation of clean accuracy reads. Nothing is written, so it is only logged."""
+    data = config.data
+    inputs = InputSummary(f"{config.verb} --eval")
+    names_from = "names stored with the model" if opened.classes else ""
+    add_images(inputs, data.data_path, image_root(data.data_path), {"validation": images}, names_from=names_from)
+    add_on_bad(inputs, data.on_bad)
+    add_opened_models(inputs, [opened])
+    inputs.add("pixels", describe_pixels(opened), describe_resize(EvalTransform(data.image_size)))
+    add_device(inputs, context, data.num_workers)
+    return inputs
 
 
 def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
@@ -79,6 +101,7 @@ def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
             tokenizer=config.dat.tokenizer,
             batch_size=batch_size,
             device=context.device,
+            data_path=config.data.data_path,
         )
         setup = EvaluationSetup(
             options,
@@ -87,6 +110,7 @@ def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
             world=context.world,
             batch_size=batch_size,
             num_workers=config.data.num_workers,
+            command="finetune --eval",
         )
         results = run_evaluation(
             [network],

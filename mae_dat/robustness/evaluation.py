@@ -22,6 +22,7 @@ from mae_dat.config.parse import command_line
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.robustness.cached_passes import PlanCounts, load_or_measure
 from mae_dat.robustness.checks import Checks, check_attacks, require_pixel_inputs
+from mae_dat.robustness.describe import evaluation_inputs
 from mae_dat.robustness.evaluation_plan import EvaluationPlan, log_plan, open_evaluation_plan
 from mae_dat.robustness.examples import write_examples
 from mae_dat.robustness.network import EvaluatedNetwork
@@ -42,6 +43,7 @@ from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import SuiteSettings
 from mae_dat.robustness.suites.specs import AGREEMENT
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
+from mae_dat.runtime.inputs import INPUTS_FILE
 from mae_dat.runtime.machine import hardware_facts
 
 logger = logging.getLogger(__name__)
@@ -68,13 +70,13 @@ def run_evaluation(
     start = datetime.datetime.now()
     plan = on_all_ranks(lambda: open_evaluation_plan(networks, settings, requested))
     on_all_ranks(lambda: require_pixel_inputs(plan))
-    if setup.world.main:
-        log_plan(plan)
+    inputs = on_main_rank(lambda: _report_inputs(plan, setup))
     counts = load_or_measure(plan, setup)
     checks_of_this_rank = on_all_ranks(lambda: check_attacks(plan, counts, setup))
     checks = on_main_rank(lambda: checks_of_this_rank)
     seconds = (datetime.datetime.now() - start).total_seconds()
     results = _assemble_results(plan, counts, checks, title=title, seconds=seconds)
+    results["inputs"] = inputs
     if training:
         results["training"] = training
     if setup.folder:
@@ -85,6 +87,16 @@ def run_evaluation(
     if setup.folder:
         _write_outputs(results, report, setup.folder)
     return results
+
+
+def _report_inputs(plan: EvaluationPlan, setup: EvaluationSetup) -> dict[str, str]:
+    """Log and store the summary of the inputs, unless the caller did, and return its rows. Raises UserError."""
+    if setup.inputs:
+        log_plan(plan)
+        return setup.inputs.as_json()["rows"]
+    inputs = evaluation_inputs(plan, setup)
+    setup.console.report_inputs(inputs, setup.folder / INPUTS_FILE if setup.folder else None)
+    return inputs.as_json()["rows"]
 
 
 def _write_examples(plan: EvaluationPlan, results: Results, folder: Path, writes: bool) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from mae_dat.config.errors import ConfigError, InputSizeError
 from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.suites.base import CLEAN, ImagePass, NetworkInput, Suite, SuiteSettings
 from mae_dat.robustness.suites.catalogue import BENCHMARKS
-from mae_dat.robustness.suites.choose import choose_suites
+from mae_dat.robustness.suites.choose import NOT_REQUESTED, choose_suites
 from mae_dat.robustness.suites.sources import SuiteSources
 from mae_dat.robustness.suites.specs import SUITES, build_agreement, build_suite
 from mae_dat.runtime.environment import dependency_versions, installed_version, toolkit_version
@@ -128,7 +128,7 @@ def _agreement_runs(runs: Sequence[SuiteRun], sources: SuiteSources) -> list[Sui
 
 
 def log_plan(plan: EvaluationPlan) -> None:
-    """Log what will be measured, and what is skipped for which reason."""
+    """Log what will be measured, and which of the requested suites are skipped for which reason."""
     width = max(map(len, plan.suite_names))
     for name in plan.suite_names:
         suite = plan.runs_of(name)[0].suite
@@ -138,6 +138,8 @@ def log_plan(plan: EvaluationPlan) -> None:
         logger.info("%-*s  %s%s images%s", width, name, times, f"{suite.image_count:,}", partial)
     suites_of_reason: dict[str, list[str]] = {}
     for name, reason in plan.skipped.items():
+        if reason == NOT_REQUESTED:
+            continue
         suites_of_reason.setdefault(reason, []).append(name)
     for reason, names in suites_of_reason.items():
         logger.info("not measured: %s: %s", ", ".join(names), reason)

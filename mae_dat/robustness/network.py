@@ -15,6 +15,7 @@ from mae_dat.attacks.checks import require_no_declared_normalization
 from mae_dat.config.errors import ConfigError, NumericsError
 from mae_dat.config.groups import ImageSize, image_size
 from mae_dat.data.transforms import default_crop_pct
+from mae_dat.models.describe import WeightsOrigin
 from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import ModelFacts
 
@@ -65,6 +66,8 @@ class EvaluatedNetwork:
     device: torch.device
     identity: dict[str, str] | None = field(default_factory=dict)
     """Part of the cache key beside the facts; None if nothing distinguishes this network from another one."""
+    origin: WeightsOrigin | None = None
+    """The file of the weights, for the summary of the inputs; None if there is none."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of packages it needs beyond those of `mae_dat.runtime.environment`."""
 

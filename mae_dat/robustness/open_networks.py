@@ -213,7 +213,8 @@ def _classifier_network(
         "averaged": averaged,
     }
     network = network.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return create_evaluated_network(network.eval(), facts, classes, options)
+    opened = create_evaluated_network(network.eval(), facts, classes, options)
+    return replace(opened, origin=replace(file.origin, sha256=facts["sha256"] or "")) if file else opened
 
 
 def _format_numbers(values: Tensor) -> str:

@@ -13,6 +13,7 @@ from mae_dat.robustness.cache import MeasurementCache
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.suites.base import SuiteSettings
 from mae_dat.runtime.console import Console
+from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.world import World
 
 
@@ -27,6 +28,10 @@ class EvaluationSetup:
     world: World = World()  # noqa: RUF009 - immutable
     batch_size: int = 64
     num_workers: int = 0
+    command: str = "evaluate"
+    """The verb, for the summary of the inputs."""
+    inputs: InputSummary | None = None
+    """The summary that was reported already, for a whole comparison; None for one of this evaluation."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:
@@ -53,4 +58,5 @@ def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -
         tokenizer=config.tokenizer,
         batch_size=batch_size,
         device=device,
+        data_path=config.data_path,
     )

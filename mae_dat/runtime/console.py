@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.world import world_from_environment
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class Console:
         self.rich = RichConsole(stderr=True)
         self.live = self.rich.is_terminal and not quiet
         self.in_notebook = self.rich.is_jupyter and not quiet
+        self.shows_inputs = True
+        """Whether each run logs the summary of its inputs. A comparison of many runs logs one for all."""
 
     def start_logging(self, level: int = logging.INFO) -> None:
         """Send the log to the terminal above the bar, or as plain lines to standard error; only warnings if `quiet`."""
@@ -73,6 +77,17 @@ class Console:
             handler = logging.StreamHandler(sys.stdout if self.in_notebook else sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
         return handler
+
+    def report_inputs(self, inputs: InputSummary, path: Path | None = None) -> None:
+        """Log the summary of a command's inputs, and store it as the JSON file `path`. Call it on rank 0 alone.
+
+        Nothing is logged where `quiet`, or where the run is part of a job that has logged one for all. Raises
+        StorageError.
+        """
+        if self.shows_inputs and not self.quiet:
+            logger.info("%s", inputs.table())
+        if path is not None:
+            inputs.write(path)
 
     def task(self, title: str, total: int, unit: str = "step", completed: int = 0) -> "Task":
         """Return a stage of `total` units, of which a resumed run has `completed` already."""

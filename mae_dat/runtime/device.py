@@ -6,6 +6,8 @@ import resource
 import torch
 
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import available_cores
+from mae_dat.runtime.inputs import count_of
 from mae_dat.runtime.world import World
 
 
@@ -47,6 +49,38 @@ def set_float32_precision(precision: str) -> None:
     # and torch.compile and torch.export read them.
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = False
+
+
+def describe_device(
+    device: torch.device,
+    precision: torch.dtype | None = None,
+    num_workers: int | None = None,
+    ranks: int | None = None,
+) -> str:
+    """Return the device, precision, threads, loader workers and ranks of a command, in words.
+
+    `precision` is the data type of autocast, None for float32. `num_workers` is None for a command that starts none,
+    `ranks` for one that runs in one process.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else count_of(available_cores(), "core")
+    parts = [f"{device} ({name})", _precision_in_words(precision, device)]
+    parts.append(count_of(torch.get_num_threads(), "thread"))
+    if num_workers is not None:
+        parts.append(describe_workers(num_workers))
+    if ranks is not None:
+        parts.append(count_of(ranks, "rank"))
+    return ", ".join(parts)
+
+
+def describe_workers(num_workers: int) -> str:
+    """Return the number of loader workers in words."""
+    return count_of(num_workers, "worker") if num_workers else "no workers"
+
+
+def _precision_in_words(precision: torch.dtype | None, device: torch.device) -> str:
+    if precision is not None:
+        return f"{str(precision).removeprefix('torch.')} autocast"
+    return "float32 with TF32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "float32"
 
 
 def require_compiler(flag: str) -> None:

@@ -234,20 +234,24 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read as weights: {cause}. Download or write the file again.")
 
 
-def verify_card(path: Path) -> None:
+def verify_card(path: Path) -> str:
     """Compare a file with the `sha256` in its card, the JSON of the same name, if there is one.
 
-    Raises CheckpointError if they differ, or the card is damaged.
+    Returns the sha256 of the file, or an empty text if nothing was compared. Raises CheckpointError if they differ, or
+    the card is damaged.
     """
     card = path.with_suffix(".json")
     if not card.is_file():
-        return
+        return ""
     try:
         facts = json.loads(card.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the card {card} of {path.name} is damaged ({error}): restore or remove it.") from error
     expected = facts.get("sha256") if isinstance(facts, dict) else None
-    if expected and sha256_of(path) != expected:
+    if not expected:
+        return ""
+    if (actual := sha256_of(path)) != expected:
         raise CheckpointError(
             f"{path} is damaged: its sha256 is not the one in {card.name}. Install the package or copy the file again."
         )
+    return actual

@@ -14,22 +14,26 @@ from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig
 from mae_dat.config.runs import FinetuneConfig
+from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.data.open import image_root, open_images, training_images, with_channels
 from mae_dat.data.transforms import EvalTransform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
+from mae_dat.models.describe import WeightsOrigin, describe_model, timm_origin
 from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
 from mae_dat.models.weights.load import load_pretrained
-from mae_dat.models.weights.read import errors_name_flag
+from mae_dat.models.weights.read import errors_name_flag, read_model_file
 from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.training.accuracy import evaluate_accuracy
 from mae_dat.training.context import RunContext, prepare_model, run_context
+from mae_dat.training.describe import add_adversary, add_on_bad, add_pixels
 from mae_dat.training.export import export_model
 from mae_dat.training.galleries import adversary_gallery, galleries_due, show_galleries
 from mae_dat.training.next_commands import after_finetuning, log_next_commands
@@ -59,7 +63,7 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
         classes = class_count(settings.nb_classes, images)
         seed_everything(seed)
         warn_of_slow_lars(settings.opt, config.optim, context.world.size)
-        state = build_state(config, classes, context)
+        state, origin = build_state(config, classes, context)
         loader = validation_loader(validation, 2 * config.optim.batch_size, data, context)
         # Evenly spaced, but unlike `evenly_spaced` always six: in a split of fewer images some are taken twice.
         samples = [validation[index * len(validation) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
@@ -79,6 +83,7 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
             data=data,
             optim=config.optim,
             settings=flat_values(config),
+            inputs=lambda: finetuning_inputs(config, state, images, validation, origin),
             reporting=Reporting(title, at_epoch_end, ShownScore("test_acc1", "val top-1")),
         )
         facts = {**classifier_facts(settings, data, images.classes), "nb_classes": classes}
@@ -97,14 +102,17 @@ def export_classifier(state: TrainingState, context: RunContext, facts: Mapping[
     export_model(tensors, context, {**facts, "averaged": state.ema is not None, "steps": state.step})
 
 
-def build_state(config: FinetuneConfig, classes: int, context: RunContext) -> TrainingState:
+def build_state(
+    config: FinetuneConfig, classes: int, context: RunContext
+) -> tuple[TrainingState, WeightsOrigin | None]:
     """Build the model with the weights to start from, its average, the objective and the optimizer.
 
-    Raises MissingInputError, CheckpointError, ConfigError.
+    Also returns where the weights came from, None for random ones. Raises MissingInputError, CheckpointError,
+    ConfigError.
     """
     settings = config.classifier
     model = build_configured_classifier(settings, config.data, classes, settings.pretrained)
-    initialize(model, settings)
+    origin = initialize(model, settings)
     if config.baselines.splits_norms:
         split_norms(model)
     model.to(context.device)
@@ -113,7 +121,7 @@ def build_state(config: FinetuneConfig, classes: int, context: RunContext) -> Tr
     prepare_model(model, context, ema.module if ema else None)
     # The learning rate is set in every step.
     optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
-    return TrainingState(model, optimizer, objective, ema)
+    return TrainingState(model, optimizer, objective, ema), origin
 
 
 def classification_objective(config: FinetuneConfig, classes: int, device: torch.device) -> Objective:
@@ -270,26 +278,76 @@ def draw_validation_adversary(
     return {"adversary": adversary_gallery(image, adversary)}
 
 
-def initialize(model: Classifier, settings: ClassifierConfig) -> None:
+def initialize(model: Classifier, settings: ClassifierConfig) -> WeightsOrigin | None:
     """Load the weights that the flags start from; for a linear probe freeze them and put a new head on top.
 
-    Raises MissingInputError, CheckpointError, ConfigError.
+    Returns where the weights came from, None for random ones. Raises MissingInputError, CheckpointError, ConfigError.
     """
+    origin = None
     if settings.finetune:
-        initialize_from(model, settings.finetune)
-    elif not settings.pretrained:
-        logger.info("%s starts from random weights: no --finetune, no --pretrained.", settings.model)
+        origin = initialize_from(model, settings.finetune)
+    elif settings.pretrained:
+        origin = timm_origin(model)
     if settings.linear_probe:
         model.make_linear_probe()
+    return origin
 
 
-def initialize_from(model: Classifier, source: str | Path) -> None:
-    """Load pretrained weights from a file, an output folder or by their released name.
+def initialize_from(model: Classifier, source: str | Path) -> WeightsOrigin:
+    """Load pretrained weights from a file, an output folder or by their released name; return where they came from.
 
     Raises MissingInputError, CheckpointError, DownloadError.
     """
     with errors_name_flag("--finetune"):
-        load_pretrained(model, source)
+        file = read_model_file(source)
+        load_pretrained(model, file)
+    return file.origin
+
+
+def finetuning_inputs(
+    config: FinetuneConfig,
+    state: TrainingState,
+    images: ImageSet,
+    validation: ImageSet,
+    origin: WeightsOrigin | None,
+) -> InputSummary:
+    """Return the summary of what a fine-tuning reads; `origin` is that of the weights it starts from."""
+    data, settings, model = config.data, config.classifier, state.model
+    inputs = InputSummary(config.verb)
+    add_images(inputs, data.data_path, image_root(data.data_path), {"training": images, "validation": validation})
+    add_on_bad(inputs, data.on_bad)
+    classes = class_count(settings.nb_classes, images)
+    inputs.add("model", describe_model(settings.model, model, classes))
+    if classes > len(images.classes):
+        inputs.add("classes", f"outputs {len(images.classes)} to {classes - 1} have no folder (--nb_classes)")
+    inputs.add(
+        "weights",
+        origin.describe() if origin else "random (no --finetune, no --pretrained)",
+        "linear probe: a new head alone is trained" * settings.linear_probe,
+    )
+    add_pixels(
+        inputs,
+        data,
+        model,
+        f"training: {describe_augmentation(config.augment)}",
+        f"validation: {describe_resize(EvalTransform(data.image_size))}",
+    )
+    add_adversary(inputs, config.dat, state.objective, config.baselines.describe())
+    return inputs
+
+
+def describe_augmentation(augment: AugmentConfig) -> str:
+    """Return the crops and the augmentation in words."""
+    low, high = (f"{100 * share:g}" for share in augment.crop_scale)
+    parts = [f"random crop of {low} to {high} % of the area", "bicubic", "flip"]
+    if augment.aa:
+        parts.append(augment.aa)
+    elif augment.color_jitter:
+        parts.append(f"color jitter {augment.color_jitter:g}")
+    for name in ("reprob", "mixup", "cutmix"):
+        if value := getattr(augment, name):
+            parts.append(f"{'erasing' if name == 'reprob' else name} {value:g}")
+    return ", ".join(parts)
 
 
 def main(config: FinetuneConfig) -> None:

@@ -8,15 +8,19 @@ from torch import Tensor
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import MaskConfig
 from mae_dat.config.runs import PretrainConfig
+from mae_dat.data.describe import add_images
 from mae_dat.data.image_set import Batch, ImageSet, Transform
-from mae_dat.data.open import training_images, with_channels
+from mae_dat.data.open import image_root, training_images, with_channels
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform, PretrainTransform
+from mae_dat.models.describe import describe_model
 from mae_dat.models.mae import MaskedAutoencoder, build_mae
 from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.training.context import prepare_model, run_context
+from mae_dat.training.describe import add_adversary, add_on_bad, add_pixels
 from mae_dat.training.export import export_model
 from mae_dat.training.galleries import adversary_gallery, galleries_due, reconstruction_gallery, show_galleries
 from mae_dat.training.next_commands import after_pretraining, log_next_commands
@@ -59,6 +63,7 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
             data=data,
             optim=config.optim,
             settings=flat_values(config),
+            inputs=lambda: pretraining_inputs(config, images, state),
             reporting=Reporting(title, at_epoch_end),
         )
         facts: dict[str, Any] = {
@@ -87,6 +92,20 @@ def pretraining_objective(config: PretrainConfig, model: MaskedAutoencoder, devi
     weight = mae.words_weight if mae.target == "both" else None
     objective = MaskedReconstruction(mae.mask_ratio, mae.norm_pix_loss, tokenizer, weight)
     return WithDAT(tokenizer, attack, objective) if attack else objective
+
+
+def pretraining_inputs(config: PretrainConfig, images: ImageSet, state: TrainingState) -> InputSummary:
+    """Return the summary of what a pretraining reads."""
+    data, mae = config.data, config.mae
+    inputs = InputSummary(config.verb)
+    add_images(inputs, data.data_path, image_root(data.data_path), {"training": images})
+    add_on_bad(inputs, data.on_bad)
+    target = f"target {mae.target}" + (", normalized by patch" if mae.norm_pix_loss and mae.target != "words" else "")
+    inputs.add("model", f"{describe_model(mae.model, state.model)}; mask ratio {mae.mask_ratio:g}, {target}")
+    inputs.add("weights", "random")
+    add_pixels(inputs, data, state.model, "random crop of 20 to 100 % of the area, bicubic, flip")
+    add_adversary(inputs, config.dat, state.objective)
+    return inputs
 
 
 def gallery_images(images: ImageSet, transform: Transform) -> Tensor:

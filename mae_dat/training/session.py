@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from mae_dat.data.open import describe_images
 from mae_dat.data.sampler import TrainSampler, steps_per_epoch
 from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.environment import code_facts
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.runtime.run_log import RunLog
+from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.storage.files import prepare_output_folder
 from mae_dat.storage.output_lock import record_start
 from mae_dat.training.context import RunContext
+from mae_dat.training.describe import add_device, add_run_output
 from mae_dat.training.loop import Trainer
 from mae_dat.training.resume import checkpoint_to_resume, keep_global_batch, restore_progress
 from mae_dat.training.setup import Reporting, TrainingSetup
@@ -36,14 +39,16 @@ def run_training(  # noqa: PLR0913 - keywords
     data: DataConfig,
     optim: OptimConfig,
     settings: Mapping[str, Any],
+    inputs: Callable[[], InputSummary],
     reporting: Reporting,
     trainer_class: type[Trainer] = Trainer,
     epoch_steps: int | None = None,
 ) -> None:
     """Resume or start a training in the output folder, and train to the end.
 
-    `settings` are all settings of the run by flag, for its manifests and config.yaml. `epoch_steps` are the updates of
-    an epoch, by default as many as its images fill. Raises what `Trainer.run` raises, and ConfigError, CheckpointError,
+    `settings` are all settings of the run by flag, for its manifests and config.yaml. `inputs` returns the summary of
+    what the run reads; rank 0 calls it, and adds the device and the output folder. `epoch_steps` are the updates of an
+    epoch, by default as many as its images fill. Raises what `Trainer.run` raises, and ConfigError, CheckpointError,
     DataError, NoProgressError and StorageError before the first step.
     """
     checkpoint = on_main_rank(lambda: checkpoint_to_resume(context.run, context.output))
@@ -53,7 +58,9 @@ def run_training(  # noqa: PLR0913 - keywords
     state.step = context.run.start_epoch * epoch_steps
     if checkpoint:
         restore_progress(state, checkpoint, manifest, epoch_steps=epoch_steps, context=context)
-    if state.step >= optim.total_epochs * epoch_steps:
+    total_steps = optim.total_epochs * epoch_steps
+    on_main_rank(lambda: _report_inputs(inputs(), context, checkpoint, state.step, total_steps, data.num_workers))
+    if state.step >= total_steps:
         logger.info("%s is complete (%d steps): nothing left to train.", context.run.output_dir, state.step)
         return
     with contextlib.closing(_start_log(context, settings, state.step)) as log:
@@ -69,6 +76,15 @@ def run_training(  # noqa: PLR0913 - keywords
         )
         with memory_errors_name_flags(settings):
             trainer_class(state, setup).run()
+
+
+def _report_inputs(
+    inputs: InputSummary, context: RunContext, checkpoint: Checkpoint | None, step: int, total_steps: int, workers: int
+) -> None:
+    """Log the summary of the inputs, and store it unless nothing is left to train. Raises StorageError."""
+    add_device(inputs, context, workers)
+    add_run_output(inputs, context, checkpoint, step, total_steps)
+    context.console.report_inputs(inputs, context.output / INPUTS_FILE if step < total_steps else None)
 
 
 def _manifest(settings: Mapping[str, Any], images: ImageSet, optim: OptimConfig, ranks: int) -> dict[str, Any]:

@@ -30,7 +30,13 @@ from mae_dat.config.parse import load_config
 from mae_dat.detection.coco import PADDING_LABEL, BoxTransform, CocoImages, CocoSplit, find_annotations
 from mae_dat.detection.measure import coco_scores, corruption_summary
 from mae_dat.detection.objective import DetectionObjective, ground_truth
-from mae_dat.detection.train import build_configured_detector, detect, measure_detector, open_coco_images
+from mae_dat.detection.train import (
+    build_configured_detector,
+    detect,
+    measure_detector,
+    open_coco_images,
+    start_detector,
+)
 from mae_dat.models.detector import Detector, SimpleFeaturePyramid, build_detector
 from mae_dat.models.mae import build_mae
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer, load_tokenizer
@@ -228,7 +234,7 @@ def test_detector_starts_from_a_pretraining(tmp_path: Path, folder: Path) -> Non
     source = build_mae("mae_vit_demo_patch8").state_dict()
     torch.save({"model": source}, tmp_path / "mae.pth")
     config = config_for(folder, tmp_path, "--finetune", str(tmp_path / "mae.pth"), "--input_size", "40", "80")
-    trunk: Any = build_configured_detector(config, 3, start=True).net.backbone.trunk  # type: ignore[union-attr]
+    trunk: Any = start_detector(config, 3)[0].net.backbone.trunk  # type: ignore[union-attr]
     own = trunk.state_dict()
     assert own["pos_embed"].shape == (1, 1 + 8 * 12, 128)  # padded to 64 x 96 inside
     shared = [name for name in own if name != "pos_embed"]

@@ -1,6 +1,7 @@
 """The comparison of fine-tunings, from images to a report, on tiny generated pictures."""
 
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mae_dat.experiments.compare import compare
 from mae_dat.robustness.scores.results import read_results
 from mae_dat.robustness.suites.attacks import WORD_SUITES
 from mae_dat.runtime.console import Console
+from mae_dat.runtime.inputs import read_inputs
 
 ARMS = ("plain", "random", "released")
 FLAGS = "--input_size 32 --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --pictures_every 1"
@@ -61,14 +63,29 @@ def test_the_report_holds_every_arm(config: CompareConfig) -> None:
     assert {"Clean (%) ↑", "IN-C*: mean corruption error (%) ↓", "Cue conflict*: shape bias (0–1) ↑"} <= set(headings)
 
 
-def test_a_rerun_trains_only_what_is_missing(config: CompareConfig) -> None:
+def test_one_summary_of_the_inputs_stands_for_all_runs(config: CompareConfig) -> None:
+    output = Path(config.output_dir)
+    inputs = read_inputs(output / "inputs.json")
+    assert inputs.rows["training"] == "train/: 24 images in 10 classes (2 to 3 each)"
+    assert inputs.rows["trainings"] == "pretraining: plain\nfine-tuning: plain, random, released; seed 0"
+    assert inputs.rows["model"] == "mae_vit_demo_patch8, then vit_demo_patch8"
+    assert inputs.rows["output"] == f"{output} (new)"
+    assert read_results(output / "results.json")["inputs"] == inputs.rows
+    for name in ("pretrain", "plain-seed0", "released-seed0"):
+        assert read_inputs(output / name / "inputs.json").rows["output"].startswith(f"{output / name} (new run, ")
+
+
+def test_a_rerun_trains_only_what_is_missing(config: CompareConfig, caplog: pytest.LogCaptureFixture) -> None:
     output = Path(config.output_dir)
     shutil.rmtree(output / "random-seed0")
     checkpoints = {path: path.stat().st_mtime_ns for path in output.glob("*/checkpoint-*.pth")}
     before = read_results(output / "results.json")["cells"]
     measured = {path: path.stat().st_mtime_ns for path in output.glob("cells/*")}
     assert len(checkpoints) == 3
-    assert compare(config, Console(quiet=True)) is not None
+    with caplog.at_level(logging.INFO):
+        assert compare(config, Console()) is not None
+    (table,) = (message for message in caplog.messages if message.startswith("inputs of mae-dat "))
+    assert "(resumes: 3 of 4 trainings are complete)" in " ".join(table.split())
     assert checkpoints == {path: path.stat().st_mtime_ns for path in checkpoints}
     assert list((output / "random-seed0").glob("checkpoint-*.pth"))
     assert before == read_results(output / "results.json")["cells"]
@@ -79,7 +96,7 @@ def test_a_rerun_trains_only_what_is_missing(config: CompareConfig) -> None:
 def test_without_measuring_nothing_is_written_but_runs(config: CompareConfig, tmp_path: Path) -> None:
     short = dataclasses.replace(config, output_dir=str(tmp_path / "out"), arms=("plain",), measure=False)
     assert compare(short, Console(quiet=True)) is None
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["plain-seed0", "pretrain"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inputs.json", "plain-seed0", "pretrain"]
 
 
 def test_an_unknown_arm_is_refused_with_a_suggestion() -> None:

@@ -245,4 +245,6 @@ def test_two_processes_have_one_writer(images: Path, tmp_path: Path) -> None:
     (record,) = read_log(tmp_path / "out" / "log.txt")
     assert record["step"] == 3
     assert done.stderr.count("effective batch 8 (4 x 1 x 2 ranks)") == 1
+    assert done.stderr.count("inputs of mae-dat pretrain:") == 1
+    assert ", no workers, 2 ranks\n" in done.stderr
     assert len(list((tmp_path / "out").glob("events.out.tfevents.*"))) == 1

@@ -241,9 +241,7 @@ def test_any_timm_model_trains_stops_goes_on_and_is_evaluated(name: str, images:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
-def test_timm_weights_are_the_start_when_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_timm_weights_are_the_start_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """timm's own loading, from a file in the place of its download."""
     trained = timm.create_model("test_resnet", num_classes=1000)
     torch.save(trained.state_dict(), tmp_path / "weights.pth")
@@ -254,14 +252,13 @@ def test_timm_weights_are_the_start_when_asked_for(
     net = build_configured_classifier(config.classifier, config.data, 7, pretrained=True).net
     assert torch.equal(net.conv1[0].weight, trained.conv1[0].weight)
     assert net.fc.out_features == 7
-    with caplog.at_level("INFO"):
-        initialize(build_configured_classifier(config.classifier, config.data, 7), config.classifier)
-        assert not caplog.messages
-        initialize(
-            build_configured_classifier(config.classifier, config.data, 7),
-            load_config(FinetuneConfig, ["--model", "test_resnet"]).classifier,
-        )
-    assert "test_resnet starts from random weights" in caplog.text
+    origin = initialize(
+        build_configured_classifier(config.classifier, config.data, 7, pretrained=True), config.classifier
+    )
+    assert origin is not None
+    assert origin.describe() == f"timm's weights test_resnet.r160_in1k ({tmp_path / 'weights.pth'})"
+    from_nothing = load_config(FinetuneConfig, ["--model", "test_resnet"]).classifier
+    assert initialize(build_configured_classifier(from_nothing, config.data, 7), from_nothing) is None
 
 
 @pytest.mark.slow

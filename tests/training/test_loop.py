@@ -52,6 +52,7 @@ from mae_dat.models.mae import MaeSize, build_mae
 from mae_dat.models.tokenizer import LightTokenizer
 from mae_dat.runtime import signals as stopping
 from mae_dat.runtime.console import Console
+from mae_dat.runtime.inputs import read_inputs
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.world import World, process_group
 from mae_dat.storage.checkpoint import newest_checkpoint
@@ -97,6 +98,7 @@ def test_a_stopped_run_resumes_as_if_nothing_had_happened(
     with caplog.at_level(logging.INFO):
         train(folder, tmp_path / "stopped", tokenizer)
     assert "resuming from" in caplog.text
+    assert f"(resumes at step {step + 1} of " in read_inputs(tmp_path / "stopped" / "inputs.json").rows["output"]
     whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path / "stopped")
     assert_equal_states(resumed, whole)
     moved = [not torch.equal(value, whole["model"][key]) for key, value in between["model"].items()]

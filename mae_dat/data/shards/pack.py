@@ -9,7 +9,7 @@ import dataclasses
 import io
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.errors import ConfigError, DataError, OutputError
 from mae_dat.config.extras import require_extra
 from mae_dat.data.decode import decode_bytes, read_bytes
+from mae_dat.data.describe import add_images, describe_classes, describe_root
 from mae_dat.data.folders import SPLIT_NAMES
 from mae_dat.data.image_set import ImageFolder
-from mae_dat.data.loader import map_in_workers
+from mae_dat.data.loader import map_in_workers, worker_count
 from mae_dat.data.sampler import epoch_order
-from mae_dat.data.shards.index import ShardIndex, build_index
+from mae_dat.data.shards.index import INDEX_FILE, ShardIndex, build_index
 from mae_dat.runtime.console import Console, console_for_command
+from mae_dat.runtime.device import describe_workers
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary, count_of, describe_bytes
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ def main(config: PackConfig) -> None:
     if bool(config.index) == bool(config.source and config.out):
         raise ConfigError("give a folder of images and a folder for the shards, or --index DIR alone; see --help.")
     if config.index:
-        print_summary(index_existing(Path(config.index), config.classes), config.index)
+        print_summary(index_existing(config, console), config.index)
     else:
         print_summary(pack(config, console), config.out)
 
@@ -54,14 +57,33 @@ def pack(config: PackConfig, console: Console) -> dict[str, ShardIndex]:
     for name in names:
         if any((out / name).glob("*.tar")):
             raise OutputError(f"{out / name} holds shards already: name a new folder, or delete them.")
+    splits = {
+        name: ImageFolder(source / name, lambda image: torch.zeros(0), labelled=config.labelled and name != "")
+        for name in names
+    }
+    console.report_inputs(pack_inputs(config, splits), prepare_output_folder(out) / INPUTS_FILE)
     indices = {}
-    for name in names:
-        images = ImageFolder(source / name, lambda image: torch.zeros(0), labelled=config.labelled and name != "")
+    for name, images in splits.items():
         folder = prepare_output_folder(out / name)
         _write_shards(images, folder, name or "images", config, console=console)
         indices[name] = dataclasses.replace(build_index(folder, images.classes or None), packed_size=config.size)
         indices[name].write(folder)
     return indices
+
+
+def pack_inputs(config: PackConfig, splits: Mapping[str, ImageFolder]) -> InputSummary:
+    """Return the summary of what is packed."""
+    inputs = InputSummary(config.verb)
+    add_images(inputs, config.source, Path(config.source), {name or "images": split for name, split in splits.items()})
+    if config.on_bad == "skip":
+        inputs.add("left out", "unreadable images are skipped and logged (--on_bad skip)")
+    smaller = (
+        f"shorter side at most {config.size} px, JPEG quality {config.quality}" if config.size else "files as they are"
+    )
+    inputs.add("shards", f"{config.shard_mb:g} MB each, {smaller}")
+    inputs.add("workers", describe_workers(worker_count(config.num_workers)))
+    inputs.add("output", str(Path(config.out).absolute()))
+    return inputs
 
 
 def _write_shards(images: ImageFolder, folder: Path, name: str, config: PackConfig, *, console: Console) -> None:
@@ -120,24 +142,39 @@ def _samples(images: ImageFolder, order: Sequence[int], files: Iterable[Any], on
         yield {"__key__": f"{index:08d}-{stem}", suffix: content, **class_number}
 
 
-def index_existing(folder: Path, classes: str | None) -> dict[str, ShardIndex]:
-    """Write the index of the shards in a folder, or in each of its splits; return the indices as `pack` does.
+def index_existing(config: PackConfig, console: Console) -> dict[str, ShardIndex]:
+    """Write the index of the shards in the folder of `--index`, or in each of its splits; return them as `pack` does.
 
-    `classes` is a text file with a class name per line. Raises ConfigError, DataError, StorageError.
+    Raises ConfigError, DataError, StorageError.
     """
-    names = None
+    folder, names = Path(config.index or ""), None
     if not folder.is_dir():
         raise ConfigError(f"--index {folder}: there is no such folder.")
-    if classes:
+    if config.classes:
         try:
-            names = Path(classes).read_text().splitlines()
+            names = Path(config.classes).read_text().splitlines()
         except (OSError, UnicodeError) as error:
-            raise ConfigError(f"--classes {classes}: cannot be read ({error}).") from error
+            raise ConfigError(f"--classes {config.classes}: cannot be read ({error}).") from error
     splits = [name for split in SPLIT_NAMES.values() for name in split if any((folder / name).glob("*.tar"))] or [""]
+    console.report_inputs(index_inputs(config, splits, names), folder / INPUTS_FILE)
     indices = {split: build_index(folder / split, names) for split in splits}
     for split, index in indices.items():
         index.write(folder / split)
     return indices
+
+
+def index_inputs(config: PackConfig, splits: Sequence[str], classes: Sequence[str] | None) -> InputSummary:
+    """Return the summary of the shards that are indexed."""
+    folder = Path(config.index or "")
+    inputs = InputSummary(f"{config.verb} --index")
+    inputs.add("data", describe_root(str(folder), folder))
+    for split in splits:
+        shards = [*(folder / split).glob("*.tar")]
+        size = sum(shard.stat().st_size for shard in shards)
+        inputs.add(split or "images", f"{count_of(len(shards), 'shard')}, {describe_bytes(size)}")
+    inputs.add("classes", f"{describe_classes(classes)} (--classes)" if classes else "numbers (no --classes)")
+    inputs.add("output", f"{INDEX_FILE} in {' and '.join(str((folder / split).absolute()) for split in splits)}")
+    return inputs
 
 
 def print_summary(indices: dict[str, ShardIndex], out: str) -> None:

@@ -20,7 +20,8 @@ from mae_dat.data.decode import decode_bytes, decode_pixels, image_error, with_r
 from mae_dat.data.image_set import ImageSet, Transform
 from mae_dat.data.sampler import epoch_order
 from mae_dat.data.shards.cache import download_shard, origin_of
-from mae_dat.data.shards.index import BLOCK, Shard, read_index
+from mae_dat.data.shards.index import BLOCK, INDEX_FILE, Shard, read_index
+from mae_dat.runtime.inputs import count_of, describe_bytes
 
 LANES = 64
 _OPEN_FILES = 80  # more than there are lanes
@@ -72,6 +73,8 @@ class Shards(ImageSet):
     process keeps some shards open. See `ImageSet` for the other arguments. Raises DataError, naming shard and member.
     """
 
+    class_names_from = f"from {INDEX_FILE}"
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -117,6 +120,16 @@ class Shards(ImageSet):
     def label(self, index: int) -> int:
         """Return the number of an image's class; -1 if unlabelled."""
         return int(self.labels[index])
+
+    def class_counts(self) -> list[int]:
+        """Return the number of images of every class, in the order of `classes`; empty if there are no labels."""
+        return torch.bincount(self.labels[self.labels >= 0], minlength=len(self.classes)).tolist()[: len(self.classes)]
+
+    def describe_storage(self) -> str:
+        """Return the number and size of the shards, and the size to which images were shrunk."""
+        size = sum(shard.bytes for shard in self.index.shards)
+        shrunk = f", shrunk to {self.packed_size} px" if self.packed_size else ""
+        return f"{count_of(len(self.index.shards), 'shard')}, {describe_bytes(size)}{shrunk}"
 
     def load_image(self, index: int) -> Image.Image:
         """Decode an image, RGB. Raises DataError, DownloadError, StorageError."""

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, suggest
+from mae_dat.data.describe import describe_classes
 from mae_dat.models.modes import Network
 from mae_dat.models.weights.converters import CONVERTERS, Conversion, ModelOutputs, random_images, to_hub
+from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.runtime.console import console_for_command
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.storage.files import prepare_output_folder
 
 TOLERANCE = 1e-4  # largest difference of the outputs before and after, relative to the largest output
@@ -86,10 +89,12 @@ def convert(
     """
     if to not in _SUFFIXES:
         raise ConfigError(f"convert(to={to!r}): {suggest(to, list(_SUFFIXES))}")
-    source = str(source)
-    dest = Path(dest)
-    _check_destination(source, dest, to)
-    opened = open_model(source, model)
+    _check_destination(str(source), Path(dest), to)
+    return _convert_opened(open_model(source, model), str(source), Path(dest), to, license)
+
+
+def _convert_opened(opened: OpenedModel, source: str, dest: Path, to: str, license: str | None) -> ConvertedModel:
+    """Convert an opened model; see `convert`."""
     network = opened.encoder()
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".convert.") as folder, _only_warnings():
         conversion = _write(opened, Path(folder) / dest.name, to, dest=dest, source=source, license=license)
@@ -153,5 +158,20 @@ def output_difference(before: Network, after: Network, image: Tensor) -> float:
 
 def main(config: ConvertConfig) -> None:
     """Run the command."""
-    console_for_command()
-    print(convert(config.source, config.dest, config.to, model=config.model, license=config.license))
+    console, dest = console_for_command(), Path(config.dest)
+    _check_destination(config.source, dest, config.to)
+    opened = open_model(config.source, config.model)
+    inputs = conversion_inputs(config, opened)
+    console.report_inputs(inputs)
+    print(_convert_opened(opened, config.source, dest, config.to, config.license))
+    inputs.write(dest / INPUTS_FILE if config.to == "hf" else dest.with_name(f"{dest.name}.{INPUTS_FILE}"))
+
+
+def conversion_inputs(config: ConvertConfig, opened: OpenedModel) -> InputSummary:
+    """Return the summary of what a conversion reads."""
+    inputs = InputSummary(config.verb)
+    add_opened_models(inputs, [opened])
+    inputs.add("pixels", describe_pixels(opened))
+    inputs.add("classes", f"{describe_classes(opened.classes)} (names stored with the model)" if opened.classes else "")
+    inputs.add("output", f"{Path(config.dest).absolute()} ({config.to})")
+    return inputs

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mae_dat.models.describe import WeightsOrigin
 from mae_dat.storage.weight_files import PixelStatistics, WeightsFile
 
 Kind = Literal["autoencoder", "encoder", "classifier", "detector", "tokenizer", "other"]
@@ -63,10 +64,20 @@ class ModelFile:
     statistics: PixelStatistics | None = None
     """Mean and standard deviation of pixels in [0, 1], one value per channel, if the file holds them."""
 
+    released: str = ""
+    """The released name that it was given by."""
+    sha256: str = ""
+    """The hash of the file, if it was compared with its card."""
+
     @property
     def label(self) -> str:
         """Path and format, for messages."""
         return f"{self.source} ({self.format})"
+
+    @property
+    def origin(self) -> WeightsOrigin:
+        """Where the tensors came from, without the tensors."""
+        return WeightsOrigin(self.source, self.format, self.released, self.wrappers, self.sha256)
 
 
 def recognize(file: WeightsFile, facts: Mapping[str, Any] | None = None, is_ours: bool = False) -> ModelFile:

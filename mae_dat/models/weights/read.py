@@ -5,6 +5,7 @@ Evaluation, fine-tuning, conversion and torch.hub all read models here.
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,20 @@ def read_model_file(source: ModelSource) -> ModelFile:
         return source
     facts: Mapping[str, Any] | None = None
     is_ours = False
+    released = digest = ""
     if isinstance(source, Mapping):
         file = extract_weights(source, "the given weights")
     else:
         path = Path(source)
         entry = None if path.exists() else released_weights().get(str(path))
+        released = entry.name if entry else ""
         path = local_path(path)
         if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
             file, facts = _read_newest_checkpoint(path)
             is_ours = True
         else:
             path = path / WEIGHTS_FILE if path.is_dir() else path
-            verify_card(path)
+            digest = verify_card(path)
             file = read_weights(path)
             facts = file.facts or (entry.facts if entry else {})
     # The word head is used only by the pretraining with its tokenizer; models loaded from the file have none.
@@ -56,7 +59,7 @@ def read_model_file(source: ModelSource) -> ModelFile:
         raise CheckpointError(
             f"{file.source} is a tokenizer ({model_file.format}): use it with --tokenizer or mae_dat.load_tokenizer."
         )
-    return model_file
+    return replace(model_file, released=released, sha256=digest)
 
 
 def _read_newest_checkpoint(folder: Path) -> tuple[WeightsFile, dict[str, Any]]:

@@ -85,6 +85,8 @@ class ReportData:
     """By model in bfloat16: images with the same prediction in float32."""
     examples: list[dict[str, Any]]
     training: TrainingFacts | None
+    inputs: dict[str, str]
+    """What the evaluation read, label -> text; empty for results of older releases."""
 
     @property
     def groups_are_rows(self) -> bool:
@@ -151,6 +153,7 @@ def summarize(results: Results) -> ReportData:
         agreement=results.get("agreement", {}),
         examples=results["examples"],
         training=results.get("training"),
+        inputs={label: text for label, text in results.get("inputs", {}).items() if label != "output"},
     )
 
 

@@ -169,6 +169,14 @@ def precision_text(facts: ModelFacts, agreement: Count | None) -> str:
     return text.replace("%)", " %)") + warning
 
 
+def inputs_table(report: ReportData) -> Table | None:
+    """Return what was logged before the start, a row each; None for results of older releases."""
+    if not report.inputs:
+        return None
+    rows = [(label, "; ".join(text.split("\n"))) for label, text in report.inputs.items()]
+    return Table(key="inputs", title="Inputs", head=("", "as logged before the start"), rows=tuple(rows), words=2)
+
+
 def networks_table(report: ReportData) -> Table:
     """Return the facts of the models, a column each."""
     weights = {None: "not known", True: "moving average", False: "as trained"}

@@ -148,6 +148,8 @@ class Results(TypedDict):
     """Images on which the models differ: file (PNG next to results.json), suite, cell, label, answers (prediction by
     model)."""
     training: NotRequired[TrainingFacts]
+    inputs: NotRequired[dict[str, str]]
+    """The rows of the summary that was logged before the start: label -> text."""
 
 
 def all_versions(measured_under: Sequence[VersionedCells]) -> dict[str, str]:

@@ -145,6 +145,8 @@ class SuiteSettings:
     batch_size: int = 64
     """Only AutoAttack's result depends on it."""
     device: torch.device | str = "cpu"
+    data_path: str | None = None
+    """What named the root, for the summary of the inputs; None if the environment variable did."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

@@ -15,6 +15,8 @@ from mae_dat.robustness.suites.specs import SUITES
 
 CUSTOM_SUITES = tuple(name for name, spec in SUITES.items() if spec.kind == "custom")
 DERIVED_SUITES = tuple(name for name, spec in SUITES.items() if spec.kind == "derived")
+NOT_REQUESTED = "not asked for"
+"""The reason of suites that --suite does not name."""
 
 
 def choose_suites(requested: Sequence[str], sources: SuiteSources) -> tuple[list[str], dict[str, str]]:
@@ -29,7 +31,7 @@ def choose_suites(requested: Sequence[str], sources: SuiteSources) -> tuple[list
         if name not in (*SUITES, "all"):
             raise ConfigError(f"--suite {name}: {suggest(name, [*SUITES, 'all'])}")
     if "all" not in requested:
-        return list(dict.fromkeys(requested)), {name: "not asked for" for name in SUITES if name not in requested}
+        return list(dict.fromkeys(requested)), {name: NOT_REQUESTED for name in SUITES if name not in requested}
     reasons = _reasons_to_skip(sources)
     skipped = {name: reasons[name] for name in SUITES if name in reasons and name not in requested}
     chosen = [name for name in SUITES if name not in skipped]

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError
-from mae_dat.data.folders import visible_entries
+from mae_dat.data.folders import IgnoredFiles, count_ignored, is_image_name, visible_entries
 from mae_dat.robustness.corruptions import CATEGORIES
 
 SEVERITY_FOLDERS = ("1", "2", "3", "4", "5")
@@ -41,11 +40,7 @@ def folders_in(root: str) -> dict[str, str]:
 
 
 def _images_in(root: str) -> list[str]:
-    return [entry.name for entry in visible_entries(root) if not entry.is_dir() and _is_image(entry.name)]
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+    return [entry.name for entry in visible_entries(root) if not entry.is_dir() and is_image_name(entry.name)]
 
 
 def _first_names(names: Sequence[str]) -> str:
@@ -53,8 +48,8 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def list_images(root: str, expected: ExpectedFolder) -> Listing:
-    """List all images in the class folders of `root`.
+def list_images(root: str, expected: ExpectedFolder, ignored_files: IgnoredFiles | None = None) -> Listing:
+    """List all images in the class folders of `root`; add other files to `ignored_files`.
 
     Raises DataError for a folder of the wrong level, class folders that the benchmark does not have, and images or
     folders in a wrong place.
@@ -72,15 +67,18 @@ def list_images(root: str, expected: ExpectedFolder) -> Listing:
         )
     if stray := _images_in(root):
         raise DataError(f"{root}: images next to the class folders ({_first_names(stray)}): move or delete them")
+    ignored_files = IgnoredFiles() if ignored_files is None else ignored_files
+    count_ignored(visible_entries(root, ignored_files), ignored_files)
     listing: Listing = []
     for name in class_folders:
-        entries = visible_entries(folders[name])
+        entries = visible_entries(folders[name], ignored_files)
         if inner := [entry.name for entry in entries if entry.is_dir()]:
             raise DataError(
                 f"{folders[name]}: contains folders ({_first_names(inner)}), but {expected.title} has images here"
             )
+        count_ignored([entry for entry in entries if not is_image_name(entry.name)], ignored_files)
         label = expected.labels[name]
-        listing += [(f"{name}/{entry.name}", label) for entry in entries if _is_image(entry.name)]
+        listing += [(f"{name}/{entry.name}", label) for entry in entries if is_image_name(entry.name)]
     return listing
 
 

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_tensor
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import ImageSize
 from mae_dat.data.decode import ImageError, decode_file, read_bytes
-from mae_dat.data.folders import require_folder
+from mae_dat.data.folders import IgnoredFiles, require_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.robustness.corruptions import SEVERITIES
@@ -228,15 +228,8 @@ class CustomSet(BenchmarkSet):
     def __init__(self, cell: Cell, images: ImageSet, class_mapping: ClassMapping, preprocessing: Preprocessing) -> None:
         listing = [(str(index), images.label(index)) for index in range(len(images))]
         targets = torch.tensor([label for _, label in listing])[:, None]
-        super().__init__(
-            cell,
-            images.root,
-            listing=listing,
-            targets=targets,
-            class_mapping=class_mapping,
-            preprocessing=preprocessing,
-        )
-        self.images = images
+        super().__init__(cell, images.root, listing, targets, class_mapping=class_mapping, preprocessing=preprocessing)
+        self.images, self.ignored_files = images, images.ignored_files
         if images.packed_size is not None:
             self.protocol["folder"] = f"shards, shrunk to {images.packed_size} px"
 
@@ -291,7 +284,7 @@ def open_benchmark(
     first: Listing = []
     sets: list[BenchmarkSet] = []
     for cell, path in folders.items():
-        every_image, listing, missing_of_cell = _list_cell(benchmark, path, subset)
+        every_image, listing, missing_of_cell = _list_cell(benchmark, path, subset, ignored_files := IgnoredFiles())
         _require_complete(path, benchmark, missing_of_cell, partial)
         if first and not partial:
             _require_same_images(path, listing, folders[sets[0].cell], first)
@@ -300,7 +293,7 @@ def open_benchmark(
         if benchmark.side is not None:
             check_some_sizes(path, listing, benchmark.side)
         cell_set = _build_set(benchmark, cell, path, listing, preprocessing=preprocessing)
-        cell_set.missing = missing + missing_of_cell
+        cell_set.missing, cell_set.ignored_files = missing + missing_of_cell, ignored_files
         cell_set.protocol["folder"] = root.resolve().name  # distinguishes V2's two releases
         if subset is not None:
             _record_subset(cell_set, every_image, len(listing))
@@ -334,10 +327,12 @@ def _record_subset(cell_set: BenchmarkSet, every_image: Listing, count: int) -> 
     cell_set.protocol["subset"] = f"{count:,} pictures of a list"
 
 
-def _list_cell(benchmark: Benchmark, path: str, subset: Collection[str] | None) -> tuple[Listing, Listing, list[str]]:
+def _list_cell(
+    benchmark: Benchmark, path: str, subset: Collection[str] | None, ignored_files: IgnoredFiles
+) -> tuple[Listing, Listing, list[str]]:
     """Return all images of a cell's folder, the selected ones, and what is missing. Raises DataError."""
     expected = ExpectedFolder(benchmark.title, benchmark.labels, benchmark.images, benchmark.per_class)
-    every_image = list_images(path, expected)
+    every_image = list_images(path, expected, ignored_files)
     missing = missing_images(path, every_image, expected)
     if subset is None:
         return every_image, every_image, missing

@@ -58,6 +58,11 @@ class SuiteSources:
                 self._sets[name] = self._open_benchmark(name)
         return self._sets[name]
 
+    @property
+    def opened_sets(self) -> list[BenchmarkSet]:
+        """All image sets that were opened so far."""
+        return [images for sets in self._sets.values() for images in sets]
+
     def limited_sets(self, name: str) -> list[BenchmarkSet]:
         """Return the cells with at most `limit` images each."""
         limit, seed = self.settings.limit, self.settings.seed

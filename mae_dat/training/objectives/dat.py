@@ -353,7 +353,4 @@ def open_tokenizer(dat: DatConfig, data: DataConfig, device: torch.device, pad: 
     if pad:
         tokenizer = PaddedTokenizer(tokenizer, data.image_size)
     tokenizer.check(torch.zeros(1, data.in_chans, *data.image_size))
-    logger.info(
-        "tokenizer %s: factor %d, %d words; DAT: %s", dat.tokenizer, tokenizer.factor, tokenizer.num_words, dat.kind
-    )
     return tokenizer

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_dat.config.commands.tokenizer import DistillConfig
 from mae_dat.data.loader import ImageLoader
+from mae_dat.models.describe import describe_tokenizer
 from mae_dat.models.tokenizer import VQGAN, VisualTokenizer, load_tokenizer, share_changed
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.models.tokenizer.light import LightConfig, LightTokenizer
@@ -57,6 +58,10 @@ class Distillation(TokenizerObjective):
         sample = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[:_PLACES].to(device)
         self.spacing = torch.cdist(codes[sample], codes).square().topk(2, largest=False).values[:, 1].mean()
         """Mean squared distance of a code to its nearest neighbour."""
+
+    def teacher_in_words(self) -> str:
+        """Describe the teacher."""
+        return f"codebook and targets of {describe_tokenizer(self.config.teacher, self.teacher)}"
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer of the student's encoder and decoder."""

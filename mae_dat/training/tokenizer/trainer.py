@@ -25,16 +25,20 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import DEMO, DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import command_line
+from mae_dat.data.describe import describe_ignored, describe_root, describe_size, describe_split, split_details
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import Batch, ImageFolder, ImageSet, Sample
 from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.data.open import image_root
 from mae_dat.data.transforms import EvalTransform
+from mae_dat.models.describe import describe_model
 from mae_dat.models.tokenizer.light import LightTokenizer
 from mae_dat.runtime.console import Console
+from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.world import world_from_environment
 from mae_dat.storage.files import sha256_of
 from mae_dat.training.context import RunContext, run_context
+from mae_dat.training.describe import add_on_bad
 from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.optim import set_lr
@@ -82,6 +86,10 @@ class TokenizerObjective(Objective):
         """Return what the log shows of metrics: the loss, the PSNR in dB and the norm of the gradient."""
         psnr = -10 * math.log10(max(means["squared_error"], 1e-10))
         return {"loss": means["loss"], "psnr": psnr, **{name: means[name] for name in ("grad_norm",) if name in means}}
+
+    def teacher_in_words(self) -> str:
+        """Describe the tokenizer that is imitated; empty if there is none."""
+        return ""
 
     @abstractmethod
     def measure(self, loader: ImageLoader) -> dict[str, float]:
@@ -239,18 +247,47 @@ def train_to_file(
     with run_context(run, LaunchConfig(), console) as context:
         start = time.monotonic()
         objective = objective_class(config, context.device)
+        images = training_folders(config)
         run_training(
             TokenizerState(objective.tokenizer, objective.build_optimizer(), objective),
-            training_folders(config),
+            images,
             context,
             data=DataConfig(num_workers=config.num_workers),
             optim=tokenizer_optim(config),
             settings=flat_values(config),
+            inputs=lambda: tokenizer_inputs(config, objective, images),
             reporting=Reporting("train the tokenizer", by_epochs=False),
             trainer_class=trainer_class,
             epoch_steps=1,
         )
         return export_tokenizer(config, objective, context, seconds=time.monotonic() - start)
+
+
+def tokenizer_inputs(
+    config: TokenizerTrainingConfig, objective: TokenizerObjective, images: JoinedFolders
+) -> InputSummary:
+    """Return the summary of what the training of a tokenizer reads."""
+    inputs = InputSummary(config.verb)
+    inputs.add("data", *(describe_root(path, image_root(path)) for path in config.data_path))
+    for path, folder in zip(config.data_path, images.folders, strict=True):
+        root = image_root(path)
+        inputs.add("training", describe_split(folder, root if len(images.folders) == 1 else root.parent))
+        inputs.details[f"training on {path}"] = split_details(folder)
+    inputs.add(
+        "validation", *(str(Path(path).absolute()) if path != DEMO else f"{DEMO}, val/" for path in config.val_path)
+    )
+    inputs.add("left out", describe_ignored([folder.ignored_files for folder in images.folders], ""))
+    add_on_bad(inputs, config.on_bad)
+    tokenizer = objective.tokenizer
+    words = f"factor {tokenizer.factor}, {tokenizer.num_words:,} words"
+    inputs.add("model", f"{describe_model('light tokenizer', tokenizer)}, {words}")
+    inputs.add("weights", "random", objective.teacher_in_words())
+    inputs.add(
+        "pixels",
+        f"{describe_size(config.image_size)}, no normalization",
+        "training: random crop of 25 to 100 % of the area, bicubic, flip, color jitter",
+    )
+    return inputs
 
 
 def tokenizer_optim(config: TokenizerTrainingConfig) -> OptimConfig:
