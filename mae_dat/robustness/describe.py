@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from mae_dat.data.describe import describe_classes, describe_ignored, describe_root, describe_size
 from mae_dat.data.loader import worker_count
-from mae_dat.models.classifier import Classifier
 from mae_dat.models.describe import HASH_DIGITS, describe_normalization, describe_tokenizer
 from mae_dat.robustness.evaluation_plan import EvaluationPlan
 from mae_dat.robustness.network import EvaluatedNetwork
@@ -111,8 +110,9 @@ def add_network_pixels(inputs: InputSummary, preprocessing: Sequence[tuple[Evalu
     """Add the size, normalization and preprocessing, in words, of every model's input, each combination once."""
     combinations: dict[tuple[str, str], list[str]] = {}
     for network, text in preprocessing:
-        inside = not isinstance(network.model, Classifier)
-        normalization = "normalization inside the model" if inside else describe_normalization(network.model)
+        normalization = network.facts["normalization"]
+        if normalization == "inside" or hasattr(network.model, "mean"):
+            normalization = describe_normalization(network.model)
         combination = f"{describe_size(network.size)}, {normalization}", text
         names = combinations.setdefault(combination, [])
         names += [network.name] * (network.name not in names)
