@@ -92,7 +92,12 @@ def split_details(images: ImageSet) -> dict[str, Any]:
 
 
 def describe_classes(classes: Sequence[str]) -> str:
-    """Return the classes with their numbers: `0 cat, 1 dog, ... 9 tree`. ImageNet's ids get their English names."""
+    """Return the classes with their numbers: `0 cat, 1 dog, ... 9 tree`; `0 to 9` where the numbers are the names.
+
+    ImageNet's ids get their English names.
+    """
+    if len(classes) > 2 and all(name == str(number) for number, name in enumerate(classes)):
+        return f"0 to {len(classes) - 1}"
     return list_names([f"{number} {readable_class(name)}" for number, name in enumerate(classes)])
 
 

@@ -6,9 +6,7 @@ found later, when it is read.
 
 import bisect
 import itertools
-import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +19,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError
 from mae_dat.config.groups import DEMO
 from mae_dat.data.decode import decode_file, to_rgb
-from mae_dat.data.folders import require_folder, visible_entries
+from mae_dat.data.folders import IgnoredFiles, count_ignored, require_folder, visible_entries
 from mae_dat.data.open import image_root
 from mae_dat.data.shards.cache import is_remote, remote_root
 from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.data.shards.reader import Shards
-
-logger = logging.getLogger(__name__)
 
 _ADVICE = "give files, folders or shards, such as `mae-dat predict --checkpoint OUT photo.jpg DIR`"
 
@@ -47,8 +43,12 @@ class ImagePart(Protocol):
 class InputImages:
     """Images by index, from one part after the other."""
 
-    def __init__(self, parts: Sequence[ImagePart]) -> None:
-        self.parts = list(parts)
+    def __init__(
+        self, parts: Sequence[ImagePart], paths: Sequence[str] = (), ignored_files: IgnoredFiles | None = None
+    ) -> None:
+        self.parts, self.paths = list(parts), list(paths)
+        self.ignored_files = ignored_files or IgnoredFiles()
+        """What lies in the folders `paths` and is not read."""
         self.starts = [0, *itertools.accumulate(len(part) for part in self.parts)]
 
     def __len__(self) -> int:
@@ -151,15 +151,17 @@ def open_inputs(images: Any) -> InputImages:
     if not given:
         raise ConfigError(f"no images: {_ADVICE}.")
     parts: list[ImagePart] = []
+    ignored_files = IgnoredFiles()
     in_memory = 0
     for image in given:
         if isinstance(image, str | os.PathLike):
-            parts += _open_path(os.fspath(image))
+            parts += _open_path(os.fspath(image), ignored_files)
         else:
             memory = MemoryImages(_split_batch(image), in_memory)
             in_memory += len(memory)
             parts.append(memory)
-    opened = InputImages(_merge_files(parts))
+    paths = [os.fspath(image) for image in given if isinstance(image, str | os.PathLike)]
+    opened = InputImages(_merge_files(parts), paths, ignored_files)
     if not len(opened):
         raise ConfigError(f"no images: {_ADVICE}.")
     return opened
@@ -182,13 +184,13 @@ def _merge_files(parts: Sequence[ImagePart]) -> list[ImagePart]:
     return merged
 
 
-def _open_path(path: str) -> list[ImagePart]:
+def _open_path(path: str, ignored_files: IgnoredFiles) -> list[ImagePart]:
     if path == DEMO and not os.path.exists(path):
         path = str(image_root(DEMO) / "val")
     elif is_remote(path):
         path = str(remote_root(path))
     if os.path.isdir(path):
-        return _open_folder(path)
+        return _open_folder(path, ignored_files)
     if not os.path.exists(path):
         require_folder(path)  # raises the error, with the folder that may have been meant
     if not path.lower().endswith(".tar"):
@@ -214,25 +216,20 @@ def _no_transform(image: Image.Image) -> Tensor:
     raise AssertionError("images are prepared by the model's own transform")
 
 
-def _open_folder(root: str) -> list[ImagePart]:
-    """Return the images of a folder of any depth. Logs how many other files it holds. Raises DataError if none is an
+def _open_folder(root: str, ignored_files: IgnoredFiles) -> list[ImagePart]:
+    """Return the images of a folder of any depth; add other files to `ignored_files`. Raises DataError if none is an
     image."""
-    others: Counter[str] = Counter()
+    others = IgnoredFiles()
     parts = list(_walk(root, {os.path.realpath(root)}, others))
-    left_out = ", ".join(f"{count:,} {extension or 'without extension'}" for extension, count in others.most_common(5))
     if not parts:
-        raise DataError(
-            f"{root} holds no images ({', '.join(IMG_EXTENSIONS)})"
-            + (f", only other files ({left_out})" if others else "")
-            + "; check the path"
-        )
-    if others:
-        logger.info("%s: %s other files are left out (%s)", root, f"{others.total():,}", left_out)
+        files = f", only other files: {others.describe(root)}" if others.counts else ""
+        raise DataError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)}){files}; check the path")
+    ignored_files.update(others)
     return parts
 
 
-def _walk(folder: str, visited: set[str], others: Counter[str]) -> Iterator[ImagePart]:
-    """Yield the images below a folder, sorted by folder and name; count other files by extension in `others`.
+def _walk(folder: str, visited: set[str], others: IgnoredFiles) -> Iterator[ImagePart]:
+    """Yield the images below a folder, sorted by folder and name; count other files in `others`.
 
     `visited` contains the real paths of the folders that were seen, because links may form loops.
     """
@@ -241,7 +238,7 @@ def _walk(folder: str, visited: set[str], others: Counter[str]) -> Iterator[Imag
         return
     files: list[str] = []
     shards = ""
-    for entry in visible_entries(folder):
+    for entry in visible_entries(folder, others):
         extension = Path(entry.name).suffix.lower()
         if entry.is_dir():
             real = os.path.realpath(entry.path)
@@ -254,7 +251,7 @@ def _walk(folder: str, visited: set[str], others: Counter[str]) -> Iterator[Imag
         elif extension in IMG_EXTENSIONS:
             files.append(entry.path)
         else:
-            others[extension] += 1
+            count_ignored([entry], others)
             shards = entry.path if extension == ".tar" else shards
     if files:
         yield ImageFiles(files)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from mae_dat.data.inputs import InputImages, open_inputs
 from mae_dat.prediction.batches import PredictionBatch
 from mae_dat.prediction.box_files import DRAWN_FOLDER
 from mae_dat.prediction.calibrate import fit_to_folder
+from mae_dat.prediction.describe import prediction_inputs
 from mae_dat.prediction.predictions import ImageBoxes, Predictions
 from mae_dat.prediction.predictors import BoxPredictor, ClassPredictor, open_predictor
 from mae_dat.prediction.results import ResultWriter, Tally
@@ -25,9 +25,8 @@ from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.device import amp_dtype, pick_device
+from mae_dat.runtime.inputs import INPUTS_FILE
 from mae_dat.storage.files import prepare_output_folder
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +119,8 @@ def open_run(
         if isinstance(predictor, BoxPredictor):
             _require_no_inputs_in(folder / DRAWN_FOLDER, inputs)
         prepare_output_folder(folder)
-    _log_run(predictor, inputs, options)
+    summary = prediction_inputs(inputs, predictor, setup, config)
+    console.report_inputs(summary, folder / INPUTS_FILE if folder else None)
     temperature, labeled = config.probabilities.temperature, config.probabilities.calibrate
     if labeled is not None and isinstance(predictor, ClassPredictor):
         temperature = fit_to_folder(predictor, labeled, setup).temperature
@@ -147,22 +147,3 @@ def _require_no_inputs_in(drawn: Path, inputs: InputImages) -> None:
                 f"{path} is one of the images to predict, and {drawn} is where boxes are drawn: choose another "
                 "--output_dir, or name the images so that this folder is not among them."
             )
-
-
-def _log_run(predictor: ClassPredictor | BoxPredictor, inputs: InputImages, options: EvalOptions) -> None:
-    if isinstance(predictor, BoxPredictor):
-        model, (height, width) = f"detector {predictor.name}", predictor.size
-    else:
-        network = predictor.network
-        model, (height, width) = f"{network.name} ({network.facts['architecture']})", network.size
-    logger.info(
-        "%s, %d x %d px, %s on %s; %d classes (%s)",
-        model,
-        height,
-        width,
-        options.precision_name,
-        options.device,
-        len(predictor.classes),
-        predictor.classes_from,
-    )
-    logger.info("%s images to predict", f"{len(inputs):,}")

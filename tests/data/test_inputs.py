@@ -29,17 +29,15 @@ def pixels(inputs: InputImages, index: int = 0) -> np.ndarray:
     return np.asarray(inputs.load_image(index))
 
 
-def test_files_and_folders_in_order_and_each_file_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
+def test_files_and_folders_in_order_and_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path, "d/b.jpg d/e/c.PNG d/a.webp z.png -x.png d/.hidden.png odd.name")
     (tmp_path / "d" / "notes.txt").write_text("")
     (tmp_path / "d" / "loop").symlink_to(tmp_path / "d")
     inputs = open_inputs(["z.png", Path("d"), "d/b.jpg", "-x.png", "odd.name", "z.png"])
     assert names(inputs) == ["z.png", "d/a.webp", "d/b.jpg", "d/e/c.PNG", "-x.png", "odd.name"]
-    assert "d: 1 other files are left out (1 .txt)" in caplog.text
+    assert inputs.ignored_files.describe() == "hidden 1 (d/.hidden.png), .txt 1 (d/notes.txt)"
+    assert inputs.paths == ["z.png", "d", "d/b.jpg", "-x.png", "odd.name", "z.png"]
     assert np.array_equal(pixels(inputs, 2), noise(seed=0))
     assert np.array_equal(pixels(inputs, 5), noise(seed=6))
     assert [*inputs.files()] == names(inputs)

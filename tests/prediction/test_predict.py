@@ -23,6 +23,7 @@ from mae_dat.models.weights.open import open_model
 from mae_dat.prediction.predict import predict
 from mae_dat.robustness.scores.calibration import fit_temperature
 from mae_dat.robustness.suites.sets import Preprocessing
+from mae_dat.runtime.inputs import read_inputs
 from mae_dat.storage.weight_files import write_weights
 
 __all__ = ["dataset"]  # a fixture
@@ -214,13 +215,14 @@ def test_a_released_name_on_images_of_its_classes(tmp_path: Path) -> None:
     assert set(folders) == set(predictions.classes)
 
 
-def test_names_of_classes(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    image = photos / "a.png"
-    assert predict(Linear(1000), image, input_size=32, **QUIET).classes[:2] == ["tench", "goldfish"]
-    assert "1000 classes (ImageNet's names, because the model has 1000 outputs)" in caplog.text
-    assert predict(Linear(3), image, input_size=32, **QUIET).classes == ["0", "1", "2"]
-    assert "3 classes (numbers, because the model records no names)" in caplog.text
+def test_names_of_classes(photos: Path, tmp_path: Path) -> None:
+    image, out = photos / "a.png", tmp_path / "out"
+    predictions = predict(Linear(1000), image, input_size=32, **QUIET, output_dir=out)
+    assert predictions.classes[:2] == ["tench", "goldfish"]
+    shown = read_inputs(out / "inputs.json").rows["classes"]
+    assert shown.endswith("(ImageNet's names, because the model has 1000 outputs)")
+    assert predict(Linear(3), image, input_size=32, **QUIET, output_dir=out).classes == ["0", "1", "2"]
+    assert read_inputs(out / "inputs.json").rows["classes"] == ("0 to 2 (numbers, because the model records no names)")
     named = predict(Linear(3), image, classes=["x", "y", "z"], input_size=32, **QUIET)
     assert named.columns().keys() == {"file", *(f"{name}_{k}" for k in (1, 2, 3) for name in ("class", "probability"))}
     file = tmp_path / "names.txt"
@@ -386,7 +388,7 @@ def test_bad_input_is_a_message(
         ([str(tmp_path / "photo"), *checkpoint], 66, f"did you mean {photos}?"),
         ([str(tmp_path / "no.jpg"), *checkpoint], 66, "no.jpg does not exist"),
         ([str(tmp_path / "empty"), *checkpoint], 65, "empty holds no images (.jpg"),
-        ([str(tmp_path / "texts"), *checkpoint], 65, "only other files (1 .txt); check the path"),
+        ([str(tmp_path / "texts"), *checkpoint], 65, "only other files: .txt 1 (a.txt); check the path"),
         ([str(tmp_path / "tar"), *checkpoint], 66, "holds shards without their index: mae-dat pack --index"),
         ([str(tmp_path / "tar" / "0.tar"), *checkpoint], 66, "is a shard without its index: mae-dat pack --index"),
     ]

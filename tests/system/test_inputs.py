@@ -183,6 +183,15 @@ def test_features(run: Run, images: Path, classifier: Path, tmp_path: Path) -> N
     assert [inputs.rows[name][:9] for name in ("train", "val")] == ["train/: 2", "val/: 20 "]
 
 
+def test_a_prediction(run: Run, images: Path, classifier: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--checkpoint", classifier, images / "train", images / "val" / "bolt", *CPU, "--output_dir", out]
+    inputs = run("predict", *given, stored=out / "inputs.json")
+    assert inputs.rows["images"] == f"26 images\n{images / 'train'}, {images / 'val' / 'bolt'}"
+    assert inputs.rows["left out"] == f"1 file: .jfif 1 ({images / 'train' / 'disc' / 'photo.jfif'})"
+    assert inputs.rows["classes"].endswith("9 triangle (names in the checkpoint)")
+
+
 @pytest.mark.parametrize("kind", ["reconstruction", "attention", "words", "adversary"])
 def test_drawings(kind: str, run: Run, images: Path, pretrained: Path, classifier: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
