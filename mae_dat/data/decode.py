@@ -74,7 +74,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     def read() -> bytes:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise image_error(str(path), f"the file has more than the {MAX_BYTES >> 20} MiB allowed")
+                raise image_error(str(path), f"the file has more than the allowed {MAX_BYTES >> 20} MiB")
             return file.read()
 
     try:

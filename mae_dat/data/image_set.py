@@ -194,7 +194,10 @@ class ImageSet(Dataset[Sample]):
             # Seeded by the requested index, so a replacement is augmented as the unreadable image would have been.
             with _seeded(self.seed, epoch, start):
                 return self.make_sample(image, index, int(skips > 0))
-        raise DataError(f"{self.root}: {skips + 1} bad images in a row, from {self.name_of(start)}; repair it")
+        raise DataError(
+            f"{self.root}: {skips + 1} unreadable images in a row, starting at {self.name_of(start)}; check the folder "
+            "with mae-dat scan"
+        )
 
 
 class ImageFolder(ImageSet):

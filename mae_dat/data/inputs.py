@@ -202,7 +202,7 @@ def _open_path(path: str, ignored_files: IgnoredFiles) -> list[ImagePart]:
     numbers = {shard.name: number for number, shard in enumerate(shards.index.shards)}
     if name not in numbers:
         raise DataError(
-            f"{path} is not in the index of its folder; write it anew: mae-dat pack --index {folder or '.'}"
+            f"{path} is not in the index of its folder; write it again: mae-dat pack --index {folder or '.'}"
         )
     start, stop = shards.starts[numbers[name] : numbers[name] + 2].tolist()
     return [ShardImages(shards, range(start, stop))]
@@ -256,7 +256,7 @@ def _walk(folder: str, visited: set[str], others: IgnoredFiles) -> Iterator[Imag
     if files:
         yield ImageFiles(files)
     elif shards:
-        raise MissingInputError(f"{folder} holds shards without their index: mae-dat pack --index {folder}")
+        raise MissingInputError(f"{folder} contains shards without their index: mae-dat pack --index {folder}")
 
 
 # ---- images in memory ----

@@ -171,7 +171,7 @@ def detect_killed_workers(start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         if not dead:
             raise
         raise RetryError(
-            f"a loader's worker was killed ({', '.join(map(_exit_of, dead))}), most likely for want of memory: "
+            f"a loader's worker was killed ({', '.join(map(_exit_of, dead))}), most likely because memory ran out: "
             f"{_free_memory()}. Lower --num_workers, ask for more memory (submit.py --mem_gb), or enlarge /dev/shm "
             "(docker run --shm-size=8g)."
         ) from error

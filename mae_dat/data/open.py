@@ -26,7 +26,7 @@ def training_images(data: DataConfig, transform: Transform, seed: int, labelled:
     images = open_images(root, transform, labelled=labelled, on_bad=data.on_bad, seed=seed)
     if images.packed_size is not None and images.packed_size < max(data.image_size):
         logger.warning(
-            "%s was packed with --size %d, which --input_size %d enlarges: pack the images anew, with a larger one.",
+            "%s was packed with --size %d, which --input_size %d enlarges: pack the images again, with a larger one.",
             root,
             images.packed_size,
             max(data.image_size),
@@ -61,7 +61,7 @@ def open_images(
     if (Path(root) / INDEX_FILE).is_file():
         return Shards(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
     if holds_shards(root):
-        raise MissingInputError(f"{root} holds shards without their index: mae-dat pack --index {root}")
+        raise MissingInputError(f"{root} contains shards without their index: mae-dat pack --index {root}")
     return ImageFolder(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
 
 

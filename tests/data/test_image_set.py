@@ -110,7 +110,7 @@ def test_skipping_is_capped(make: MakeFolder) -> None:
     for number in range(12):
         (root / f"{number:02d}.png").write_bytes(b"")
     folder = ImageFolder(root, to_tensor, on_bad="skip", labelled=False)
-    with pytest.raises(DataError, match=r"11 bad images in a row, from .*00\.png"):
+    with pytest.raises(DataError, match=r"11 unreadable images in a row, starting at .*00\.png"):
         folder[0]
     assert folder[2]["index"] == 12
     assert ImageFolder(root, to_tensor, on_bad="skip", labelled=False, max_skips=12)[0]["index"] == 12

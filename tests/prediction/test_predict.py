@@ -389,7 +389,7 @@ def test_bad_input_is_a_message(
         ([str(tmp_path / "no.jpg"), *checkpoint], 66, "no.jpg does not exist"),
         ([str(tmp_path / "empty"), *checkpoint], 65, "empty holds no images (.jpg"),
         ([str(tmp_path / "texts"), *checkpoint], 65, "only other files: .txt 1 (a.txt); check the path"),
-        ([str(tmp_path / "tar"), *checkpoint], 66, "holds shards without their index: mae-dat pack --index"),
+        ([str(tmp_path / "tar"), *checkpoint], 66, "contains shards without their index: mae-dat pack --index"),
         ([str(tmp_path / "tar" / "0.tar"), *checkpoint], 66, "is a shard without its index: mae-dat pack --index"),
     ]
     for arguments, code, message in cases:

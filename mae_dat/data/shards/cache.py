@@ -61,7 +61,7 @@ def remote_root(url: str) -> Path:
         except UrlFailedError as error:
             reasons.append(f"\n  {source}/{INDEX_FILE}: {error}")
     if not any(root.glob(f"**/{INDEX_FILE}")):
-        raise DownloadError(f"{url} gave no index of shards; mae-dat pack writes it.{''.join(reasons)}")
+        raise DownloadError(f"{url} has no index of shards; mae-dat pack writes one.{''.join(reasons)}")
     return root
 
 
@@ -131,7 +131,7 @@ def _stream(url: str, partial: Path, max_bytes: int) -> None:
             while chunk := source.read(1 << 20):
                 remaining -= len(chunk)
                 if remaining < 0:
-                    raise UrlFailedError("more bytes came than the index says")
+                    raise UrlFailedError("it is longer than the index says")
                 target.write(chunk)
     except OSError as error:
         raise UrlFailedError(str(error)) from error

@@ -85,7 +85,7 @@ class ShardIndex:
 
 def read_index(folder: Path) -> ShardIndex:
     """Read the index of a folder of shards. Raises DataError for one that is damaged or inconsistent."""
-    path, advice = folder / INDEX_FILE, f"write it anew: mae-dat pack --index {folder}"
+    path, advice = folder / INDEX_FILE, f"write it again: mae-dat pack --index {folder}"
     try:
         file = read_weights(path)
         facts, tensors = file.facts, file.tensors
@@ -96,7 +96,7 @@ def read_index(folder: Path) -> ShardIndex:
         cause = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{path} is damaged ({cause}); {advice}") from error
     if not consistent:
-        raise DataError(f"{path} contradicts itself; {advice}")
+        raise DataError(f"{path} is inconsistent; {advice}")
     return index
 
 
@@ -144,7 +144,7 @@ def build_index(folder: Path, classes: Sequence[str] | None = None) -> ShardInde
     """
     paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     if not paths:
-        raise DataError(f"{folder} holds no *.tar files (compressed ones must be unpacked first: gunzip)")
+        raise DataError(f"{folder} contains no *.tar files (compressed ones must be unpacked first: gunzip)")
     shards, tables = [], []
     for path in paths:
         if not _NAME.fullmatch(path.name):
@@ -182,28 +182,28 @@ def archive_members(path: Path) -> Iterator[tarfile.TarInfo]:
                 if not member.isreg() or name.startswith("__") or Path(name).name.startswith("."):
                     continue
                 if len(names) == MAX_MEMBERS:
-                    raise _refused(path, f"it has more than the {MAX_MEMBERS:,} members allowed")
+                    raise _refused(path, f"it has more members than the {MAX_MEMBERS:,} allowed")
                 if name in names:
-                    raise _refused(path, f"the member {name!r} comes twice")
+                    raise _refused(path, f"the member {name!r} occurs twice")
                 names.add(name)
                 yield member
             # At a damaged header tarfile stops as if it were the end.
             if os.pread(file.fileno(), BLOCK, archive.offset) != bytes(BLOCK):
-                raise _refused(path, f"the archive is torn at byte {archive.offset:,}")
+                raise _refused(path, f"the archive is damaged or incomplete at byte {archive.offset:,}")
     except (tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError, UnicodeError) as error:
-        raise _refused(path, f"no tar archive that can be read ({error or type(error).__name__})") from error
+        raise _refused(path, f"not a readable tar archive ({error or type(error).__name__})") from error
     except OSError as error:
         raise _refused(path, f"cannot be read ({error.strerror})") from error
 
 
 def _refused(path: Path, cause: str) -> DataError:
-    return DataError(f"{path}: {cause}; the shard was not used: fetch it again, or pack the images anew")
+    return DataError(f"{path}: {cause}; the shard was not used: fetch it again, or pack the images again")
 
 
 def _fault(member: tarfile.TarInfo, previous: int) -> str:
     """Return what is wrong with a member that comes after the one at byte `previous`; empty if nothing is."""
     if member.offset_data <= previous or member.size < 0:
-        return f"leads back to byte {member.offset_data}"
+        return f"points back to byte {member.offset_data}"
     parts = member.name.split("/")
     if member.name.startswith("/") or ".." in parts:
         return "has a path that leads out of the archive"
@@ -212,8 +212,8 @@ def _fault(member: tarfile.TarInfo, previous: int) -> str:
     if member.issparse() or "size" in member.pax_headers:
         return "is a sparse file"
     if not (member.isreg() or member.isdir()):
-        return "is no file: links and devices have no place in a shard"
-    return f"has more than the {MAX_BYTES >> 20} MiB allowed" if member.size > MAX_BYTES else ""
+        return "is not a file: links and devices are not allowed in a shard"
+    return f"has more than the allowed {MAX_BYTES >> 20} MiB" if member.size > MAX_BYTES else ""
 
 
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
@@ -228,9 +228,9 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
             key, image, label = folder + slash + stem, (0, 0), -1
         if f".{extension.lower()}" in IMG_EXTENSIONS:
             if image[1]:
-                raise DataError(f"{path}: {key!r} has two images, the second {member.name!r}; pack the images anew")
+                raise DataError(f"{path}: {key!r} has two images, the second {member.name!r}; pack the images again")
             if not member.size:
-                raise DataError(f"{path}: the member {member.name!r} is empty; pack the images anew")
+                raise DataError(f"{path}: the member {member.name!r} is empty; pack the images again")
             image = (member.offset_data, member.size)
         elif extension.lower() in ("cls", "json"):
             label = _read_label(path, member)
@@ -240,7 +240,7 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
 
 def _read_label(path: Path, member: tarfile.TarInfo) -> int:
     """Return the number in a .cls, or `label` (or `cls`) in a .json; -1 if the latter has none. Raises DataError."""
-    message = f"{path}: the member {member.name!r} holds no class number of 0 or more"
+    message = f"{path}: the member {member.name!r} contains no class number of 0 or more"
     if member.size > _TEXT_BYTES:
         raise DataError(f"{message}, but {member.size:,} bytes")
     with path.open("rb") as file:

@@ -56,7 +56,7 @@ def pack(config: PackConfig, console: Console) -> dict[str, ShardIndex]:
     names = [name for split in SPLIT_NAMES.values() for name in split if (source / name).is_dir()] or [""]
     for name in names:
         if any((out / name).glob("*.tar")):
-            raise OutputError(f"{out / name} holds shards already: name a new folder, or delete them.")
+            raise OutputError(f"{out / name} contains shards already: choose a new folder, or delete them.")
     splits = {
         name: ImageFolder(source / name, lambda image: torch.zeros(0), labelled=config.labelled and name != "")
         for name in names
@@ -133,7 +133,7 @@ def _samples(images: ImageFolder, order: Sequence[int], files: Iterable[Any], on
         if isinstance(file, DataError):
             if on_bad == "fail":
                 raise file
-            logger.warning("left out: %s", file)
+            logger.warning("skipped: %s", file)
             continue
         content, suffix = file
         stem = re.sub(r"[^\w-]+", "_", Path(images.name_of(index)).stem, flags=re.ASCII)[:60]
@@ -183,5 +183,5 @@ def print_summary(indices: dict[str, ShardIndex], out: str) -> None:
         size = sum(shard.bytes for shard in index.shards)
         count = f"{len(index.offset):,} images" + (f" of {len(index.classes)} classes" if index.classes else "")
         print(f"{Path(out) / split}: {count} in {len(index.shards)} shards, {size / 1e6:,.1f} MB")
-    script = "main_finetune.py" if any(index.classes for index in indices.values()) else "main_pretrain.py"
-    print(f"next: python {script} --data_path {out}")
+    verb = "finetune" if any(index.classes for index in indices.values()) else "pretrain"
+    print(f"next: mae-dat {verb} --data_path {out}")

@@ -101,8 +101,8 @@ class Shards(ImageSet):
         names = self.index.classes
         if names is None or bool((self.index.label < 0).any()):
             raise DataError(
-                f"{self.root}: the shards hold images without a label (.cls, or `label` in .json): they serve for "
-                "pretraining only"
+                f"{self.root}: the shards contain images without a label (.cls, or `label` in .json): they can be used "
+                "for pretraining only"
             )
         used = self.index.label.unique().tolist()
         if unknown := [names[label] for label in used if names[label] not in self.classes]:
@@ -179,13 +179,13 @@ class Shards(ImageSet):
         except OSError as error:
             raise image_error(place, f"cannot be read ({error.strerror})") from error
         except tarfile.HeaderError as error:
-            raise DataError(f"{place}: no member of the archive begins there; {self._advice()}") from error
+            raise DataError(f"{place}: no member of the archive starts there; {self._advice()}") from error
         if header.size != size or len(content) != size + BLOCK:
             raise DataError(f"{place}: the member has {header.size} bytes, the index says {size}; {self._advice()}")
         return content[BLOCK:], self.name_of(index, header)
 
     def _advice(self) -> str:
-        return f"fetch the shard again, or write the index anew: mae-dat pack --index {self.root}"
+        return f"fetch the shard again, or write the index again: mae-dat pack --index {self.root}"
 
     def _read(self, shard: int, offset: int, count: int) -> bytes:
         """Read bytes of a shard. Raises OSError, and DataError if the shard has another length than in the index."""

@@ -232,7 +232,7 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     verb("pack")([*given, "--on_bad", "skip"])
     told = capsys.readouterr()
     assert "3 images in 1 shards" in told.out
-    assert f"next: python main_pretrain.py --data_path {out}" in told.out
+    assert f"next: mae-dat pretrain --data_path {out}" in told.out
     assert "left out" in told.err
     images = open_images(image_root(str(out)), to_tensor, labelled=False)
     assert sorted(images.load_image(index).size for index in range(3)) == [(10, 10), (20, 100), (30, 20)]
@@ -241,7 +241,7 @@ def test_packing_shrinks_checks_and_says_what_is_next(
         open_images(out, to_tensor)
     again = outcome_of(verb("pack"), given, monkeypatch, capsys)
     assert again.code == 73
-    assert "holds shards already" in again.stderr
+    assert "contains shards already" in again.stderr
 
 
 def test_images_that_were_shrunk_too_much_are_told_of(
@@ -381,6 +381,6 @@ def test_other_addresses_are_refused(address: str, tmp_path: Path, monkeypatch: 
 
 def test_a_server_without_shards_is_named(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(DownloadError, match="(?s)gave no index of shards.*HTTP 404"):
+        with pytest.raises(DownloadError, match="(?s)has no index of shards.*HTTP 404"):
             image_root(f"{server.url}/nothing")
     assert not list((tmp_path / "home").rglob("train")), "no empty split is left behind"
