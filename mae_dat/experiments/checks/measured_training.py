@@ -63,7 +63,7 @@ class MeasuredTraining:
         if isinstance(settings, PretrainConfig):
             state = _pretraining_state(settings, context)
         else:
-            state = build_state(settings, _CLASSES, context)
+            state, _ = build_state(settings, _CLASSES, context)
         setup = TrainingSetup(
             context=context,
             optim=settings.optim,
