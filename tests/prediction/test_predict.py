@@ -30,7 +30,12 @@ __all__ = ["dataset"]  # a fixture
 
 NAMES = [f"kind {number}" for number in range(10)]
 CPU = ["--device", "cpu", "--num_workers", "0", "--precision", "fp32"]
-FILES = ["predictions.csv", "predictions.jsonl", *["predictions.parquet"] * (find_spec("pyarrow") is not None)]
+FILES = [
+    "inputs.json",
+    "predictions.csv",
+    "predictions.jsonl",
+    *["predictions.parquet"] * (find_spec("pyarrow") is not None),
+]
 QUIET: dict[str, Any] = {"progress": False, "device": "cpu", "num_workers": 0, "precision": "fp32"}
 
 
