@@ -17,7 +17,7 @@ from typing import Any
 from mae_dat.storage.files import atomic_write
 
 INPUTS_FILE = "inputs.json"
-TABLE_WIDTH = 80
+INPUTS_WIDTH = 80
 """Columns of the table."""
 _INDENT, _GAP = 2, 2
 
@@ -43,11 +43,11 @@ class InputSummary:
             self.rows[label] = text
 
     def table(self) -> str:
-        """Return the table as text, no line longer than `TABLE_WIDTH`."""
+        """Return the table as text, no line longer than `INPUTS_WIDTH`."""
         column = _INDENT + max(map(len, self.rows), default=0) + _GAP
         lines = [f"inputs of mae-dat {self.command}:"]
         for label, text in self.rows.items():
-            wrapped = [part for line in text.split("\n") for part in _wrap(line, TABLE_WIDTH - column)]
+            wrapped = [part for line in text.split("\n") for part in _wrap(line, INPUTS_WIDTH - column)]
             heads = [" " * _INDENT + label, *[""] * (len(wrapped) - 1)]
             lines += [f"{head:<{column}}{part}".rstrip() for head, part in zip(heads, wrapped, strict=True)]
         return "\n".join(lines)

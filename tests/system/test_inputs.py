@@ -22,7 +22,7 @@ from tiny_runs import (
 from whole_runs import signal_in_step
 
 from mae_dat.robustness.scores.results import read_results
-from mae_dat.runtime.inputs import TABLE_WIDTH, InputSummary, read_inputs
+from mae_dat.runtime.inputs import INPUTS_WIDTH, InputSummary, read_inputs
 
 Run = Callable[..., InputSummary]
 CPU = ["--device", "cpu", "--num_workers", "0"]
@@ -60,7 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         start = outcome.stderr.index("inputs of mae-dat ")
         lines = outcome.stderr[start:].split("\n")
         count = 1 + next(number for number, line in enumerate(lines[1:]) if not line.startswith("  "))
-        assert max(map(len, lines[:count])) <= TABLE_WIDTH
+        assert max(map(len, lines[:count])) <= INPUTS_WIDTH
         if stored is not None:
             inputs = read_inputs(stored)
             assert inputs.table() == "\n".join(lines[:count])
