@@ -63,7 +63,7 @@ def _finetune_or_evaluate(config: Any) -> str:
 GROUPS: dict[str, dict[str, Verb]] = {
     "train": {
         "pretrain": Verb(
-            "pretrain a masked autoencoder, plainly or with DAT",
+            "pretrain a masked autoencoder, with or without DAT",
             "config.runs:PretrainConfig",
             "training.pretrain:main",
             (
@@ -72,7 +72,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "finetune": Verb(
-            "fine-tune a classifier, plainly or with DAT",
+            "fine-tune a classifier, with or without DAT",
             "config.runs:FinetuneConfig",
             _finetune_or_evaluate,
             (
@@ -128,7 +128,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "compare": Verb(
-            "compare plain, random words and DAT in one report",
+            "train plain, with random words and with DAT; compare",
             "config.commands.compare:CompareConfig",
             "experiments.compare:main",
             (
@@ -137,7 +137,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "features": Verb(
-            "extract features; nearest neighbors",
+            "extract features, or classify by nearest neighbors",
             "config.commands.features:FeaturesConfig",
             "analysis.features:main",
             (
@@ -146,7 +146,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "report": Verb(
-            "make a report again, from results.json",
+            "make the report of an evaluation again",
             "config.commands.report:ReportConfig",
             "robustness.report.write:main",
             ("mae-dat report output/evaluation", "mae-dat report results.json --output_dir REPORT"),
@@ -196,7 +196,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "explore": Verb(
-            "corrupt one image or change its words, on a page",
+            "corrupt an image or change its words on a local page",
             "config.commands.explore:ExploreConfig",
             "analysis.explore:main",
             ("mae-dat explore", "mae-dat explore --checkpoint OUT_A OUT_B --images DIR"),
@@ -239,7 +239,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ("mae-dat get mae_vit_base_patch16", "mae-dat get vqgan_f8_16384 --output_dir MIRROR"),
         ),
         "convert": Verb(
-            "convert to timm, MAE, Hugging Face, ONNX",
+            "convert a model to timm, MAE, Hugging Face or ONNX",
             "config.commands.convert:ConvertConfig",
             "models.weights.convert:main",
             ("mae-dat convert OUT my_vit.safetensors --to timm", "mae-dat convert OUT my_vit.onnx --to onnx"),
@@ -281,7 +281,7 @@ FAMILIES = {
 }
 """The first words of verbs of two words."""
 VERBS: dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
-LAUNCHER, LAUNCHER_SUMMARY = "submit", "run a verb on SLURM, or here in the background"
+LAUNCHER, LAUNCHER_SUMMARY = "submit", "run a verb as a job on SLURM or on this machine"
 """The verb whose arguments are its own flags, then another verb or a script with its flags."""
 
 
@@ -294,6 +294,7 @@ def _find(place: str) -> Any:
 def overview() -> str:
     """Return the help of `mae-dat`: every verb with its line, by group."""
     lines = [f"usage: {PROGRAM} VERB [flags]", ""]
+    lines += ["Train and measure image models that stay accurate on noisy, corrupted or shifted", "data.", ""]
     for title, verbs in GROUPS.items():
         if title == "help":
             lines += ["jobs:", _line(LAUNCHER, LAUNCHER_SUMMARY), ""]

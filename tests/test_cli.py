@@ -182,9 +182,9 @@ def test_a_wrong_flag_of_any_verb_ends_with_code_2(name: str, capsys: pytest.Cap
     """Misspelled, unknown, and with a value of the wrong type, written in every way."""
     command = launcher_command(name) if name == LAUNCHER else VERBS[name].command_line(name)
     names = [flag.name for flag in command.flags if not flag.positional]
-    flag = next((name for name in names if "_" in name), "config" if "config" in names else names[0])
+    flag = max(names, key=len, default="")
     wrong = f"{flag[:-1]}q"
-    misspelled = [[f"--{wrong}", "1"], [f"--{wrong}=1"], [f"--{wrong.replace('_', '-')}"]]
+    misspelled = [[f"--{wrong}", "1"], [f"--{wrong}=1"], [f"--{wrong.replace('_', '-')}"]] if flag else []
     number = next((flag.name for flag in command.flags if flag.kind in (int, float)), None)
     for attempt in [["--zzzzzz"], *misspelled, *([[f"--{number}=many"]] if number else [])]:
         words = [*name.split(), *attempt]

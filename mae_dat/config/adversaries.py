@@ -98,23 +98,25 @@ class AttackConfig(_AttackSettings):
             object.__setattr__(self, "eps", PUBLISHED_EPS)
         if self.kind not in ATTACK_KINDS:
             raise ConfigError(f"unknown attack {self.kind!r}: {suggest(self.kind, ATTACK_KINDS)}")
-        if self.share is not None and not 0 < self.share < 1:
-            raise ConfigError(
-                f"the share of changed words must lie between 0 and 1, got {self.share} (3.8 % is 0.038)."
-            )
-        if self.eps <= 0 or self.steps < 1 or not 0 <= self.random_start <= 1:
-            raise ConfigError(f"an attack needs eps > 0, steps >= 1 and random_start in [0, 1], got {self}.")
-        if self.nearest is not None and self.nearest < 1:
-            raise ConfigError(f"an attack needs at least 1 nearest code to change a word into, got {self.nearest}.")
-        if not 0 < self.batch_share <= 1:
-            raise ConfigError(f"--dat_batch_share must be in (0, 1], got {self.batch_share}.")
-        if self.warmup < 0:
-            raise ConfigError(f"--dat_warmup must be 0 epochs or more, got {self.warmup}.")
+        self._check_numbers()
         for flag, is_set in (("--dat_at image", self.at == "image"), ("--dat_free", self.free)):
             if is_set and self.kind != "released":
                 raise ConfigError(f"{flag} works with --dat released only; leave it out with --dat {self.kind}.")
         if self.free and self.steps > 1:
             raise ConfigError(f"--dat_free has one gradient, and so one step: leave out --dat_steps {self.steps}.")
+
+    def _check_numbers(self) -> None:
+        for name, is_valid, rule in (
+            ("share", self.share is None or 0 < self.share < 1, "lie between 0 and 1 (3.8 % is 0.038)"),
+            ("eps", not self.eps <= 0, "be above 0"),
+            ("steps", self.steps >= 1, "be at least 1"),
+            ("random_start", 0 <= self.random_start <= 1, "be in [0, 1]"),
+            ("nearest", self.nearest is None or self.nearest >= 1, "be at least 1"),
+            ("batch_share", 0 < self.batch_share <= 1, "be in (0, 1]"),
+            ("warmup", self.warmup >= 0, "be 0 epochs or more"),
+        ):
+            if not is_valid:
+                raise ConfigError(f"--dat_{name} must {rule}, got {getattr(self, name)}.")
 
     @property
     def clean_weight(self) -> float:
@@ -175,6 +177,7 @@ class DatConfig(_AttackSettings):
     def __post_init__(self) -> None:
         if self.eps is not None and not 0 < self.eps < math.inf:
             raise ConfigError(f"--dat_eps must be above 0, got {self.eps}.")
+        _ = self.attack  # which checks the other values
 
     @property
     def attack(self) -> AttackConfig | None:

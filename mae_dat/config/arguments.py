@@ -76,11 +76,12 @@ class Command:
 
     def _parser(self) -> argparse.ArgumentParser:
         arguments = [_title(flag) for flag in self.flags if flag.positional and flag.default is REQUIRED]
+        flags = [] if all(flag.positional for flag in self.flags) else ["[flags]"]
         optional = [_title(flag) for flag in self.flags if flag.positional and flag.default is not REQUIRED]
         arguments += [f"[{' '.join(optional)}]"] if optional else []
         parser = _Parser(
             prog=self.program,
-            usage=f"%(prog)s {self.usage or ' '.join(['[flags]', *arguments])}",
+            usage=f"%(prog)s {self.usage or ' '.join([*flags, *arguments])}",
             description=self.description,
             epilog="\n".join(["examples:", *(f"  {example}" for example in self.examples)]) if self.examples else None,
             formatter_class=_Formatter,
@@ -99,7 +100,8 @@ class Command:
             if title not in groups:
                 groups[title] = parser.add_argument_group(title, description)
             _add_flag(groups[title], flag)
-        last = groups[_LAST_GROUP if grouped else _NO_GROUP]
+        title = _LAST_GROUP if grouped else _NO_GROUP
+        last = groups.get(title) or parser.add_argument_group(title)
         last.add_argument("-h", "--help", action="help", help="Print this help.")
         return parser
 

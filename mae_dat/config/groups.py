@@ -64,7 +64,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Data: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; for pretraining any folder of images."""
+    """Data: images in DIR/train/CLASS and DIR/val/CLASS; any images for pretraining; COCO's format for detection."""
 
     data_path: str | None = None
     """Folder of images or of shards (`mae-dat pack`), the https:// address of shards, or `demo` for generated images
@@ -83,6 +83,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ConfigError(f"--num_workers must be 0 (decode in the main process) or more, got {self.num_workers}.")
+        image_size(self.input_size)
 
     @property
     def image_size(self) -> ImageSize:
@@ -170,7 +171,7 @@ class MaskConfig:
             raise ConfigError(f"--mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
         if self.words_weight <= 0:
             raise ConfigError(
-                f"--words_weight must be positive, got {self.words_weight}; without words: --target pixels."
+                f"--words_weight must be above 0, got {self.words_weight}; for no words, give --target pixels."
             )
 
 

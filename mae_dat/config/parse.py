@@ -44,8 +44,10 @@ def load_config(
 def command_of(
     kind: type[Any], program: str = "mae-dat", examples: Sequence[str] = (), description: str | None = None
 ) -> Command:
-    """Return the command line of a configuration: its flags and `--config`."""
-    flags = [*flags_of(kind, default_config(kind, {})), CONFIG_FLAG]
+    """Return the command line of a configuration: its flags, and `--config` unless it has only arguments."""
+    flags = flags_of(kind, default_config(kind, {}))
+    if not all(flag.positional for flag in flags):
+        flags.append(CONFIG_FLAG)
     return Command(program, description or description_of(kind), flags, examples)
 
 

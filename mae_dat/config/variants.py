@@ -68,7 +68,7 @@ def check_finetune_variants(names: tuple[str, ...]) -> None:
     """Check the names of --arms. Raises ConfigError for an unknown one."""
     for name in names:
         if name not in FINETUNE_VARIANTS:
-            raise ConfigError(f"unknown arm {name!r}: {suggest(name, list(FINETUNE_VARIANTS))}")
+            raise ConfigError(f"--arms: unknown variant {name!r}: {suggest(name, list(FINETUNE_VARIANTS))}")
 
 
 def check_pretrainings(names: tuple[str, ...]) -> None:
@@ -78,11 +78,12 @@ def check_pretrainings(names: tuple[str, ...]) -> None:
     plain or NAME, whose times it needs.
     """
     if PLAIN not in names[:1]:
-        raise ConfigError(f"--pretrainings begins with {PLAIN}, the baseline of all others.")
+        given = " ".join(names) or "nothing"
+        raise ConfigError(f"--pretrainings must start with {PLAIN}, the baseline of all others, got {given}.")
     for position, name in enumerate(names):
         base = name.removesuffix(IN_TIME)
         if base not in PRETRAIN_VARIANTS and name != NONE:
-            raise ConfigError(f"unknown pretraining {name!r}: {suggest(base, [*PRETRAIN_VARIANTS, NONE])}")
+            raise ConfigError(f"--pretrainings: unknown variant {name!r}: {suggest(base, [*PRETRAIN_VARIANTS, NONE])}")
         if base != name and not {PLAIN, base} <= set(names[:position]):
             raise ConfigError(
                 f"--pretrainings {name} needs {PLAIN} and {base} before it: their training times decide its epochs."

@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -257,22 +256,21 @@ def wait_for_jobs(jobs: Sequence[Job[int]], job: ResolvedJob, tasks: Sequence[Sc
 
 
 def main(argv: Sequence[str], verbs: Verbs, program: str = "submit.py") -> int:
-    """Submit a job and return the exit code; `verbs` are those of `mae-dat`, `program` the command in messages."""
+    """Submit a job and return the exit code; `verbs` are those of `mae-dat`, `program` the command in messages.
+
+    Raises UserError.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        config, task = parse_command(argv, verbs, program)
-        job = resolve_job(config)
-        tasks = checked_tasks(job, task, verbs)
-        command = f"{'python ' if program.endswith('.py') else ''}{program} {shlex.join(argv)}"
-        code, tasks = copy_code(job, tasks, command, verbs)
-        if config.dry_run:
-            print(batch_file(job, tasks[0], code, command), end="")
-            return 0
-        jobs = submit_job(job, tasks, code, command)
-        if job.cluster == "debug":
-            return run_in_this_process(jobs[0], code)
-        print(describe_submission(jobs, job, task, command), flush=True)
-        return wait_for_jobs(jobs, job, tasks) if config.wait else 0
-    except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return error.exit_code
+    config, task = parse_command(argv, verbs, program)
+    job = resolve_job(config)
+    tasks = checked_tasks(job, task, verbs)
+    command = f"{'python ' if program.endswith('.py') else ''}{program} {shlex.join(argv)}"
+    code, tasks = copy_code(job, tasks, command, verbs)
+    if config.dry_run:
+        print(batch_file(job, tasks[0], code, command), end="")
+        return 0
+    jobs = submit_job(job, tasks, code, command)
+    if job.cluster == "debug":
+        return run_in_this_process(jobs[0], code)
+    print(describe_submission(jobs, job, task, command), flush=True)
+    return wait_for_jobs(jobs, job, tasks) if config.wait else 0

@@ -33,13 +33,13 @@ def test_dat_needs_no_value_wherever_it_stands(arguments: list[str], kind: str) 
     ("settings", "message"),
     [
         ({"kind": "releasd"}, "unknown attack 'releasd': did you mean released"),
-        ({"share": 3.8}, "between 0 and 1, got 3.8"),
+        ({"share": 3.8}, "--dat_share must lie between 0 and 1 .3.8 % is 0.038., got 3.8"),
         ({"share": 0.0}, "between 0 and 1"),
         ({"share": 1.0}, "between 0 and 1"),
-        ({"eps": 0.0}, "eps > 0"),
-        ({"steps": 0}, "steps >= 1"),
-        ({"random_start": 1.1}, r"random_start in \[0, 1\]"),
-        ({"nearest": 0}, "at least 1 nearest code"),
+        ({"eps": 0.0}, "--dat_eps must be above 0, got 0.0"),
+        ({"steps": 0}, "--dat_steps must be at least 1, got 0"),
+        ({"random_start": 1.1}, r"--dat_random_start must be in \[0, 1\], got 1.1"),
+        ({"nearest": 0}, "--dat_nearest must be at least 1, got 0"),
     ],
 )
 def test_an_attack_that_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -96,7 +96,7 @@ def test_fish_completes_verbs_flags_and_values(script: Path) -> None:
         assert sorted(found) == sorted(expected), line
     for line, answer in zip(FILES, answers[len(COMPLETE) :], strict=False):
         assert "image.jpg\n" in answer, line
-    assert "finetune\tfine-tune a classifier, plainly or with DAT" in answers[0]
+    assert "finetune\tfine-tune a classifier, with or without DAT" in answers[0]
 
 
 @pytest.mark.parametrize("script", ["zsh"], indirect=True)

@@ -100,7 +100,7 @@ def test_without_measuring_nothing_is_written_but_runs(config: CompareConfig, tm
 
 
 def test_an_unknown_arm_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match="unknown arm 'releasd': did you mean released"):
+    with pytest.raises(ConfigError, match="--arms: unknown variant 'releasd': did you mean released"):
         CompareConfig(arms=("plain", "releasd"))
     with pytest.raises(ConfigError, match="--arms"):
         CompareConfig(arms=())

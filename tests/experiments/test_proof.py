@@ -43,5 +43,5 @@ def test_a_data_set_has_a_folder_of_its_name(tmp_path: Path) -> None:
 def test_data_sets_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names a folder twice"):
         comparisons(ProofConfig(data_path=("a", "a"), output_dir=str(tmp_path)))
-    with pytest.raises(ConfigError, match="unknown arm 'simbolic': did you mean symbolic"):
+    with pytest.raises(ConfigError, match="--arms: unknown variant 'simbolic': did you mean symbolic"):
         comparisons(ProofConfig(arms=("plain", "simbolic"), output_dir=str(tmp_path)))

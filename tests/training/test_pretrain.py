@@ -162,7 +162,7 @@ def test_a_word_head_does_not_change_how_the_rest_starts(tokenizer: CountedToken
 @pytest.mark.parametrize(("patch", "factor"), [(14, 8), (4, 8)])
 def test_a_patch_must_hold_whole_words(patch: int, factor: int) -> None:
     model = MaskedAutoencoder(56, patch, 3, 16, 1, 2, 16, 1, 2)
-    with pytest.raises(ConfigError, match=rf"{patch} pixels .* words of {factor} pixels: give .*--target pixels"):
+    with pytest.raises(ConfigError, match=rf"{patch} pixels .* words of {factor} pixels: use .*--target pixels"):
         model.add_word_head(factor, WORDS)
 
 
@@ -293,7 +293,7 @@ def test_few_words_do_not_tell_that_a_strength_is_too_small(tokenizer: CountedTo
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="--dat_warmup must be 0 epochs or more, got -1"):
         AttackConfig(warmup=-1)
-    with pytest.raises(ConfigError, match="--words_weight must be positive, got 0; without words: --target pixels"):
+    with pytest.raises(ConfigError, match="--words_weight must be above 0, got 0; for no words, give --target pixels"):
         MaskConfig(words_weight=0)
 
 
@@ -438,7 +438,7 @@ def runs_of(config: CompareConfig) -> list[str]:
 
 
 def test_pretrainings_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown pretraining 'releasd': did you mean released"):
+    with pytest.raises(ConfigError, match="--pretrainings: unknown variant 'releasd': did you mean released"):
         CompareConfig(pretrainings=("plain", "releasd"))
     with pytest.raises(ConfigError, match="begins with plain"):
         CompareConfig(pretrainings=("released",))
