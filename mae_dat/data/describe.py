@@ -43,7 +43,7 @@ def add_images(
 
 def describe_root(data_path: str | None, root: Path) -> str:
     """Return where images come from: the absolute path, and what named it."""
-    name = data_root(data_path)
+    name = data_root(data_path, str(root))
     folder = os.path.abspath(root)
     if name == DEMO:
         return f"{folder} (generated images, {DEMO})"

@@ -47,16 +47,16 @@ def right(results: Results, suite: str) -> list[int]:
 
 def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     imagenet: Path,  # noqa: F811
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = validation_names()
     (imagenet / "ImageNet-C" / "fog" / "3" / names[0]).unlink()
-    with caplog.at_level("INFO"):
-        results = evaluate(Linear(1000), "imagenet-c", imagenet, input_size=SIDE, partial=True)
+    results = evaluate(Linear(1000), "imagenet-c", imagenet, input_size=SIDE, partial=True)
     facts = results["suites"]["Linear"]["imagenet-c"]
     assert facts["missing"][-1] == "fog/3: 5 of 6 pictures are there"
     assert (facts["images"], results["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
-    assert any("imagenet-c  75 x 6 images, partial: " in line and "fog/3: 5 of 6" in line for line in caplog.messages)
+    lines = capsys.readouterr().err.splitlines()
+    assert any("imagenet-c  75 x 6 images, partial: " in line and "fog/3: 5 of 6" in line for line in lines)
     assert not any(metric.published for metric in summarize(results).metrics)
     assert all("partial†" in metric.title for metric in summarize(results).metrics)
     assert {row["partial"] for row in csv.DictReader(counts_csv(summarize(results)).splitlines())} == {"True"}

@@ -227,7 +227,7 @@ os.kill(pid, signal.SIGKILL)
 def test_a_requeued_job_takes_over_and_the_cut_off_attempt_stops(tmp_path: Path) -> None:
     told = forking(REQUEUE, tmp_path)
     assert told.startswith(f"73 {tmp_path} was taken over by job 7, process")
-    assert "this run, job 7, process" in told
+    assert "this run (job 7, process" in told
 
 
 def test_a_lease_file_that_somebody_deleted_changes_nothing(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_no_such_folder(pretrain: Run, images: Path) -> None:
 
 def test_an_empty_folder(pretrain: Run, finetune: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(pretrain("--data_path", tmp_path / "empty"), tmp_path / "empty", "holds no images")
+    refused(pretrain("--data_path", tmp_path / "empty"), tmp_path / "empty", "contains no images")
     refused(finetune("--data_path", tmp_path / "empty"), tmp_path / "empty", "train/<class>/*.jpg")
 
 

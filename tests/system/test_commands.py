@@ -223,8 +223,8 @@ def test_a_config_file_is_read_and_overridden(images: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("script", "groups"),
     [
-        ("main_pretrain.py", ("Run", "Data", "Model", "Optimization", "Discrete adversarial", "Distributed")),
-        ("main_finetune.py", ("Run", "Data", "Model", "Augmentation", "Optimization", "Evaluation", "Distributed")),
+        ("main_pretrain.py", ("Output", "Data", "Model", "Optimization", "Discrete Adversarial", "Distributed")),
+        ("main_finetune.py", ("Output", "Data", "Model", "Augmentation", "Optimization", "Evaluation", "Distributed")),
     ],
 )
 def test_help_names_every_group(script: str, groups: tuple[str, ...]) -> None:

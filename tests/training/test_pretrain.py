@@ -440,7 +440,7 @@ def runs_of(config: CompareConfig) -> list[str]:
 def test_pretrainings_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(ConfigError, match="--pretrainings: unknown variant 'releasd': did you mean released"):
         CompareConfig(pretrainings=("plain", "releasd"))
-    with pytest.raises(ConfigError, match="begins with plain"):
+    with pytest.raises(ConfigError, match="must start with plain"):
         CompareConfig(pretrainings=("released",))
     with pytest.raises(ConfigError, match="released_in_time needs plain and released before it"):
         CompareConfig(pretrainings=("plain", "released_in_time"))

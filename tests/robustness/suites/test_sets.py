@@ -390,7 +390,7 @@ def test_objectnet_refuses_missing_or_foreign_mappings(tmp_path: Path) -> None:
         open_benchmark("objnet-113", tmp_path / "images", SIZE)
     del mapping["Thing 3"]
     file.write_text(json.dumps(mapping))
-    with pytest.raises(DataError, match=r"other than 113 classes \(125"):
+    with pytest.raises(DataError, match=r"do not have 113 classes \(125"):
         open_benchmark("objnet-113", tmp_path / "images", SIZE)
     file.unlink()
     with pytest.raises(MissingInputError, match=r"objectnet_to_imagenet_1k\.json is missing"):
