@@ -55,6 +55,7 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     facts = results["suites"]["Linear"]["imagenet-c"]
     assert facts["missing"][-1] == "fog/3: 5 of 6 pictures are there"
     assert (facts["images"], results["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
+    assert "fog/3: 5 of 6" in str(results["inputs"]["partial"])
     assert not any(metric.published for metric in summarize(results).metrics)
     assert all("partial†" in metric.title for metric in summarize(results).metrics)
     assert {row["partial"] for row in csv.DictReader(counts_csv(summarize(results)).splitlines())} == {"True"}
