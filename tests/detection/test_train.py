@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -429,6 +430,14 @@ def test_mpc_is_a_mean_over_corruptions_and_severities() -> None:
 
 
 # ---- runs ----
+
+
+def test_the_settings_of_a_run_are_a_config(folder: Path, trained: Path) -> None:
+    config = DetectConfig.from_yaml(trained / "config.yaml")
+    assert (config.data.data_path, config.run.output_dir) == (str(folder), str(trained))
+    words = shlex.split(config.command())
+    assert words[:2] == ["mae-dat", "detect"]
+    assert load_config(DetectConfig, words[2:]) == config
 
 
 def test_training_lowers_the_loss(trained: Path) -> None:
