@@ -76,7 +76,8 @@ def test_the_table_of_this_machine(tmp_path: Path) -> None:
     assert "\n  ok       DAT " in done.stdout
     assert "\n  ok       two ranks " in done.stdout
     assert "--batch_size 64 --accum_iter 16" in done.stdout
-    assert not list(temporary.iterdir())
+    # torch itself makes an empty folder of this name.
+    assert not [file for file in temporary.iterdir() if not file.name.startswith("torchinductor")]
     assert list(tmp_path.iterdir()) == [temporary]
 
 

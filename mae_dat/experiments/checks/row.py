@@ -47,8 +47,8 @@ def run_check(name: str, check: RowCheck, fix: str = "") -> list[CheckRow]:
         warnings.simplefilter("ignore")
         try:
             outcome = check()
-        except InterruptError:
-            raise
+        except InterruptError as error:
+            raise InterruptError("interrupted.", error.exit_code) from error
         except Exception as error:
             return [CheckRow("failed", name, describe_error(error), "" if isinstance(error, UserError) else fix)]
     rows = [outcome] if isinstance(outcome, CheckRow) else list(outcome)

@@ -61,10 +61,11 @@ def test_an_error_of_the_user_contains_its_fix() -> None:
 
 def test_ctrl_c_ends_the_command() -> None:
     def interrupt() -> CheckRow:
-        raise InterruptError("stopped")
+        raise InterruptError("stopped at step 1; to resume, run the same command again", 75)
 
-    with pytest.raises(InterruptError):
+    with pytest.raises(InterruptError, match=r"^interrupted\.$") as caught:
         run_check("pretraining", interrupt)
+    assert caught.value.exit_code == 75
 
 
 def test_what_a_check_warns_about_is_part_of_its_row(capsys: pytest.CaptureFixture[str]) -> None:
