@@ -116,13 +116,14 @@ def _wordnet_names() -> dict[str, str]:
 
 
 def describe_ignored(ignored_files: Sequence[IgnoredFiles], root: str | Path) -> str:
-    """Return the number of files that are not read, by reason with an example; `nothing` if there are none."""
+    """Return the number of files that are not read, in all and by reason with an example; `nothing` for none."""
     total = IgnoredFiles()
     for counts in ignored_files:
         total.update(counts)
     if not total.counts:
         return "nothing"
-    return f"{count_of(total.total, 'file')}: {total.describe(root)}"
+    every = f"{count_of(total.total, 'file')}: " if len(total.counts) > 1 else ""
+    return every + total.describe(root)
 
 
 def describe_resize(transform: EvalTransform) -> str:

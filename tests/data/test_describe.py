@@ -37,7 +37,7 @@ def test_the_split_that_is_used_and_what_is_left_out_are_visible(make: MakeFolde
         "training": "train/: 3 images in 2 classes (1 to 2 each)",
         "validation": "test/: 2 images in 2 classes (1 each)",
         "classes": "0 cat, 1 dog (folder names, sorted)",
-        "left out": "1 file: .jfif 1 (train/dog/7.jfif)",
+        "left out": ".jfif 1 (train/dog/7.jfif)",
     }
 
 

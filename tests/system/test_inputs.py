@@ -76,7 +76,7 @@ def test_a_pretraining(run: Run, images: Path, tmp_path: Path) -> None:
     inputs = run("pretrain", *PRETRAIN, "--data_path", images, "--output_dir", out, stored=out / "inputs.json")
     assert inputs.rows["training"] == "train/: 24 images"
     assert inputs.rows["data"] == f"{images}\nnot used: conflict/, val/"
-    assert inputs.rows["left out"] == "1 file: .jfif 1 (train/disc/photo.jfif)"
+    assert inputs.rows["left out"] == ".jfif 1 (train/disc/photo.jfif)"
     assert inputs.rows["model"].endswith(" parameters; mask ratio 0.75, target pixels")
     assert inputs.rows["weights"] == "random"
     assert inputs.rows["output"] == f"{out} (new run, 3 steps)"
@@ -145,11 +145,11 @@ def test_an_evaluation(run: Run, images: Path, classifier: Path, tmp_path: Path)
     assert inputs.rows["suites"] == "clean 2 (val/), words-random 5 x 2"
     assert inputs.rows["subset"] == "2 of 20 pictures (seed 0)"
     assert inputs.rows["classes"].endswith("(names stored with the model)")
-    assert inputs.rows["left out"] == "1 file: dangling links 1 (val/disc/gone.png)"
+    assert inputs.rows["left out"] == "dangling links 1 (val/disc/gone.png)"
     assert inputs.rows["output"] == f"{out} (new, 2 measurements)"
     results = read_results(out / "results.json")
     assert results["inputs"] == inputs.rows
-    assert "| left out | 1 file: dangling links 1 (val/disc/gone.png) |" in (out / "report.md").read_text()
+    assert "| left out | dangling links 1 (val/disc/gone.png) |" in (out / "report.md").read_text()
     assert "dangling links 1 (val/disc/gone.png)" in (out / "report.html").read_text()
     inputs = run("evaluate", *given, "--output_dir", out, stored=out / "inputs.json")
     assert inputs.rows["output"] == f"{out} (resumes: 2 of 2 measurements are stored)"
@@ -188,7 +188,7 @@ def test_a_prediction(run: Run, images: Path, classifier: Path, tmp_path: Path) 
     given = ["--checkpoint", classifier, images / "train", images / "val" / "bolt", *CPU, "--output_dir", out]
     inputs = run("predict", *given, stored=out / "inputs.json")
     assert inputs.rows["images"] == f"26 images\n{images / 'train'}, {images / 'val' / 'bolt'}"
-    assert inputs.rows["left out"] == f"1 file: .jfif 1 ({images / 'train' / 'disc' / 'photo.jfif'})"
+    assert inputs.rows["left out"] == f".jfif 1 ({images / 'train' / 'disc' / 'photo.jfif'})"
     assert inputs.rows["classes"].endswith("9 triangle (names in the checkpoint)")
 
 
@@ -234,7 +234,7 @@ def test_packing_and_scanning(run: Run, images: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.jsonl"
     given = [images / "val", "--manifest", manifest, *workers]
     inputs = run("scan", *given, stored=tmp_path / "manifest.jsonl.inputs.json")
-    assert inputs.rows["left out"] == "1 file: dangling links 1 (disc/gone.png)"
+    assert inputs.rows["left out"] == "dangling links 1 (disc/gone.png)"
     run("scan", *given, "--verify", stored=None)
 
 
