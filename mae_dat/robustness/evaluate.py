@@ -10,6 +10,7 @@ from torch import nn
 
 from mae_dat.config.commands.evaluate import EvaluateConfig
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import image_size
 from mae_dat.config.signature import check_flag_names, takes_flags
 from mae_dat.models.adapters import is_transformers_model
@@ -91,7 +92,7 @@ def evaluate(
     options = evaluation_options(config)
     networks = baseline_first(open_models(models, options, classes), config.baseline)
     with console_for_python(progress) as console:
-        setup = _setup_in_python(options, folder, console, config)
+        setup = _setup_in_python(options, folder, console, config, _describe_call(networks, config))
         suites = suite_settings(config.suites, options.device, config.batch_size)
         return Evaluation(run_evaluation(networks, suites, config.suites.suite, setup, config.title), folder)
 
@@ -109,7 +110,7 @@ def evaluation_options(config: EvaluateConfig) -> EvalOptions:
 
 
 def _setup_in_python(
-    options: EvalOptions, folder: Path | None, console: Console, config: EvaluateConfig
+    options: EvalOptions, folder: Path | None, console: Console, config: EvaluateConfig, call: str
 ) -> EvaluationSetup:
     """Return the setup of a call from Python, whose process may be part of a process group."""
     return EvaluationSetup(
@@ -119,7 +120,15 @@ def _setup_in_python(
         world=World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(),
         batch_size=config.batch_size,
         num_workers=config.num_workers,
+        call=call,
     )
+
+
+def _describe_call(networks: Sequence[EvaluatedNetwork], config: EvaluateConfig) -> str:
+    """Return the call for the report. A model may be any object, so its title stands for it."""
+    values, defaults = flat_values(config), flat_values(EvaluateConfig())
+    changed = [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
+    return f"mae_dat.evaluate({', '.join([str([network.name for network in networks]), *changed])})"
 
 
 # ---- models ----

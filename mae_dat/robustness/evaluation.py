@@ -75,7 +75,8 @@ def run_evaluation(
     checks_of_this_rank = on_all_ranks(lambda: check_attacks(plan, counts, setup))
     checks = on_main_rank(lambda: checks_of_this_rank)
     seconds = (datetime.datetime.now() - start).total_seconds()
-    results = _assemble_results(plan, counts, checks, title=title, seconds=seconds)
+    command = setup.call or command_line()
+    results = _assemble_results(plan, counts, checks, title=title, command=command, seconds=seconds)
     results["inputs"] = inputs
     if training:
         results["training"] = training
@@ -122,7 +123,7 @@ def _write_outputs(results: Results, report: ReportData, folder: Path) -> None:
 
 
 def _assemble_results(
-    plan: EvaluationPlan, counts: PlanCounts, checks: Checks, *, title: str, seconds: float
+    plan: EvaluationPlan, counts: PlanCounts, checks: Checks, *, title: str, command: str, seconds: float
 ) -> Results:
     """Return the content of results.json, by network in the order of the plan and by suite."""
     measured_under = _versioned_cells(counts)
@@ -130,7 +131,7 @@ def _assemble_results(
     results: Results = {
         "format": FORMAT,
         "title": title,
-        "command": command_line(),
+        "command": command,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
         "machine": hardware_facts(),

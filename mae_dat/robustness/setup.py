@@ -32,6 +32,8 @@ class EvaluationSetup:
     """The verb, for the summary of the inputs."""
     inputs: InputSummary | None = None
     """The summary that was reported already, for a whole comparison; None for one of this evaluation."""
+    call: str | None = None
+    """What was called, for the report (default: this process's command line)."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:

@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+from collections.abc import Iterator
 
 import torch
 
@@ -81,6 +82,19 @@ def _precision_in_words(precision: torch.dtype | None, device: torch.device) -> 
     if precision is not None:
         return f"{str(precision).removeprefix('torch.')} autocast"
     return "float32 with TF32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "float32"
+
+
+@contextlib.contextmanager
+def restore_numerics() -> Iterator[None]:
+    """Restore torch's switches for TF32 and determinism after the block, which a run sets for the whole process."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def require_compiler(flag: str) -> None:

@@ -10,6 +10,7 @@ from mae_dat.config.flags import flat_values
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.config.signature import check_flag_names, takes_flags
 from mae_dat.runtime.console import console_for_python
+from mae_dat.runtime.device import restore_numerics
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.weight_files import WEIGHTS_FILE
 from mae_dat.training.finetune import run_finetuning
@@ -66,7 +67,7 @@ def finetune(
     settings = _settings(FinetuneConfig, config, flags, "finetune")
     if settings.evaluation.eval:
         raise ConfigError("finetune(eval=True) evaluates nothing in Python: call mae_dat.evaluate.")
-    with console_for_python(progress) as console:
+    with console_for_python(progress) as console, restore_numerics():
         scores = run_finetuning(settings, console)
     return _result(settings.run.output_dir, scores)
 
@@ -99,7 +100,7 @@ def pretrain(
         True
     """
     settings = _settings(PretrainConfig, config, flags, "pretrain")
-    with console_for_python(progress) as console:
+    with console_for_python(progress) as console, restore_numerics():
         run_pretraining(settings, console)
     records = read_log(Path(settings.run.output_dir) / "log.txt")
     losses = {name: value for name, value in (records[-1] if records else {}).items() if name.startswith("train_loss")}

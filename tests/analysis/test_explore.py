@@ -255,8 +255,8 @@ class Visitor:
     def drop(self, name: str, content: bytes, kind: str = "image/png") -> None:
         self.page.evaluate(DROP, [name, kind, base64.b64encode(content).decode()])
 
-    def pictures(self, model: int = 0) -> dict[str, np.ndarray]:
-        """The pictures of a model's panels as the browser has them, by their titles."""
+    def images(self, model: int = 0) -> dict[str, np.ndarray]:
+        """Return the images of a model's panels as the browser shows them, by their titles."""
         found = {}
         for image in self.page.locator(".model").nth(model).locator(".panel img").all():
             data = base64.b64decode(image.get_attribute("src").partition(",")[2])

@@ -63,7 +63,7 @@ def test_every_command_and_every_line_of_python_works(
         if "for images, labels in loader" in block:
             names["loader"] = [(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]))]
             names["optimizer"] = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
-        code = re.sub(r"batch_size=\d+, epochs=\d+, ", "", block)
+        code = re.sub(r"(batch_size|epochs)=\d+,\s+", "", block)
         code = code.replace("output_dir=", "epochs=1, warmup_epochs=0, batch_size=8, output_dir=")
         exec(compile(code, page, "exec"), names)
     assert float(names["loss"].detach()) > 0

@@ -53,6 +53,7 @@ def test_it_prints_what_the_command_prints(
     assert (
         stored["cells"] == evaluation.results["cells"] == read_results(tmp_path / "command" / "results.json")["cells"]
     )
+    assert stored["command"].startswith(f"mae_dat.evaluate(['mae_dat_demo'], data_path='{dataset}', suite=('clean', 'g")
     (clean,) = stored["cells"]["mae_dat_demo"]["clean"].values()
     assert evaluation.scores["clean"] == 100 * clean["correct"] / clean["total"]
     assert "generated/mean" in evaluation.scores

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import FINETUNE, draw_folder, environment, finetune_in
 
 from mae_dat.config.errors import ConfigError, MissingInputError
@@ -50,8 +51,11 @@ def test_a_configuration_may_be_given_and_changed(data: Path, tmp_path: Path) ->
     assert "epochs: 2" in (tmp_path / "two" / "config.yaml").read_text()
 
 
-def test_pretraining_returns_its_losses(data: Path, tmp_path: Path) -> None:
-    result = pretrain(data_path=data, output_dir=tmp_path, model="mae_vit_demo_patch8", **SMALL)
+def test_pretraining_returns_its_losses(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    result = pretrain(data_path=data, output_dir=tmp_path, model="mae_vit_demo_patch8", deterministic=True, **SMALL)
+    assert torch.backends.cudnn.allow_tf32
+    assert not torch.are_deterministic_algorithms_enabled()
     assert set(result.scores) == {"train_loss"}
     assert 0 < result.scores["train_loss"] < 10
     assert result.weights.is_file()
