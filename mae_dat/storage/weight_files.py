@@ -5,6 +5,7 @@ only two more classes here: `argparse.Namespace` for MAE's checkpoints, and a st
 """
 
 import argparse
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,8 +91,28 @@ def read_pickle(path: Path) -> Any:
         raise _unreadable(path, error) from error
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically; equal weights and metadata give identical files. Raises StorageError."""
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
+    """Write a safetensors file atomically and return its sha256; equal weights and metadata give identical files.
+
+    A file that already has this content stays as it is. Raises StorageError.
+    """
+    parts = _safetensors_parts(tensors, metadata)
+    sha256 = _sha256_of_parts(parts)
+    if not path.is_file() or sha256_of(path) != sha256:
+        with atomic_write(path, sum(len(part) for part in parts)) as file:
+            file.writelines(parts)
+    return sha256
+
+
+def _sha256_of_parts(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _safetensors_parts(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> list[bytes | memoryview]:
+    """Return the content of a safetensors file, in parts to avoid a copy of the tensors."""
     payload = serialize({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
     start = 8 + int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8:start])
@@ -99,9 +120,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(memoryview(payload)[start:])
+    return [len(text).to_bytes(8, "little") + text, memoryview(payload)[start:]]
 
 
 def extract_weights(content: Any, source: str, metadata: dict[str, str] | None = None) -> WeightsFile:

@@ -23,6 +23,7 @@ from mae_dat.storage.files import prepare_output_folder
 from mae_dat.storage.output_lock import record_start
 from mae_dat.training.context import RunContext
 from mae_dat.training.describe import add_device, add_run_output
+from mae_dat.training.export import set_aside_exports
 from mae_dat.training.loop import Trainer
 from mae_dat.training.resume import checkpoint_to_resume, keep_global_batch, restore_progress
 from mae_dat.training.setup import Reporting, TrainingSetup
@@ -101,6 +102,7 @@ def _manifest(settings: Mapping[str, Any], images: ImageSet, optim: OptimConfig,
 def _record_start(output: Path, step: int, settings: Mapping[str, Any]) -> None:
     """Record that training starts at a step, and with which settings. Raises NoProgressError, StorageError."""
     record_start(output, step)
+    set_aside_exports(output)
     write_config(settings, output / "config.yaml")
 
 

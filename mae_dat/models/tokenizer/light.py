@@ -100,8 +100,12 @@ class LightTokenizer(VisualTokenizer):
 
     def save(self, path: Path) -> None:
         """Write a safetensors file with the configuration, so that the file is enough to rebuild the tokenizer."""
-        settings = json.dumps(dataclasses.asdict(self.config))
-        write_weights(path, dict(self.state_dict()), {"tokenizer": "light", "config": settings})
+        write_weights(path, dict(self.state_dict()), self.metadata)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a safetensors file needs besides the tensors to rebuild the tokenizer."""
+        return {"tokenizer": "light", "config": json.dumps(dataclasses.asdict(self.config))}
 
     @classmethod
     def from_file(cls, path: Path, file: WeightsFile) -> Self:

@@ -7,7 +7,6 @@ It counts steps instead of epochs: for the loop, each step is an epoch of its ow
 
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import time
@@ -36,9 +35,9 @@ from mae_dat.models.tokenizer.light import LightTokenizer
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.world import world_from_environment
-from mae_dat.storage.files import sha256_of
 from mae_dat.training.context import RunContext, run_context
 from mae_dat.training.describe import add_on_bad
+from mae_dat.training.export import TOKENIZER_FILE, write_export
 from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.optim import set_lr
@@ -299,22 +298,19 @@ def export_tokenizer(
     config: TokenizerTrainingConfig, objective: TokenizerObjective, context: RunContext, seconds: float
 ) -> Path:
     """Write `tokenizer.safetensors` and its card: settings, figures on held-out images, sha256; return the path."""
-    path = context.output / "tokenizer.safetensors"
-    objective.tokenizer.save(path)
+    path, tokenizer = context.output / TOKENIZER_FILE, objective.tokenizer
     held_out = {}
     for root in config.val_path:
         folder = held_out_folder(config, root)
         loader = eval_loader(folder, config.batch_size, rank=0, world_size=1, num_workers=config.num_workers)
         held_out["/".join(Path(root).parts[-2:])] = figures = objective.measure(loader)
         logger.info("held out, %s: %s", root, figures)
-    card = {
-        "sha256": sha256_of(path),
+    facts = {
         "command": command_line(),
         "settings": dataclasses.asdict(config),
         "held_out": held_out,
         "seconds_of_the_last_session": round(seconds),
         "torch": str(torch.__version__),
     }
-    path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
-    logger.info("wrote %s", path)
+    write_export(path, dict(tokenizer.state_dict()), tokenizer.metadata, facts)
     return path
