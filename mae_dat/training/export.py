@@ -46,12 +46,12 @@ def write_export(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
             path,
             " again" if sha256 == recorded else "",
         )
-    write_card(path, {"sha256": sha256, **facts})
+    _write_card(path, {"sha256": sha256, **facts})
     if sha256 != before:
         logger.info("wrote %s", path)
 
 
-def write_card(path: Path, facts: Mapping[str, Any]) -> None:
+def _write_card(path: Path, facts: Mapping[str, Any]) -> None:
     """Write the card of a weights file, unless it has these facts already. Raises StorageError."""
     card, text = path.with_suffix(".json"), json.dumps(facts, indent=1).encode() + b"\n"
     if not card.is_file() or card.read_bytes() != text:
