@@ -1,7 +1,8 @@
 """The command `mae-dat doctor`: check the installation and print a table of what was found, with fixes.
 
 A row is printed as soon as it is known, so that a check that crashes the process is the one after the last row. A check
-that raises becomes a failed row, and the others still run. Checks import what they need, which may be broken.
+that raises becomes a failed row, and the others still run. A check that hangs ends the process, with its stacks on
+stderr. Checks import what they need, which may be broken.
 """
 
 import os
@@ -16,7 +17,10 @@ from mae_dat.experiments.checks.batch_size import check_batch_size
 from mae_dat.experiments.checks.ranks import check_gpus, check_ranks
 from mae_dat.experiments.checks.row import CheckRow, RowCheck, format_row, run_check
 from mae_dat.experiments.checks.trial_runs import TrialRuns
+from mae_dat.runtime.watchdog import heartbeat, watchdog
 
+_HANG_MINUTES = 5.0
+"""Minutes after which a check counts as hanging. A check takes seconds, some of them a minute on a busy machine."""
 _CORRECT, _REPORT = "correct the failed rows above first", "please report this as a bug, with this table"
 """The fix of a check that raised: after another one failed, or as the first one."""
 
@@ -28,12 +32,14 @@ def main(config: DoctorConfig) -> None:
         print("This takes about a minute; with --quick a few seconds, without any training.", flush=True)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     rows = []
-    for item in examine(config):
-        if isinstance(item, CheckRow):
-            rows.append(item)
-            print(format_row(item, color), flush=True)
-        else:
-            print(f"\n{item}", flush=True)
+    with watchdog(_HANG_MINUTES, first_minutes=_HANG_MINUTES):
+        for item in examine(config):
+            heartbeat()
+            if isinstance(item, CheckRow):
+                rows.append(item)
+                print(format_row(item, color), flush=True)
+            else:
+                print(f"\n{item}", flush=True)
     failed, warned = (", ".join(row.name for row in rows if row.state == state) for state in ("failed", "warning"))
     print(
         f"\n{len(rows)} checks" + (f", warnings: {warned}" if warned else "") + ("" if failed else "; none failed."),

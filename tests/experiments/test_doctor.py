@@ -62,7 +62,11 @@ def test_several_ranks_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
 def doctor(tmp_path: Path, *flags: str, **changes: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "MAE_DAT_HOME": "cache", **changes}
     command = [sys.executable, "-m", "mae_dat", "doctor", *flags]
-    return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    try:
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    except subprocess.TimeoutExpired as error:
+        processes = subprocess.run(["ps", "-ef"], capture_output=True, text=True, check=False).stdout
+        pytest.fail(f"the command did not end.\n{error.stdout!r}\n{error.stderr!r}\n{processes}")
 
 
 @pytest.mark.slow
@@ -79,6 +83,22 @@ def test_the_table_of_this_machine(tmp_path: Path) -> None:
     # torch itself makes an empty folder of this name.
     assert not [file for file in temporary.iterdir() if not file.name.startswith("torchinductor")]
     assert list(tmp_path.iterdir()) == [temporary]
+
+
+@pytest.mark.slow
+def test_a_check_that_hangs_ends_with_its_stacks(tmp_path: Path) -> None:
+    code = (
+        "import time, timm, torchvision; from mae_dat.experiments import doctor; doctor._HANG_MINUTES = 0.25\n"
+        "doctor.machine.check_memory = lambda: time.sleep(1000)\n"
+        "from mae_dat.config.commands.doctor import DoctorConfig; doctor.main(DoctorConfig(quick=True))"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MAE_DAT_HOME": "cache"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 75
+    assert done.stdout.splitlines()[-1].split()[:2] == ["ok", "processor"]
+    assert "finished no step for 15 s" in done.stderr
+    assert "in run_check" in done.stderr
 
 
 @pytest.mark.slow
