@@ -25,10 +25,11 @@ from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, SuiteSett
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.inputs import InputSummary
-from mae_dat.training.accuracy import evaluate_accuracy
+from mae_dat.training.accuracy import evaluate_classes
 from mae_dat.training.context import RunContext, run_context
 from mae_dat.training.describe import add_device, add_on_bad
 from mae_dat.training.finetune import validation_images, validation_loader
+from mae_dat.training.validation import report_classes
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,11 @@ def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> 
         check_class_count(file.source, opened.plan.num_classes, config.classifier.nb_classes or len(images.classes))
         on_main_rank(lambda: context.console.report_inputs(_accuracy_inputs(config, opened, images, context)))
         loader = validation_loader(images, 2 * config.optim.batch_size, config.data, context)
-        final = evaluate_accuracy(model, loader, context.device, context.precision)
-        logger.info("accuracy %.2f %% top-1, %.2f %% top-5 on %s", final["test_acc1"], final["test_acc5"], images.root)
+        final = evaluate_classes(model, loader, context.device, context.precision)
+        report_classes(final, images.classes, folder=None)
+        accuracies = (final.scores[name] for name in ("test_acc1", "test_acc5", "test_balanced_acc"))
+        message = "accuracy %.2f %% top-1, %.2f %% top-5, %.2f %% balanced over classes, on %s"
+        logger.info(message, *accuracies, images.root)
 
 
 def _accuracy_inputs(

@@ -31,7 +31,7 @@ from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.runtime.sharding import full_state_dict
-from mae_dat.training.accuracy import evaluate_accuracy
+from mae_dat.training.accuracy import evaluate_accuracy, evaluate_classes
 from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.describe import add_adversary, add_on_bad, add_pixels
 from mae_dat.training.export import export_model
@@ -46,6 +46,7 @@ from mae_dat.training.optim import build_optimizer, effective_lr
 from mae_dat.training.session import run_training
 from mae_dat.training.setup import Reporting, ShownScore
 from mae_dat.training.state import TrainingState
+from mae_dat.training.validation import report_classes
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,9 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
         )
         facts = {**classifier_facts(settings, data, images.classes), "nb_classes": classes}
         export_classifier(state, context, facts)
-        return evaluate_accuracy(state.averaged, loader, context.device, context.precision)
+        final = evaluate_classes(state.averaged, loader, context.device, context.precision)
+        report_classes(final, images.classes, context.output)
+        return final.scores
 
 
 def export_classifier(state: TrainingState, context: RunContext, facts: Mapping[str, Any]) -> None:
@@ -353,5 +356,10 @@ def describe_augmentation(augment: AugmentConfig) -> str:
 def main(config: FinetuneConfig) -> None:
     """Run the command, and log the accuracy of the result and what to do with it."""
     scores = run_finetuning(config, console_for_command())
-    logger.info("accuracy %.2f %% top-1, %.2f %% top-5", scores["test_acc1"], scores["test_acc5"])
+    logger.info(
+        "accuracy %.2f %% top-1, %.2f %% top-5, %.2f %% balanced over classes",
+        scores["test_acc1"],
+        scores["test_acc5"],
+        scores["test_balanced_acc"],
+    )
     log_next_commands(config.run.output_dir, after_finetuning(config.run.output_dir, config.data))

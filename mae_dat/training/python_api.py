@@ -28,8 +28,8 @@ class TrainingResult:
     weights: Path
     """The exported model, `model.safetensors` in the output folder."""
     scores: dict[str, float]
-    """Fine-tuning: test_acc1 and test_acc5 in percent, and test_loss, on the validation images. Pretraining: the losses
-    of the last epoch."""
+    """Fine-tuning: test_acc1, test_acc5 and test_balanced_acc in percent, and test_loss, on the validation images.
+    Pretraining: the losses of the last epoch."""
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
@@ -62,7 +62,7 @@ def finetune(
         ...     epochs=1, dat=True, num_workers=0, progress=False,
         ... )
         >>> result.weights.name, sorted(result.scores)
-        ('model.safetensors', ['test_acc1', 'test_acc5', 'test_loss'])
+        ('model.safetensors', ['test_acc1', 'test_acc5', 'test_balanced_acc', 'test_loss'])
     """
     settings = _settings(FinetuneConfig, config, flags, "finetune")
     if settings.evaluation.eval:

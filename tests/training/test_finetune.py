@@ -1,5 +1,6 @@
 """The linear probe: LARS against the reference, what is frozen and what is trained, and its weights afterwards."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,14 @@ def test_a_probe_is_trained_exported_and_evaluated(
     assert trained.code == 0, trained.stderr
     assert "hardly moves" not in trained.stderr
     accuracy = trained.stderr.rpartition("accuracy ")[2].split()[0]
+    assert "confusion matrix of the validation images:\nlabel \\ predicted" in trained.stderr
+    validation = json.loads((output / "validation.json").read_text())
+    hits = sum(row.get(name, 0) for name, row in validation["confusion"].items())
+    images_seen = sum(sum(row.values()) for row in validation["confusion"].values())
+    assert f"{100 * hits / images_seen:.2f}" == accuracy == f"{validation['test_acc1']:.2f}"
+    means = [recall["percent"] for recall in validation["recall"].values()]
+    last = json.loads((output / "log.txt").read_text().splitlines()[-1])
+    assert last["test_balanced_acc"] == validation["test_balanced_acc"] == pytest.approx(sum(means) / len(means))
     exported, start = read_weights(output / "model.safetensors").tensors, read_weights(pretrained / "model.safetensors")
     assert "head.weight" in exported
     assert torch.equal(exported["blocks.0.attn.qkv.weight"], start.tensors["blocks.0.attn.qkv.weight"])
@@ -154,6 +163,7 @@ def test_a_probe_is_trained_exported_and_evaluated(
     for case in ("export", "checkpoint"):
         found = outcome_of(finetune_main, [*evaluate, "--output_dir", str(tmp_path / case)], monkeypatch, capsys)
         assert f"accuracy {accuracy} % top-1" in found.stderr, case
+        assert "confusion matrix" in found.stderr, case
         (output / "model.safetensors").unlink(missing_ok=True)
 
 
