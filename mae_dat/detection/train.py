@@ -13,6 +13,7 @@ from mae_dat.config.commands.detect import DetectConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.flags import flat_values
+from mae_dat.data.file_facts import content_sha256
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
 from mae_dat.detection.box_gallery import draw_detections
@@ -118,6 +119,7 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
             **facts,
             "weights": state_sha256(model),
             "pictures": describe_images(validation),
+            "content": content_sha256(validation.content_files()),
             "severities": config.measure.severities,
             "seed": config.run.seed,
             "precision": str(context.precision),

@@ -1,9 +1,10 @@
 """Cache of measurements: one file for each pass and network, written at once, so that an interrupted evaluation
 resumes where it stopped.
 
-A file's name is the hash of everything its numbers depend on: weights, protocol, images. If one of these changes, the
-pass is measured again, and the old file stays. An update of the software does not invalidate the cache; the versions a
-measurement was made with are therefore stored with it.
+A file's name is the hash of everything its numbers depend on: weights, protocol, names of the images. If one of these
+changes, the pass is measured again, and the old file stays. The file also records sizes, times and content of the
+images: if any of them was replaced under the same name, the pass is measured again too. An update of the software does
+not invalidate the cache; the versions a measurement was made with are therefore stored with it.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mae_dat.data.file_facts import FileState, replaced
 from mae_dat.storage.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -38,29 +40,43 @@ class MeasurementCache:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, key: CacheKey | None) -> CachedMeasurement | None:
-        """Return the measurement of a key, None if there is none. A damaged file is logged and ignored."""
+    def read(self, key: CacheKey | None, files: FileState) -> CachedMeasurement | None:
+        """Return the measurement of a key, None if there is none, or if one of the image `files` was replaced since.
+
+        A damaged file is logged and ignored. Raises StorageError.
+        """
         path = self._path(key)
         if path is None or not path.is_file():
             return None
         try:
             # Older releases wrote Infinity, which is not JSON.
             content = json.loads(path.read_text(), parse_constant=lambda constant: None)
-            return CachedMeasurement(content["found"], content.get("versions", {}))
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            measurement = CachedMeasurement(content["found"], content.get("versions", {}))
+            before = content.get("files")
+            if before is None:  # of an older release
+                is_current = files.newest_ns <= path.stat().st_mtime_ns
+            else:
+                is_current = not replaced(before, files.facts(before))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             logger.warning("%s is damaged (%s): measuring again.", path, error)
             return None
+        if not is_current:
+            logger.warning("images of %s were replaced since it was measured: measuring again.", path)
+            return None
+        if before != files.facts(before):  # the same content with other times, which need not be read again
+            self.write(key, measurement, files)
+        return measurement
 
     def has(self, key: CacheKey | None) -> bool:
         """Return whether there is a measurement of a key; its file may be damaged."""
         path = self._path(key)
         return path is not None and path.is_file()
 
-    def write(self, key: CacheKey | None, measurement: CachedMeasurement) -> None:
-        """Store a measurement. Raises StorageError."""
+    def write(self, key: CacheKey | None, measurement: CachedMeasurement, files: FileState) -> None:
+        """Store a measurement on the image `files`. Raises StorageError."""
         path = self._path(key)
         if path:
-            content = {"key": key, "found": measurement.value, "versions": measurement.versions}
+            content = {"key": key, "found": measurement.value, "versions": measurement.versions, "files": files.facts()}
             with atomic_write(path) as file:
                 file.write(json.dumps(content, indent=1).encode() + b"\n")
 

@@ -83,7 +83,7 @@ def _measure_same_images(runs: Sequence[SuiteRun], counts: PlanCounts, setup: Ev
                 name: CachedMeasurement(_as_json(pass_counts), versions[name])
                 for name, pass_counts in counts_by_network.items()
             }
-            on_main_rank(functools.partial(_write_to_cache, setup.cache, keys, measurements))
+            on_main_rank(functools.partial(_write_to_cache, setup.cache, keys, measurements, image_pass))
 
 
 def _cache_keys(runs: Sequence[SuiteRun], position: int) -> dict[str, dict[str, Any] | None]:
@@ -97,11 +97,9 @@ def _load_cached(
 ) -> list[tuple[ImagePass, list[str]]]:
     """Add cached counts to `counts`; return the other passes, each with the names of the networks to measure."""
     suite = runs[0].suite
+    positions = range(len(suite.passes))
     cached = on_main_rank(
-        lambda: [
-            {name: cache.read(key) for name, key in _cache_keys(runs, position).items()}
-            for position in range(len(suite.passes))
-        ]
+        lambda: [_read_cached(cache, _cache_keys(runs, position), suite.passes[position]) for position in positions]
     )
     remaining = []
     for image_pass, measurements in zip(suite.passes, cached, strict=True):
@@ -122,11 +120,27 @@ def _from_json(measurement: CachedMeasurement) -> SuiteCounts:
     return SuiteCounts(counts, measurement.value["calibration"], dict.fromkeys(counts, measurement.versions))
 
 
+def _read_cached(
+    cache: MeasurementCache, keys: Mapping[str, dict[str, Any] | None], image_pass: ImagePass
+) -> dict[str, CachedMeasurement | None]:
+    """Return each network's measurement of a pass, None where there is none on the images as they are now."""
+    if not any(cache.has(key) for key in keys.values()):
+        return dict.fromkeys(keys)
+    files = image_pass.files
+    return {name: cache.read(key, files) for name, key in keys.items()}
+
+
 def _write_to_cache(
-    cache: MeasurementCache, keys: Mapping[str, dict[str, Any] | None], measurements: Mapping[str, CachedMeasurement]
+    cache: MeasurementCache,
+    keys: Mapping[str, dict[str, Any] | None],
+    measurements: Mapping[str, CachedMeasurement],
+    image_pass: ImagePass,
 ) -> None:
+    if cache.folder is None:
+        return
+    files = image_pass.files
     for name, measurement in measurements.items():
-        cache.write(keys[name], measurement)
+        cache.write(keys[name], measurement, files)
 
 
 def _progress_on(task: Task, suite: Suite) -> Progress:

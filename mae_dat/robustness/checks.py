@@ -91,10 +91,10 @@ def _gradient_checks(run: SuiteRun, setup: EvaluationSetup) -> CachedMeasurement
     image_pass = run.suite.passes[0]
     key = run.cache_key(image_pass, run.suite.fingerprints[0])
     key = key and {**key, "cells": f"checks on {CHECKED_IMAGES} pictures"}
-    measurement = on_main_rank(lambda: setup.cache.read(key))
+    measurement = on_main_rank(lambda: setup.cache.read(key, image_pass.files))
     if measurement is None:
         measurement = CachedMeasurement(_compute_gradient_checks(run, setup), run.versions)
-        on_main_rank(functools.partial(setup.cache.write, key, measurement))
+        on_main_rank(functools.partial(setup.cache.write, key, measurement, image_pass.files))
     return measurement
 
 

@@ -8,10 +8,16 @@ from typing import Any
 
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import OptimConfig, RunConfig
+from mae_dat.data.file_facts import file_facts, replaced
+from mae_dat.data.image_set import ImageSet
+from mae_dat.models.describe import HASH_DIGITS
+from mae_dat.models.tokenizer import tokenizer_path
 from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.environment import CodeFacts, describe_code
 from mae_dat.storage.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, verify_checkpoint
+from mae_dat.storage.files import sha256_of
 from mae_dat.training.context import RunContext
+from mae_dat.training.objectives.base import Objective
 from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -28,6 +34,9 @@ FREE_SETTINGS = {
     *("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url"),
 }
 BATCH_SETTINGS = {"batch_size", "accum_iter"}  # free while the global batch, their product with the ranks, is the same
+
+_TOKENIZER_SETTINGS = ("tokenizer", "teacher")
+"""Settings that name the file of a tokenizer, and attributes of the objectives that use one."""
 
 # A setting that only one kind of training has.
 _KINDS = {
@@ -47,14 +56,28 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
     return {name: (before[name], listed[name]) for name in shared if before[name] != listed[name]}
 
 
-def check_changes(
-    checkpoint: Checkpoint, settings: Mapping[str, Any], images: str, batch: int, allowed: Iterable[str]
-) -> None:
-    """Compare the run with the one that made the checkpoint, and log what differs.
+def content_facts(
+    settings: Mapping[str, Any], images: ImageSet, objective: Objective, checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """Return what a manifest records about the content of the images and of the tokenizers that the objective uses.
 
-    `settings` are those of now, `images` describes the training images, `batch` is the global batch. Raises ConfigError
-    for a change that affects the result and is not `allowed`, and CheckpointError for another kind of run.
+    Content is not read again if sizes and times of the images are those in the manifest of `checkpoint`.
     """
+    before = checkpoint.manifest.get("image_files") if checkpoint else None
+    used = [name for name in _TOKENIZER_SETTINGS if name in settings and getattr(objective, name, None) is not None]
+    return {
+        "image_files": file_facts(images.content_files(), before),
+        "tokenizer_files": {name: sha256_of(tokenizer_path(settings[name])) for name in used},
+    }
+
+
+def check_changes(checkpoint: Checkpoint, manifest: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    """Compare the run that `manifest` describes with the one that made the checkpoint, and log what differs.
+
+    Raises ConfigError for a change that affects the result and is not `allowed`, and CheckpointError for another kind
+    of run.
+    """
+    settings, images, batch = (manifest[name] for name in ("settings", "images", "global_batch"))
     before = checkpoint.manifest.get("settings", {})
     if before and _kind_of(before) != _kind_of(settings):
         raise CheckpointError(
@@ -68,6 +91,7 @@ def check_changes(
     free = FREE_SETTINGS | (BATCH_SETTINGS if same_batch else set())
     if checkpoint.manifest.get("images", images) != images:
         changed["images"] = (checkpoint.manifest["images"], images)
+    changed |= _changed_content(checkpoint.manifest, manifest)
     lines = [
         f"  --{name}: {old} before, {new} now" + ("" if name in free else "  (changes the result)")
         for name, (old, new) in changed.items()
@@ -81,6 +105,26 @@ def check_changes(
         )
     if lines:
         logger.warning("%s", message)
+
+
+def _changed_content(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return images and tokenizers that have other content under the same names, each with what it was and is.
+
+    Older manifests do not record the content, and nothing is compared with them.
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    files, files_now = before.get("image_files"), now.get("image_files")
+    if files and files_now and before.get("images") == now["images"] and replaced(files, files_now):
+        same_size = files["sizes"] == files_now["sizes"]
+        what = "other content of the same sizes" if same_size else "other sizes"
+        changed["images"] = (before["images"], f"{now['images']}, the same names with {what}")
+    hashes = before.get("tokenizer_files", {})
+    for name, sha256 in now.get("tokenizer_files", {}).items():
+        if hashes.get(name, sha256) != sha256:
+            path_before, path = before["settings"].get(name), now["settings"][name]
+            digits = HASH_DIGITS
+            changed[name] = (f"{path_before} (sha256 {hashes[name][:digits]})", f"{path} (sha256 {sha256[:digits]})")
+    return changed
 
 
 def _kind_of(settings: Mapping[str, Any]) -> str:
@@ -171,13 +215,7 @@ def restore_progress(
     CheckpointError. Collective.
     """
     images, batch = manifest["images"], manifest["global_batch"]
-    check_changes(
-        checkpoint,
-        manifest["settings"],
-        images=images,
-        batch=batch,
-        allowed=context.run.allow_change,
-    )
+    check_changes(checkpoint, manifest, context.run.allow_change)
     warn_if_code_changed(checkpoint, manifest["code"])
     on_all_ranks(lambda: load_checkpoint(state, checkpoint, context.world.rank, context.world.size))
     before = checkpoint.manifest

@@ -25,7 +25,7 @@ from mae_dat.training.context import RunContext
 from mae_dat.training.describe import add_device, add_run_output
 from mae_dat.training.export import set_aside_exports
 from mae_dat.training.loop import Trainer
-from mae_dat.training.resume import checkpoint_to_resume, keep_global_batch, restore_progress
+from mae_dat.training.resume import checkpoint_to_resume, content_facts, keep_global_batch, restore_progress
 from mae_dat.training.setup import Reporting, TrainingSetup
 from mae_dat.training.state import TrainingState
 
@@ -56,6 +56,7 @@ def run_training(  # noqa: PLR0913 - keywords
     optim = keep_global_batch(optim, checkpoint, context.world.size)
     epoch_steps = epoch_steps or steps_per_epoch(len(images), optim.batch_size, context.world.size, optim.accum_iter)
     manifest = _manifest(settings, images, optim, context.world.size)
+    manifest |= on_main_rank(lambda: content_facts(settings, images, state.objective, checkpoint))
     state.step = context.run.start_epoch * epoch_steps
     if checkpoint:
         restore_progress(state, checkpoint, manifest, epoch_steps=epoch_steps, context=context)

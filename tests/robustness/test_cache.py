@@ -3,16 +3,20 @@
 import csv
 import importlib
 import json
+import logging
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from benchmark_folders import FEW, SIDE, validation_names
 from built_suites import open_sources, suite_from
 from evaluated_models import Linear, dataset, draw, imagenet, write_onnx  # noqa: F401 - some are fixtures
+from PIL import Image
 from quiet_evaluation import evaluate
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -319,3 +323,59 @@ def test_the_average_of_an_interrupted_run_is_called_so(dataset: Path, tmp_path:
         assert (exported.facts["averaged"], found.facts["averaged"]) == ((True, True) if decay else (False, None))
         image = torch.rand(1, 3, 32, 32)
         assert torch.equal(found.model(image), exported.model(image))
+
+
+# ---- never the numbers of other images ----
+
+
+def test_any_replaced_image_is_measured_again(dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    """Image 1 is not among those whose content is part of the fingerprint."""
+    root, output = shutil.copytree(dataset, tmp_path / "data"), tmp_path / "out"
+
+    def measured() -> list[int]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            return right(evaluate(Linear(10), "clean", root, output_dir=output, input_size=SIDE), "clean")
+
+    images = sorted((root / "val").rglob("*.png"))
+    before = measured()
+    assert measured() == before
+    assert "clean: measured before" in caplog.text
+    for path in images:
+        os.utime(path, ns=(10**18, 10**18))
+    assert measured() == before
+    assert "clean: measured before" in caplog.text, "a copy of the same content"
+    flipped = Image.fromarray(255 - np.asarray(Image.open(images[1]).convert("RGB")))
+    size = images[1].stat().st_size
+    flipped.save(images[1])
+    with images[1].open("ab") as file:
+        file.write(bytes(max(0, size - file.tell())))
+    os.utime(images[1], ns=(10**18 + 1, 10**18 + 1))
+    after = measured()
+    assert "were replaced since it was measured: measuring again" in caplog.text
+    assert after == right(evaluate(Linear(10), "clean", root, input_size=SIDE), "clean")
+    assert measured() == after
+    assert "clean: measured before" in caplog.text
+
+
+def test_measurements_of_older_releases_are_those_of_older_images(
+    dataset: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root, output = shutil.copytree(dataset, tmp_path / "data"), tmp_path / "out"
+    evaluate(Linear(10), "clean", root, output_dir=output, input_size=SIDE)
+    (cell,) = (output / "cells").glob("*.json")
+    content = json.loads(cell.read_text())
+    del content["files"]
+    cell.write_text(json.dumps(content))
+    with caplog.at_level(logging.INFO):
+        evaluate(Linear(10), "clean", root, output_dir=output, input_size=SIDE)
+        assert "clean: measured before" in caplog.text
+        assert "files" in json.loads(cell.read_text())
+        del content["versions"]
+        cell.write_text(json.dumps(content))
+        os.utime(sorted((root / "val").rglob("*.png"))[1])
+        os.utime(cell, ns=(10**18, 10**18))
+        evaluate(Linear(10), "clean", root, output_dir=output, input_size=SIDE)
+    assert "measuring again" in caplog.text

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import draw_folder, one_thread, pretrain_in
 
 from mae_dat.config.errors import CheckpointError
 from mae_dat.models.weights.read import read_model_file
 from mae_dat.storage.checkpoint import newest_checkpoint
 from mae_dat.storage.files import sha256_of
 from mae_dat.training.export import write_export
-from tests.support.tiny_runs import draw_folder, one_thread, pretrain_in
 
 __all__ = ["one_thread"]
 

@@ -2,19 +2,24 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from paths import GOLDEN
-from tiny_runs import draw_folder, pretrain_in
+from tiny_runs import draw_folder, pretrain_in, save_tokenizer
+from whole_runs import signal_in_step
 
 from mae_dat.config.commands.tokenizer import DistillConfig, TokenizerConfig
-from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.errors import CheckpointError, ConfigError, InterruptError
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import OptimConfig
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
+from mae_dat.models.tokenizer import LightTokenizer, load_tokenizer
 from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.training.resume import BATCH_SETTINGS, FREE_SETTINGS, changes, check_changes, keep_global_batch
 
@@ -56,6 +61,10 @@ def checkpoint(settings: dict[str, Any], **facts: Any) -> Checkpoint:
     return Checkpoint(Path("out/checkpoint-00000010.pth"), 10, {"settings": kept, **facts})
 
 
+def check(found: Checkpoint, settings: dict[str, Any], images: str, batch: int, allowed: tuple[str, ...]) -> None:
+    check_changes(found, {"settings": settings, "images": images, "global_batch": batch}, allowed)
+
+
 def test_every_setting_is_of_one_kind() -> None:
     assert not CHANGES_THE_RESULT & (FREE_SETTINGS | BATCH_SETTINGS)
     assert set().union(*KINDS) == CHANGES_THE_RESULT | FREE_SETTINGS | BATCH_SETTINGS
@@ -65,8 +74,8 @@ def test_what_is_the_same_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
     for settings in KINDS:
         found = checkpoint(settings, images="100 (ab)", global_batch=64)
         assert changes(found.manifest["settings"], settings) == {}
-        check_changes(found, settings, "100 (ab)", 64, ())
-    check_changes(checkpoint({}), PRETRAINING, "100 (ab)", 64, ())  # of an older version, which recorded nothing
+        check(found, settings, "100 (ab)", 64, ())
+    check(checkpoint({}), PRETRAINING, "100 (ab)", 64, ())  # of an older version, which recorded nothing
     assert not caplog.text
 
 
@@ -81,12 +90,12 @@ def test_each_setting_changed_alone(name: str, caplog: pytest.LogCaptureFixture)
     now = {**settings, name: other(settings[name])}
     found = checkpoint(settings, images="100 (ab)", global_batch=64)
     if name in FREE_SETTINGS | BATCH_SETTINGS:
-        check_changes(found, now, "100 (ab)", 64, ())
+        check(found, now, "100 (ab)", 64, ())
     else:
         with pytest.raises(ConfigError, match=rf"(?s)--{name}: .* now  \(changes the result\).*--allow_change {name};"):
-            check_changes(found, now, "100 (ab)", 64, ())
+            check(found, now, "100 (ab)", 64, ())
         caplog.clear()
-        check_changes(found, now, "100 (ab)", 64, ("seed", name))
+        check(found, now, "100 (ab)", 64, ("seed", name))
     assert f"--{name}: " in caplog.text
     assert ("changes the result" in caplog.text) == (name in CHANGES_THE_RESULT)
 
@@ -96,17 +105,17 @@ def test_another_global_batch_or_other_images_change_the_result() -> None:
     for name in BATCH_SETTINGS:
         now = {**FINE_TUNING, name: 7}
         with pytest.raises(ConfigError, match=f"--allow_change {name};"):
-            check_changes(found, now, "100 (ab)", 56, ())
-        check_changes(found, now, "100 (ab)", 56, (name,))
+            check(found, now, "100 (ab)", 56, ())
+        check(found, now, "100 (ab)", 56, (name,))
     with pytest.raises(ConfigError, match=r"(?s)--images: 100 \(ab\) before, 100 \(cd\) now .*--allow_change images;"):
-        check_changes(found, FINE_TUNING, "100 (cd)", 64, ())
-    check_changes(found, FINE_TUNING, "100 (cd)", 64, ("images",))
+        check(found, FINE_TUNING, "100 (cd)", 64, ())
+    check(found, FINE_TUNING, "100 (cd)", 64, ("images",))
 
 
 def test_all_changes_are_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
     now = {**FINE_TUNING, "blr": 1.0, "epochs": 3, "num_workers": 1}
     with pytest.raises(ConfigError) as caught:
-        check_changes(checkpoint(FINE_TUNING), now, "", 1, ("epochs",))
+        check(checkpoint(FINE_TUNING), now, "", 1, ("epochs",))
     told = str(caught.value)
     assert told.splitlines()[0] == "out/checkpoint-00000010.pth was made with other settings:"
     assert {line.split(":")[0].strip() for line in told.splitlines()[1:4]} == {"--blr", "--epochs", "--num_workers"}
@@ -115,13 +124,13 @@ def test_all_changes_are_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="--allow_change epoch: no such setting"):
-        check_changes(checkpoint(FINE_TUNING), FINE_TUNING, "", 1, ("epoch",))
+        check(checkpoint(FINE_TUNING), FINE_TUNING, "", 1, ("epoch",))
     with pytest.raises(CheckpointError, match="it is of a pretraining, not of a fine-tuning. Use another --output_dir"):
-        check_changes(checkpoint(PRETRAINING), FINE_TUNING, "", 1, ())
+        check(checkpoint(PRETRAINING), FINE_TUNING, "", 1, ())
     with pytest.raises(CheckpointError, match="it is of a fine-tuning, not of a pretraining"):
-        check_changes(checkpoint(FINE_TUNING), PRETRAINING, "", 1, ())
+        check(checkpoint(FINE_TUNING), PRETRAINING, "", 1, ())
     with pytest.raises(CheckpointError, match="it is of a tokenizer's training, not of a distillation"):
-        check_changes(checkpoint(TOKENIZER), STUDENT, "", 1, ())
+        check(checkpoint(TOKENIZER), STUDENT, "", 1, ())
 
 
 @pytest.mark.parametrize(
@@ -182,3 +191,34 @@ def test_a_run_of_the_first_format_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"00006.pth has format 1, .* --finetune .*00006.pth"):
         pretrain_in(output, data)
     assert {path.name for path in output.glob("checkpoint-*")} == {manifest.name, f"{manifest.stem}.pth"}
+
+
+# ---- content replaced under the same name ----
+
+
+def test_replaced_images_and_tokenizers_are_refused_unless_they_are_allowed(tmp_path: Path) -> None:
+    data, tokenizer = draw_folder(tmp_path / "data", val=0, conflict=0), save_tokenizer(tmp_path / "words.safetensors")
+    output = tmp_path / "out"
+
+    def train(*flags: str) -> None:
+        pretrain_in(output, data, "--dat", "released", "--tokenizer", str(tokenizer), "--epochs", "2", *flags)
+
+    with signal_in_step(1, signal.SIGTERM), pytest.raises(InterruptError):
+        train()
+    for path in data.rglob("*.png"):
+        os.utime(path, ns=(7, 7))  # as after a copy
+    with signal_in_step(2, signal.SIGTERM), pytest.raises(InterruptError):
+        train()
+    image = sorted(data.rglob("*.png"))[13]
+    image.write_bytes(image.read_bytes()[:-1] + b"x")
+    with pytest.raises(ConfigError, match=r"(?s)--images: 24 .*same names with other content.*_change images;"):
+        train()
+    words = load_tokenizer(tokenizer)
+    assert isinstance(words, LightTokenizer)
+    with torch.no_grad():
+        words.codes.mul_(-1)
+    words.save(tokenizer)
+    with pytest.raises(ConfigError, match=r"--tokenizer: .*words.safetensors \(sha256 \w{12}\) before, .* now"):
+        train("--allow_change", "images")
+    train("--allow_change", "images", "tokenizer")
+    assert (output / "model.safetensors").is_file()

@@ -143,6 +143,11 @@ class Shards(ImageSet):
         """Return the hash of the index: names, sizes and sha256 of the shards, labels."""
         return self.index.sha256()
 
+    def content_files(self) -> list[str]:
+        """Return the paths of the shards; none for a cache of downloads, which are compared with their sha256."""
+        root = Path(self.root)
+        return [] if origin_of(root) else [str(root / shard.name) for shard in self.index.shards]
+
     def name_of(self, index: int, header: tarfile.TarInfo | None = None) -> str:
         """Return the shard's path and the member's name in it, for messages."""
         location, header = self._locate(index), header or self._header(index)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import ImageSize
+from mae_dat.data.file_facts import FileState
 from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import SuiteFacts
 from mae_dat.robustness.suites.sets import BenchmarkSet
@@ -53,6 +54,11 @@ class ImagePass:
     """Whether batches are the same for any number of ranks, because the images of a batch share their random draws."""
     compare_with_float32: bool = False
     """Whether a prediction counts as correct if it equals the one of the same network in float32."""
+
+    @property
+    def files(self) -> FileState:
+        """The files of the images as they are now."""
+        return FileState(self.images.content_files(), whole=True)
 
 
 @dataclasses.dataclass(frozen=True)

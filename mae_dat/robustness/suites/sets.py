@@ -242,6 +242,10 @@ class CustomSet(BenchmarkSet):
         with _unpack_advice():
             return self.images.load_image(int(self.listing[index][0]))
 
+    def content_files(self) -> list[str]:
+        """Return the paths of the selected images, or of all shards."""
+        return super().content_files() if isinstance(self.images, ImageFolder) else self.images.content_files()
+
     def fingerprint(self) -> str:
         """Return the hash of the image set's fingerprint, the selected images, and the bytes of some of them."""
         selected = "".join(f"{index}\0" for index, _ in self.listing)
