@@ -117,3 +117,9 @@ def similar_words(word: str, valid: Sequence[str]) -> list[str]:
     """Return up to three valid words: those that a wrong one is the start of, then those most like it."""
     longer = [name for name in valid if len(word) > 2 and name.startswith(word)]
     return list(dict.fromkeys([*longer, *difflib.get_close_matches(word, valid, n=3, cutoff=0.6)]))[:3]
+
+
+def listing(names: Sequence[str], most: int = 12) -> str:
+    """Return the first `most` names, and the number of the others, in words."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

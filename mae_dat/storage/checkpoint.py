@@ -24,7 +24,7 @@ from torch import Tensor
 from mae_dat.config.errors import CheckpointError, MissingInputError, StorageError
 from mae_dat.storage.files import atomic_write, sha256_of
 from mae_dat.storage.host_copy import HostBuffers, Snapshot
-from mae_dat.storage.weight_files import read_pickle
+from mae_dat.storage.torch_files import read_pickle
 
 logger = logging.getLogger(__name__)
 

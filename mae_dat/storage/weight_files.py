@@ -1,42 +1,26 @@
 """Read and write weight files. Code in a file is never executed, and damaged files are never loaded.
 
-This package writes `.safetensors`. `.pth`, `.pt` and `.ckpt` files are read with torch's `weights_only`, which allows
-only two more classes here: `argparse.Namespace` for MAE's checkpoints, and a stub for a callback in Lightning's.
+This package writes `.safetensors`; `torch_files.py` reads `.pth`, `.pt` and `.ckpt` files.
 """
 
-import argparse
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
-import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mae_dat.config.errors import CheckpointError, MissingInputError
-from mae_dat.storage.files import atomic_write, is_web_page, require_file, sha256_of
+from mae_dat.config.errors import CheckpointError, MissingInputError, listing
+from mae_dat.storage.files import atomic_write, require_file, sha256_of
+from mae_dat.storage.torch_files import read_pickle, reject_other_files, unreadable
+from mae_dat.storage.unwrap import PixelStatistics, unwrap
 
 WEIGHTS_FILE = "model.safetensors"  # the exported model of a run, in its output folder
-# Where MAE, timm and Lightning store the weights in a checkpoint; averaged weights take precedence, as in timm.
-_AVERAGE_KEYS = ("state_dict_ema", "model_ema", "ema")
-_STATE_KEYS = (*_AVERAGE_KEYS, "model", "state_dict")
-_MAX_DEPTH = 4  # levels of such keys that are searched, because a hostile file can nest any number of them
-_PREFIXES = ("module.", "net.", "model.", "1.")  # DDP; Classifier; a wrapper; easyrobust's (normalization, model)
-_STATISTICS = ("0.mean", "0.std")  # of easyrobust's pair of normalization and model
 _MAX_ROWS = 6  # of each kind in a table of keys
 _SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors"}
-_LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-
-
-class LightningCallbackStub:
-    """Replaces `ModelCheckpoint` as a dictionary key in Lightning's files; does nothing."""
-
-
-PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class WeightsFile(NamedTuple):
@@ -78,19 +62,6 @@ def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
     return extract_weights(content, str(path), metadata)
 
 
-def read_pickle(path: Path) -> Any:
-    """Read the object in a torch file with `weights_only`. Raises CheckpointError."""
-    _reject_other_files(path)
-    _reject_unusual_archives(path)
-    # (class, full name) pairs, which torch documents but does not type, allow the name of a class not installed.
-    allowed: list[Any] = [argparse.Namespace, (LightningCallbackStub, _LIGHTNING_CALLBACK)]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any layer of the reader
-        raise _unreadable(path, error) from error
-
-
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     """Write a safetensors file atomically and return its sha256; equal weights and metadata give identical files.
 
@@ -123,51 +94,22 @@ def _safetensors_parts(tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     return [len(text).to_bytes(8, "little") + text, memoryview(payload)[start:]]
 
 
-def extract_weights(content: Any, source: str, metadata: dict[str, str] | None = None) -> WeightsFile:
-    """Return the tensors of a state dict, or of a checkpoint that has one under `model`, `state_dict` or as an average.
+def extract_weights(
+    content: Any, source: str, metadata: dict[str, str] | None = None, ours: bool = False
+) -> WeightsFile:
+    """Return the tensors of a state dict or of a checkpoint that contains one, without traces of wrappers (`unwrap`).
 
-    Traces of wrappers are removed: prefixes that all keys share, `_orig_mod.` anywhere, the statistics of a
-    normalization. Raises CheckpointError with `source` and its content if there are no tensors.
+    `ours` marks the checkpoint of a run of this package; its exported files have metadata. Raises CheckpointError with
+    `source` and its content if there are no tensors, or if some are NaN.
     """
-    wrappers: list[str] = []
-    for _ in range(_MAX_DEPTH):
-        key = next((key for key in _STATE_KEYS if isinstance(content, Mapping) and _has_state_dict(content, key)), None)
-        if key is None:
-            break
-        wrappers += [f"the average ({key})"] if key in _AVERAGE_KEYS else []
-        content = content[key]
-    names = [str(key) for key in content] if isinstance(content, Mapping) else [type(content).__name__]
-    items = content.items() if isinstance(content, Mapping) else ()
-    tensors = {str(key): value for key, value in items if isinstance(value, Tensor)}
-    if any("_orig_mod." in key for key in tensors):  # torch.compile wraps modules at any depth
-        tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
-        wrappers.append("torch.compile (_orig_mod.)")
-    statistics: dict[str, Tensor] = {}
-    while tensors:
-        statistics |= {key: tensors.pop(key) for key in _STATISTICS if key in tensors}
-        prefix = next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in tensors)), None)
-        if prefix is None or not tensors:
-            break
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-        wrappers += ["DDP (module.)"] if prefix == "module." else []
-    if not tensors:
-        raise CheckpointError(f"{source} contains no weights, only {listing(names)}: use the checkpoint of a model.")
-    file = WeightsFile(tensors, metadata or {}, source, tuple(wrappers))
-    return file._replace(statistics=_statistics(statistics, file.facts))
+    metadata = metadata or {}
+    tensors, wrappers, statistics = unwrap(content, source, ours or "mae_dat" in metadata)
+    file = WeightsFile(tensors, metadata, source, wrappers, statistics)
+    return file if statistics else file._replace(statistics=_recorded_statistics(file.facts))
 
 
-def _has_state_dict(content: Mapping[Any, Any], key: str, depth: int = _MAX_DEPTH) -> bool:
-    """Return whether `content[key]` is or contains a state dict: `ema` may also be a number."""
-    inner = content.get(key)
-    return isinstance(inner, Mapping) and (
-        any(isinstance(value, Tensor) for value in inner.values())
-        or (depth > 1 and any(_has_state_dict(inner, inner_key, depth - 1) for inner_key in _STATE_KEYS))
-    )
-
-
-def _statistics(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> PixelStatistics | None:
-    values = [tensors[key].flatten().tolist() for key in _STATISTICS if key in tensors]
-    values = values or [facts[key] for key in ("mean", "std") if key in facts]
+def _recorded_statistics(facts: Mapping[str, Any]) -> PixelStatistics | None:
+    values = [facts[key] for key in ("mean", "std") if key in facts]
     return (tuple(values[0]), tuple(values[1])) if len(values) == 2 else None
 
 
@@ -202,55 +144,13 @@ def _table(rows: Sequence[Iterable[str]]) -> str:
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
-def listing(names: Sequence[str], most: int = 12) -> str:
-    """Return the first `most` names, and the number of the others, in words."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
-
-
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _reject_other_files(path)
+    reject_other_files(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # as above
-        raise _unreadable(path, error) from error
-
-
-def _reject_other_files(path: Path) -> None:
-    """Raise a CheckpointError with the cause for the files that failed downloads leave behind."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if not start:
-        raise CheckpointError(f"{path} is empty; download or write the file again.")
-    if is_web_page(start):
-        raise CheckpointError(f"{path} is a web page, not weights: the download failed; repeat it.")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull`.")
-
-
-def _reject_unusual_archives(path: Path) -> None:
-    """Raise CheckpointError for compressed records, which could fill the memory, and for two records with the same
-    name, which are ambiguous. torch writes neither."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records, size = archive.infolist(), path.stat().st_size
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # another format, or damaged: torch's reader reports the cause
-    if len({record.filename for record in records}) < len(records):
-        raise _unreadable(path, ValueError("it contains two records with the same name"))
-    if sum(record.file_size for record in records) > size:
-        raise _unreadable(path, ValueError("its records are compressed, which torch never does"))
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    cause = str(error).strip().split("\n")[0] or type(error).__name__
-    if "Weights only load failed" in cause:  # torch then advises to load it without this protection
-        cause = "it is damaged, or contains objects other than tensors, numbers and text, which are never loaded"
-    return CheckpointError(f"{path} cannot be read as weights: {cause}. Download or write the file again.")
+        raise unreadable(path, error) from error
 
 
 def verify_card(path: Path) -> str:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mae_dat.config.errors import CheckpointError, MissingInputError, OutputError, StorageError
+from mae_dat.config.errors import CheckpointError, MissingInputError, OutputError, StorageError, listing
 from mae_dat.storage.files import atomic_write, prepare_output_folder, require_file, sha256_of
-from mae_dat.storage.weight_files import check_keys, extract_weights, listing, read_pickle, read_weights, write_weights
+from mae_dat.storage.torch_files import read_pickle
+from mae_dat.storage.weight_files import check_keys, extract_weights, read_weights, write_weights
 
 
 def tensors() -> dict[str, Tensor]:

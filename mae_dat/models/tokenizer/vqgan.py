@@ -20,6 +20,8 @@ from mae_dat.storage.weight_files import check_keys
 
 # taming's configurations place attention by resolution, relative to 256 px in all published models.
 _REFERENCE_RESOLUTION = 256
+# Tensors of the training: losses, averages, and the colors in which taming draws segmentations.
+_TRAINING_KEYS = ("loss.", "model_ema.", "colorize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +133,10 @@ class VQGAN(VisualTokenizer):
     def from_state_dict(cls, path: Path | str, tensors: Mapping[str, Tensor]) -> Self:
         """Build the model from the shapes of the tensors, and load them; every key has to match.
 
-        `loss.*` (the training losses) and `model_ema.*` are ignored. Raises CheckpointError with the missing and
-        unexpected keys.
+        `loss.*` (the training losses), `model_ema.*` and `colorize` are ignored. Raises CheckpointError with the
+        missing and unexpected keys.
         """
-        weights = {key: value for key, value in tensors.items() if not key.startswith(("loss.", "model_ema."))}
+        weights = {key: value for key, value in tensors.items() if not key.startswith(_TRAINING_KEYS)}
         config = read_config(path, weights)
         with torch.device("meta"):
             expected = cls(config).state_dict()

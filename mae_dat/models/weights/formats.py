@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mae_dat.models.describe import WeightsOrigin
-from mae_dat.storage.weight_files import PixelStatistics, WeightsFile
+from mae_dat.storage.unwrap import PixelStatistics
+from mae_dat.storage.weight_files import WeightsFile
 
 Kind = Literal["autoencoder", "encoder", "classifier", "detector", "tokenizer", "other"]
 """`autoencoder`: encoder and decoder; `encoder`: a vision transformer without head; `classifier`: one with a head;

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_dat.config.errors import CheckpointError
+from mae_dat.config.errors import CheckpointError, listing
 from mae_dat.config.groups import image_size
 from mae_dat.models.classifier import Classifier, PatchGrid
 from mae_dat.models.mae import VIT_SIZES, MaskedAutoencoder
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.read import ModelSource, read_model_file
-from mae_dat.storage.weight_files import check_keys, listing
+from mae_dat.storage.weight_files import check_keys
 
 if TYPE_CHECKING:
     from mae_dat.models.detector import Detector

@@ -67,7 +67,7 @@ def _read_newest_checkpoint(folder: Path) -> tuple[WeightsFile, dict[str, Any]]:
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise MissingInputError(f"{folder} contains neither {WEIGHTS_FILE} nor a valid checkpoint-*.pth.")
-    weights = extract_weights(checkpoint.load(), str(checkpoint.path))
+    weights = extract_weights(checkpoint.load(), str(checkpoint.path), ours=True)
     return weights, dict(checkpoint.manifest.get("settings", {}))
 
 

@@ -13,13 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.errors import ConfigError, listing
 from mae_dat.config.groups import ImageSize
 from mae_dat.data.file_facts import FileState
 from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import SuiteFacts
 from mae_dat.robustness.suites.sets import BenchmarkSet
-from mae_dat.storage.weight_files import listing
 
 CLEAN, GENERATED, CONFLICT = "clean", "generated", "conflict"
 

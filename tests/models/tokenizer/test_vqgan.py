@@ -332,3 +332,19 @@ def test_a_flipped_byte_of_the_embedded_tokenizer_is_seen(tmp_path: Path) -> Non
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"is damaged: its sha256"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("beside", ["transformer.pos_emb", "model.diffusion_model.time_embed.0.weight"])
+def test_a_vqgan_within_the_checkpoint_of_another_model_is_used(tmp_path: Path, beside: str) -> None:
+    state = golden_vqgan().state_dict()
+    content = {f"first_stage_model.{key}": value for key, value in state.items()} | {beside: torch.zeros(2)}
+    torch.save({"state_dict": content}, tmp_path / "net2net.ckpt")
+    loaded = load_tokenizer(tmp_path / "net2net.ckpt").state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_the_colors_of_a_vqgan_for_segmentations_are_ignored(tmp_path: Path) -> None:
+    state = golden_vqgan().state_dict()
+    torch.save({"state_dict": state | {"colorize": torch.zeros(3, 3, 1, 1)}}, tmp_path / "seg.ckpt")
+    assert load_tokenizer(tmp_path / "seg.ckpt").num_words == 64
