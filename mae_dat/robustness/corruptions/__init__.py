@@ -19,6 +19,9 @@ from mae_dat.robustness.corruptions.pixels import Image
 
 SOURCE = "generated on the fly from clean images, not the official ImageNet-C files"
 
+REVISION = "2"
+"""Raised whenever images change, so that measurements of the old ones are not taken from the cache."""
+
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
     "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),

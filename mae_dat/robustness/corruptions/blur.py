@@ -10,6 +10,8 @@ import math
 import cv2
 import numpy as np
 from numpy.random import RandomState
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
 from mae_dat.robustness.corruptions.pixels import Image, Levels, whole_levels
 
@@ -21,25 +23,30 @@ ZOOM = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))  #
 GAUSSIAN_SIGMA = (1, 2, 3, 4, 6)  # `gaussian(sigma)`
 
 _SLACK = 1e-3  # levels: a float32 sum can be 1e-5 below a whole level, which truncation would lower by a full level
+_PNG_SLACK = 0.5 / 257  # levels: ImageMagick rounds the sum to 1/257 level before its PNG encoder truncates it
 
 
 def gaussian_blur(image: Image, severity: int, random: RandomState) -> Image:
     """Convolve with a Gaussian: `gaussian_blur`."""
-    return whole_levels(smooth(image, GAUSSIAN_SIGMA[severity - 1]) + _SLACK)
+    return _smooth_levels(image, GAUSSIAN_SIGMA[severity - 1])
 
 
 def defocus_blur(image: Image, severity: int, random: RandomState) -> Image:
     """Convolve with a disk whose edge is softened: `defocus_blur`, cv2.filter2D with `disk`."""
-    return whole_levels(cv2.filter2D(image.astype(np.float32), -1, _disk(*DEFOCUS[severity - 1])) + _SLACK)
+    kernel = _disk(*DEFOCUS[severity - 1])
+    # The float32 weights of some kernels sum to slightly less than 1. There the original lowers every plain area, such
+    # as a white background, by a level.
+    slack = _SLACK if kernel.sum(dtype=np.float64) >= 1 else -_SLACK
+    return whole_levels(cv2.filter2D(image.astype(np.float32), -1, kernel) + slack)
 
 
 def glass_blur(image: Image, severity: int, random: RandomState) -> Image:
     """Between two Gaussian blurs, replace every pixel in turn by a random neighbor: `glass_blur`."""
     sigma, reach, rounds = GLASS[severity - 1]
-    image = whole_levels(smooth(image, sigma) + _SLACK)
+    image = _smooth_levels(image, sigma)
     for _ in range(rounds):
         image = _replaced_by_neighbours(image, reach, random)
-    return whole_levels(smooth(image, sigma) + _SLACK)
+    return _smooth_levels(image, sigma)
 
 
 def motion_blur(image: Image, severity: int, random: RandomState) -> Image:
@@ -69,6 +76,26 @@ def smooth(levels: Levels, sigma: float) -> Levels:
     return cv2.GaussianBlur(levels.astype(np.float32), (size, size), sigma, borderType=cv2.BORDER_REPLICATE)
 
 
+def _smooth_levels(image: Image, sigma: float) -> Image:
+    """Return uint8 (H, W, 3) filtered by a Gaussian of `sigma` px, with plain areas as the original leaves them."""
+    levels = smooth(image, sigma)
+    result = whole_levels(levels + _SLACK)
+    is_whole = np.subtract(levels, result, out=levels) < _SLACK
+    result -= is_whole & _lowered_levels(sigma)[result]
+    return result
+
+
+@functools.cache
+def _lowered_levels(sigma: float) -> NDArray[np.bool_]:
+    """Return for each of the 256 levels whether the original's Gaussian lowers a plain area of that level by a level.
+
+    Its float64 sums of level / 255 can end just below the level, and are then truncated.
+    """
+    plain = np.arange(256)[:, None, None] / 255 * np.ones((1, 3, 3))
+    filtered = gaussian_filter(plain, (0, sigma, sigma), mode="nearest")[:, 1, 1]
+    return (255 * filtered).astype(np.uint8) < np.arange(256)
+
+
 def enlarge(levels: Levels, factor: float) -> Levels:
     """Enlarge the middle of float32 (H, W) or (H, W, 3) linearly by `factor` to the full size: `clipped_zoom`.
 
@@ -91,8 +118,8 @@ def _zoomed_axis(length: int, factor: float) -> tuple[float, float]:
 def smear(image: Image, radius: int, sigma: float, angle: float) -> Image:
     """Apply ImageMagick's motion blur to uint8 (H, W) or (H, W, 3): half a Gaussian along a line at `angle` degrees.
 
-    The line has 2 radius + 1 pixels, each weighted by its distance. Edges are repeated, and results are rounded to the
-    nearest level, as in ImageMagick.
+    The line has 2 radius + 1 pixels, each weighted by its distance. Edges are repeated. Fractions of a level are
+    dropped, because the original reads ImageMagick's 16-bit result through an 8-bit PNG, whose encoder truncates.
     """
     distance = np.arange(2 * radius + 1)
     weights = np.exp(-(distance**2) / (2 * sigma**2))
@@ -101,7 +128,7 @@ def smear(image: Image, radius: int, sigma: float, angle: float) -> Image:
     right = np.ceil(distance * math.cos(math.radians(angle)) - 0.5).astype(int)
     top, left = -down.min(), -right.min()
     padded = cv2.copyMakeBorder(image, top, down.max(), left, right.max(), cv2.BORDER_REPLICATE).astype(np.float32)
-    total = np.full(image.shape, 0.5, dtype=np.float32)
+    total = np.full(image.shape, _PNG_SLACK, dtype=np.float32)
     height, width = image.shape[:2]
     for weight, y, x in zip(weights, top + down, left + right, strict=True):
         cv2.scaleAdd(padded[y : y + height, x : x + width], weight, total, dst=total)

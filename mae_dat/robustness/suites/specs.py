@@ -10,7 +10,7 @@ import numpy as np
 
 from mae_dat.attacks.pixel import PIXEL_ATTACKS
 from mae_dat.config.errors import DataError, InputSizeError
-from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, SEVERITIES, SOURCE, STORED_QUALITY, check_image
+from mae_dat.robustness.corruptions import CORRUPTIONS, EXTRA, REVISION, SEVERITIES, SOURCE, STORED_QUALITY, check_image
 from mae_dat.robustness.suites.attacks import (
     AUTO_ATTACK,
     build_auto_attack,
@@ -75,7 +75,12 @@ def build_generated(sources: SuiteSources, name: str, title: str, network_input:
         )
         for corruption in CORRUPTIONS + (EXTRA if settings.extra_corruptions else ())
     )
-    protocol = {"corruptions": SOURCE, "stored as": f"JPEG {STORED_QUALITY}", "seed": str(settings.seed)}
+    protocol = {
+        "corruptions": SOURCE,
+        "revision of the corruptions": REVISION,
+        "stored as": f"JPEG {STORED_QUALITY}",
+        "seed": str(settings.seed),
+    }
     return Suite(name, title, passes, official=False, extra_protocol={**protocol, **index_note(sources)})
 
 
