@@ -112,12 +112,19 @@ def _load_cached(
 
 
 def _as_json(counts: SuiteCounts) -> dict[str, Any]:
-    return {"counts": counts.counts, "calibration": counts.calibration}
+    content = {"counts": counts.counts, "calibration": counts.calibration, "images": counts.images}
+    return content if counts.classes is None else {**content, "classes": counts.classes}
 
 
 def _from_json(measurement: CachedMeasurement) -> SuiteCounts:
     counts = measurement.value["counts"]
-    return SuiteCounts(counts, measurement.value["calibration"], dict.fromkeys(counts, measurement.versions))
+    return SuiteCounts(
+        counts,
+        calibration=measurement.value["calibration"],
+        versions=dict.fromkeys(counts, measurement.versions),
+        images=measurement.value.get("images", {}),  # an older release stored counts alone
+        classes=measurement.value.get("classes"),
+    )
 
 
 def _read_cached(

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from mae_dat.config.errors import DataError, NumericsError
 from mae_dat.models.modes import Network, autocast
+from mae_dat.robustness.image_records import ImageRecords
 from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.calibration import Confidences
+from mae_dat.robustness.scores.class_counts import ClassCounts
+from mae_dat.robustness.scores.image_bits import CellImages
 from mae_dat.robustness.suites.base import ImagePass
 
 # Columns of a row of counts. TEXTURE: predictions of the texture's class (cue conflict). NON_FINITE: images whose
@@ -33,12 +36,18 @@ class SuiteCounts:
     calibration: dict[str, float | None] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     """Package versions that each cell was measured with."""
+    images: dict[str, CellImages] = field(default_factory=dict)
+    """Predictions for each image, by cell; without the cells that an older release measured."""
+    classes: ClassCounts | None = None
+    """Predictions by class, for a suite of unchanged images."""
 
     def add(self, other: "SuiteCounts") -> None:
         """Add the counts of other cells."""
         self.counts |= other.counts
         self.calibration |= other.calibration
         self.versions |= other.versions
+        self.images |= other.images
+        self.classes = other.classes or self.classes
 
 
 class NonFiniteFlag:
@@ -79,6 +88,7 @@ class PassCounter:
         self.device, self.precision = device, None if image_pass.float32 else precision
         self.counts = torch.zeros(len(image_pass.cells), COUNT_COLUMNS, dtype=torch.int64, device=device)
         self.non_finite = NonFiniteFlag(self.counts[:, NON_FINITE])
+        self.records = ImageRecords(image_pass, device)
         self.confidences = Confidences(len(image_pass.images), device) if image_pass.calibrated else None
         self.labels = copy.copy(image_pass.images)
         """The image set with its labels on the device."""
@@ -92,12 +102,13 @@ class PassCounter:
             hits = self.image_pass.word_hits(self.model, images[:, 0], self.labels.targets[set_index, 0], folder_index)
             self.counts[:, CORRECT] += hits.sum(1)
             self.counts[:, TOTAL] += len(set_index)
+            self.records.add_hits(hits, set_index)
             return
         for cell in range(images.shape[1]):
-            self.counts[cell] += self._count(images[:, cell], set_index, folder_index)
+            self.counts[cell] += self._count(cell, images[:, cell], set_index, folder_index)
 
-    def _count(self, image: Tensor, set_index: Tensor, folder_index: Tensor) -> Tensor:
-        """Return the counts, int64 (columns,), of images (B, 3, H, W) of one cell."""
+    def _count(self, cell: int, image: Tensor, set_index: Tensor, folder_index: Tensor) -> Tensor:
+        """Record and return the counts, int64 (columns,), of images (B, 3, H, W) of one cell."""
         mapping, targets = self.labels.class_mapping, self.labels.targets[set_index]
         if self.image_pass.adversary:
             image = self.image_pass.adversary(self.model, image, targets[:, 0], folder_index)
@@ -114,8 +125,10 @@ class PassCounter:
         columns[CORRECT] = correct
         columns[TOP5] = (predictions[:, :, None] == targets[:, None, :]).flatten(1).any(1)
         columns[NON_FINITE] = non_finite
-        if mapping.mean_probability:
-            columns[TEXTURE] = self.labels.is_texture(predictions, set_index)
+        texture = self.labels.is_texture(predictions, set_index) if mapping.mean_probability else None
+        if texture is not None:
+            columns[TEXTURE] = texture
+        self.records.add(cell, set_index, predictions[:, 0], correct=correct, texture=texture)
         if self.confidences:
             self.confidences.add(set_index, mapping.probabilities(logits), targets[:, 0])
         return torch.stack(columns).sum(1)
@@ -129,10 +142,12 @@ class PassCounter:
         rows = dict(zip(self.image_pass.cells, table, strict=True))
         self._check(rows)
         counts = {cell: self._cell_count(row) for cell, row in rows.items()}
-        if self.confidences is None:
-            return SuiteCounts(counts)
-        self.confidences.reduce(reduce)
-        return SuiteCounts(counts, self.confidences.scores())
+        self.records.reduce(reduce)
+        suite_counts = SuiteCounts(counts, images=self.records.cell_images(), classes=self.records.classes())
+        if self.confidences is not None:
+            self.confidences.reduce(reduce)
+            suite_counts.calibration = self.confidences.scores()
+        return suite_counts
 
     def _check(self, rows: dict[str, list[int]]) -> None:
         for cell, row in rows.items():

@@ -31,6 +31,8 @@ from mae_dat.robustness.report.groups import groups_of, same_seed_pair
 from mae_dat.robustness.report.headline import headline_text
 from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.write import write_report
+from mae_dat.robustness.scores.class_counts import class_scores
+from mae_dat.robustness.scores.collapse import collapsed_models
 from mae_dat.robustness.scores.results import (
     FORMAT,
     Results,
@@ -140,6 +142,8 @@ def _assemble_results(
         "models": {network.name: network.facts for network in plan.networks},
         "suites": {name: {} for name in names},
         "cells": {name: {} for name in names},
+        "images": {name: {} for name in names},
+        "classes": {name: {} for name in names},
         "calibration": {name: {} for name in names},
         "checks": checks,
         "agreement": {run.network.name: counts[run.network.name, AGREEMENT].counts[""] for run in plan.agreement_runs},
@@ -152,8 +156,14 @@ def _assemble_results(
         cells = [cell for image_pass in suite.passes for cell in image_pass.cells]
         results["suites"][name][suite.name] = suite.facts
         results["cells"][name][suite.name] = {cell: suite_counts.counts[cell] for cell in cells}
+        results["images"][name][suite.name] = {
+            cell: suite_counts.images[cell] for cell in cells if cell in suite_counts.images
+        }
+        if suite_counts.classes:
+            results["classes"][name][suite.name] = class_scores(suite_counts.classes)
         if suite_counts.calibration:
             results["calibration"][name][suite.name] = suite_counts.calibration
+    results["collapsed"] = collapsed_models(results["images"], results["cells"])
     return results
 
 

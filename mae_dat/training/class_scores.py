@@ -42,11 +42,10 @@ def exact_interval(correct: float, total: float) -> tuple[float, float]:
     return low, high
 
 
-def recalls(confusion: Matrix, classes: Sequence[str]) -> dict[str, Recall]:
-    """Return the recall of every class that has images, by its name."""
+def recalls(hits: Sequence[int], totals: Sequence[int], classes: Sequence[str]) -> dict[str, Recall]:
+    """Return the recall of every class that has images, by its name, from hits and images by class (C,)."""
     found: dict[str, Recall] = {}
-    for number, name in enumerate(classes):
-        correct, total = int(confusion[number, number]), int(confusion[number].sum())
+    for name, correct, total in zip(classes, hits, totals, strict=True):
         if total:
             low, high = exact_interval(correct, total)
             found[name] = {

@@ -52,6 +52,6 @@ def validation_content(validation: ValidationScores, names: Sequence[str]) -> di
         "format": VALIDATION_FORMAT,
         **validation.scores,
         "balanced_interval": balanced_interval(hits, totals),
-        "recall": recalls(confusion, names),
+        "recall": recalls(hits, totals, names),
         "confusion": rows,
     }

@@ -5,11 +5,10 @@ from mae_dat.robustness.report.charts import signed
 from mae_dat.robustness.report.corruption_table import section_starts
 from mae_dat.robustness.report.differences import is_doubtful
 from mae_dat.robustness.report.groups import Group
-from mae_dat.robustness.report.measurements import SUITE_ORDER
 from mae_dat.robustness.report.metrics import Metric
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.report.tables import NOTHING, Table, mean_text
-from mae_dat.robustness.scores.results import TrainingFacts
+from mae_dat.robustness.scores.results import SUITE_ORDER, TrainingFacts
 
 ARROWS = {+1: " ↑", -1: " ↓", 0: ""}
 DOUBT = "‡"

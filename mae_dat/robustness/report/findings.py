@@ -2,10 +2,9 @@
 
 from mae_dat.robustness.report.comparison import value_text
 from mae_dat.robustness.report.groups import Group
-from mae_dat.robustness.report.measurements import CLEAN_SUITES
 from mae_dat.robustness.report.metrics import Metric
 from mae_dat.robustness.report.summarize import ReportData
-from mae_dat.robustness.scores.results import TrainingRun
+from mae_dat.robustness.scores.results import CLEAN_SUITES, TrainingRun
 from mae_dat.runtime.environment import COMMIT_KEY
 
 QUOTED_SUITES = (*CLEAN_SUITES, "imagenet-c", "generated")

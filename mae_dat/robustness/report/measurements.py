@@ -11,13 +11,8 @@ from typing import Any
 
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.scores.accuracy import CorruptionCounts, Count, CountsByCorruption
-from mae_dat.robustness.scores.results import Results, SuiteFacts
+from mae_dat.robustness.scores.results import CLEAN_SUITES, SUITE_ORDER, Results, SuiteFacts
 
-CLEAN_SUITES = ("imagenet", "clean")
-SUITE_ORDER = (
-    *CLEAN_SUITES, "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "objnet-113",
-    "objnet-1000", "stylized", "imagenet-c", "generated", "imagenet-c-bar", "cue-conflict", "conflict",
-)  # fmt: skip
 MEASUREMENT_TITLES = {
     "generated": "IN-C*",
     "cue-conflict": "Cue conflict",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
 from mae_dat.robustness.report.intervals import WeightedCount
-from mae_dat.robustness.report.measurements import CLEAN_SUITES, Measurement
+from mae_dat.robustness.report.measurements import Measurement
 from mae_dat.robustness.scores.accuracy import (
     CorruptionCounts,
     Count,
@@ -19,7 +19,7 @@ from mae_dat.robustness.scores.accuracy import (
     top1_error,
 )
 from mae_dat.robustness.scores.corruption_error import ALEXNET, mce
-from mae_dat.robustness.scores.results import AttackChecks, CalibrationScores
+from mae_dat.robustness.scores.results import CLEAN_SUITES, AttackChecks, CalibrationScores
 
 ROBUSTBENCH_SUBSET = "5,000 pictures of a list"  # the subset of a protocol that used RobustBench's list
 GRADIENT_CHECKS = "gradient attacks"  # key of the checks that FGSM, PGD and AutoAttack share

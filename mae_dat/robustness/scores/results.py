@@ -11,9 +11,16 @@ from typing import Any, NotRequired, TypedDict
 
 from mae_dat.config.errors import CheckpointError, MissingInputError
 from mae_dat.robustness.scores.accuracy import Count
+from mae_dat.robustness.scores.class_counts import ClassScores
+from mae_dat.robustness.scores.image_bits import CellImages
 from mae_dat.storage.files import atomic_write
 
 FORMAT = 1
+CLEAN_SUITES = ("imagenet", "clean")
+SUITE_ORDER = (
+    *CLEAN_SUITES, "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "objnet-113",
+    "objnet-1000", "stylized", "imagenet-c", "generated", "imagenet-c-bar", "cue-conflict", "conflict",
+)  # fmt: skip
 
 
 class ModelFacts(TypedDict):
@@ -109,6 +116,17 @@ class VersionedCells(TypedDict):
     """By model and suite."""
 
 
+class Collapse(TypedDict):
+    """What shows that a model has collapsed."""
+
+    suite: str
+    """The suite that shows it."""
+    name: str
+    """The class that it predicts."""
+    percent: float
+    """The share of images for which it predicts this class."""
+
+
 CalibrationScores = dict[str, dict[str, dict[str, float | None]]]
 """By model and suite: ece, rms, rms_compat, nll (None where it is infinite), brier."""
 AttackChecks = dict[str, dict[str, list[dict[str, Any]]]]
@@ -138,6 +156,12 @@ class Results(TypedDict):
     cells: dict[str, dict[str, dict[str, Count]]]
     """By model and suite, then by cell: "" for a whole suite, "fog/3" for a corruption and severity, "0.05" for a share
     of changed words."""
+    images: NotRequired[dict[str, dict[str, dict[str, CellImages]]]]
+    """Predictions for each image, by model, suite and cell; absent for cells that an older release measured."""
+    classes: NotRequired[dict[str, dict[str, ClassScores]]]
+    """Predictions by class and their scores, by model and suite of unchanged images."""
+    collapsed: NotRequired[dict[str, Collapse]]
+    """Models that predict almost always the same class."""
     calibration: CalibrationScores
     checks: AttackChecks
     agreement: NotRequired[dict[str, Count]]
