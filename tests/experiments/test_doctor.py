@@ -88,16 +88,16 @@ def test_the_table_of_this_machine(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_check_that_hangs_ends_with_its_stacks(tmp_path: Path) -> None:
     code = (
-        "import time, timm, torchvision; from mae_dat.experiments import doctor; doctor._HANG_MINUTES = 0.25\n"
-        "doctor.machine.check_memory = lambda: time.sleep(1000)\n"
+        "import time; from mae_dat.experiments import doctor; doctor._HANG_MINUTES = 0.1\n"
+        "doctor.versions.check_package = lambda: time.sleep(1000)\n"
         "from mae_dat.config.commands.doctor import DoctorConfig; doctor.main(DoctorConfig(quick=True))"
     )
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MAE_DAT_HOME": "cache"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 75
-    assert done.stdout.splitlines()[-1].split()[:2] == ["ok", "processor"]
-    assert "finished no step for 15 s" in done.stderr
+    assert done.stdout.splitlines()[-1] == "versions"
+    assert "finished no step for 6 s" in done.stderr
     assert "in run_check" in done.stderr
 
 
