@@ -212,6 +212,12 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
     },
     "data": {
+        "split": Verb(
+            "split class folders into train and val",
+            "config.commands.split:SplitConfig",
+            "data.split:main",
+            ("mae-dat split PHOTOS DIR", "mae-dat split PHOTOS DIR --val 0.1 --link"),
+        ),
         "pack": Verb(
             "pack a folder of images into tar shards",
             "config.commands.pack:PackConfig",

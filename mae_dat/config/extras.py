@@ -1,4 +1,4 @@
-"""The optional packages, by the extra that installs them: `pip install "mae-dat[EXTRA]"`."""
+"""The optional packages, by the extra of this package that requires them."""
 
 from importlib.util import find_spec
 
@@ -32,6 +32,13 @@ OPENCV_WITHOUT_LIBGL = (
 )
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs the packages of an extra."""
+    # torchattacks requires an old requests, which it never imports and which other packages exclude.
+    flags = "--no-deps " if extra == "autoattack" else ""
+    return f"pip install {flags}{' '.join(EXTRAS[extra])}"
+
+
 def require_extra(extra: str, purpose: str) -> None:
     """Raise MissingInputError with the command that installs the extra, unless all its packages are installed.
 
@@ -39,4 +46,4 @@ def require_extra(extra: str, purpose: str) -> None:
     """
     missing = [package for package in EXTRAS[extra] if find_spec(package) is None]
     if missing:
-        raise MissingInputError(f'{purpose} needs {" and ".join(missing)}: pip install "mae-dat[{extra}]"')
+        raise MissingInputError(f"{purpose} needs {' and '.join(missing)}: {install_command(extra)}")

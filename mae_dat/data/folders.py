@@ -91,7 +91,8 @@ def find_split(
     if split == "train" and not labelled:
         return Path(root)
     raise MissingInputError(
-        f"{root} has no folder {' or '.join(names)}; expected {root}/train/<class>/*.jpg and {root}/val/<class>/*.jpg"
+        f"{root} has no folder {' or '.join(names)}; expected {root}/train/<class>/*.jpg and {root}/val/<class>/*.jpg. "
+        f"If {root} has one folder per class, mae-dat split {root} NEW writes both"
     )
 
 

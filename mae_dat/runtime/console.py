@@ -169,7 +169,9 @@ class Task:
     def advance(self, note: str = "", count: int = 1) -> None:
         """Mark `count` more units as completed and show `note` (loss, rate) with the remaining time."""
         self.completed += count
-        remaining = f"{format_duration(self.seconds_left())} left" if self.completed > self.first else ""
+        # The time left is not known after the first unit, which is slower than the others.
+        is_known = self.completed > self.first + 1 or self.completed == self.total
+        remaining = f"{format_duration(self.seconds_left())} left" if is_known else ""
         if self.progress:
             self.progress.update(self.bar, completed=self.completed, note=f"{note}  {remaining}")
             return

@@ -82,7 +82,19 @@ def _wrap(line: str, width: int) -> list[str]:
 
 
 def _wrap_words(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_on_hyphens=False)
+    return _PathWrapper(width, break_on_hyphens=False).wrap(text)
+
+
+class _PathWrapper(textwrap.TextWrapper):
+    """Breaks a path that is longer than a line after its slashes instead of in a name."""
+
+    def _split(self, text: str) -> list[str]:
+        chunks = super()._split(text)
+        return [part for chunk in chunks for part in (_path_parts(chunk) if len(chunk) > self.width else [chunk])]
+
+
+def _path_parts(path: str) -> list[str]:
+    return re.findall(r"[^/]*/|[^/]+", path)
 
 
 def list_names(names: Sequence[str], room: int = 120) -> str:

@@ -138,8 +138,11 @@ class Trainer:
         heartbeat()
         for name, seconds in zip(("seconds", "cpu_seconds"), self.clock.lap(), strict=True):
             self.state.totals[name] = self.state.totals.get(name, 0.0) + seconds
-        rate = self.setup.effective_batch * self.clock.steps_per_second(self.state.step)
-        self.progress.advance(f"{rate:.0f} images/s  {self.progress_note()}")
+        note = self.progress_note()
+        if self.progress.completed > self.progress.first:  # the first step is slow: workers start, caches are empty
+            rate = self.setup.effective_batch * self.clock.steps_per_second(self.state.step)
+            note = f"{rate:.3g} images/s  {note}"
+        self.progress.advance(note)
 
     def progress_note(self) -> str:
         """Return what the progress bar shows of the newest step whose report has arrived."""

@@ -35,11 +35,11 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of a user: images in DIR, in photos and in new_photos."""
+    """The current folder of a user: images in DIR with splits, in my_photos without, and in new_photos."""
     monkeypatch.chdir(tmp_path)
-    for name in ("DIR", "photos"):
-        draw_folder(tmp_path / name)
-    (tmp_path / "new_photos").symlink_to(tmp_path / "photos" / "val")
+    draw_folder(tmp_path / "DIR")
+    (tmp_path / "my_photos").symlink_to(tmp_path / "DIR" / "train")
+    (tmp_path / "new_photos").symlink_to(tmp_path / "DIR" / "val")
     return tmp_path
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,10 +43,7 @@ def test_a_missing_package_names_its_extra(
     package: str, use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    (extra,) = [extra for extra, packages in EXTRAS.items() if package in packages]
-    with pytest.raises(
-        MissingInputError, match=rf"needs .*{package}.*: " + re.escape(f'pip install "mae-dat[{extra}]"')
-    ):
+    with pytest.raises(MissingInputError, match=rf"needs .*{package}.*: pip install .*{package}"):
         use()
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import logging
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,4 +185,4 @@ def print_summary(indices: dict[str, ShardIndex], out: str) -> None:
         count = f"{len(index.offset):,} images" + (f" of {len(index.classes)} classes" if index.classes else "")
         print(f"{Path(out) / split}: {count} in {len(index.shards)} shards, {size / 1e6:,.1f} MB")
     verb = "finetune" if any(index.classes for index in indices.values()) else "pretrain"
-    print(f"next: mae-dat {verb} --data_path {out}")
+    print(f"Next:\n  mae-dat {verb} --data_path {shlex.quote(out)}")

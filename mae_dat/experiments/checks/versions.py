@@ -12,7 +12,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from mae_dat.config.extras import EXTRA_USES, EXTRAS
+from mae_dat.config.extras import EXTRA_USES, EXTRAS, install_command
 from mae_dat.experiments.checks.row import CheckRow, describe_error
 from mae_dat.runtime.environment import OTHER_BUILDS, PACKAGE_FOLDER
 
@@ -216,15 +216,16 @@ def check_extras() -> list[CheckRow]:
 
 def extra_row(extra: str, versions: dict[str, str | None], required: dict[str, Requirement]) -> CheckRow:
     """Return the row of an extra, given the installed versions of its packages and what it requires."""
-    name, install = f"extra {extra}", f'pip install "mae-dat[{extra}]"'
+    name, install = f"extra {extra}", install_command(extra)
     rows = [version_row(package, version, required.get(package)) for package, version in versions.items()]
     missing = [package for package, version in versions.items() if version is None]
     if missing:
         what = "not installed" if len(missing) == len(versions) else f"without {' and '.join(missing)}"
         return CheckRow("-", name, f"{what}; for {EXTRA_USES[extra]}\n{install}")
     text = ", ".join(f"{row.name} {row.text}" for row in rows)
-    wrong = any(row.state != "ok" for row in rows)
-    return CheckRow("warning", name, text, install) if wrong else CheckRow("ok", name, text)
+    if all(row.state == "ok" for row in rows):
+        return CheckRow("ok", name, text)
+    return CheckRow("warning", name, text, install.replace("install", "install --upgrade", 1))
 
 
 def _installed(name: str) -> str | None:

@@ -232,7 +232,7 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     verb("pack")([*given, "--on_bad", "skip"])
     told = capsys.readouterr()
     assert "3 images in 1 shards" in told.out
-    assert f"next: mae-dat pretrain --data_path {out}" in told.out
+    assert f"  mae-dat pretrain --data_path {out}" in told.out
     assert "left out" in told.err
     images = open_images(image_root(str(out)), to_tensor, labelled=False)
     assert sorted(images.load_image(index).size for index in range(3)) == [(10, 10), (20, 100), (30, 20)]

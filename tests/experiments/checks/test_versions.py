@@ -92,12 +92,12 @@ def test_an_extra_is_installed_or_can_be() -> None:
     versions: dict[str, str | None] = {"onnx": "1.23.2", "onnxruntime": "1.32.0"}
     assert extra_row("export", versions, required) == CheckRow("ok", "extra export", "onnx 1.23.2, onnxruntime 1.32.0")
     old = extra_row("export", {**versions, "onnx": "1.16.0"}, required)
-    assert (old.state, old.fix) == ("warning", 'pip install "mae-dat[export]"')
+    assert (old.state, old.fix) == ("warning", "pip install --upgrade onnx onnxruntime onnxscript")
     assert "onnx 1.16.0; >=1.17 is required" in old.text
     missing = extra_row("export", {**versions, "onnx": None}, required)
     assert missing.state == "-"
     assert missing.text.startswith("without onnx; ")
-    assert missing.text.endswith('\npip install "mae-dat[export]"')
+    assert missing.text.endswith("\npip install onnx onnxruntime onnxscript")
     assert extra_row("parquet", {"pyarrow": None}, {}).text.startswith("not installed; for Parquet files")
 
 
