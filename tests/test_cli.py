@@ -21,7 +21,7 @@ from mae_dat.config.parse import run_command
 
 REQUIRED = {
     "completion": "bash", "convert": "OUT net.safetensors --to timm", "get": "mae_dat_demo", "predict": "photo.jpg",
-    "report": "OUT", "scan": "DIR",
+    "report": "OUT", "scan": "DIR", "split": "DIR OUT",
 }  # fmt: skip
 """The words that a verb cannot do without."""
 SCRIPTS = {"main_pretrain.py": "pretrain", "main_finetune.py": "finetune"}
