@@ -65,7 +65,20 @@ def test_names_that_are_not_in_the_vocabulary() -> None:
 
 
 def test_every_verb_that_computes_has_a_device() -> None:
-    without = {"compare", "demo", "proof", "report", "pack", "scan", "split", "list", "get", "convert", "recipes", "completion"}
+    without = {
+        "compare",
+        "demo",
+        "proof",
+        "report",
+        "pack",
+        "scan",
+        "split",
+        "list",
+        "get",
+        "convert",
+        "recipes",
+        "completion",
+    }
     assert VERBS.keys() - FLAGS["device"].keys() == without
     assert {flag.help for flag in FLAGS["device"].values()} == {"cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."}
 
