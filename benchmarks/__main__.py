@@ -28,6 +28,7 @@ from benchmarks import (
     mae,
     prediction,
     startup,
+    threads,
     tokenizer,
 )  # fmt: skip
 from benchmarks.rate import matrix_rates
@@ -54,6 +55,7 @@ MODULES: dict[str, ModuleType] = {
     "prediction": prediction,
     "corruptions": corruptions,
     "loader": loader,
+    "threads": threads,
     "checkpoint": checkpoint,
 }
 """The modules that are measured, in this order: each has `cases(quick, device)`."""

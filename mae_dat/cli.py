@@ -51,8 +51,12 @@ class Verb:
 
     def call(self, config: Any) -> None:
         """Import the verb's code and run it. Raises UserError."""
-        run = _find(self.run if isinstance(self.run, str) else self.run(config))
-        with interruptible(), memory_errors_name_flags(flat_values(config)):
+        run, values = _find(self.run if isinstance(self.run, str) else self.run(config)), flat_values(config)
+        with interruptible(), memory_errors_name_flags(values):
+            if "threads" in values:
+                from mae_dat.runtime.threads import set_threads  # imports torch, as every verb with this flag does
+
+                set_threads(values["threads"])
             run(config)
 
 

@@ -10,6 +10,7 @@ import os
 from typing import Literal
 
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.limits import available_cores
 
 DATA_VARIABLE = "MAE_DAT_DATA"
 DEMO = "demo"
@@ -29,6 +30,8 @@ class RunConfig:
     """Folder for TensorBoard's files (default: the output folder)."""
     device: str = "auto"
     """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
+    threads: int | None = None
+    """Threads of each process for computation (default: its share of the CPU cores that a quota leaves)."""
     seed: int = 0
     """Seed of all random numbers: weights, order of the images, augmentation, masks and attacks."""
     resume: str | None = None
@@ -274,15 +277,8 @@ class EvalConfig:
 
 
 def default_num_workers() -> int:
-    """Return how many processes decode images by default: the CPU cores of this process, at most 10."""
+    """Return how many processes decode images by default: the CPU cores for this process, at most 10."""
     return min(MAX_DEFAULT_WORKERS, available_cores())
-
-
-def available_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def image_size(sides: tuple[int, ...]) -> ImageSize:

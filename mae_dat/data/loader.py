@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mae_dat.config.errors import DataError, RetryError, UserError
-from mae_dat.config.groups import available_cores
+from mae_dat.config.limits import available_cores
 from mae_dat.data.image_set import Batch, ImageSet, Sample
 from mae_dat.data.sampler import EvalSampler, TrainSampler
 from mae_dat.runtime.signals import accept_signals, signals_blocked
@@ -125,9 +125,9 @@ def _workers(num_workers: int) -> dict[str, Any]:
 
 
 def worker_count(num_workers: int) -> int:
-    """Return how many workers a loader starts: no more than there are cores.
+    """Return how many workers a loader starts: no more than there are cores for this rank.
 
-    More would only take turns, and torch warns of them.
+    More would only take turns, and torch warns of them. A worker computes with one thread.
     """
     return min(num_workers, available_cores())
 

@@ -83,7 +83,7 @@ def compare(config: CompareConfig, console: Console) -> Results | None:
     console.plan = _stage_costs(config, pretraining.optim.epochs, runs, images)
     console.shows_inputs = False  # one summary stands for all trainings
     try:
-        train_all(stages, config.jobs, console)
+        train_all(stages, config.jobs, console, config.threads)
     finally:
         console.shows_inputs = True
     if not config.measure:

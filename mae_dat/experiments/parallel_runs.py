@@ -6,7 +6,6 @@ number of threads, the cores divided by the number of processes, may change the 
 
 import logging
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,11 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Self
 
-import torch
-
 from mae_dat.config.errors import ConfigError, InterruptError, RetryError, UserError
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.runtime.console import Console, format_duration
 from mae_dat.runtime.signals import StopRequest, accept_signals, signals_blocked, stop_requests
+from mae_dat.runtime.threads import set_threads
 from mae_dat.training.finetune import run_finetuning
 from mae_dat.training.pretrain import run_pretraining
 
@@ -51,8 +49,10 @@ def _run_or_resume(settings: Settings, title: str, console: Console) -> None:
         run_finetuning(settings, console, title)
 
 
-def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
+def train_all(stages: Sequence[Stage], jobs: int, console: Console, threads: int | None = None) -> None:
     """Run all trainings in an order that respects their dependencies, `jobs` at a time; a single job in this process.
+
+    Several processes compute with `threads` threads each, by default their share of the cores.
 
     After the first failure, or a signal, the other trainings are asked to save and stop; the same command resumes them.
     Raises the failure as UserError with the title of its stage, or InterruptError.
@@ -62,15 +62,15 @@ def train_all(stages: Sequence[Stage], jobs: int, console: Console) -> None:
             _run_or_resume(stage.settings(), stage.title, console)
             console.end_stage(stage.title)
         return
-    _train_in_processes(stages, min(jobs, len(stages)), dict(console.plan))
+    _train_in_processes(stages, min(jobs, len(stages)), dict(console.plan), threads)
     for stage in stages:
         console.end_stage(stage.title)
 
 
-def _train_in_processes(stages: Sequence[Stage], jobs: int, costs: Mapping[str, float]) -> None:
+def _train_in_processes(stages: Sequence[Stage], jobs: int, costs: Mapping[str, float], threads: int | None) -> None:
     waiting, finished = list(stages), set[str]()
     start = time.monotonic()
-    with stop_requests() as stop, TrainingPool(jobs) as pool:
+    with stop_requests() as stop, TrainingPool(jobs, threads) as pool:
         while waiting or pool.running:
             ready = [stage for stage in waiting if finished.issuperset(stage.after)]
             for stage in ready[: len(pool.idle)]:
@@ -110,11 +110,11 @@ def _time_left(elapsed: float, costs: Mapping[str, float], finished: set[str]) -
 class TrainingProcess:
     """A process that runs one training after another. It ends when its line is closed, or when this process dies."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int | None, jobs: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.line, child_line = context.Pipe()
         # Not a daemon, since those cannot start the workers of a data loader.
-        self.process = context.Process(target=_serve, args=(child_line, threads, logging.getLogger().level))
+        self.process = context.Process(target=_serve, args=(child_line, threads, jobs, logging.getLogger().level))
         resource_tracker.ensure_running()  # its first start would let the signals through again
         with signals_blocked():
             self.process.start()
@@ -149,9 +149,8 @@ class TrainingPool:
     to save and stop.
     """
 
-    def __init__(self, jobs: int) -> None:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.processes = [TrainingProcess(threads) for _ in range(jobs)]
+    def __init__(self, jobs: int, threads: int | None) -> None:
+        self.processes = [TrainingProcess(threads, jobs) for _ in range(jobs)]
         self.idle = list(self.processes)
         self.running: dict[Future[None], tuple[TrainingProcess, str]] = {}
         self.executor = ThreadPoolExecutor(jobs)
@@ -187,12 +186,12 @@ class TrainingPool:
         self.executor.shutdown()
 
 
-def _serve(line: Connection, threads: int, log_level: int) -> None:
+def _serve(line: Connection, threads: int | None, jobs: int, log_level: int) -> None:
     """Run in a training process: receive (settings, title), send None or (message, exit code), until `line` closes."""
     # Ctrl-C reaches the whole process group. The parent reacts to it, and asks for what is needed by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     accept_signals()
-    torch.set_num_threads(threads)
+    set_threads(threads, jobs)
     console = Console(interval=_LOG_INTERVAL_S)
     console.shows_inputs = False  # the comparison logs one summary for all
     console.live = False

@@ -53,6 +53,7 @@ def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
             finetune_flags=flags,
             limit=limit,
             jobs=config.jobs,
+            threads=config.threads,
             title=f"Every adversary and baseline on {name}",
         )
         for name, path in zip(names, paths, strict=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import available_cores
+from mae_dat.config.limits import describe_cores, usable_cores
 from mae_dat.runtime.inputs import count_of
 from mae_dat.runtime.world import World
 
@@ -63,7 +63,7 @@ def describe_device(
     `precision` is the data type of autocast, None for float32. `num_workers` is None for a command that starts none,
     `ranks` for one that runs in one process.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else count_of(available_cores(), "core")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_cores(usable_cores())
     parts = [f"{device} ({name})", _precision_in_words(precision, device)]
     parts.append(count_of(torch.get_num_threads(), "thread"))
     if num_workers is not None:
@@ -86,13 +86,15 @@ def _precision_in_words(precision: torch.dtype | None, device: torch.device) -> 
 
 @contextlib.contextmanager
 def restore_numerics() -> Iterator[None]:
-    """Restore torch's switches for TF32 and determinism after the block, which a run sets for the whole process."""
+    """Restore torch's threads and its switches for TF32 and determinism after the block, which a run sets for the whole
+    process."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
         torch.use_deterministic_algorithms(deterministic)
 

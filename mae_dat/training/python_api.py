@@ -12,6 +12,7 @@ from mae_dat.config.signature import check_flag_names, takes_flags
 from mae_dat.runtime.console import console_for_python
 from mae_dat.runtime.device import restore_numerics
 from mae_dat.runtime.run_log import read_log
+from mae_dat.runtime.threads import set_threads
 from mae_dat.storage.weight_files import WEIGHTS_FILE
 from mae_dat.training.finetune import run_finetuning
 from mae_dat.training.pretrain import run_pretraining
@@ -68,6 +69,7 @@ def finetune(
     if settings.evaluation.eval:
         raise ConfigError("finetune(eval=True) evaluates nothing in Python: call mae_dat.evaluate.")
     with console_for_python(progress) as console, restore_numerics():
+        set_threads(settings.run.threads)
         scores = run_finetuning(settings, console)
     return _result(settings.run.output_dir, scores)
 
@@ -101,6 +103,7 @@ def pretrain(
     """
     settings = _settings(PretrainConfig, config, flags, "pretrain")
     with console_for_python(progress) as console, restore_numerics():
+        set_threads(settings.run.threads)
         run_pretraining(settings, console)
     records = read_log(Path(settings.run.output_dir) / "log.txt")
     losses = {name: value for name, value in (records[-1] if records else {}).items() if name.startswith("train_loss")}

@@ -28,7 +28,7 @@ FREE_SETTINGS = {
     *("output_dir", "log_dir", "resume", "start_epoch", "deterministic", "save_minutes", "keep", "keep_every"),
     "checkpoint_activations",
     *("allow_change", "hang_minutes", "log_every", "pictures_every"),
-    *("data_path", "on_bad", "num_workers", "pin_mem"),
+    *("data_path", "on_bad", "num_workers", "pin_mem", "threads"),
     *("eval", "dist_eval", "suite", "limit"),
     *("val_path", "save_every"),  # of a tokenizer's training
     *("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url"),

@@ -10,7 +10,10 @@ from mae_dat.config.commands.submit import launcher_command
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.flags import Flag
 
-ONE_DEFAULT = ("num_workers", "device", "seed", "precision", "tokenizer", "on_bad", "in_chans", "pretrained", "config")
+ONE_DEFAULT = (
+    *("threads", "num_workers", "device", "seed", "precision", "tokenizer", "on_bad", "in_chans", "pretrained"),
+    "config",
+)
 REMOVED = {
     "data",
     "output",
@@ -81,6 +84,11 @@ def test_every_verb_that_computes_has_a_device() -> None:
     }
     assert VERBS.keys() - FLAGS["device"].keys() == without
     assert {flag.help for flag in FLAGS["device"].values()} == {"cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."}
+
+
+def test_every_verb_that_computes_has_threads() -> None:
+    assert FLAGS["threads"].keys() == FLAGS["device"].keys() | {"compare", "demo", "proof"}
+    assert len({flag.help for flag in FLAGS["threads"].values()}) == 1
 
 
 def test_the_launcher_shares_no_flag_with_a_verb() -> None:

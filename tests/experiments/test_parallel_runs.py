@@ -15,7 +15,6 @@ from tiny_runs import FINETUNE, PRETRAIN, ROOT, draw_folder, environment, one_th
 from mae_dat.config.errors import ConfigError, RetryError, UserError
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
-from mae_dat.experiments import parallel_runs
 from mae_dat.experiments.parallel_runs import Stage, TrainingProcess, check_jobs, train_all
 from mae_dat.runtime.console import Console
 from mae_dat.storage.checkpoint import newest_checkpoint
@@ -38,11 +37,10 @@ def weights(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_weights_are_those_of_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_runs.os, "cpu_count", lambda: 2)  # a thread each, as here
+def test_the_weights_are_those_of_one_after_another(tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "images")
     train_all(stages(tmp_path / "one", data), 1, Console(quiet=True))
-    train_all(stages(tmp_path / "two", data), 2, Console({"pre": 1.0, "0": 1.0, "1": 1.0}, quiet=True))
+    train_all(stages(tmp_path / "two", data), 2, Console({"pre": 1.0, "0": 1.0, "1": 1.0}, quiet=True), threads=1)
     assert len(weights(tmp_path / "one")) == 3
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
 

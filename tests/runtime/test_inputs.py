@@ -78,7 +78,7 @@ def test_names_cannot_change_the_terminal_or_break_the_log(tmp_path: Path, capsy
 
 
 def test_the_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mae_dat.runtime.device.available_cores", lambda: 16)
+    monkeypatch.setattr("mae_dat.runtime.device.usable_cores", lambda: 16)
     threads = torch.get_num_threads()
     words = "1 thread" if threads == 1 else f"{threads} threads"
     cpu = torch.device("cpu")

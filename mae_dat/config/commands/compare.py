@@ -51,6 +51,8 @@ class CompareConfig(CommandConfig):
     """Measure in float32 after the trainings, and write the report."""
     jobs: int = 1
     """Trainings at a time, each in its own process with its share of the CPU cores."""
+    threads: int | None = None
+    """Threads of each process for computation (default: its share of the CPU cores that a quota leaves)."""
     title: str = "MAE pretraining, then fine-tuning with and without DAT"
     """Title of the report."""
 
@@ -134,6 +136,8 @@ class ProofConfig(CommandConfig):
     """Images for each corruption and severity, and under attack (default: all validation images)."""
     jobs: int = 2
     """Trainings at a time, each in its own process with its share of the CPU cores."""
+    threads: int | None = None
+    """Threads of each process for computation (default: its share of the CPU cores that a quota leaves)."""
     quick: bool = False
     """Use a few generated images, one epoch and one seed, only to check that everything works."""
 

@@ -24,6 +24,8 @@ class DoctorConfig(CommandConfig):
     """Folder whose disk is checked. It is not created."""
     device: str = "auto"
     """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
+    threads: int | None = None
+    """Threads of each process for computation (default: its share of the CPU cores that a quota leaves)."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """Precision of the trainings, as in `mae-dat finetune`."""
     model: str | None = None

@@ -27,6 +27,8 @@ class ExploreConfig(CommandConfig):
     """Side, or height and width, in pixels (default: those of each classifier)."""
     device: str = "auto"
     """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
+    threads: int | None = None
+    """Threads of each process for computation (default: its share of the CPU cores that a quota leaves)."""
     port: int = 0
     """Port on 127.0.0.1; 0 for any free one."""
 

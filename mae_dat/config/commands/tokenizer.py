@@ -41,6 +41,8 @@ class TokenizerTrainingConfig(CommandConfig):
     """Processes that decode images; 0 decodes in the main process (default: the CPU cores, at most 10)."""
     device: str = "auto"
     """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
+    threads: int | None = None
+    """Threads of each process for computation (default: its share of the CPU cores that a quota leaves)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bfloat16 autocast where the hardware supports it."""
     seed: int = 0

@@ -29,6 +29,8 @@ class ImagesConfig:
     """Side, or height and width, in pixels (default: those of the model)."""
     device: str = "auto"
     """cuda, cuda:N, cpu, or auto: CUDA if there is a GPU."""
+    threads: int | None = None
+    """Threads of each process for computation (default: its share of the CPU cores that a quota leaves)."""
     seed: int = 0
     """Seed of masks and attacks."""
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mae_dat.config.commands.doctor import DoctorConfig
+from mae_dat.config.limits import available_memory
 from mae_dat.config.memory import is_memory_error
 from mae_dat.experiments.checks.row import CheckRow
-from mae_dat.runtime.limits import available_memory
 
 if TYPE_CHECKING:
     import torch

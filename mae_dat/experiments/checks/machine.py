@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from mae_dat.config.commands.doctor import DoctorConfig
 from mae_dat.config.groups import default_num_workers
+from mae_dat.config.limits import available_memory, memory_limit, usable_cores
 from mae_dat.experiments.checks.row import CheckRow, CheckState
-from mae_dat.runtime.limits import available_memory, memory_limit, usable_cores
 from mae_dat.storage.files import HOME_VARIABLE, home_folder
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def check_threads() -> CheckRow:
     text = f"{threads} for torch{setting}, --num_workers {workers}"
     if threads > cores + 0.5 or workers > cores + 0.5:
         count = max(1, int(cores))
-        fix = f"export OMP_NUM_THREADS={count}, and give --num_workers {count}"
+        fix = f"export OMP_NUM_THREADS={count} (or give --threads {count}), and give --num_workers {count}"
         return CheckRow("warning", "threads", f"{text}; more than {_cores(cores)}", fix)
     return CheckRow("ok", "threads", text)
 

@@ -6,6 +6,7 @@ A container or a job limits both by control groups, which programs that count th
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,34 @@ def usable_cores(folder: Path = GROUPS_FOLDER, membership: Path = MEMBERSHIP) ->
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [_cpu_quota(group) for group in control_groups("cpu", folder, membership)]
     return min([float(allowed), *quotas])
+
+
+def local_ranks() -> int:
+    """Return how many ranks of this run share this machine's cores, as torchrun and SLURM tell; 1 for one process.
+
+    Ranks that SLURM gives cores of their own (`--cpus-per-task`) share none.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _count(env.get("LOCAL_WORLD_SIZE", ""))
+    if "SLURM_STEP_ID" in env and "SLURM_CPUS_PER_TASK" not in env:
+        # The tasks of every node, for instance `4(x2),3`.
+        return max(map(_count, re.split(r"\(x\d+\)|,", env.get("SLURM_STEP_TASKS_PER_NODE", ""))))
+    return 1
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
+
+
+def available_cores() -> int:
+    """Return how many CPU cores this process may keep busy, at least 1: its share of those that the ranks may use."""
+    return max(1, int(usable_cores() / local_ranks()))
+
+
+def describe_cores(count: float) -> str:
+    """Return a number of cores in words."""
+    return f"{count:.2g} core{'' if count == 1 else 's'}" if count < 10 else f"{count:.0f} cores"
 
 
 def memory_limit(folder: Path = GROUPS_FOLDER, membership: Path = MEMBERSHIP) -> int | None:
@@ -45,6 +74,8 @@ def control_groups(controller: str, folder: Path = GROUPS_FOLDER, membership: Pa
             if controllers and controller not in controllers.split(","):
                 continue
             base = folder / controller if controllers else folder
+            if controllers and not base.is_dir():
+                base = folder / controllers  # mounted under all names, `cpu,cpuacct`, without links of single ones
             group = base / path.lstrip("/")
             # Inside a container the path may be that of the host, and only the folder at the top exists.
             found += [part for part in (group, *group.parents) if part.is_relative_to(base) and part.is_dir()]
