@@ -44,7 +44,7 @@ from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import batch_loader, worker_count
-from mae_dat.data.open import image_root, open_images
+from mae_dat.data.open import image_root, open_images_of_model
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import Classifier
@@ -275,17 +275,12 @@ def _transform(network: EvaluatedNetwork) -> EvalTransform:
     return EvalTransform(network.size, network.facts["interpolation"], network.facts.get("crop"))
 
 
-def _classes(network: EvaluatedNetwork) -> list[str] | None:
-    return list(network.classes) if network.classes else None
-
-
 def analysis_inputs(
     config: AnalyzeConfig, networks: Sequence[EvaluatedNetwork], images: ImageSet, device: torch.device
 ) -> InputSummary:
     """Return the summary of what an analysis reads."""
     inputs = InputSummary(config.verb)
-    names_from = "names stored with the model" if networks[0].classes else ""
-    add_images(inputs, config.data_path, image_root(config.data_path), {"validation": images}, names_from=names_from)
+    add_images(inputs, config.data_path, image_root(config.data_path), {"validation": images})
     if config.limit is not None and config.limit < len(images):
         inputs.add("validation", f"{config.limit:,} of them, evenly spaced")
     add_networks(inputs, networks)
@@ -309,7 +304,7 @@ def main(config: AnalyzeConfig) -> None:
         options=EvalOptions(device),
     )
     root = find_split(image_root(config.data_path), "val")
-    sets = [open_images(root, _transform(network), classes=_classes(network)) for network in evaluated]
+    sets = [open_images_of_model(root, _transform(network), network.outputs, network.classes) for network in evaluated]
     output = prepare_output_folder(Path(config.output_dir))
     inputs = analysis_inputs(config, evaluated, sets[0], device)
     console.report_inputs(inputs, output / INPUTS_FILE)

@@ -274,6 +274,8 @@ class EvalConfig:
     of `mae-dat evaluate`."""
     limit: int | None = None
     """With --eval: images for each corruption (default: all validation images)."""
+    restrict_classes: bool = False
+    """With --eval: predict only among the classes that have validation images (default: among all outputs)."""
 
 
 def default_num_workers() -> int:

@@ -1,19 +1,17 @@
 """The images of a command in words, for the summary of its inputs (`runtime/inputs.py`)."""
 
-import functools
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mae_dat.config.groups import DATA_VARIABLE, DEMO, ImageSize, data_root
+from mae_dat.data.class_names import readable_class
 from mae_dat.data.folders import IgnoredFiles, other_folders
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.runtime.inputs import InputSummary, count_of, list_names
 
-_WORDNET_ID = re.compile(r"n\d{8}")
 _MAX_FOLDERS = 6  # that are listed as not used
 
 
@@ -99,20 +97,6 @@ def describe_classes(classes: Sequence[str]) -> str:
     if len(classes) > 2 and all(name == str(number) for number, name in enumerate(classes)):
         return f"0 to {len(classes) - 1}"
     return list_names([f"{number} {readable_class(name)}" for number, name in enumerate(classes)])
-
-
-def readable_class(name: str) -> str:
-    """Return a class name, a WordNet id with its first English name: `n01440764 tench`."""
-    description = _wordnet_names().get(name) if _WORDNET_ID.fullmatch(name) else None
-    return f"{name} {description.split(',')[0]}" if description else name
-
-
-@functools.cache
-def _wordnet_names() -> dict[str, str]:
-    from timm.data.imagenet_info import ImageNetInfo  # reads its lists for a sixth of a second
-
-    info = ImageNetInfo("imagenet-1k")
-    return {name: info.label_name_to_description(name) for name in info.label_names()}
 
 
 def describe_ignored(ignored_files: Sequence[IgnoredFiles], root: str | Path) -> str:

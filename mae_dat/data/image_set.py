@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError
+from mae_dat.data.class_names import check_known, warn_of_near_duplicates
 from mae_dat.data.decode import decode_file, decode_pixels, read_bytes
 from mae_dat.data.folders import IgnoredFiles, class_folders, require_folder, walk_images
 from mae_dat.data.sampler import epoch_order
@@ -248,8 +249,8 @@ class ImageFolder(ImageSet):
         if not folders:
             raise DataError(f"{self.root} has no class folders; {layout}")
         self.classes = self.classes or list(folders)
-        if unknown := [name for name in folders if name not in self.classes]:
-            raise DataError(f"{self.root} has class folders unknown to training: {', '.join(unknown[:5])}; {layout}")
+        check_known(self.root, folders, self.classes, "training")
+        warn_of_near_duplicates(self.root, list(folders))
         samples: list[tuple[str, int]] = []
         for name, folder in folders.items():
             label = self.classes.index(name)

@@ -9,7 +9,8 @@ from torchvision import transforms
 
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.groups import DEMO, DataConfig, data_root
-from mae_dat.data.folders import find_split
+from mae_dat.data.class_names import BY_WORDNET_ID, name_outputs_for_split, name_synsets
+from mae_dat.data.folders import find_split, require_folder
 from mae_dat.data.generated.folder import generated_root, write_image_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float
 from mae_dat.data.shards.cache import is_remote, remote_root
@@ -19,11 +20,20 @@ from mae_dat.data.shards.reader import Shards
 logger = logging.getLogger(__name__)
 
 
-def training_images(data: DataConfig, transform: Transform, seed: int, labelled: bool) -> ImageSet:
-    """Open the training split that the flags or the environment name. Raises ConfigError, DataError."""
+def training_images(
+    data: DataConfig, transform: Transform, seed: int, labelled: bool, outputs: int | None = None
+) -> ImageSet:
+    """Open the training split that the flags or the environment name.
+
+    Folders named by WordNet ids get ImageNet's labels if the model has ImageNet's number of `outputs`, so that a
+    pretrained head fits. Raises ConfigError, DataError.
+    """
     root = find_split(image_root(data.data_path), "train", labelled=labelled)
     transform = with_channels(transform, data.in_chans)
-    images = open_images(root, transform, labelled=labelled, on_bad=data.on_bad, seed=seed)
+    synsets = name_synsets(root, outputs) if labelled and outputs else None
+    images = open_images(root, transform, synsets, labelled=labelled, on_bad=data.on_bad, seed=seed)
+    if synsets:
+        images.class_names_from = BY_WORDNET_ID
     if images.packed_size is not None and images.packed_size < max(data.image_size):
         logger.warning(
             "%s was packed with --size %d, which --input_size %d enlarges: pack the images again, with a larger one.",
@@ -63,6 +73,28 @@ def open_images(
     if holds_shards(root):
         raise MissingInputError(f"{root} contains shards without their index: mae-dat pack --index {root}")
     return ImageFolder(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
+
+
+def open_images_of_model(
+    root: str | os.PathLike[str],
+    transform: Transform,
+    outputs: int,
+    stored: Sequence[str] | None,
+    on_bad: str = "fail",
+) -> ImageSet:
+    """Open the labelled images of a split for a model with `outputs`, whose file stores the names `stored` or None.
+
+    The labels are numbers of the outputs; `classes` has a name for each. Raises what `open_images` raises, and
+    DataError where the output of a class folder is unknown.
+    """
+    require_folder(root)
+    if holds_shards(root) and not (Path(root) / INDEX_FILE).is_file():
+        return open_images(root, transform)  # raises the error
+    named = name_outputs_for_split(root, outputs, stored)
+    images = open_images(root, transform, classes=named.names if named else None, on_bad=on_bad)
+    if named:
+        images.class_names_from = named.source
+    return images
 
 
 def holds_shards(root: str | os.PathLike[str]) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import ImageSize
+from mae_dat.data.class_names import readable_class
 from mae_dat.prediction.result_files import Row, write_csv
 
 _CORNERS = ("x_min", "y_min", "x_max", "y_max")
@@ -176,7 +177,7 @@ class Predictions:
         indices, probabilities = top_classes(self.probabilities[:count], self.top_k)
         abstained = self.abstained()
         for row, name in enumerate(self.files[:count]):
-            names = [_shorten(self.classes[index], _CLASS_WIDTH) for index in indices[row]]
+            names = [_shorten(readable_class(self.classes[index]), _CLASS_WIDTH) for index in indices[row]]
             following = zip(names[1:3], probabilities[row, 1:3], strict=True)
             cells = [_shorten(name, _NAME_WIDTH), names[0], f"{probabilities[row, 0]:.1%}"]
             if self.abstain_below is not None:

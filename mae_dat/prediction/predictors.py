@@ -13,6 +13,7 @@ from torchvision.models import ResNet18_Weights
 
 from mae_dat.config.errors import CheckpointError, ConfigError, NumericsError
 from mae_dat.config.groups import ImageSize
+from mae_dat.data.class_names import imagenet_synsets, readable_class
 from mae_dat.data.inputs import InputImages
 from mae_dat.detection.coco import BoxTransform, Scene
 from mae_dat.models.detector import Boxes, Detector
@@ -267,6 +268,9 @@ def _class_names(network: EvaluatedNetwork, classes: Sequence[str] | None) -> tu
         return tuple(map(str, labels)), "names in timm's settings of the model", True
     if network.outputs == len(SYNSETS):
         return imagenet_names(), "ImageNet's names, because the model has 1000 outputs", False
+    if synsets := imagenet_synsets(network.outputs):
+        names = tuple(map(readable_class, synsets))
+        return names, f"ImageNet's WordNet ids, because the model has {network.outputs:,} outputs", False
     return tuple(map(str, range(network.outputs))), "numbers, because the model records no names", False
 
 

@@ -20,6 +20,7 @@ from mae_dat.robustness.scores.calibration import Confidences
 from mae_dat.robustness.scores.class_counts import ClassCounts
 from mae_dat.robustness.scores.image_bits import CellImages
 from mae_dat.robustness.suites.base import ImagePass
+from mae_dat.robustness.suites.restriction import RestrictedNetwork
 
 # Columns of a row of counts. TEXTURE: predictions of the texture's class (cue conflict). NON_FINITE: images whose
 # logits are NaN or infinite.
@@ -93,13 +94,18 @@ class PassCounter:
         self.labels = copy.copy(image_pass.images)
         """The image set with its labels on the device."""
         self.labels.targets = self.labels.targets.to(device)
-        self.labels.class_mapping = self.labels.class_mapping.to(device)
+        self.labels.class_mapping = mapping = self.labels.class_mapping.to(device)
+        restricted = len(mapping.used_logits) < mapping.outputs
+        self.attacked = RestrictedNetwork(model, mapping.outputs, mapping.used_logits) if restricted else model
+        """The model that adversaries attack: without the outputs that are not predicted."""
 
     def add(self, images: Tensor, set_index: Tensor, folder_index: Tensor) -> None:
         """Count a batch: float images (B, S, 3, H, W) in [0, 1]; their indices in the image set, int64 (B,), on the
         device; their indices in the whole folder, int64 (B,), on the CPU, which random draws depend on."""
         if self.image_pass.word_hits:
-            hits = self.image_pass.word_hits(self.model, images[:, 0], self.labels.targets[set_index, 0], folder_index)
+            hits = self.image_pass.word_hits(
+                self.attacked, images[:, 0], self.labels.targets[set_index, 0], folder_index
+            )
             self.counts[:, CORRECT] += hits.sum(1)
             self.counts[:, TOTAL] += len(set_index)
             self.records.add_hits(hits, set_index)
@@ -111,7 +117,7 @@ class PassCounter:
         """Record and return the counts, int64 (columns,), of images (B, 3, H, W) of one cell."""
         mapping, targets = self.labels.class_mapping, self.labels.targets[set_index]
         if self.image_pass.adversary:
-            image = self.image_pass.adversary(self.model, image, targets[:, 0], folder_index)
+            image = self.image_pass.adversary(self.attacked, image, targets[:, 0], folder_index)
         with autocast(self.device, self.precision):
             logits = self.model(image).float()
         predictions = mapping.predictions(logits, 5)

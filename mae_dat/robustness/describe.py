@@ -11,6 +11,7 @@ from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.choose import NOT_REQUESTED
 from mae_dat.robustness.suites.sets import BenchmarkSet
+from mae_dat.robustness.suites.sources import OWN_CLASSES
 from mae_dat.robustness.suites.specs import SUITES
 from mae_dat.runtime.device import describe_device
 from mae_dat.runtime.inputs import InputSummary, count_of
@@ -71,7 +72,7 @@ def _describe_skipped(skipped: dict[str, str]) -> list[str]:
 def _describe_class_mapping(images: BenchmarkSet, networks: Sequence[EvaluatedNetwork]) -> str:
     """Return the classes of the first suite with their numbers, and how outputs are assigned to them."""
     mapping = images.class_mapping
-    if mapping.outputs != len(mapping.classes) or mapping.mean_probability:
+    if mapping.name != OWN_CLASSES:
         assigned = mapping.name
     elif any(network.classes for network in networks):
         assigned = "names stored with the model"

@@ -5,6 +5,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import DataConfig, RunConfig
 from mae_dat.config.runs import FinetuneConfig
@@ -22,6 +25,7 @@ from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, SuiteSettings
+from mae_dat.robustness.suites.restriction import RestrictedNetwork
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.inputs import InputSummary
@@ -60,17 +64,26 @@ def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> 
     """Log the accuracy of the classifier in a file on the validation images. Raises CheckpointError."""
     with run_context(config.run, config.launch, console, training=False) as context:
         opened = open_model(file, config.classifier.model, config.data.image_size, flag="--resume")
-        model = opened.classifier().to(context.device)
+        model: nn.Module = opened.classifier().to(context.device)
         data = dataclasses.replace(config.data, in_chans=opened.plan.in_chans)
-        images = validation_images(data, opened.classes)
-        check_class_count(file.source, opened.plan.num_classes, config.classifier.nb_classes or len(images.classes))
+        images = validation_images(data, opened.classes, outputs=opened.plan.num_classes)
+        if config.classifier.nb_classes:
+            check_class_count(file.source, opened.plan.num_classes, config.classifier.nb_classes)
         on_main_rank(lambda: context.console.report_inputs(_accuracy_inputs(config, opened, images, context)))
         loader = validation_loader(images, 2 * config.optim.batch_size, config.data, context)
+        if config.evaluation.restrict_classes:
+            present = torch.tensor(present_classes(images), device=context.device)
+            model = RestrictedNetwork(model, opened.plan.num_classes, present)
         final = evaluate_classes(model, loader, context.device, context.precision)
         report_classes(final, images.classes, folder=None)
         accuracies = (final.scores[name] for name in ("test_acc1", "test_acc5", "test_balanced_acc"))
         message = "accuracy %.2f %% top-1, %.2f %% top-5, %.2f %% balanced over classes, on %s"
         logger.info(message, *accuracies, images.root)
+
+
+def present_classes(images: ImageSet) -> list[int]:
+    """Return the numbers of the classes that have images."""
+    return [number for number, count in enumerate(images.class_counts()) if count]
 
 
 def _accuracy_inputs(
@@ -79,8 +92,12 @@ def _accuracy_inputs(
     """Return the summary of what the evaluation of clean accuracy reads. Nothing is written, so it is only logged."""
     data = config.data
     inputs = InputSummary(f"{config.verb} --eval")
-    names_from = "names stored with the model" if opened.classes else ""
-    add_images(inputs, data.data_path, image_root(data.data_path), {"validation": images}, names_from=names_from)
+    add_images(inputs, data.data_path, image_root(data.data_path), {"validation": images})
+    if config.evaluation.restrict_classes:
+        among = f"{len(present_classes(images))} of {opened.plan.num_classes:,} (--restrict_classes)"
+        inputs.add("predicted", f"only classes that have images: {among}")
+    elif len(present_classes(images)) < opened.plan.num_classes:
+        inputs.add("predicted", f"all {opened.plan.num_classes:,} classes of the model (no --restrict_classes)")
     add_on_bad(inputs, data.on_bad)
     add_opened_models(inputs, [opened])
     inputs.add("pixels", describe_pixels(opened), describe_resize(EvalTransform(data.image_size)))
@@ -99,6 +116,8 @@ def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
         batch_size = 2 * config.optim.batch_size
         settings = SuiteSettings(
             root,
+            partial=True,  # as for the accuracy alone; the rows are marked
+            restrict_classes=config.evaluation.restrict_classes,
             limit=config.evaluation.limit,
             whole_clean=True,
             seed=config.run.seed,

@@ -53,6 +53,7 @@ def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -
     return SuiteSettings(
         root=image_root(config.data_path),
         partial=config.partial,
+        restrict_classes=config.restrict_classes,
         subset=Path(config.subset) if config.subset else None,
         limit=config.limit,
         seed=config.seed,

@@ -18,7 +18,7 @@ from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, eval_loader
-from mae_dat.data.open import image_root, open_images, training_images, with_channels
+from mae_dat.data.open import image_root, open_images, open_images_of_model, training_images, with_channels
 from mae_dat.data.transforms import EvalTransform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
 from mae_dat.models.describe import WeightsOrigin, describe_model, timm_origin
@@ -87,7 +87,8 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
             inputs=lambda: finetuning_inputs(config, state, images, validation, origin),
             reporting=Reporting(title, at_epoch_end, ShownScore("test_acc1", "val top-1")),
         )
-        facts = {**classifier_facts(settings, data, images.classes), "nb_classes": classes}
+        unused = [f"unused {number}" for number in range(len(images.classes), classes)]
+        facts = {**classifier_facts(settings, data, [*images.classes, *unused]), "nb_classes": classes}
         export_classifier(state, context, facts)
         final = evaluate_classes(state.averaged, loader, context.device, context.precision)
         report_classes(final, images.classes, context.output)
@@ -185,15 +186,23 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
         )
     except (AssertionError, ValueError) as error:  # timm asserts what its users write
         raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error
-    images = training_images(config.data, transform, config.run.seed, labelled=True)
+    outputs = config.classifier.nb_classes
+    images = training_images(config.data, transform, config.run.seed, labelled=True, outputs=outputs)
     return images, validation_images(config.data, images.classes)
 
 
-def validation_images(data: DataConfig, classes: list[str] | None = None) -> ImageSet:
-    """Open the validation split, without augmentation."""
+def validation_images(data: DataConfig, classes: list[str] | None = None, outputs: int | None = None) -> ImageSet:
+    """Open the validation split, without augmentation.
+
+    With `outputs`, the labels are the outputs of a model whose file stores the names `classes`, or None; without,
+    `classes` are those of the training split.
+    """
     root = find_split(image_root(data.data_path), "val")
     transform = with_channels(EvalTransform(data.image_size), data.in_chans)
-    images = open_images(root, transform, classes=classes, on_bad=data.on_bad)
+    if outputs is None:
+        images = open_images(root, transform, classes=classes, on_bad=data.on_bad)
+    else:
+        images = open_images_of_model(root, transform, outputs, classes, on_bad=data.on_bad)
     if images.packed_size is not None:
         logger.warning(
             "the accuracies are of the images in %s, shrunk to %d px and stored anew, not of the original ones.",

@@ -265,13 +265,13 @@ def test_calibration_fits_the_temperature_to_the_validation_images(
         path.symlink_to(plain.files[number])
     assert predict(file, dataset / "val", calibrate=tmp_path / "own", **QUIET).temperature == 1
     assert "all 20 images are predicted correctly" in caplog.text
-    with pytest.raises(DataError, match="has 10 classes, but the models have 3 outputs"):
+    with pytest.raises(DataError, match="10 class folders .* but the model has 3 outputs"):
         predict(Linear(3), dataset / "val", calibrate=dataset, input_size=32, **QUIET)
     unnamed = saved(tmp_path / "unnamed.safetensors", 10)
     for checkpoint, names in ((file, NAMES), (unnamed, None), (unnamed, classes)):
         again = predict(checkpoint, dataset / "val", classes=names, calibrate=dataset, **QUIET)
         assert again.temperature == fitted.temperature
-    with pytest.raises(DataError, match="has class folders unknown to training"):
+    with pytest.raises(DataError, match="has class folders unknown to the model's classes"):
         predict(unnamed, dataset / "val", classes=NAMES, calibrate=dataset, **QUIET)
 
 

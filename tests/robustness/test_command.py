@@ -619,14 +619,14 @@ def test_finetune_evaluates_the_same_suites(
 def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
     dataset: Path, imagenet: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="10 classes, but the models have 7 outputs"):
+    with pytest.raises(DataError, match="10 class folders .* but the model has 7 outputs"):
         evaluate(Linear(7), "clean", dataset, input_size=32)
     with pytest.raises(DataError, match="10 outputs, not ImageNet's 1000"):
         evaluate(Linear(), "imagenet-a", imagenet, input_size=32)
     turned = [SYNSETS[1], SYNSETS[0], *SYNSETS[2:]]
     with pytest.raises(DataError, match="class 0 of the model is"):
         evaluate(Linear(1000), "imagenet", imagenet, input_size=32, classes=turned)
-    with pytest.raises(DataError, match="unknown to training"):
+    with pytest.raises(DataError, match="unknown to the model's classes"):
         evaluate(Linear(), "clean", dataset, input_size=32, classes=[f"class {i}" for i in range(10)])
     with pytest.raises(ConfigError, match="10 outputs and a list of 3 classes"):
         evaluate(Linear(), "clean", dataset, input_size=32, classes=["a", "b", "c"])

@@ -22,6 +22,9 @@ class SuiteConfig:
     autoattack-4/255; words-random, words-symbolic."""
     partial: bool = False
     """Measure incomplete folders too; their rows are marked."""
+    restrict_classes: bool = False
+    """Predict only among the classes that have images in a suite's folder (default: among all outputs of the model, or
+    the classes that a benchmark prescribes)."""
     subset: str | None = None
     """RobustBench's imagenet_test_image_ids.txt: measure only these 5,000 images of ImageNet and ImageNet-C."""
     limit: int | None = None

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dat.config.errors import DataError, UserError
+from mae_dat.data.class_names import check_known
 from mae_dat.data.decode import decode_bytes, decode_pixels, image_error, with_retries
 from mae_dat.data.image_set import ImageSet, Transform
 from mae_dat.data.sampler import epoch_order
@@ -105,8 +106,7 @@ class Shards(ImageSet):
                 "for pretraining only"
             )
         used = self.index.label.unique().tolist()
-        if unknown := [names[label] for label in used if names[label] not in self.classes]:
-            raise DataError(f"{self.root} has classes unknown to training: {', '.join(unknown[:5])}")
+        check_known(self.root, [names[label] for label in used], self.classes, "training", "classes")
         numbers = {name: number for number, name in enumerate(self.classes)}
         return torch.tensor([numbers.get(name, -1) for name in names])[self.index.label]
 

@@ -223,8 +223,8 @@ def check_class_count(source: str, classes: int, expected: int) -> None:
     """Raise CheckpointError unless the head of `source` has as many classes as the data or the setting."""
     if classes != expected:
         raise CheckpointError(
-            f"{source} has {classes} classes, but the data or the setting has {expected}: use {classes} classes, or "
-            "fine-tune from the checkpoint to get a new head."
+            f"{source} has {classes} classes, but the setting has {expected}: leave out --nb_classes to evaluate it "
+            "with its own head, or fine-tune from the checkpoint to get a new one."
         )
 
 

@@ -137,6 +137,8 @@ class SuiteSettings:
     root: Path
     partial: bool = False
     """Accept incomplete folders; their rows are marked."""
+    restrict_classes: bool = False
+    """Predict among the classes that have images in a suite's folder, instead of all outputs."""
     subset: Path | None = None
     """RobustBench's list of 5,000 images, for ImageNet and ImageNet-C."""
     limit: int | None = None

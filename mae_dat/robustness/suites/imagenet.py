@@ -94,7 +94,7 @@ class ClassMapping:
         """
         softmax = self._select_logits(logits.double()).softmax(1)
         member = (self.class_of_logit[:, None] == torch.arange(len(self.classes), device=logits.device)).double()
-        return softmax @ (member / member.sum(0) if self.mean_probability else member)
+        return softmax @ (member / member.sum(0).clamp(min=1) if self.mean_probability else member)
 
     def _select_logits(self, logits: Tensor) -> Tensor:
         """Return the logits that are used, (B, L), of (B, K)."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from mae_dat.config.errors import DataError, MissingInputError
+from mae_dat.data.class_names import INDEXED_NAMES, SORTED_NAMES, STORED_NAMES
 from mae_dat.data.folders import find_split, require_folder
-from mae_dat.data.open import holds_shards, open_images
+from mae_dat.data.open import holds_shards, open_images_of_model
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
 from mae_dat.robustness.suites.base import CLEAN, CONFLICT, SuiteSettings
 from mae_dat.robustness.suites.catalogue import BENCHMARKS
@@ -17,10 +18,13 @@ from mae_dat.robustness.suites.folders import folders_in
 from mae_dat.robustness.suites.imagenet import SYNSETS, ClassMapping, check_classes
 from mae_dat.robustness.suites.inventory import find_benchmark
 from mae_dat.robustness.suites.labels import read_conflicts, read_subset
+from mae_dat.robustness.suites.restriction import restrict_to_present
 from mae_dat.robustness.suites.sets import PARTIAL_ADVICE, BenchmarkSet, Cell, CustomSet, Preprocessing, open_benchmark
 from mae_dat.storage.files import sha256_of
 
 ANY_INPUT = (224, 224)  # image sets are opened for this size, and adapted to a network's input later
+OWN_CLASSES = "its own classes"
+"""The class mapping's name for labels by stored names or in the order of the class folders."""
 SUBSET_SUITES = ("imagenet", "imagenet-real", "imagenet-c")
 
 
@@ -51,11 +55,12 @@ class SuiteSources:
         """Return the cells of a benchmark, or of `clean` or `conflict`, opened once."""
         if name not in self._sets:
             if name == CLEAN:
-                self._sets[name] = [self._open_custom_set()]
+                sets = [self._open_custom_set()]
             elif name == CONFLICT:
-                self._sets[name] = [self._open_conflict_set()]
+                sets = [self._open_conflict_set()]
             else:
-                self._sets[name] = self._open_benchmark(name)
+                sets = self._open_benchmark(name)
+            self._sets[name] = restrict_to_present(sets) if self.settings.restrict_classes else sets
         return self._sets[name]
 
     @property
@@ -81,7 +86,7 @@ class SuiteSources:
     def _open_custom_set(self) -> BenchmarkSet:
         """Open val/CLASS of classes other than ImageNet's."""
         root = find_split(self.settings.root, "val")
-        images = open_images(root, lambda image: torch.zeros(0), self.classes)
+        images = open_images_of_model(root, lambda image: torch.zeros(0), self.outputs, self.classes)
         if len(images.classes) != self.outputs:
             raise DataError(f"{root} has {len(images.classes)} classes, but the models have {self.outputs} outputs.")
         present = {images.label(index) for index in range(len(images))}
@@ -90,7 +95,9 @@ class SuiteSources:
         if absent and not self.settings.partial:
             raise DataError(f"{root} has {missing}; {PARTIAL_ADVICE}.")
         every = torch.arange(self.outputs)
-        mapping = ClassMapping("its own classes", tuple(images.classes), every, every, outputs=self.outputs)
+        by_name_or_order = images.class_names_from in (STORED_NAMES, SORTED_NAMES, INDEXED_NAMES)
+        reading = OWN_CLASSES if by_name_or_order else images.class_names_from
+        mapping = ClassMapping(reading, tuple(images.classes), every, every, outputs=self.outputs)
         custom = CustomSet(Cell(CLEAN), images, mapping, Preprocessing(ANY_INPUT, keep_size=True))
         custom.missing = [missing] if absent else []
         return custom
