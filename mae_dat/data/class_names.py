@@ -7,7 +7,6 @@ many folders as outputs, is the order of the sorted names used, as in torchvisio
 
 import functools
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -15,15 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae_dat.config.errors import DataError
-from mae_dat.data.folders import class_folders
-from mae_dat.data.shards.index import INDEX_FILE, read_index
 
 logger = logging.getLogger(__name__)
 
 WORDNET_ID = re.compile(r"n\d{8}")
 STORED_NAMES = "names stored with the model"
 BY_WORDNET_ID, BY_NUMBER = "ImageNet's WordNet ids", "folder names as numbers of the outputs"
-SORTED_NAMES, INDEXED_NAMES = "folder names, sorted", f"from {INDEX_FILE}"
+SORTED_NAMES, INDEXED_NAMES = "folder names, sorted", "from index.safetensors"
 """Where the names of classes and their order come from."""
 _IMAGENET_HEADS = {
     1000: "imagenet-1k",
@@ -106,30 +103,6 @@ def _names_by_number(folders: Sequence[str], outputs: int) -> OutputNames | None
     if len(folders) == outputs:
         return OutputNames([by_number[number] for number in sorted(by_number)], f"sorted as numbers{text_order}")
     return None
-
-
-def name_outputs_for_split(
-    root: str | os.PathLike[str], outputs: int, stored: Sequence[str] | None
-) -> OutputNames | None:
-    """Return what `name_outputs` does for the class folders of a split or the classes of its shards; None if it has no
-    classes."""
-    folders, indexed = _present_classes(root)
-    return name_outputs(str(root), folders, outputs, stored, indexed) if folders else None
-
-
-def name_synsets(root: str | os.PathLike[str], outputs: int) -> list[str] | None:
-    """Return ImageNet's WordNet ids if a model's `outputs` are that many and all classes of a split are among them."""
-    synsets = imagenet_synsets(outputs)
-    return list(synsets) if synsets and set(_present_classes(root)[0]) <= set(synsets) else None
-
-
-def _present_classes(root: str | os.PathLike[str]) -> tuple[list[str], list[str] | None]:
-    """Return the class folders of a split; for shards, the classes that have images and those of all class numbers."""
-    if not (Path(root) / INDEX_FILE).is_file():
-        return list(class_folders(str(root))[0]), None
-    index = read_index(Path(root))
-    names = index.classes or []
-    return [names[number] for number in index.label.unique().tolist() if number >= 0], names
 
 
 # ---- ImageNet's classes ----

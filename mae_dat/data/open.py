@@ -9,12 +9,12 @@ from torchvision import transforms
 
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.groups import DEMO, DataConfig, data_root
-from mae_dat.data.class_names import BY_WORDNET_ID, name_outputs_for_split, name_synsets
-from mae_dat.data.folders import find_split, require_folder
+from mae_dat.data.class_names import BY_WORDNET_ID, OutputNames, imagenet_synsets, name_outputs
+from mae_dat.data.folders import class_folders, find_split, require_folder
 from mae_dat.data.generated.folder import generated_root, write_image_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float
 from mae_dat.data.shards.cache import is_remote, remote_root
-from mae_dat.data.shards.index import INDEX_FILE
+from mae_dat.data.shards.index import INDEX_FILE, read_index
 from mae_dat.data.shards.reader import Shards
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def training_images(
     """
     root = find_split(image_root(data.data_path), "train", labelled=labelled)
     transform = with_channels(transform, data.in_chans)
-    synsets = name_synsets(root, outputs) if labelled and outputs else None
+    synsets = _name_synsets(root, outputs) if labelled and outputs else None
     images = open_images(root, transform, synsets, labelled=labelled, on_bad=data.on_bad, seed=seed)
     if synsets:
         images.class_names_from = BY_WORDNET_ID
@@ -90,11 +90,35 @@ def open_images_of_model(
     require_folder(root)
     if holds_shards(root) and not (Path(root) / INDEX_FILE).is_file():
         return open_images(root, transform)  # raises the error
-    named = name_outputs_for_split(root, outputs, stored)
+    named = _name_outputs_for_split(root, outputs, stored)
     images = open_images(root, transform, classes=named.names if named else None, on_bad=on_bad)
     if named:
         images.class_names_from = named.source
     return images
+
+
+def _name_outputs_for_split(
+    root: str | os.PathLike[str], outputs: int, stored: Sequence[str] | None
+) -> OutputNames | None:
+    """Return what `name_outputs` does for the class folders of a split or the classes of its shards; None if it has no
+    classes."""
+    folders, indexed = _present_classes(root)
+    return name_outputs(str(root), folders, outputs, stored, indexed) if folders else None
+
+
+def _name_synsets(root: str | os.PathLike[str], outputs: int) -> list[str] | None:
+    """Return ImageNet's WordNet ids if a model's `outputs` are that many and all classes of a split are among them."""
+    synsets = imagenet_synsets(outputs)
+    return list(synsets) if synsets and set(_present_classes(root)[0]) <= set(synsets) else None
+
+
+def _present_classes(root: str | os.PathLike[str]) -> tuple[list[str], list[str] | None]:
+    """Return the class folders of a split; for shards, the classes that have images and those of all class numbers."""
+    if not (Path(root) / INDEX_FILE).is_file():
+        return list(class_folders(str(root))[0]), None
+    index = read_index(Path(root))
+    names = index.classes or []
+    return [names[number] for number in index.label.unique().tolist() if number >= 0], names
 
 
 def holds_shards(root: str | os.PathLike[str]) -> bool:
