@@ -26,7 +26,7 @@ def comparison_findings(report: ReportData) -> list[str]:
 def _compared(report: ReportData, group: Group, first: Group) -> str:
     verdicts = report.verdicts(group, first)
     if not verdicts:
-        return f"{group.title} shares no measurement with {first.title}: other pictures or input size."
+        return f"{group.title} shares no measurement with {first.title}: other images or another protocol."
     better, worse, undecided = (sum(verdict == sign for verdict in verdicts.values()) for sign in (1, -1, 0))
     quoted = (
         _quote(metric, f"{value_text(metric, group)} against {value_text(metric, first)}")

@@ -1,8 +1,8 @@
 """Measurements: which models were measured on the same images in the same way, and may therefore be compared.
 
-Models share a measurement of a suite only if the images, the protocol and the input size are equal. A suite that was
-measured in two ways gives two measurements. The title says if images are generated or missing, or another size than
-224 px.
+Models share a measurement of a suite only if the images and the protocol are equal. The input size belongs to the
+model: models of different sizes are compared on the same images, each at its own size. A suite that was measured in two
+ways gives two measurements. The title says if images are generated or missing, or which sizes other than 224 px.
 """
 
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ def measurements_of(results: Results, groups: Sequence[Group]) -> list[Measureme
 
 def _measurements_of_suite(results: Results, groups: Sequence[Group], suite: str) -> Iterator[Measurement]:
     comparable = _comparable_models(results, suite)
-    titles = [_title(results, models[0], suite) for models in comparable]
+    titles = [_title(results, models, suite) for models in comparable]
     for models, title in zip(comparable, titles, strict=True):
         if titles.count(title) > 1:  # on other images or with other settings, which are in the table of suites
             title = f"{title}, as of {' and '.join(results['models'][model]['title'] for model in models)}"
@@ -108,21 +108,23 @@ def _comparable_models(results: Results, suite: str) -> list[list[str]]:
 
 
 def _conditions(results: Results, model: str, suite: str) -> tuple[Any, ...]:
-    """Return what must be equal for two numbers to be compared. Interpolation and precision belong to the model."""
+    """Return what must be equal for two numbers to be compared. Input size, interpolation and precision belong to the
+    model."""
     facts, counts = results["suites"][model][suite], results["cells"][model][suite]
     protocol = {key: value for key, value in facts["protocol"].items() if key != "preprocessing"}
     totals = sorted((cell, count["total"]) for cell, count in counts.items())
-    size = results["models"][model]["size"]
-    return size, protocol, facts["fingerprint"], facts["official"], facts["missing"], totals
+    return protocol, facts["fingerprint"], facts["official"], facts["missing"], totals
 
 
-def _title(results: Results, model: str, suite: str) -> str:
-    """Return the suite's title, marked with * if it is not official, and with what is particular to this model."""
-    facts, size = results["suites"][model][suite], results["models"][model]["size"]
+def _title(results: Results, models: Sequence[str], suite: str) -> str:
+    """Return the suite's title, marked with * if it is not official, and with what is particular to these models."""
+    facts = results["suites"][models[0]][suite]
     title = MEASUREMENT_TITLES.get(suite, facts["title"])
-    if not facts["official"] and suite_kind(results["cells"][model][suite]) != "words":
+    if not facts["official"] and suite_kind(results["cells"][models[0]][suite]) != "words":
         title = f"{title.rstrip('*')}*"
-    notes = [] if size == USUAL_SIZE or shared_size(results) else [f"{size_text(size)} px"]
+    sizes = list(dict.fromkeys(size_text(results["models"][model]["size"]) for model in models))
+    is_usual = sizes == [size_text(USUAL_SIZE)] or shared_size(results)
+    notes = [] if is_usual else [f"{' and '.join(sizes)} px" + ", each at its own size" * (len(sizes) > 1)]
     subset = facts["protocol"].get("subset", "")
     notes += [subset] if subset and not shared_subset(results) else []
     notes += ["partial†"] if facts["missing"] else []
