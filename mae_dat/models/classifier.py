@@ -22,6 +22,7 @@ PatchGrid = tuple[int, int]
 """Rows and columns of patches."""
 HEAD_STD = 2e-5  # MAE starts fine-tuning from a head that is almost zero
 PROBE_STD, PROBE_EPSILON = 0.01, 1e-6  # and a linear probe from these values of head and BatchNorm
+FRESH_HEAD_STD = 0.01  # of a head on random weights (Goyal et al. 2017): LAMB and LARS would not move smaller ones
 POOLS = ("cls", "mean", "tokens")
 
 
@@ -167,10 +168,23 @@ def build_vit(
         dynamic_img_size=True,
         norm_layer=layer_norm,
     )
-    assert isinstance(net.head, nn.Linear)
-    nn.init.trunc_normal_(net.head.weight, std=HEAD_STD)
-    nn.init.zeros_(net.head.bias)
+    initialize_head(net, HEAD_STD)
     return net
+
+
+def initialize_head(net: nn.Module, std: float) -> None:
+    """Initialize the last layer of a timm network's head, or of each of its heads, near zero: the first loss is then
+    close to ln(classes).
+
+    timm's own initialization of some networks, such as EfficientNet, gives logits of several units.
+    """
+    heads: Any = net.get_classifier()  # type: ignore[operator]
+    for head in heads if isinstance(heads, tuple | list) else (heads,):
+        layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        if layers:
+            nn.init.trunc_normal_(layers[-1].weight, std=std)
+            if layers[-1].bias is not None:
+                nn.init.zeros_(layers[-1].bias)
 
 
 def build_classifier(  # noqa: PLR0913 - timm's arguments
@@ -189,7 +203,7 @@ def build_classifier(  # noqa: PLR0913 - timm's arguments
     MAE's models normalize by ImageNet's statistics (0.5 if channels are not 3), timm's by their own: MAE weights
     belong in `vit_base_patch16`, not in timm's `vit_base_patch16_224`. `mean` and `std` override both. `drop_path` and
     `img_size` reach timm models that accept them; `global_pool` is for MAE's, `pretrained` (timm's weights) for timm's.
-    Raises ConfigError for an unknown name (with the nearest) or settings that do not fit.
+    A new head starts near zero. Raises ConfigError for an unknown name (with the nearest) or settings that do not fit.
     """
     if num_classes < 1:
         raise ConfigError(f"number of classes {num_classes}: give at least 1.")
@@ -204,6 +218,10 @@ def build_classifier(  # noqa: PLR0913 - timm's arguments
         default_mean, default_std = pixel_statistics(in_chans)
     else:
         net = _build_timm(name, num_classes, img_size, drop_path=drop_path, in_chans=in_chans, pretrained=pretrained)
+        if not pretrained:
+            initialize_head(net, FRESH_HEAD_STD)
+        elif num_classes != net.pretrained_cfg["num_classes"]:  # type: ignore[index]
+            initialize_head(net, HEAD_STD)
         statistics = resolve_model_data_config(net)
         default_mean, default_std = (
             (statistics["mean"], statistics["std"]) if in_chans == 3 else pixel_statistics(in_chans)
@@ -265,7 +283,7 @@ def _create_with_accepted(name: str, options: dict[str, Any], **always: Any) -> 
         try:
             return timm.create_model(name, **options, **always)
         except TypeError as error:
-            match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            match = re.search(r"unexpected keyword argument(?:\(s\): \[| )'(\w+)'", str(error))
             if match is None or match[1] not in options:
                 raise
             # A model without img_size accepts images of any size; one without drop path trains differently: warn.

@@ -1,6 +1,7 @@
 """Classifiers: reference logits, normalisation, settings that do not fit."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from golden_rule import fill_by_rule
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit
+from mae_dat.models.detector import build_detector
 from mae_dat.models.mae import IMAGENET_MEAN, IMAGENET_STD, ViTSize
+from mae_dat.models.weights.load import load_pretrained
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 TINY = ViTSize(64, 8, 48, 4, 4)
@@ -96,3 +99,59 @@ def test_settings_that_do_not_fit_are_refused(arguments: dict[str, Any], message
 def test_pretrained_weights_without_network_are_a_clear_error() -> None:
     with pytest.raises(MissingInputError, match="resnet18"):
         build_classifier("resnet18", 3, pretrained=True)
+
+
+# ---- new heads ----
+
+BACKBONES = ["vit_demo_patch8", "test_efficientnet", "test_resnet", "test_convnext", "test_vit", "efficientnet_lite0"]
+
+
+def first_loss(model: Classifier, classes: int) -> float:
+    """The loss of a training's first step."""
+    images = torch.rand(2 * classes, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model.train()(images)
+    return float(torch.nn.functional.cross_entropy(logits, torch.arange(2 * classes) % classes))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_first_loss_of_every_backbone_is_that_of_equal_probabilities(name: str) -> None:
+    torch.manual_seed(0)
+    size = None if name.startswith("efficientnet") else 64
+    assert first_loss(build_classifier(name, 10, size), 10) == pytest.approx(math.log(10), abs=0.05)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_new_head_on_loaded_weights_starts_almost_at_zero(name: str, has_head: bool) -> None:
+    torch.manual_seed(0)
+    size = None if name.startswith("efficientnet") else 64
+    source, model = (build_classifier(name, classes, size) for classes in (7, 10))
+    head = next(key for key, module in source.net.named_modules() if module is source.net.get_classifier())  # type: ignore[operator]
+    state = {key: value for key, value in source.net.state_dict().items() if has_head or not key.startswith(f"{head}.")}
+    load_pretrained(model, state)
+    assert float(model.net.get_classifier().weight.detach().abs().max()) < 1e-4  # type: ignore[operator]
+    assert first_loss(model, 10) == pytest.approx(math.log(10), abs=0.01)
+
+
+def test_loaded_heads_stay_as_they_are() -> None:
+    source, model = (build_classifier("test_efficientnet", 10) for _ in range(2))
+    load_pretrained(model, source.net.state_dict())
+    assert torch.equal(model.net.classifier.weight, source.net.classifier.weight)  # type: ignore[union-attr]
+
+
+def test_the_first_loss_of_a_detectors_classes_is_that_of_equal_probabilities() -> None:
+    torch.manual_seed(0)
+    detector = build_detector("vit_demo_patch8", 10, (64, 64), width=16, anchor_size=8.0, regions=32).train()
+    truth = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([3])} for _ in range(2)]
+    with torch.no_grad():
+        losses = detector(torch.rand(2, 3, 64, 64), truth)
+    assert float(losses["loss_classifier"]) == pytest.approx(math.log(11), abs=0.1)
+    assert float(losses["loss_objectness"]) == pytest.approx(math.log(2), abs=0.1)
+
+
+def test_a_network_without_drop_path_is_built(caplog: pytest.LogCaptureFixture) -> None:
+    """timm words the error about its arguments in two ways."""
+    with caplog.at_level(logging.WARNING):
+        build_classifier("hrnet_w18_small", 10, drop_path=0.1)
+    assert "hrnet_w18_small has no drop path" in caplog.text

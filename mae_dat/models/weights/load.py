@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mae_dat.config.errors import CheckpointError, listing
 from mae_dat.config.groups import image_size
-from mae_dat.models.classifier import Classifier, PatchGrid
+from mae_dat.models.classifier import HEAD_STD, Classifier, PatchGrid, initialize_head
 from mae_dat.models.mae import VIT_SIZES, MaskedAutoencoder
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.read import ModelSource, read_model_file
@@ -163,6 +163,8 @@ def _load_classifier(
     advice = _advice(state, "the model (and the pooling, --global_pool or --cls_token)")
     check_keys(weights.label, required, state, advice)
     net.load_state_dict(state, strict=False)
+    if any(key not in state for key in head) and hasattr(net, "pretrained_cfg"):  # MAE's start there already
+        initialize_head(net, HEAD_STD)
     return _logged(
         LoadReport(
             source=weights.source,
