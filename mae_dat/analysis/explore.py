@@ -1,7 +1,8 @@
 """Explore an image on a local page: corrupt it or change its visual words, and compare one or several classifiers.
 
-`mae-dat explore [--checkpoint OUT_A OUT_B]` serves the page to this machine only, and the page loads nothing from other
-servers. `views.py` computes the content, and this module shows it with NiceGUI.
+`mae-dat explore [--checkpoint OUT_A OUT_B]` serves the page to this machine only, to those who know the token in its
+address, and the page loads nothing from other servers. `views.py` computes the content, and this module shows it with
+NiceGUI.
 """
 
 import base64
@@ -19,12 +20,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
+from mae_dat.analysis.page_guard import MAX_UPLOAD_BYTES, PageGuard, new_token
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, prediction_change
 from mae_dat.config.commands.explore import ExploreConfig
 from mae_dat.config.errors import ConfigError, DataError, UserError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.groups import DEMO, image_size
-from mae_dat.data.decode import MAX_BYTES, ImageError, decode_bytes, decode_file
+from mae_dat.data.decode import ImageError, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.sampler import evenly_spaced
@@ -232,9 +234,9 @@ class ExplorePage:
             ui.upload(
                 label="or drop an image here",
                 auto_upload=True,
-                max_file_size=MAX_BYTES,
+                max_file_size=MAX_UPLOAD_BYTES,
                 on_upload=self._open_upload,
-                on_rejected=lambda: self.show_message(f"Give one file, of at most {MAX_BYTES >> 20} MiB."),
+                on_rejected=lambda: self.show_message(f"Give one file, of at most {MAX_UPLOAD_BYTES >> 20} MiB."),
             )
             .props("flat bordered")
             .classes("w-full")
@@ -326,8 +328,8 @@ def _draw_view(view: ImageView) -> None:
             ui.linear_progress(probability, show_value=False, size="4px").props("instant-feedback aria-hidden=true")
 
 
-def build_application(inspectors: list[ImageInspector], examples: list[Example]) -> "FastAPI":
-    """Build the web application.
+def build_application(inspectors: list[ImageInspector], examples: list[Example], token: str) -> "FastAPI":
+    """Build the web application, which answers only requests with the token.
 
     Raises MissingInputError without NiceGUI, DataError for an example that cannot be decoded.
     """
@@ -352,6 +354,7 @@ def build_application(inspectors: list[ImageInspector], examples: list[Example])
     application = FastAPI(openapi_url=None)
     # Rejects requests of other sites whose name resolves to this machine (DNS rebinding).
     application.add_middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])
+    application.add_middleware(PageGuard, token=token)
     ui.run_with(application, root=show, title="mae_dat explore", show_welcome_message=False)
     return application
 
@@ -369,11 +372,13 @@ def main(config: ExploreConfig) -> None:
     console = console_for_command()
     inspectors, examples = load_inspectors(config), find_examples(config.images)
     console.report_inputs(page_inputs(config, inspectors, examples))
-    application = build_application(inspectors, examples)
+    token = new_token()
+    application = build_application(inspectors, examples, token)
     import uvicorn
 
     with listen_locally(config.port) as server_socket:
-        print(f"Open http://{_HOST}:{server_socket.getsockname()[1]} in a browser; Ctrl-C stops it.", flush=True)
+        address = f"http://{_HOST}:{server_socket.getsockname()[1]}/?token={token}"
+        print(f"Open {address} in a browser; Ctrl-C stops it.", flush=True)
         # NiceGUI searches all objects in memory for its server, which triggers a warning of torch.
         warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
         settings = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)

@@ -22,6 +22,7 @@ from PIL import Image
 from tiny_models import tiny, tiny_mae
 
 from mae_dat.analysis.explore import EXAMPLES, build_application, find_examples, listen_locally
+from mae_dat.analysis.page_guard import PageGuard
 from mae_dat.analysis.views import Change, ImageInspector, ImageView, amplification, prediction_change
 from mae_dat.config.commands.explore import ExploreConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, DataError, MissingInputError
@@ -191,7 +192,7 @@ def test_examples(tmp_path: Path) -> None:
     assert [example.path for example in find_examples(str(found[1].path))] == [found[1].path]
     (tmp_path / "letter.png").write_text("dear reader")
     with pytest.raises(DataError, match=r"--images: .*letter\.png: it is not an image that can be read$"):
-        build_application([], find_examples(str(tmp_path / "letter.png")))
+        build_application([], find_examples(str(tmp_path / "letter.png")), "token")
     with pytest.raises(MissingInputError, match="nothing"):
         find_examples(str(tmp_path / "nothing"))
 
@@ -215,7 +216,7 @@ def test_flags_that_cannot_be(arguments: list[str], told: str) -> None:
 def test_without_nicegui_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nicegui", None)
     with pytest.raises(MissingInputError, match="pip install nicegui"):
-        build_application([], [])
+        build_application([], [], "token")
 
 
 # ---- in a browser ----
@@ -293,7 +294,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Callable[[], tuple[int, str]]]
         try:
             assert child.stdout is not None
             line = child.stdout.readline()
-            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+            found = re.search(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{22}", line)
             assert found, (tmp_path / "stderr").read_text()
             yield found[0], end
         finally:
@@ -312,6 +313,36 @@ def visitor(server: tuple[str, Any]) -> Iterator[Visitor]:
         opened = play.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
         yield Visitor(opened.new_page(viewport={"width": 1300, "height": 900}), server[0])
         opened.close()
+
+
+def status_of(address: str, **options: Any) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, **options), timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def refuses_strangers(address: str, page: Any) -> None:
+    """Without the token nothing is shown: page, files, uploads and websocket; with it, too large a body is refused."""
+    root, _, token = address.partition("?token=")
+    for path in (
+        "",
+        "?token=",
+        "?token=wrong",
+        "_nicegui/auto/static/nothing",
+        "_nicegui_ws/socket.io/?EIO=4&transport=polling",
+    ):
+        assert status_of(root + path) == 403, path
+    assert status_of(root, data=b"x" * 1000) == 403
+    (cookie,) = [one for one in page.context.cookies() if one["name"].startswith("mae_dat_")]
+    assert (cookie["value"], cookie["httpOnly"], cookie["sameSite"]) == (token, True, "Strict")
+    headers = {"Cookie": f"odd; {cookie['name']}={token}"}
+    assert status_of(root, headers=headers) == 200
+    assert status_of(root, headers={"Cookie": f"{cookie['name']}=wrong"}) == 403
+    stranger = page.context.browser.new_context().new_page()
+    assert stranger.goto(root).status == 403
+    stranger.context.close()
 
 
 @pytest.mark.slow
@@ -384,10 +415,43 @@ def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]]
 
     assert not visitor.errors
     hosts = {url.removeprefix("blob:").split("/")[2] for url in visitor.requests if not url.startswith("data:")}
-    assert hosts == {address.removeprefix("http://")}
+    assert hosts == {address.split("/")[2]}
+    refuses_strangers(address, visitor.page)
     with pytest.raises(urllib.error.HTTPError, match="400"):  # a name of another site that resolves to this machine
         urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "evil.example"}), timeout=10)
     code, messages = end()
     assert code == 0
     assert "Traceback" not in messages
     assert "Warning" not in messages
+
+
+# ---- who may see it, and how much it accepts ----
+
+
+async def read_body(scope: Any, receive: Any, send: Any) -> None:
+    """An application that reads a request's whole body and answers with its size."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(size).encode()})
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_is_refused(announced: bool) -> None:
+    """Also where the sender does not announce its size."""
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.routing import Mount
+    from starlette.testclient import TestClient
+
+    def parts(count: int) -> Iterator[bytes]:
+        return (bytes(1 << 20) for _ in range(count))
+
+    application = Starlette(routes=[Mount("/", app=read_body)], middleware=[Middleware(PageGuard, token="secret")])
+    client = TestClient(application)
+    content = bytes(65 << 20) if announced else parts(65)
+    assert client.post("/?token=secret", content=content).status_code == 413
+    assert client.post("/?token=secret", content=parts(64)).text == str(64 << 20)
+    assert TestClient(application).post("/", content=parts(1)).status_code == 403
