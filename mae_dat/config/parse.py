@@ -15,7 +15,7 @@ from typing import Any
 
 from mae_dat.config.arguments import CONFIG_FLAG, Command, description_of
 from mae_dat.config.command_config import resolve_config
-from mae_dat.config.errors import MissingInputError, UserError
+from mae_dat.config.errors import InterruptError, MissingInputError, UserError
 from mae_dat.config.extras import OPENCV_WITHOUT_LIBGL
 from mae_dat.config.flags import Config, default_config, flags_of
 from mae_dat.config.interrupts import INTERRUPTED, is_interrupt
@@ -85,7 +85,7 @@ def _explain(error: BaseException) -> int | None:
     """Print the message of an error that ends a command, and return the exit code; None for a bug and for an exit."""
     if isinstance(error, UserError):
         logging.getLogger("mae_dat").debug("", exc_info=True)
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"{'interrupted' if isinstance(error, InterruptError) else 'error'}: {error}\n")
         return error.exit_code
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

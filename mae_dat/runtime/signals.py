@@ -65,7 +65,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        name = signal.Signals(number).name
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if stop.signal is None:
             stop.signal, first = signal.Signals(number), time.monotonic()
             logger.warning("%s: saving after this step, then stopping. A second signal stops immediately.", name)

@@ -48,7 +48,7 @@ class LoadReport:
     """Wrappers that were removed, such as `module.`."""
 
     def __str__(self) -> str:
-        parts = [f"{self.loaded} tensors from {self.source}"]
+        parts = [f"loaded {self.loaded} tensors from {self.source}"]
         if self.format:
             parts[0] += f" ({', '.join((self.format, *self.wrappers))})"
         if self.resized:
