@@ -7,13 +7,17 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from PIL import features
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError, MissingInputError
 
 logger = logging.getLogger(__name__)
 
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+"""The usual names of the folders of a split, in lower case, the first choice first."""
+IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif", *([".avif"] if features.check("avif") else []))
+"""The suffixes of files that are read as images, in lower case."""
 OWN_FILES = ("manifest.jsonl", "index.safetensors", "inputs.json", "settings.json", "boxes.json")
 """Ends of the names of files that commands of this package write next to images. They are not counted as ignored."""
 _MAX_REASONS = 40  # a folder may have as many suffixes as files
@@ -26,6 +30,8 @@ class IgnoredFiles:
 
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, str] = dataclasses.field(default_factory=dict)
+    dangling: list[str] = dataclasses.field(default_factory=list)
+    """The paths of all links that lead nowhere."""
 
     def add(self, reason: str, path: str, count: int = 1) -> None:
         """Count a file; beyond 40 reasons, as one of the other files."""
@@ -38,6 +44,7 @@ class IgnoredFiles:
         """Add the counts of another folder."""
         for reason, count in other.counts.items():
             self.add(reason, other.examples[reason], count)
+        self.dangling += other.dangling
 
     @property
     def total(self) -> int:
@@ -80,20 +87,43 @@ def find_split(
 ) -> Path:
     """Return the folder of a split, "train" or "val", below `root`.
 
-    The folder of "val" may also be called validation or test; `names` replaces these names. Without split folders the
-    whole of `root` is the training split if labels are not needed (pretraining); otherwise raises MissingInputError.
+    Its name is one of `SPLIT_NAMES` in any case; `names` replaces these names. A folder `test` is the validation split
+    only if there is no other, with a warning. Without split folders the whole of `root` is the training split if labels
+    are not needed (pretraining); otherwise raises MissingInputError.
     """
     require_folder(root)
     names = tuple(names) if names else SPLIT_NAMES[split]
-    for name in names:
-        if (Path(root) / name).is_dir():
-            return Path(root) / name
+    present = split_folders(root, names)
+    if present:
+        if split == "val" and present[0].lower() == "test" and "val" in names:
+            logger.warning(
+                "%s has no folder val or valid: its %s serves as validation split, for the choice of checkpoints too.",
+                root,
+                present[0],
+            )
+        return Path(root) / present[0]
     if split == "train" and not labelled:
+        if others := split_folders(root, SPLIT_NAMES["val"]):
+            logger.warning(
+                "%s has no folder train: all of it is used for training, %s too.", root, " and ".join(others)
+            )
         return Path(root)
     raise MissingInputError(
         f"{root} has no folder {' or '.join(names)}; expected {root}/train/<class>/*.jpg and {root}/val/<class>/*.jpg. "
         f"If {root} has one folder per class, mae-dat split {root} NEW writes both"
     )
+
+
+def split_folders(root: str | os.PathLike[str], names: Sequence[str]) -> list[str]:
+    """Return the folders directly below `root` that have one of these names, in any case, in the order of `names`."""
+    folders = [entry.name for entry in visible_entries(str(root)) if _is_folder(entry)]
+    # The exact spelling comes first: Val is used where there is no val.
+    return [
+        folder
+        for name in names
+        for folder in sorted(folders, key=lambda folder: folder != name)
+        if folder.lower() == name.lower()
+    ]
 
 
 def visible_entries(folder: str, ignored_files: IgnoredFiles | None = None) -> list[os.DirEntry[str]]:
@@ -164,7 +194,7 @@ def walk_images(folder: str, visited: set[str], ignored_files: IgnoredFiles | No
 
 def is_image_name(name: str) -> bool:
     """Return whether a file is read as an image, by its suffix."""
-    return name.lower().endswith(IMG_EXTENSIONS)
+    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def count_ignored(entries: Sequence[os.DirEntry[str]], ignored_files: IgnoredFiles) -> None:
@@ -178,6 +208,7 @@ def _ignore_file(entry: os.DirEntry[str], ignored_files: IgnoredFiles) -> None:
     """Count a file that is not read, by the reason why not."""
     if entry.is_symlink() and not os.path.exists(entry.path):
         ignored_files.add("dangling links", entry.path)
+        ignored_files.dangling.append(entry.path)
     elif not _is_file(entry):
         ignored_files.add("no regular files", entry.path)
     elif not entry.name.endswith(OWN_FILES):

@@ -19,12 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError
 from mae_dat.data.class_names import check_known, warn_of_near_duplicates
 from mae_dat.data.decode import decode_file, decode_pixels, read_bytes
-from mae_dat.data.folders import IgnoredFiles, class_folders, require_folder, walk_images
+from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, class_folders, require_folder, walk_images
 from mae_dat.data.sampler import epoch_order
 
 logger = logging.getLogger(__name__)
@@ -232,9 +231,16 @@ class ImageFolder(ImageSet):
         else:
             visited = {os.path.realpath(self.root)}
             self.samples = [(path, -1) for path in walk_images(self.root, visited, self.ignored_files)]
+        if dangling := self.ignored_files.dangling:
+            logger.warning(
+                "%s: %d links lead nowhere and are left out, first %s; is a disk not mounted?",
+                self.root,
+                len(dangling),
+                dangling[0],
+            )
         if not self.samples:
             raise DataError(
-                f"{root} contains no images ({', '.join(IMG_EXTENSIONS)}){self._other_contents()}; check the path"
+                f"{root} contains no images ({', '.join(IMAGE_EXTENSIONS)}){self._other_contents()}; check the path"
             )
 
     def _other_contents(self) -> str:
@@ -248,6 +254,10 @@ class ImageFolder(ImageSet):
         layout = f"expected one folder per class: {self.root}/<class>/*.jpg"
         if not folders:
             raise DataError(f"{self.root} has no class folders; {layout}")
+        if lost := [path for path in self.ignored_files.dangling if not os.path.splitext(path)[1]]:
+            raise DataError(
+                f"the class {lost[0]} is a link to a folder that does not exist; mount it, or delete the link"
+            )
         self.classes = self.classes or list(folders)
         check_known(self.root, folders, self.classes, "training")
         warn_of_near_duplicates(self.root, list(folders))

@@ -14,12 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError
 from mae_dat.config.groups import DEMO
 from mae_dat.data.decode import decode_file, to_rgb
-from mae_dat.data.folders import IgnoredFiles, count_ignored, require_folder, visible_entries
+from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, count_ignored, require_folder, visible_entries
 from mae_dat.data.open import image_root
 from mae_dat.data.shards.cache import is_remote, remote_root
 from mae_dat.data.shards.index import INDEX_FILE
@@ -223,7 +222,7 @@ def _open_folder(root: str, ignored_files: IgnoredFiles) -> list[ImagePart]:
     parts = list(_walk(root, {os.path.realpath(root)}, others))
     if not parts:
         files = f", only other files: {others.describe(root)}" if others.counts else ""
-        raise DataError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)}){files}; check the path")
+        raise DataError(f"{root} holds no images ({', '.join(IMAGE_EXTENSIONS)}){files}; check the path")
     ignored_files.update(others)
     return parts
 
@@ -248,7 +247,7 @@ def _walk(folder: str, visited: set[str], others: IgnoredFiles) -> Iterator[Imag
                     yield ImageFiles(files)
                     files = []
                 yield from _walk(entry.path, visited, others)
-        elif extension in IMG_EXTENSIONS:
+        elif extension in IMAGE_EXTENSIONS:
             files.append(entry.path)
         else:
             count_ignored([entry], others)

@@ -62,7 +62,7 @@ def scan(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
         for entry in entries:
             if not isinstance(entry, DataError):
                 file.write(json.dumps(entry).encode() + b"\n")
-    return len(names), [str(entry) for entry in entries if isinstance(entry, DataError)]
+    return len(names), _dangling_links(images) + [str(entry) for entry in entries if isinstance(entry, DataError)]
 
 
 def manifest_entry(root: Path, name: str) -> dict[str, Any]:
@@ -92,7 +92,9 @@ def verify_manifest(config: ScanConfig, console: Console) -> tuple[int, list[str
     names = set(_image_names(images))
     results = _map_with_progress(fault_of, sorted(expected), config.num_workers, console)
     faults = [str(fault) for fault in results if fault]
-    return len(expected), faults + [f"{root / name}: not in {path}" for name in sorted(names - set(expected))]
+    return len(expected), _dangling_links(images) + faults + [
+        f"{root / name}: not in {path}" for name in sorted(names - set(expected))
+    ]
 
 
 def _read_manifest(root: Path, path: Path) -> dict[str, str]:
@@ -169,6 +171,10 @@ def scan_inputs(config: ScanConfig, images: ImageSet) -> InputSummary:
 
 def _open_folder(root: Path) -> ImageFolder:
     return ImageFolder(root, lambda image: torch.zeros(0), labelled=False)
+
+
+def _dangling_links(images: ImageFolder) -> list[str]:
+    return [f"{path}: a link to a file that does not exist" for path in images.ignored_files.dangling]
 
 
 def _image_names(images: ImageFolder) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from mae_dat.config.commands.split import SplitConfig
 from mae_dat.config.errors import DataError, OutputError
 from mae_dat.data.describe import add_images
-from mae_dat.data.folders import SPLIT_NAMES
+from mae_dat.data.folders import SPLIT_NAMES, require_folder, split_folders
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary, count_of
@@ -36,8 +36,9 @@ def split_folder(config: SplitConfig, console: Console) -> dict[str, tuple[int, 
     MissingInputError, OutputError.
     """
     source, out = Path(config.source), Path(config.out)
-    for name in (name for names in SPLIT_NAMES.values() for name in names):
-        if (source / name).is_dir():
+    require_folder(source)
+    for names in SPLIT_NAMES.values():
+        for name in split_folders(source, names):
             raise DataError(f"{source} has the folder {name}: it is split already, or name the folder {source / name}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already: choose a new folder, or delete it.")

@@ -83,7 +83,8 @@ def find_annotations(root: str | os.PathLike[str], split: str) -> CocoSplit:
     MissingInputError."""
     require_folder(root)
     root = Path(root)
-    for name in (split, *SPLIT_NAMES[split], *(["valid"] if split == "val" else [])):
+    spellings = [spelling for name in SPLIT_NAMES[split] for spelling in (name, name.capitalize())]
+    for name in spellings:
         for candidate in (
             CocoSplit(root / "annotations" / f"{name}.json", root / name),
             CocoSplit(root / "annotations" / f"instances_{name}2017.json", root / f"{name}2017"),
@@ -91,6 +92,8 @@ def find_annotations(root: str | os.PathLike[str], split: str) -> CocoSplit:
             CocoSplit(root / "boxes.json", root, f"{name}/"),
         ):
             if candidate.annotations.is_file():
+                if split == "val" and name.lower() == "test":
+                    logger.warning("%s has no split val or valid: its split %s serves as validation.", root, name)
                 return candidate
     raise MissingInputError(
         f"{root} has no boxes for {split}: expected {root}/annotations/{split}.json (COCO's format) with images in "

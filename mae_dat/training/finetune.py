@@ -188,6 +188,11 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
         raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error
     outputs = config.classifier.nb_classes
     images = training_images(config.data, transform, config.run.seed, labelled=True, outputs=outputs)
+    if sum(count > 0 for count in images.class_counts()) < 2:
+        raise DataError(
+            f"{images.root} has images of a single class: its loss is 0 and nothing can be learned; add the images of "
+            "another class, such as what is not in the first."
+        )
     return images, validation_images(config.data, images.classes)
 
 

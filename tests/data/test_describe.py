@@ -29,7 +29,7 @@ def rows(data_path: str | None, root: Path, splits: dict[str, ImageSet], **setti
 
 
 def test_the_split_that_is_used_and_what_is_left_out_are_visible(make: MakeFolder) -> None:
-    root = make(f"{NAMES} train/dog/7.jfif")
+    root = make(f"{NAMES} train/dog/7.heic")
     images = ImageFolder(root / "train", to_tensor)
     held_out = ImageFolder(root / "test", to_tensor, classes=images.classes)
     assert rows(str(root), root, {"training": images, "validation": held_out}) == {
@@ -37,7 +37,7 @@ def test_the_split_that_is_used_and_what_is_left_out_are_visible(make: MakeFolde
         "training": "train/: 3 images in 2 classes (1 to 2 each)",
         "validation": "test/: 2 images in 2 classes (1 each)",
         "classes": "0 cat, 1 dog (folder names, sorted)",
-        "left out": ".jfif 1 (train/dog/7.jfif)",
+        "left out": ".heic 1 (train/dog/7.heic)",
     }
 
 

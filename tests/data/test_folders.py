@@ -13,14 +13,14 @@ from mae_dat.data.image_set import ImageFolder
 
 
 def test_files_that_are_not_read_are_counted_by_reason(make: MakeFolder) -> None:
-    root = make("a/1.png a/deep/deeper/2.JPG b/3.png beside.png a/4.jfif a/5.jfif b/6.AVIF")
+    root = make("a/1.png a/deep/deeper/2.JPG b/3.png beside.png a/4.heic a/5.heic b/6.HEIF")
     (root / "a" / "notes.txt").touch()
     (root / "README").touch()
     (root / "a" / ".DS_Store").touch()
     (root / ".ipynb_checkpoints").mkdir()
     (root / "a" / "gone.jpg").symlink_to("/not/mounted/gone.jpg")
     (root / "b" / "gone.txt").symlink_to("/not/mounted/gone.txt")
-    (root / "gone_class").symlink_to("/not/mounted/class")
+    (root / "gone.csv").symlink_to("/not/mounted/table")
     (root / "a" / "self.png").symlink_to("self.png")
     os.mkfifo(root / "b" / "pipe.png")
     (root / "a" / "up").symlink_to(root)
@@ -32,29 +32,29 @@ def test_files_that_are_not_read_are_counted_by_reason(make: MakeFolder) -> None
         "images beside the class folders": 1,
         "no suffix": 1,
         "dangling links": 4,
-        ".jfif": 2,
-        ".avif": 1,
+        ".heic": 2,
+        ".heif": 1,
         ".txt": 1,
         "links to a folder that is read already": 1,
         "no regular files": 1,
     }
     assert folder.ignored_files.total == 14
     examples = {reason: os.path.relpath(path, root) for reason, path in folder.ignored_files.examples.items()}
-    assert examples[".jfif"] == "a/4.jfif"
+    assert examples[".heic"] == "a/4.heic"
     assert examples["images beside the class folders"] == "beside.png"
-    assert examples["dangling links"] == "gone_class"
+    assert examples["dangling links"] == "gone.csv"
     assert folder.ignored_files.describe(root, most=2) == (
-        "dangling links 4 (gone_class), hidden 2 (.ipynb_checkpoints), others 8"
+        "dangling links 4 (gone.csv), hidden 2 (.ipynb_checkpoints), others 8"
     )
 
 
 def test_without_labels_every_folder_counts(make: MakeFolder) -> None:
-    root = make("1.png a/2.png a/b/3.png a/b/4.gif")
+    root = make("1.png a/2.png a/b/3.png a/b/4.psd")
     folder = ImageFolder(root, to_tensor, labelled=False)
     assert len(folder) == 3
     assert folder.class_counts() == []
-    assert folder.ignored_files.counts == {".gif": 1}
-    assert folder.ignored_files.describe(root) == ".gif 1 (a/b/4.gif)"
+    assert folder.ignored_files.counts == {".psd": 1}
+    assert folder.ignored_files.describe(root) == ".psd 1 (a/b/4.psd)"
 
 
 def test_what_this_package_writes_is_not_counted(make: MakeFolder) -> None:
@@ -65,11 +65,11 @@ def test_what_this_package_writes_is_not_counted(make: MakeFolder) -> None:
 
 
 def test_a_class_that_loses_everything_says_why(make: MakeFolder) -> None:
-    root = make("a/1.png b/2.jfif b/3.jfif")
-    with pytest.raises(DataError, match=r"the class .*b has no image but \.jfif 2 \(2\.jfif\)"):
+    root = make("a/1.png b/2.heic b/3.heic")
+    with pytest.raises(DataError, match=r"the class .*b has no image but \.heic 2 \(2\.heic\)"):
         ImageFolder(root, to_tensor)
     with pytest.raises(
-        DataError, match=r"contains no images .*, but other files: \.jfif 2 \(2\.jfif\); check the path"
+        DataError, match=r"contains no images .*, but other files: \.heic 2 \(2\.heic\); check the path"
     ):
         ImageFolder(root / "b", to_tensor, labelled=False)
 

@@ -32,7 +32,7 @@ CPU = ["--device", "cpu", "--num_workers", "0"]
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten classes, with files that are not read."""
     root = draw_folder(tmp_path_factory.mktemp("data") / "images")
-    (root / "train" / "disc" / "photo.jfif").touch()
+    (root / "train" / "disc" / "photo.heic").touch()
     (root / "val" / "disc" / "gone.png").symlink_to("/not/mounted.png")
     return root
 
@@ -76,7 +76,7 @@ def test_a_pretraining(run: Run, images: Path, tmp_path: Path) -> None:
     inputs = run("pretrain", *PRETRAIN, "--data_path", images, "--output_dir", out, stored=out / "inputs.json")
     assert inputs.rows["training"] == "train/: 24 images"
     assert inputs.rows["data"] == f"{images}\nnot used: conflict/, val/"
-    assert inputs.rows["left out"] == ".jfif 1 (train/disc/photo.jfif)"
+    assert inputs.rows["left out"] == ".heic 1 (train/disc/photo.heic)"
     assert inputs.rows["model"].endswith(" parameters; mask ratio 0.75, target pixels")
     assert inputs.rows["weights"] == "random"
     assert inputs.rows["output"] == f"{out} (new run, 3 steps)"
@@ -91,7 +91,7 @@ def test_a_fine_tuning_with_an_adversary(run: Run, images: Path, pretrained: Pat
     assert inputs.rows["validation"] == "val/: 20 images in 10 classes (2 each)"
     assert inputs.rows["classes"].startswith("0 arrow, 1 bolt, 2 cross, ")
     assert inputs.rows["classes"].endswith("9 triangle (folder names, sorted)")
-    assert inputs.rows["left out"] == ("2 files: .jfif 1 (train/disc/photo.jfif), dangling links 1 (val/disc/gone.png)")
+    assert inputs.rows["left out"] == ("2 files: .heic 1 (train/disc/photo.heic), dangling links 1 (val/disc/gone.png)")
     assert inputs.rows["model"].startswith("vit_demo_patch8, ")
     assert inputs.rows["model"].endswith(" parameters, 10 classes")
     sha256 = json.loads((pretrained / "model.json").read_text())["sha256"]
@@ -188,7 +188,7 @@ def test_a_prediction(run: Run, images: Path, classifier: Path, tmp_path: Path) 
     given = ["--checkpoint", classifier, images / "train", images / "val" / "bolt", *CPU, "--output_dir", out]
     inputs = run("predict", *given, stored=out / "inputs.json")
     assert inputs.rows["images"] == f"26 images\n{images / 'train'}, {images / 'val' / 'bolt'}"
-    assert inputs.rows["left out"] == f".jfif 1 ({images / 'train' / 'disc' / 'photo.jfif'})"
+    assert inputs.rows["left out"] == f".heic 1 ({images / 'train' / 'disc' / 'photo.heic'})"
     assert inputs.rows["classes"].endswith("9 triangle (names in the checkpoint)")
 
 
@@ -232,9 +232,9 @@ def test_packing_and_scanning(run: Run, images: Path, tmp_path: Path) -> None:
     inputs = run("pack", "--index", out, stored=out / "inputs.json")
     assert inputs.rows["classes"] == "numbers (no --classes)"
     manifest = tmp_path / "manifest.jsonl"
-    given = [images / "val", "--manifest", manifest, *workers]
+    given = [images / "train", "--manifest", manifest, *workers]  # a dangling link, as in val, is a fault
     inputs = run("scan", *given, stored=tmp_path / "manifest.jsonl.inputs.json")
-    assert inputs.rows["left out"] == "dangling links 1 (disc/gone.png)"
+    assert inputs.rows["left out"] == ".heic 1 (disc/photo.heic)"
     run("scan", *given, "--verify", stored=None)
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import CheckpointError, DataError
 from mae_dat.data.decode import MAX_BYTES
+from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles
 from mae_dat.storage.files import sha256_of
 from mae_dat.storage.weight_files import read_weights, write_weights
 
@@ -145,16 +145,17 @@ def build_index(folder: Path, classes: Sequence[str] | None = None) -> ShardInde
     paths = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     if not paths:
         raise DataError(f"{folder} contains no *.tar files (compressed ones must be unpacked first: gunzip)")
-    shards, tables = [], []
+    shards, tables, unused = [], [], _UnusedMembers()
     for path in paths:
         if not _NAME.fullmatch(path.name):
             raise DataError(f"{path}: rename it to letters, digits, spaces and . ( ) + = @ , - _ only")
-        table = torch.tensor(list(_samples(path)), dtype=torch.int64).view(-1, 3)
+        table = torch.tensor(list(_samples(path, unused)), dtype=torch.int64).view(-1, 3)
         shards.append(Shard(path.name, path.stat().st_size, sha256_of(path), len(table)))
         tables.append(table)
         logger.info("%s: %d images", path, len(table))
     offset, size, label = (column.clone() for column in torch.cat(tables).unbind(1))
-    highest = int(label.max()) if len(label) else -1
+    _check_unused(folder, label, unused)
+    highest = int(label.max())
     if classes is not None and highest >= len(classes):
         raise DataError(f"{folder} has the label {highest}, but there are {len(classes)} classes (counted from 0)")
     names = list(classes) if classes is not None else [str(number) for number in range(highest + 1)] or None
@@ -216,26 +217,105 @@ def _fault(member: tarfile.TarInfo, previous: int) -> str:
     return f"has more than the allowed {MAX_BYTES >> 20} MiB" if member.size > MAX_BYTES else ""
 
 
-def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Yield offset, size and label (-1 if unlabelled) of each image. A key ends at the first dot of the file's name."""
-    key, image, label = "", (0, 0), -1
+@dataclasses.dataclass
+class _Member:
+    """One member of a sample: its name up to the last dot, offset and size in bytes of an image, or its label."""
+
+    name: str
+    stem: str
+    offset: int = 0
+    size: int = 0
+    label: int | None = None
+
+
+class _UnusedMembers:
+    """The members of the shards that are not used, by reason."""
+
+    def __init__(self) -> None:
+        self.ignored = IgnoredFiles()
+        self.labels: set[int] = set()
+        """The labels of samples without an image."""
+
+    def add(self, reason: str, name: str) -> None:
+        """Count a member."""
+        self.ignored.add(reason, name)
+
+
+def _samples(path: Path, unused: _UnusedMembers) -> Iterator[tuple[int, int, int]]:
+    """Yield offset, size and label (-1 if unlabelled) of each image; count other members in `unused`.
+
+    As in WebDataset, the members of a sample follow each other and have one name up to the first dot. If such a group
+    has several images, each needs a name of its own up to the last dot (a.1.jpg, a.1.cls, a.2.jpg, a.2.cls).
+    """
+    group: list[_Member] = []
+    key = None
     for member in archive_members(path):
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
-        stem, _, extension = name.partition(".")
-        if folder + slash + stem != key:
-            if image[1]:
-                yield (*image, label)
-            key, image, label = folder + slash + stem, (0, 0), -1
-        if f".{extension.lower()}" in IMG_EXTENSIONS:
-            if image[1]:
-                raise DataError(f"{path}: {key!r} has two images, the second {member.name!r}; pack the images again")
+        member_key = folder + slash + name.partition(".")[0]
+        if member_key != key:
+            yield from _samples_of_group(path, group, unused)
+            key, group = member_key, []
+        stem, extension = os.path.splitext(name)
+        if extension.lower() in IMAGE_EXTENSIONS:
             if not member.size:
                 raise DataError(f"{path}: the member {member.name!r} is empty; pack the images again")
-            image = (member.offset_data, member.size)
-        elif extension.lower() in ("cls", "json"):
-            label = _read_label(path, member)
-    if image[1]:
-        yield (*image, label)
+            group.append(_Member(member.name, stem, member.offset_data, member.size))
+        elif extension.lower() in (".cls", ".json"):
+            group.append(_Member(member.name, stem, label=_read_label(path, member)))
+        else:
+            unused.add(extension.lower() or "no suffix", member.name)
+    yield from _samples_of_group(path, group, unused)
+
+
+def _samples_of_group(path: Path, group: Sequence[_Member], unused: _UnusedMembers) -> Iterator[tuple[int, int, int]]:
+    """Yield the images of members with one key, each with its label. Raises DataError if that is not clear."""
+    images = [member for member in group if member.label is None]
+    labels = [member for member in group if member.label is not None]
+    if not images:
+        for member in labels:
+            unused.add("labels without an image", member.name)
+            unused.labels.add(member.label if member.label is not None else -1)
+        return
+    if len(images) == 1:
+        label = labels[-1].label if labels else -1
+        yield (images[0].offset, images[0].size, -1 if label is None else label)
+        return
+    by_stem = {member.stem: member.label for member in labels}
+    stems = [member.stem for member in images]
+    if len(set(stems)) < len(stems) or (labels and set(by_stem) != set(stems)):
+        raise DataError(
+            f"{path}: the sample of {images[0].name!r} has two images, the second {images[1].name!r}; keep one "
+            "image in each sample, or give each a name and a label of its own"
+        )
+    for member in images:
+        label = by_stem.get(member.stem, -1)
+        yield (member.offset, member.size, -1 if label is None else label)
+
+
+def _check_unused(folder: Path, label: Tensor, unused: _UnusedMembers) -> None:
+    """Log which members are not used, and which class numbers have no image.
+
+    Raises DataError if there is no image at all, or a class has labels but no image.
+    """
+    others = unused.ignored.describe()
+    if not len(label):
+        raise DataError(f"{folder}: the shards contain no images{f', only other members: {others}' * bool(others)}")
+    used = set(label.unique().tolist())
+    if lost := sorted(unused.labels - used - {-1}):
+        raise DataError(
+            f"{folder}: the class {lost[0]} has labels but no image ({others}): an image and its label need one "
+            f"name up to the first dot, and a suffix among {', '.join(IMAGE_EXTENSIONS)}"
+        )
+    if others:
+        logger.warning("%s: members that are not used: %s", folder, others)
+    if absent := sorted(set(range(max(used) + 1)) - used):
+        numbers = ", ".join(map(str, absent[:5])) + (", ..." if len(absent) > 5 else "")
+        logger.warning(
+            "%s: no image has the class number %s, and the highest is %d; class numbers count from 0.",
+            folder,
+            numbers,
+            max(used),
+        )
 
 
 def _read_label(path: Path, member: tarfile.TarInfo) -> int:

@@ -22,7 +22,7 @@ from mae_dat.config.errors import ConfigError, DataError, OutputError
 from mae_dat.config.extras import require_extra
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.describe import add_images, describe_classes, describe_root
-from mae_dat.data.folders import SPLIT_NAMES
+from mae_dat.data.folders import SPLIT_NAMES, require_folder, split_folders
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import map_in_workers, worker_count
 from mae_dat.data.sampler import epoch_order
@@ -54,7 +54,8 @@ def pack(config: PackConfig, console: Console) -> dict[str, ShardIndex]:
     """
     require_extra("shards", "packing")
     source, out = Path(config.source), Path(config.out)
-    names = [name for split in SPLIT_NAMES.values() for name in split if (source / name).is_dir()] or [""]
+    require_folder(source)
+    names = [name for split in SPLIT_NAMES.values() for name in split_folders(source, split)] or [""]
     for name in names:
         if any((out / name).glob("*.tar")):
             raise OutputError(f"{out / name} contains shards already: choose a new folder, or delete them.")
@@ -156,7 +157,8 @@ def index_existing(config: PackConfig, console: Console) -> dict[str, ShardIndex
             names = Path(config.classes).read_text().splitlines()
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"--classes {config.classes}: cannot be read ({error}).") from error
-    splits = [name for split in SPLIT_NAMES.values() for name in split if any((folder / name).glob("*.tar"))] or [""]
+    folders = [name for split in SPLIT_NAMES.values() for name in split_folders(folder, split)]
+    splits = [name for name in folders if any((folder / name).glob("*.tar"))] or [""]
     console.report_inputs(index_inputs(config, splits, names), folder / INPUTS_FILE)
     indices = {split: build_index(folder / split, names) for split in splits}
     for split, index in indices.items():
