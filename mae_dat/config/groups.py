@@ -200,7 +200,8 @@ class ClassifierConfig:
     """Train only a new head, behind a BatchNorm, on the frozen model. The defaults become those of MAE's linear probe:
     class token, LARS, blr 0.1, batch_size 512, 90 epochs, 10 of them warm-up, no weight decay, crops and flips only."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
-    """Optimizer; lars and sgd have momentum 0.9. lars is meant for batches of several thousand images."""
+    """Optimizer; lars and sgd have momentum 0.9, sgd Nesterov's as in timm. lars is meant for batches of several
+    thousand images."""
     layer_decay: float = 0.75
     """Factor of the learning rate from each layer to the one below it."""
     ema_decay: float | None = None

@@ -34,6 +34,7 @@ def _evaluate_from_flags(config: EvaluateConfig, console: Console) -> Results:
             size=size_HW,
             interpolation=config.interpolation,
             crop=config.crop,
+            protocol=config.protocol,
         )
         networks = on_all_ranks(
             lambda: open_networks(

@@ -106,6 +106,7 @@ def evaluation_options(config: EvaluateConfig) -> EvalOptions:
         size=image_size(config.input_size) if config.input_size else None,
         interpolation=config.interpolation,
         crop=config.crop,
+        protocol=config.protocol,
     )
 
 

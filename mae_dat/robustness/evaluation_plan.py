@@ -89,7 +89,9 @@ def open_evaluation_plan(
             if SUITES[name].needs_gradients and not network.differentiable:
                 reasons.append(f"{network.name} gives no gradient")
                 continue
-            network_input = NetworkInput(network.size, network.facts["interpolation"], network.facts.get("crop"))
+            facts = network.facts
+            protocol = facts.get("protocol", "native")
+            network_input = NetworkInput(network.size, facts["interpolation"], facts.get("crop"), protocol)
             try:
                 runs.append(SuiteRun(network, build_suite(name, sources, network_input)))
             except InputSizeError as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mae_dat.attacks.checks import require_no_declared_normalization
 from mae_dat.config.errors import ConfigError, NumericsError
 from mae_dat.config.groups import ImageSize, image_size
+from mae_dat.config.protocols import PROTOCOLS, ProtocolName
 from mae_dat.data.transforms import default_crop_pct
 from mae_dat.models.describe import WeightsOrigin
 from mae_dat.models.modes import Network
@@ -35,8 +36,13 @@ class EvalOptions:
     interpolation: str | None = None
     crop: float | None = None
     """The crop's side over the resized image's, above 0 and at most 1."""
+    protocol: ProtocolName = "native"
+    """It sets `crop` and `interpolation` where it fixes them."""
 
     def __post_init__(self) -> None:
+        for name in ("crop", "interpolation"):
+            fixed = getattr(PROTOCOLS[self.protocol], name)
+            object.__setattr__(self, name, getattr(self, name) or fixed)
         if self.crop is not None and not 0 < self.crop <= 1:
             raise ConfigError(f"--crop {self.crop}: give a share of the side above 0 and at most 1.")
 
@@ -46,7 +52,10 @@ class EvalOptions:
         return "fp32" if self.precision is None else "bf16"
 
     def with_crop(self, facts: ModelFacts) -> ModelFacts:
-        """Return the facts with the crop, if it differs from the usual one of this size."""
+        """Return the facts with the crop, if it differs from the usual one of this size, and the protocol, if it is not
+        `native`."""
+        if self.protocol != "native":
+            facts = {**facts, "protocol": self.protocol}
         height, width = facts["size"]
         usual = self.crop is None or abs(self.crop - default_crop_pct((height, width))) < 1e-3
         return facts if usual or self.crop is None else {**facts, "crop": self.crop}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError, suggest
 from mae_dat.config.groups import ImageSize
+from mae_dat.config.protocols import PROTOCOLS
 from mae_dat.models.adapters import (
     HuggingFaceClassifier,
     as_pixel_classifier,
@@ -195,6 +196,8 @@ def _classifier_network(
     moving average.
     """
     timm_settings = resolve_model_data_config(network.net)
+    if PROTOCOLS[options.protocol].own_crop:
+        options = _with_timm_crop(network, options)
     path = Path(file.source) if file else None
     averaged = None
     if file is not None:

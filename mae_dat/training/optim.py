@@ -99,7 +99,8 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     opt: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW (or `lars`, `sgd`) over the trainable parameters, fused where it can be; each group carries `lr_scale`.
+    """AdamW (or `lars`, or `sgd` with Nesterov momentum as timm's) over the trainable parameters, fused where it can be.
+    Each group carries `lr_scale`.
 
     `layer_decay` in (0, 1] scales the rate of a transformer's layers by decay^(depth + 1 - layer); None is 1. Call
     `set_lr` in every step. ConfigError for a decay outside, or a model without trainable parameters.
@@ -113,7 +114,9 @@ def build_optimizer(
     if opt == "lars":
         optimizer = Lars(groups, lr, weight_decay)
     elif opt == "sgd":
-        optimizer = torch.optim.SGD(groups, lr, momentum=MOMENTUM, weight_decay=weight_decay, fused=fused)
+        optimizer = torch.optim.SGD(
+            groups, lr, momentum=MOMENTUM, weight_decay=weight_decay, nesterov=True, fused=fused
+        )
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     set_lr(optimizer, lr)

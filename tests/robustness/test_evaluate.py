@@ -146,6 +146,50 @@ def test_models_may_be_a_list(dataset: Path, tmp_path: Path) -> None:  # noqa: F
         evaluate({}, "clean", dataset, **QUIET)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "interpolation", "preprocessing"),
+    [
+        ("native", "bicubic", "if not 32 x 32: resized to cover 36 x 36 (bicubic)"),
+        ("dat", "bicubic", "protocol dat: resized to cover 36 x 36 (bicubic)"),
+        ("imagenet-c", "bilinear", "protocol imagenet-c: if not 32 x 32: resized to cover 36 x 36 (bilinear)"),
+        ("timm", "bicubic", "protocol timm: resized to cover 36 x 36 (bicubic)"),
+    ],
+)
+def test_the_protocol_is_part_of_the_key_and_of_the_report(
+    protocol: str,
+    interpolation: str,
+    preprocessing: str,
+    dataset: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    evaluation = evaluate(Linear(), "clean", dataset, input_size=32, protocol=protocol, output_dir=tmp_path, **QUIET)
+    facts = evaluation.results["models"]["Linear"]
+    assert facts.get("protocol", "native") == protocol
+    assert facts["interpolation"] == interpolation
+    assert evaluation.results["suites"]["Linear"]["clean"]["protocol"]["preprocessing"].startswith(preprocessing)
+    report = (tmp_path / "report.md").read_text()
+    is_named = protocol != "native"
+    assert (f"{protocol}: " in report) == str(evaluation).startswith(f"Protocol {protocol}: ") == is_named
+
+
+def test_timms_protocol_takes_the_crop_of_timms_configuration(dataset: Path) -> None:  # noqa: F811
+    """Also for weights of ours in a timm model, which native evaluates with the usual crop."""
+    net = tiny_timm()
+    net.pretrained_cfg |= {"crop_pct": 0.9}
+    model = Classifier(net, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    for protocol, crop in (("native", None), ("timm", 0.9)):
+        results = evaluate(model, "clean", dataset, protocol=protocol, input_size=32, limit=4, **QUIET).results
+        (facts,) = results["models"].values()
+        assert facts.get("crop") == crop
+
+
+@pytest.mark.parametrize("flags", [{"crop": 0.9}, {"interpolation": "bilinear"}])
+def test_a_protocol_has_its_own_crop_and_interpolation(dataset: Path, flags: dict[str, Any]) -> None:  # noqa: F811
+    (name,) = flags
+    with pytest.raises(ConfigError, match=f"--protocol dat has its own crop and interpolation: leave out --{name}"):
+        evaluate(Linear(), "clean", dataset, protocol="dat", **flags)
+
+
 def test_the_signature_lists_the_flags_of_the_command() -> None:
     parameters = inspect.signature(evaluate).parameters
     assert list(parameters)[:3] == ["models", "suite", "data_path"]

@@ -34,7 +34,7 @@ class DetectorConfig:
     drop_path: float = 0.1
     """Probability of skipping the last block (stochastic depth); it falls linearly to 0 at the first block."""
     opt: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer; sgd has momentum 0.9."""
+    """Optimizer; sgd has Nesterov momentum 0.9."""
     layer_decay: float = 0.75
     """Transformers: factor of the learning rate from each layer to the one below it."""
     scale_jitter: tuple[float, float] = (0.5, 2.0)

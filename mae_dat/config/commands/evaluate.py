@@ -5,6 +5,7 @@ from typing import Literal
 
 from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.groups import default_num_workers
+from mae_dat.config.protocols import ProtocolName, check_protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,10 @@ class EvaluateConfig(CommandConfig):
     baseline: str | None = None
     """Title of the column that the others are compared with; it comes first (default: the first model)."""
     suites: SuiteConfig = SuiteConfig()
+    protocol: ProtocolName = "native"
+    """How images are resized and cropped. native: as each model's own settings say, and stored images (ImageNet-C)
+    unchanged. imagenet-c: as in hendrycks/robustness. dat: as in DAT's released figures, stored images cropped too.
+    timm: as in timm's validate.py."""
     input_size: tuple[int, ...] = ()
     """Side, or height and width, in pixels (default: each model's own)."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
@@ -82,3 +87,6 @@ class EvaluateConfig(CommandConfig):
     """After this time without a batch, stop with exit code 75; 0 for never."""
     title: str = "Robustness"
     """Title of the report."""
+
+    def __post_init__(self) -> None:
+        check_protocol(self.protocol, self.crop, self.interpolation)

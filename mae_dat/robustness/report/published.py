@@ -12,6 +12,7 @@ from mae_dat.robustness.report.measurements import size_text
 from mae_dat.robustness.report.metrics import Metric
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.report.tables import NOTHING, Table
+from mae_dat.robustness.scores.results import ModelFacts
 
 PUBLISHED_COLUMNS = {
     "imagenet": "ImageNet (%) ↑",
@@ -119,8 +120,14 @@ def _rows_of_groups(report: ReportData, columns: Sequence[str], metrics: Sequenc
         by_column = {metric.published: metric for metric in metrics if model in metric.values}
         if by_column:
             values = (value_text(by_column[key], group) if key in by_column else NOTHING for key in columns)
-            rows.append((group.title, size_text(report.models[model]["size"]), *values, "this report"))
+            rows.append(
+                (group.title, size_text(report.models[model]["size"]), *values, _own_source(report.models[model]))
+            )
     return rows
+
+
+def _own_source(facts: ModelFacts) -> str:
+    return f"this report, protocol {facts.get('protocol', 'native')}"
 
 
 def _near_rows(rows: Sequence[PublishedRow], columns: Sequence[str], metrics: Sequence[Metric]) -> list[PublishedRow]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from mae_dat.config.protocols import protocol_text
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.report.measurements import Measurement
 from mae_dat.robustness.report.summarize import ReportData
@@ -195,6 +196,8 @@ def networks_table(report: ReportData) -> Table:
     if any("crop" in facts for facts in models):
         crops = (f"{facts['crop']:g} of the side" if "crop" in facts else "usual" for facts in models)
         rows.insert(6, ("crop", *crops))
+    if any("protocol" in facts for facts in models):
+        rows.insert(4, ("protocol", *(protocol_text(facts.get("protocol", "native")) for facts in models)))
     return Table(
         key="networks",
         title="Networks",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from mae_dat.config.errors import CheckpointError, MissingInputError
+from mae_dat.config.protocols import ProtocolName
 from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.class_counts import ClassScores
 from mae_dat.robustness.scores.image_bits import CellImages
@@ -40,6 +41,8 @@ class ModelFacts(TypedDict):
     interpolation: str
     crop: NotRequired[float]
     """The crop's side over the resized image's, if it is not the default; for timm's weights, timm's crop_pct."""
+    protocol: NotRequired[ProtocolName]
+    """The protocol, if it is not `native`."""
     precision: str
     """fp32 or bf16."""
     averaged: bool | None

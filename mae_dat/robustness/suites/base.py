@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import ConfigError, listing
 from mae_dat.config.groups import ImageSize
+from mae_dat.config.protocols import ProtocolName
 from mae_dat.data.file_facts import FileState
 from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import SuiteFacts
@@ -128,6 +129,7 @@ class NetworkInput(NamedTuple):
     interpolation: str = "bicubic"
     crop: float | None = None
     """The crop's side over the resized image's; None for the usual one."""
+    protocol: ProtocolName = "native"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_tensor
 
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import ImageSize
+from mae_dat.config.protocols import PROTOCOLS, ProtocolName
 from mae_dat.data.decode import ImageError, decode_file, read_bytes
 from mae_dat.data.folders import IgnoredFiles, require_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet
@@ -67,13 +68,20 @@ class Preprocessing:
     size_HW: ImageSize
     interpolation: str = "bicubic"
     side: int | None = None
-    """Height and width of stored images, which are never cropped."""
+    """Height and width of stored images, which are cropped only where the protocol says so."""
     border: int = 0
     """Pixels cut off on each side first."""
     crop: float | None = None
-    """The crop's side over the resized image's, if the network has its own; not used for stored images."""
+    """The crop's side over the resized image's, if the network has its own; not used for stored images unless the
+    protocol crops them."""
     keep_size: bool = False
     """Whether an image of exactly the network's size stays unchanged; never in the benchmarks."""
+    protocol: ProtocolName = "native"
+
+    @property
+    def crops_all_images(self) -> bool:
+        """Whether stored images, and images of the network's size, are resized and cropped like all others."""
+        return PROTOCOLS[self.protocol].crops_all_images
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float pixels (3, H, W) in [0, 1]."""
@@ -84,20 +92,21 @@ class Preprocessing:
         width, height = image.size
         if self.border:
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        is_stored = self.side is not None
+        is_stored = self.side is not None and not self.crops_all_images
         crop_pct = 1.0 if is_stored else self.crop
-        keep_size = is_stored or self.keep_size
+        keep_size = is_stored or (self.keep_size and not self.crops_all_images)
         return EvalTransform(self.size_HW, self.interpolation, crop_pct, keep_size).resize_and_crop(image)
 
     def __str__(self) -> str:
         size, side = f"{self.size_HW[0]} x {self.size_HW[1]}", self.side
-        if side is None:
+        named = f"protocol {self.protocol}: " if self.protocol != "native" else ""
+        if side is None or self.crops_all_images:
             height, width = EvalTransform(self.size_HW, crop_pct=self.crop).cover_HW
-            prefix = f"border of {self.border} px cut, " if self.border else ""
-            prefix += f"if not {size}: " if self.keep_size else ""
+            prefix = f"{named}border of {self.border} px cut, " if self.border else named
+            prefix += f"if not {size}: " if self.keep_size and not self.crops_all_images else ""
             suffix = f", the network's own share of {self.crop:g}" if self.crop else ""
             return f"{prefix}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}{suffix}"
-        as_stored = f"{side} x {side} as stored"
+        as_stored = f"{named}{side} x {side} as stored"
         return as_stored if self.size_HW == (side, side) else f"{as_stored}, resized to {size} ({self.interpolation})"
 
 
@@ -194,9 +203,13 @@ class BenchmarkSet(ImageSet):
 
     # ---- variants; each is a copy ----
 
-    def for_input(self, size_HW: ImageSize, interpolation: str, crop: float | None) -> "BenchmarkSet":
+    def for_input(
+        self, size_HW: ImageSize, interpolation: str, crop: float | None, protocol: ProtocolName = "native"
+    ) -> "BenchmarkSet":
         """Return the same images, preprocessed for a network of another input."""
-        preprocessing = dataclasses.replace(self.transform, size_HW=size_HW, interpolation=interpolation, crop=crop)
+        preprocessing = dataclasses.replace(
+            self.transform, size_HW=size_HW, interpolation=interpolation, crop=crop, protocol=protocol
+        )
         other = self.with_transform(preprocessing)
         other.protocol = {**self.protocol, "preprocessing": str(preprocessing)}
         return other

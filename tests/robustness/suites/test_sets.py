@@ -327,6 +327,26 @@ def test_pixels_follow_the_protocol() -> None:
     assert torch.equal(dataclasses.replace(stored, border=2)(framed), to_tensor(picture))
 
 
+def test_a_protocol_says_what_happens_to_stored_images() -> None:
+    """dat and timm resize and crop them like all others, as the released evaluations do; imagenet-c does not."""
+    pixels = np.random.default_rng(1).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    stored = Preprocessing((224, 224), side=224)
+    cropped = image.resize((256, 256), Image.Resampling.BICUBIC).crop((16, 16, 240, 240))
+    for protocol, crop, expected in (
+        ("native", None, image),
+        ("imagenet-c", None, image),
+        ("dat", None, cropped),
+        ("timm", 0.95, image.resize((235, 235), Image.Resampling.BICUBIC).crop((6, 6, 230, 230))),
+    ):
+        preprocessing = dataclasses.replace(stored, protocol=protocol, crop=crop)
+        assert torch.equal(preprocessing(image), to_tensor(expected)), protocol
+        assert str(preprocessing).startswith(f"protocol {protocol}: ") == (protocol != "native")
+    kept = Preprocessing((224, 224), keep_size=True)
+    assert torch.equal(kept(image), to_tensor(image))
+    assert torch.equal(dataclasses.replace(kept, protocol="dat")(image), to_tensor(cropped))
+
+
 # ---- ReaL, ObjectNet, cue conflict ----
 
 
