@@ -99,7 +99,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     opt: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW (or `lars`, or `sgd` with Nesterov momentum as timm's) over the trainable parameters, fused where it can be.
+    """AdamW (or `lars`, or `sgd` with Nesterov momentum) over the trainable parameters, fused where it can be.
     Each group carries `lr_scale`.
 
     `layer_decay` in (0, 1] scales the rate of a transformer's layers by decay^(depth + 1 - layer); None is 1. Call

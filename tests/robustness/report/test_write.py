@@ -247,7 +247,7 @@ def test_other_images_give_another_row(fault: str) -> None:
     assert len({row[0] for row in rows}) == 2
     (beside, *_) = published_tables(summarize(results))
     alone = fault in ("missing", "subset")
-    assert [row[0] for row in beside.rows if row[-1] == "this report"] == [
+    assert [row[0] for row in beside.rows if row[-1] == "this report, protocol native"] == [
         "MAE, fine-tuned plainly",
         *([] if alone else ["MAE + DAT"]),
     ]
@@ -344,7 +344,7 @@ def test_mce_of_mae_is_shown_over_15_and_possibly_19_corruptions() -> None:
 def test_the_best_and_the_nearest_published_rows_are_shown_and_the_others_folded(tmp_path: Path) -> None:
     results = evaluation(("plain", "dat"), ("imagenet-c",))
     table, rest = published_tables(summarize(results))
-    values = [float(row[2]) for row in table.rows if row[-1] == "this report"]
+    values = [float(row[2]) for row in table.rows if row[-1] == "this report, protocol native"]
     every = [row for row in published_rows() if "imagenet-c/mce" in row.values]
     assert len(table.rows) - 2 + len(rest.rows) == len(every)
     alone = [row for row in every if not row.more_data and row.number("imagenet-c/mce") is not None]
