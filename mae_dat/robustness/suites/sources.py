@@ -18,8 +18,9 @@ from mae_dat.robustness.suites.folders import folders_in
 from mae_dat.robustness.suites.imagenet import SYNSETS, ClassMapping, check_classes
 from mae_dat.robustness.suites.inventory import find_benchmark
 from mae_dat.robustness.suites.labels import read_conflicts, read_subset
+from mae_dat.robustness.suites.preprocessing import Preprocessing
 from mae_dat.robustness.suites.restriction import restrict_to_present
-from mae_dat.robustness.suites.sets import PARTIAL_ADVICE, BenchmarkSet, Cell, CustomSet, Preprocessing, open_benchmark
+from mae_dat.robustness.suites.sets import PARTIAL_ADVICE, BenchmarkSet, Cell, CustomSet, open_benchmark
 from mae_dat.storage.files import sha256_of
 
 ANY_INPUT = (224, 224)  # image sets are opened for this size, and adapted to a network's input later

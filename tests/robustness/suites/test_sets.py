@@ -23,7 +23,8 @@ from mae_dat.robustness.suites.catalogue import BENCHMARKS, C_BAR
 from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, NO_CLASS, SIXTEEN, synsets_of
 from mae_dat.robustness.suites.inventory import find_benchmark, inventory
 from mae_dat.robustness.suites.labels import read_subset
-from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing, open_benchmark
+from mae_dat.robustness.suites.preprocessing import Preprocessing
+from mae_dat.robustness.suites.sets import BenchmarkSet, open_benchmark
 
 SIZE = (32, 32)
 
