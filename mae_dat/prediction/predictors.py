@@ -32,7 +32,7 @@ from mae_dat.robustness.open_networks import (
 )
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.imagenet import SYNSETS
-from mae_dat.robustness.suites.sets import Preprocessing
+from mae_dat.robustness.suites.preprocessing import Preprocessing
 
 FROM_CHECKPOINT = "names in the checkpoint"
 

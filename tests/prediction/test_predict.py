@@ -22,7 +22,7 @@ from mae_dat.models.mae import build_mae
 from mae_dat.models.weights.open import open_model
 from mae_dat.prediction.predict import predict
 from mae_dat.robustness.scores.calibration import fit_temperature
-from mae_dat.robustness.suites.sets import Preprocessing
+from mae_dat.robustness.suites.preprocessing import Preprocessing
 from mae_dat.runtime.inputs import read_inputs
 from mae_dat.storage.weight_files import write_weights
 

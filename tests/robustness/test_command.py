@@ -45,7 +45,8 @@ from mae_dat.robustness.scores.results import Results, read_results
 from mae_dat.robustness.suites.catalogue import BENCHMARKS, C_BAR
 from mae_dat.robustness.suites.choose import choose_suites
 from mae_dat.robustness.suites.imagenet import IMAGENET_A, IMAGENET_R, SIXTEEN, SYNSETS, synsets_of
-from mae_dat.robustness.suites.sets import BenchmarkSet, Preprocessing
+from mae_dat.robustness.suites.preprocessing import Preprocessing
+from mae_dat.robustness.suites.sets import BenchmarkSet
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.world import World
 
