@@ -146,7 +146,7 @@ def released_attack(
 
     c = Q(x), or x itself (`config.at`); p_0 = c or a random point of the ball;
     p_t = c + project(p_(t-1) + eps * unit(dL/dp) - c, eps), clamped to [0, 1]; the adversary is Q(p_T).
-    `gradient` and `words` are those of the image, if known.
+    With `config.fourth_pass`, p_T passes the model once more. `gradient` and `words` are those of the image, if known.
     """
     at_image = config.at == "image"
     if at_image:
@@ -158,6 +158,9 @@ def released_attack(
         direction = unit(input_gradient(point, loss_fn) if gradient is None else gradient)
         delta = project(point + config.eps * direction - center, config.eps)
         point = (center + delta).clamp(0, 1)
+    if config.fourth_pass:
+        with torch.no_grad():
+            loss_fn(point)  # for BatchNorm's running statistics
     adversarial_words = encode_words(tokenizer, point)
     return DiscreteAdversary(
         (lambda: reconstruct(tokenizer, image)) if at_image else center,

@@ -53,6 +53,9 @@ class _AttackSettings:
     free: bool = dataclasses.field(default=False, metadata={"flag": "dat_free"})
     """released: take the gradient of the attack from the backward pass of the clean view, which saves a forward and a
     backward pass."""
+    fourth_pass: bool = dataclasses.field(default=False, metadata={"flag": "dat_fourth_pass"})
+    """released: also pass the attacked image, before it is reconstructed, through the model and discard the result, as
+    the released code does; matters only to BatchNorm's running statistics, which then see four batches per step."""
     batch_share: float = dataclasses.field(default=1.0, metadata={"flag": "dat_batch_share"})
     """Share of each batch that is attacked: its first images."""
     warmup: float = dataclasses.field(default=0.0, metadata={"flag": "dat_warmup"})
@@ -99,7 +102,11 @@ class AttackConfig(_AttackSettings):
         if self.kind not in ATTACK_KINDS:
             raise ConfigError(f"unknown attack {self.kind!r}: {suggest(self.kind, ATTACK_KINDS)}")
         self._check_numbers()
-        for flag, is_set in (("--dat_at image", self.at == "image"), ("--dat_free", self.free)):
+        for flag, is_set in (
+            ("--dat_at image", self.at == "image"),
+            ("--dat_free", self.free),
+            ("--dat_fourth_pass", self.fourth_pass),
+        ):
             if is_set and self.kind != "released":
                 raise ConfigError(f"{flag} works with --dat released only; leave it out with --dat {self.kind}.")
         if self.free and self.steps > 1:
@@ -144,6 +151,7 @@ class AttackConfig(_AttackSettings):
             "at the image" if self.at == "image" else "",
         ]
         parts += ["free gradient"] * self.free
+        parts += ["fourth pass"] * self.fourth_pass
         parts += [f"{100 * self.batch_share:g} % of each batch"] * (self.batch_share < 1)
         parts += [f"warm-up of {self.warmup:g} epochs"] * (self.warmup > 0)
         return f"{self.kind} DAT: {', '.join(filter(None, parts))}"

@@ -24,7 +24,7 @@ from dat_steps import (
     tokenizer,
 )
 from ranks import exit_codes, start_ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,6 +58,7 @@ PASSES = {
     "at image": (AttackConfig(at="image"), 8 + 6 + 8, 1 + COUNTED, 1),
     "free": (AttackConfig(free=True), 9 + 8, 2 + COUNTED, 2),
     "free, at image": (AttackConfig(free=True, at="image"), 9 + 8, 1 + COUNTED, 1),
+    "fourth pass": (AttackConfig(fourth_pass=True), 8 + 6 + 3 + 8, 2 + COUNTED, 2),
     "half": (AttackConfig(batch_share=0.5), 8 + 7, 1 + COUNTED / 2, 1),
     "half, free, at image": (AttackConfig(batch_share=0.5, free=True, at="image"), 9 + 4, 0.5 + COUNTED / 2, 0.5),
     "paper": (AttackConfig("paper"), 6 + 8, 2, 2),
@@ -285,6 +286,7 @@ def test_every_form_holds_its_share_of_words_and_repeats_itself(name: str, token
     [
         ("--dat paper --dat_at image", "--dat_at image works with --dat released only; leave it out with --dat paper"),
         ("--dat random --dat_free", "--dat_free works with --dat released only; leave it out with --dat random"),
+        ("--dat random --dat_fourth_pass", "--dat_fourth_pass works with --dat released only"),
         ("--dat symbolic --dat_free", "leave it out with --dat symbolic"),
         (
             "--dat --dat_free --dat_steps 3",
@@ -298,6 +300,31 @@ def test_every_form_holds_its_share_of_words_and_repeats_itself(name: str, token
 def test_what_does_not_go_together_is_refused(flags: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         assert load_config(FinetuneConfig, flags.split()).dat.attack
+
+
+@pytest.mark.parametrize("fourth_pass", [False, True])
+def test_batchnorm_sees_three_batches_or_the_released_codes_four(
+    fourth_pass: bool, tokenizer: CountedTokenizer
+) -> None:
+    """Clean image, start of the attack, (attacked image,) and its reconstruction: in this order."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(norm, nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    seen: list[Tensor] = []
+    norm.register_forward_hook(lambda _, views, __: seen.append(views[0].detach().clone()))
+    attack = AttackConfig(eps=3.0, random_start=0.0, fourth_pass=fourth_pass)
+    images, labels = torch.rand(4, 3, 16, 16), torch.randint(0, 4, (4,))
+    dat = WithDAT(tokenizer, attack)
+    dat(model, images, labels).backward()
+    center = tokenizer.decode(tokenizer.encode(images))
+    assert len(seen) == norm.num_batches_tracked == 3 + fourth_pass
+    assert torch.equal(seen[0], images)
+    assert torch.equal(seen[1], center)
+    assert dat.last_adversary is not None
+    assert torch.equal(seen[-1], dat.last_adversary.adversarial)
+    if fourth_pass:
+        assert 0 < (seen[2] - center).norm() <= 4 * 3.0
+        assert torch.equal(tokenizer.decode(tokenizer.encode(seen[2])), seen[3])
 
 
 def test_the_flags_of_the_forms_reach_the_attack() -> None:
