@@ -114,6 +114,9 @@ class OptimConfig:
     """Epochs in which the learning rate rises linearly."""
     warmup_lr: float = 0.0
     """Learning rate at the start of the warm-up."""
+    lr_schedule: Literal["iteration", "epoch"] = "iteration"
+    """iteration: the learning rate changes in every step, and its cosine starts after the warm-up (MAE). epoch: it is
+    constant within an epoch, and its cosine counts all epochs (timm, DAT's released code)."""
     cooldown_epochs: int = 0
     """Further epochs at --min_lr, after --epochs."""
     weight_decay: float = 0.05
@@ -232,6 +235,9 @@ class AugmentConfig:
     """Policy of AutoAugment, RandAugment or AugMix in timm's notation; None for crops and flips only."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the share of the image's area that a crop covers."""
+    train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """Interpolation of the crops of training images; random draws one of the two for each image (timm, DAT's released
+    code)."""
     smoothing: float = 0.1
     """Label smoothing."""
     reprob: float = 0.25

@@ -4,6 +4,7 @@ Neither is normalized: each model owns its normalization.
 """
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def finetune_transform(  # noqa: PLR0913 - one argument per flag
     remode: str = "pixel",
     recount: int = 1,
     crop_scale: tuple[float, float] = (0.08, 1.0),
+    interpolation: str = "bicubic",
     hflip: float = 0.5,
     views: int = 1,
     resplit: bool = False,
@@ -57,7 +59,8 @@ def finetune_transform(  # noqa: PLR0913 - one argument per flag
     """Return crop, flip, `aa` (a policy in timm's notation) or else `color_jitter`, then erasing with `reprob`.
 
     Maps an image to uint8 (3, H, W), or to (V, 3, H, W) for V > 1 `views` of one crop: the first is only cropped and
-    flipped, and erased unless `resplit`; the others are augmented. AugMix has only the paper's operations.
+    flipped, and erased unless `resplit`; the others are augmented. `interpolation` of the crop is bicubic, bilinear, or
+    random: one of the two for each image. AugMix has only the paper's operations.
     """
     # timm gets its default mean, which becomes the fill colour of the policy. Its normalization is not used.
     timm_transform: Any = create_transform(
@@ -68,7 +71,7 @@ def finetune_transform(  # noqa: PLR0913 - one argument per flag
         hflip=hflip,
         color_jitter=color_jitter,  # type: ignore[arg-type] # timm's annotation forgets None
         auto_augment=aa or None,
-        interpolation="bicubic",
+        interpolation=interpolation,
         separate=True,
     )
     (crop, *flips), augment = timm_transform[0].transforms, timm_transform[1].transforms
@@ -127,7 +130,10 @@ class FinetuneTransform(PixelTransform):
         """Return a view of the image, (3, H, W), or `views` of them, (views, 3, H, W)."""
         pixels = _channels_first(image)
         region = self.crop.get_params(pixels, self.crop.scale, self.crop.ratio)
-        cropped = Image.fromarray(crop_resized(pixels, region, self.size_HW).permute(1, 2, 0).numpy())
+        modes = self.crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, list | tuple) else modes
+        resized = crop_resized(pixels, region, self.size_HW, mode.value)
+        cropped = Image.fromarray(resized.permute(1, 2, 0).numpy())
         for flip in self.flips:
             cropped = flip(cropped)
         if self.views == 1:
@@ -181,14 +187,14 @@ def _channels_first(image: Image.Image | np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(image) if isinstance(image, Image.Image) else image).permute(2, 0, 1)
 
 
-def crop_resized(image: Tensor, crop: tuple[int, int, int, int], size_HW: ImageSize) -> Tensor:
-    """Crop (top, left, height, width) from uint8 (3, H, W) and resize it by an antialiased bicubic filter.
+def crop_resized(image: Tensor, crop: tuple[int, int, int, int], size_HW: ImageSize, mode: str = "bicubic") -> Tensor:
+    """Crop (top, left, height, width) from uint8 (3, H, W) and resize it by an antialiased filter, bicubic or bilinear.
 
     This differs from PIL's filter by a hundredth of a grey level on average, and takes a fifth of the time.
     """
     top, left, height, width = crop
     region = image[None, :, top : top + height, left : left + width]
-    return interpolate(region, size_HW, mode="bicubic", antialias=True)[0]
+    return interpolate(region, size_HW, mode=mode, antialias=True)[0]
 
 
 # ---- evaluation ----

@@ -178,6 +178,7 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
             aa=augment.aa,
             color_jitter=augment.color_jitter,
             crop_scale=augment.crop_scale,
+            interpolation=augment.train_interpolation,
             reprob=augment.reprob,
             remode=augment.remode,
             recount=augment.recount,

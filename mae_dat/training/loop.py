@@ -186,7 +186,7 @@ class Trainer:
         return self.state.step / self.setup.steps_per_epoch
 
     def set_learning_rate(self) -> None:
-        """Set the rate of the current step: warm-up, then half a cosine."""
+        """Set the rate of the current step: warm-up, then half a cosine (`learning_rate`)."""
         optim = self.setup.optim
         lr = learning_rate(
             self.epoch,
@@ -195,6 +195,7 @@ class Trainer:
             warmup_epochs=optim.warmup_epochs,
             epochs=optim.epochs,
             warmup_lr=optim.warmup_lr,
+            schedule=optim.lr_schedule,
         )
         set_lr(self.state.optimizer, lr)
 

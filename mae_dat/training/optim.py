@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -28,17 +28,27 @@ def effective_lr(lr: float | None, blr: float, effective_batch: int) -> float:
 
 
 def learning_rate(
-    epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float, warmup_lr: float = 0.0
+    epoch: float,
+    lr: float,
+    min_lr: float,
+    warmup_epochs: float,
+    epochs: float,
+    warmup_lr: float = 0.0,
+    schedule: Literal["iteration", "epoch"] = "iteration",
 ) -> float:
     """Return the rate at a fractional epoch: linear from `warmup_lr` to `lr`, then half a cosine to `min_lr`.
 
-    It stays at `min_lr` past the end, and is `lr` at the end of a run that is all warm-up.
+    It stays at `min_lr` past the end, and is `lr` at the end of a run that is all warm-up. With the schedule `epoch` it
+    is constant within an epoch, and the cosine counts the warm-up's epochs too, as in timm's `CosineLRScheduler`.
     """
+    if schedule == "epoch":
+        epoch = math.floor(epoch)
     if epoch < warmup_epochs:
         return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
     if epochs <= warmup_epochs:
         return lr
-    progress = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
+    start = 0.0 if schedule == "epoch" else warmup_epochs
+    progress = min(1.0, (epoch - start) / (epochs - start))
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

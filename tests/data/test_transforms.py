@@ -127,3 +127,21 @@ def test_crops_keep_the_aspect_of_a_non_square_target() -> None:
     ramp = np.tile(np.arange(128, dtype=np.uint8)[None, :, None], (64, 1, 3))
     slope = crop(Image.fromarray(ramp))[0].float().diff(dim=1).mean()
     assert slope.item() == pytest.approx(2, abs=0.05)
+
+
+def test_the_interpolation_of_training_crops_is_drawn_per_image() -> None:
+    """As timm's `random`: each crop is the bilinear or the bicubic one, and both occur."""
+    image = smooth(48, 64)
+    views = {}
+    for name in ("bilinear", "bicubic", "random"):
+        transform = finetune_transform((32, 32), aa=None, reprob=0, interpolation=name, crop_scale=(1, 1), hflip=0)
+        crops = []
+        for seed in range(20):
+            random.seed(seed)
+            torch.manual_seed(seed)
+            crops.append(transform(image))
+        views[name] = torch.stack(crops).flatten(1)
+    is_bilinear = (views["random"] == views["bilinear"]).all(1)
+    is_bicubic = (views["random"] == views["bicubic"]).all(1)
+    assert (is_bilinear ^ is_bicubic).all()
+    assert 3 < int(is_bilinear.sum()) < 17

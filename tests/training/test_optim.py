@@ -6,12 +6,16 @@ import logging
 from typing import Any
 
 import pytest
+import timm
 import torch
 from paths import GOLDEN
 from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.parse import load_config
+from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models.classifier import Classifier, build_classifier, build_vit
 from mae_dat.models.mae import MaskedAutoencoder, ViTSize
 from mae_dat.training.optim import build_optimizer, effective_lr, inner_module, learning_rate, parameter_groups, set_lr
@@ -164,6 +168,32 @@ def test_the_warm_up_may_start_above_zero() -> None:
     assert learning_rate(2.5, **settings) == pytest.approx((1e-6 + 1e-3) / 2)
     assert learning_rate(5, **settings) == pytest.approx(1e-3)
     assert learning_rate(305, **settings) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 5])
+def test_the_schedule_by_epoch_is_timms(warmup_epochs: int) -> None:
+    """As in the released run: constant within an epoch, and a cosine over all epochs, then the cool-down."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = CosineLRScheduler(optimizer, 300, lr_min=1e-6, warmup_t=warmup_epochs, warmup_lr_init=1e-6)
+    for epoch in range(310):
+        scheduler.step(epoch)
+        expected = optimizer.param_groups[0]["lr"]
+        for part in (0.0, 0.5, 0.999):
+            rate = learning_rate(
+                epoch + part, 1e-3, 1e-6, warmup_epochs=warmup_epochs, epochs=300, warmup_lr=1e-6, schedule="epoch"
+            )
+            assert rate == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_recipe_of_dat_from_scratch_is_that_of_the_released_run() -> None:
+    config = load_config(FinetuneConfig, ["--config", "dat_scratch_vit_base"])
+    model = build_classifier(config.classifier.model, 10, 32, global_pool=config.classifier.mean_pool)
+    timms = timm.create_model("vit_base_patch16_224", num_classes=10, img_size=32)
+    assert model.net.state_dict().keys() == timms.state_dict().keys()
+    assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert model.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert (config.optim.lr_schedule, config.optim.epochs, config.optim.cooldown_epochs) == ("epoch", 300, 10)
+    assert config.augment.train_interpolation == "random"
 
 
 def test_sgd_has_nesterov_momentum_as_timms() -> None:
