@@ -75,14 +75,14 @@ def evaluate(
 
     Examples:
         >>> import mae_dat, torch
-        >>> def brightness(images):  # two classes: dark and bright
+        >>> def brightness(images):  # two classes: bright and dark
         ...     mean = images.mean((1, 2, 3))
-        ...     return torch.stack([0.5 - mean, mean - 0.5], 1)
+        ...     return torch.stack([mean - 0.44, 0.44 - mean], 1)
         >>> evaluation = mae_dat.evaluate(brightness, "clean", "photos", input_size=32, progress=False)
         >>> print(evaluation)
-                                           brightness
-        Clean (%) ↑                              50.0
-        Clean: calibration error, ECE (%) ↓      52.9
+                                                           brightness
+        Clean (%) ↑ (chance 50.0, most common class 50.0)       100.0
+        Clean: calibration error, ECE (%) ↓                      47.1
         >>> sorted(evaluation.scores)
         ['clean', 'clean/ece']
     """

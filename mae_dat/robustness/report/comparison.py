@@ -1,11 +1,14 @@
 """The tables that compare groups: every metric with the groups side by side, or every group with the metrics side by
 side, and the differences with how sure they are."""
 
+import itertools
+
 from mae_dat.robustness.report.charts import signed
 from mae_dat.robustness.report.corruption_table import section_starts
-from mae_dat.robustness.report.differences import is_doubtful
+from mae_dat.robustness.report.differences import ALPHA, is_doubtful
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.report.metrics import Metric
+from mae_dat.robustness.report.paired import MIN_SEEDS
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.report.tables import NOTHING, Table, mean_text
 from mae_dat.robustness.scores.results import SUITE_ORDER, TrainingFacts
@@ -19,16 +22,48 @@ _MARK_NOTES = {
     "†": "† partial: pictures are missing (the table of suites says which).",
 }
 _SEEDS_NOTE = (
-    "Mean ± standard deviation over seeds; differences are those of runs with the same seed. Better and worse "
-    "are said, and the best of a row is marked, where Student's 95 % interval of these differences excludes "
-    "zero. The sampling error of the pictures, which all networks share, is not in it."
+    "Mean ± standard deviation over seeds. Differences are between runs with the same seed. Their 95 % intervals are "
+    "over seeds and images: Student's, with the variance between seeds plus the variance between images."
 )
-_INTERVALS_NOTE = (
-    "Their 95 % intervals are those of the number of pictures (Newcombe), as if each "
-    "network had met other pictures and a picture were as hard in every cell of a mean: true ones are narrower. "
-    "They say nothing of the scatter between training runs. The best of a row is marked where such an interval "
-    "excludes zero against every other."
+_IMAGES_NOTE = (
+    "Differences between single runs have 95 % intervals of a paired comparison on the same images: Bonett & Price's "
+    "for one prediction per image, no narrower than the exact one; otherwise a bootstrap over images, which keeps all "
+    "versions of an image together. They do not cover the scatter between training runs."
 )
+_COUNTS_NOTE = (
+    "Differences between single runs of an older release, without predictions for each image, have Newcombe's 95 % "
+    "intervals, as if each model had met other images: true ones are narrower. They do not cover the scatter between "
+    "training runs."
+)
+_SEEDS_COUNTS_NOTE = (
+    "Where results of an older release have no predictions for each image, the variance between images is the least "
+    "that the differences allow."
+)
+
+
+def verdict_note(tests: int) -> str:
+    """Return when a difference is called better or worse, where up to `tests` suites of a pair are compared."""
+    return (
+        f"Better and worse mean p < {ALPHA:g} after Holm's correction over the suites of each pair (here up to "
+        f"{tests}): McNemar's exact test for one prediction per image, else the bootstrap's or Student's. The best of "
+        f"a row is better than every other. Trainings with fewer than {MIN_SEEDS} seeds get no verdict, and no number "
+        "of a collapsed model is called better."
+    )
+
+
+def interval_notes(report: ReportData) -> list[str]:
+    """Return how the intervals of differences were computed, and what better and worse mean."""
+    differences = [difference for difference in report.differences.values() if difference.ends is not None]
+    seeds = any(len(group.members) > 1 for group in report.groups)
+    single = any(len(group.members) == 1 for group in report.groups)
+    paired = any(difference.paired for difference in differences)
+    from_counts = any(not difference.paired for difference in differences)
+    notes = [_SEEDS_NOTE] if seeds else []
+    notes += [_SEEDS_COUNTS_NOTE] if seeds and from_counts else []
+    notes += [_IMAGES_NOTE] if single and paired else []
+    notes += [_COUNTS_NOTE] if single and from_counts else []
+    tests = max((len(report.verdicts(*pair)) for pair in itertools.permutations(report.groups, 2)), default=0)
+    return [*notes, verdict_note(tests)]
 
 
 def value_text(metric: Metric, group: Group) -> str:
@@ -38,15 +73,12 @@ def value_text(metric: Metric, group: Group) -> str:
 
 
 def difference_text(report: ReportData, metric: Metric, new: Group, old: Group) -> str:
-    """Format a difference as '+1.2 [+0.4, +2.0] better' with its 95 % interval, or with several seeds as
-    '+1.2 ± 0.3 better' with the deviation between pairs; a dash if there is none."""
+    """Format a difference as '+1.2 [+0.4, +2.0] better' with its 95 % interval; a dash if there is none."""
     difference = report.difference(metric, new, old)
     if difference is None:
         return NOTHING
     text = signed(difference.gap, metric.digits)
-    if difference.spread is not None:
-        text += f" ± {difference.spread:.{metric.digits}f}"
-    elif difference.ends is not None:
+    if difference.ends is not None:
         low, high = difference.ends
         text += f" [{signed(low, metric.digits)}, {signed(high, metric.digits)}]"
     return text + {1: " better", -1: " worse"}.get(difference.verdict or 0, "")
@@ -60,12 +92,12 @@ def headline_table(report: ReportData) -> Table:
     groups, metrics = report.groups, report.metrics
     first, *others = groups
     seeds = any(len(group.members) > 1 for group in groups)
-    unit = "at the same seed" if seeds else "[95 %]"
+    unit = "at the same seed [95 %]" if seeds else "[95 %]"
     rows = []
     for metric in metrics:
         values = (value_text(metric, group) for group in groups)
         differences = (difference_text(report, metric, other, first) for other in others)
-        rows.append((_titled(metric), *values, *differences))
+        rows.append((_titled(metric) + reference_text(report, metric), *values, *differences))
     columns = {group: column for column, group in enumerate(groups, 1)}
     best = ((row, report.best.get(metric)) for row, metric in enumerate(metrics))
     return Table(
@@ -73,7 +105,7 @@ def headline_table(report: ReportData) -> Table:
         title="Numbers",
         head=("", *(group.title for group in groups), *(f"{other.title} − {first.title} {unit}" for other in others)),
         rows=tuple(rows),
-        notes=tuple(_headline_notes(report, rows, seeds)),
+        notes=tuple(_headline_notes(report, rows)),
         breaks=frozenset(section_starts([_section(metric) for metric in metrics])),
         best=frozenset((row, columns[group]) for row, group in best if group is not None),
     )
@@ -91,7 +123,15 @@ def _section(metric: Metric) -> str:
     return "images" if position < SUITE_ORDER.index("imagenet-c") else metric.suite
 
 
-def _headline_notes(report: ReportData, rows: list[tuple[str, ...]], seeds: bool) -> list[str]:
+def reference_text(report: ReportData, metric: Metric) -> str:
+    """Return ' (chance 10.0, most common class 12.5)' for an accuracy whose classes are known, in percent."""
+    scores = next((report.classes.get(model, {}).get(metric.suite) for model in metric.values), None)
+    if scores is None or metric.key != metric.suite:
+        return ""
+    return f" (chance {scores['chance']:.1f}, most common class {scores['most_common_percent']:.1f})"
+
+
+def _headline_notes(report: ReportData, rows: list[tuple[str, ...]]) -> list[str]:
     notes = [_ARROW_NOTE]
     notes += [note for mark, note in _MARK_NOTES.items() if any(mark in metric.title for metric in report.metrics)]
     if report.image_subset:
@@ -102,7 +142,7 @@ def _headline_notes(report: ReportData, rows: list[tuple[str, ...]], seeds: bool
     if any(DOUBT in text for row in rows for text in row):
         notes.append(f"{DOUBT} a check of this attack failed: the network may be less robust than that.")
     if len(report.groups) > 1:
-        notes.append(_SEEDS_NOTE if seeds else f"Differences are to {report.groups[0].title}. {_INTERVALS_NOTE}")
+        notes += [f"Differences are to {report.groups[0].title}.", *interval_notes(report)]
     return notes
 
 
@@ -145,6 +185,9 @@ def _groups_table(report: ReportData) -> Table:
             "Corruptions are made on the fly from clean pictures: not ImageNet-C, and no AlexNet-normalised mCE."
         )
     head, metrics = _column_titles(report), report.columns.values()
+    for title, metric in report.columns.items():
+        if reference := reference_text(report, metric):
+            notes.append(f"Of {title}:{reference}, in percent.")
     rows = [(group.title, *(value_text(metric, group) for metric in metrics)) for group in report.groups]
     minutes = [_cpu_minutes(report.training, group) for group in report.groups]
     if any(text != NOTHING for text in minutes):
@@ -172,12 +215,9 @@ def _differences_table(report: ReportData, first: Group, others: list[Group]) ->
         for row, group in enumerate(others)
         for column, metric in enumerate(metrics, 1)
     }
-    tests = sum(verdict is not None for verdict in verdicts.values())
     note = (
-        "Differences of runs with the same seed, ± their standard deviation. Better and worse, in bold, are beyond "
-        "chance by a 95 % interval (Student's over seeds, on these very pictures; of a single seed that of the number "
-        f"of pictures). Of the {tests} intervals here, about {0.05 * tests:.0f} would exclude zero by chance alone: no "
-        "correction is made for that."
+        "Differences of runs with the same seed. Better and worse are in bold. The correction is over the suites of "
+        f"each row, not over the {len(others)} rows."
     )
     return Table(
         key="against-first",
@@ -186,6 +226,6 @@ def _differences_table(report: ReportData, first: Group, others: list[Group]) ->
         rows=tuple(
             (group.title, *(difference_text(report, metric, group, first) for metric in metrics)) for group in others
         ),
-        notes=(note,),
+        notes=(note, *interval_notes(report)),
         best=frozenset(position for position, verdict in verdicts.items() if verdict),
     )

@@ -68,12 +68,12 @@ def in_words(values: Mapping[str, SeedStatistics | None], digits: int = 1) -> st
 def gains_figure(report: ReportData) -> ReportFigure | None:
     """Draw what every group gains over the first on each suite, with its interval; None for a single group."""
     first, *others = report.groups
-    with_verdict = {other: list(report.verdicts(other, first)) for other in others}
-    rows = [metric for metric in report.metrics if any(metric in metrics for metrics in with_verdict.values())]
+    compared = {other: list(report.verdicts(other, first)) for other in others}
+    rows = [metric for metric in report.metrics if any(metric in metrics for metrics in compared.values())]
     if not rows:
         return None
     series = []
-    for other, metrics in with_verdict.items():
+    for other, metrics in compared.items():
         points = tuple(_gain(report, metric, other, old=first, row=rows.index(metric)) for metric in metrics)
         if points:
             series.append(charts.Series(other.title, other.style, points))
@@ -99,7 +99,7 @@ def ablation_figure(report: ReportData) -> ReportFigure | None:
         points = [
             _gain(report, metric, other, old=first, row=row)
             for row, other in enumerate(others)
-            if report.verdict(metric, other, first) is not None
+            if report.is_comparable(metric, other, first)
         ]
         if points:
             series.append(charts.Series(label, len(series), tuple(points)))
@@ -118,7 +118,7 @@ def ablation_figure(report: ReportData) -> ReportFigure | None:
 def _gain(report: ReportData, metric: Metric, new: Group, old: Group, row: int) -> charts.Point:
     """Return the difference in points, more is better, in a row, with the longer half of its interval."""
     difference = report.difference(metric, new, old)
-    assert difference is not None, "a metric with a verdict has a difference"
+    assert difference is not None, "a comparable metric has a difference"
     assert difference.ends is not None, "and an interval"
     scale = 100 if metric.key.endswith("/bias") else 1
     low, high = difference.ends

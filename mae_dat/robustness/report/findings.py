@@ -1,8 +1,12 @@
 """The sentences at the top of a report: which groups differ beyond chance, and how far the numbers can be trusted."""
 
+from collections.abc import Sequence
+
 from mae_dat.robustness.report.comparison import value_text
+from mae_dat.robustness.report.differences import ALPHA
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.report.metrics import Metric
+from mae_dat.robustness.report.paired import MIN_SEEDS
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.scores.results import CLEAN_SUITES, TrainingRun
 from mae_dat.runtime.environment import COMMIT_KEY
@@ -20,25 +24,30 @@ def comparison_findings(report: ReportData) -> list[str]:
     """Return a sentence for each group but the first, or the numbers of the only one, and the limits."""
     first, *others = report.groups
     sentences = [_compared(report, other, first) for other in others] or [_numbers_of(report, first)]
-    return [*sentences, *image_notes(report), *cautions(report)]
+    return [*collapse_warnings(report), *sentences, *image_notes(report), *cautions(report)]
 
 
 def _compared(report: ReportData, group: Group, first: Group) -> str:
     verdicts = report.verdicts(group, first)
     if not verdicts:
         return f"{group.title} shares no measurement with {first.title}: other images or another protocol."
-    better, worse, undecided = (sum(verdict == sign for verdict in verdicts.values()) for sign in (1, -1, 0))
     quoted = (
         _quote(metric, f"{value_text(metric, group)} against {value_text(metric, first)}")
         for metric in verdicts
         if metric.suite in QUOTED_SUITES
     )
-    single = min(len(group.members), len(first.members)) == 1
-    chance = "number of pictures" if single else "scatter between seeds"
+    decided = [verdict for verdict in verdicts.values() if verdict is not None]
+    return _verdict_sentence(group, first, decided) + "".join(f" {text}." for text in quoted)
+
+
+def _verdict_sentence(group: Group, first: Group, decided: Sequence[int]) -> str:
+    if not decided:
+        return f"Against {first.title}, {group.title} gets no verdict: it takes at least {MIN_SEEDS} seeds of both."
+    better, worse, undecided = (sum(verdict == sign for verdict in decided) for sign in (1, -1, 0))
+    what = "seeds and images" if group.trained or first.trained else "images, for these checkpoints"
     return (
-        f"Against {first.title}, {group.title} is better on {better} of {len(verdicts)} suites and worse on "
-        f"{worse}, beyond what the {chance} leaves to chance; {undecided} are undecided. "
-        + "".join(f"{text}. " for text in quoted)
+        f"Against {first.title}, {group.title} is better on {better} of {len(decided)} suites and worse on {worse}, "
+        f"beyond chance over {what} (p < {ALPHA:g} after Holm's correction over suites); {undecided} undecided."
     )
 
 
@@ -61,16 +70,28 @@ def ablation_findings(report: ReportData) -> list[str]:
     for title in ("clean", "corruption error"):
         if title in report.columns:
             verdicts = {other: report.verdict(report.columns[title], other, first) for other in others}
+            if all(verdict is None for verdict in verdicts.values()):
+                sentences.append(f"{title.capitalize()}: no verdict, which takes at least {MIN_SEEDS} seeds.")
+                continue
             better = ", ".join(group.title for group, verdict in verdicts.items() if verdict == 1) or "none"
             worse = ", ".join(group.title for group, verdict in verdicts.items() if verdict == -1) or "none"
             sentences.append(
                 f"{title.capitalize()}, beyond chance better than {first.title}: {better}; "
                 f"worse than {first.title}: {worse}."
             )
-    return [*sentences, *image_notes(report), *cautions(report)]
+    return [*collapse_warnings(report), *sentences, *image_notes(report), *cautions(report)]
 
 
 # ---- how far the numbers can be trusted ----
+
+
+def collapse_warnings(report: ReportData) -> list[str]:
+    """Return a sentence for each model that has collapsed."""
+    return [
+        f"Caution: {report.model_titles[model]} predicts {collapse['name']} for {collapse['percent']:.1f} % of the "
+        f"images of {collapse['suite']}. None of its numbers is called better."
+        for model, collapse in report.collapsed.items()
+    ]
 
 
 def image_notes(report: ReportData) -> list[str]:
@@ -109,7 +130,7 @@ def cautions(report: ReportData) -> list[str]:
     sentences = [
         f"Numbers are means over at least {fewest} seeds, ± the standard deviation between them."
         if fewest > 1
-        else "One seed: the scatter between trainings is unknown, and a second seed may turn any of these differences."
+        else "One seed: the scatter between trainings is unknown, and a second seed may reverse a difference."
     ]
     by_title = {
         group.title: group.statistics(lambda model: changed_words_percent(runs[model])) for group in report.groups

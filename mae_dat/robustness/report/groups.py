@@ -16,6 +16,10 @@ class Group:
     """Number of its colour and marker in every chart."""
     members: dict[int, str]
     """Seed -> name of the model."""
+    trained: bool = False
+    """Whether it stands for a training with several seeds; otherwise it is one checkpoint."""
+    collapsed: bool = False
+    """Whether a member has collapsed. No number of such a group is called better."""
 
     def statistics(self, value: Callable[[str], float | None]) -> SeedStatistics | None:
         """Compute the mean and deviation of `value(model)` over the seeds that have it; None if none has."""
@@ -30,13 +34,24 @@ def groups_of(results: Results) -> list[Group]:
     """Return the groups in the order of their first models."""
     runs = results["training"]["runs"] if "training" in results else {}
     titles = model_titles(results)
+    collapsed = results.get("collapsed", {})
     groups: dict[str, Group] = {}
     for model in results["models"]:
         run = runs.get(model)
         key, title, seed = (run["arm"], run["label"], run["seed"]) if run else (model, titles[model], 0)
-        group = groups.setdefault(key, Group(title, style=len(groups), members={}))
+        group = groups.setdefault(key, Group(title, style=len(groups), members={}, trained=run is not None))
         group.members[seed] = model
-    return list(groups.values())
+    return [_named_collapsed(group, collapsed) for group in groups.values()]
+
+
+def _named_collapsed(group: Group, collapsed: Collection[str]) -> Group:
+    """Return the group, called collapsed in its title if a member has collapsed."""
+    seeds = [str(seed) for seed, model in group.members.items() if model in collapsed]
+    if not seeds:
+        return group
+    which = "collapsed" if len(seeds) == len(group.members) else f"collapsed with seed {', '.join(seeds)}"
+    title = group.title if group.title.endswith("(collapsed)") else f"{group.title} ({which})"
+    return replace(group, title=title, collapsed=True)
 
 
 def same_seed_pair(groups: Sequence[Group]) -> tuple[str, str] | None:
@@ -52,9 +67,12 @@ def same_seed_pair(groups: Sequence[Group]) -> tuple[str, str] | None:
 
 
 def model_titles(results: Results) -> dict[str, str]:
-    """Return each model's title in the report, followed by its name where two models have the same title."""
+    """Return each model's title in the report, followed by its name where two models have the same title, and by
+    (collapsed) for a model that has collapsed."""
     titles = [facts["title"] for facts in results["models"].values()]
+    collapsed = results.get("collapsed", {})
     return {
-        name: facts["title"] if titles.count(facts["title"]) == 1 else f"{facts['title']} ({name})"
+        name: (facts["title"] if titles.count(facts["title"]) == 1 else f"{facts['title']} ({name})")
+        + (" (collapsed)" if name in collapsed else "")
         for name, facts in results["models"].items()
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.scores.accuracy import CorruptionCounts, Count, CountsByCorruption
+from mae_dat.robustness.scores.image_bits import CellImages
 from mae_dat.robustness.scores.results import CLEAN_SUITES, SUITE_ORDER, Results, SuiteFacts
 
 MEASUREMENT_TITLES = {
@@ -39,6 +40,8 @@ class Measurement:
     """By model, then by cell as in `Results.cells`."""
     corruptions: dict[str, CorruptionCounts]
     """By model, for a suite of corruptions."""
+    images: dict[str, dict[str, CellImages]]
+    """By model and cell, as in `Results.images`; for a suite of corruptions also "clean", as in `corruptions`."""
 
     @property
     def complete(self) -> bool:
@@ -88,7 +91,19 @@ def _measurements_of_suite(results: Results, groups: Sequence[Group], suite: str
             corruptions={model: corruption_counts(results, model, suite) for model in models}
             if kind == "corruptions"
             else {},
+            images={model: _images(results, model, suite, kind) for model in models},
         )
+
+
+def _images(results: Results, model: str, suite: str, kind: str) -> dict[str, CellImages]:
+    """Return the predictions for each image of a suite's cells, and of the clean images that corruptions are compared
+    with; without cells of an older release."""
+    by_suite = results.get("images", {}).get(model, {})
+    clean = _comparable_clean_suite(results, model, suite) if kind == "corruptions" else None
+    images = {**by_suite.get(suite, {})}
+    if clean and "" in by_suite.get(clean, {}):
+        images["clean"] = by_suite[clean][""]
+    return images
 
 
 def _comparable_models(results: Results, suite: str) -> list[list[str]]:
@@ -146,13 +161,19 @@ def corruption_counts(results: Results, model: str, suite: str) -> CorruptionCou
     for cell, count in counts[suite].items():
         name, _, severity = cell.partition("/")
         corruptions.setdefault(name, {})[severity] = {"correct": count["correct"], "total": count["total"]}
+    clean_suite = _comparable_clean_suite(results, model, suite)
+    clean: Count = {**counts[clean_suite][""]} if clean_suite else {"correct": 0, "total": 0}
+    return {"clean": clean, "corruptions": corruptions}
+
+
+def _comparable_clean_suite(results: Results, model: str, suite: str) -> str | None:
+    """Return the suite of clean images with as many images as every cell of a suite of corruptions, if there is one."""
+    counts = results["cells"][model]
     totals = {count["total"] for count in counts[suite].values()}
-    clean: Count = {"correct": 0, "total": 0}
     for name in CLEAN_SUITES:
         if "" in counts.get(name, {}) and {counts[name][""]["total"]} == totals:
-            clean = {**counts[name][""]}
-            break
-    return {"clean": clean, "corruptions": corruptions}
+            return name
+    return None
 
 
 # ---- what all measurements share, which the report says once ----

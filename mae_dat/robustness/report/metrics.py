@@ -1,12 +1,15 @@
 """Metrics: the rows of a report, such as the accuracy, mCE or shape bias of every model that shares a measurement."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
 from mae_dat.robustness.report.intervals import WeightedCount
 from mae_dat.robustness.report.measurements import Measurement
+from mae_dat.robustness.report.paired import ImageScores, cue_bits, weighted_scores
 from mae_dat.robustness.scores.accuracy import (
     CorruptionCounts,
     Count,
@@ -19,6 +22,7 @@ from mae_dat.robustness.scores.accuracy import (
     top1_error,
 )
 from mae_dat.robustness.scores.corruption_error import ALEXNET, mce
+from mae_dat.robustness.scores.image_bits import Bits, CellImages
 from mae_dat.robustness.scores.results import CLEAN_SUITES, AttackChecks, CalibrationScores
 
 ROBUSTBENCH_SUBSET = "5,000 pictures of a list"  # the subset of a protocol that used RobustBench's list
@@ -36,6 +40,8 @@ class MetricValue:
     """The value is their weighted sum plus a constant; empty if it is not such a sum and has no interval."""
     doubtful: bool = False
     """Whether a sanity check of the attack failed, so that the model may be less robust than the value."""
+    scores: ImageScores | None = field(default=None, compare=False, repr=False)
+    """The same for each image, up to a constant; None if unknown."""
 
     @property
     def images(self) -> int:
@@ -122,7 +128,8 @@ def attack_check_failed(checks: AttackChecks, model: str, suite: str) -> bool:
 def _accuracy_value(measurement: Measurement, checks: AttackChecks, cell: str, model: str) -> MetricValue:
     count = measurement.counts[model][cell]
     doubtful = attack_check_failed(checks, model, measurement.suite)
-    return MetricValue(top1_accuracy(count), (WeightedCount(100.0, count),), doubtful)
+    terms = (WeightedCount(100.0, count, measurement.images[model].get(cell)),)
+    return MetricValue(top1_accuracy(count), terms, doubtful, weighted_scores(terms))
 
 
 def _plain_metrics(measurement: Measurement, calibration: CalibrationScores, checks: AttackChecks) -> Iterator[Metric]:
@@ -144,16 +151,27 @@ def _plain_metrics(measurement: Measurement, calibration: CalibrationScores, che
 def _shape_metrics(measurement: Measurement) -> Iterator[Metric]:
     """Yield the shape bias on cue-conflict images and its coverage."""
 
+    def cues(model: str) -> tuple[Bits, Bits] | None:
+        count = measurement.counts[model][""]
+        images = measurement.images[model].get("")
+        return cue_bits(images, count["shape"], count["texture"], count["total"])
+
     def bias(model: str) -> MetricValue | None:
         count = measurement.counts[model][""]
         share = shape_bias(count)
         by_shape: Count = {"correct": count["shape"], "total": count["shape"] + count["texture"]}
-        return None if share is None else MetricValue(share, (WeightedCount(1.0, by_shape),))
+        if share is None:
+            return None
+        bits = cues(model)
+        scores = bits and ImageScores(bits[0].astype(np.float64), (bits[0] | bits[1]).astype(np.float64))
+        return MetricValue(share, (WeightedCount(1.0, by_shape),), scores=scores)
 
     def coverage(model: str) -> MetricValue:
         count = measurement.counts[model][""]
         by_either: Count = {"correct": count["shape"] + count["texture"], "total": count["total"]}
-        return MetricValue(100 * cue_coverage(count), (WeightedCount(100.0, by_either),))
+        bits = cues(model)
+        scores = bits and ImageScores(100 * (bits[0] | bits[1]).astype(np.float64), step=100.0)
+        return MetricValue(100 * cue_coverage(count), (WeightedCount(100.0, by_either),), scores=scores)
 
     suite = measurement.suite
     yield replace(_metric(measurement, f"{suite}/bias", ": shape bias (0–1)", better=+1, value=bias), digits=3)
@@ -174,6 +192,7 @@ def _corruption_metrics(measurement: Measurement) -> Iterator[Metric]:
     """Yield the mean error; for the official files also the mCEs of the literature, for others the mCE with the first
     group as the baseline."""
     suite, counts, groups = measurement.suite, measurement.corruptions, measurement.groups
+    images = measurement.images
 
     def mce_of_first_group(model: str) -> MetricValue | None:
         seed = next(seed for group in groups for seed, member in group.members.items() if member == model)
@@ -183,13 +202,13 @@ def _corruption_metrics(measurement: Measurement) -> Iterator[Metric]:
         return _mce_value(counts[model], counts[baseline])
 
     def alexnet_mce(model: str) -> MetricValue | None:
-        return _alexnet_mce(counts[model])
+        return _alexnet_mce(counts[model], images[model])
 
     def alexnet_relative_mce(model: str) -> MetricValue | None:
-        return _alexnet_mce(counts[model], relative=True)
+        return _alexnet_mce(counts[model], images[model], relative=True)
 
     def mean_error(model: str) -> MetricValue:
-        return _mean_error_value(counts[model])
+        return _mean_error_value(counts[model], images[model])
 
     if measurement.official_imagenet_c:
         column = f"imagenet-c{_published_suffix(measurement)}/mce"
@@ -201,15 +220,26 @@ def _corruption_metrics(measurement: Measurement) -> Iterator[Metric]:
         yield _metric(measurement, f"{suite}/mce-first", title, better=-1, value=mce_of_first_group)
 
 
-def _mean_error_value(counts: CorruptionCounts) -> MetricValue:
+ImagesOfCells = Mapping[str, CellImages]
+"""By cell, such as fog/3, and "clean"."""
+
+
+def _mean_error_value(counts: CorruptionCounts, images: ImagesOfCells) -> MetricValue:
     """Return the mean error over corruptions and severities, with the terms of its sum."""
-    names, measured = averaged_corruptions(counts), counts["corruptions"]
-    terms = [
-        WeightedCount(-100 / len(names) / len(measured[name]), count)
+    terms = _mean_error_terms(counts, averaged_corruptions(counts), images)
+    return MetricValue(suite_mean_error(counts), terms, scores=weighted_scores(terms))
+
+
+def _mean_error_terms(
+    counts: CorruptionCounts, names: Sequence[str], images: ImagesOfCells
+) -> tuple[WeightedCount, ...]:
+    """Return the terms of the mean error in percent over some corruptions and their severities."""
+    measured = counts["corruptions"]
+    return tuple(
+        WeightedCount(-100 / len(names) / len(measured[name]), count, images.get(f"{name}/{severity}"))
         for name in names
-        for count in measured[name].values()
-    ]
-    return MetricValue(suite_mean_error(counts), tuple(terms))
+        for severity, count in measured[name].items()
+    )
 
 
 def _mce_value(counts: CorruptionCounts, baseline: CorruptionCounts, relative: bool = False) -> MetricValue | None:
@@ -220,7 +250,7 @@ def _mce_value(counts: CorruptionCounts, baseline: CorruptionCounts, relative: b
         return None
 
 
-def _alexnet_mce(counts: CorruptionCounts, relative: bool = False) -> MetricValue | None:
+def _alexnet_mce(counts: CorruptionCounts, images: ImagesOfCells, relative: bool = False) -> MetricValue | None:
     """Return the AlexNet-normalized mCE with the terms of its sum; None if not everything it needs was measured."""
     number = _mce_value(counts, ALEXNET, relative)
     if number is None:
@@ -229,11 +259,15 @@ def _alexnet_mce(counts: CorruptionCounts, relative: bool = False) -> MetricValu
     clean_error = top1_error(ALEXNET["clean"]) if relative else 0.0
     divisors = {name: sum(top1_error(count) - clean_error for count in baseline[name].values()) for name in CORRUPTIONS}
     scale = 100 * 100 / len(CORRUPTIONS)
-    terms = [WeightedCount(-scale / divisors[name], count) for name in CORRUPTIONS for count in measured[name].values()]
+    terms = [
+        WeightedCount(-scale / divisors[name], count, images.get(f"{name}/{severity}"))
+        for name in CORRUPTIONS
+        for severity, count in measured[name].items()
+    ]
     if relative:
         weight = sum(scale * len(measured[name]) / divisors[name] for name in CORRUPTIONS)
-        terms.append(WeightedCount(weight, counts["clean"]))
-    return replace(number, terms=tuple(terms))
+        terms.append(WeightedCount(weight, counts["clean"], images.get("clean")))
+    return replace(number, terms=tuple(terms), scores=weighted_scores(terms))
 
 
 # ---- columns of a table with a row for every group ----
@@ -270,17 +304,18 @@ def _short_title(metric: Metric) -> str:
 
 
 def _category_metrics(mean: Metric, measurements: Sequence[Measurement]) -> dict[str, Metric]:
-    """Return the error of each category for the models of a mean corruption error. They have no terms, so no interval
-    for single runs."""
-    counts = next(m.corruptions for m in measurements if m.suite == mean.suite and set(m.models) >= set(mean.values))
-    errors = {model: category_errors(counts[model]) for model in mean.values}
+    """Return the error of each category for the models of a mean corruption error."""
+    measurement = next(m for m in measurements if m.suite == mean.suite and set(m.models) >= set(mean.values))
+    counts = measurement.corruptions
     metrics = {}
-    for category in CATEGORIES:
-        values = {
-            model: MetricValue(by_category[category])
-            for model, by_category in errors.items()
-            if category in by_category
-        }
+    for category, members in CATEGORIES.items():
+        values = {}
+        for model in mean.values:
+            names = [name for name in members if counts[model]["corruptions"].get(name)]
+            if names:
+                terms = _mean_error_terms(counts[model], names, measurement.images[model])
+                error = category_errors(counts[model])[category]
+                values[model] = MetricValue(error, terms, scores=weighted_scores(terms))
         if values:
             key = f"{mean.suite}/{category}"
             metrics[category] = Metric(key, suite=mean.suite, title=category, better=-1, values=values)

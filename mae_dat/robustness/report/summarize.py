@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mae_dat.robustness.report.differences import Difference, best_group, compare_groups
+from mae_dat.robustness.report.differences import (
+    Difference,
+    Differences,
+    best_group,
+    compare_groups,
+    decide,
+    measurement_of,
+)
 from mae_dat.robustness.report.groups import Group, groups_of, model_titles
 from mae_dat.robustness.report.measurements import (
     Measurement,
@@ -20,9 +27,11 @@ from mae_dat.robustness.report.measurements import (
 )
 from mae_dat.robustness.report.metrics import Metric, columns_of, metrics_of
 from mae_dat.robustness.scores.accuracy import Count
+from mae_dat.robustness.scores.class_counts import ClassScores
 from mae_dat.robustness.scores.results import (
     AttackChecks,
     CalibrationScores,
+    Collapse,
     ModelFacts,
     Results,
     SuiteFacts,
@@ -68,7 +77,7 @@ class ReportData:
     metrics: list[Metric]
     columns: dict[str, Metric]
     """Metrics by short title, and the errors by category: the columns of a table with a row for every group."""
-    differences: dict[tuple[Metric, Group, Group], Difference]
+    differences: Differences
     """By metric or column, new group and old group, where a seed has a value in both."""
     best: dict[Metric, Group]
     """The group that is better than every other beyond chance, where there is one."""
@@ -79,6 +88,10 @@ class ReportData:
     image_size: str
     """Input size of all models, if it is not the usual one; empty otherwise."""
     cells: list[CellCounts]
+    classes: dict[str, dict[str, ClassScores]]
+    """Predictions by class, by model and suite of unchanged images; empty for results of older releases."""
+    collapsed: dict[str, Collapse]
+    """Models that have collapsed, and what shows it."""
     calibration: CalibrationScores
     checks: AttackChecks
     agreement: dict[str, Count]
@@ -106,17 +119,21 @@ class ReportData:
         difference = self.difference(metric, new, old)
         return None if difference is None else difference.verdict
 
-    def verdicts(self, new: Group, old: Group) -> dict[Metric, int]:
-        """Return a verdict for every measurement that two groups share: that of its first metric that has one."""
-        verdicts: dict[Metric, int] = {}
-        with_verdict = set()
+    def is_comparable(self, metric: Metric, new: Group, old: Group) -> bool:
+        """Return whether the difference of two groups has an interval that can be believed, with a verdict or not."""
+        difference = self.difference(metric, new, old)
+        return difference is not None and difference.believable and difference.ends is not None
+
+    def verdicts(self, new: Group, old: Group) -> dict[Metric, int | None]:
+        """Return the verdict for every measurement that two groups share: that of its first metric with an interval.
+
+        None where there are too few seeds.
+        """
+        verdicts: dict[tuple[str, tuple[str, ...]], tuple[Metric, int | None]] = {}
         for metric in self.metrics:
-            measurement = metric.suite, tuple(metric.values)
-            verdict = self.verdict(metric, new, old)
-            if measurement not in with_verdict and verdict is not None:
-                with_verdict.add(measurement)
-                verdicts[metric] = verdict
-        return verdicts
+            if measurement_of(metric) not in verdicts and self.is_comparable(metric, new, old):
+                verdicts[measurement_of(metric)] = metric, self.verdict(metric, new, old)
+        return dict(verdicts.values())
 
 
 def summarize(results: Results) -> ReportData:
@@ -125,7 +142,8 @@ def summarize(results: Results) -> ReportData:
     measurements = measurements_of(results, groups)
     metrics = metrics_of(measurements, results["calibration"], results["checks"])
     columns = columns_of(metrics, measurements)
-    best = {metric: best_group(metric, groups) for metric in metrics}
+    differences = decide(_differences(dict.fromkeys([*metrics, *columns.values()]), groups))
+    best = {metric: best_group(metric, groups, differences) for metric in metrics}
     return ReportData(
         title=results["title"],
         command=results["command"],
@@ -142,12 +160,14 @@ def summarize(results: Results) -> ReportData:
         measurements=measurements,
         metrics=metrics,
         columns=columns,
-        differences=_differences(dict.fromkeys([*metrics, *columns.values()]), groups),
+        differences=differences,
         best={metric: group for metric, group in best.items() if group is not None},
         image_subset=shared_subset(results),
         subset_of_all=bool(subset_of_all(results)),
         image_size=shared_size(results),
         cells=list(_cells(results)),
+        classes=results.get("classes", {}),
+        collapsed=results.get("collapsed", {}),
         calibration=results["calibration"],
         checks=results["checks"],
         agreement=results.get("agreement", {}),
@@ -157,12 +177,13 @@ def summarize(results: Results) -> ReportData:
     )
 
 
-def _differences(metrics: dict[Metric, None], groups: list[Group]) -> dict[tuple[Metric, Group, Group], Difference]:
-    differences = {}
-    for metric, (new, old) in itertools.product(metrics, itertools.permutations(groups, 2)):
+def _differences(metrics: dict[Metric, None], groups: list[Group]) -> Differences:
+    differences: Differences = {}
+    for metric, (old, new) in itertools.product(metrics, itertools.combinations(groups, 2)):
         difference = compare_groups(metric, new, old)
         if difference is not None:
             differences[metric, new, old] = difference
+            differences[metric, old, new] = difference.reversed()
     return differences
 
 

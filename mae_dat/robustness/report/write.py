@@ -11,6 +11,7 @@ from typing import Any
 
 from mae_dat.config.commands.report import ReportConfig
 from mae_dat.robustness.report import comparison, corruption_figures, figures, render, tables
+from mae_dat.robustness.report.class_tables import class_tables
 from mae_dat.robustness.report.corruption_table import corruption_table
 from mae_dat.robustness.report.figures import ReportFigure
 from mae_dat.robustness.report.findings import findings
@@ -88,6 +89,8 @@ def report_sections(report: ReportData) -> list[ReportSection]:
         sections.append(ReportSection(f"corruptions-{number}", measurement.title, charts, (table,)))
     if shape := figures.shape_figures(report):
         sections.append(ReportSection("shape", "Shape bias", tuple(shape)))
+    if classes := class_tables(report):
+        sections.append(ReportSection("classes", "Classes", tables=tuple(classes)))
     sections += _attacks_section(report)
     if calibration := tables.calibration_table(report):
         sections.append(ReportSection("calibration", calibration.title, tables=(calibration,)))
