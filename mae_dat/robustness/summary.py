@@ -4,6 +4,7 @@ import html
 from pathlib import Path
 
 from mae_dat.robustness.report.comparison import headline_table
+from mae_dat.robustness.report.findings import collapse_warnings
 from mae_dat.robustness.report.headline import headline_text
 from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.write import write_report
@@ -52,7 +53,9 @@ class Evaluation:
         return headline_text(self._report())
 
     def _repr_html_(self) -> str:
-        table = headline_table(self._report())
+        report = self._report()
+        table = headline_table(report)
+        notes = (*collapse_warnings(report), *table.notes)
         head = "".join(f"<th>{html.escape(text)}</th>" for text in table.head)
         rows = [
             "".join(_cell(text, column, (row, column) in table.best) for column, text in enumerate(texts))
@@ -61,7 +64,7 @@ class Evaluation:
         return (
             f"<table><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
-            f"{''.join(f'<p><small>{html.escape(note)}</small></p>' for note in table.notes)}"
+            f"{''.join(f'<p><small>{html.escape(note)}</small></p>' for note in notes)}"
         )
 
 
