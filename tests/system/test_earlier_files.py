@@ -74,7 +74,7 @@ def test_a_checkpoint_amid_a_dat_run_resumes_and_ends_as_it_would_have(
         assert record["train_loss"] == pytest.approx(expected_record["train_loss"], rel=1e-4)
     settings = json.loads(Path("dat/checkpoint-00000008.json").read_text())["settings"]
     earlier = json.loads((EARLIER / "dat" / "checkpoint-00000006.json").read_text())["settings"]
-    assert settings == {**earlier, "log_every": 50}  # a later flag
+    assert {name: settings[name] for name in earlier} == earlier  # later releases have more flags
 
 
 def test_exported_weights_give_the_same_logits() -> None:

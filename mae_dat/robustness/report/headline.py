@@ -10,8 +10,8 @@ from mae_dat.robustness.report.tables import precision_text
 def headline_text(report: ReportData) -> str:
     """Return the headline numbers in aligned columns, with a first line if they are not of whole benchmarks."""
     protocols = dict.fromkeys(facts.get("protocol", "native") for facts in report.models.values())
-    lines = collapse_warnings(report)
-    lines += [f"Protocol {protocol_text(name)}." for name in protocols if name != "native"]
+    lines = [f"Protocol {protocol_text(name)}." for name in protocols if name != "native"]
+    lines += collapse_warnings(report)
     if report.image_subset and report.subset_of_all:
         lines.append(f"Not the whole benchmarks: {report.image_subset} of every suite.")
     table = headline_table(report)
