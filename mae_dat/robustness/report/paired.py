@@ -28,7 +28,7 @@ from mae_dat.robustness.scores.image_bits import Bits, CellImages, unpack_bits
 
 Scores = NDArray[np.float64]
 RESAMPLES = 10_000
-LEVELS = 128
+DIFFERENCE_LEVELS = 128
 """For speed, differences of images are rounded to this part of the largest one before they are resampled."""
 RESAMPLING_SEED = 0
 MIN_SEEDS = 3
@@ -137,7 +137,7 @@ def compare_images(new: ImageScores, old: ImageScores) -> Comparison:
     gap = new.value - old.value
     if new.weights is None or old.weights is None:
         differences = _differences(new, old)
-        level = float(np.abs(differences).max()) / LEVELS
+        level = float(np.abs(differences).max()) / DIFFERENCE_LEVELS
         (drawn,) = _resampled_means(np.round(differences / level)[None] * level)
     else:
         pairs = [(new.scores, 1, 0), (new.weights, 1, 1), (old.scores, 0, 1), (old.weights, 1, 1)]
