@@ -307,4 +307,4 @@ def data_root(data_path: str | None, default: str | None = None) -> str:
             f"no images: give --data_path DIR (with train/CLASS/*.jpg and val/CLASS/*.jpg), set {DATA_VARIABLE}, "
             "or try --data_path demo for generated images."
         )
-    return root
+    return os.path.expanduser(root) if root.startswith("~/") else root

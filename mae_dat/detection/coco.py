@@ -8,7 +8,6 @@ import copy
 import hashlib
 import json
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,16 +24,24 @@ from torchvision.transforms import v2
 
 from mae_dat.config.errors import DataError, MissingInputError
 from mae_dat.config.groups import ImageSize
-from mae_dat.data.decode import decode_file
+from mae_dat.data.class_names import describe_difference
 from mae_dat.data.folders import SPLIT_NAMES, IgnoredFiles, require_folder
 from mae_dat.data.image_set import Batch, ImageSet, Sample
 from mae_dat.data.sampler import evenly_spaced
+from mae_dat.detection.annotation_checks import (
+    Problems,
+    annotation_problem,
+    clip_box,
+    decode_upright,
+    is_crowd,
+    usable_images,
+    warn_of_turned_images,
+)
 from mae_dat.robustness.corruptions import corrupt_image, image_seed
 
 logger = logging.getLogger(__name__)
 
 PADDING_LABEL = -1  # label of the rows that pad the boxes of an image to the largest number of the set
-_OVERHANG = 1.0  # pixels by which a box may exceed its image, as some of COCO's do by rounding
 
 
 class BoxSample(Sample):
@@ -106,18 +113,20 @@ def read_scenes(
 ) -> tuple[list[Scene], list[str]]:
     """Read the scenes of a split and its class names, in the order of their ids, or as `classes` gives them.
 
-    Raises DataError for invalid JSON, a missing image, a box without area or outside of its image, an unknown category
-    or image, or no box at all. With `skip`, such images and boxes are skipped, logged
-    and counted in `ignored_files`.
+    Raises DataError for invalid JSON, a missing image, an image without size or id of its own, a box that is relative,
+    without area or outside of its image, an unknown category or image, or no box that is not a crowd. With `skip`,
+    such images and boxes are skipped, logged and counted in `ignored_files`.
     """
-    path, problems = split.annotations, _Problems(split.annotations, skip)
+    path, problems = split.annotations, Problems(split.annotations, skip)
     try:
         content = json.loads(path.read_bytes())
         entries = [entry for entry in content["images"] if entry["file_name"].startswith(split.prefix)]
+        every_id = {entry["id"] for entry in content["images"]}
+        entries = usable_images(entries, problems)
         sizes = {entry["id"]: (int(entry["height"]), int(entry["width"])) for entry in entries}
         names = {entry["id"]: entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])}
         labels = _labels_by_category(names, classes, problems)
-        rows = _boxes_by_image(content, sizes, labels, problems)
+        rows = _boxes_by_image(content, sizes, labels, problems, every_id - sizes.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path} is not a COCO file: {reason}; it needs images, annotations and categories.") from error
@@ -133,34 +142,24 @@ def read_scenes(
         ignored_files.add("entries of the JSON", problems.messages[0], len(problems.messages))
     if not any(len(scene.boxes) for scene in scenes):
         raise DataError(f"{path} has no usable box ({len(scenes)} images): check the file.")
+    if all(bool(scene.crowd.all()) for scene in scenes):
+        raise DataError(
+            f"{path} has no usable box: all {sum(len(scene.boxes) for scene in scenes)} are crowds (iscrowd 1), which "
+            "are neither trained on nor measured; if they are single objects, set iscrowd to 0."
+        )
     return scenes, list(classes or names.values())
 
 
-class _Problems:
-    """The problems of a file: each is an error, or with `skip` counted."""
-
-    def __init__(self, path: Path, skip: bool) -> None:
-        self.path, self.skip = path, skip
-        self.messages: list[str] = []
-
-    def add(self, message: str) -> None:
-        if not self.skip:
-            raise DataError(f"{self.path}: {message}; repair the file, or skip such entries with --on_bad skip.")
-        self.messages.append(message)
-
-    def log(self) -> None:
-        if self.messages:
-            count, first = len(self.messages), self.messages[0]
-            logger.warning("%s: %d entries skipped (--on_bad skip); the first: %s", self.path, count, first)
-
-
-def _labels_by_category(names: Mapping[Any, str], classes: Sequence[str], problems: _Problems) -> dict[Any, int]:
+def _labels_by_category(names: Mapping[Any, str], classes: Sequence[str], problems: Problems) -> dict[Any, int]:
     """Map category ids to labels. Ids need not be contiguous: a label is the position of the name in `classes`."""
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise DataError(f"{problems.path} has two categories {twice[0]!r}: give each its own name.")
     classes = list(classes or names.values())
     for name in set(names.values()) - set(classes):
-        problems.add(f"the category {name!r} is not one of the training's, {', '.join(classes)}")
+        near = [
+            f"; {other!r} differs only in {text}" for other in classes if (text := describe_difference(name, other))
+        ]
+        problems.add(f"the category {name!r} is not one of the training's, {', '.join(classes)}{''.join(near)}")
     return {number: classes.index(name) + 1 for number, name in names.items() if name in classes}
 
 
@@ -169,45 +168,23 @@ _BoxRow = tuple[list[float], int, bool]
 
 
 def _boxes_by_image(
-    content: Mapping[str, Any], sizes: Mapping[Any, ImageSize], labels: Mapping[Any, int], problems: _Problems
+    content: Mapping[str, Any],
+    sizes: Mapping[Any, ImageSize],
+    labels: Mapping[Any, int],
+    problems: Problems,
+    others: set[Any],
 ) -> dict[Any, list[_BoxRow]]:
-    """Collect the boxes of every image in `sizes`; those of images of other splits are ignored."""
+    """Collect the boxes of every image in `sizes`; those of `others`, of other splits or skipped, are ignored."""
     rows: dict[Any, list[_BoxRow]] = {number: [] for number in sizes}
-    other_splits = {entry["id"] for entry in content["images"]} - rows.keys()
     for entry in content["annotations"]:
-        if entry["image_id"] in other_splits:
+        if entry.get("image_id") in others:
             continue
-        if problem := _problem_of(entry, sizes, labels):
+        if problem := annotation_problem(entry, sizes, labels):
             problems.add(problem)
             continue
-        box = _clip_box(entry["bbox"], sizes[entry["image_id"]])
-        rows[entry["image_id"]].append((box, labels[entry["category_id"]], bool(entry.get("iscrowd", 0))))
+        box = clip_box(entry["bbox"], sizes[entry["image_id"]])
+        rows[entry["image_id"]].append((box, labels[entry["category_id"]], is_crowd(entry)))
     return rows
-
-
-def _problem_of(entry: Mapping[str, Any], sizes: Mapping[Any, ImageSize], labels: Mapping[Any, int]) -> str | None:
-    """Describe what is wrong with an annotation; None if it is valid."""
-    name, box = f"annotation {entry.get('id')}", entry["bbox"]
-    if entry["image_id"] not in sizes:
-        return f"{name} belongs to image {entry['image_id']}, which is not listed"
-    if entry["category_id"] not in labels:
-        return f"{name} has the unknown category {entry['category_id']}"
-    if len(box) != 4 or not all(math.isfinite(value) for value in box):
-        return f"{name} has the box {box}, not (x, y, width, height)"
-    (height, width), (x, y, box_width, box_height) = sizes[entry["image_id"]], box
-    if box_width <= 0 or box_height <= 0:
-        return f"{name} has the box {box} without area"
-    outside = x + box_width > width + _OVERHANG or y + box_height > height + _OVERHANG
-    if x < -_OVERHANG or y < -_OVERHANG or outside:
-        return f"{name} has the box {box} outside of its image of {width} x {height} pixels"
-    x0, y0, x1, y1 = _clip_box(box, sizes[entry["image_id"]])
-    return None if x1 > x0 and y1 > y0 else f"{name} has the box {box} outside of its image"
-
-
-def _clip_box(box: Sequence[float], size: ImageSize) -> list[float]:
-    """Convert (x, y, width, height) to (x0, y0, x1, y1), clipped to the image."""
-    (x, y, box_width, box_height), (height, width) = box, size
-    return [max(x, 0.0), max(y, 0.0), min(x + box_width, float(width)), min(y + box_height, float(height))]
 
 
 def _make_scene(path: str, size: ImageSize, rows: list[_BoxRow]) -> Scene:
@@ -285,18 +262,19 @@ class CocoImages(ImageSet):
         self.box_transform = box_transform  # instead of the transform of image sets without boxes
         self.annotations = split.annotations
         self.scenes, self.classes = read_scenes(split, classes, on_bad == "skip", self.ignored_files)
+        warn_of_turned_images([(scene.path, scene.size) for scene in self.scenes])
         self.max_boxes = max(len(scene.boxes) for scene in self.scenes)
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def load_image(self, index: int) -> Image.Image:
-        """Load an image as the base class does; also raises DataError if its size differs from the one in the JSON,
-        because then the boxes are wrong."""
+        """Load an image as the base class does, turned upright by its EXIF orientation if its JSON has that size.
+
+        Also raises DataError if its size differs from the one in the JSON, because then the boxes are wrong.
+        """
         scene = self.scenes[index]
-        image = decode_file(scene.path)
-        if image.size != scene.size[::-1]:
-            raise DataError(f"{scene.path} has {image.size} pixels, but its JSON has {scene.size[::-1]}: repair one.")
+        image = decode_upright(scene.path, scene.size)
         if self.corruption is None:
             return image
         name, severity = self.corruption

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mae_dat.config.errors import DataError
 from mae_dat.config.extras import require_extra
 from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.detection.coco import CocoImages
@@ -35,7 +36,7 @@ DETECTION_METRICS = ("map", "map_50", "map_75")
 def coco_scores(pairs: Sequence[DetectionPair]) -> dict[str, float]:
     """Compute mAP (IoU 0.50 to 0.95), mAP at 0.50 and at 0.75, in [0, 1].
 
-    Raises MissingInputError without torchmetrics or pycocotools.
+    Raises MissingInputError without torchmetrics or pycocotools, DataError without a box to find.
     """
     require_extra("detection", "mAP")
     from torchmetrics.detection import MeanAveragePrecision
@@ -43,6 +44,9 @@ def coco_scores(pairs: Sequence[DetectionPair]) -> dict[str, float]:
     metric = MeanAveragePrecision(backend="pycocotools")
     metric.update([detections for detections, _ in pairs], [truth for _, truth in pairs])
     result = metric.compute()
+    # pycocotools returns -1 where nothing can be measured, such as without any box that is not a crowd.
+    if any(float(result[name]) < 0 for name in DETECTION_METRICS):
+        raise DataError("no image that could be read has a box that is not a crowd: no average precision is defined.")
     return {name: float(result[name]) for name in DETECTION_METRICS}
 
 

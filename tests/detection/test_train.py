@@ -149,6 +149,16 @@ def setting(where: str, **values: Any) -> Callable[[Any], object]:
         (setting("annotations", bbox=[32.5, 6, 0.5, 5]), "outside of its image"),
         (setting("annotations", category_id=6), "unknown category 6"),
         (setting("annotations", image_id=8), "image 8, which is not listed"),
+        (setting("annotations", bbox=None), "annotation 1 has the box None, not"),
+        (setting("annotations", bbox=["4", "6", "10", "12"]), r"annotation 1 has the box \['4', .* not \(x, y"),
+        (setting("annotations", bbox=[None, 6, 10, 12]), r"annotation 1 has the box \[None, 6"),
+        (setting("annotations", bbox=[0.1, 0.2, 0.5, 0.5]), "annotation 1 .* seems to be relative to the image"),
+        (setting("annotations", iscrowd="yes"), "annotation 1 has iscrowd 'yes', not 0 or 1"),
+        (lambda content: content["annotations"][0].pop("bbox"), "annotation 1 has the box None"),
+        (setting("annotations", iscrowd=1), "all 2 are crowds"),
+        (setting("annotations", iscrowd="1"), "all 2 are crowds"),
+        (setting("images", id=3), "image 3 .* has an id that occurs 2 times"),
+        (setting("images", width=None), "image 7 .* has the size None x 32"),
         (setting("categories", name="early"), "two categories 'early'"),
         (lambda content: content.pop("categories"), "'categories' is missing"),
         (lambda content: content.update(annotations=[]), "no usable box"),
@@ -164,10 +174,50 @@ def test_problems_of_the_data_are_reported_before_training(
 def test_bad_boxes_are_skipped_and_logged_on_request(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    split = coco_file(tmp_path, folder, setting("annotations", bbox=[4, 6, 0, 12]))
+    def add_bad_box(content: Any) -> None:
+        content["annotations"].append({**content["annotations"][0], "id": 3, "bbox": [4, 6, 0, 12]})
+
+    split = coco_file(tmp_path, folder, add_bad_box)
     images = CocoImages(split, BoxTransform((32, 32)), on_bad="skip")
-    assert images[0]["labels"].tolist() == [1]
+    assert images[0]["labels"].tolist() == [2, 1]
     assert "1 entries skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [("annotations", {"bbox": None}), ("images", {"height": None}), ("annotations", {"iscrowd": "x"})],
+)
+def test_entries_that_can_be_skipped_are(tmp_path: Path, folder: Path, where: str, values: dict[str, Any]) -> None:
+    def spoil(content: Any) -> None:
+        content["annotations"].append({**content["annotations"][0], "id": 3, "image_id": 3, "iscrowd": "0"})
+        content[where][0].update(values)
+
+    images = CocoImages(coco_file(tmp_path, folder, spoil), BoxTransform((32, 32)), on_bad="skip")
+    assert images.ignored_files.counts == {"entries of the JSON": 1}
+    assert images.class_counts()[1] == 1
+
+
+def test_images_with_exif_orientation_are_turned_upright(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A white square under its box; the file is stored turned, with the tag that turns it upright."""
+    from PIL import Image, ImageDraw
+
+    upright = Image.new("RGB", (48, 32))
+    ImageDraw.Draw(upright).rectangle((4, 6, 13, 17), fill="white")
+    stored = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    for orientation, turn in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        upright.transpose(turn).save(tmp_path / "one.png", exif=exif)
+        path = tmp_path / "coco.json"
+        box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 6, 10, 12]}
+        image = {"id": 1, "file_name": "one.png", "width": 48, "height": 32}
+        categories = [{"id": 1, "name": "square"}]
+        path.write_text(json.dumps({"images": [image], "annotations": [box], "categories": categories}))
+        images = CocoImages(CocoSplit(path, tmp_path), BoxTransform((32, 48)))
+        assert images[0]["image"][:, 6:18, 4:14].min() > 0.99
+        assert images[0]["image"].mean() == pytest.approx(120 / (48 * 32))
+        assert "1 of 1 images have an EXIF orientation" in caplog.text
+        caplog.clear()
 
 
 def test_a_picture_of_another_size_than_its_json_says_and_a_class_unknown_to_training(
