@@ -16,13 +16,18 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from mae_dat.config.errors import DataError, StorageError
+from mae_dat.config.errors import ConfigError, DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
+MEGAPIXELS_VARIABLE, WHITE_VARIABLE = "MAE_DAT_MAX_MEGAPIXELS", "MAE_DAT_WHITE_LEVEL"
+"""Environment variables: the largest image in megapixels (default: 100), and the value of white in 16-bit grey images
+(default: 65535; 4095 for images of 12 bits)."""
 MAX_PIXELS = 100_000_000
+_DARK_MAXIMUM = 1 << 14  # a 16-bit image whose values all stay below it is nearly black
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # colour profiles of printers have more than Pillow's 1 MiB
 MAX_BYTES = 1 << 28  # of an image file
 RETRIES = 3
 _PAUSE_S = 0.5  # before the first retry, doubled for each further one
@@ -31,6 +36,25 @@ _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREM
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers of a frame header, which contains the size
 
 Result = TypeVar("Result")
+
+
+def max_pixels() -> int:
+    """Return how many pixels an image may have. Raises ConfigError for a wrong environment variable."""
+    megapixels = _number_from_environment(MEGAPIXELS_VARIABLE)
+    return MAX_PIXELS if megapixels is None else int(megapixels * 1e6)
+
+
+def _number_from_environment(name: str) -> float | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise ConfigError(f"${name} must be a number above 0, got {text!r}.")
+    return value
 
 
 class ImageError(DataError):
@@ -92,14 +116,19 @@ def decode_bytes(content: bytes, name: str) -> Image.Image:
     """Decode the content of an image file as 8-bit RGB.
 
     Grey, 1-bit, palette, CMYK and YCbCr images are converted; transparency is blended with white; 16-bit grey is
-    divided by 257. Raises DataError, naming `name`, for anything else: float, 32-bit or animated images, more than 100
-    megapixels (read from the header, without decoding), damaged files and files that are no images.
+    divided by 257, or scaled so that $MAE_DAT_WHITE_LEVEL becomes 255. Raises DataError, naming `name`, for anything
+    else: float, 32-bit or animated images, more than 100 megapixels or $MAE_DAT_MAX_MEGAPIXELS (read from the header,
+    without decoding), damaged files and files that are no images.
     """
+    if Image.MAX_IMAGE_PIXELS and max_pixels() > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow's own limit would come first
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd but harmless metadata would warn for each image and epoch
             with Image.open(io.BytesIO(content)) as image:
-                return to_rgb(image)
+                return to_rgb(image, name)
+    except ConfigError:
+        raise
     except Exception as error:  # PIL's decoders raise nearly every type of exception on damaged files
         raise image_error(name, _cause(content, error)) from error
 
@@ -111,7 +140,7 @@ def decode_pixels(content: bytes, name: str) -> np.ndarray:
     decode are passed to PIL's, so the same files are rejected, for the same reasons. Raises what `decode_bytes` raises.
     """
     size_HW = _color_jpeg_size(content)
-    if size_HW and size_HW[0] * size_HW[1] <= MAX_PIXELS:
+    if size_HW and size_HW[0] * size_HW[1] <= max_pixels():
         import cv2  # takes a fifth of a second, which programs that read no images need not spend
 
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -133,16 +162,16 @@ def _color_jpeg_size(content: bytes) -> tuple[int, int] | None:
     return None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     """Convert an opened image to 8-bit RGB, as `decode_bytes` describes. Raises DataError without the image's name."""
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{width} x {height} pixels are more than the {MAX_PIXELS // 10**6} megapixels allowed")
+    if width * height > max_pixels():
+        raise DataError(f"{width} x {height} pixels are more than {_describe_limit()}")
     # A phone's multi-picture JPEG (MPO) is no animation: its first frame is the photo.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise DataError(f"it is animated or has several pages ({getattr(image, 'n_frames', 'many')} frames)")
     if image.mode.startswith("I"):
-        return _from_16_bit(image)
+        return _from_16_bit(image, name)
     if image.mode not in {"RGB", "L", "1", "P", "CMYK", "YCbCr", "RGBA", "RGBa", "LA", "La", "PA"}:
         raise DataError(f'pixels of the mode "{image.mode}" are not supported, only 8-bit colour and 8- or 16-bit grey')
     if image.has_transparency_data:
@@ -151,12 +180,42 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
+def _describe_limit() -> str:
+    return f"the {max_pixels() / 1e6:g} megapixels allowed (set ${MEGAPIXELS_VARIABLE} to allow more)"
+
+
+def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     """Convert 16-bit grey to RGB by numpy, because PIL's own conversion saturates at 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DataError("it is 32-bit grey, with values beyond 0 to 65535")
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+    white = _number_from_environment(WHITE_VARIABLE)
+    if white is None:
+        white = 65535.0
+        if 0 < values.max() < _DARK_MAXIMUM:
+            _warn_of_dark_images(name, int(values.max()))
+    return Image.fromarray(np.rint(values.clip(max=white) * (255 / white)).astype(np.uint8)).convert("RGB")
+
+
+_dark_images_were_reported = False
+
+
+def _warn_of_dark_images(name: str, highest: int) -> None:
+    """Warn once in a process, since all images of a set have the same depth."""
+    global _dark_images_were_reported
+    if not _dark_images_were_reported:
+        _dark_images_were_reported = True
+        bits = highest.bit_length()
+        logger.warning(
+            "%s is a 16-bit image with values up to %d only, so it becomes nearly black. If its white is %d (%d bits), "
+            "set $%s=%d; this is reported once.",
+            name,
+            highest,
+            (1 << bits) - 1,
+            bits,
+            WHITE_VARIABLE,
+            (1 << bits) - 1,
+        )
 
 
 def _cause(content: bytes, error: Exception) -> str:
@@ -164,7 +223,9 @@ def _cause(content: bytes, error: Exception) -> str:
     if isinstance(error, DataError):
         return str(error)
     if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than the {MAX_PIXELS // 10**6} megapixels allowed"
+        return f"it has more than {_describe_limit()}"
+    if "MAX_TEXT" in str(error):
+        return "its colour profile or text has more than 64 MiB; its pixels may be good: save it without metadata"
     head = content[:256].lstrip()
     if not head:
         return "the file is empty"

@@ -4,6 +4,7 @@ Neither is normalized: each model owns its normalization.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -199,6 +200,9 @@ def crop_resized(image: Tensor, crop: tuple[int, int, int, int], size_HW: ImageS
 
 # ---- evaluation ----
 
+_LONGEST_RESIZED = 16  # sides of the target: longer images are cropped before they are resized
+_MARGIN = 8  # pixels beyond the crop, more than the filters reach when they enlarge
+
 
 def default_crop_pct(size_HW: ImageSize) -> float:
     """Return the ratio of the crop's side to the resized image's that MAE uses: 7/8 up to 224 pixels, else 1."""
@@ -238,5 +242,23 @@ class EvalTransform:
             resized = (max(cover_H, int(cover_W * height / width)), cover_W)
         else:
             resized = (cover_H, max(cover_W, int(cover_H * width / height)))
+        longest = max(resized)
+        if longest > _LONGEST_RESIZED * max(self.cover_HW):  # such as 2 x 10,000 pixels
+            image, resized = self._crop_first(image, resized)
         image = functional.resize(image, list(resized), self.interpolation)
         return functional.center_crop(image, list(self.size_HW))
+
+    def _crop_first(self, image: Image.Image, resized: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
+        """Cut the ends off a very long image, which the center crop would remove; return it, and height and width to
+        resize it to."""
+        sides = [image.height, image.width]
+        axis = int(resized[1] > resized[0])
+        scale = resized[axis] / sides[axis]
+        margin = math.ceil(_MARGIN * max(1.0, 1 / scale))
+        length = math.ceil(self.cover_HW[axis] / scale) + 2 * margin
+        length = min(sides[axis], length + (sides[axis] - length) % 2)  # so that the center stays the center
+        start = (sides[axis] - length) // 2
+        new = list(resized)
+        new[axis] = max(self.cover_HW[axis], round(length * scale))
+        box = (start, 0, start + length, sides[0]) if axis else (0, start, sides[1], start + length)
+        return image.crop(box), (new[0], new[1])

@@ -133,11 +133,11 @@ class Shards(ImageSet):
 
     def load_image(self, index: int) -> Image.Image:
         """Decode an image, RGB. Raises DataError, DownloadError, StorageError."""
-        return decode_bytes(*self._read_file(index))
+        return decode_bytes(*self.read_file(index))
 
     def load_pixels(self, index: int) -> np.ndarray:
         """Decode an image, uint8 (H, W, 3)."""
-        return decode_pixels(*self._read_file(index))
+        return decode_pixels(*self.read_file(index))
 
     def fingerprint(self) -> str:
         """Return the hash of the index: names, sizes and sha256 of the shards, labels."""
@@ -173,7 +173,7 @@ class Shards(ImageSet):
         path = Path(self.root) / self.index.shards[shard].name
         return _Location(shard, path, int(self.index.offset[index]), int(self.index.size[index]))
 
-    def _read_file(self, index: int) -> tuple[bytes, str]:
+    def read_file(self, index: int) -> tuple[bytes, str]:
         """Return the content of an image's file, and the image's name for messages."""
         shard, path, offset, size = self._locate(index)
         place = f"{path} at byte {offset}"
