@@ -77,7 +77,12 @@ if not TYPE_CHECKING:  # otherwise a type checker would accept any name
     def __getattr__(name: str) -> object:
         """Import a name of the API on first use, so that `import mae_dat` and `mae_dat --help` do not import torch."""
         if name not in _MODULES:
-            raise AttributeError(f"module 'mae_dat' has no attribute {name!r}")
+            # Python's own message has no suggestion for a name that is imported on first use.
+            from difflib import get_close_matches
+
+            hint = get_close_matches(name, _MODULES, n=1)
+            text = f"module 'mae_dat' has no attribute {name!r}"
+            raise AttributeError(f"{text}. Did you mean: {hint[0]!r}?" if hint else text)
         value = getattr(importlib.import_module(f"mae_dat.{_MODULES[name]}"), name)
         globals()[name] = value
         return value

@@ -19,6 +19,7 @@ from mae_dat.config.flags import flat_values
 from mae_dat.config.interrupts import interruptible
 from mae_dat.config.memory import memory_errors_name_flags
 from mae_dat.config.parse import command_of, load_config, run_command
+from mae_dat.config.paths import check_data_path
 
 PROGRAM = "mae-dat"
 
@@ -51,7 +52,9 @@ class Verb:
 
     def call(self, config: Any) -> None:
         """Import the verb's code and run it. Raises UserError."""
-        run, values = _find(self.run if isinstance(self.run, str) else self.run(config)), flat_values(config)
+        values = flat_values(config)
+        check_data_path(values)
+        run = _find(self.run if isinstance(self.run, str) else self.run(config))
         with interruptible(), memory_errors_name_flags(values):
             if "threads" in values:
                 from mae_dat.runtime.threads import set_threads  # imports torch, as every verb with this flag does
@@ -310,7 +313,8 @@ def overview() -> str:
             lines += ["jobs:", _line(LAUNCHER, LAUNCHER_SUMMARY), ""]
         lines += [f"{title}:", *(_line(name, verb.summary) for name, verb in verbs.items()), ""]
     examples = ("demo", "finetune --data_path DIR --output_dir OUT --dat")
-    return "\n".join([*lines, f"{PROGRAM} VERB --help lists the flags of a verb.", "", *_example_lines(examples)])
+    lines += [f"{PROGRAM} VERB --help lists the flags of a verb.", f"{PROGRAM} --version prints the version.", ""]
+    return "\n".join([*lines, *_example_lines(examples)])
 
 
 def family_overview(first: str) -> str:

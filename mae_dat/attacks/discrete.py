@@ -113,7 +113,7 @@ def discrete_adversary(
     if math.isnan(config.eps):
         raise ConfigError(
             f"the attack `{config.kind}` needs eps, which AttackConfig(share={config.share}) does not set: set eps, or "
-            "use WithDAT (or ShareController), which adjusts eps to the share."
+            "use WithDAT, which adjusts eps to the share."
         )
     if check:
         require_pixels(image)

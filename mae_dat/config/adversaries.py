@@ -76,10 +76,11 @@ class AttackConfig(_AttackSettings):
 
     kind: `released` is the adversary of the authors' code, `paper` that of the paper's Algorithm 1.
     eps: for `released` the radius of the L2 ball per image and the length of a step, for `paper` alpha, the factor of
-        the gradient; pixels in [0, 1]. The default is 0.1; with a share it is nan, to be set by a `ShareController`.
-    share: for `released` and `paper` the share of changed words in (0, 1) that a `ShareController` (WithDAT has one)
-        holds from batch to batch by adjusting eps; a single attack changes what its eps changes. For `symbolic` and
-        `random` the share of words replaced (0.05 if None).
+        the gradient; pixels in [0, 1]. The default is 0.1. Leave it out if you give a share: `WithDAT` and the trainer choose it.
+    share: for `released` and `paper` the share of changed words in (0, 1). `WithDAT` and the trainer search the eps for
+        it on the first batch, and adjust it after every batch; the share of single batches varies around it.
+        `discrete_adversary` attacks one batch and needs an eps. For `symbolic` and `random` the share of words replaced
+        (0.05 if None).
     random_start: probability in [0, 1], drawn once per batch and rank, of starting from a random point of the ball.
     warmup: epochs in which the strength grows from 0: `scaled(ramp(epoch))`.
 

@@ -62,7 +62,7 @@ class Command:
             raise UsageError(self._unknown(rest))
         values = {flag.name: self._convert(flag, given[flag.name]) for flag in self.flags if flag.name in given}
         missing = [
-            flag.positional or f"--{flag.name}"
+            (flag.positional or f"--{flag.name}") + (f" ({', '.join(map(str, flag.choices))})" if flag.choices else "")
             for flag in self.flags
             if flag.default is REQUIRED and flag.name not in values
         ]

@@ -1,7 +1,6 @@
 """Image folders: splits, class folders and image files below a root, and a count of what is not read."""
 
 import dataclasses
-import difflib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from PIL import features
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mae_dat.config.errors import DataError, MissingInputError
+from mae_dat.config.paths import require_folder
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +67,6 @@ class IgnoredFiles:
 def _relative(path: str, root: str | os.PathLike[str]) -> str:
     prefix = os.path.join(root, "")
     return path.removeprefix(prefix) if str(root) else path
-
-
-def require_folder(root: str | os.PathLike[str]) -> None:
-    """Raise MissingInputError, with a guess at what was meant, unless `root` is a folder."""
-    path = Path(root)
-    if path.is_dir():
-        return
-    if path.exists():
-        raise MissingInputError(f"{root} is a file, not a folder; name the folder that holds the images")
-    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    similar = difflib.get_close_matches(path.name, siblings)
-    hint = f"did you mean {' or '.join(str(path.parent / name) for name in similar)}?" if similar else "check the path"
-    raise MissingInputError(f"{root} does not exist; {hint}")
 
 
 def find_split(

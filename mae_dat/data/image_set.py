@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mae_dat.config.errors import DataError
+from mae_dat.config.paths import require_folder
 from mae_dat.data.class_names import check_known, warn_of_near_duplicates
 from mae_dat.data.decode import decode_file, decode_pixels, read_bytes
-from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, class_folders, require_folder, walk_images
+from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, class_folders, walk_images
 from mae_dat.data.sampler import epoch_order
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError
 from mae_dat.config.groups import DEMO
+from mae_dat.config.paths import require_folder
 from mae_dat.data.decode import decode_file, to_rgb
-from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, count_ignored, require_folder, visible_entries
+from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, count_ignored, visible_entries
 from mae_dat.data.open import image_root
 from mae_dat.data.shards.cache import is_remote, remote_root
 from mae_dat.data.shards.index import INDEX_FILE

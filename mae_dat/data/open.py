@@ -9,8 +9,9 @@ from torchvision import transforms
 
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.groups import DEMO, DataConfig, data_root
+from mae_dat.config.paths import require_folder
 from mae_dat.data.class_names import BY_WORDNET_ID, OutputNames, imagenet_synsets, name_outputs
-from mae_dat.data.folders import class_folders, find_split, require_folder
+from mae_dat.data.folders import class_folders, find_split
 from mae_dat.data.generated.folder import generated_root, write_image_folder
 from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float
 from mae_dat.data.shards.cache import is_remote, remote_root

@@ -1,6 +1,7 @@
 """Predictions in memory: arrays that print as a table, in a console and in a notebook."""
 
 import html
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,20 +170,27 @@ class Predictions:
     def _rows(self, count: int) -> Iterator[list[str]]:
         """Yield the cells of the first rows of the table."""
         if self.boxes is not None:
-            for name, found in zip(self.files[:count], self.boxes, strict=False):
+            for name, found in zip(self._names(count), self.boxes, strict=False):
                 names = [self.classes[label] for label in found.labels]
                 counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "none"
                 yield [_shorten(name, _NAME_WIDTH), counts, f"{found.scores.max():.2f}" if len(names) else ""]
             return
         indices, probabilities = top_classes(self.probabilities[:count], self.top_k)
         abstained = self.abstained()
-        for row, name in enumerate(self.files[:count]):
+        for row, name in enumerate(self._names(count)):
             names = [_shorten(readable_class(self.classes[index]), _CLASS_WIDTH) for index in indices[row]]
             following = zip(names[1:3], probabilities[row, 1:3], strict=True)
             cells = [_shorten(name, _NAME_WIDTH), names[0], f"{probabilities[row, 0]:.1%}"]
             if self.abstain_below is not None:
                 cells.append("yes" if abstained[row] else "")
             yield [*cells, ", ".join(f"{other} {value:.1%}" for other, value in following)]
+
+    def _names(self, count: int) -> list[str]:
+        """Return the first files, without the folders that all files have in common."""
+        folders = [f"{os.path.dirname(name)}/" for name in self.files]
+        common = os.path.commonprefix(folders)
+        common = common[: common.rfind("/") + 1] if "/" not in folders else ""
+        return [name.removeprefix(common) for name in self.files[:count]]
 
     def _notes(self) -> list[str]:
         notes = [f"... {len(self):,} images in all"] if len(self) > _ROWS else []

@@ -1,7 +1,7 @@
 """The summary of what an evaluation reads: models, images of every suite, and what was measured before."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mae_dat.data.describe import describe_classes, describe_ignored, describe_root, describe_size
 from mae_dat.data.loader import worker_count
@@ -27,14 +27,13 @@ def evaluation_inputs(plan: EvaluationPlan, setup: EvaluationSetup) -> InputSumm
     inputs = InputSummary(setup.command)
     inputs.add("data", describe_root(settings.data_path, settings.root))
     inputs.add("suites", ", ".join(_describe_suite(plan, name) for name in plan.suite_names))
-    inputs.add("subset", *dict.fromkeys(run.suite.protocol["subset"] for run in plan.runs))
+    inputs.add("subset", *_by_suite((run.suite.name, run.suite.protocol["subset"]) for run in plan.runs))
     inputs.add("not run", *_describe_skipped(plan.skipped))
     images = plan.runs[0].suite.passes[0].images
     inputs.add("classes", _describe_class_mapping(images, plan.networks))
     ignored_files = [opened.ignored_files for opened in plan.sources.opened_sets]
     inputs.add("left out", describe_ignored(ignored_files, settings.root))
-    for run in plan.runs:
-        inputs.add("partial", *run.suite.missing)
+    inputs.add("partial", *_by_suite((run.suite.name, text) for run in plan.runs for text in run.suite.missing))
     add_networks(inputs, plan.networks)
     add_network_pixels(inputs, [(run.network, run.suite.preprocessing) for run in plan.runs])
     if plan.sources.has_tokenizer:
@@ -54,6 +53,15 @@ def _describe_suite(plan: EvaluationPlan, name: str) -> str:
         folder = os.path.relpath(suite.passes[0].images.root, plan.sources.settings.root)
         text += f" ({folder}/)" * (cells == 1 and folder != name)
     return text
+
+
+def _by_suite(texts: Iterable[tuple[str, str]]) -> list[str]:
+    """Return each text once, after the names of its suites; empty texts are left out."""
+    names_of: dict[str, list[str]] = {}
+    for name, text in texts:
+        names = names_of.setdefault(text, [])
+        names += [name] * (name not in names)
+    return [f"{', '.join(names)}: {text}" for text, names in names_of.items() if text]
 
 
 def _describe_skipped(skipped: dict[str, str]) -> list[str]:

@@ -168,7 +168,7 @@ def test_predictions_print_as_a_table_and_as_html(photos: Path) -> None:
     predictions = predict(model, [photos] * 1, classes=names, input_size=32, **QUIET)
     lines = str(predictions).splitlines()
     assert lines[0].split() == ["file", "class", "probability", "next", "classes"]
-    assert lines[1].startswith(f"{photos / 'a.png'}"[-47:]) or lines[1].startswith("…")
+    assert lines[1].startswith("a.png "), "the folder of all images is left out"
     assert "dog & co  66.5%        bird 24.5%, <cat> 9.0%" in lines[1]
     page = predictions._repr_html_()
     assert page.count("<tr>") == 8

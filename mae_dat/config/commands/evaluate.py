@@ -18,9 +18,9 @@ class SuiteConfig:
     suite: tuple[str, ...] = ("all",)
     """all (every suite whose images are found), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r,
     imagenet-sketch, stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, cue-conflict; clean (val/CLASS of
-    other classes); conflict (conflict/**/SHAPE-TEXTURE-*.png or .jpg of two of those); generated (15 corruptions x 5
-    severities made from the clean images, reported separately); fgsm-1/255, pgd-5-1/255, pgd-20-l2-0.5,
-    autoattack-4/255; words-random, words-symbolic."""
+    your own classes); conflict (images of conflict/ named SHAPE-TEXTURE-*, each part one of your classes);
+    generated (15 corruptions x 5 severities made from the clean images, reported separately); fgsm-1/255, pgd-5-1/255,
+    pgd-20-l2-0.5, autoattack-4/255; words-random, words-symbolic."""
     partial: bool = False
     """Measure incomplete folders too; their rows are marked."""
     restrict_classes: bool = False

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae_dat.config.errors import DataError, UserError
-from mae_dat.data.folders import require_folder
+from mae_dat.config.paths import require_folder
 from mae_dat.robustness.suites.catalogue import BENCHMARKS, Benchmark
 from mae_dat.robustness.suites.folders import folders_in
 from mae_dat.robustness.suites.labels import find_label_file, read_objectnet

@@ -55,6 +55,6 @@ class Preprocessing:
             prefix = f"{named}border of {self.border} px cut, " if self.border else named
             prefix += f"if not {size}: " if self.keep_size and not self.crops_all_images else ""
             suffix = f", the network's own share of {self.crop:g}" if self.crop else ""
-            return f"{prefix}resized to cover {height} x {width} ({self.interpolation}), centre crop {size}{suffix}"
+            return f"{prefix}resized to cover {height} x {width} ({self.interpolation}), center crop {size}{suffix}"
         as_stored = f"{named}{side} x {side} as stored"
         return as_stored if self.size_HW == (side, side) else f"{as_stored}, resized to {size} ({self.interpolation})"

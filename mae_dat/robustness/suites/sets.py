@@ -20,8 +20,9 @@ from torch import Tensor
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import ImageSize
 from mae_dat.config.protocols import ProtocolName
+from mae_dat.config.paths import require_folder
 from mae_dat.data.decode import ImageError, decode_file, read_bytes
-from mae_dat.data.folders import IgnoredFiles, require_folder
+from mae_dat.data.folders import IgnoredFiles
 from mae_dat.data.image_set import ImageFolder, ImageSet
 from mae_dat.robustness.corruptions import SEVERITIES
 from mae_dat.robustness.suites.catalogue import BENCHMARKS, Benchmark
@@ -46,6 +47,7 @@ from mae_dat.robustness.suites.labels import (
     select_subset,
 )
 from mae_dat.robustness.suites.preprocessing import Preprocessing
+from mae_dat.runtime.inputs import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +249,7 @@ def open_benchmark(
     folders, missing = _cell_folders(benchmark, str(root), corruptions)
     _require_complete(root, benchmark, missing, partial)
     preprocessing = Preprocessing(size_HW, interpolation, benchmark.side, benchmark.border)
-    logger.info("looking through %d folder(s) of %s", len(folders), benchmark.title)
+    logger.info("listing %s of %s", count_of(len(folders), "folder"), benchmark.title)
     first: Listing = []
     sets: list[BenchmarkSet] = []
     for cell, path in folders.items():

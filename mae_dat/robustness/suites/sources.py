@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from mae_dat.config.errors import DataError, MissingInputError
+from mae_dat.config.paths import require_folder
 from mae_dat.data.class_names import INDEXED_NAMES, SORTED_NAMES, STORED_NAMES
-from mae_dat.data.folders import find_split, require_folder
+from mae_dat.data.folders import find_split
 from mae_dat.data.open import holds_shards, open_images_of_model
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
 from mae_dat.robustness.suites.base import CLEAN, CONFLICT, SuiteSettings

@@ -93,6 +93,9 @@ class WithDAT(ObjectiveWrapper):
         self._unobserved: deque[MetricsCopy] = deque()
         """The metrics of the calls that `observe` has not had yet."""
 
+    def __repr__(self) -> str:
+        return f"WithDAT({type(self.tokenizer).__name__}, {self.attack}, {type(self.objective).__name__})"
+
     def __call__(
         self,
         model: Network,
