@@ -76,7 +76,8 @@ class AttackConfig(_AttackSettings):
 
     kind: `released` is the adversary of the authors' code, `paper` that of the paper's Algorithm 1.
     eps: for `released` the radius of the L2 ball per image and the length of a step, for `paper` alpha, the factor of
-        the gradient; pixels in [0, 1]. The default is 0.1. Leave it out if you give a share: `WithDAT` and the trainer choose it.
+        the gradient; pixels in [0, 1]. The default is 0.1. Leave it out if you give a share: `WithDAT` and the
+        trainer choose it.
     share: for `released` and `paper` the share of changed words in (0, 1). `WithDAT` and the trainer search the eps for
         it on the first batch, and adjust it after every batch; the share of single batches varies around it.
         `discrete_adversary` attacks one batch and needs an eps. For `symbolic` and `random` the share of words replaced

@@ -187,10 +187,10 @@ class Predictions:
 
     def _names(self, count: int) -> list[str]:
         """Return the first files, without the folders that all files have in common."""
-        folders = [f"{os.path.dirname(name)}/" for name in self.files]
-        common = os.path.commonprefix(folders)
-        common = common[: common.rfind("/") + 1] if "/" not in folders else ""
-        return [name.removeprefix(common) for name in self.files[:count]]
+        folders = {os.path.dirname(name) for name in self.files}
+        is_absolute = {name.startswith("/") for name in self.files}
+        common = os.path.commonpath(folders) if len(is_absolute) == 1 else ""
+        return [name.removeprefix(f"{common}/") for name in self.files[:count]]
 
     def _notes(self) -> list[str]:
         notes = [f"... {len(self):,} images in all"] if len(self) > _ROWS else []

@@ -527,7 +527,7 @@ def test_timms_weights_are_measured_with_timms_crop(
     assert counts["clean"][""]["correct"] == sum(a == int(p.parent.name) for a, p in zip(answers, paths, strict=True))
     assert facts["crop"] == 0.95
     expected = (
-        "if not 32 x 32: resized to cover 33 x 33 (bicubic), centre crop 32 x 32, the network's own share of 0.95"
+        "if not 32 x 32: resized to cover 33 x 33 (bicubic), center crop 32 x 32, the network's own share of 0.95"
     )
     assert suites["clean"]["protocol"]["preprocessing"] == expected
     assert "| crop | 0.95 of the side |" in (out / "report.md").read_text()

@@ -80,8 +80,9 @@ class CompareConfig(CommandConfig):
 class DemoConfig(CompareConfig):
     """Run the whole toolkit: pretraining, fine-tuning with and without DAT, evaluation, report.
 
-    The images are generated, so nothing is downloaded. The models are small: two idle CPU cores need 9 to 17
-    minutes. To resume an interrupted demo, run the same command again. The flags are those of `mae-dat compare` with other defaults.
+    The images are generated, so nothing is downloaded. The models are small: two idle CPU cores need 9 to 17 minutes.
+    To resume an interrupted demo, run the same command again. The flags are those of `mae-dat compare` with other
+    defaults.
     """
 
     verb = "demo"

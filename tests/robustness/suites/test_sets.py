@@ -303,8 +303,8 @@ def test_preprocessing_is_part_of_the_protocol() -> None:
         known = BENCHMARKS[name]
         return str(Preprocessing((side, side), *(rest or ("bicubic",)), side=known.side, border=known.border))
 
-    assert text("imagenet", 224) == "resized to cover 256 x 256 (bicubic), centre crop 224 x 224"
-    assert text("imagenet", 384, "bilinear") == "resized to cover 384 x 384 (bilinear), centre crop 384 x 384"
+    assert text("imagenet", 224) == "resized to cover 256 x 256 (bicubic), center crop 224 x 224"
+    assert text("imagenet", 384, "bilinear") == "resized to cover 384 x 384 (bilinear), center crop 384 x 384"
     assert text("objnet-113", 224).startswith("border of 2 px cut, resized")
     assert text("imagenet-c", 224) == "224 x 224 as stored"
     assert text("imagenet-c", 384) == "224 x 224 as stored, resized to 384 x 384 (bicubic)"
