@@ -13,8 +13,9 @@ import torch
 
 from mae_dat.config.commands.split import SplitConfig
 from mae_dat.config.errors import DataError, OutputError
+from mae_dat.config.paths import require_folder
 from mae_dat.data.describe import add_images
-from mae_dat.data.folders import SPLIT_NAMES, require_folder, split_folders
+from mae_dat.data.folders import SPLIT_NAMES, split_folders
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary, count_of

@@ -20,9 +20,10 @@ from PIL import Image
 from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.errors import ConfigError, DataError, OutputError
 from mae_dat.config.extras import require_extra
+from mae_dat.config.paths import require_folder
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.describe import add_images, describe_classes, describe_root
-from mae_dat.data.folders import SPLIT_NAMES, require_folder, split_folders
+from mae_dat.data.folders import SPLIT_NAMES, split_folders
 from mae_dat.data.image_set import ImageFolder
 from mae_dat.data.loader import map_in_workers, worker_count
 from mae_dat.data.sampler import epoch_order

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import ImageSize
-from mae_dat.config.protocols import ProtocolName
 from mae_dat.config.paths import require_folder
+from mae_dat.config.protocols import ProtocolName
 from mae_dat.data.decode import ImageError, decode_file, read_bytes
 from mae_dat.data.folders import IgnoredFiles
 from mae_dat.data.image_set import ImageFolder, ImageSet
