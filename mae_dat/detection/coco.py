@@ -23,8 +23,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from mae_dat.config.errors import DataError, MissingInputError
-from mae_dat.config.paths import require_folder
 from mae_dat.config.groups import ImageSize
+from mae_dat.config.paths import require_folder
 from mae_dat.data.class_names import describe_difference
 from mae_dat.data.folders import SPLIT_NAMES, IgnoredFiles
 from mae_dat.data.image_set import Batch, ImageSet, Sample
