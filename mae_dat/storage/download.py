@@ -26,7 +26,10 @@ RETRY_PAUSE_SECONDS = 1.0
 TIMEOUT_SECONDS = 30.0
 REPORT_SECONDS = 10.0
 """Interval of the progress lines in a log, where there is no terminal for a progress bar."""
+MAX_BYTES = 1 << 38
+"""Bytes of the largest file that is downloaded: 256 GiB."""
 _CHUNK = 1 << 20
+_LENGTH_DIGITS = 16
 _RETRY_CODES = {408, 425, 429}  # the server is busy
 
 
@@ -38,16 +41,16 @@ class _ConnectionLostError(UrlFailedError):
     """The connection ended early, so another attempt may succeed."""
 
 
-def download(url: str, partial: Path, name: str) -> None:
+def download(url: str, partial: Path, name: str, max_bytes: int = MAX_BYTES) -> None:
     """Download `url` to the file `partial`; a file next to it (`.note`) records how a later call can resume.
 
-    `name` is shown in the progress. Raises UrlFailedError, and StorageError if the disk is full; in both cases the data
-    received so far is kept.
+    `name` is shown in the progress. Raises UrlFailedError, also for more than `max_bytes`, and StorageError if the disk
+    is full. The data received so far is kept, except that of a file that is too large.
     """
     attempts, previous_size = 0, 0
     while True:
         try:
-            _download_rest(url, partial, name)
+            _download_rest(url, partial, name, max_bytes)
             return
         except _ConnectionLostError as error:
             size = partial.stat().st_size if partial.is_file() else 0
@@ -60,7 +63,7 @@ def download(url: str, partial: Path, name: str) -> None:
             raise storage_error(partial, error) from error
 
 
-def _download_rest(url: str, partial: Path, name: str) -> None:
+def _download_rest(url: str, partial: Path, name: str, max_bytes: int) -> None:
     """Download in one connection: append to the partial file if the server's file is unchanged, else start again."""
     note = partial.with_suffix(".note")
     size, version = _read_note(partial, note, url)
@@ -72,14 +75,18 @@ def _download_rest(url: str, partial: Path, name: str) -> None:
     with _open(request, note) as response:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
             size = 0
-        length = response.headers.get("Content-Length")
-        total = size + int(length) if length else None
+        length = (response.headers.get("Content-Length") or "").strip()
+        total = size + int(length) if length.isascii() and length.isdecimal() and len(length) < _LENGTH_DIGITS else None
+        if (encoding := response.headers.get("Content-Encoding") or "identity").lower() != "identity":
+            raise UrlFailedError(f"the server encodes the file ({encoding[:40]!r}) although that was not requested")
         _require_space(partial, (total or 0) - size, name)
+        _require_size(total or 0, max_bytes, partial)
         note.write_text(json.dumps({"url": url, "version": _version(response)}))
         with partial.open("ab" if size else "wb") as file:
-            size = _copy(response, file, name=name, size=size, total=total)
+            size = _copy(response, file, name=name, size=size, total=total, max_bytes=max_bytes)
             file.flush()
             os.fsync(file.fileno())
+    _require_size(size, max_bytes, partial)
     if total is not None and size < total:
         raise _ConnectionLostError(f"the connection ended after {size:,} of {total:,} bytes")
     note.unlink()
@@ -97,6 +104,8 @@ def _open(request: urllib.request.Request, note: Path) -> HTTPResponse:
             raise _ConnectionLostError("the server has no more bytes; starting again") from error
         kind = _ConnectionLostError if error.code >= 500 or error.code in _RETRY_CODES else UrlFailedError
         raise kind(f"HTTP {error.code} {error.reason}") from error
+    except ValueError as error:  # an address or a header that cannot be parsed, such as that of a redirect
+        raise UrlFailedError(f"the server's answer is not valid ({error})") from error
     except (OSError, HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, socket.gaierror):
@@ -139,8 +148,19 @@ def _require_space(partial: Path, needed: int, name: str) -> None:
         raise StorageError(f"{name} needs {needed:,} bytes in {partial.parent}, {free:,} are free: free some space.")
 
 
-def _copy(response: HTTPResponse, file: IO[bytes], *, name: str, size: int, total: int | None) -> int:
-    """Copy a response to the end of a file of `size` bytes, showing the progress, and return its new size in bytes."""
+def _require_size(size: int, max_bytes: int, partial: Path) -> None:
+    """Raise UrlFailedError for more than `max_bytes` bytes, and delete what was downloaded."""
+    if size > max_bytes:
+        for path in (partial, partial.with_suffix(".note")):
+            path.unlink(missing_ok=True)
+        raise UrlFailedError(f"it has more than the {max_bytes:,} bytes allowed")
+
+
+def _copy(response: HTTPResponse, file: IO[bytes], *, name: str, size: int, total: int | None, max_bytes: int) -> int:
+    """Copy a response to the end of a file of `size` bytes, showing the progress, and return its new size in bytes.
+
+    Stops after more than `max_bytes`.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -152,10 +172,10 @@ def _copy(response: HTTPResponse, file: IO[bytes], *, name: str, size: int, tota
         while True:
             try:
                 chunk = response.read1(_CHUNK)  # returns as soon as some data has arrived
-            except (OSError, HTTPException) as error:
+            except (OSError, HTTPException, ValueError) as error:  # ValueError: a chunk of no valid size
                 file.flush()
                 raise _ConnectionLostError(f"the connection broke after {size:,} bytes ({error})") from error
-            if not chunk:
+            if not chunk or size > max_bytes:
                 return size
             file.write(chunk)
             size += len(chunk)

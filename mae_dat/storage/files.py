@@ -65,6 +65,20 @@ def atomic_write(path: Path, need: int = 0) -> Iterator[BinaryIO]:
         raise storage_error(path, fault, need) from error
 
 
+def open_lock_file(path: Path) -> BinaryIO:
+    """Open a file for locking, and create it if needed; its content stays.
+
+    Links are not followed, because another user may have put one there. Raises OutputError for one, StorageError.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OutputError(f"the lock file {path} is a link, which is not followed: remove it.") from error
+        raise storage_error(path, error) from error
+    return os.fdopen(descriptor, "r+b", buffering=0)
+
+
 def is_web_page(start: bytes) -> bool:
     """Return whether a file that begins with `start` is a web page, a frequent result of a failed download."""
     return _WEB_PAGE.match(start) is not None

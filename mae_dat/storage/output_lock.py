@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from mae_dat.config.errors import NoProgressError, OutputError
-from mae_dat.storage.files import atomic_write, storage_error
+from mae_dat.storage.files import atomic_write, open_lock_file, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -225,12 +225,8 @@ def lock_output_folder(folder: Path, grace: float = 10.0) -> Iterator[OutputLock
 @contextlib.contextmanager
 def _locked(output_lock: OutputLock, grace: float) -> Iterator[None]:
     path = output_lock.folder / ".lease.lock"
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise storage_error(path, error) from error
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, lock)
+        lock = stack.enter_context(open_lock_file(path)).fileno()
         try:
             _retry(output_lock, lambda take_over: output_lock._lock(lock, take_over), grace)
             stack.callback(output_lock._unlock, lock)

@@ -33,6 +33,7 @@ from mae_dat.storage.files import (
     atomic_write,
     home_folder,
     is_web_page,
+    open_lock_file,
     prepare_output_folder,
     sha256_of,
     storage_error,
@@ -286,7 +287,7 @@ def _md5_of(path: Path) -> str:
 @contextlib.contextmanager
 def _download_lock(path: Path, name: str) -> Iterator[None]:
     """Hold the lock of a file to be downloaded; the system releases it when the process dies."""
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
+    with open_lock_file(path.parent / f".{path.name}.lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,7 +11,7 @@ import pytest
 
 from mae_dat.config.errors import OutputError, StorageError
 from mae_dat.storage.checkpoint import newest_checkpoint, save_checkpoint
-from mae_dat.storage.files import atomic_write, prepare_output_folder, storage_error
+from mae_dat.storage.files import atomic_write, open_lock_file, prepare_output_folder, storage_error
 from mae_dat.storage.output_lock import lock_output_folder
 
 GOOD_NAMES = {
@@ -164,3 +164,14 @@ def test_nothing_is_begun_that_cannot_fit(tmp_path: Path) -> None:
         with atomic_write(tmp_path / "file", need=1 << 60):
             sys.exit("begun")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (tmp_path / ".lease.lock").symlink_to(target)
+    with pytest.raises(OutputError, match=r"\.lease\.lock is a link, which is not followed: remove it"):
+        open_lock_file(tmp_path / ".lease.lock")
+    assert target.read_text() == "precious"
+    with open_lock_file(target):
+        assert target.read_text() == "precious", "the content stays"

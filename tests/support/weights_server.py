@@ -24,8 +24,10 @@ class Page:
     ranges: bool = True
     cut_after: int | None = None
     """Bytes after which a connection is closed."""
-    claim: int | None = None
-    """Content-Length, where it is not the truth."""
+    claim: int | str | None = None
+    """Content-Length, where it is not the truth; empty for none."""
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Further headers."""
     drip: bool = False
     failures: int = 0
     """Requests answered by 503 first."""
@@ -70,7 +72,10 @@ def serving(certificate: Path | None = None) -> Iterator[Server]:
                 self.send_header("Location", page.location)
             if status == 206:
                 self.send_header("Content-Range", f"bytes {start}-{len(page.content) - 1}/{len(page.content)}")
-            self.send_header("Content-Length", str(page.claim or len(body)))
+            if page.claim != "":
+                self.send_header("Content-Length", str(page.claim or len(body)))
+            for name, value in page.headers.items():
+                self.send_header(name, value)
             self.send_header("ETag", page.etag)
             self.send_header("Connection", "close")
             self.end_headers()

@@ -10,14 +10,14 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mae_dat.config.errors import ConfigError, DataError, DownloadError
 from mae_dat.config.extras import require_extra
-from mae_dat.data.shards.index import INDEX_FILE
+from mae_dat.data.shards.index import INDEX_FILE, read_index
 from mae_dat.storage.download import UrlFailedError, download
-from mae_dat.storage.files import home_folder, prepare_output_folder, sha256_of
+from mae_dat.storage.files import atomic_write, home_folder, open_lock_file, prepare_output_folder, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ def cache_folder() -> Path:
 def remote_root(url: str) -> Path:
     """Return the local folder for `url`, with the indices of URL/train and URL/val, or of URL itself.
 
-    An index is downloaded once and kept, so a resumed run finds the same order of images. Raises DownloadError.
+    An index is downloaded once and kept, so a resumed run finds the same order of images; a damaged one is downloaded
+    again. Raises DownloadError.
     """
     url = url.rstrip("/")
     if url.startswith("http://"):
@@ -68,20 +69,42 @@ def remote_root(url: str) -> Path:
 def _download_index(source: str, folder: Path) -> None:
     """Download the index of one split, unless it is there. Raises UrlFailedError, and then leaves no folder behind."""
     index = folder / INDEX_FILE
-    if index.is_file():
+    if _is_valid_index(index):
         return
     prepare_output_folder(folder)
-    (folder / _ORIGIN).write_text(source)
+    with atomic_write(folder / _ORIGIN) as file:
+        file.write(source.encode())
     try:
         with _locked(index):
-            if not index.is_file():
-                _fetch(f"{source}/{INDEX_FILE}", index)
+            if not _is_valid_index(index):
+                _fetch(f"{source}/{INDEX_FILE}", index, check=_check_index)
     except UrlFailedError:
         (folder / _ORIGIN).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             _lock_path(index).unlink()
             folder.rmdir()  # or the split would seem to exist
         raise
+
+
+def _is_valid_index(index: Path) -> bool:
+    """Return whether a usable index is in the cache; report one that is damaged."""
+    if not index.is_file():
+        return False
+    try:
+        read_index(index.parent)
+    except DataError as error:
+        logger.warning("%s Downloading it again.", str(error).partition(";")[0] + ".")
+        return False
+    return True
+
+
+def _check_index(partial: Path) -> None:
+    """Raise UrlFailedError for a downloaded file that is not an index of shards."""
+    try:
+        read_index(partial.parent, partial.name)
+    except DataError as error:
+        cause = str(error).partition(";")[0].replace(str(partial), "the file")
+        raise UrlFailedError(f"it is not an index of shards ({cause})") from error
 
 
 def origin_of(folder: Path) -> str | None:
@@ -107,13 +130,28 @@ def download_shard(origin: str, path: Path, size: int, sha256: str) -> None:
             raise DownloadError(f"{origin}/{path.name} could not be downloaded: {error}") from error
 
 
-def _fetch(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
-    """Download a file next to `path`, check its sha256, and rename it to `path`."""
-    partial = path.with_name(f".{path.name}.partial")
+def _fetch(
+    url: str,
+    path: Path,
+    size: int | None = None,
+    sha256: str | None = None,
+    check: Callable[[Path], None] = lambda partial: None,
+) -> None:
+    """Download a file next to `path`, compare its sha256 and call `check`, and rename it to `path`.
+
+    A file that fails a check is deleted.
+    """
+    partial = path.with_name(f".partial.{path.name}")
+    largest = _LARGEST_INDEX if size is None else size
     if url.startswith("http"):
-        download(url, partial, path.name)
+        download(url, partial, path.name, largest)
     else:
-        _stream(url, partial, _LARGEST_INDEX if size is None else size)
+        _stream(url, partial, largest)
+    try:
+        check(partial)
+    except UrlFailedError:
+        partial.unlink(missing_ok=True)
+        raise
     if sha256 and (actual := sha256_of(partial)) != sha256:
         partial.unlink()
         raise DataError(f"{url} is not the shard of the index: its sha256 is {actual}, not {sha256}; it was not used")
@@ -131,7 +169,7 @@ def _stream(url: str, partial: Path, max_bytes: int) -> None:
             while chunk := source.read(1 << 20):
                 remaining -= len(chunk)
                 if remaining < 0:
-                    raise UrlFailedError("it is longer than the index says")
+                    raise UrlFailedError(f"it has more than the {max_bytes:,} bytes allowed")
                 target.write(chunk)
     except OSError as error:
         raise UrlFailedError(str(error)) from error
@@ -156,7 +194,7 @@ def _make_room(size: int) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Lock a file that may not exist yet. The system releases the lock when the process dies."""
-    with _lock_path(path).open("w") as lock:
+    with open_lock_file(_lock_path(path)) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

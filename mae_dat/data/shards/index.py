@@ -83,9 +83,9 @@ class ShardIndex:
         return digest.hexdigest()
 
 
-def read_index(folder: Path) -> ShardIndex:
+def read_index(folder: Path, name: str = INDEX_FILE) -> ShardIndex:
     """Read the index of a folder of shards. Raises DataError for one that is damaged or inconsistent."""
-    path, advice = folder / INDEX_FILE, f"write it again: mae-dat pack --index {folder}"
+    path, advice = folder / name, f"write it again: mae-dat pack --index {folder}"
     try:
         file = read_weights(path)
         facts, tensors = file.facts, file.tensors

@@ -341,6 +341,32 @@ def test_shards_come_from_a_server_once_and_the_cache_stays_small(
     assert content(far) == content(near), "what was open stays readable, what is gone comes back"
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>busy</html>", b"\x10" + bytes(40), b"{}"])
+def test_a_bad_download_of_an_index_does_not_stay_in_the_cache(
+    content: bytes, server: Server, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = server.pages["/data/train/index.safetensors"]
+    good, page.content = page.content, content
+    root = image_root(f"{server.url}/data")  # of the other split
+    assert not (root / "train").exists()
+    page.content = good
+    root = image_root(f"{server.url}/data")
+    assert len(Shards(root / "train", to_tensor)) == len(Shards(packed / "train", to_tensor))
+    (root / "train" / "index.safetensors").write_bytes(content)  # as an earlier release may have left it
+    image_root(f"{server.url}/data")
+    assert "Downloading it again" in caplog.text
+    assert (root / "train" / "index.safetensors").read_bytes() == good
+
+
+def test_an_index_that_never_ends_is_not_stored(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_cache, "_LARGEST_INDEX", 10_000)
+    for split in ("train", "val"):
+        server.page(f"/data/{split}/index.safetensors", bytes(2_000_000))
+    with pytest.raises(DownloadError, match="more than the 10,000 bytes allowed"):
+        image_root(f"{server.url}/data")
+    assert not [path for path in shard_cache.cache_folder().rglob("*") if path.is_file()]
+
+
 def test_a_shard_that_is_not_the_indexs_is_refused(server: Server) -> None:
     root = image_root(f"{server.url}/data")
     images = Shards(root / "train", to_tensor)
