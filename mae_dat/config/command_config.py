@@ -17,7 +17,7 @@ from mae_dat.config.flags import (
     flat_values,
 )
 from mae_dat.config.recipes import find_recipe
-from mae_dat.config.yaml_files import FileSetting, read_settings, write_settings
+from mae_dat.config.yaml_files import FileSetting, read_settings, settings_text
 
 
 class CommandConfig:
@@ -50,7 +50,7 @@ class CommandConfig:
 
     def to_yaml(self, file: str | Path) -> None:
         """Write all settings to a YAML file that `from_yaml` and `--config` read."""
-        write_settings(flat_values(self), Path(file), self.command())
+        Path(file).write_text(settings_text(flat_values(self), self.command()))
 
     def command(self) -> str:
         """Return the command that does the same, `mae-dat VERB ...`, with the flags that differ from the defaults."""

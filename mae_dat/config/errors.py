@@ -4,7 +4,15 @@ Any other exception is a bug of this package and keeps its traceback.
 """
 
 import difflib
+import errno
 from collections.abc import Sequence
+
+DISK_FULL = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "no space left for a file of this size",
+}
+"""Causes in words, by error number, of a write for which there is no space."""
 
 
 class UserError(Exception):

@@ -8,18 +8,18 @@ import contextlib
 import logging
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mae_dat.config.arguments import CONFIG_FLAG, Command, description_of
 from mae_dat.config.command_config import resolve_config
-from mae_dat.config.errors import InterruptError, MissingInputError, UserError
+from mae_dat.config.errors import DISK_FULL, InterruptError, MissingInputError, StorageError, UserError
 from mae_dat.config.extras import OPENCV_WITHOUT_LIBGL
 from mae_dat.config.flags import Config, default_config, flags_of
 from mae_dat.config.interrupts import INTERRUPTED, is_interrupt
-from mae_dat.config.yaml_files import write_settings
 
 
 def load_config(
@@ -51,11 +51,6 @@ def command_of(
     return Command(program, description or description_of(kind), flags, examples)
 
 
-def write_config(settings: Mapping[str, Any], path: Path) -> None:
-    """Write the resolved settings of a run to a YAML file that `--config` reads."""
-    write_settings(settings, path, command_line())
-
-
 def command_line() -> str:
     """Return the running command with its arguments, for logs, cards and reports.
 
@@ -81,12 +76,24 @@ def run_command(main: Callable[[], int | None]) -> int:
         sys.exit(code)
 
 
+def _describe_full_disk(error: OSError) -> str:
+    """Return the message of a write that failed for lack of space: the file, if known, and the free bytes."""
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    folder = path.parent if path and path.parent.is_dir() else Path.cwd()
+    free = shutil.disk_usage(folder).free
+    cause = DISK_FULL[error.errno or 0]
+    return f"could not write {path or 'a file'}: {cause} ({free:,} bytes free in {folder.absolute()}). Free some space."
+
+
 def _explain(error: BaseException) -> int | None:
     """Print the message of an error that ends a command, and return the exit code; None for a bug and for an exit."""
     if isinstance(error, UserError):
         logging.getLogger("mae_dat").debug("", exc_info=True)
         sys.stderr.write(f"{'interrupted' if isinstance(error, InterruptError) else 'error'}: {error}\n")
         return error.exit_code
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        sys.stderr.write(f"error: {_describe_full_disk(error)}\n")
+        return StorageError.exit_code
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

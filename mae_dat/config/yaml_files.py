@@ -58,9 +58,9 @@ def _convert(flag: Flag, value: Any, text: str | None, place: str) -> Any:
         raise ConfigError(f"{place}: {flag.name} must be {error}, got {value if text is None else text}.") from error
 
 
-def write_settings(settings: Mapping[str, Any], path: Path, header: str) -> None:
-    """Write settings to a YAML file that `--config` reads, below a comment of one line."""
+def settings_text(settings: Mapping[str, Any], header: str) -> str:
+    """Return settings as the text of a YAML file that `--config` reads, below a comment of one line."""
     import yaml
 
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    path.write_text(f"# {header}\n" + yaml.safe_dump(values, sort_keys=False))
+    return f"# {header}\n" + yaml.safe_dump(values, sort_keys=False)

@@ -15,12 +15,18 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from mae_dat.config.errors import DataError, RetryError, UserError
 from mae_dat.config.limits import available_cores
 from mae_dat.data.image_set import Batch, ImageSet, Sample
 from mae_dat.data.sampler import EvalSampler, TrainSampler
+from mae_dat.data.shared_memory import (
+    SHARED_MEMORY_FOLDER,
+    PipedBatch,
+    is_shared_memory_error,
+    workers_with_shared_memory,
+)
 from mae_dat.runtime.signals import accept_signals, signals_blocked
 
 _DEATH_TIMEOUT_S = 2
@@ -65,7 +71,7 @@ class ImageLoader(DataLoader[Any]):
         for batch in detect_killed_workers(super().__iter__):
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            yield batch.tensors() if isinstance(batch, PipedBatch) else batch
 
 
 def _loader(dataset: Dataset[Sample], num_workers: int, pin_memory: bool, **sampling: Any) -> ImageLoader:
@@ -97,7 +103,15 @@ class _ErrorsAsValues(Dataset[Any]):
 
 
 def _collate(samples: list[Sample | UserError]) -> Any:
-    return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
+    """Return a batch, in a worker as tensors in shared memory or, where that is full, as a `PipedBatch`."""
+    if bad := next((sample for sample in samples if isinstance(sample, UserError)), None):
+        return bad
+    try:
+        return default_collate(samples)
+    except RuntimeError as error:
+        if get_worker_info() is None or not is_shared_memory_error(error):
+            raise
+        return PipedBatch(samples)
 
 
 def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], num_workers: int) -> Iterator[Any]:
@@ -119,7 +133,7 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], num_wor
 
 def _workers(num_workers: int) -> dict[str, Any]:
     """Return a DataLoader's arguments for up to `num_workers` workers, but no more than there are cores."""
-    num_workers = worker_count(num_workers)
+    num_workers = workers_with_shared_memory(worker_count(num_workers))
     start = functools.partial(_start_worker, _exiting()) if num_workers else None
     return {"num_workers": num_workers, "worker_init_fn": start}
 
@@ -191,6 +205,6 @@ def _free_memory() -> str:
         kilobytes = int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
         parts.append(f"{kilobytes / 1e6:.1f} GB of the machine's are free")
     with contextlib.suppress(OSError):
-        usage = shutil.disk_usage("/dev/shm")
-        parts.append(f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB of /dev/shm")
+        usage = shutil.disk_usage(SHARED_MEMORY_FOLDER)
+        parts.append(f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB of {SHARED_MEMORY_FOLDER}")
     return ", ".join(parts) or "how much is free is not known"

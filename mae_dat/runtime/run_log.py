@@ -7,7 +7,8 @@ scores of the epochs, with the number of updates as the axis of all curves (docs
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ class RunLog:
 
         self.records = _drop_later_records(self.path, resumed_step)
         _drop_later_records(self.points_path, resumed_step)
-        self.writer = SummaryWriter(str(log_dir or output_dir), purge_step=resumed_step + 1)
+        threading.excepthook = _ignore_writer_thread(threading.excepthook)
+        self.events_path = (log_dir or output_dir) / "events.out.tfevents"
+        with self._storage_errors(self.events_path):
+            self.writer = SummaryWriter(str(log_dir or output_dir), purge_step=resumed_step + 1)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append an epoch's record, with its `step`, to `log.txt`, and its scores (`test_NAME`) to TensorBoard."""
@@ -58,26 +62,26 @@ class RunLog:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write scalars to TensorBoard: `train_NAME` with the tag `train/NAME`, `test_NAME` with `val/NAME`."""
         if self.writer is not None:
-            with self._storage_errors(self.path):
+            with self._storage_errors(self.events_path):
                 for name, value in values.items():
                     self.writer.add_scalar(_tag(name), value, step)
 
     def image(self, tag: str, image_CHW: Tensor, step: int) -> None:
         """Write an image (channels, height, width) with pixels in [0, 1] to TensorBoard."""
         if self.writer is not None:
-            with self._storage_errors(self.path):
+            with self._storage_errors(self.events_path):
                 self.writer.add_image(tag, image_CHW.clamp(0, 1), step)
 
     def flush(self) -> None:
         """Write the values that TensorBoard's writer still buffers."""
         if self.writer is not None:
-            with self._storage_errors(self.path):
+            with self._storage_errors(self.events_path):
                 self.writer.flush()
 
     def close(self) -> None:
         """Flush and close TensorBoard's file."""
         if self.writer is not None:
-            with self._storage_errors(self.path):
+            with self._storage_errors(self.events_path):
                 self.writer.close()
 
     def _append(self, path: Path, record: Mapping[str, Any]) -> None:
@@ -91,6 +95,20 @@ class RunLog:
             yield
         except OSError as error:
             raise storage_error(path, error) from error
+
+
+def _ignore_writer_thread(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a hook for the exceptions of threads that prints no traceback for a failed write of TensorBoard's thread.
+
+    The writer raises the same error again at the next call, where it becomes a StorageError.
+    """
+
+    def filtered(arguments: Any) -> None:
+        is_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
+        if not (is_writer and issubclass(arguments.exc_type, OSError)):
+            hook(arguments)
+
+    return filtered
 
 
 def _tag(name: str) -> str:

@@ -29,7 +29,7 @@ REPORT_SECONDS = 10.0
 MAX_BYTES = 1 << 38
 """Bytes of the largest file that is downloaded: 256 GiB."""
 _CHUNK = 1 << 20
-_LENGTH_DIGITS = 16
+_LENGTH_DIGITS = 20
 _RETRY_CODES = {408, 425, 429}  # the server is busy
 
 

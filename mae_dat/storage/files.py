@@ -11,15 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from mae_dat.config.errors import MissingInputError, OutputError, StorageError, UserError
+from mae_dat.config.errors import DISK_FULL, MissingInputError, OutputError, StorageError, UserError
 
 HOME_VARIABLE = "MAE_DAT_HOME"
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
-_DISK_FULL = {
-    errno.ENOSPC: "no space left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "no space left for a file of this size",
-}
 
 
 def home_folder() -> Path:
@@ -110,7 +105,7 @@ def storage_error(path: Path, error: Exception, need: int = 0) -> StorageError:
         return StorageError(f"could not write {path}: there is no folder {path.parent}. Create it first.")
     free = shutil.disk_usage(path.parent).free
     code = error.errno if isinstance(error, OSError) else None
-    cause = _DISK_FULL.get(code, str(error)) if code else str(error)
+    cause = DISK_FULL.get(code, str(error)) if code else str(error)
     needed = f"{need:,} bytes needed, " if need else ""
     return StorageError(
         f"could not write {path}: {cause} ({needed}{free:,} bytes free there). Earlier files are intact."

@@ -9,7 +9,8 @@ from typing import Any
 from mae_dat.config.errors import OutputError
 from mae_dat.config.groups import DataConfig, OptimConfig
 from mae_dat.config.memory import memory_errors_name_flags
-from mae_dat.config.parse import write_config
+from mae_dat.config.parse import command_line
+from mae_dat.config.yaml_files import settings_text
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, train_loader
 from mae_dat.data.open import describe_images
@@ -19,7 +20,7 @@ from mae_dat.runtime.environment import code_facts
 from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.storage.checkpoint import Checkpoint
-from mae_dat.storage.files import prepare_output_folder
+from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.storage.output_lock import record_start
 from mae_dat.training.context import RunContext
 from mae_dat.training.describe import add_device, add_run_output
@@ -104,7 +105,8 @@ def _record_start(output: Path, step: int, settings: Mapping[str, Any]) -> None:
     """Record that training starts at a step, and with which settings. Raises NoProgressError, StorageError."""
     record_start(output, step)
     set_aside_exports(output)
-    write_config(settings, output / "config.yaml")
+    with atomic_write(output / "config.yaml") as file:
+        file.write(settings_text(settings, command_line()).encode())
 
 
 def _loader(

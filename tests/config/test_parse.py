@@ -9,8 +9,9 @@ import pytest
 
 from mae_dat.config.errors import MissingInputError, UsageError
 from mae_dat.config.flags import flat_values
-from mae_dat.config.parse import command_line, load_config, run_command, write_config
+from mae_dat.config.parse import command_line, load_config, run_command
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
+from mae_dat.config.yaml_files import settings_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +47,7 @@ def test_every_flag_survives_the_way_through_a_file(tmp_path: Path) -> None:
     ]  # fmt: skip
     for kind, arguments in ((FinetuneConfig, changed), (FinetuneConfig, []), (PretrainConfig, ["--norm_pix_loss"])):
         config = load_config(kind, arguments)
-        write_config(flat_values(config), tmp_path / "config.yaml")
+        (tmp_path / "config.yaml").write_text(settings_text(flat_values(config), command_line()))
         assert load_config(kind, ["--config", str(tmp_path / "config.yaml")]) == config
     assert (tmp_path / "config.yaml").read_text().startswith(f"# {command_line()}")
 

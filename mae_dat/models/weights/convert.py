@@ -7,6 +7,7 @@ The command then loads the result in the way its users will, and compares it wit
 import contextlib
 import dataclasses
 import logging
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.config.commands.convert import ConvertConfig
-from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, suggest
+from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, StorageError, suggest
 from mae_dat.data.describe import describe_classes
 from mae_dat.models.modes import Network
 from mae_dat.models.weights.converters import CONVERTERS, Conversion, ModelOutputs, random_images, to_hub
@@ -23,9 +24,10 @@ from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.runtime.console import console_for_command
 from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
-from mae_dat.storage.files import prepare_output_folder
+from mae_dat.storage.files import prepare_output_folder, storage_error
 
 TOLERANCE = 1e-4  # largest difference of the outputs before and after, relative to the largest output
+_TEMPORARY = re.compile(r"\.convert\.\w+/")
 _SUFFIXES = {
     "timm": (".safetensors", ".pth"),
     "mae": (".pth", ".safetensors"),
@@ -96,7 +98,11 @@ def convert(
 def _convert_opened(opened: OpenedModel, source: str, dest: Path, to: str, license: str | None) -> ConvertedModel:
     """Convert an opened model; see `convert`."""
     network = opened.encoder()
-    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".convert.") as folder, _only_warnings():
+    with (
+        _storage_errors(dest),
+        tempfile.TemporaryDirectory(dir=dest.parent, prefix=".convert.") as folder,
+        _only_warnings(),
+    ):
         conversion = _write(opened, Path(folder) / dest.name, to, dest=dest, source=source, license=license)
         difference = max(
             output_difference(ModelOutputs(network), conversion.outputs, random_images(opened, count))
@@ -111,6 +117,17 @@ def _write(opened: OpenedModel, path: Path, to: str, *, dest: Path, source: str,
     if to == "hf":
         return to_hub(opened, path, str(dest), source=Path(source).name, license=license)
     return CONVERTERS[to](opened, path, str(dest))
+
+
+@contextlib.contextmanager
+def _storage_errors(dest: Path) -> Iterator[None]:
+    """Raise StorageError about the destination for a failed write of the temporary files next to it."""
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(_TEMPORARY.sub("", str(error))) from error
+    except OSError as error:
+        raise storage_error(dest, error) from error
 
 
 @contextlib.contextmanager

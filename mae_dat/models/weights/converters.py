@@ -5,6 +5,7 @@ lines of code that load it from `dest`, its final path.
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -196,7 +197,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path, opened: OpenedModel, 
     if path.suffix == ".safetensors":
         write_weights(path, tensors, {"mae_dat": json.dumps(_export_facts(opened))})
         return
-    with atomic_write(path) as file:
+    with atomic_write(path, sum(tensor.nbytes for tensor in tensors.values())) as file:
         torch.save({root: tensors} if root else tensors, file)
 
 
@@ -234,8 +235,10 @@ def to_export(opened: OpenedModel, path: Path, dest: str) -> Conversion:
     network = ModelOutputs(opened.model).eval()
     with torch.no_grad():
         program = torch.export.export(network, (random_images(opened, 2),), dynamic_shapes=batch)
-    with atomic_write(path) as file:
-        torch.export.save(program, file)
+    content = io.BytesIO()  # torch's writer ends the process when a file cannot be written
+    torch.export.save(program, content)
+    with atomic_write(path, content.tell()) as file:
+        file.write(content.getbuffer())
     return Conversion(torch.export.load(path).module(), f"torch.export.load({dest!r}).module()(pixels in [0, 1])")
 
 
