@@ -26,7 +26,7 @@ RETRY_PAUSE_SECONDS = 1.0
 TIMEOUT_SECONDS = 30.0
 REPORT_SECONDS = 10.0
 """Interval of the progress lines in a log, where there is no terminal for a progress bar."""
-MAX_BYTES = 1 << 38
+_MAX_BYTES = 1 << 38
 """Bytes of the largest file that is downloaded: 256 GiB."""
 _CHUNK = 1 << 20
 _LENGTH_DIGITS = 20
@@ -41,7 +41,7 @@ class _ConnectionLostError(UrlFailedError):
     """The connection ended early, so another attempt may succeed."""
 
 
-def download(url: str, partial: Path, name: str, max_bytes: int = MAX_BYTES) -> None:
+def download(url: str, partial: Path, name: str, max_bytes: int = _MAX_BYTES) -> None:
     """Download `url` to the file `partial`; a file next to it (`.note`) records how a later call can resume.
 
     `name` is shown in the progress. Raises UrlFailedError, also for more than `max_bytes`, and StorageError if the disk
