@@ -334,7 +334,7 @@ def test_classes_differ_from_the_head(finetune: Run, images: Path, classifier: P
     shutil.copytree(tmp_path / "data/val/zebra", tmp_path / "data/val/yak")
     tensors = torch.load(next(classifier.glob("checkpoint-*.pth")), weights_only=True)["model"]
     torch.save({"model": tensors}, tmp_path / "foreign.pth")
-    refused(finetune(*evaluate, "--resume", tmp_path / "foreign.pth"), tmp_path / "foreign.pth", "10 classes", "11")
+    refused(finetune(*evaluate, "--resume", tmp_path / "foreign.pth"), tmp_path / "data/val", "11 class", "10 out")
 
 
 def test_a_pretraining_cannot_be_evaluated(finetune: Run, images: Path, pretrained: Path) -> None:
