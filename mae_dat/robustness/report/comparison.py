@@ -7,6 +7,7 @@ from mae_dat.robustness.report.charts import signed
 from mae_dat.robustness.report.corruption_table import section_starts
 from mae_dat.robustness.report.differences import ALPHA, is_doubtful
 from mae_dat.robustness.report.groups import Group
+from mae_dat.robustness.report.measurements import WHOLE_SUITES
 from mae_dat.robustness.report.metrics import Metric
 from mae_dat.robustness.report.paired import MIN_SEEDS
 from mae_dat.robustness.report.summarize import ReportData
@@ -135,7 +136,8 @@ def _headline_notes(report: ReportData, rows: list[tuple[str, ...]]) -> list[str
     notes = [_ARROW_NOTE]
     notes += [note for mark, note in _MARK_NOTES.items() if any(mark in metric.title for metric in report.metrics)]
     if report.image_subset:
-        exception = "" if report.subset_of_all else " but Clean and Cue conflict"
+        whole = " and ".join(WHOLE_SUITES[name] for name in WHOLE_SUITES if name in report.suites)
+        exception = "" if report.subset_of_all or not whole else f" but {whole}"
         notes.append(f"All suites{exception}: {report.image_subset}.")
     if report.image_size:
         notes.append(f"All networks take pictures of {report.image_size}.")

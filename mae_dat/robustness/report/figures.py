@@ -77,13 +77,14 @@ def gains_figure(report: ReportData) -> ReportFigure | None:
         points = tuple(_gain(report, metric, other, old=first, row=rows.index(metric)) for metric in metrics)
         if points:
             series.append(charts.Series(other.title, other.style, points))
-    who = series[0].label if len(series) == 1 else "each network"
+    who = series[0].label if len(series) == 1 else "each model"
+    hundredths = "; shape bias in hundredths" if any(metric.key.endswith("/bias") for metric in rows) else ""
     return ReportFigure(
         name="gains.png",
         png=charts.dot_plot([_short_title(metric) for metric in rows], series, f"gain over {first.title}", zero=True),
         alt=f"Dot plot of the differences to {first.title} with their intervals; the table below holds the numbers.",
-        caption=f"What {who} gains over {first.title} (zero), in points of the table below, shape bias in hundredths. "
-        "Right of zero is better. Bars: 95 % intervals.",
+        caption=f"Difference of {who} to {first.title} (zero), in percentage points{hundredths}. Right of zero is "
+        "better. Bars: 95 % intervals.",
     )
 
 

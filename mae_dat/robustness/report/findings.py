@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mae_dat.robustness.report.comparison import value_text
 from mae_dat.robustness.report.differences import ALPHA
 from mae_dat.robustness.report.groups import Group
+from mae_dat.robustness.report.measurements import WHOLE_SUITES
 from mae_dat.robustness.report.metrics import Metric
 from mae_dat.robustness.report.paired import MIN_SEEDS
 from mae_dat.robustness.report.summarize import ReportData
@@ -98,7 +99,8 @@ def image_notes(report: ReportData) -> list[str]:
     """Return which choice of images was measured, if it was a choice, and a warning about mixed versions."""
     notes = []
     if report.image_subset:
-        exception = "" if report.subset_of_all else "; clean and conflicting ones on all"
+        whole = " and ".join(WHOLE_SUITES[name] for name in WHOLE_SUITES if name in report.suites)
+        exception = "" if report.subset_of_all or not whole else f"; {whole} on all"
         notes.append(f"Measured on {report.image_subset}{exception}.")
     return notes + mixed_versions(report)
 

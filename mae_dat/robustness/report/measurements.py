@@ -21,6 +21,8 @@ MEASUREMENT_TITLES = {
     "objnet-1000": "ObjectNet (all 1000)",
 }
 USUAL_SIZE = [224, 224]
+WHOLE_SUITES = {"clean": "Clean", "conflict": "Cue conflict"}
+"""Suites of which all images are measured if others have a limit (`SuiteSettings.whole_clean`), and their titles."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,14 +192,13 @@ def subset_of_all(results: Results) -> str:
 def shared_subset(results: Results) -> str:
     """Return the same, or the choice that all suites share but clean and cue-conflict images of other classes than
     ImageNet's, which are always measured on all images (`SuiteSettings.whole_clean`)."""
-    always_whole = ("clean", "conflict")
     subsets = [
         (name, facts["protocol"].get("subset", ""))
         for suites in results["suites"].values()
         for name, facts in suites.items()
     ]
-    chosen = {subset for name, subset in subsets if name not in always_whole}
-    others_are_whole = {subset for name, subset in subsets if name in always_whole} <= {""}
+    chosen = {subset for name, subset in subsets if name not in WHOLE_SUITES}
+    others_are_whole = {subset for name, subset in subsets if name in WHOLE_SUITES} <= {""}
     return chosen.pop() if len(chosen) == 1 and others_are_whole else subset_of_all(results)
 
 
