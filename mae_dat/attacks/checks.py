@@ -90,12 +90,12 @@ def require_pixel_model(model: Network, probes: Iterable[tuple[Tensor, Callable[
                 del counts[scale]
                 continue
             count = counts[scale] = count.plus(plain, scaled)
-            if _binomial_tail(count.scaled_only, count.plain_only) < threshold:
+            if sign_test(count.scaled_only, count.plain_only) < threshold:
                 raise ConfigError(
                     f"the model seems to take images {scale.name}: it classifies {count.scaled} of {total} images "
                     f"correctly this way, but about {right_plain} in [0, 1]. Use {scale.advice}."
                 )
-            if _binomial_tail(count.plain_only, count.scaled_only) < threshold:
+            if sign_test(count.plain_only, count.scaled_only) < threshold:
                 del counts[scale]
         if not counts:
             return
@@ -117,8 +117,8 @@ class _ScaleCounts(NamedTuple):
         )
 
 
-def _binomial_tail(heads: int, tails: int) -> float:
-    """Return the probability of at least `heads` heads in heads + tails throws of a fair coin."""
+def sign_test(heads: int, tails: int) -> float:
+    """Return the probability of at least `heads` heads in heads + tails throws of a fair coin (one-sided)."""
     throws = heads + tails
     return sum(math.comb(throws, count) for count in range(heads, throws + 1)) / 2**throws
 

@@ -16,6 +16,7 @@ from mae_dat.robustness.cache import CachedMeasurement
 from mae_dat.robustness.cached_passes import PlanCounts
 from mae_dat.robustness.counting import SuiteCounts
 from mae_dat.robustness.evaluation_plan import EvaluationPlan, SuiteRun
+from mae_dat.robustness.input_checks import CHECKED_INPUTS, better_normalization
 from mae_dat.robustness.measure import MonitoredNetwork
 from mae_dat.robustness.report.metrics import GRADIENT_CHECKS
 from mae_dat.robustness.setup import EvaluationSetup
@@ -54,6 +55,26 @@ def _probes(image_pass: ImagePass, device: torch.device) -> Iterator[tuple[Tenso
             return images.is_correct(mapping.predictions(logits), index)
 
         yield torch.stack([images[i]["image"] for i in indices]).to(device), is_correct
+
+
+def normalization_warnings(plan: EvaluationPlan) -> list[str]:
+    """Return a warning for each network that classifies more images of its first suite correctly under another usual
+    normalization, beyond chance. Networks whose file records the normalization are not checked."""
+    warnings = []
+    first_run = {run.network.name: run for run in reversed(plan.runs)}
+    for network in plan.networks:
+        if network.normalization_is_known or network.name not in first_run:
+            continue
+        images = first_run[network.name].suite.passes[0].images
+        mapping = images.class_mapping.to(network.device)
+        index = torch.tensor(evenly_spaced(len(images), CHECKED_INPUTS))
+        pixels = torch.stack([images[i]["image"] for i in index.tolist()]).to(network.device)
+
+        def is_correct(logits: Tensor, images: Any = images, mapping: Any = mapping, index: Tensor = index) -> Tensor:
+            return images.is_correct(mapping.predictions(logits), index)
+
+        warnings += filter(None, [better_normalization(network.name, network.model, pixels, is_correct)])
+    return warnings
 
 
 def check_attacks(plan: EvaluationPlan, counts: PlanCounts, setup: EvaluationSetup) -> Checks:

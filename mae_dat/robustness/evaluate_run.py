@@ -14,6 +14,7 @@ from mae_dat.config.runs import FinetuneConfig
 from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.open import image_root
+from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.formats import ModelFile
@@ -21,6 +22,7 @@ from mae_dat.models.weights.load import check_class_count
 from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.evaluation import print_headline, run_evaluation
+from mae_dat.robustness.input_checks import CHECKED_INPUTS, better_normalization
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.setup import EvaluationSetup
@@ -70,6 +72,8 @@ def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> 
         if config.classifier.nb_classes:
             check_class_count(file.source, opened.plan.num_classes, config.classifier.nb_classes)
         on_main_rank(lambda: context.console.report_inputs(_accuracy_inputs(config, opened, images, context)))
+        if not (file.facts or file.statistics) and opened.plan.in_chans == 3:
+            on_main_rank(lambda: _warn_of_normalization(Path(file.source).name, opened.classifier(), images, context))
         loader = validation_loader(images, 2 * config.optim.batch_size, config.data, context)
         if config.evaluation.restrict_classes:
             present = torch.tensor(present_classes(images), device=context.device)
@@ -79,6 +83,15 @@ def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> 
         accuracies = (final.scores[name] for name in ("test_acc1", "test_acc5", "test_balanced_acc"))
         message = "accuracy %.2f %% top-1, %.2f %% top-5, %.2f %% balanced over classes, on %s"
         logger.info(message, *accuracies, images.root)
+
+
+def _warn_of_normalization(name: str, model: nn.Module, images: ImageSet, context: RunContext) -> None:
+    """Warn if the model classifies more of a hundred images correctly under another usual normalization."""
+    samples = [images[index] for index in evenly_spaced(len(images), CHECKED_INPUTS)]
+    pixels = torch.stack([sample["image"] for sample in samples]).to(context.device)
+    label = torch.tensor([sample["label"] for sample in samples], device=context.device)
+    if warning := better_normalization(name, model, pixels, lambda logits: logits.argmax(1) == label):
+        logger.warning("%s", warning)
 
 
 def present_classes(images: ImageSet) -> list[int]:

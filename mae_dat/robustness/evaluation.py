@@ -21,7 +21,7 @@ from typing import Any
 from mae_dat.config.parse import command_line
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.robustness.cached_passes import PlanCounts, load_or_measure
-from mae_dat.robustness.checks import Checks, check_attacks, require_pixel_inputs
+from mae_dat.robustness.checks import Checks, check_attacks, normalization_warnings, require_pixel_inputs
 from mae_dat.robustness.describe import evaluation_inputs
 from mae_dat.robustness.evaluation_plan import EvaluationPlan, log_plan, open_evaluation_plan
 from mae_dat.robustness.examples import write_examples
@@ -94,10 +94,14 @@ def run_evaluation(
 
 def _report_inputs(plan: EvaluationPlan, setup: EvaluationSetup) -> dict[str, str]:
     """Log and store the summary of the inputs, unless the caller did, and return its rows. Raises UserError."""
+    warnings = normalization_warnings(plan)
+    for warning in warnings:
+        logger.warning("%s", warning)
     if setup.inputs:
         log_plan(plan)
         return setup.inputs.as_json()["rows"]
     inputs = evaluation_inputs(plan, setup)
+    inputs.add("check", *warnings)
     setup.console.report_inputs(inputs, setup.folder / INPUTS_FILE if setup.folder else None)
     return inputs.as_json()["rows"]
 

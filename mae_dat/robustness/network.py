@@ -4,6 +4,7 @@ Wherever it comes from (see `open_networks`), it maps float pixels (B, 3, H, W) 
 normalization is inside.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,10 @@ from mae_dat.config.protocols import PROTOCOLS, ProtocolName
 from mae_dat.data.transforms import default_crop_pct
 from mae_dat.models.describe import WeightsOrigin
 from mae_dat.models.modes import Network
+from mae_dat.robustness.input_checks import ProbabilityModel, are_probabilities
 from mae_dat.robustness.scores.results import ModelFacts
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SIZE = (224, 224)
 """Input height and width in pixels of networks whose own is unknown."""
@@ -77,6 +81,8 @@ class EvaluatedNetwork:
     """Part of the cache key beside the facts; None if nothing distinguishes this network from another one."""
     origin: WeightsOrigin | None = None
     """The file of the weights, for the summary of the inputs; None if there is none."""
+    normalization_is_known: bool = False
+    """Whether the file of the weights records the normalization, so that it need not be checked on images."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of packages it needs beyond those of `mae_dat.runtime.environment`."""
 
@@ -97,7 +103,7 @@ def create_evaluated_network(
     model: Network, facts: ModelFacts, classes: Sequence[str] | None, options: EvalOptions
 ) -> EvaluatedNetwork:
     """Return the network after a forward pass of two blank images, which shows its outputs and whether it has
-    gradients.
+    gradients. Probabilities, rows that are not negative and sum to one, are replaced by their logarithms.
 
     Raises ConfigError if it does not accept images of the size in `facts`, does not return logits (B, K), declares
     normalized inputs, or has another number of outputs than `classes`; NumericsError for NaN or infinite logits.
@@ -113,6 +119,9 @@ def create_evaluated_network(
         raise NumericsError(
             f"{name} gives NaN or infinite logits for a blank image: its weights are damaged; check the checkpoint."
         )
+    if are_probabilities(logits) and are_probabilities(_logits_of_blank(model, torch.rand_like(blank), name)):
+        logger.info("%s gives probabilities: their logarithms are used as logits", name)
+        model, facts = ProbabilityModel(model), {**facts, "outputs": "probabilities"}
     if classes is not None and len(classes) != logits.shape[1]:
         raise ConfigError(f"{name} has {logits.shape[1]} outputs and a list of {len(classes)} classes.")
     return EvaluatedNetwork(

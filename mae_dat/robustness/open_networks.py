@@ -20,6 +20,7 @@ from mae_dat.models.adapters import (
     open_transformers_folder,
 )
 from mae_dat.models.classifier import Classifier, pretrained_timm
+from mae_dat.models.mae import VIT_SIZES
 from mae_dat.models.modes import Network, evaluation_mode
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.open import OpenedModel, open_model
@@ -128,6 +129,8 @@ def opened_network(opened: OpenedModel, source: str, name: str, options: EvalOpt
     """Return the network to evaluate from the model that `source` holds. Raises CheckpointError, ConfigError."""
     with errors_name_flag(f"--checkpoint {source}"):
         classifier = opened.classifier()
+    if not opened.facts and opened.plan.name not in VIT_SIZES:
+        options = _with_timm_crop(classifier, options)
     return _classifier_network(
         classifier,
         name=name,
@@ -217,7 +220,10 @@ def _classifier_network(
     }
     network = network.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     opened = create_evaluated_network(network.eval(), facts, classes, options)
-    return replace(opened, origin=replace(file.origin, sha256=facts["sha256"] or "")) if file else opened
+    if file is None:
+        return opened
+    is_known = bool(file.facts or file.statistics)
+    return replace(opened, origin=replace(file.origin, sha256=facts["sha256"] or ""), normalization_is_known=is_known)
 
 
 def _format_numbers(values: Tensor) -> str:

@@ -4,7 +4,9 @@ The steps are the same for every model: read and recognize the source (`read_mod
 from the recorded facts and the shapes (`plan_model`), build it, and load the tensors (`weights.load`).
 """
 
+import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from timm.data import resolve_model_data_config
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import ImageSize, image_size
 from mae_dat.models.classifier import Classifier, PatchGrid, build_classifier
+from mae_dat.models.describe import describe_statistics
 from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder, build_mae, unknown_name
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.load import load_autoencoder, load_classifier, load_detector, size_by_shapes
@@ -24,6 +27,8 @@ from mae_dat.models.weights.read import ModelSource, errors_name_flag, read_mode
 
 if TYPE_CHECKING:
     from mae_dat.models.detector import Detector
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,8 @@ def plan_model(file: ModelFile, name: str | None = None) -> ModelPlan:
     """
     if file.kind == "detector":
         return _plan_detector(file)
+    if name and not file.facts:
+        _compare_with_file_name(name, file)
     name = name or file.facts.get("model") or _name_by_shapes(file)
     is_vit = name in MAE_MODELS or name in VIT_SIZES
     if not is_vit and not timm.is_model(name):
@@ -222,9 +229,11 @@ def _plan_detector(file: ModelFile) -> ModelPlan:
 def _name_by_shapes(file: ModelFile) -> str:
     name = size_by_shapes(file.tensors)
     if name is None:
+        timm_name = _timm_name_of(file.source)
+        example = f"such as {timm_name}, as the file is named" if timm_name else "such as that of a timm model"
         raise CheckpointError(
             f"{file.label} does not record its architecture, and its shapes match none of "
-            f"{', '.join(VIT_SIZES)}: give the name with --model, such as that of a timm model."
+            f"{', '.join(VIT_SIZES)}: give the name with --model, {example}."
         )
     if file.kind == "classifier" and "fc_norm.weight" not in file.tensors and file.statistics is None:
         # MAE's and timm's files have the same keys and shapes, and do not record how pixels are normalized.
@@ -233,6 +242,28 @@ def _name_by_shapes(file: ModelFile) -> str:
             "ImageNet's statistics (MAE, DeiT), or a timm name such as vit_base_patch16_224 for timm's."
         )
     return name
+
+
+def _compare_with_file_name(name: str, file: ModelFile) -> None:
+    """Warn if a file is named after another model of timm than `name`, which normalizes pixels differently."""
+    named = _timm_name_of(file.source)
+    settings: Any = named and timm.get_pretrained_cfg(named)
+    own: Any = None if name in VIT_SIZES else timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if settings and own and named != own.architecture and (settings.mean, settings.std) != (own.mean, own.std):
+        logger.warning(
+            "%s is named after timm's %s, which normalizes by %s; %s normalizes by %s: check --model",
+            file.source,
+            named,
+            describe_statistics(settings.mean, settings.std),
+            name,
+            describe_statistics(own.mean, own.std),
+        )
+
+
+def _timm_name_of(source: str) -> str | None:
+    """Return the name of the timm model that a file is named after, such as resnet50 of resnet50.a1_in1k.pth."""
+    name = re.sub(r"-[0-9a-f]{8}$", "", Path(source).stem).partition(".")[0]
+    return name if timm.is_model(name) else None
 
 
 def _recorded_size(file: ModelFile) -> ImageSize | None:

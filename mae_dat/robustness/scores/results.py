@@ -43,6 +43,8 @@ class ModelFacts(TypedDict):
     """The crop's side over the resized image's, if it is not the default; for timm's weights, timm's crop_pct."""
     protocol: NotRequired[ProtocolName]
     """The protocol, if it is not `native`."""
+    outputs: NotRequired[str]
+    """probabilities, if the model gives these, so that their logarithms were used; logits otherwise."""
     precision: str
     """fp32 or bf16."""
     averaged: bool | None
