@@ -60,7 +60,7 @@ def _probes(image_pass: ImagePass, device: torch.device) -> Iterator[tuple[Tenso
 def normalization_warnings(plan: EvaluationPlan) -> list[str]:
     """Return a warning for each network that classifies more images of its first suite correctly under another usual
     normalization, beyond chance. Networks whose file records the normalization are not checked."""
-    warnings = []
+    warnings: list[str] = []
     first_run = {run.network.name: run for run in reversed(plan.runs)}
     for network in plan.networks:
         if network.normalization_is_known or network.name not in first_run:
