@@ -26,7 +26,17 @@ def read_settings(path: Path, flags: Sequence[Flag]) -> dict[str, FileSetting]:
     """
     import yaml  # takes a moment, which commands without a file should not
 
-    loader = yaml.SafeLoader(path.read_text())
+    try:
+        text_of_file = path.read_text()
+        # A file of a few hundred bytes can mean gigabytes by repeated aliases, and no flag needs them.
+        if alias := next((token for token in yaml.scan(text_of_file) if isinstance(token, yaml.AliasToken)), None):
+            line = alias.start_mark.line + 1
+            raise ConfigError(
+                f"{path}, line {line}: aliases (*{alias.value}) are not supported: write the value itself."
+            )
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    loader = yaml.SafeLoader(text_of_file)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -44,7 +54,7 @@ def read_settings(path: Path, flags: Sequence[Flag]) -> dict[str, FileSetting]:
             text = value_node.value if isinstance(value_node, yaml.ScalarNode) else None
             value = loader.construct_object(value_node, deep=True)
             settings[key] = FileSetting(_convert(flag_by_name[key], value, text, place), place)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # such as a date that does not exist
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     finally:
         loader.dispose()

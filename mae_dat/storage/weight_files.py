@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, MissingInputError, listing
 from mae_dat.storage.files import atomic_write, require_file, sha256_of
+from mae_dat.storage.model_facts import check_facts
 from mae_dat.storage.torch_files import read_pickle, reject_other_files, unreadable
 from mae_dat.storage.unwrap import PixelStatistics, unwrap
 
@@ -40,9 +41,9 @@ class WeightsFile(NamedTuple):
         """The description of the model in a file of this package; empty for other files. Raises CheckpointError."""
         try:
             facts = json.loads(self.metadata.get("mae_dat", "{}"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.source}: its description is damaged ({error}).") from error
-        return facts if isinstance(facts, dict) else {}
+        return check_facts(facts, self.source)
 
 
 def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.flags import flags_of
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
+from mae_dat.config.yaml_files import read_settings
 
 
 @pytest.mark.parametrize(
@@ -76,3 +78,19 @@ def test_values_are_read_as_their_flags_are(tmp_path: Path) -> None:
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("# nothing\n")
     assert load_config(FinetuneConfig, ["--config", str(tmp_path / "recipe.yaml")]) == FinetuneConfig()
+
+
+def test_a_bomb_of_aliases_is_rejected_with_its_line(tmp_path: Path) -> None:
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(["a0: &a0 [lol]", *levels]))
+    with pytest.raises(ConfigError, match=r"bomb\.yaml, line 2: aliases \(\*a0\) are not supported"):
+        read_settings(path, flags_of(FinetuneConfig))
+
+
+@pytest.mark.parametrize("text", ["epochs: " + "[" * 3000, "epochs: 2020-13-45", "epochs: \x00"])
+def test_yaml_that_cannot_be_read_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        read_settings(path, flags_of(FinetuneConfig))

@@ -35,6 +35,17 @@ class LightConfig:
     in_chans: int = 3
 
 
+_LARGEST = {
+    "factor": 64,
+    "width": 4096,
+    "encoder_blocks": 256,
+    "decoder_blocks": 256,
+    "num_words": 1_000_000,
+    "word_dim": 4096,
+    "in_chans": 1024,
+}
+
+
 class LightBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))))), 3 x 3, same width."""
 
@@ -112,16 +123,27 @@ class LightTokenizer(VisualTokenizer):
         """Rebuild a saved tokenizer. Raises CheckpointError if the file is not one."""
         try:
             config = LightConfig(**json.loads(file.metadata["config"]))
-        except (KeyError, TypeError, ValueError) as error:
+            _check_config(config)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a light tokenizer: {error}. Train one with mae-dat tokenizer train."
             ) from error
-        tokenizer = cls(config)
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
+            expected = cls(config).state_dict()
         check_keys(
             path,
-            tokenizer.state_dict(),
+            expected,
             file.tensors,
             "its configuration and weights disagree: train it again with mae-dat tokenizer train",
         )
+        tokenizer = cls(config)
         tokenizer.load_state_dict(file.tensors)
         return tokenizer
+
+
+def _check_config(config: LightConfig) -> None:
+    """Raise ValueError for a configuration from a file with another type, or far from those of real tokenizers."""
+    for name, value in dataclasses.asdict(config).items():
+        least = 0 if name.endswith("_blocks") else 1
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST[name]:
+            raise ValueError(f"{name} must be a whole number from {least} to {_LARGEST[name]:,}")
