@@ -13,8 +13,7 @@ from mae_dat.models.modes import Network, evaluation_mode
 
 CHECKED_INPUTS = 100
 """Images on which the normalization is checked."""
-MAX_FALSE_ALARM = 0.05
-"""Upper bound on the probability of a warning if no normalization is better than the model's own."""
+_MAX_FALSE_ALARM = 0.05  # upper bound on the probability of a warning if the model's own normalization is right
 _BATCH = 25
 _SMALLEST_PROBABILITY = 1e-30
 
@@ -55,7 +54,7 @@ def better_normalization(
             continue
         p_value = sign_test(int((other & ~right).sum()), int((right & ~other).sum()))
         count = int(other.sum())
-        if p_value < MAX_FALSE_ALARM / len(others) and (best is None or count > best[0]):
+        if p_value < _MAX_FALSE_ALARM / len(others) and (best is None or count > best[0]):
             best = count, candidate, p_value
     if best is None:
         return None
