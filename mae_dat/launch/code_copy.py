@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +25,13 @@ PATCH_FILE = "code.patch"
 CODE_SUFFIXES = {".py", ".yaml", ".yml", ".safetensors", ".j2", ".json", ".npz"}
 MAX_FILE_BYTES = 64 * 2**20  # a larger file is not code
 MAX_FILES, MAX_BYTES = 10_000, 2**30
+
+_SECRET = re.compile(
+    r"\.env(\..*)?|\.netrc|\.pypirc|\.npmrc|\.git-credentials|.*\.(pem|key|p12|pfx|kdbx)|id_(rsa|dsa|ecdsa|ed25519).*|"
+    r".*credentials.*\.json|.*secrets?\.(json|ya?ml|toml|txt)|\.?(hf_|wandb_)?token(\.txt)?",
+    re.IGNORECASE,
+)
+"""Names of files that git does not track and that usually hold passwords or keys; they are not copied."""
 
 
 @dataclass
@@ -85,10 +93,20 @@ def _files_around(folder: Path) -> tuple[Path, dict[str, Path], tuple[str, bool]
         return folder, {}, None
     try:
         root = Path(os.fsdecode(run_git(folder, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
-        names = run_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split(b"\0")
-        return root, {name: root / name for name in map(os.fsdecode, names) if name}, git_state(root)
+        tracked, others = (
+            [os.fsdecode(name) for name in run_git(root, "ls-files", "-z", *which).split(b"\0") if name]
+            for which in (["--cached"], ["--others", "--exclude-standard"])
+        )
+        names = [*tracked, *(name for name in others if not _SECRET.fullmatch(name.rpartition("/")[2]))]
+        files = {name: root / name for name in names}
+        return root, {name: path for name, path in files.items() if _stays_inside(path, root)}, git_state(root)
     except (OSError, subprocess.SubprocessError):
         return folder, {str(path.relative_to(folder)): path for path in _sources(folder)}, None
+
+
+def _stays_inside(path: Path, root: Path) -> bool:
+    """Return whether a file is not a link to something outside the tree, whose content would be copied."""
+    return not path.is_symlink() or path.resolve().is_relative_to(root.resolve())
 
 
 def _package_files() -> dict[str, Path]:
@@ -138,7 +156,9 @@ def _copy_files(tree: CodeTree, temporary: Path, parent: Path, command: str) -> 
     target = parent / _folder_name(sha256, tree.state)
     if not target.exists():
         _write_record(tree, temporary, sha256, command)
-        temporary.chmod(0o755)
+        umask = os.umask(0o077)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
         try:
             temporary.rename(target)
         except OSError:

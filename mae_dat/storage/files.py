@@ -18,8 +18,16 @@ _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 
 
 def home_folder() -> Path:
-    """Return the folder of downloads and caches: $MAE_DAT_HOME, or ~/.cache/mae_dat if it is not set."""
-    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".cache" / "mae_dat")
+    """Return the folder of downloads and caches: $MAE_DAT_HOME, or ~/.cache/mae_dat if it is not set.
+
+    Raises MissingInputError where this user has no home folder, as in some containers.
+    """
+    try:
+        return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".cache" / "mae_dat")
+    except RuntimeError as error:
+        raise MissingInputError(
+            f"this user has no home folder for downloads and caches: set {HOME_VARIABLE} to a folder."
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -155,3 +155,23 @@ def test_files_from_elsewhere_join_under_names_of_their_own(repository: Path, tm
     assert names[2:] == ["ignored.log", "train.py"]
     copy = write_code_copy(tree, tmp_path / "code", "")
     assert [(copy / name).read_text() for name in names[:2]] == ["one", "two"]
+
+
+def test_untracked_secrets_and_links_to_other_places_are_not_copied(tmp_path: Path) -> None:
+    tree, outside = tmp_path / "tree", tmp_path / "outside.txt"
+    tree.mkdir()
+    outside.write_text("private")
+    for name in ("train.py", ".env", ".env.local", "deploy.pem", "id_rsa", "tracked.key", "notes.txt"):
+        (tree / name).write_text("x")
+    (tree / "link.txt").symlink_to(outside)
+    (tree / "inside.txt").symlink_to(tree / "notes.txt")
+    for words in (["init", "-q"], ["add", "train.py", "tracked.key"]):
+        subprocess.run(["git", "-C", str(tree), *words], check=True)
+    files = {name for name in collect_code(tree).files if not name.startswith("mae_dat/")}
+    assert files == {"train.py", "tracked.key", "notes.txt", "inside.txt"}
+    before = os.umask(0o077)
+    try:
+        copy = write_code_copy(collect_code(tree), tmp_path / "copies", "command")
+    finally:
+        os.umask(before)
+    assert copy.stat().st_mode & 0o777 == 0o700
