@@ -1,9 +1,9 @@
-"""How far the generated blurs are from the original's on photos: `python -m benchmarks.corruption_differences DIR`.
+"""How far the generated blurs are from the original's on photos: `python -m benchmarks.corruption_differences DIR N`.
 
-For every image below DIR and every severity, defocus_blur, glass_blur and gaussian_blur are compared with float64
-filters as in ImageNet-C's make_imagenet_c.py, with the same random draws. Prints for each corruption the mean
-difference over all images, the largest of an image, and the largest of a value, in gray levels of 255 over severities 1
-to 5.
+For the N images below DIR with the largest plain areas, where differences are largest, and every severity,
+defocus_blur, glass_blur and gaussian_blur are compared with float64 filters as in ImageNet-C's make_imagenet_c.py, with
+the same random draws. Prints for each corruption the mean difference over all images, the largest of an image, and the
+largest of a value, in gray levels of 255 over severities 1 to 5.
 """
 
 import sys
@@ -55,15 +55,20 @@ ORIGINALS: dict[str, Callable[[Pixels, int, np.random.RandomState], Pixels]] = {
 }
 
 
-def main(folder: Path) -> None:
-    """Print the table for the images below a folder."""
+def _plain_share(path: Path) -> float:
+    """Return the share of pixels that equal the one below them; 0 for an image that is too small for corruptions."""
+    image = np.array(Image.open(path).convert("RGB"))
+    return 0.0 if min(image.shape[:2]) < MIN_SIDE else float((image[1:] == image[:-1]).all(2).mean())
+
+
+def main(folder: Path, count: int) -> None:
+    """Print the table for `count` images below a folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    files = sorted(files, key=_plain_share, reverse=True)[:count]
     means: dict[str, list[float]] = {name: [] for name in ORIGINALS}
     largest = dict.fromkeys(ORIGINALS, 0)
     for seed, path in enumerate(files):
         image = np.array(Image.open(path).convert("RGB"))
-        if min(image.shape[:2]) < MIN_SIDE:
-            continue
         for name, original in ORIGINALS.items():
             for severity in SEVERITIES:
                 ours = corrupt_image(image, name, severity, seed).astype(int)
@@ -78,4 +83,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -205,7 +205,7 @@ def symbolic_attack(
     words = encode_words(tokenizer, image) if words is None else words
     count = round(config.word_share * words[0].numel())
     adversarial_words = symbolic_words(
-        words, loss_fn, tokenizer, count=count, steps=config.steps, nearest=config.nearest
+        words, loss_fn, tokenizer, count=count, steps=config.steps, nearest=config.nearest, rescore=config.rescore
     )
     return decoded_adversary(tokenizer, words, adversarial_words)
 

@@ -6,12 +6,25 @@ All attacks take their gradient here (`input_gradient`), with two exceptions. Th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 LossFn = Callable[[Tensor], Tensor]
 """Maps images (B, C, H, W) to a scalar loss; a closure over the targets, the mask or the boxes."""
+
+
+@dataclass(frozen=True)
+class LossPerImage:
+    """A loss function (the sum over the batch) that also gives each image's own loss."""
+
+    each: Callable[[Tensor], Tensor]
+    """Maps images (B, C, H, W) to losses (B,)."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the sum of the losses of images (B, C, H, W), a scalar."""
+        return self.each(image).sum()
 
 
 def input_gradient(image: Tensor, loss_fn: LossFn) -> Tensor:

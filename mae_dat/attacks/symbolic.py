@@ -3,6 +3,7 @@
 The attack changes words, so its gradient passes through the tokenizer's *decoder* to the codes, never through its
 encoder or the quantizer. Changing the word c at a place to k raises the loss by about (e_k - e_c) . g, where g is the
 gradient at the code of that place. The best word is found for each place; the places with the largest gain are changed.
+The estimate is good enough to find promising changes, not to rank them: `rescore` computes the loss of the best ones.
 
 Shapes: words (B, h, w), int64; N is the number of places of all images, K the vocabulary, D the dimension of a code.
 """
@@ -10,9 +11,13 @@ Shapes: words (B, h, w), int64; N is the number of places of all images, K the v
 import torch
 from torch import Tensor
 
-from mae_dat.attacks.gradient import LossFn
+from mae_dat.attacks.gradient import LossFn, LossPerImage
+from mae_dat.config.errors import ConfigError
 from mae_dat.models.tokenizer.base import VisualTokenizer, exact_float32
 from mae_dat.models.tokenizer.quantize import look_up, nearness, rows_at_once, straight_through
+
+WORDS_PER_PLACE = 8
+"""Words of a place that `rescore` considers at most, so that its candidates are spread over several places."""
 
 
 def symbolic_words(
@@ -23,6 +28,7 @@ def symbolic_words(
     steps: int = 1,
     nearest: int | None = None,
     free: Tensor | None = None,
+    rescore: int = 0,
 ) -> Tensor:
     """Change at most `count` words of each image in `steps` gradient steps to raise `loss_fn`; returns (B, h, w).
 
@@ -34,23 +40,49 @@ def symbolic_words(
     for step in range(steps):
         step_count = count * (step + 1) // steps - count * step // steps
         words = change_words(
-            words, free & (words == start), loss_fn, tokenizer=tokenizer, count=step_count, nearest=nearest
+            words,
+            free & (words == start),
+            loss_fn,
+            tokenizer=tokenizer,
+            count=step_count,
+            nearest=nearest,
+            rescore=rescore,
         )
     return words
 
 
 def change_words(
-    words: Tensor, free: Tensor, loss_fn: LossFn, tokenizer: VisualTokenizer, count: int, nearest: int | None = None
+    words: Tensor,
+    free: Tensor,
+    loss_fn: LossFn,
+    tokenizer: VisualTokenizer,
+    count: int,
+    nearest: int | None = None,
+    rescore: int = 0,
 ) -> Tensor:
     """Take one step: change the `count` best of the `free` places, bool (B, h, w), to their best words; (B, h, w).
 
     Only places with a positive gain are changed, so without a gradient no word changes. With `nearest`, a word changes
     only to one of the `nearest` codes closest to its own. `loss_fn` maps images (B, C, H, W) to a scalar in which every
     image has the same weight.
+
+    With `rescore` above 0, `loss_fn` must be a `LossPerImage`: the `rescore` single changes of each image with the
+    largest estimates are made one by one, and ranked by the loss that they reach. Raises ConfigError for another
+    `loss_fn`.
     """
+    if not count:
+        return words
+    if rescore and not isinstance(loss_fn, LossPerImage):
+        raise ConfigError("rescoring needs the loss of each image: give a LossPerImage, or rescore=0.")
     gradient = code_gradient(words, loss_fn, tokenizer)
-    gain, best = best_words(words.flatten(), gradient.flatten(0, 2), tokenizer.codebook, nearest)
-    gain = gain.view(len(words), -1).masked_fill(~free.flatten(1), 0)
+    per_place = min(WORDS_PER_PLACE, rescore) or 1
+    gains, candidates = top_words(words.flatten(), gradient.flatten(0, 2), tokenizer.codebook, nearest, per_place)
+    gains = gains.view(len(words), -1, gains.shape[1]).masked_fill(~free.flatten(1)[..., None], 0)
+    candidates = candidates.view(gains.shape)
+    if isinstance(loss_fn, LossPerImage) and rescore:
+        gain, best = _rescored(words, loss_fn, tokenizer, gains, candidates, rescore)
+    else:
+        gain, best = gains[..., 0], candidates[..., 0]
     largest, places = gain.topk(min(count, gain.shape[1]), dim=1)
     flat = words.flatten(1)
     chosen = torch.where(largest > 0, best.view_as(flat).gather(1, places), flat.gather(1, places))
@@ -69,10 +101,42 @@ def code_gradient(words: Tensor, loss_fn: LossFn, tokenizer: VisualTokenizer) ->
 
 
 @torch.no_grad()
-def best_words(
-    words_N: Tensor, gradient_ND: Tensor, codebook_KD: Tensor, nearest: int | None = None
+def _rescored(
+    words: Tensor, loss_fn: LossPerImage, tokenizer: VisualTokenizer, gains: Tensor, candidates: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the largest (e_k - e_c) . g of every place, 0 where no word gains, and its word k: (N,) and (N,)."""
+    """Return for each place the gain by which it is ranked, and its word: both (B, P) for P = h * w places.
+
+    `gains` and `candidates`, (B, P, m), are the estimates of m words of each place. The `count` largest of an image are
+    replaced by the exact rise of its loss. Places with such a rise come before places with an estimate only; places
+    where the loss does not rise gain 0.
+    """
+    _, places, per_place = gains.shape
+    estimates, chosen = gains.flatten(1).topk(min(count, places * per_place), dim=1)
+    flat, place, word = words.flatten(1), chosen // per_place, candidates.flatten(1).gather(1, chosen)
+    start = loss_fn.each(tokenizer.decode(words))
+    rises = torch.zeros_like(estimates)
+    for number in range(chosen.shape[1]):
+        at = place[:, number : number + 1]
+        changed = flat.scatter(1, at, word[:, number : number + 1]).view_as(words)
+        rises[:, number] = loss_fn.each(tokenizer.decode(changed)) - start
+    rises = rises.where(estimates > 0, 0)  # a place that is not free, or gains nothing, has no candidate
+    # In rising order, so that the best candidate of a place is written last.
+    order = rises.argsort(1)
+    place, word, rises = (values.gather(1, order) for values in (place, word, rises))
+    gain, best = gains[..., 0] / gains.amax((1, 2), keepdim=True)[..., 0].clamp(min=1e-30), candidates[..., 0].clone()
+    for number in range(place.shape[1]):
+        at = place[:, number : number + 1]
+        rise = rises[:, number : number + 1]
+        gain.scatter_(1, at, torch.where(rise > 0, 2.0 + number, 0.0))
+        best.scatter_(1, at, word[:, number : number + 1])
+    return gain, best
+
+
+@torch.no_grad()
+def top_words(
+    words_N: Tensor, gradient_ND: Tensor, codebook_KD: Tensor, nearest: int | None = None, count: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest (e_k - e_c) . g of every place, not below 0, and their words k: both (N, count)."""
     codebook_KD = codebook_KD.float()
     rows = rows_at_once(codebook_KD)
     gains, best = [], []
@@ -84,7 +148,7 @@ def best_words(
             far = torch.ones(len(used), len(codebook_KD), dtype=torch.bool, device=word.device)
             far.scatter_(1, nearest_codes(used, codebook_KD, nearest), False)
             score.masked_fill_(far[row], 0)
-        gain, index = score.max(1)
+        gain, index = score.topk(min(count, score.shape[1]), dim=1)
         gains.append(gain)
         best.append(index)
     return torch.cat(gains), torch.cat(best)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae_dat.attacks.discrete import image_generator, other_words
-from mae_dat.attacks.gradient import LossFn, require_pixels
+from mae_dat.attacks.gradient import LossPerImage, require_pixels
 from mae_dat.attacks.symbolic import symbolic_words
 from mae_dat.config.errors import ConfigError, NumericsError
 from mae_dat.models.tokenizer.base import VisualTokenizer
@@ -35,14 +35,16 @@ class WordAttack:
     """Gradient steps of the symbolic adversary from one share to the next."""
     nearest: int | None = None
     """A word changes only to one of the `nearest` codes closest to its own (None: to any word)."""
+    rescore: int = 0
+    """Candidates of each step and image whose loss the symbolic adversary computes exactly."""
     seed: int = 0
     """Seed of the random words."""
 
     def __post_init__(self) -> None:
         if self.shares[:1] != (0.0,) or any(a >= b for a, b in pairwise(self.shares)) or self.shares[-1] > 1:
             raise ConfigError(f"shares of words must start at 0 and rise to at most 1, got {self.shares}.")
-        if self.steps < 1 or (self.nearest is not None and self.nearest < 1):
-            raise ConfigError(f"a word attack needs steps >= 1 and nearest >= 1, got {self}.")
+        if self.steps < 1 or self.rescore < 0 or (self.nearest is not None and self.nearest < 1):
+            raise ConfigError(f"a word attack needs steps >= 1, rescore >= 0 and nearest >= 1, got {self}.")
 
     def budgets(self, places: int) -> list[int]:
         """Return the number of words that each share allows in an image of `places` words.
@@ -87,12 +89,13 @@ def word_hits(
             elif len(rows):
                 words[rows] = symbolic_words(
                     words[rows],
-                    _summed_loss(model, label[rows]),
+                    _loss_per_image(model, label[rows]),
                     tokenizer,
                     count=budget - previous,
                     steps=attack.steps,
                     nearest=attack.nearest,
                     free=words[rows] == start[rows],
+                    rescore=attack.rescore,
                 )
             right = right.clone()
             right[rows] = _is_right(model, tokenizer, words[rows], label[rows])
@@ -100,8 +103,8 @@ def word_hits(
     return torch.stack(hits)
 
 
-def _summed_loss(model: nn.Module, label: Tensor) -> LossFn:
-    return lambda view: F.cross_entropy(model(view).float(), label, reduction="sum")
+def _loss_per_image(model: nn.Module, label: Tensor) -> LossPerImage:
+    return LossPerImage(lambda view: F.cross_entropy(model(view).float(), label, reduction="none"))
 
 
 def _is_right(model: nn.Module, tokenizer: VisualTokenizer, words: Tensor, label: Tensor) -> Tensor:

@@ -48,6 +48,9 @@ class _AttackSettings:
     """released, symbolic: number of gradient steps."""
     nearest: int | None = dataclasses.field(default=None, metadata={"flag": "dat_nearest"})
     """symbolic, random: replace a word only by one of the N words with the nearest codes (default: by any word)."""
+    rescore: int = dataclasses.field(default=0, metadata={"flag": "dat_rescore"})
+    """symbolic: candidates of each step whose loss is computed exactly, each by a decoding and a forward pass; 0 for
+    the first-order choice. Classification only."""
     at: Literal["reconstruction", "image"] = dataclasses.field(default="reconstruction", metadata={"flag": "dat_at"})
     """released: attack the reconstruction Q(x), or the image x itself, which saves one reconstruction."""
     free: bool = dataclasses.field(default=False, metadata={"flag": "dat_free"})
@@ -111,6 +114,8 @@ class AttackConfig(_AttackSettings):
         ):
             if is_set and self.kind != "released":
                 raise ConfigError(f"{flag} works with --dat released only; leave it out with --dat {self.kind}.")
+        if self.rescore and self.kind != "symbolic":
+            raise ConfigError(f"--dat_rescore works with --dat symbolic only; leave it out with --dat {self.kind}.")
         if self.free and self.steps > 1:
             raise ConfigError(f"--dat_free has one gradient, and so one step: leave out --dat_steps {self.steps}.")
 
@@ -121,6 +126,7 @@ class AttackConfig(_AttackSettings):
             ("steps", self.steps >= 1, "be at least 1"),
             ("random_start", 0 <= self.random_start <= 1, "be in [0, 1]"),
             ("nearest", self.nearest is None or self.nearest >= 1, "be at least 1"),
+            ("rescore", self.rescore >= 0, "be 0 or more"),
             ("batch_share", 0 < self.batch_share <= 1, "be in (0, 1]"),
             ("warmup", self.warmup >= 0, "be 0 epochs or more"),
         ):
@@ -152,6 +158,7 @@ class AttackConfig(_AttackSettings):
             f"{self.steps} steps" if self.steps > 1 else "",
             "at the image" if self.at == "image" else "",
         ]
+        parts += [f"{self.rescore} exact losses a step"] * (self.rescore > 0)
         parts += ["free gradient"] * self.free
         parts += ["fourth pass"] * self.fourth_pass
         parts += [f"{100 * self.batch_share:g} % of each batch"] * (self.batch_share < 1)

@@ -214,8 +214,9 @@ def _measure_and_report(
         for (group, seed), config in runs.items()
     ]
     root = image_root(comparison.root)
+    # The first-order adversary, because exact losses would take longer than the trainings.
     suite_settings = SuiteSettings(
-        root, limit=comparison.limit, whole_clean=True, tokenizer=any_config.dat.tokenizer, device=device
+        root, limit=comparison.limit, whole_clean=True, tokenizer=any_config.dat.tokenizer, rescore=0, device=device
     )
     setup = EvaluationSetup(
         options,

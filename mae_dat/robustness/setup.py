@@ -59,6 +59,7 @@ def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -
         seed=config.seed,
         extra_corruptions=config.held_out,
         tokenizer=config.tokenizer,
+        rescore=config.rescore,
         batch_size=batch_size,
         device=device,
         data_path=config.data_path,

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from attacked_models import Mosaic, generator
 from torch import Tensor
 
+from mae_dat.attacks import symbolic
 from mae_dat.attacks.discrete import AttackConfig, discrete_adversary, other_words, random_words
+from mae_dat.attacks.gradient import LossPerImage
 from mae_dat.attacks.symbolic import LossFn, change_words, nearest_codes, symbolic_words
+from mae_dat.config.errors import ConfigError
 from mae_dat.data.generated.draw import SHAPES, draw_image
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer, load_tokenizer, quantize
 from mae_dat.models.weights.open import open_model
@@ -80,6 +83,60 @@ def test_steps_share_the_budget_and_keep_what_was_changed(steps: int) -> None:
         larger = symbolic_words(words, loss_fn, tokenizer, count + 1, count + 1)
         kept = one_by_one != words
         assert torch.equal(one_by_one[kept], larger[kept])
+
+
+def curved_losses(weight: Tensor) -> LossPerImage:
+    """Losses whose first-order estimate misleads."""
+    return LossPerImage(lambda image: (3 * weight * image).sin().sum((1, 2, 3)))
+
+
+def test_with_all_losses_computed_the_best_single_change_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symbolic, "WORDS_PER_PLACE", 64)
+    tokenizer = Mosaic(levels=4)
+    words, free = torch.randint(0, 64, (3, 3, 2)), torch.ones(3, 3, 2, dtype=torch.bool)
+    loss_fn = curved_losses(torch.randn(3, 12, 8))
+    start = loss_fn.each(tokenizer.decode(words))
+    gradient = symbolic.code_gradient(words, loss_fn, tokenizer)
+    best = start.clone()
+    for place in range(6):
+        for word in range(64):
+            code, own = tokenizer.codebook[word], tokenizer.codebook[words.flatten(1)[:, place]]
+            is_candidate = ((code - own) * gradient.flatten(1, 2)[:, place]).sum(1) > 0
+            changed = words.flatten(1).clone()
+            changed[:, place] = word
+            losses = loss_fn.each(tokenizer.decode(changed.view_as(words)))
+            best = torch.where(is_candidate, best.maximum(losses), best)
+    found = change_words(words, free, loss_fn, tokenizer, 1, rescore=6 * 64)
+    assert loss_fn.each(tokenizer.decode(found)).tolist() == pytest.approx(best.tolist(), rel=1e-5)
+
+
+def test_exact_losses_never_choose_a_worse_single_change() -> None:
+    tokenizer = Mosaic(levels=4)
+    words, free = torch.randint(0, 64, (20, 3, 2)), torch.ones(20, 3, 2, dtype=torch.bool)
+    free[:, 0] = False
+    loss_fn = curved_losses(torch.randn(3, 12, 8))
+    reached = []
+    for rescore in (0, 40):
+        found = change_words(words, free, loss_fn, tokenizer, 1, rescore=rescore)
+        assert torch.equal(found[:, 0], words[:, 0])
+        assert max(changes(words, found)) <= 1
+        reached.append(loss_fn.each(tokenizer.decode(found)))
+    start = loss_fn.each(tokenizer.decode(words))
+    assert (reached[1] >= reached[0].maximum(start) - 1e-5).all()
+    assert reached[1].mean() > reached[0].mean() + 0.1
+
+
+def test_places_without_a_computed_loss_follow_those_with_one() -> None:
+    """A budget beyond the candidates is filled by the estimates."""
+    tokenizer = Mosaic(levels=4)
+    words, free = torch.randint(0, 64, (2, 3, 2)), torch.ones(2, 3, 2, dtype=torch.bool)
+    weight = torch.randn(3, 12, 8)
+    loss_fn = LossPerImage(lambda image: (weight * image).sum((1, 2, 3)))
+    assert torch.equal(
+        change_words(words, free, loss_fn, tokenizer, 5, rescore=2), change_words(words, free, loss_fn, tokenizer, 5)
+    )
+    with pytest.raises(ConfigError, match="rescoring needs the loss of each image"):
+        change_words(words, free, loss_fn.each, tokenizer, 1, rescore=2)
 
 
 def test_without_a_gradient_no_word_changes() -> None:

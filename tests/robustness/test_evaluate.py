@@ -21,6 +21,7 @@ from mae_dat.models.classifier import Classifier, build_classifier
 from mae_dat.models.weights.named_models import load_model
 from mae_dat.robustness.evaluate import evaluate
 from mae_dat.robustness.scores.results import read_results
+from mae_dat.robustness.suites.base import SuiteSettings
 
 QUIET: dict[str, Any] = {"progress": False, "num_workers": 0, "precision": "fp32", "device": "cpu"}
 
@@ -174,6 +175,17 @@ def test_the_protocol_is_part_of_the_key_and_of_the_report(
     report = (tmp_path / "report.md").read_text()
     is_named = protocol != "native"
     assert (f"{protocol}: " in report) == str(evaluation).startswith(f"Protocol {protocol}: ") == is_named
+
+
+def test_symbolic_words_compute_a_hundred_losses_by_default(dataset: Path) -> None:  # noqa: F811
+    """Their number is part of the key, because it makes another adversary."""
+    assert EvaluateConfig().suites.rescore == SuiteSettings(Path()).rescore == 100
+    for rescore in (0, 5):
+        flags = {"input_size": 32, "limit": 6, "rescore": rescore}
+        results = evaluate(Linear(), "words-symbolic", dataset, **flags, **QUIET).results
+        assert results["suites"]["Linear"]["words-symbolic"]["protocol"]["exact losses"] == str(rescore)
+    with pytest.raises(ConfigError, match="--rescore -1: give a number of candidates, or 0 for none"):
+        evaluate(Linear(), "words-symbolic", dataset, rescore=-1, **QUIET)
 
 
 def test_timms_protocol_takes_the_crop_of_timms_configuration(dataset: Path) -> None:  # noqa: F811

@@ -10,7 +10,7 @@ from mae_dat.robustness.suites.specs import build_suite
 
 def open_sources(root: Path, outputs: int = 10, **settings: Any) -> SuiteSources:
     """Return the image sets below `root`, for networks with so many outputs."""
-    return SuiteSources(SuiteSettings(root, **settings), outputs)
+    return SuiteSources(SuiteSettings(root, **{"rescore": 0, **settings}), outputs)
 
 
 def suite_from(sources: SuiteSources, name: str, side: int = 32) -> Suite:

@@ -7,6 +7,6 @@ from mae_dat.robustness.scores.results import Results
 
 
 def evaluate(models: Any, suite: Any = "all", data_path: Any = None, **flags: Any) -> Results:
-    """Evaluate in float32 without workers and progress, and return the results."""
-    settings = {"num_workers": 0, "precision": "fp32", "progress": False, **flags}
+    """Evaluate in float32 without workers, progress and exact losses of words, and return the results."""
+    settings = {"num_workers": 0, "precision": "fp32", "progress": False, "rescore": 0, **flags}
     return api.evaluate(models, suite, data_path, **settings).results

@@ -36,6 +36,9 @@ class SuiteConfig:
     """In generated suites, measure also the 4 extra corruptions, which count in no mean."""
     tokenizer: str = "embedded"
     """Tokenizer of the suites words-*, as in training."""
+    rescore: int = 100
+    """words-symbolic: candidates of each step whose loss is computed exactly, each by a forward pass; 0 for the faster
+    first-order choice, which is a weaker adversary."""
 
 
 @dataclasses.dataclass(frozen=True)

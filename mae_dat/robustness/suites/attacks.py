@@ -92,6 +92,7 @@ def build_word_attack(sources: SuiteSources, name: str, title: str, network_inpu
         **index_note(sources),
         **sources.tokenizer_facts,
         "steps": str(attack.steps),
+        "exact losses": str(attack.rescore) if WORD_SUITES[name] == "symbolic" else "",
         "seed": str(attack.seed),
     }
     cells = tuple(f"{share:g}" for share in attack.shares)
@@ -109,4 +110,5 @@ def _word_attack(sources: SuiteSources, size_HW: ImageSize) -> WordAttack:
     words = (size_HW[0] // tokenizer.factor) * (size_HW[1] // tokenizer.factor)
     # Of shares that round to the same number of words, the smallest is kept.
     share_of_count = {round(share * words): share for share in reversed(WORD_SHARES)}
-    return WordAttack(tuple(sorted(share_of_count.values())), seed=sources.settings.seed)
+    settings = sources.settings
+    return WordAttack(tuple(sorted(share_of_count.values())), rescore=settings.rescore, seed=settings.seed)

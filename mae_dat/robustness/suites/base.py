@@ -151,6 +151,8 @@ class SuiteSettings:
     extra_corruptions: bool = False
     """Whether to make the `EXTRA` corruptions too, for corruptions that are made here."""
     tokenizer: str = "embedded"
+    rescore: int = 100
+    """Candidates of each step of `words-symbolic` whose loss is computed exactly; 0 for the first-order choice."""
     batch_size: int = 64
     """Only AutoAttack's result depends on it."""
     device: torch.device | str = "cpu"
@@ -160,3 +162,5 @@ class SuiteSettings:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: give at least 1 image per cell, or None for all.")
+        if self.rescore < 0:
+            raise ConfigError(f"--rescore {self.rescore}: give a number of candidates, or 0 for none.")

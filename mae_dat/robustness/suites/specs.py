@@ -127,7 +127,7 @@ SUITES: dict[str, SuiteSpec] = {
     ),
     "words-random": SuiteSpec("Random words", "derived", build_word_attack, forward_passes=8),
     "words-symbolic": SuiteSpec(
-        "Symbolic adversary", "derived", build_word_attack, forward_passes=40, needs_gradients=True
+        "Symbolic adversary", "derived", build_word_attack, forward_passes=400, needs_gradients=True
     ),
 }
 assert set(PIXEL_ATTACKS) <= set(SUITES)

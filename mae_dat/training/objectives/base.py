@@ -34,6 +34,10 @@ class Objective(ABC):
     def loss(self, model: nn.Module, image: Tensor, prepared: Any) -> Tensor:
         """Compute the mean loss of a view (B, C, H, W) of the image, a float32 scalar."""
 
+    def loss_per_image(self, model: nn.Module, image: Tensor, prepared: Any) -> Tensor:
+        """Compute each image's own loss, (B,). Raises NotImplementedError if the objective has none."""
+        raise NotImplementedError
+
     def parts(self, model: nn.Module, image: Tensor, prepared: Any) -> Parts:
         """Compute `loss` of a view (B, C, H, W), and the scalars to log with it."""
         return {"loss": self.loss(model, image, prepared)}

@@ -42,3 +42,7 @@ class Classification(Objective):
     def loss(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
         """Compute the mean cross-entropy against the soft targets (B, K), a scalar."""
         return F.cross_entropy(model(image).float(), prepared)
+
+    def loss_per_image(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
+        """Compute the cross-entropy of each image against its soft targets (B, K): (B,)."""
+        return F.cross_entropy(model(image).float(), prepared, reduction="none")

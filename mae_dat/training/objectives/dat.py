@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
+from mae_dat.attacks.gradient import LossFn, LossPerImage
 from mae_dat.attacks.share_controller import ShareController
 from mae_dat.config.adversaries import PUBLISHED_SHARE, AttackConfig, DatConfig
 from mae_dat.config.errors import ConfigError
@@ -80,6 +81,10 @@ class WithDAT(ObjectiveWrapper):
     ) -> None:
         self.tokenizer, self.attack = tokenizer, attack or AttackConfig(share=PUBLISHED_SHARE)
         self.objective = objective if isinstance(objective, Objective) else CriterionObjective(objective)
+        if self.attack.rescore and type(self.objective).loss_per_image is Objective.loss_per_image:
+            raise ConfigError(
+                "--dat_rescore needs the loss of each image, which only classification has: leave it out."
+            )
         self.controller = (
             ShareController(self.attack) if self.attack.share is not None and self.attack.moves_pixels else None
         )
@@ -204,12 +209,15 @@ class WithDAT(ObjectiveWrapper):
         check = image.device.type == "cpu" or not self.pixels_checked
         self.pixels_checked = True
         words = self.objective.known_words(self.tokenizer, prepared)
+        loss_fn: LossFn = lambda view: self.loss(bare_model, view, prepared)  # noqa: E731
+        if self.attack.rescore:
+            loss_fn = LossPerImage(lambda view: self.objective.loss_per_image(bare_model, view, prepared))
 
         def attack_batch(config: AttackConfig, generator: torch.Generator) -> DiscreteAdversary:
             with frozen_parameters(bare_model):
                 return discrete_adversary(
                     image,
-                    lambda view: self.loss(bare_model, view, prepared),
+                    loss_fn,
                     self.tokenizer,
                     config=config,
                     generator=generator,

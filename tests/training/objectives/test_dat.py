@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dat_steps import (
+    CLASSES,
     IMAGES,
     SIDE,
     WIDTH,
@@ -33,7 +34,7 @@ from mae_dat.attacks.discrete import AttackConfig, discrete_adversary
 from mae_dat.attacks.gradient import input_gradient
 from mae_dat.config.adversaries import DatConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import LaunchConfig
+from mae_dat.config.groups import AugmentConfig, LaunchConfig
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
 from mae_dat.models.mae import MaskedAutoencoder
@@ -41,6 +42,7 @@ from mae_dat.models.modes import frozen_parameters
 from mae_dat.models.tokenizer import LightConfig, LightTokenizer
 from mae_dat.runtime.sharding import no_gradient_sync
 from mae_dat.runtime.world import World, process_group
+from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT, first_rows
 from mae_dat.training.objectives.free_gradient import loss_and_gradient
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
@@ -286,6 +288,8 @@ def test_every_form_holds_its_share_of_words_and_repeats_itself(name: str, token
     [
         ("--dat paper --dat_at image", "--dat_at image works with --dat released only; leave it out with --dat paper"),
         ("--dat random --dat_free", "--dat_free works with --dat released only; leave it out with --dat random"),
+        ("--dat --dat_rescore 10", "--dat_rescore works with --dat symbolic only; leave it out with --dat released"),
+        ("--dat symbolic --dat_rescore -1", "--dat_rescore must be 0 or more, got -1"),
         ("--dat random --dat_fourth_pass", "--dat_fourth_pass works with --dat released only"),
         ("--dat symbolic --dat_free", "leave it out with --dat symbolic"),
         (
@@ -300,6 +304,22 @@ def test_every_form_holds_its_share_of_words_and_repeats_itself(name: str, token
 def test_what_does_not_go_together_is_refused(flags: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         assert load_config(FinetuneConfig, flags.split()).dat.attack
+
+
+def test_exact_losses_need_an_objective_that_has_them(tokenizer: CountedTokenizer) -> None:
+    attack = AttackConfig("symbolic", share=0.2, rescore=4)
+    with pytest.raises(ConfigError, match="--dat_rescore needs the loss of each image, which only classification has"):
+        WithDAT(tokenizer, attack, MaskedReconstruction(0.5, True))
+    objective, model = Classification(AugmentConfig(), CLASSES), SmallNet().eval()
+    batch = batch_of()
+    image, soft = objective.prepare(model, batch, generator())
+    with torch.no_grad():
+        assert torch.allclose(objective.loss_per_image(model, image, soft).mean(), objective.loss(model, image, soft))
+    tokenizer.decoded = 0
+    parts = WithDAT(tokenizer, attack, objective).step(model, batch, generator())
+    assert 0 < float(parts["changed_words"]) <= 0.25
+    # The gradient, the loss before, each candidate, and the adversary.
+    assert tokenizer.decoded == (1 + 1 + 4 + 1) * IMAGES
 
 
 @pytest.mark.parametrize("fourth_pass", [False, True])
