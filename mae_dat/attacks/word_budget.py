@@ -44,7 +44,7 @@ class WordAttack:
         if self.shares[:1] != (0.0,) or any(a >= b for a, b in pairwise(self.shares)) or self.shares[-1] > 1:
             raise ConfigError(f"shares of words must start at 0 and rise to at most 1, got {self.shares}.")
         if self.steps < 1 or self.rescore < 0 or (self.nearest is not None and self.nearest < 1):
-            raise ConfigError(f"a word attack needs steps >= 1, rescore >= 0 and nearest >= 1, got {self}.")
+            raise ConfigError(f"a word attack needs rescore >= 0, steps >= 1 and nearest >= 1, got {self}.")
 
     def budgets(self, places: int) -> list[int]:
         """Return the number of words that each share allows in an image of `places` words.
