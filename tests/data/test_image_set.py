@@ -87,7 +87,7 @@ def test_splits_are_found(make: MakeFolder) -> None:
     assert find_split(root / "flat", "train", labelled=False) == root / "flat"
     with pytest.raises(MissingInputError, match="train/<class>"):
         find_split(root / "flat", "train")
-    with pytest.raises(MissingInputError, match="val or validation or test"):
+    with pytest.raises(MissingInputError, match="val or valid or validation or test"):
         find_split(root / "flat", "val", labelled=False)
 
 
