@@ -85,10 +85,16 @@ def data_config(folder: Path) -> DataConfig:
 
 
 def run_mae(
-    folder: Path, output: Path, tokenizer: Path, accum_iter: int = 1, epochs: int = 2, save_minutes: float = 10
+    folder: Path,
+    output: Path,
+    tokenizer: Path,
+    accum_iter: int = 1,
+    epochs: int = 2,
+    save_minutes: float = 10,
+    allow_change: tuple[str, ...] = (),
 ) -> None:
     optim = OptimConfig(batch_size=8, epochs=epochs, warmup_epochs=1, blr=0.05, accum_iter=accum_iter)
-    run = dataclasses.replace(run_config(output), save_minutes=save_minutes)
+    run = dataclasses.replace(run_config(output), save_minutes=save_minutes, allow_change=allow_change)
     config = PretrainConfig(run=run, data=data_config(folder), mae=MaskConfig("mae_tiny", 0.5, True), optim=optim)
     run_pretraining(config, Console(quiet=True))
 

@@ -39,7 +39,7 @@ from whole_runs import (
 )
 
 from mae_dat.config.adversaries import DatConfig
-from mae_dat.config.errors import DataError, InterruptError, NumericsError, RankError
+from mae_dat.config.errors import ConfigError, DataError, InterruptError, NumericsError, RankError
 from mae_dat.config.groups import AugmentConfig, MaskConfig, OptimConfig
 from mae_dat.config.parse import run_command
 from mae_dat.config.runs import PretrainConfig
@@ -168,7 +168,9 @@ def test_a_bad_picture_stops_the_run_between_two_steps(folder: Path, tokenizer: 
         run_mae(images, tmp_path / "stopped", tokenizer)
     assert final_state(tmp_path / "stopped")["step"] == 2
     path.write_bytes(good)
-    run_mae(images, tmp_path / "stopped", tokenizer)
+    with pytest.raises(ConfigError, match="(?s)the same names with other sizes.*--allow_change images"):
+        run_mae(images, tmp_path / "stopped", tokenizer)
+    run_mae(images, tmp_path / "stopped", tokenizer, allow_change=("images",))
     assert_equal_states(final_state(tmp_path / "stopped"), final_state(tmp_path / "whole"))
     assert records(tmp_path / "stopped") == records(tmp_path / "whole")
 
