@@ -379,7 +379,11 @@ def test_bad_input_is_a_message(
         ([photo, *checkpoint, "--temperature", "nan"], 64, "--temperature nan"),
         ([photo, *checkpoint, "--temperature", "2", "--calibrate", "DIR"], 64, "give one of them"),
         ([photo, *checkpoint, "--calibrate", str(tmp_path / "no")], 66, "no does not exist"),
-        ([photo, *checkpoint, "--calibrate", str(photos)], 66, "photos has no folder val or valid or validation or test"),
+        (
+            [photo, *checkpoint, "--calibrate", str(photos)],
+            66,
+            "photos has no folder val or valid or validation or test",
+        ),
         ([photo, *checkpoint, "--abstain_below", "50"], 64, "--abstain_below 50: give a number from 0 to 1"),
         ([photo, *checkpoint, "--draw", "-1"], 64, "--draw -1: give 0 or more"),
         ([photo, *checkpoint, "--batch_size", "0"], 64, "--batch_size 0"),

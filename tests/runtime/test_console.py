@@ -342,7 +342,7 @@ def test_finetuning_writes_its_tags_and_gallery(
     )
     run_finetuning(config, Console(quiet=True))
     events, records = read_board(tmp_path / "classifier"), read_log(tmp_path / "classifier" / "log.txt")
-    assert set(events.Tags()["scalars"]) == {*TRAIN_TAGS, "val/acc1", "val/acc5", "val/loss"}
+    assert set(events.Tags()["scalars"]) == {*TRAIN_TAGS, "val/acc1", "val/acc5", "val/loss", "val/balanced_acc"}
     for name in ("acc1", "acc5", "loss"):
         expected = {record["step"]: record[f"test_{name}"] for record in records}
         assert curve(events, f"val/{name}") == pytest.approx(expected, rel=1e-6)
