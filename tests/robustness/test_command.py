@@ -397,7 +397,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(dataset: Path, tmp_p
     assert results["cells"] == evaluate(network, ("clean", "generated"), dataset, input_size=32)["cells"]
     network.seen = 0
     assert evaluate(network, ("clean", "generated"), dataset, **options)["cells"] == results["cells"]
-    assert network.seen < 90  # the checks of the network itself
+    assert network.seen < 150  # the checks of the network itself, among them those of its normalization
     damaged = next(iter(kept))
     damaged.write_text(damaged.read_text()[:50])
     assert evaluate(network, ("clean", "generated"), dataset, **options)["cells"] == results["cells"]

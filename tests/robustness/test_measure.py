@@ -38,8 +38,8 @@ CPU = torch.device("cpu")
 def tensor_bytes() -> int:
     """Of all tensors that are alive."""
     gc.collect()
-    storages = {one.untyped_storage().data_ptr(): one.nbytes for one in gc.get_objects() if type(one) is Tensor}
-    return sum(storages.values())
+    tensors = [one for one in gc.get_objects() if type(one) is Tensor and one.layout == torch.strided]
+    return sum({one.untyped_storage().data_ptr(): one.nbytes for one in tensors}.values())
 
 
 def clean(root: Path) -> ImagePass:
@@ -112,7 +112,7 @@ def test_every_pass_of_an_attack_and_of_its_checks_beats(dataset: Path, beats: l
     evaluate(network, "pgd-20-l2-0.5", dataset, input_size=32)
     assert count_of(beats) == 20 + 1 + 1 + CHECK_PASSES  # gradients, the answer, the batch, the checks
     sources = open_sources(dataset)
-    for name, least in (("words-symbolic", 10), ("words-random", 5)):
+    for name, least in (("words-symbolic", 9), ("words-random", 5)):
         (image_pass,) = suite_from(sources, name).passes
         for _ in measure_passes({"net": network}, [(image_pass, ["net"])], batch_size=64, device=CPU):
             assert count_of(beats) > least
@@ -196,7 +196,8 @@ def test_what_bfloat16_changes_is_counted_and_told(dataset: Path) -> None:  # no
 def test_a_limit_is_said_before_the_numbers(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     for limit, message in ((8, "Not the whole benchmarks: 8 of 20 pictures (seed 0)"), (None, "")):
         print_headline(evaluate(Linear(), "clean", dataset, input_size=32, limit=limit))
-        first = capsys.readouterr().out.splitlines()[0]
+        lines = capsys.readouterr().out.splitlines()
+        first = next(line for line in lines if not line.startswith("Caution: Linear (collapsed)"))
         assert first.startswith(message)
         assert ("Not the whole" in first) == (limit is not None)
 

@@ -63,7 +63,7 @@ def test_while_a_command_starts(program: str, module: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("module", ["torch", "torch._C", "timm", "mae_dat.training.session"])
 def test_while_its_code_is_imported(module: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    flags = ["--data_path", "absent", "--output_dir", str(output)]
+    flags = ["--data_path", str(tmp_path), "--output_dir", str(output)]
     done = run([*PROGRAMS["mae-dat"], *flags], AT_IMPORT, tmp_path, INTERRUPT_AT=module)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted.\n")
     assert not output.exists()

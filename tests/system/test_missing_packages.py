@@ -34,7 +34,7 @@ USES: list[tuple[str, Callable[[], object]]] = [
     ("torchmetrics", lambda: coco_scores([])),
     ("pycocotools", lambda: detect(DetectConfig(), Console(quiet=True))),
     ("pycocotools", lambda: measure_detector(DetectConfig(), Console(quiet=True))),
-    ("nicegui", lambda: build_application([], [])),
+    ("nicegui", lambda: build_application([], [], "token")),
 ]
 
 

@@ -280,7 +280,7 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> None:
         self.indices: list[int] = []
-        read = Shards._read_file
+        read = Shards.read_file
 
         def file(images: Shards, index: int) -> tuple[bytes, str]:
             if images.root.endswith("train"):
@@ -289,7 +289,7 @@ class Reads:
                     os.kill(os.getpid(), signal.SIGUSR1)
             return read(images, index)
 
-        monkeypatch.setattr(Shards, "_read_file", file)
+        monkeypatch.setattr(Shards, "read_file", file)
 
 
 @pytest.mark.parametrize(("train", "shown"), [(pretrain_in, 6), (finetune_in, 0)])
