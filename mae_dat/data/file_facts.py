@@ -73,7 +73,7 @@ def replaced(before: FileFacts, now: FileFacts) -> bool:
 
 
 def _hash_of(values: Sequence[object]) -> str:
-    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(map(str, values)))).hexdigest()
 
 
 def _stat_all(paths: Sequence[str]) -> Iterator[tuple[int, int]]:

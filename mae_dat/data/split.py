@@ -73,7 +73,7 @@ def choose_validation(paths: Sequence[str], share: float, seed: str) -> set[str]
             "for train and one for val."
         )
     in_random_order = list(groups.values())
-    random.Random(seed).shuffle(in_random_order)
+    random.Random(os.fsencode(seed)).shuffle(in_random_order)
     wanted, chosen = max(1, round(share * len(paths))), set(in_random_order[0])
     for group in in_random_order[1:-1]:
         if len(chosen) + len(group) <= wanted:

@@ -106,7 +106,7 @@ def _record_start(output: Path, step: int, settings: Mapping[str, Any]) -> None:
     record_start(output, step)
     set_aside_exports(output)
     with atomic_write(output / "config.yaml") as file:
-        file.write(settings_text(settings, command_line()).encode())
+        file.write(settings_text(settings, command_line()).encode(errors="backslashreplace"))
 
 
 def _loader(

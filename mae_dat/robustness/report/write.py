@@ -65,7 +65,7 @@ def write_report(report: ReportData, folder: Path) -> Path:
     for figure in (figure for section in sections for figure in section.figures):
         _write(folder / "figures" / figure.name, figure.png)
     for name, text in files.items():
-        _write(folder / name, text.encode())
+        _write(folder / name, text.encode(errors="backslashreplace"))
     return folder / "report.html"
 
 

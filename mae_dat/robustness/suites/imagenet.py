@@ -7,6 +7,7 @@ benchmark. The lists and where they come from: mae_dat/robustness/suites/imagene
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ NO_CLASS = -1  # the class of a logit that belongs to none of a benchmark's clas
 
 def _digest(words: Sequence[object], separator: str) -> str:
     """Return the first 16 digits of the sha256 of the joined words."""
-    return hashlib.sha256(separator.join(map(str, words)).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(separator.join(map(str, words)))).hexdigest()[:16]
 
 
 def _read_lists() -> dict[str, Any]:
