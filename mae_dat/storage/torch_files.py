@@ -209,5 +209,5 @@ def _pickle_start(path: Path) -> bytes:
                 return b""
             with archive.open(name) as record:
                 return record.read(_PICKLE_START)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError):
         return _read_start(path, _PICKLE_START)

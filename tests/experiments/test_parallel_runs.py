@@ -60,7 +60,7 @@ def test_a_failure_is_reported_with_its_title_and_exit_code(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_killed_process_is_reported_and_may_be_retried(tmp_path: Path) -> None:
     data = draw_folder(tmp_path / "images", train=4000)
-    process = TrainingProcess(1)
+    process = TrainingProcess(1, jobs=1)
     process.line.send((stages(tmp_path, data)[0].settings(), "pre"))
     process.process.kill()
     with pytest.raises(RetryError, match=r"pre: its process died \(code -9"):

@@ -337,6 +337,7 @@ def _two_ranks(rank: int, arguments: list[str]) -> None:
 def test_two_real_ranks_write_what_one_does(dataset: Path, tmp_path: Path) -> None:
     file = saved(tmp_path / "net.safetensors", 10)
     flags = ["--checkpoint", str(file), "--data_path", str(dataset), "--num_workers", "0", "--suite", *SOME]
+    flags += ["--rescore", "0"]
     ranks = start_ranks(
         2, _two_ranks, [*flags, "--output_dir", str(tmp_path / "two"), "--device", "cpu", "--precision", "fp32"]
     )

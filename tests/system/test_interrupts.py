@@ -92,7 +92,7 @@ POOL = """
 from mae_dat.experiments.parallel_runs import TrainingProcess
 
 if __name__ == "__main__":
-    training = TrainingProcess(1)
+    training = TrainingProcess(1, jobs=1)
     training.line.close()
     training.process.join()
     print(training.process.exitcode)
