@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection
@@ -31,6 +33,8 @@ from mae_dat.runtime.signals import accept_signals, signals_blocked
 
 _DEATH_TIMEOUT_S = 2
 """How long an error of a loader waits for the death of a worker that would explain it."""
+_LONGEST_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+"""Bytes of the path of a Unix socket."""
 
 
 # ---- loaders ----
@@ -134,6 +138,8 @@ def map_in_workers(function: Callable[[Any], Any], items: Sequence[Any], num_wor
 def _workers(num_workers: int) -> dict[str, Any]:
     """Return a DataLoader's arguments for up to `num_workers` workers, but no more than there are cores."""
     num_workers = workers_with_shared_memory(worker_count(num_workers))
+    if num_workers:
+        _shorten_socket_paths()
     start = functools.partial(_start_worker, _exiting()) if num_workers else None
     return {"num_workers": num_workers, "worker_init_fn": start}
 
@@ -144,6 +150,20 @@ def worker_count(num_workers: int) -> int:
     More would only take turns, and torch warns of them. A worker computes with one thread.
     """
     return min(num_workers, available_cores())
+
+
+def _shorten_socket_paths() -> None:
+    """Let multiprocessing put its sockets into /tmp if $TMPDIR is too long for them.
+
+    A worker passes its tensors through such a socket. Where it cannot make one, its batches never arrive.
+    """
+    # Python 3.14 does this by itself. There is no public way to name the folder.
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    folder = settings.get("tempdir") or f"{tempfile.gettempdir()}/pymp-12345678"
+    if len(os.fsencode(f"{folder}/listener-12345678")) <= _LONGEST_SOCKET_PATH:
+        return
+    settings["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+    atexit.register(shutil.rmtree, settings["tempdir"], ignore_errors=True)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Loaders: the same samples from any number of workers, and errors as they are."""
 
+import os
 import random
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from noise_images import MakeFolder
+from paths import ROOT
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
@@ -50,6 +52,24 @@ def test_samples_do_not_depend_on_workers_or_on_global_randomness(make: MakeFold
     assert same(first[3:], batches(root, num_workers=0, start_step=3))
     assert first[0]["image"].shape == (3, 3, 16, 16)
     assert first[0]["label"].dtype == torch.int64
+
+
+LONG_FOLDER = """
+import sys, torch
+from mae_dat.data.loader import map_in_workers
+found = list(map_in_workers(lambda number: torch.full((3,), number), range(4), 1))
+print([int(one.sum()) for one in found])
+"""
+
+
+def test_workers_start_where_the_temporary_folder_is_too_long_for_sockets(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * (120 - len(str(tmp_path))))
+    folder.mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LONG_FOLDER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("[0, 3, 6, 9]\n", "", 0)
+    assert not list(folder.iterdir())
 
 
 def test_augmentation_differs_by_epoch_and_index(make: MakeFolder) -> None:

@@ -71,7 +71,7 @@ def doctor(tmp_path: Path, *flags: str, **changes: str) -> "subprocess.Completed
 
 @pytest.mark.slow
 def test_the_table_of_this_machine(tmp_path: Path) -> None:
-    temporary = tmp_path / "temporary"
+    temporary = tmp_path / ("temporary" * 8)  # longer than the path of a socket may be
     temporary.mkdir()
     done = doctor(tmp_path, "--device", "cpu", TMPDIR=str(temporary), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
