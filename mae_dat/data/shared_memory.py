@@ -1,7 +1,7 @@
 """The shared memory through which workers pass their batches, and what happens where it is full.
 
-torch puts the batches of a worker into files in /dev/shm, which has 64 MB in a container unless it is asked for more.
-Without space for a batch, the worker sends the batch through its pipe instead: slower, but the run goes on.
+torch puts the batches of a worker into files in /dev/shm, which has 64 MB in a container by default. Without space for a
+batch, the worker sends the batch through its pipe instead, which is slower, and the run continues.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _warned: set[Path] = set()
 def workers_with_shared_memory(num_workers: int) -> int:
     """Return how many of the workers can be started: none if shared memory is full, since their locks are there too.
 
-    Warns once, with the way to more, if there may be too little for their batches.
+    Warns once, with the flag that enlarges it, if there may be too little for their batches.
     """
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(SHARED_MEMORY_FOLDER)
