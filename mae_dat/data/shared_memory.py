@@ -1,7 +1,7 @@
 """The shared memory through which workers pass their batches, and what happens where it is full.
 
-torch puts the batches of a worker into files in /dev/shm, which has 64 MB in a container by default. Without space for a
-batch, the worker sends the batch through its pipe instead, which is slower, and the run continues.
+torch puts the batches of a worker into files in /dev/shm, which has 64 MB in a container by default. Without space for
+a batch, the worker sends the batch through its pipe instead, which is slower, and the run continues.
 """
 
 import contextlib

@@ -6,8 +6,8 @@
 
 An image is the unit of all of them: what is measured on several versions of an image is first added up. Two
 pseudo-images are added, on which the models differ by the largest difference seen, at least by that of one prediction,
-once in each direction (as Bonett & Price 2012 do for one version). So no interval has zero width: models that agree on
-ten images may still differ on others.
+once in each direction (as Bonett & Price 2012 do for one version). If none was seen, they differ in all versions. So no
+interval has zero width: models that agree on ten images may still differ on others.
 
 Shapes: N images, P pairs of models.
 """
@@ -45,6 +45,13 @@ class ImageScores:
     """float64 (N,); None if all are 1. The shape bias counts only images with a prediction of either cue."""
     step: float = 1.0
     """The largest change of a score by one prediction."""
+    most: float | None = None
+    """The largest change of a score by all predictions of an image; None if there is one prediction."""
+
+    @property
+    def unseen_difference(self) -> float:
+        """By how much an image may differ if none has been seen to differ."""
+        return self.step if self.most is None else self.most
 
     @property
     def value(self) -> float:
@@ -70,7 +77,8 @@ def weighted_scores(terms: Sequence[WeightedCount]) -> ImageScores | None:
         if bits is None or term.count["total"] != len(scores):
             return None
         scores += term.weight * bits
-    return ImageScores(scores, step=max(abs(term.weight) for term in terms))
+    weights = [abs(term.weight) for term in terms]
+    return ImageScores(scores, step=max(weights), most=sum(weights))
 
 
 def cue_bits(images: CellImages | None, shape: int, texture: int, total: int) -> tuple[Bits, Bits] | None:
@@ -110,8 +118,9 @@ def compare_hits(new: ImageScores, old: ImageScores) -> Comparison:
     quantile for few images, widened to the exact one of the share of discordant images (Clopper & Pearson), so that it
     excludes zero only where the test does.
     """
-    differences, step, images = new.scores - old.scores, new.step, len(new.scores)
+    differences, images = new.scores - old.scores, len(new.scores)
     more, less = int((differences > 0).sum()), int((differences < 0).sum())
+    step = new.step if more or less else new.unseen_difference
     plus, minus, total = (more + 1) / (images + 2), (less + 1) / (images + 2), images + 2
     half = float(student.ppf(0.975, images + 1)) * math.sqrt((plus + minus - (plus - minus) ** 2) / total)
     low, high = plus - minus - half, plus - minus + half
@@ -153,7 +162,8 @@ def compare_images(new: ImageScores, old: ImageScores) -> Comparison:
 def _differences(new: ImageScores, old: ImageScores) -> Scores:
     """Return the difference on every image and on the two pseudo-images, (N + 2,)."""
     differences = new.contributions() - old.contributions()
-    largest = max(new.step, float(np.abs(differences).max()))
+    seen = float(np.abs(differences).max())
+    largest = max(new.step, seen) if seen else new.unseen_difference
     return np.append(differences, (largest, -largest))
 
 
