@@ -8,7 +8,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment with the wheel, which sees the packages installed here, but no editable installation."""
     folder = tmp_path_factory.mktemp("environment")
-    has_pip = find_spec("pip") is not None  # uv makes environments without it
+    # uv makes environments without pip. find_spec("pip") would make setuptools' import hook give this process the
+    # distutils of the standard library, with which setuptools, and so torch.compile, fail in later tests.
+    has_pip = any(distributions(name="pip"))
     venv.create(folder, symlinks=True, with_pip=not has_pip)
     program = sys.executable if has_pip else str(folder / "bin" / "python")
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
