@@ -5,7 +5,8 @@ import io
 import os
 from typing import Any
 
-from mae_dat.cli import GROUPS, LAUNCHER, VERBS, overview, run
+from mae_dat.cli import overview, run
+from mae_dat.verbs import GROUPS, LAUNCHER, VERBS
 
 MARKER = "<!-- the help of every verb -->"
 

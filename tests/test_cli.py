@@ -13,11 +13,12 @@ from paths import ROOT
 from tiny_runs import environment
 
 import mae_dat
-from mae_dat.cli import FAMILIES, LAUNCHER, VERBS, family_overview, overview, run
+from mae_dat.cli import family_overview, overview, run
 from mae_dat.config.arguments import Command, help_text
 from mae_dat.config.commands.submit import launcher_command
 from mae_dat.config.errors import UsageError
 from mae_dat.config.parse import run_command
+from mae_dat.verbs import FAMILIES, LAUNCHER, VERBS
 
 REQUIRED = {
     "completion": "bash", "convert": "OUT net.safetensors --to timm", "get": "mae_dat_demo", "predict": "photo.jpg",
@@ -29,7 +30,8 @@ HEAVY = {"torch", "torchvision", "timm", "numpy", "yaml", "rich"}
 """Packages that take a tenth of a second each, or more."""
 CODE_WITHOUT_TORCH = """
 import contextlib, io, sys
-from mae_dat.cli import VERBS, run
+from mae_dat.cli import run
+from mae_dat.verbs import VERBS
 for name in ('', *VERBS, 'visualize', 'tokenizer', 'submit'):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         run([*name.split(), '--help'])

@@ -102,7 +102,13 @@ def test_the_package_contains_its_thirteen_packages_and_the_command_line() -> No
         "config", "storage", "runtime", "data", "launch", "models", "attacks", "training", "robustness", "detection",
         "analysis", "experiments", "prediction",
     }  # fmt: skip
-    assert {path.name for path in PACKAGE.glob("*.*")} == {"__init__.py", "__main__.py", "cli.py", "py.typed"}
+    assert {path.name for path in PACKAGE.glob("*.*")} == {
+        "__init__.py",
+        "__main__.py",
+        "cli.py",
+        "py.typed",
+        "verbs.py",
+    }
 
 
 def test_an_init_file_holds_one_sentence() -> None:

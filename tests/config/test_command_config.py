@@ -11,7 +11,6 @@ import pytest
 from paths import GOLDEN
 from tiny_runs import FINETUNE, PRETRAIN, draw_folder, finetune_in, pretrain_in
 
-from mae_dat.cli import VERBS
 from mae_dat.config.arguments import split_verb
 from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.commands.convert import ConvertConfig
@@ -21,6 +20,7 @@ from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.flags import REQUIRED, Flag, flags_of, flat_values
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import LINEAR_PROBE, FinetuneConfig, PretrainConfig
+from mae_dat.verbs import VERBS
 
 
 def config_class(verb: str) -> type[CommandConfig]:

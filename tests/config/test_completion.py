@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mae_dat.cli import VERBS, run
+from mae_dat.cli import run
 from mae_dat.config.recipes import recipe_names
+from mae_dat.verbs import VERBS
 
 DATS = ["none", "released", "paper", "symbolic", "random", "reconstruction"]
 # The command line up to the cursor, and all or some of what completes its last word.

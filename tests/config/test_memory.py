@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mae_dat.cli import Verb
 from mae_dat.config.commands.evaluate import EvaluateConfig
 from mae_dat.config.flags import flat_values
 from mae_dat.config.memory import MemoryLimitError, is_memory_error, memory_errors_name_flags
 from mae_dat.config.runs import FinetuneConfig
+from mae_dat.verbs import Verb
 
 GPU = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.20 GiB is "
@@ -90,7 +90,7 @@ def test_every_verb_explains_its_errors(tmp_path: Path, monkeypatch: pytest.Monk
     """The verb's function meets the real error of an allocation that no machine can serve."""
     (tmp_path / "greedy.py").write_text("import torch\n\ndef main(config):\n    torch.empty(2**50)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("mae_dat.cli._find", lambda place: __import__(place).main)
+    monkeypatch.setattr("mae_dat.verbs._find", lambda place: __import__(place).main)
     verb = Verb("", "", "greedy", ())
     with pytest.raises(MemoryLimitError, match="Lower --batch_size"):
         verb.call(EvaluateConfig())

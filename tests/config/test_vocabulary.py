@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mae_dat.cli import VERBS, run
+from mae_dat.cli import run
 from mae_dat.config.commands.submit import launcher_command
 from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.flags import Flag
+from mae_dat.verbs import VERBS
 
 ONE_DEFAULT = (
     *("threads", "num_workers", "device", "seed", "precision", "tokenizer", "on_bad", "in_chans", "pretrained"),

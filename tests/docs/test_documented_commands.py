@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 from paths import ROOT
 
-from mae_dat.cli import LAUNCHER, VERBS
 from mae_dat.config.arguments import split_verb
 from mae_dat.config.commands.submit import JobConfig, launcher_command
 from mae_dat.config.errors import UsageError
 from mae_dat.config.flags import build_config
 from mae_dat.launch.submit import split_command
+from mae_dat.verbs import LAUNCHER, VERBS
 
 DOCUMENTS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 SHELL_BLOCK = re.compile(r"^( *)```(?:bash|sh)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

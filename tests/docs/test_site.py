@@ -9,7 +9,7 @@ import pytest
 from paths import ROOT
 from tiny_runs import environment
 
-from mae_dat.cli import VERBS
+from mae_dat.verbs import VERBS
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from mae_dat.cli import VERBS
 from mae_dat.config.commands.submit import JobConfig
 from mae_dat.config.errors import ConfigError, MissingInputError, NoProgressError, OutputError, UsageError, UserError
 from mae_dat.launch.executors import batch_file
 from mae_dat.launch.job import resolve_job
 from mae_dat.launch.submit import checked_tasks, main, parse_command
 from mae_dat.launch.task import ScriptTask
+from mae_dat.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 RANKS = ("MAE_DAT_RESTARTS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

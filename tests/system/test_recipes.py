@@ -20,7 +20,6 @@ from tiny_runs import (
     save_tokenizer,
 )
 
-from mae_dat.cli import VERBS
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.loader import eval_loader
@@ -39,6 +38,7 @@ from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 from mae_dat.training.optim import build_optimizer, effective_lr
+from mae_dat.verbs import VERBS
 
 # Detectors' have their own test, in test_train.py.
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("detect_"))

@@ -15,8 +15,8 @@ import pytest
 from paths import ROOT
 from tiny_runs import SMALL, draw_folder
 
-from mae_dat.cli import VERBS
 from mae_dat.config.recipes import recipe_names
+from mae_dat.verbs import VERBS
 
 
 def build(out: Path, *what: str) -> Path:
@@ -95,7 +95,8 @@ def test_every_verb_has_its_help_without_the_checkout(environment_folder: Path, 
     code = (
         "import contextlib, io, sys\n"
         "import mae_dat\n"
-        "from mae_dat.cli import VERBS, run\n"
+        "from mae_dat.cli import run\n"
+        "from mae_dat.verbs import VERBS\n"
         f"assert mae_dat.__file__.startswith({str(environment_folder)!r}), mae_dat.__file__\n"
         f"assert {str(ROOT)!r} not in sys.path, sys.path\n"
         "for name in ('', *VERBS, 'submit'):\n"

@@ -3,11 +3,11 @@
 import shlex
 from typing import Any
 
-from mae_dat.cli import VERBS
 from mae_dat.config.arguments import split_verb
 from mae_dat.config.groups import DataConfig, MaskConfig, RunConfig
 from mae_dat.config.runs import PretrainConfig
 from mae_dat.training.next_commands import after_detection, after_finetuning, after_pretraining
+from mae_dat.verbs import VERBS
 
 OUTPUT = "my runs/first"
 
