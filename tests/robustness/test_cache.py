@@ -287,7 +287,7 @@ def test_an_infinite_likelihood_is_valid_json_and_no_gap(dataset: Path, tmp_path
     assert table is not None
     assert table.rows[0][5] == "∞"
     assert "–" not in table.rows[0][5:]
-    assert table.notes[-1] == "∞: the class of a picture had probability 0."
+    assert table.notes[-1] == "∞: the class of an image had probability 0."
     assert r"$\infty$" in (tmp_path / "report.tex").read_text()
 
 

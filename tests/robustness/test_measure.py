@@ -184,17 +184,15 @@ def test_what_bfloat16_changes_is_counted_and_told(dataset: Path) -> None:  # no
     assert (count["correct"], count["total"]) == (20 - changed, 20)
     assert list(results["cells"]["Close"]) == ["clean"]
     message = precision_text(results["models"]["Close"], results["agreement"]["Close"])
-    assert (
-        message
-        == f"bf16; of 20 pictures it answers {changed} otherwise than in fp32 ({5 * changed}.00 %), above 0.02 %"
-    )
+    verb = "differs" if changed == 1 else "differ"
+    assert message == f"bf16; {changed} of 20 predictions {verb} from fp32 ({5 * changed}.00 %), above 0.02 %"
     exact = evaluate(network, "clean", dataset, input_size=32)
     assert exact["agreement"] == {}
     assert precision_text(exact["models"]["Close"], exact["agreement"].get("Close")) == "fp32"
 
 
 def test_a_limit_is_said_before_the_numbers(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    for limit, message in ((8, "Not the whole benchmarks: 8 of 20 pictures (seed 0)"), (None, "")):
+    for limit, message in ((8, "Not the whole benchmarks: 8 of 20 images (seed 0)"), (None, "")):
         print_headline(evaluate(Linear(), "clean", dataset, input_size=32, limit=limit))
         lines = capsys.readouterr().out.splitlines()
         first = next(line for line in lines if not line.startswith("Caution: Linear (collapsed)"))

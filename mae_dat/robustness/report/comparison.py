@@ -18,9 +18,9 @@ ARROWS = {+1: " ↑", -1: " ↓", 0: ""}
 DOUBT = "‡"
 _ARROW_NOTE = "↑ more is better, ↓ less is better."
 _MARK_NOTES = {
-    "*": "* not a published benchmark's files: corruptions generated on the fly from clean pictures, or pictures of "
+    "*": "* not a published benchmark's files: corruptions generated on the fly from clean images, or images of "
     "one's own. AlexNet's errors do not belong to them.",
-    "†": "† partial: pictures are missing (the table of suites says which).",
+    "†": "† partial: images are missing (the table of suites says which).",
 }
 _SEEDS_NOTE = (
     "Mean ± standard deviation over seeds. Differences are between runs with the same seed. Their 95 % intervals are "
@@ -140,9 +140,9 @@ def _headline_notes(report: ReportData, rows: list[tuple[str, ...]]) -> list[str
         exception = "" if report.subset_of_all or not whole else f" but {whole}"
         notes.append(f"All suites{exception}: {report.image_subset}.")
     if report.image_size:
-        notes.append(f"All networks take pictures of {report.image_size}.")
+        notes.append(f"All models take images of {report.image_size}.")
     if any(DOUBT in text for row in rows for text in row):
-        notes.append(f"{DOUBT} a check of this attack failed: the network may be less robust than that.")
+        notes.append(f"{DOUBT} a check of this attack failed: the model may be less robust than that.")
     if len(report.groups) > 1:
         notes += [f"Differences are to {report.groups[0].title}.", *interval_notes(report)]
     return notes
@@ -184,7 +184,7 @@ def _groups_table(report: ReportData) -> Table:
     notes = ["Mean ± standard deviation over seeds. In percent, but for the shape bias, which is from 0 to 1."]
     if "generated" in report.suites:
         notes.append(
-            "Corruptions are made on the fly from clean pictures: not ImageNet-C, and no AlexNet-normalised mCE."
+            "Corruptions are made on the fly from clean images: not ImageNet-C, and no AlexNet-normalised mCE."
         )
     head, metrics = _column_titles(report), report.columns.values()
     for title, metric in report.columns.items():

@@ -23,7 +23,7 @@ Score = Callable[[CorruptionCounts], float]
 _ERROR_NOTE = "Error averaged over severities. Held-out corruptions never count in a mean."
 _CE_NOTE = "CE: error over AlexNet's, in percent (Hendrycks & Dietterich 2019); their mean over the 15 is the mCE."
 _RELATIVE_CE_NOTE = (
-    "Relative CE: the same of what the error is above that on clean pictures, of both networks; their mean is "
+    "Relative CE: the same of what the error is above that on clean images, of both models; their mean is "
     "the relative mCE."
 )
 

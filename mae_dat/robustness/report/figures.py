@@ -93,7 +93,7 @@ def ablation_figure(report: ReportData) -> ReportFigure | None:
     intervals."""
     first, *others = report.groups
     series: list[charts.Series] = []
-    for title, label in (("clean", "clean pictures"), ("corruption error", "corrupted pictures")):
+    for title, label in (("clean", "clean images"), ("corruption error", "corrupted images")):
         metric = report.columns.get(title)
         if metric is None:
             continue
@@ -154,8 +154,8 @@ def published_figure(report: ReportData) -> ReportFigure | None:
     return ReportFigure(
         name="published.png",
         png=charts.dot_plot(names, lines, "% (mCE: in units of AlexNet's error)"),
-        alt="Dot plot of the networks among the published rows; the table of published rows holds the numbers.",
-        caption="The networks among published ones of ImageNet-1k alone; only whole official benchmarks have a row. ↑ "
+        alt="Dot plot of the models among the published rows; the table of published rows holds the numbers.",
+        caption="The models among published ones of ImageNet-1k alone; only whole official benchmarks have a row. ↑ "
         "more is better, ↓ less is.",
     )
 
@@ -190,8 +190,9 @@ def _shape_figure(measurement: Measurement, number: int) -> ReportFigure | None:
         name=f"shape-bias-{number}.png",
         png=charts.shape_plot(series, notes),
         alt=f"Shape bias from 0 (texture) to 1 (shape): {in_words(biases, 2)}.",
-        caption=f"{measurement.title}: pictures whose shape and texture belong to different classes. Shape answers "
-        "among shape and texture answers; coverage is the share of pictures answered with either.",
+        caption=f"{measurement.title}: images whose shape and texture belong to different classes. Shape bias: "
+        "predictions of the shape's class among predictions of either class; coverage: the share of images with either "
+        "prediction.",
     )
 
 
@@ -208,7 +209,7 @@ def words_figure(report: ReportData) -> ReportFigure:
         name="words.png",
         png=charts.severity_plot(lines, "visual words changed, up to (%)", "accuracy (%)"),
         alt=f"Line plots of the accuracy against the share of changed words. At the largest, in percent: {last}.",
-        caption="Accuracy when up to so many of a picture's visual words are changed. Higher is better.",
+        caption="Accuracy when up to so many of an image's visual words are changed. Higher is better.",
     )
 
 

@@ -1,8 +1,8 @@
 """The sentences at the top of a report: which groups differ beyond chance, and how far the numbers can be trusted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from mae_dat.robustness.report.comparison import value_text
+from mae_dat.robustness.report.comparison import difference_text, value_text
 from mae_dat.robustness.report.differences import ALPHA
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.report.measurements import WHOLE_SUITES
@@ -33,23 +33,39 @@ def _compared(report: ReportData, group: Group, first: Group) -> str:
     if not verdicts:
         return f"{group.title} shares no measurement with {first.title}: other images or another protocol."
     quoted = (
-        _quote(metric, f"{value_text(metric, group)} against {value_text(metric, first)}")
+        _quote(metric, f"{value_text(metric, group)} vs. {value_text(metric, first)}")
+        + f" ({difference_text(report, metric, group, first)})"
         for metric in verdicts
         if metric.suite in QUOTED_SUITES
     )
-    decided = [verdict for verdict in verdicts.values() if verdict is not None]
-    return _verdict_sentence(group, first, decided) + "".join(f" {text}." for text in quoted)
+    return _verdict_sentence(group, first, verdicts) + "".join(f" {text}." for text in quoted)
 
 
-def _verdict_sentence(group: Group, first: Group, decided: Sequence[int]) -> str:
+def _verdict_sentence(group: Group, first: Group, verdicts: Mapping[Metric, int | None]) -> str:
+    """Return 'DAT vs. plain: better on 2 of 5 suites (Clean, ImageNet-C); no significant difference on the others.'"""
+    decided = {metric: verdict for metric, verdict in verdicts.items() if verdict is not None}
+    versus = f"{group.title} vs. {first.title}"
     if not decided:
-        return f"Against {first.title}, {group.title} gets no verdict: it takes at least {MIN_SEEDS} seeds of both."
-    better, worse, undecided = (sum(verdict == sign for verdict in decided) for sign in (1, -1, 0))
-    what = "seeds and images" if group.trained or first.trained else "images, for these checkpoints"
-    return (
-        f"Against {first.title}, {group.title} is better on {better} of {len(decided)} suites and worse on {worse}, "
-        f"beyond chance over {what} (p < {ALPHA:g} after Holm's correction over suites); {undecided} undecided."
-    )
+        return f"{versus}: no verdict, which takes at least {MIN_SEEDS} seeds of both."
+    count = len(decided)
+    suites = f"{count} suite{'' if count == 1 else 's'}"
+    parts = []
+    for word, sign in (("better", 1), ("worse", -1)):
+        titles = [suite_name(metric) for metric, verdict in decided.items() if verdict == sign]
+        if titles:
+            parts.append(f"{word} on {len(titles)} of {suites} ({', '.join(titles)})")
+    undecided = sum(verdict == 0 for verdict in decided.values())
+    if undecided == count:
+        parts.append("no significant difference on " + ("its only suite" if count == 1 else f"any of {suites}"))
+    elif undecided:
+        parts.append(f"no significant difference on the other {undecided}")
+    what = "seeds and images" if group.trained or first.trained else "the images"
+    return f"{versus}: {'; '.join(parts)} (p < {ALPHA:g} over {what}, Holm-corrected)."
+
+
+def suite_name(metric: Metric) -> str:
+    """Return the title of a metric's suite: 'ImageNet-C' for 'ImageNet-C: mCE'."""
+    return metric.title.removesuffix(" (%)").split(": ")[0].removesuffix(" of the words")
 
 
 def _numbers_of(report: ReportData, group: Group) -> str:
@@ -59,7 +75,7 @@ def _numbers_of(report: ReportData, group: Group) -> str:
 
 
 def _quote(metric: Metric, value: str) -> str:
-    """Return 'ImageNet: 84.58 against 83.60 %'."""
+    """Return 'ImageNet: 84.58 vs. 83.60 %'."""
     title = metric.title.removesuffix(" (%)")
     return f"{title}: {value}{'' if title == metric.title else ' %'}"
 
@@ -77,7 +93,7 @@ def ablation_findings(report: ReportData) -> list[str]:
             better = ", ".join(group.title for group, verdict in verdicts.items() if verdict == 1) or "none"
             worse = ", ".join(group.title for group, verdict in verdicts.items() if verdict == -1) or "none"
             sentences.append(
-                f"{title.capitalize()}, beyond chance better than {first.title}: {better}; "
+                f"{title.capitalize()}, significantly better than {first.title}: {better}; "
                 f"worse than {first.title}: {worse}."
             )
     return [*collapse_warnings(report), *sentences, *image_notes(report), *cautions(report)]
@@ -118,8 +134,8 @@ def mixed_versions(report: ReportData) -> list[str]:
     if not mixed:
         return []
     return [
-        f"Caution: measured under several versions ({'; '.join(mixed)}), which differences may come from. To measure "
-        "all anew, delete the folder cells beside results.json and give the command again."
+        f"Caution: measured under several versions ({'; '.join(mixed)}), which may cause differences. To measure "
+        "everything again, delete the folder cells beside results.json and repeat the command."
     ]
 
 
@@ -142,9 +158,7 @@ def cautions(report: ReportData) -> list[str]:
         shares = ", ".join(f"{title} {share.text(2)} %" for title, share in changed.items())
         sentences.append(f"Visual words changed in the last epoch of training: {shares}.")
     if idle := [title for title, share in changed.items() if share.mean == 0]:
-        sentences.append(
-            f"Where none was changed ({', '.join(idle)}), the attack did nothing beyond the reconstruction."
-        )
+        sentences.append(f"Where none was changed ({', '.join(idle)}), the attack only reconstructed the image.")
     return sentences
 
 

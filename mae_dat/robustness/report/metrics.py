@@ -25,7 +25,7 @@ from mae_dat.robustness.scores.corruption_error import ALEXNET, mce
 from mae_dat.robustness.scores.image_bits import Bits, CellImages
 from mae_dat.robustness.scores.results import CLEAN_SUITES, AttackChecks, CalibrationScores
 
-ROBUSTBENCH_SUBSET = "5,000 pictures of a list"  # the subset of a protocol that used RobustBench's list
+ROBUSTBENCH_SUBSET = "5,000 images of a list"  # the subset of a protocol that used RobustBench's list
 GRADIENT_CHECKS = "gradient attacks"  # key of the checks that FGSM, PGD and AutoAttack share
 HEADLINE_SHARE = 0.05  # of changed words; a table of its own has all shares
 MANY_IMAGES = 5_000  # from here on, accuracies have two decimals

@@ -22,8 +22,8 @@ PUBLISHED_COLUMNS = {
     "imagenet-sketch": "Sketch (%) ↑",
     "objnet-113": "ObjectNet (113 classes) (%) ↑",
     "imagenet-c/mce": "ImageNet-C, mCE ↓",
-    "imagenet-c-5000/mce": "ImageNet-C, 5,000 pictures, mCE ↓",
-    "autoattack-4/255-5000": "AutoAttack 4/255, 5,000 pictures (%) ↑",
+    "imagenet-c-5000/mce": "ImageNet-C, 5,000 images, mCE ↓",
+    "autoattack-4/255-5000": "AutoAttack 4/255, 5,000 images (%) ↑",
 }
 NEAREST = 2  # of the published rows of a column, this many of the best and of the nearest to each model are not folded
 UNSURE = "§"
@@ -159,7 +159,7 @@ def _rows_as_text(rows: Sequence[PublishedRow], columns: Sequence[str]) -> list[
 
 def _notes(rows: Sequence[PublishedRow], columns: Sequence[str]) -> tuple[str, ...]:
     notes = [
-        "Published rows are of networks trained on ImageNet-1k alone, but where they say more data; as printed, none "
+        "Published rows are of models trained on ImageNet-1k alone, but where they say more data; as printed, none "
         "measured by us."
     ]
     if any(text.endswith(UNSURE) for row in _rows_as_text(rows, columns) for text in row):

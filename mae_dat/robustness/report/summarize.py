@@ -4,6 +4,7 @@ Tables, charts and sentences are made from `ReportData` alone and never see `Res
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +139,7 @@ class ReportData:
 
 def summarize(results: Results) -> ReportData:
     """Compute everything that a report shows."""
+    results = _with_current_words(results)
     groups = groups_of(results)
     measurements = measurements_of(results, groups)
     metrics = metrics_of(measurements, results["calibration"], results["checks"])
@@ -175,6 +177,28 @@ def summarize(results: Results) -> ReportData:
         training=results.get("training"),
         inputs={label: text for label, text in results.get("inputs", {}).items() if label != "output"},
     )
+
+
+def _with_current_words(results: Results) -> Results:
+    """Return the results with "image" for "picture" in the descriptions of suites, which are part of cache keys and
+    therefore keep their old word there."""
+    suites = {
+        model: {
+            suite: {
+                **facts,
+                "protocol": {**facts["protocol"], "subset": _current_words(facts["protocol"].get("subset", ""))},
+                "missing": [_current_words(text) for text in facts["missing"]],
+            }
+            for suite, facts in by_suite.items()
+        }
+        for model, by_suite in results["suites"].items()
+    }
+    not_measured = {suite: _current_words(reason) for suite, reason in results["not_measured"].items()}
+    return {**results, "suites": suites, "not_measured": not_measured}  # type: ignore[typeddict-item]
+
+
+def _current_words(text: str) -> str:
+    return re.sub(r"\bpicture", "image", text, count=1)  # a later one may belong to the name of a class
 
 
 def _differences(metrics: dict[Metric, None], groups: list[Group]) -> Differences:

@@ -48,7 +48,7 @@ def _accuracy_text(measurement: Measurement, group: Group, cell: str) -> str:
 
 # ---- changed words ----
 
-_WORDS_NOTE = "Top-1 accuracy in percent. At 0 the picture is decoded from its own words."
+_WORDS_NOTE = "Top-1 accuracy in percent. At 0 the image is decoded from its own words."
 
 
 def words_table(report: ReportData) -> Table | None:
@@ -104,15 +104,15 @@ def calibration_table(report: ReportData) -> Table | None:
     if not rows:
         return None
     notes = [
-        "ECE: 15 bins of equal width. RMS: bins of 100 pictures; the released code leaves the last of them out. NLL in "
+        "ECE: 15 bins of equal width. RMS: bins of 100 images; the released code leaves the last of them out. NLL in "
         "nats; Brier from 0 to 2."
     ]
     if any(INFINITE in row for row in rows):
-        notes.append(f"{INFINITE}: the class of a picture had probability 0.")
+        notes.append(f"{INFINITE}: the class of an image had probability 0.")
     return Table(
         key="calibration",
         title="Calibration",
-        head=("network", "suite", "ECE (%) ↓", "RMS (%) ↓", "RMS, as released (%) ↓", "NLL ↓", "Brier ↓"),
+        head=("model", "suite", "ECE (%) ↓", "RMS (%) ↓", "RMS, as released (%) ↓", "NLL ↓", "Brier ↓"),
         rows=tuple(rows),
         notes=tuple(notes),
         words=2,
@@ -143,11 +143,11 @@ def checks_table(report: ReportData) -> Table | None:
     ]
     if not rows:
         return None
-    note = "A failed check says that the network may be less robust than its rows: the attack is broken, not beaten."
+    note = "A failed check says that the attack did not work, and the model may be less robust than its rows show."
     return Table(
         key="checks",
         title="Can the attacks be believed?",
-        head=("network", "attack", "check", "", "found"),
+        head=("model", "attack", "check", "", "found"),
         rows=tuple(rows),
         notes=(note,),
         words=5,
@@ -158,14 +158,15 @@ def checks_table(report: ReportData) -> Table | None:
 
 
 def precision_text(facts: ModelFacts, agreement: Count | None) -> str:
-    """Return 'bf16; of 10,000 pictures it answers 1 otherwise than in fp32 (0.01 %)', or the precision alone where the
+    """Return 'bf16; 1 of 10,000 predictions differs from fp32 (0.01 %)', or the precision alone where the
     agreement with float32 was not measured."""
     precision = facts["precision"]
     if agreement is None:
         return precision
     total, different = agreement["total"], agreement["total"] - agreement["correct"]
     share = different / total
-    text = f"{precision}; of {total:,} pictures it answers {different:,} otherwise than in fp32 ({share:.2%})"
+    verb = "differs" if different == 1 else "differ"
+    text = f"{precision}; {different:,} of {total:,} predictions {verb} from fp32 ({share:.2%})"
     warning = f", above {100 * NOTABLE_DISAGREEMENT:g} %" if share > NOTABLE_DISAGREEMENT else ""
     return text.replace("%)", " %)") + warning
 
@@ -178,7 +179,7 @@ def inputs_table(report: ReportData) -> Table | None:
     return Table(key="inputs", title="Inputs", head=("", "as logged before the start"), rows=tuple(rows), words=2)
 
 
-def networks_table(report: ReportData) -> Table:
+def models_table(report: ReportData) -> Table:
     """Return the facts of the models, a column each."""
     weights = {None: "not known", True: "moving average", False: "as trained"}
     models = list(report.models.values())
@@ -199,8 +200,8 @@ def networks_table(report: ReportData) -> Table:
     if any("protocol" in facts for facts in models):
         rows.insert(4, ("protocol", *(protocol_text(facts.get("protocol", "native")) for facts in models)))
     return Table(
-        key="networks",
-        title="Networks",
+        key="models",
+        title="Models",
         head=("", *report.model_titles.values()),
         rows=tuple(rows),
         words=1 + len(models),
@@ -224,7 +225,7 @@ def suites_table(report: ReportData) -> Table:
             facts["fingerprint"][:12],
         )
         rows.append(row)
-    head = ("suite", "networks", "pictures are", "in each cell", "missing", "protocol", "fingerprint")
+    head = ("suite", "models", "images are", "images in each cell", "missing", "protocol", "fingerprint")
     return Table(key="suites", title="Suites", head=head, rows=tuple(rows), words=len(head))
 
 
@@ -244,7 +245,7 @@ def runs_table(training: TrainingFacts) -> Table:
         title="Training runs",
         head=("", "arm", "seed", "minutes", "processor minutes"),
         rows=tuple(rows),
-        notes=("Processor minutes are over all threads; processes that load pictures are not in them.",),
+        notes=("Processor minutes are over all threads; loader workers are not included.",),
         words=2,
     )
 
@@ -268,5 +269,5 @@ def not_measured(report: ReportData) -> list[str]:
     if report.of_kind("corruptions") and "imagenet-c" not in report.suites:
         remarks.append("The official ImageNet-C files: no AlexNet-normalised mCE of the literature stands here.")
     if any(len(group.members) == 1 for group in report.groups):
-        remarks.append("The scatter between training runs, where a network is one checkpoint.")
+        remarks.append("The scatter between training runs, where a model is one checkpoint.")
     return remarks

@@ -44,7 +44,7 @@ def write_report(report: ReportData, folder: Path) -> Path:
     prepare_output_folder(folder / "figures")
     sections = report_sections(report)
     protocol_tables = [*filter(None, [tables.inputs_table(report)])]
-    protocol_tables += [tables.networks_table(report), tables.suites_table(report)]
+    protocol_tables += [tables.models_table(report), tables.suites_table(report)]
     section_tables = [table for section in sections for table in section.tables]
     texts = {"findings": findings(report), "not_measured": tables.not_measured(report)}
     page = render.html_page(

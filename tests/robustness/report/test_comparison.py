@@ -90,7 +90,7 @@ def test_no_measurement_of_many_models_is_left_out() -> None:
 
 def test_better_groups_are_named(results: Results) -> None:
     text = " ".join(ablation_findings(summarize(results)))
-    assert "Clean, beyond chance better than plain: DAT; worse than plain: symbolic." in text
+    assert "Clean, significantly better than plain: DAT; worse than plain: symbolic." in text
     assert "means over at least 3 seeds" in text
 
 

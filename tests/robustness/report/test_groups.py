@@ -67,7 +67,7 @@ def test_differences_within_the_spread_are_neither_better_nor_best() -> None:
     table = headline_table(summarize(results))
     assert table.rows[0][3] == "+3.0 [−3.6, +9.6]"
     assert not table.best
-    assert "; 1 undecided" in " ".join(findings(summarize(results)))
+    assert "no significant difference on its only suite" in " ".join(findings(summarize(results)))
     three = trainings(plain=PLAIN, random=tuple(one + 1 for one in DAT), dat=DAT)
     report = summarize(three)
     assert not headline_table(report).best or headline_table(report).best == {(0, 2)}
@@ -88,7 +88,7 @@ def test_the_limits_of_the_numbers_are_reported() -> None:
     one, two = trainings(plain=(700,), dat=(900,)), trainings(plain=PLAIN, dat=DAT)
     assert "One seed" in " ".join(cautions(summarize(one)))
     assert headline_table(summarize(one)).rows[0][3] == "+20.0 [+16.6, +23.4]", "no verdict from one seed"
-    assert "DAT gets no verdict: it takes at least 3 seeds" in " ".join(findings(summarize(one)))
+    assert "no verdict, which takes at least 3 seeds" in " ".join(findings(summarize(one)))
     assert "means over at least 3 seeds" in " ".join(findings(summarize(two)))
     assert "DAT 3.75 ± 0.00 %" in " ".join(findings(summarize(two)))
     for run in two["training"]["runs"].values():
@@ -112,7 +112,7 @@ def test_the_page_holds_curves_runs_settings_and_galleries(tmp_path: Path) -> No
     page = Page(text)
     assert ["DAT", "dat", "2", "1.5", "–"] in page.rows
     assert ["epochs", "2"] in page.rows
-    assert text.count("This picture is missing") == 2
+    assert text.count("This image is missing") == 2
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"pretraining-train-loss.png", "fine-tuning-train-loss.png", "fine-tuning-changed-words.png"} <= drawn
     assert "scatter between training runs" not in page.text

@@ -210,10 +210,10 @@ def test_the_summary_counts_a_suite_once() -> None:
     plain, dat = report.groups
     assert [one.key for one in report.verdicts(dat, plain)] == ["imagenet", "imagenet-c/mce"]
     text = " ".join(comparison_findings(summarize(results)))
-    assert "MAE + DAT is better on 2 of 2 suites and worse on 0" in text
+    assert "MAE + DAT vs. MAE, fine-tuned plainly: better on 2 of 2 suites (ImageNet, ImageNet-C)" in text
     backwards = evaluation(("plain", "dat"), ("imagenet",))
     backwards["models"] = dict(reversed(backwards["models"].items()))
-    assert "better on 0 of 1 suites and worse on 1" in " ".join(comparison_findings(summarize(backwards)))
+    assert "worse on 1 of 1 suite (ImageNet)" in " ".join(comparison_findings(summarize(backwards)))
 
 
 # ---- what may stand beside what ----
@@ -310,12 +310,12 @@ def test_a_subset_that_all_suites_share_is_printed_once() -> None:
     for facts in (facts for own in results["suites"].values() for facts in own.values()):
         facts["protocol"]["subset"] = "60 of 50,000 pictures (seed 0)"
     assert "ImageNet (%) ↑" in rows_by_title(headline_table(summarize(results)))
-    assert "All suites: 60 of 50,000 pictures (seed 0)." in headline_table(summarize(results)).notes
-    assert comparison_findings(summarize(results))[-1] == "Measured on 60 of 50,000 pictures (seed 0)."
+    assert "All suites: 60 of 50,000 images (seed 0)." in headline_table(summarize(results)).notes
+    assert comparison_findings(summarize(results))[-1] == "Measured on 60 of 50,000 images (seed 0)."
     for own in results["suites"].values():
         own["imagenet"]["protocol"]["subset"] = ""
-    assert "ImageNet-C, 60 of 50,000 pictures (seed 0): mCE ↓" in rows_by_title(headline_table(summarize(results)))
-    assert comparison_findings(summarize(results))[-1].startswith("Against")
+    assert "ImageNet-C, 60 of 50,000 images (seed 0): mCE ↓" in rows_by_title(headline_table(summarize(results)))
+    assert "Measured" not in " ".join(comparison_findings(summarize(results)))
 
 
 def test_published_rows_are_complete_and_in_range() -> None:
@@ -461,7 +461,7 @@ def test_examples_are_on_the_page_or_reported_missing(tmp_path: Path) -> None:
         )
         == 2
     )
-    assert text.count("This picture is missing") == 1
+    assert text.count("This image is missing") == 1
     assert "✗ MAE, fine-tuned plainly: eel" in page.text
     assert "✓ MAE + DAT: tench" in page.text
 
