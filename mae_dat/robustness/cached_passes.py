@@ -112,7 +112,9 @@ def _load_cached(
 
 
 def _as_json(counts: SuiteCounts) -> dict[str, Any]:
-    content = {"counts": counts.counts, "calibration": counts.calibration, "images": counts.images}
+    content: dict[str, Any] = {"counts": counts.counts, "calibration": counts.calibration, "images": counts.images}
+    if counts.reliability:
+        content["reliability"] = counts.reliability
     return content if counts.classes is None else {**content, "classes": counts.classes}
 
 
@@ -123,6 +125,7 @@ def _from_json(measurement: CachedMeasurement) -> SuiteCounts:
         calibration=measurement.value["calibration"],
         versions=dict.fromkeys(counts, measurement.versions),
         images=measurement.value.get("images", {}),  # an older release stored counts alone
+        reliability=measurement.value.get("reliability", []),
         classes=measurement.value.get("classes"),
     )
 

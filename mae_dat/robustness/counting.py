@@ -19,6 +19,7 @@ from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.calibration import Confidences
 from mae_dat.robustness.scores.class_counts import ClassCounts
 from mae_dat.robustness.scores.image_bits import CellImages
+from mae_dat.robustness.scores.reliability import ReliabilityBin
 from mae_dat.robustness.suites.base import ImagePass
 from mae_dat.robustness.suites.restriction import RestrictedNetwork
 
@@ -39,6 +40,8 @@ class SuiteCounts:
     """Package versions that each cell was measured with."""
     images: dict[str, CellImages] = field(default_factory=dict)
     """Predictions for each image, by cell; without the cells that an older release measured."""
+    reliability: list[ReliabilityBin] = field(default_factory=list)
+    """Bins of the reliability diagram; empty where none was measured, or by an older release."""
     classes: ClassCounts | None = None
     """Predictions by class, for a suite of unchanged images."""
 
@@ -48,6 +51,7 @@ class SuiteCounts:
         self.calibration |= other.calibration
         self.versions |= other.versions
         self.images |= other.images
+        self.reliability = other.reliability or self.reliability
         self.classes = other.classes or self.classes
 
 
@@ -153,6 +157,7 @@ class PassCounter:
         if self.confidences is not None:
             self.confidences.reduce(reduce)
             suite_counts.calibration = self.confidences.scores()
+            suite_counts.reliability = self.confidences.reliability()
         return suite_counts
 
     def _check(self, rows: dict[str, list[int]]) -> None:

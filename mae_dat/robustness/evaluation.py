@@ -25,6 +25,7 @@ from mae_dat.robustness.checks import Checks, check_attacks, normalization_warni
 from mae_dat.robustness.describe import evaluation_inputs
 from mae_dat.robustness.evaluation_plan import EvaluationPlan, log_plan, open_evaluation_plan
 from mae_dat.robustness.examples import write_examples
+from mae_dat.robustness.image_records import image_order, image_set_facts
 from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.report.findings import mixed_versions
 from mae_dat.robustness.report.groups import groups_of, same_seed_pair
@@ -33,6 +34,7 @@ from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.write import write_report
 from mae_dat.robustness.scores.class_counts import class_scores
 from mae_dat.robustness.scores.collapse import collapsed_models
+from mae_dat.robustness.scores.predictions import ImageSets
 from mae_dat.robustness.scores.results import (
     FORMAT,
     Results,
@@ -165,10 +167,25 @@ def _assemble_results(
         }
         if suite_counts.classes:
             results["classes"][name][suite.name] = class_scores(suite_counts.classes)
+        if suite_counts.reliability:
+            results.setdefault("reliability", {}).setdefault(name, {})[suite.name] = suite_counts.reliability
         if suite_counts.calibration:
             results["calibration"][name][suite.name] = suite_counts.calibration
+    results["image_sets"] = _image_sets(plan)
     results["collapsed"] = collapsed_models(results["images"], results["cells"])
     return results
+
+
+def _image_sets(plan: EvaluationPlan) -> ImageSets:
+    """Return the images of every suite by their order; models of one evaluation have the same classes."""
+    sets: ImageSets = {}
+    for suite in (run.suite for run in plan.runs):
+        by_order = sets.setdefault(suite.name, {})
+        for images in (image_pass.images for image_pass in suite.passes):
+            order = image_order(images)
+            if order not in by_order:
+                by_order[order] = image_set_facts(images)
+    return sets
 
 
 def _versioned_cells(counts: PlanCounts) -> list[VersionedCells]:

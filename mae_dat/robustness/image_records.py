@@ -12,12 +12,32 @@ from torch import Tensor
 
 from mae_dat.robustness.scores.class_counts import ClassCounts, class_counts
 from mae_dat.robustness.scores.image_bits import CellImages, MostPredicted, pack_bits
+from mae_dat.robustness.scores.predictions import ImageSetFacts, pack_names, pack_numbers, pack_predictions
 from mae_dat.robustness.suites.base import ImagePass
 from mae_dat.robustness.suites.imagenet import NO_CLASS
+from mae_dat.robustness.suites.sets import BenchmarkSet
 
 _ROWS = _CORRECT, _TEXTURE, _PREDICTED = range(3)
 _OFFSET = 1 - NO_CLASS
 """Added to a predicted class, so that 0 is an image of another rank, or without a recorded prediction."""
+
+
+def image_order(images: BenchmarkSet) -> str:
+    """Return the hash of the names of images in their order, by which records of the same images are found."""
+    names = "\0".join(path for path, _ in images.listing).encode(errors="surrogateescape")
+    return hashlib.sha256(names).hexdigest()[:16]
+
+
+def image_set_facts(images: BenchmarkSet) -> ImageSetFacts:
+    """Return names and labels of the images as JSON can hold them."""
+    names = [images.name_of(index).removeprefix(f"{images.root}/") for index in range(len(images))]
+    labels = images.targets[:, 0].clamp(min=NO_CLASS).long().numpy()
+    return {
+        "classes": list(images.class_mapping.classes),
+        "labels": pack_numbers(labels),
+        "names": pack_names(names),
+        "root": str(images.root),
+    }
 
 
 class ImageRecords:
@@ -47,13 +67,13 @@ class ImageRecords:
     def cell_images(self) -> dict[str, CellImages]:
         """Return the record of each cell as JSON can hold it."""
         images = self.image_pass.images
-        order = hashlib.sha256("\0".join(path for path, _ in images.listing).encode(errors="surrogateescape"))
         found: dict[str, CellImages] = {}
         for name, correct, texture, predicted in zip(self.image_pass.cells, *self.rows.numpy(), strict=True):
-            record: CellImages = {"order": order.hexdigest()[:16], "correct": pack_bits(correct > 0)}
+            record: CellImages = {"order": image_order(images), "correct": pack_bits(correct > 0)}
             if images.class_mapping.mean_probability:
                 record["texture"] = pack_bits(texture > 0)
             if predicted.any():
+                record["predicted"] = pack_predictions(predicted.astype("int64") - _OFFSET, correct > 0)
                 record["most_predicted"] = self._most_predicted(predicted - _OFFSET)
             found[name] = record
         return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.config.errors import DataError, NumericsError
+from mae_dat.robustness.scores.reliability import ReliabilityBin
 
 ROWS = TIMES_MEASURED, CONFIDENCE, CORRECT, NLL, BRIER = range(5)
 
@@ -69,7 +70,21 @@ class Confidences:
         nll = _mean(self.rows[NLL])
         return scores | {"nll": nll if math.isfinite(nll) else None, "brier": _mean(self.rows[BRIER])}
 
+    def reliability(self) -> list[ReliabilityBin]:
+        """Return the bins of the ECE that have images, in increasing order of confidence."""
+        confidence, correct = self.rows[CONFIDENCE], self.rows[CORRECT]
+        return [
+            {
+                "images": int(inside.sum()),
+                "correct": int(correct[inside].sum()),
+                "confidence": _mean(confidence[inside]),
+            }
+            for inside in _bin_members(confidence)
+            if inside.any()
+        ]
 
+
+ECE_BINS = 15
 RMS_BIN = 100  # images
 
 
@@ -83,18 +98,22 @@ def _gap(confidence: Tensor, correct: Tensor) -> float:
     return abs(_mean(confidence) - _mean(correct))
 
 
-def expected_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+def _bin_members(confidence: Tensor, bins: int = ECE_BINS) -> list[Tensor]:
+    """Return which images fall into each of the bins of equal width, (lower, upper]: bool (N,) each."""
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    bin_of = torch.bucketize(confidence, edges)
+    return [bin_of == number for number in range(bins)]
+
+
+def expected_error(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> float:
     """Compute the ECE (Guo et al. 2017, arXiv 1706.04599), 0 to 1: the mean gap between confidence and accuracy over
     bins of equal width, (lower, upper], weighted by their number of images.
 
     `confidence` in 0..1 and `correct` 0 or 1 are float64 (N,).
     """
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-    bin_of = torch.bucketize(confidence, edges)
-    members = [bin_of == number for number in range(bins)]
     return math.fsum(
         int(inside.sum()) / len(confidence) * _gap(confidence[inside], correct[inside])
-        for inside in members
+        for inside in _bin_members(confidence, bins)
         if inside.any()
     )
 

@@ -38,6 +38,9 @@ class CellImages(TypedDict):
     """A bit for each image: whether the prediction was correct."""
     texture: NotRequired[str]
     """Cue conflict: whether it was the texture's class."""
+    predicted: NotRequired[str]
+    """The predicted class of each image (`predictions.unpack_predictions`); absent in results of older releases and for
+    attacks on visual words."""
     most_predicted: NotRequired[MostPredicted]
     """Absent for attacks on visual words, which count hits alone."""
 

@@ -14,6 +14,8 @@ from mae_dat.config.protocols import ProtocolName
 from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.class_counts import ClassScores
 from mae_dat.robustness.scores.image_bits import CellImages
+from mae_dat.robustness.scores.predictions import ImageSets
+from mae_dat.robustness.scores.reliability import ReliabilityBins
 from mae_dat.storage.files import atomic_write
 
 FORMAT = 1
@@ -165,9 +167,13 @@ class Results(TypedDict):
     """Predictions for each image, by model, suite and cell; absent for cells that an older release measured."""
     classes: NotRequired[dict[str, dict[str, ClassScores]]]
     """Predictions by class and their scores, by model and suite of unchanged images."""
+    image_sets: NotRequired[ImageSets]
+    """Names and labels of the images behind `images`."""
     collapsed: NotRequired[dict[str, Collapse]]
     """Models that predict almost always the same class."""
     calibration: CalibrationScores
+    reliability: NotRequired[ReliabilityBins]
+    """Bins of the reliability diagrams; absent in results of older releases."""
     checks: AttackChecks
     agreement: NotRequired[dict[str, Count]]
     """By model in bfloat16: the number of clean images whose prediction equals the one in float32."""

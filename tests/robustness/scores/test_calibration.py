@@ -149,3 +149,15 @@ def test_there_is_a_temperature_only_where_there_are_errors() -> None:
 
 def test_mean_nll_by_hand() -> None:
     assert mean_nll(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), 2.0) == pytest.approx(math.log(1 + math.exp(-1)))
+
+
+def test_the_bins_of_a_diagram_give_the_expected_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    confidences = Confidences(200)
+    probabilities = torch.rand(200, 5, generator=generator, dtype=torch.float64).softmax(1)
+    confidences.add(torch.arange(200), probabilities, torch.randint(5, (200,), generator=generator))
+    confidences.reduce(lambda rows: rows)
+    bins = confidences.reliability()
+    gaps = (one["images"] * abs(one["confidence"] - one["correct"] / one["images"]) for one in bins)
+    assert sum(gaps) / 200 == pytest.approx(confidences.scores()["ece"])
+    assert sum(one["images"] for one in bins) == 200
