@@ -223,6 +223,15 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "data.split:main",
             ("mae-dat split PHOTOS DIR", "mae-dat split PHOTOS DIR --val 0.1 --link"),
         ),
+        "corrupt": Verb(
+            "write corrupted copies of a folder of images",
+            "config.commands.corrupt:CorruptConfig",
+            "robustness.corrupt_folder:main",
+            (
+                "mae-dat corrupt DIR/val --output_dir DIR/corrupted",
+                "mae-dat corrupt PHOTOS --corruptions fog snow --severities 1 3 5 --format png",
+            ),
+        ),
         "pack": Verb(
             "pack a folder of images into tar shards",
             "config.commands.pack:PackConfig",

@@ -21,7 +21,8 @@ from mae_dat.config.parse import run_command
 from mae_dat.verbs import FAMILIES, LAUNCHER, VERBS
 
 REQUIRED = {
-    "completion": "bash", "convert": "OUT net.safetensors --to timm", "get": "mae_dat_demo", "predict": "photo.jpg",
+    "completion": "bash", "convert": "OUT net.safetensors --to timm", "corrupt": "DIR", "get": "mae_dat_demo",
+    "predict": "photo.jpg",
     "report": "OUT", "scan": "DIR", "split": "DIR OUT",
 }  # fmt: skip
 """The words that a verb cannot do without."""

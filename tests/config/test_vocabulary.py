@@ -80,6 +80,7 @@ def test_every_verb_that_computes_has_a_device() -> None:
         "list",
         "get",
         "convert",
+        "corrupt",
         "recipes",
         "completion",
     }
