@@ -91,7 +91,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "detection.train:main",
             (
                 "mae-dat detect --data_path DIR --output_dir DET --dat",
-                "mae-dat detect --data_path DIR --eval --corruptions --resume DET",
+                "mae-dat detect --data_path DIR --eval --corrupted --resume DET",
             ),
         ),
         "tokenizer train": Verb(

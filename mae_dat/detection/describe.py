@@ -47,7 +47,7 @@ def training_inputs(
 def measurement_inputs(config: DetectConfig, model: Detector, validation: CocoImages, weights: str) -> InputSummary:
     """Return the summary of what a measurement reads."""
     inputs = _shared_inputs(config, model, {"validation": validation}, weights, "stored with the model")
-    if config.measure.corruptions:
+    if config.measure.corrupted:
         severities = ", ".join(map(str, config.measure.severities))
         inputs.add("corruptions", f"15 of ImageNet-C at severity {severities}, made at the images' own size")
     return inputs

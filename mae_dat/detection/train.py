@@ -2,7 +2,7 @@
 
 `mae-dat detect --data_path DIR ... --output_dir OUT`: DIR is in COCO's format (docs/how-to/detect.md). The adversary of
 `--dat` raises the detector's total loss. To resume, run the same command again. `--eval --resume OUT` measures the
-average precision; with `--corruptions`, also under 15 corruptions.
+average precision; with `--corrupted`, also under 15 corruptions.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
 
 
 def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
-    """Measure the average precision of the detector in `--resume`; with `--corruptions` see `measure_corruptions`."""
+    """Measure the average precision of the detector in `--resume`; with `--corrupted` see `measure_corruptions`."""
     require_extra("detection", "mAP")
     if config.run.resume is None:
         raise ConfigError("--eval needs --resume with a detector: an output folder or its weights.")
@@ -113,7 +113,7 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
         model, facts = opened.to(context.device).model, opened.facts
         validation = open_coco_images(config, "val", facts["classes"])
         on_main_rank(lambda: _report_inputs(config, context, model, validation, file.origin))
-        if not config.measure.corruptions:
+        if not config.measure.corrupted:
             return _validation_scores(model, validation, config, context)
         protocol = {
             **facts,
@@ -143,7 +143,7 @@ def _report_inputs(
     inputs = measurement_inputs(config, model, validation, origin.describe())
     add_device(inputs, context, config.data.num_workers)
     path = None
-    if config.measure.corruptions:
+    if config.measure.corrupted:
         path = context.output / f"detection.json.{INPUTS_FILE}"
         inputs.add("output", str((context.output / "detection.json").absolute()))
     context.console.report_inputs(inputs, path)
@@ -232,7 +232,7 @@ def main(config: DetectConfig) -> None:
     result = measure_detector(config, console) if config.measure.eval else detect(config, console)
     if not world_from_environment().main:
         return
-    if config.measure.eval and config.measure.corruptions:
+    if config.measure.eval and config.measure.corrupted:
         print_corruption_table(result, config.measure.severities)
     else:
         print_scores(result)

@@ -38,7 +38,7 @@ def after_detection(output_dir: str, data: DataConfig) -> list[str]:
     output = shlex.quote(output_dir)
     return [
         f"mae-dat predict IMAGES --checkpoint {output} --output_dir PREDICTIONS",
-        f"mae-dat detect --eval --corruptions --resume {output}{_data_path(data)}",
+        f"mae-dat detect --eval --corrupted --resume {output}{_data_path(data)}",
     ]
 
 

@@ -455,7 +455,7 @@ def test_perfect_predictions_have_an_average_precision_of_one() -> None:
 
 def test_corruptions_are_measured_stored_and_not_done_twice(folder: Path, trained: Path, tmp_path: Path) -> None:
     """mPC and rPC from a stored file, through the command; the second time nothing is measured but what was lost."""
-    given = ["--eval", "--corruptions", "--severities", "3", "--limit", "2", "--resume", str(trained)]
+    given = ["--eval", "--corrupted", "--severities", "3", "--limit", "2", "--resume", str(trained)]
     config = config_for(folder, tmp_path, *given)
     result = measure_detector(config, Console(quiet=True))
     path = tmp_path / "detection.json"

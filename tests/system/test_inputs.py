@@ -252,6 +252,6 @@ def test_a_detector(run: Run, images: Path, tmp_path: Path) -> None:
     assert inputs.rows["training"] == "boxes.json: 24 images, 24 boxes in 10 classes"
     assert inputs.rows["validation"] == "boxes.json: 2 images, 2 boxes in 1 class"
     assert inputs.rows["classes"].endswith("(categories by id)")
-    flags = ["--eval", "--resume", out, "--corruptions", "--severities", "1"]
+    flags = ["--eval", "--resume", out, "--corrupted", "--severities", "1"]
     inputs = run("detect", *flags, *data, *CPU[2:], stored=out / "detection.json.inputs.json")
     assert inputs.rows["corruptions"] == "15 of ImageNet-C at severity 1, made at the images' own size"

@@ -60,7 +60,7 @@ class MeasureConfig:
 
     eval: bool = False
     """Train nothing, and evaluate the weights of --resume."""
-    corruptions: bool = False
+    corrupted: bool = False
     """With --eval: measure also under 15 corruptions, and write OUT/detection.json."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Severities of the corruptions."""
@@ -75,7 +75,7 @@ class DetectConfig(CommandConfig):
     """Train an object detector, with --dat by Discrete Adversarial Training; --eval measures one.
 
     --data_path holds images with annotations in COCO's format. The adversary of --dat raises the total loss of the
-    detector. To resume, run the same command again. `--eval --resume OUT` measures the mAP, with --corruptions also
+    detector. To resume, run the same command again. `--eval --resume OUT` measures the mAP, with --corrupted also
     under 15 corruptions.
     """
 
