@@ -229,7 +229,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "robustness.corrupt_folder:main",
             (
                 "mae-dat corrupt DIR/val --output_dir DIR/corrupted",
-                "mae-dat corrupt PHOTOS --corruptions fog snow --severities 1 3 5 --format png",
+                "mae-dat corrupt PHOTOS --corruptions fog snow --severities 1 3 5 --png",
             ),
         ),
         "pack": Verb(

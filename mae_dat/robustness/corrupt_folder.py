@@ -110,7 +110,7 @@ class CopyWriter:
     def __init__(self, config: CorruptConfig, images: ImageSet, out: Path) -> None:
         self.config, self.images, self.out = config, images, out
         self.transform = _resizing(config)
-        self.suffix = ".jpg" if config.format == "jpeg" else ".png"
+        self.suffix = ".png" if config.png else ".jpg"
         self.names = relative_names(images, self.suffix)
         self.settings = self._settings()
 
@@ -182,10 +182,10 @@ class CopyWriter:
 
     def _encode(self, pixels: np.ndarray) -> bytes:
         file = io.BytesIO()
-        if self.config.format == "jpeg":
-            Image.fromarray(pixels).save(file, "JPEG", quality=self.config.quality)
-        else:
+        if self.config.png:
             Image.fromarray(pixels).save(file, "PNG")
+        else:
+            Image.fromarray(pixels).save(file, "JPEG", quality=self.config.quality)
         return file.getvalue()
 
     def _write_copies(self, task: tuple[int, list[tuple[str, int]]]) -> list[dict[str, Any]]:
@@ -381,7 +381,7 @@ def _describe(config: CorruptConfig, images: ImageSet, names: Sequence[str]) -> 
     severities = ", ".join(map(str, sorted(set(config.severities))))
     inputs.add("corruptions", f"{listing(names, 19)}; severities {severities}; seed {config.seed}")
     size = f"resized and cropped to {config.input_size}" if config.input_size else "of their own size"
-    stored = f"JPEG of quality {config.quality}" if config.format == "jpeg" else "PNG"
+    stored = "PNG" if config.png else f"JPEG of quality {config.quality}"
     inputs.add("copies", f"{size}, {stored}" + (f", shards of {config.shard_mb:g} MB" if config.shards else ""))
     inputs.add("workers", describe_workers(worker_count(config.num_workers)))
     inputs.add("output", str(Path(config.output_dir).absolute()))

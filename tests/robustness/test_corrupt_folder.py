@@ -55,7 +55,7 @@ def test_a_copy_is_the_corruption_of_that_image_place_and_seed(tmp_path: Path) -
 
 def test_png_copies_are_lossless_and_images_are_resized_first(tmp_path: Path) -> None:
     source, out = photos(tmp_path / "photos", count=1, side=80), tmp_path / "out"
-    assert run(source, out, format="png", input_size=(32,), crop=1.0, corruptions=("contrast",), severities=(1,)) == 2
+    assert run(source, out, png=True, input_size=(32,), crop=1.0, corruptions=("contrast",), severities=(1,)) == 2
     resized = Image.open(source / "cat" / "0.png").resize((33, 32), Image.Resampling.BICUBIC).crop((0, 0, 32, 32))
     expected = corrupt_image(np.array(resized), "contrast", 1, 0)
     assert np.array_equal(np.array(Image.open(out / "contrast" / "1" / "cat" / "0.png")), expected)

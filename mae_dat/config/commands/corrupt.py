@@ -26,8 +26,8 @@ class CorruptConfig(CommandConfig):
     """all (the 15 corruptions of ImageNet-C), extra (its 4 extra ones), or names such as fog gaussian_noise."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Severities, from 1 (weak) to 5 (strong)."""
-    format: Literal["jpeg", "png"] = "jpeg"
-    """jpeg: as ImageNet-C stores its images. png: lossless."""
+    png: bool = False
+    """Store lossless PNG files instead of JPEG, in which ImageNet-C is stored."""
     quality: int = 85
     """JPEG quality from 1 to 100; ImageNet-C has 85."""
     shards: bool = False
