@@ -277,12 +277,22 @@ class EvalConfig:
     dist_eval: bool = False
     """MAE's flag, accepted and ignored: evaluation is always distributed over the ranks, and exact."""
     suite: tuple[str, ...] = ("clean",)
-    """With --eval: clean (the accuracy), corruptions (also 15 corruptions x 5 severities and a report), or the suites
-    of `mae-dat evaluate`."""
+    """With --eval: clean (the accuracy), generated (15 corruptions x 5 severities, with a report), or other suites of
+    `mae-dat evaluate`."""
     limit: int | None = None
-    """With --eval: images for each corruption (default: all validation images)."""
+    """With --eval: images of each suite, and of each corruption and severity (default: all)."""
+    limit_corrupted: int | None = None
+    """With --eval: at most this many images for each corruption and severity, and under each attack (default: as
+    --limit)."""
     restrict_classes: bool = False
     """With --eval: predict only among the classes that have validation images (default: among all outputs)."""
+
+
+def check_limits(limit: int | None, limit_corrupted: int | None) -> None:
+    """Raise ConfigError for a limit below one image."""
+    for flag, count in (("--limit", limit), ("--limit_corrupted", limit_corrupted)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{flag} {count}: give at least 1 image, or None for all.")
 
 
 def default_num_workers() -> int:

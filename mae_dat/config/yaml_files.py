@@ -8,6 +8,9 @@ from typing import Any
 from mae_dat.config.errors import ConfigError, suggest
 from mae_dat.config.flags import Flag, WrongValueError
 
+EARLIER_VALUES: dict[tuple[str, str], tuple[str, ...]] = {("suite", "corruptions"): ("clean", "generated")}
+"""The present values of (key, value) in the config.yaml of earlier runs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FileSetting:
@@ -53,12 +56,23 @@ def read_settings(path: Path, flags: Sequence[Flag]) -> dict[str, FileSetting]:
                 raise ConfigError(f"{place}: {key} is given again; the first is in {settings[key].place}: remove one.")
             text = value_node.value if isinstance(value_node, yaml.ScalarNode) else None
             value = loader.construct_object(value_node, deep=True)
-            settings[key] = FileSetting(_convert(flag_by_name[key], value, text, place), place)
+            settings[key] = FileSetting(_convert(flag_by_name[key], _present(key, value), text, place), place)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # such as a date that does not exist
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     finally:
         loader.dispose()
     return settings
+
+
+def _present(key: str, value: Any) -> Any:
+    """Return a value with the names that earlier runs wrote replaced by the present ones."""
+    if not isinstance(value, str | list):
+        return value
+    items = [value] if isinstance(value, str) else value
+    renamed = [EARLIER_VALUES.get((key, item), (item,)) if isinstance(item, str) else (item,) for item in items]
+    if all(len(names) == 1 for names in renamed):
+        return value
+    return list(dict.fromkeys(name for names in renamed for name in names))
 
 
 def _convert(flag: Flag, value: Any, text: str | None, place: str) -> Any:

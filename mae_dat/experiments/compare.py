@@ -194,7 +194,9 @@ def _stage_costs(comparison: CompareConfig, pretrain_epochs: int, runs: Runs, im
         cost = FINETUNE_VARIANTS[split_group_name(group)[1]].cost
         costs[_run_title(group, seed)] = cost * config.optim.epochs * images / 200
     if comparison.measure:
-        passes = (comparison.limit or images // 4) * len(CORRUPTIONS) * len(SEVERITIES)
+        limits = (comparison.limit, comparison.limit_corrupted)
+        count = min((limit for limit in limits if limit), default=images // 4)
+        passes = count * len(CORRUPTIONS) * len(SEVERITIES)
         costs["measure"] = passes * (_MEASURE_COST * len(runs) + _CORRUPT_COST) / 200
     return costs
 
@@ -216,7 +218,12 @@ def _measure_and_report(
     root = image_root(comparison.root)
     # The first-order adversary, because exact losses would take longer than the trainings.
     suite_settings = SuiteSettings(
-        root, limit=comparison.limit, whole_clean=True, tokenizer=any_config.dat.tokenizer, rescore=0, device=device
+        root,
+        limit=comparison.limit,
+        limit_corrupted=comparison.limit_corrupted,
+        tokenizer=any_config.dat.tokenizer,
+        rescore=0,
+        device=device,
     )
     setup = EvaluationSetup(
         options,

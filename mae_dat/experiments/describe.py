@@ -43,7 +43,10 @@ def comparison_inputs(
         f"validation: {describe_resize(EvalTransform(data.image_size))}",
     )
     inputs.add("tokenizer", describe_tokenizer(dat.tokenizer, load_tokenizer(dat.tokenizer)))
-    limit = f"; at most {config.limit:,} images of each corruption or attack" if config.limit else ""
+    limits = [f"; at most {config.limit:,} images of each"] if config.limit else []
+    if config.limit_corrupted:
+        limits.append(f"; at most {config.limit_corrupted:,} images for each corruption or attack")
+    limit = "".join(limits)
     inputs.add("suites", f"{', '.join(suites)}{limit}" if config.measure else "none (--no_measure)")
     precision = amp_dtype(fine_tuning.run.precision, device)
     inputs.add("device", f"{describe_device(device, precision, worker_count(data.num_workers))}, {_jobs(config.jobs)}")

@@ -32,7 +32,7 @@ _QUICK_FLAGS = "--input_size 32 --batch_size 16 --epochs 1 --warmup_epochs 0"
 def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
     """Return the settings of a comparison for each data set, by its name. Raises ConfigError."""
     output = Path(config.output_dir)
-    paths, flags, seeds, limit = config.roots, "", config.seeds, config.limit
+    paths, flags, seeds, limit = config.roots, "", config.seeds, config.limit_corrupted
     if config.quick:
         folder = write_image_folder(output / "pictures", _QUICK_IMAGES)
         paths, flags, seeds, limit = (str(folder),), _QUICK_FLAGS, config.seeds[:1], 2
@@ -51,7 +51,8 @@ def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
             finetune_config=config.finetune_config,
             pretrain_flags=flags,
             finetune_flags=flags,
-            limit=limit,
+            limit=config.limit,
+            limit_corrupted=limit,
             jobs=config.jobs,
             threads=config.threads,
             title=f"Every adversary and baseline on {name}",

@@ -1,5 +1,4 @@
-"""Evaluate a fine-tuned classifier: `main_finetune.py --eval --resume OUT [--suite corruptions]`, or `--suite` with
-names of the robustness suites."""
+"""Evaluate a fine-tuned classifier: `main_finetune.py --eval --resume OUT [--suite clean generated]`."""
 
 import dataclasses
 import logging
@@ -26,7 +25,7 @@ from mae_dat.robustness.input_checks import CHECKED_INPUTS, better_normalization
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.robustness.setup import EvaluationSetup
-from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, SuiteSettings
+from mae_dat.robustness.suites.base import CLEAN, SuiteSettings
 from mae_dat.robustness.suites.restriction import RestrictedNetwork
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
@@ -132,7 +131,7 @@ def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
             partial=True,  # as for the accuracy alone; the rows are marked
             restrict_classes=config.evaluation.restrict_classes,
             limit=config.evaluation.limit,
-            whole_clean=True,
+            limit_corrupted=config.evaluation.limit_corrupted,
             seed=config.run.seed,
             tokenizer=config.dat.tokenizer,
             batch_size=batch_size,
@@ -151,7 +150,7 @@ def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
         results = run_evaluation(
             [network],
             settings,
-            requested=_requested_suites(config.evaluation.suite, root),
+            requested=config.evaluation.suite,
             setup=setup,
             title=f"Robustness of {network.name}",
         )
@@ -159,19 +158,10 @@ def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
             print_headline(results)
 
 
-def _requested_suites(suites: tuple[str, ...], root: Path) -> tuple[str, ...]:
-    """Return the suites, `corruptions` replaced by the corrupted images, all clean ones, and conflicting ones if there
-    are any."""
-    if "corruptions" not in suites:
-        return suites
-    expanded = (CLEAN, GENERATED, *([CONFLICT] if (root / CONFLICT).is_dir() else []))
-    return (*expanded, *(name for name in suites if name not in (*expanded, "corruptions")))
-
-
 def require_color(in_chans: int) -> None:
-    """Raise ConfigError for a classifier of greyscale images: the corruptions are defined for colour."""
+    """Raise ConfigError for a classifier of gray images: the corruptions are defined for color."""
     if in_chans != 3:
-        raise ConfigError(f"corruptions are defined for colour images, not for --in_chans {in_chans}.")
+        raise ConfigError(f"corruptions are defined for color images, not for --in_chans {in_chans}.")
 
 
 def main(config: FinetuneConfig) -> None:

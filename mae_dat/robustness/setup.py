@@ -56,6 +56,7 @@ def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -
         restrict_classes=config.restrict_classes,
         subset=Path(config.subset) if config.subset else None,
         limit=config.limit,
+        limit_corrupted=config.limit_corrupted,
         seed=config.seed,
         extra_corruptions=config.held_out,
         tokenizer=config.tokenizer,

@@ -29,7 +29,7 @@ FREE_SETTINGS = {
     "checkpoint_activations",
     *("allow_change", "hang_minutes", "log_every", "pictures_every"),
     *("data_path", "on_bad", "num_workers", "pin_mem", "threads"),
-    *("eval", "dist_eval", "suite", "limit", "restrict_classes"),
+    *("eval", "dist_eval", "suite", "limit", "limit_corrupted", "restrict_classes"),
     *("val_path", "save_every"),  # of a tokenizer's training
     *("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url"),
 }

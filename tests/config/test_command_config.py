@@ -177,6 +177,13 @@ def test_the_settings_of_an_earlier_run_are_a_config() -> None:
     assert parse(config.command()) == config
 
 
+def test_names_of_earlier_runs_are_read_from_a_file_but_are_no_flags(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for text in ("suite: corruptions", "suite: [corruptions]", "suite: [clean, corruptions]"):
+        file.write_text(text)
+        assert FinetuneConfig.from_yaml(file).evaluation.suite == ("clean", "generated")
+
+
 def test_the_settings_of_a_detector_are_a_config(tmp_path: Path) -> None:
     config = DetectConfig.from_flags(data_path="DIR", dat=True, severities=[1, 3], scale_jitter=(1, 1))
     config.to_yaml(tmp_path / "config.yaml")

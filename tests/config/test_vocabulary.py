@@ -64,6 +64,19 @@ def test_a_shared_flag_has_one_default(name: str) -> None:
     assert len({flag.default for flag in FLAGS[name].values()}) == 1
 
 
+def test_the_limits_of_benchmarks_mean_the_same_in_all_verbs() -> None:
+    verbs = ("evaluate", "finetune", "compare", "demo", "proof")
+    assert FLAGS["limit_corrupted"].keys() == set(verbs)
+    for flag, start in (
+        ("limit", "Images of each suite, and of each corruption and severity"),
+        ("limit_corrupted", "At most this many images for each corruption and severity, and under each attack"),
+    ):
+        for verb in verbs:
+            text = FLAGS[flag][verb].help.removeprefix("With --eval: ")
+            assert text.lower().startswith(start.lower()), verb
+    assert {FLAGS["limit"][verb].default for verb in verbs} == {None}
+
+
 def test_names_that_are_not_in_the_vocabulary() -> None:
     assert not REMOVED & FLAGS.keys()
 

@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
         seeds=(0,),
         pretrain_flags=FLAGS,
         finetune_flags=f"{FLAGS} --tokenizer {tokenizer}",
-        limit=4,
+        limit_corrupted=4,
     )
     assert compare(config, Console(quiet=True)) is not None
     return config
@@ -46,7 +46,7 @@ def test_the_report_holds_every_arm(config: CompareConfig) -> None:
     assert [run["arm"] for run in training["runs"].values()] == list(ARMS)
     for name, run in training["runs"].items():
         cells = results["cells"][name]
-        assert cells["clean"][""]["total"] == 20  # the limit is for what is made
+        assert cells["clean"][""]["total"] == 20  # --limit_corrupted is for corruptions and attacks
         assert 0 < cells["conflict"][""]["total"] <= 20
         assert len(cells["generated"]) == 75
         assert all(cell["total"] == 4 for cell in cells["generated"].values())
@@ -109,3 +109,5 @@ def test_an_unknown_arm_is_refused_with_a_suggestion() -> None:
 def test_what_cannot_be_measured_is_refused_before_the_training() -> None:
     with pytest.raises(ConfigError, match="--limit 0"):
         CompareConfig(limit=0)
+    with pytest.raises(ConfigError, match="--limit_corrupted 0"):
+        CompareConfig(limit_corrupted=0)

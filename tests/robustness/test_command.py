@@ -363,6 +363,17 @@ def test_a_limit_takes_the_same_pictures_with_the_same_chance(dataset: Path) -> 
     assert torch.equal(made[0, 3]["images"], made[1, few.folder_indices[3]]["images"])
 
 
+def test_limits_mean_the_same_for_every_suite(dataset: Path) -> None:
+    sources = open_sources(dataset, limit=8, limit_corrupted=3)
+    counts = {
+        name: {len(image_pass.images) for image_pass in suite_from(sources, name).passes}
+        for name in ("clean", "generated", "fgsm-1/255")
+    }
+    assert counts == {"clean": {8}, "generated": {3}, "fgsm-1/255": {3}}
+    sources = open_sources(dataset, limit=2, limit_corrupted=3)
+    assert {len(suite_from(sources, name).passes[0].images) for name in ("clean", "generated")} == {2}
+
+
 # ---- going on ----
 
 

@@ -77,7 +77,7 @@ def test_three_commands_lead_from_images_to_a_report(
     assert record["train_changed_words"] > 0
     assert {"train_loss_clean", "train_loss_adversarial", "train_eps", "test_acc1"} <= record.keys()
     assert (second / "pictures" / "adversary.png").is_file()
-    suite = ["--suite", "corruptions", "--limit", "4", "--num_workers", "0"]
+    suite = ["--suite", "clean", "generated", "conflict", "--limit_corrupted", "4", "--num_workers", "0"]
     monkeypatch.chdir(tmp_path)
     given = [*map(str, data), "--eval", "--resume", str(second), *suite]
     evaluated = outcome_of(finetune_main, given, monkeypatch, capsys)
@@ -87,10 +87,10 @@ def test_three_commands_lead_from_images_to_a_report(
 
 
 def check_report(folder: Path) -> None:
-    """A report of all pictures clean, of 4 of them under every corruption, and of conflicting textures."""
+    """A report of all clean images, of 4 of them under every corruption, and of conflicting textures."""
     assert "<html" in (folder / "report.html").read_text()
     (cells,) = read_results(folder / "results.json")["cells"].values()
-    assert cells["clean"][""]["total"] == 20  # --limit is for the corruptions
+    assert cells["clean"][""]["total"] == 20  # all: --limit_corrupted is for the corruptions
     assert len(cells["generated"]) == 75
     assert all(cell["total"] == 4 for cell in cells["generated"].values())
     assert 0 < cells["conflict"][""]["total"] <= 20

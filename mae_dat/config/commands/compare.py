@@ -4,7 +4,7 @@ import dataclasses
 
 from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.groups import DEMO, data_root
+from mae_dat.config.groups import DEMO, check_limits, data_root
 from mae_dat.config.variants import NONE, PLAIN, check_finetune_variants, check_pretrainings
 
 
@@ -41,9 +41,11 @@ class CompareConfig(CommandConfig):
     """Flags that take precedence over the recipe, as one quoted text: --pretrain_flags="--epochs 10 --blr 1e-3"."""
     finetune_flags: str = ""
     """The same for all fine-tunings."""
-    limit: int | None = 400
-    """Images for each corruption and severity, and under attack; None for all validation images. Clean accuracy and
-    shape bias always use all."""
+    limit: int | None = None
+    """Images of each suite, and of each corruption and severity (default: all)."""
+    limit_corrupted: int | None = 400
+    """At most this many images for each corruption and severity, and under each attack; None for as many as
+    --limit."""
     suite: tuple[str, ...] = ()
     """Suites as in `mae-dat evaluate` (default: clean, generated, words-random, words-symbolic, and conflict if it
     exists)."""
@@ -59,8 +61,7 @@ class CompareConfig(CommandConfig):
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
             raise ConfigError("a comparison needs at least one of --arms and one of --seeds.")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"--limit {self.limit}: give at least 1 image.")
+        check_limits(self.limit, self.limit_corrupted)
         if self.jobs < 1:
             raise ConfigError(f"--jobs must be at least 1 training at a time, got {self.jobs}.")
         check_pretrainings(self.pretrainings)
@@ -98,8 +99,9 @@ class DemoConfig(CompareConfig):
     """Recipe or YAML file of the pretraining."""
     finetune_config: str = "demo_finetune"
     """Recipe or YAML file of all fine-tunings."""
-    limit: int | None = 100
-    """Images for each corruption and severity, and under attack; None for all validation images."""
+    limit_corrupted: int | None = 100
+    """At most this many images for each corruption and severity, and under each attack; None for as many as
+    --limit."""
     title: str = "mae_dat demo: fine-tuning with and without DAT"
     """Title of the report."""
 
@@ -134,7 +136,9 @@ class ProofConfig(CommandConfig):
     finetune_config: str = "proof_finetune"
     """Recipe or YAML file of all fine-tunings."""
     limit: int | None = None
-    """Images for each corruption and severity, and under attack (default: all validation images)."""
+    """Images of each suite, and of each corruption and severity (default: all)."""
+    limit_corrupted: int | None = None
+    """At most this many images for each corruption and severity, and under each attack (default: as --limit)."""
     jobs: int = 2
     """Trainings at a time, each in its own process with its share of the CPU cores."""
     threads: int | None = None

@@ -29,9 +29,12 @@ class SuiteConfig:
     subset: str | None = None
     """RobustBench's imagenet_test_image_ids.txt: measure only these 5,000 images of ImageNet and ImageNet-C."""
     limit: int | None = None
-    """Images for each corruption and severity, or of each other suite, drawn by --seed (default: all)."""
+    """Images of each suite, and of each corruption and severity, drawn by --seed (default: all)."""
+    limit_corrupted: int | None = None
+    """At most this many images for each corruption and severity, and under each attack, which take many forward
+    passes (default: as --limit)."""
     seed: int = 0
-    """Seed of generated corruptions, random starts, random words and --limit."""
+    """Seed of generated corruptions, random starts, random words and the choice of --limit."""
     held_out: bool = False
     """In generated suites, measure also the 4 extra corruptions, which count in no mean."""
     tokenizer: str = "embedded"

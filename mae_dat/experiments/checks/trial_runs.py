@@ -112,7 +112,7 @@ class TrialRuns:
 
         device = pick_device(self.config.device)
         options = EvalOptions(device, amp_dtype(self.config.precision, device))
-        settings = SuiteSettings(self.images, limit=_CORRUPTED_IMAGES, whole_clean=True, device=device)
+        settings = SuiteSettings(self.images, limit_corrupted=_CORRUPTED_IMAGES, device=device)
         with _one_thread():
             start = time.perf_counter()
             network = open_network(_WEIGHTS, None, _WEIGHTS, options)

@@ -22,7 +22,7 @@ assert set(WORD_SUITES.values()) == set(WORD_ATTACK_KINDS)
 
 def clean_images(sources: SuiteSources, network_input: NetworkInput, name: str) -> BenchmarkSet:
     """Return the clean images for a network's input, as the cell of the suite `name` that is made from them."""
-    (images,) = sources.limited_sets(sources.clean_suite)
+    (images,) = sources.limited_sets(sources.clean_suite, corrupted=True)
     return images.for_input(*network_input).named(name)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.config.errors import ConfigError, listing
-from mae_dat.config.groups import ImageSize
+from mae_dat.config.groups import ImageSize, check_limits
 from mae_dat.config.protocols import ProtocolName
 from mae_dat.data.file_facts import FileState
 from mae_dat.models.modes import Network
@@ -145,8 +145,8 @@ class SuiteSettings:
     """RobustBench's list of 5,000 images, for ImageNet and ImageNet-C."""
     limit: int | None = None
     """Images of each cell."""
-    whole_clean: bool = False
-    """Count all images of clean and conflict, whatever the limit: they take one forward pass each."""
+    limit_corrupted: int | None = None
+    """Images of each cell of corrupted images and of attacks, where it is below `limit`."""
     seed: int = 0
     extra_corruptions: bool = False
     """Whether to make the `EXTRA` corruptions too, for corruptions that are made here."""
@@ -160,7 +160,6 @@ class SuiteSettings:
     """What named the root, for the summary of the inputs; None if the environment variable did."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"--limit {self.limit}: give at least 1 image per cell, or None for all.")
+        check_limits(self.limit, self.limit_corrupted)
         if self.rescore < 0:
             raise ConfigError(f"--rescore {self.rescore}: give a number of candidates, or 0 for none.")

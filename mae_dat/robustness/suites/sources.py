@@ -70,11 +70,13 @@ class SuiteSources:
         """All image sets that were opened so far."""
         return [images for sets in self._sets.values() for images in sets]
 
-    def limited_sets(self, name: str) -> list[BenchmarkSet]:
-        """Return the cells with at most `limit` images each."""
-        limit, seed = self.settings.limit, self.settings.seed
+    def limited_sets(self, name: str, corrupted: bool = False) -> list[BenchmarkSet]:
+        """Return the cells with at most `limit` images each, and `limit_corrupted` for corrupted or attacked images."""
+        settings = self.settings
+        limits = [settings.limit, settings.limit_corrupted if corrupted else None]
+        limit = min((limit for limit in limits if limit is not None), default=None)
         sets = self.image_sets(name)
-        return sets if limit is None else [images.limited(limit, seed) for images in sets]
+        return sets if limit is None else [images.limited(limit, settings.seed) for images in sets]
 
     def _open_benchmark(self, name: str) -> list[BenchmarkSet]:
         check_classes(self.classes, self.outputs)

@@ -31,13 +31,13 @@ BuildSuite = Callable[[SuiteSources, str, str, NetworkInput], Suite]
 
 def build_benchmark(sources: SuiteSources, name: str, title: str, network_input: NetworkInput) -> Suite:
     """Build the suite of a published benchmark: its stored images, counted in one cell each or one per corruption."""
-    return _stored_suite(name, title, sources.limited_sets(name), network_input)
+    sets = sources.limited_sets(name, corrupted=bool(BENCHMARKS[name].corruptions))
+    return _stored_suite(name, title, sets, network_input)
 
 
 def build_custom(sources: SuiteSources, name: str, title: str, network_input: NetworkInput) -> Suite:
     """Build the suite of custom classes, `clean` (val/CLASS) or `conflict`."""
-    sets = sources.image_sets(name) if sources.settings.whole_clean else sources.limited_sets(name)
-    return _stored_suite(name, title, sets, network_input)
+    return _stored_suite(name, title, sources.limited_sets(name), network_input)
 
 
 def _stored_suite(name: str, title: str, sets: list[BenchmarkSet], network_input: NetworkInput) -> Suite:
@@ -123,7 +123,7 @@ SUITES: dict[str, SuiteSpec] = {
         "derived",
         build_auto_attack,
         needs_gradients=True,
-        by_name_only="takes thousands of passes a picture: name it, with --limit or --subset",
+        by_name_only="takes thousands of passes per image: name it, with --limit or --subset",
     ),
     "words-random": SuiteSpec("Random words", "derived", build_word_attack, forward_passes=8),
     "words-symbolic": SuiteSpec(
