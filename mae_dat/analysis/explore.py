@@ -26,6 +26,7 @@ from mae_dat.config.commands.explore import ExploreConfig
 from mae_dat.config.errors import ConfigError, DataError, UserError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.groups import DEMO, image_size
+from mae_dat.config.terminal import print_text
 from mae_dat.data.decode import ImageError, decode_bytes, decode_file
 from mae_dat.data.generated import draw as generated
 from mae_dat.data.image_set import ImageFolder
@@ -378,11 +379,11 @@ def main(config: ExploreConfig) -> None:
 
     with listen_locally(config.port) as server_socket:
         address = f"http://{_HOST}:{server_socket.getsockname()[1]}/?token={token}"
-        print(f"Open {address} in a browser; Ctrl-C stops it.", flush=True)
+        print_text(f"Open {address} in a browser; Ctrl-C stops it.")
         # NiceGUI searches all objects in memory for its server, which triggers a warning of torch.
         warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
         settings = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
         try:
             uvicorn.Server(settings).run([server_socket])
         except KeyboardInterrupt:
-            print("stopped.")
+            print_text("stopped.")

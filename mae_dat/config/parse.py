@@ -20,6 +20,7 @@ from mae_dat.config.errors import DISK_FULL, InterruptError, MissingInputError, 
 from mae_dat.config.extras import OPENCV_WITHOUT_LIBGL
 from mae_dat.config.flags import Config, default_config, flags_of
 from mae_dat.config.interrupts import INTERRUPTED, is_interrupt
+from mae_dat.config.terminal import printable_lines
 
 
 def load_config(
@@ -89,10 +90,11 @@ def _explain(error: BaseException) -> int | None:
     """Print the message of an error that ends a command, and return the exit code; None for a bug and for an exit."""
     if isinstance(error, UserError):
         logging.getLogger("mae_dat").debug("", exc_info=True)
-        sys.stderr.write(f"{'interrupted' if isinstance(error, InterruptError) else 'error'}: {error}\n")
+        word = "interrupted" if isinstance(error, InterruptError) else "error"
+        sys.stderr.write(f"{word}: {printable_lines(str(error))}\n")
         return error.exit_code
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        sys.stderr.write(f"error: {_describe_full_disk(error)}\n")
+        sys.stderr.write(f"error: {printable_lines(_describe_full_disk(error))}\n")
         return StorageError.exit_code
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

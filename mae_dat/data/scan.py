@@ -19,6 +19,7 @@ import torch
 
 from mae_dat.config.commands.scan import ScanConfig
 from mae_dat.config.errors import DataError, MissingInputError
+from mae_dat.config.terminal import print_text
 from mae_dat.data.decode import decode_bytes, image_error, read_bytes
 from mae_dat.data.describe import add_images
 from mae_dat.data.image_set import ImageFolder, ImageSet
@@ -43,8 +44,8 @@ def main(config: ScanConfig) -> None:
     for path in shard_folders or [folder]:
         count, faults = check(dataclasses.replace(config, folder=str(path)), console)
         for fault in faults:
-            print(fault)
-        print(f"{path}: {count:,} images, {len(faults)} faults")
+            print_text(fault)
+        print_text(f"{path}: {count:,} images, {len(faults)} faults")
         total += len(faults)
     if total:
         raise DataError(f"{config.folder} has {total} faults, listed above: delete or replace these files.")

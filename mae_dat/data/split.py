@@ -14,6 +14,7 @@ import torch
 from mae_dat.config.commands.split import SplitConfig
 from mae_dat.config.errors import DataError, OutputError
 from mae_dat.config.paths import require_folder
+from mae_dat.config.terminal import print_text
 from mae_dat.data.describe import add_images
 from mae_dat.data.folders import SPLIT_NAMES, split_folders
 from mae_dat.data.image_set import ImageFolder
@@ -26,8 +27,10 @@ def main(config: SplitConfig) -> None:
     """Run the command."""
     counts = split_folder(config, console_for_command())
     train, val = (sum(pair[part] for pair in counts.values()) for part in (0, 1))
-    print(f"{config.out}: train {count_of(train, 'image')}, val {count_of(val, 'image')}, in {len(counts)} classes")
-    print(f"Next:\n  mae-dat finetune --data_path {shlex.quote(config.out)}")
+    print_text(
+        f"{config.out}: train {count_of(train, 'image')}, val {count_of(val, 'image')}, in {len(counts)} classes"
+    )
+    print_text(f"Next:\n  mae-dat finetune --data_path {shlex.quote(config.out)}")
 
 
 def split_folder(config: SplitConfig, console: Console) -> dict[str, tuple[int, int]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import DataError
 from mae_dat.config.extras import require_extra
+from mae_dat.config.terminal import print_text
 from mae_dat.data.loader import ImageLoader, eval_loader
 from mae_dat.detection.coco import CocoImages
 from mae_dat.detection.objective import ground_truth
@@ -132,9 +133,9 @@ def _write_scores(path: Path, protocol: Mapping[str, Any], scores: Mapping[str, 
 def print_corruption_table(result: Mapping[str, Any], severities: Sequence[int]) -> None:
     """Print mAP in percent, one row per corruption and one column per severity, with the means below."""
     scores = result["cells"]
-    print(f"{'mAP in %':20}" + "".join(f"{severity:>7}" for severity in severities) + f"{'mean':>8}")
+    print_text(f"{'mAP in %':20}" + "".join(f"{severity:>7}" for severity in severities) + f"{'mean':>8}")
     for name in CORRUPTIONS:
         row = [100 * scores[f"{name}/{severity}"]["map"] for severity in severities]
-        print(f"{name:20}" + "".join(f"{value:7.1f}" for value in row) + f"{statistics.fmean(row):8.1f}")
+        print_text(f"{name:20}" + "".join(f"{value:7.1f}" for value in row) + f"{statistics.fmean(row):8.1f}")
     clean = ", ".join(f"{name} {100 * scores['clean'][name]:.1f}" for name in DETECTION_METRICS)
-    print(f"clean: {clean}; mPC {100 * result['mpc']:.1f}, rPC {100 * result['rpc']:.0f} %")
+    print_text(f"clean: {clean}; mPC {100 * result['mpc']:.1f}, rPC {100 * result['rpc']:.0f} %")

@@ -13,6 +13,7 @@ from mae_dat.config.commands.detect import DetectConfig
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.flags import flat_values
+from mae_dat.config.terminal import print_text
 from mae_dat.data.file_facts import content_sha256
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
@@ -242,4 +243,4 @@ def main(config: DetectConfig) -> None:
 
 def print_scores(result: dict[str, float]) -> None:
     """Print the average precision in percent on one line."""
-    print(", ".join(f"{name} {100 * result[name]:.1f} %" for name in DETECTION_METRICS))
+    print_text(", ".join(f"{name} {100 * result[name]:.1f} %" for name in DETECTION_METRICS))

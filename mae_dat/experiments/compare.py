@@ -23,6 +23,7 @@ from mae_dat.config.commands.compare import CompareConfig
 from mae_dat.config.flags import flat_values
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
+from mae_dat.config.terminal import print_text
 from mae_dat.config.variants import (
     FINETUNE_VARIANTS,
     IN_TIME,
@@ -332,10 +333,14 @@ def _training_galleries(config: CompareConfig) -> list[TrainingGallery]:
 def print_numbers(results: Results, output: Path) -> None:
     """Print the report's path, and the main numbers of each group on one line."""
     report = summarize(results)
-    print("\n" + " ".join([f"Open {output / 'report.html'} (numbers: {output / 'results.json'}).", *cautions(report)]))
+    print_text(
+        "\n" + " ".join([f"Open {output / 'report.html'} (numbers: {output / 'results.json'}).", *cautions(report)])
+    )
     metrics = [metric for metric in report.metrics if metric.key in ("clean", "generated/mean", "conflict/bias")]
     for group in report.groups:
-        print(f"  {group.title:<16} " + "   ".join(f"{metric.title} {value_text(metric, group)}" for metric in metrics))
+        print_text(
+            f"  {group.title:<16} " + "   ".join(f"{metric.title} {value_text(metric, group)}" for metric in metrics)
+        )
 
 
 def main(config: CompareConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mae_dat.config.commands.compare import CompareConfig, ProofConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.parse import command_line
+from mae_dat.config.terminal import print_text
 from mae_dat.data.generated.folder import FolderSettings, write_image_folder
 from mae_dat.experiments.compare import compare
 from mae_dat.experiments.describe import proof_inputs
@@ -91,4 +92,4 @@ def _write_tables(all_results: dict[str, Results], path: Path) -> None:
 
 def main(config: ProofConfig) -> None:
     """Run the command."""
-    print(f"wrote {prove(config, console_for_command())}")
+    print_text(f"wrote {prove(config, console_for_command())}")

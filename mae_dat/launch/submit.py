@@ -23,6 +23,7 @@ from mae_dat.config.errors import ConfigError, InterruptError, MissingInputError
 from mae_dat.config.flags import build_config, flat_values
 from mae_dat.config.groups import data_root
 from mae_dat.config.recipes import find_recipe
+from mae_dat.config.terminal import print_text
 from mae_dat.launch.code_copy import collect_code, write_code_copy
 from mae_dat.launch.executors import batch_file, clean_environment, submit_job
 from mae_dat.launch.follow import follow
@@ -272,5 +273,5 @@ def main(argv: Sequence[str], verbs: Verbs, program: str = "submit.py") -> int:
     jobs = submit_job(job, tasks, code, command)
     if job.cluster == "debug":
         return run_in_this_process(jobs[0], code)
-    print(describe_submission(jobs, job, task, command), flush=True)
+    print_text(describe_submission(jobs, job, task, command))
     return wait_for_jobs(jobs, job, tasks) if config.wait else 0

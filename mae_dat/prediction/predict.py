@@ -15,6 +15,7 @@ from typing import Any
 from mae_dat.config.commands.predict import PredictConfig
 from mae_dat.config.errors import DataError
 from mae_dat.config.signature import check_flag_names, takes_flags
+from mae_dat.config.terminal import print_text
 from mae_dat.prediction.predictions import Predictions
 from mae_dat.prediction.results import Collector, Tally
 from mae_dat.prediction.run import PredictionRun, open_run
@@ -98,8 +99,8 @@ def main(config: PredictConfig) -> None:
         logger.warning("%s images are unreadable: %s lists them", f"{tally.unreadable:,}", folder / "unreadable.txt")
     if run.empty.boxes is not None and not tally.boxes:
         logger.warning("no box has a score of %g or more: lower --score_threshold.", config.boxes.score_threshold)
-    print(dataclasses.replace(first.predictions(), unreadable={}))
-    print(f"{_summary(tally, run)} in {format_duration(time.monotonic() - start)}: {folder / 'predictions.csv'}")
+    print_text(dataclasses.replace(first.predictions(), unreadable={}))
+    print_text(f"{_summary(tally, run)} in {format_duration(time.monotonic() - start)}: {folder / 'predictions.csv'}")
 
 
 def _summary(tally: Tally, run: PredictionRun) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import ImageSize
+from mae_dat.config.terminal import printable
 from mae_dat.data.class_names import readable_class
 from mae_dat.prediction.result_files import Row, write_csv
 
@@ -172,7 +173,7 @@ class Predictions:
         if self.boxes is not None:
             for name, found in zip(self._names(count), self.boxes, strict=False):
                 names = [self.classes[label] for label in found.labels]
-                counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "none"
+                counts = ", ".join(f"{names.count(name)} {printable(name)}" for name in dict.fromkeys(names)) or "none"
                 yield [_shorten(name, _NAME_WIDTH), counts, f"{found.scores.max():.2f}" if len(names) else ""]
             return
         indices, probabilities = top_classes(self.probabilities[:count], self.top_k)
@@ -210,5 +211,5 @@ def top_classes(probabilities: np.ndarray, top_k: int) -> tuple[np.ndarray, np.n
 
 def _shorten(text: str, length: int) -> str:
     """Return at most `length` printable characters, without the beginning: paths differ at their ends."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = printable(text)
     return text if len(text) <= length else f"…{text[1 - length :]}"

@@ -7,42 +7,18 @@ interruption the lines stay in NAME.partial, so a file of the final name is alwa
 import contextlib
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from mae_dat.storage.csv_files import csv_lines, safe_cell
 from mae_dat.storage.files import atomic_write, storage_error, sync_folder
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
-_SPECIAL = re.compile(r'[",\r\n]')
 PARTIAL = ".partial"
 
 Row = Mapping[str, str | float | bool]
 """The cells of one row by column."""
-
-
-def safe_cell(value: str | float | bool) -> str:
-    """Return a value as the text of a CSV cell; numbers have 6 significant digits.
-
-    A spreadsheet would run a text that starts with = + - @ or a control character as a formula. Such a text gets a '
-    in front, and so does one that starts with ', so that removing one leading ' restores every text.
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"'{value}" if value.startswith(_FORMULA_STARTS) else value
-
-
-def _csv_lines(rows: Iterable[Sequence[str]]) -> bytes:
-    return _utf8("".join(",".join(map(_quote, row)) + "\n" for row in rows))
-
-
-def _quote(cell: str) -> str:
-    # Not by the csv module, which leaves a carriage return unquoted before Python 3.13.
-    return '"' + cell.replace('"', '""') + '"' if _SPECIAL.search(cell) else cell
 
 
 def _utf8(text: str) -> bytes:
@@ -75,7 +51,7 @@ class PredictionFiles:
 
     def __enter__(self) -> Self:
         try:
-            self._append("predictions.csv", _csv_lines([[*self.columns]]))
+            self._append("predictions.csv", csv_lines([[*self.columns]]))
             self._append("predictions.jsonl", b"")
             if find_spec("pyarrow"):
                 self._open_parquet()
@@ -88,7 +64,7 @@ class PredictionFiles:
     def add(self, rows: Sequence[Row], records: Sequence[Mapping[str, Any]], unreadable: Mapping[str, str]) -> None:
         """Write a batch: rows of the tables, JSON records, and unreadable images with the reason."""
         self._append(
-            "predictions.csv", _csv_lines([[safe_cell(row[column]) for column in self.columns] for row in rows])
+            "predictions.csv", csv_lines([[safe_cell(row[column]) for column in self.columns] for row in rows])
         )
         lines = "".join(f"{json.dumps(_round(record), ensure_ascii=False)}\n" for record in records)
         self._append("predictions.jsonl", _utf8(lines))
@@ -169,4 +145,4 @@ def _one_line(text: str) -> str:
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
     """Write a CSV file like predictions.csv, atomically. Raises StorageError."""
     with atomic_write(path) as file:
-        file.write(_csv_lines([[*columns], *([safe_cell(row[column]) for column in columns] for row in rows)]))
+        file.write(csv_lines([[*columns], *([safe_cell(row[column]) for column in columns] for row in rows)]))

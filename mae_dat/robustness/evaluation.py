@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.config.parse import command_line
+from mae_dat.config.terminal import print_text
 from mae_dat.models.tokenizer.base import exact_float32
 from mae_dat.robustness.cached_passes import PlanCounts, load_or_measure
 from mae_dat.robustness.checks import Checks, check_attacks, normalization_warnings, require_pixel_inputs
@@ -203,4 +204,4 @@ def _versioned_cells(counts: PlanCounts) -> list[VersionedCells]:
 
 def print_headline(results: Results) -> None:
     """Print the headline numbers of an evaluation."""
-    print(headline_text(summarize(results)))
+    print_text(headline_text(summarize(results)))

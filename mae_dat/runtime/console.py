@@ -15,6 +15,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from mae_dat.config.terminal import printable, printable_lines
 from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.world import world_from_environment
 
@@ -75,7 +76,7 @@ class Console:
             handler: logging.Handler = _TerminalHandler(self.rich)
         else:  # a notebook shows standard error in red
             handler = logging.StreamHandler(sys.stdout if self.in_notebook else sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_SafeFormatter("%(message)s"))
         return handler
 
     def report_inputs(self, inputs: InputSummary, path: Path | None = None) -> None:
@@ -108,6 +109,14 @@ class Console:
         return pace * sum(seconds for name, seconds in self.plan.items() if name not in measured)
 
 
+class _SafeFormatter(logging.Formatter):
+    """Formats messages without characters that a terminal would obey: they may contain names from files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a message."""
+        return printable_lines(super().format(record))
+
+
 class _TerminalHandler(logging.Handler):
     """Writes the log above a live bar. The terminal wraps long lines, so that a command in one can be copied."""
 
@@ -128,7 +137,7 @@ class Task:
     """One stage, used as a context manager; call `advance` after every unit of work."""
 
     def __init__(self, console: Console, title: str, total: int, unit: str, completed: int) -> None:
-        self.console, self.title, self.total, self.unit = console, title, total, unit
+        self.console, self.title, self.total, self.unit = console, printable(title), total, unit
         self.first = self.completed = completed
         self.start = self.last_line = time.monotonic()
         self.progress: Progress | None = None
@@ -137,10 +146,10 @@ class Task:
     def __enter__(self) -> Self:
         if self.console.live:
             columns = (
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self.progress = Progress(*columns, console=self.console.rich, transient=True)
             self.bar = self.progress.add_task(self.title, total=self.total, completed=self.completed, note="")
@@ -169,6 +178,7 @@ class Task:
     def advance(self, note: str = "", count: int = 1) -> None:
         """Mark `count` more units as completed and show `note` (loss, rate) with the remaining time."""
         self.completed += count
+        note = printable(note)
         # The time left is not known after the first unit, which is slower than the others.
         is_known = self.completed > self.first + 1 or self.completed == self.total
         remaining = f"{format_duration(self.seconds_left())} left" if is_known else ""

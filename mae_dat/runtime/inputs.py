@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mae_dat.config.terminal import printable
 from mae_dat.storage.files import atomic_write
 
 INPUTS_FILE = "inputs.json"
@@ -65,11 +66,6 @@ class InputSummary:
 def read_inputs(path: Path) -> InputSummary:
     """Read a summary that `InputSummary.write` wrote. Raises OSError, ValueError."""
     return InputSummary(**json.loads(path.read_text()))
-
-
-def printable(text: str) -> str:
-    """Replace control characters, and characters that cannot be encoded, by question marks."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _wrap(line: str, width: int) -> list[str]:

@@ -21,6 +21,7 @@ from mae_dat.config.commands.pack import PackConfig
 from mae_dat.config.errors import ConfigError, DataError, OutputError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.paths import require_folder
+from mae_dat.config.terminal import print_text
 from mae_dat.data.decode import decode_bytes, read_bytes
 from mae_dat.data.describe import add_images, describe_classes, describe_root
 from mae_dat.data.folders import SPLIT_NAMES, split_folders
@@ -186,6 +187,6 @@ def print_summary(indices: dict[str, ShardIndex], out: str) -> None:
     for split, index in indices.items():
         size = sum(shard.bytes for shard in index.shards)
         count = f"{len(index.offset):,} images" + (f" of {len(index.classes)} classes" if index.classes else "")
-        print(f"{Path(out) / split}: {count} in {len(index.shards)} shards, {size / 1e6:,.1f} MB")
+        print_text(f"{Path(out) / split}: {count} in {len(index.shards)} shards, {size / 1e6:,.1f} MB")
     verb = "finetune" if any(index.classes for index in indices.values()) else "pretrain"
-    print(f"Next:\n  mae-dat {verb} --data_path {shlex.quote(out)}")
+    print_text(f"Next:\n  mae-dat {verb} --data_path {shlex.quote(out)}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, StorageError, suggest
+from mae_dat.config.terminal import print_text
 from mae_dat.data.describe import describe_classes
 from mae_dat.models.modes import Network
 from mae_dat.models.weights.converters import CONVERTERS, Conversion, ModelOutputs, random_images, to_hub
@@ -180,7 +181,7 @@ def main(config: ConvertConfig) -> None:
     opened = open_model(config.source, config.model)
     inputs = conversion_inputs(config, opened)
     console.report_inputs(inputs)
-    print(_convert_opened(opened, config.source, dest, config.to, config.license))
+    print_text(_convert_opened(opened, config.source, dest, config.to, config.license))
     inputs.write(dest / INPUTS_FILE if config.to == "hf" else dest.with_name(f"{dest.name}.{INPUTS_FILE}"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mae_dat.config.commands.weights import GetConfig, ListConfig
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.terminal import print_text
 from mae_dat.storage.released import (
     ReleasedWeights,
     fetch,
@@ -70,12 +71,12 @@ def _details(entry: ReleasedWeights) -> str:
 def list_weights(config: ListConfig) -> None:
     """Run `mae-dat list`: print the table of released weights, or the details of the named ones."""
     for entry in [find_released(name) for name in config.names]:
-        print(_details(entry), end="\n\n")
+        print_text(f"{_details(entry)}\n")
     if not config.names:
-        print(_table(released_weights()))
-        print(f"\n{NON_COMMERCIAL}: not for commercial use.")
-        print("--finetune, --resume, --checkpoint and --tokenizer also take these names.")
-        print(f"Downloads go to {weights_folder()}.")
+        print_text(_table(released_weights()))
+        print_text(f"\n{NON_COMMERCIAL}: not for commercial use.")
+        print_text("--finetune, --resume, --checkpoint and --tokenizer also take these names.")
+        print_text(f"Downloads go to {weights_folder()}.")
 
 
 def get_weights(config: GetConfig) -> None:
@@ -85,4 +86,4 @@ def get_weights(config: GetConfig) -> None:
         raise ConfigError("no name of weights given: give one or more names; `mae-dat list` shows them.")
     folder = Path(config.output_dir) if config.output_dir else None
     for entry in [find_released(name) for name in config.names]:
-        print(f"{entry.name}: {fetch(entry, config.trust, folder)}")
+        print_text(f"{entry.name}: {fetch(entry, config.trust, folder)}")

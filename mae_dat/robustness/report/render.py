@@ -1,15 +1,15 @@
 """Rendering of a report: tables as Markdown and LaTeX, counts as CSV, and the page from a template."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mae_dat.config.terminal import printable
 from mae_dat.robustness.report.summarize import CellCounts, ReportData
 from mae_dat.robustness.report.tables import Table
+from mae_dat.storage.csv_files import csv_lines, safe_cell
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -42,7 +42,7 @@ CSV_COLUMNS = (
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def markdown_text(text: str) -> str:
@@ -111,12 +111,9 @@ def latex(report: ReportData, tables: Sequence[Table]) -> str:
 
 def counts_csv(report: ReportData) -> str:
     """Return the counts with a row for each model and cell, and all facts that they depend on."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for cell in report.cells:
-        writer.writerow(_csv_row(cell))
-    return text.getvalue()
+    rows = [_csv_row(cell) for cell in report.cells]
+    cells = [[safe_cell(row.get(column)) for column in CSV_COLUMNS] for row in rows]
+    return csv_lines([CSV_COLUMNS, *cells]).decode()
 
 
 def _csv_row(cell: CellCounts) -> dict[str, Any]:
@@ -130,14 +127,14 @@ def _csv_row(cell: CellCounts) -> dict[str, Any]:
         "width": model["size"][1],
         "interpolation": model["interpolation"],
         "precision": model["precision"],
-        "averaged": "" if model["averaged"] is None else model["averaged"],
+        "averaged": "" if model["averaged"] is None else str(model["averaged"]),
         "suite": cell.suite,
         "cell": cell.cell,
         "corruption": corruption,
         "severity": severity,
         **cell.count,
-        "official": suite["official"],
-        "partial": bool(suite["missing"]),
+        "official": str(suite["official"]),
+        "partial": str(bool(suite["missing"])),
         "left_out": suite["left_out"],
         "subset": suite["protocol"].get("subset", ""),
         "fingerprint": suite["fingerprint"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.config.commands.report import ReportConfig
+from mae_dat.config.terminal import print_text
 from mae_dat.robustness.report import comparison, corruption_figures, figures, render, tables
 from mae_dat.robustness.report.class_tables import class_tables
 from mae_dat.robustness.report.corruption_table import corruption_table
@@ -165,5 +166,5 @@ def main(config: ReportConfig) -> None:
     file = source / "results.json" if source.is_dir() else source
     report = summarize(read_results(file))
     path = write_report(report, Path(config.output_dir) if config.output_dir else file.parent)
-    print(headline_text(report))
-    print(path)
+    print_text(headline_text(report))
+    print_text(path)

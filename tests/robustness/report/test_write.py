@@ -123,6 +123,17 @@ def test_all_formats_show_the_same_rows() -> None:
         assert all(list(row) in page.rows for row in table.rows)
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "'=1"])
+def test_no_cell_of_the_csv_is_a_formula(name: str) -> None:
+    results = evaluation(("plain",), ("imagenet",))
+    results["models"]["plain"]["title"] = results["models"]["plain"]["interpolation"] = name
+    content = counts_csv(summarize(results)).encode()
+    cell = f"'{name}".encode()
+    assert (b'"' + cell + b'"' if b"\r" in cell else cell) in content
+    rows = list(csv.reader(io.StringIO(content.decode(), newline="")))
+    assert not [text for row in rows for text in row if text.startswith(("=", "+", "-", "@", "\t", "\r"))]
+
+
 def test_the_csv_reads_back_to_the_same_counts() -> None:
     results = evaluation()
     rows = list(csv.DictReader(io.StringIO(files()["report.csv"])))
