@@ -56,7 +56,8 @@ class RunConfig:
     keep_every: int | None = None
     """Keep the checkpoint of every n-th epoch too (default: none)."""
     allow_change: tuple[str, ...] = ()
-    """Settings that may differ from those of the checkpoint although they change the result, such as `epochs blr`."""
+    """Settings that may differ from those of the checkpoint although they change the result, such as `epochs blr`;
+    also `images` and `validation`."""
     hang_minutes: float = 15.0
     """After this time without a step, log the stacks of all ranks and stop with exit code 75; 0 for never."""
     log_every: int = 50

@@ -26,6 +26,7 @@ MEGAPIXELS_VARIABLE, WHITE_VARIABLE = "MAE_DAT_MAX_MEGAPIXELS", "MAE_DAT_WHITE_L
 """Environment variables: the largest image in megapixels (default: 100), and the value of white in 16-bit grey images
 (default: 65535; 4095 for images of 12 bits)."""
 MAX_PIXELS = 100_000_000
+_WHITE = 65535.0
 _DARK_MAXIMUM = 1 << 14  # a 16-bit image whose values all stay below it is nearly black
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # colour profiles of printers have more than Pillow's 1 MiB
 MAX_BYTES = 1 << 28  # of an image file
@@ -42,6 +43,21 @@ def max_pixels() -> int:
     """Return how many pixels an image may have. Raises ConfigError for a wrong environment variable."""
     megapixels = _number_from_environment(MEGAPIXELS_VARIABLE)
     return MAX_PIXELS if megapixels is None else int(megapixels * 1e6)
+
+
+def decoding_settings() -> dict[str, str]:
+    """Return the environment variables that change how images are decoded, with their values; empty by default.
+
+    Raises ConfigError for a wrong one.
+    """
+    defaults = {WHITE_VARIABLE: _WHITE, MEGAPIXELS_VARIABLE: MAX_PIXELS / 1e6}
+    values = {name: _number_from_environment(name) for name in defaults}
+    return {name: f"{value:g}" for name, value in values.items() if value not in (None, defaults[name])}
+
+
+def describe_decoding() -> str:
+    """Return the environment variables that change how images are decoded, in words; empty by default."""
+    return ", ".join(f"${name}={value}" for name, value in decoding_settings().items())
 
 
 def _number_from_environment(name: str) -> float | None:
@@ -191,7 +207,7 @@ def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
         raise DataError("it is 32-bit grey, with values beyond 0 to 65535")
     white = _number_from_environment(WHITE_VARIABLE)
     if white is None:
-        white = 65535.0
+        white = _WHITE
         if 0 < values.max() < _DARK_MAXIMUM:
             _warn_of_dark_images(name, int(values.max()))
     return Image.fromarray(np.rint(values.clip(max=white) * (255 / white)).astype(np.uint8)).convert("RGB")

@@ -7,6 +7,7 @@ from typing import Any
 
 from mae_dat.config.groups import DATA_VARIABLE, DEMO, ImageSize, data_root
 from mae_dat.data.class_names import readable_class
+from mae_dat.data.decode import describe_decoding
 from mae_dat.data.folders import IgnoredFiles, other_folders
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.transforms import EvalTransform
@@ -36,6 +37,7 @@ def add_images(
     first = next(iter(splits.values()))
     if any(first.class_counts()):
         inputs.add("classes", f"{describe_classes(first.classes)} ({names_from or first.class_names_from})")
+    inputs.add("decoding", describe_decoding())
     inputs.add("left out", describe_ignored([images.ignored_files for images in splits.values()], root))
 
 

@@ -14,6 +14,7 @@ from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.flags import flat_values
 from mae_dat.config.terminal import print_text
+from mae_dat.data.decode import decoding_settings
 from mae_dat.data.file_facts import content_sha256
 from mae_dat.data.loader import eval_loader
 from mae_dat.data.open import describe_images, image_root
@@ -80,7 +81,7 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
             scores = _validation_scores(model, validation, config, context)
             return {f"test_{name}": value for name, value in scores.items()}
 
-        run_training(
+        record = run_training(
             state,
             images,
             context,
@@ -89,9 +90,10 @@ def detect(config: DetectConfig, console: Console) -> dict[str, float]:
             settings=flat_values(config),
             inputs=lambda: training_inputs(config, model, objective, images, validation, weights),
             reporting=Reporting("detect", at_epoch_end, ShownScore("test_map", "val mAP", 100)),
+            validation=validation,
         )
         facts = {**_detector_facts(config, images.classes), "steps": state.step}
-        export_model(full_state_dict(model.net.state_dict()), context, facts)
+        export_model(full_state_dict(model.net.state_dict()), context, facts, record.changes)
         return _validation_scores(model, validation, config, context)
 
 
@@ -124,6 +126,7 @@ def measure_detector(config: DetectConfig, console: Console) -> dict[str, Any]:
             "severities": config.measure.severities,
             "seed": config.run.seed,
             "precision": str(context.precision),
+            **decoding_settings(),
         }
         return measure_corruptions(
             model,

@@ -4,6 +4,7 @@ import os
 
 from mae_dat.config.commands.predict import PredictConfig
 from mae_dat.config.groups import DEMO
+from mae_dat.data.decode import describe_decoding
 from mae_dat.data.describe import describe_classes, describe_ignored, describe_size
 from mae_dat.data.inputs import InputImages
 from mae_dat.data.loader import worker_count
@@ -22,6 +23,7 @@ def prediction_inputs(
     summary = InputSummary(config.verb)
     places = [path if path == DEMO or "://" in path else os.path.abspath(path) for path in inputs.paths]
     summary.add("images", count_of(len(inputs), "image"), list_names(places) if places else "in memory")
+    summary.add("decoding", describe_decoding())
     summary.add("left out", describe_ignored([inputs.ignored_files], ""))
     if isinstance(predictor, BoxPredictor):
         summary.add("model", describe_model(f"detector {predictor.name}", predictor.detector, len(predictor.classes)))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 
+from mae_dat.data.decode import describe_decoding
 from mae_dat.data.describe import describe_classes, describe_ignored, describe_root, describe_size
 from mae_dat.data.loader import worker_count
 from mae_dat.models.describe import HASH_DIGITS, describe_normalization, describe_tokenizer
@@ -31,6 +32,7 @@ def evaluation_inputs(plan: EvaluationPlan, setup: EvaluationSetup) -> InputSumm
     inputs.add("not run", *_describe_skipped(plan.skipped))
     images = plan.runs[0].suite.passes[0].images
     inputs.add("classes", _describe_class_mapping(images, plan.networks))
+    inputs.add("decoding", describe_decoding())
     ignored_files = [opened.ignored_files for opened in plan.sources.opened_sets]
     inputs.add("left out", describe_ignored(ignored_files, settings.root))
     inputs.add("partial", *_by_suite((run.suite.name, text) for run in plan.runs for text in run.suite.missing))

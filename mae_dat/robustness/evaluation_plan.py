@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mae_dat.config.errors import ConfigError, InputSizeError
+from mae_dat.data.decode import decoding_settings
 from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.suites.base import CLEAN, ImagePass, NetworkInput, Suite, SuiteSettings
 from mae_dat.robustness.suites.catalogue import BENCHMARKS
@@ -39,7 +40,7 @@ class SuiteRun:
             return None
         return {
             "network": self.network.key,
-            "protocol": {**image_pass.images.protocol, **self.suite.extra_protocol},
+            "protocol": {**image_pass.images.protocol, **self.suite.extra_protocol, **decoding_settings()},
             "suite": self.suite.name,
             "cells": image_pass.cells,
             "fingerprint": fingerprint,

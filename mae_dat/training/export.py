@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.storage.files import atomic_write, sha256_of
 from mae_dat.storage.weight_files import WEIGHTS_FILE, write_weights
 from mae_dat.training.context import RunContext
+from mae_dat.training.resume import SettingChange
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +21,20 @@ TOKENIZER_FILE = "tokenizer.safetensors"
 _NAME_DIGITS = 8
 
 
-def export_model(tensors: Mapping[str, Tensor], context: RunContext, facts: dict[str, Any]) -> None:
+def export_model(
+    tensors: Mapping[str, Tensor], context: RunContext, facts: dict[str, Any], changes: Sequence[SettingChange] = ()
+) -> None:
     """Write `model.safetensors`, with `facts` that rebuild the model inside, and its card with the sha256.
+
+    The card also has the `changes` of settings within the run, if there were any.
 
     A rerun of a complete run changes nothing, unless the file has other content than the checkpoint: then it is
     reported and written again. Raises StorageError.
     """
     tensors = full_state_dict(tensors)
+    changed = {"changes": list(changes)} if changes else {}
     if context.world.main:
-        write_export(context.output / WEIGHTS_FILE, tensors, {"mae_dat": json.dumps(facts)}, facts)
+        write_export(context.output / WEIGHTS_FILE, tensors, {"mae_dat": json.dumps(facts)}, facts | changed)
 
 
 def write_export(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], facts: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Fine-tuning of a classifier, plainly or with DAT, and linear probes (`main_finetune.py`)."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from mae_dat.training.objectives.consistency import AUGMIX_VIEWS, AugMix, Consis
 from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.pixel import WithPixelAdversary
 from mae_dat.training.optim import build_optimizer, effective_lr
+from mae_dat.training.resume import SettingChange
 from mae_dat.training.session import run_training
 from mae_dat.training.setup import Reporting, ShownScore
 from mae_dat.training.state import TrainingState
@@ -77,7 +78,7 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
                 show_galleries(galleries, context, log, state.step)
             return evaluate_accuracy(state.averaged, loader, context.device, context.precision)
 
-        run_training(
+        record = run_training(
             state,
             images,
             context,
@@ -86,16 +87,19 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
             settings=flat_values(config),
             inputs=lambda: finetuning_inputs(config, state, images, validation, origin),
             reporting=Reporting(title, at_epoch_end, ShownScore("test_acc1", "val top-1")),
+            validation=validation,
         )
         unused = [f"unused {number}" for number in range(len(images.classes), classes)]
         facts = {**classifier_facts(settings, data, [*images.classes, *unused]), "nb_classes": classes}
-        export_classifier(state, context, facts)
+        export_classifier(state, context, facts, record.changes)
         final = evaluate_classes(state.averaged, loader, context.device, context.precision)
         report_classes(final, images.classes, context.output)
         return final.scores
 
 
-def export_classifier(state: TrainingState, context: RunContext, facts: Mapping[str, Any]) -> None:
+def export_classifier(
+    state: TrainingState, context: RunContext, facts: Mapping[str, Any], changes: Sequence[SettingChange] = ()
+) -> None:
     """Export the averaged classifier of a finished training, with `facts` about it.
 
     A linear probe's head becomes one layer, and auxiliary norms are left out.
@@ -103,7 +107,7 @@ def export_classifier(state: TrainingState, context: RunContext, facts: Mapping[
     classifier = state.averaged
     assert isinstance(classifier, Classifier)
     tensors = main_norms(fused_head(full_state_dict(classifier.net.state_dict())))
-    export_model(tensors, context, {**facts, "averaged": state.ema is not None, "steps": state.step})
+    export_model(tensors, context, {**facts, "averaged": state.ema is not None, "steps": state.step}, changes)
 
 
 def build_state(

@@ -56,7 +56,7 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
                 show_galleries(galleries, context, log, state.step)
             return {}
 
-        run_training(
+        record = run_training(
             state,
             images,
             context,
@@ -74,7 +74,7 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
             "norm_pix_loss": mae.norm_pix_loss,
             "steps": state.step,
         }
-        export_model(model.state_dict(), context, facts)
+        export_model(model.state_dict(), context, facts, record.changes)
 
 
 def pretraining_objective(config: PretrainConfig, model: MaskedAutoencoder, device: torch.device) -> Objective:

@@ -4,12 +4,14 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import OptimConfig, RunConfig
-from mae_dat.data.file_facts import file_facts, replaced
+from mae_dat.data.decode import decoding_settings
+from mae_dat.data.file_facts import FileFacts, file_facts, replaced
 from mae_dat.data.image_set import ImageSet
+from mae_dat.data.open import describe_images
 from mae_dat.models.describe import HASH_DIGITS
 from mae_dat.models.tokenizer import tokenizer_path
 from mae_dat.runtime.collectives import on_all_ranks
@@ -57,22 +59,42 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
 
 def content_facts(
-    settings: Mapping[str, Any], images: ImageSet, objective: Objective, checkpoint: Checkpoint | None
+    settings: Mapping[str, Any],
+    images: ImageSet,
+    objective: Objective,
+    checkpoint: Checkpoint | None,
+    validation: ImageSet | None = None,
 ) -> dict[str, Any]:
-    """Return what a manifest records about the content of the images and of the tokenizers that the objective uses.
+    """Return what a manifest records about the content of the images, how they are decoded, and the tokenizers that the
+    objective uses.
 
     Content is not read again if sizes and times of the images are those in the manifest of `checkpoint`.
     """
-    before = checkpoint.manifest.get("image_files") if checkpoint else None
+    before = checkpoint.manifest if checkpoint else {}
+    sets = {"image_files": images} | ({} if validation is None else {"validation_files": validation})
     used = [name for name in _TOKENIZER_SETTINGS if name in settings and getattr(objective, name, None) is not None]
     return {
-        "image_files": file_facts(images.content_files(), before),
+        **{name: file_facts(split.content_files(), before.get(name)) for name, split in sets.items()},
+        **({} if validation is None else {"validation": describe_images(validation)}),
+        "decoding": decoding_settings(),
         "tokenizer_files": {name: sha256_of(tokenizer_path(settings[name])) for name in used},
     }
 
 
-def check_changes(checkpoint: Checkpoint, manifest: Mapping[str, Any], allowed: Iterable[str]) -> None:
+class SettingChange(TypedDict):
+    """A setting that affects the result and was changed within a run, as `--allow_change` allows."""
+
+    step: int
+    """Updates before the change."""
+    setting: str
+    before: Any
+    now: Any
+
+
+def check_changes(checkpoint: Checkpoint, manifest: Mapping[str, Any], allowed: Iterable[str]) -> list[SettingChange]:
     """Compare the run that `manifest` describes with the one that made the checkpoint, and log what differs.
+
+    Returns the allowed changes that affect the result.
 
     Raises ConfigError for a change that affects the result and is not `allowed`, and CheckpointError for another kind
     of run.
@@ -84,13 +106,16 @@ def check_changes(checkpoint: Checkpoint, manifest: Mapping[str, Any], allowed: 
             f"{checkpoint.path} does not fit this run: it is of {_kind_of(before)}, not of {_kind_of(settings)}. Use "
             "another --output_dir."
         )
-    if unknown := sorted(set(allowed) - set(settings) - {"images"}):
+    if unknown := sorted(set(allowed) - set(settings) - {"images", "validation"}):
         raise ConfigError(f"--allow_change {' '.join(unknown)}: no such setting; see --help.")
     changed = changes(before, settings)
     same_batch = checkpoint.manifest.get("global_batch", batch) == batch
     free = FREE_SETTINGS | (BATCH_SETTINGS if same_batch else set())
     if checkpoint.manifest.get("images", images) != images:
         changed["images"] = (checkpoint.manifest["images"], images)
+    validation, now = checkpoint.manifest.get("validation"), manifest.get("validation")
+    if validation and now and validation != now and "limit" not in changed:
+        changed["validation"] = (validation, now)
     changed |= _changed_content(checkpoint.manifest, manifest)
     lines = [
         f"  --{name}: {old} before, {new} now" + ("" if name in free else "  (changes the result)")
@@ -105,19 +130,27 @@ def check_changes(checkpoint: Checkpoint, manifest: Mapping[str, Any], allowed: 
         )
     if lines:
         logger.warning("%s", message)
+    return [
+        SettingChange(step=checkpoint.step, setting=name, before=old, now=new)
+        for name, (old, new) in changed.items()
+        if name not in free
+    ]
 
 
 def _changed_content(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return images and tokenizers that have other content under the same names, each with what it was and is.
+    """Return images and tokenizers that have other content under the same names, and images that are decoded in another
+    way, each with what it was and is.
 
     Older manifests do not record the content, and nothing is compared with them.
     """
     changed: dict[str, tuple[Any, Any]] = {}
-    files, files_now = before.get("image_files"), now.get("image_files")
-    if files and files_now and before.get("images") == now["images"] and replaced(files, files_now):
-        same_size = files["sizes"] == files_now["sizes"]
-        what = "other content of the same sizes" if same_size else "other sizes"
-        changed["images"] = (before["images"], f"{now['images']}, the same names with {what}")
+    for name, key in (("images", "image_files"), ("validation", "validation_files")):
+        files, files_now = before.get(key), now.get(key)
+        if files and files_now and before.get(name) == now[name] and replaced(files, files_now):
+            changed[name] = (before[name], f"{now[name]}, the same names with {_describe_replaced(files, files_now)}")
+    decoding, decoding_now = before.get("decoding"), now.get("decoding")
+    if decoding is not None and decoding_now is not None and decoding != decoding_now:
+        changed["images"] = tuple(_describe_decoding(values) for values in (decoding, decoding_now))  # type: ignore[assignment]
     hashes = before.get("tokenizer_files", {})
     for name, sha256 in now.get("tokenizer_files", {}).items():
         if hashes.get(name, sha256) != sha256:
@@ -125,6 +158,19 @@ def _changed_content(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
             digits = HASH_DIGITS
             changed[name] = (f"{path_before} (sha256 {hashes[name][:digits]})", f"{path} (sha256 {sha256[:digits]})")
     return changed
+
+
+def _describe_replaced(before: FileFacts, now: FileFacts) -> str:
+    if before["sizes"] != now["sizes"]:
+        return "other sizes"
+    if before["content"] != now["content"]:
+        return "other content of the same sizes"
+    return "other times for a part of the files, so these were written anew"
+
+
+def _describe_decoding(values: Mapping[str, str]) -> str:
+    text = ", ".join(f"${name}={value}" for name, value in values.items())
+    return f"decoded with {text or 'the default white level and largest size'}"
 
 
 def _kind_of(settings: Mapping[str, Any]) -> str:
@@ -208,19 +254,21 @@ def restore_progress(
     manifest: Mapping[str, Any],
     epoch_steps: int,
     context: RunContext,
-) -> None:
+) -> list[SettingChange]:
     """Load a checkpoint into the state, after a check that it belongs to the run that `manifest` describes.
 
+    Returns the allowed changes of settings that affect the result, with those of earlier sessions.
     With another global batch or other images, the step is the one at the same epoch. Raises ConfigError,
     CheckpointError. Collective.
     """
     images, batch = manifest["images"], manifest["global_batch"]
-    check_changes(checkpoint, manifest, context.run.allow_change)
+    changes_now = check_changes(checkpoint, manifest, context.run.allow_change)
     warn_if_code_changed(checkpoint, manifest["code"])
     on_all_ranks(lambda: load_checkpoint(state, checkpoint, context.world.rank, context.world.size))
     before = checkpoint.manifest
     if (before.get("global_batch", batch), before.get("images", images)) != (batch, images):
         state.step = round(before["epoch"] * epoch_steps)
+    return [*before.get("changes", []), *changes_now]
 
 
 def warn_if_code_changed(checkpoint: Checkpoint, code: CodeFacts) -> None:

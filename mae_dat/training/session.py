@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mae_dat.config.errors import OutputError
 from mae_dat.config.groups import DataConfig, OptimConfig
@@ -26,11 +26,24 @@ from mae_dat.training.context import RunContext
 from mae_dat.training.describe import add_device, add_run_output
 from mae_dat.training.export import set_aside_exports
 from mae_dat.training.loop import Trainer
-from mae_dat.training.resume import checkpoint_to_resume, content_facts, keep_global_batch, restore_progress
+from mae_dat.training.resume import (
+    SettingChange,
+    checkpoint_to_resume,
+    content_facts,
+    keep_global_batch,
+    restore_progress,
+)
 from mae_dat.training.setup import Reporting, TrainingSetup
 from mae_dat.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
+
+
+class TrainingRecord(NamedTuple):
+    """With which settings a run was trained to its end, and which of them were changed on the way."""
+
+    settings: dict[str, Any]
+    changes: list[SettingChange]
 
 
 def run_training(  # noqa: PLR0913 - keywords
@@ -43,12 +56,14 @@ def run_training(  # noqa: PLR0913 - keywords
     settings: Mapping[str, Any],
     inputs: Callable[[], InputSummary],
     reporting: Reporting,
+    validation: ImageSet | None = None,
     trainer_class: type[Trainer] = Trainer,
     epoch_steps: int | None = None,
-) -> None:
+) -> TrainingRecord:
     """Resume or start a training in the output folder, and train to the end.
 
-    `settings` are all settings of the run by flag, for its manifests and config.yaml. `inputs` returns the summary of
+    `settings` are all settings of the run by flag, for its manifests and config.yaml. `validation` are the images by
+    which the run is measured between its epochs. `inputs` returns the summary of
     what the run reads; rank 0 calls it, and adds the device and the output folder. `epoch_steps` are the updates of an
     epoch, by default as many as its images fill. Raises what `Trainer.run` raises, and ConfigError, CheckpointError,
     DataError, NoProgressError and StorageError before the first step.
@@ -57,15 +72,18 @@ def run_training(  # noqa: PLR0913 - keywords
     optim = keep_global_batch(optim, checkpoint, context.world.size)
     epoch_steps = epoch_steps or steps_per_epoch(len(images), optim.batch_size, context.world.size, optim.accum_iter)
     manifest = _manifest(settings, images, optim, context.world.size)
-    manifest |= on_main_rank(lambda: content_facts(settings, images, state.objective, checkpoint))
+    manifest |= on_main_rank(lambda: content_facts(settings, images, state.objective, checkpoint, validation))
     state.step = context.run.start_epoch * epoch_steps
+    record = TrainingRecord(dict(settings), [])
     if checkpoint:
-        restore_progress(state, checkpoint, manifest, epoch_steps=epoch_steps, context=context)
+        record.changes.extend(restore_progress(state, checkpoint, manifest, epoch_steps=epoch_steps, context=context))
+    manifest["changes"] = record.changes
     total_steps = optim.total_epochs * epoch_steps
     on_main_rank(lambda: _report_inputs(inputs(), context, checkpoint, state.step, total_steps, data.num_workers))
     if state.step >= total_steps:
         logger.info("%s is complete (%d steps): nothing left to train.", context.run.output_dir, state.step)
-        return
+        before = checkpoint.manifest if checkpoint else {}
+        return TrainingRecord(dict(before.get("settings", settings)), list(before.get("changes", [])))
     with contextlib.closing(_start_log(context, settings, state.step)) as log:
         setup = TrainingSetup(
             context=context,
@@ -79,6 +97,7 @@ def run_training(  # noqa: PLR0913 - keywords
         )
         with memory_errors_name_flags(settings):
             trainer_class(state, setup).run()
+    return record
 
 
 def _report_inputs(

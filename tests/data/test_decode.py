@@ -12,8 +12,8 @@ import pytest
 from noise_images import noise
 from PIL import Image
 
-from mae_dat.config.errors import DataError
-from mae_dat.data.decode import decode_bytes, decode_file, decode_pixels
+from mae_dat.config.errors import ConfigError, DataError
+from mae_dat.data.decode import decode_bytes, decode_file, decode_pixels, decoding_settings
 
 GREY = Image.fromarray(np.array([[0, 128, 255]], dtype=np.uint8))
 PALETTE = Image.fromarray(np.array([[0, 1, 1]], dtype=np.uint8)).convert("P")
@@ -163,3 +163,16 @@ def test_a_huge_jpeg_is_refused_from_its_header() -> None:
     at = content.index(b"\xff\xc0") + 5
     with pytest.raises(DataError, match="megapixels"):
         decode_pixels(content[:at] + struct.pack(">HH", 20_000, 5_001) + content[at + 4 :], "x")
+
+
+def test_settings_that_change_the_pixels_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAE_DAT_WHITE_LEVEL", raising=False)
+    assert decoding_settings() == {}
+    monkeypatch.setenv("MAE_DAT_WHITE_LEVEL", "65535")
+    monkeypatch.setenv("MAE_DAT_MAX_MEGAPIXELS", "100")
+    assert decoding_settings() == {}, "the defaults"
+    monkeypatch.setenv("MAE_DAT_WHITE_LEVEL", "4095.0")
+    assert decoding_settings() == {"MAE_DAT_WHITE_LEVEL": "4095"}
+    monkeypatch.setenv("MAE_DAT_WHITE_LEVEL", "white")
+    with pytest.raises(ConfigError, match="MAE_DAT_WHITE_LEVEL must be a number above 0, got 'white'"):
+        decoding_settings()

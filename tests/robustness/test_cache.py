@@ -379,3 +379,24 @@ def test_measurements_of_older_releases_are_those_of_older_images(
         os.utime(cell, ns=(10**18, 10**18))
         evaluate(Linear(10), "clean", root, output_dir=output, input_size=SIDE)
     assert "measuring again" in caplog.text
+
+
+def test_another_white_level_is_measured_again(
+    dataset: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def measured_before() -> bool:
+        caplog.clear()
+        results = evaluate(Linear(10), "clean", dataset, output_dir=tmp_path / "out", input_size=SIDE)
+        (suites,) = results["suites"].values()
+        protocol = suites["clean"]["protocol"]
+        assert protocol.get("MAE_DAT_WHITE_LEVEL") == os.environ.get("MAE_DAT_WHITE_LEVEL")
+        return "clean: measured before" in caplog.text
+
+    assert [measured_before(), measured_before()] == [False, True]
+    monkeypatch.setenv("MAE_DAT_WHITE_LEVEL", "4095")
+    assert [measured_before(), measured_before()] == [False, True]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from paths import GOLDEN
-from tiny_runs import draw_folder, pretrain_in, save_tokenizer
+from tiny_runs import draw_folder, finetune_in, pretrain_in, save_tokenizer
 from whole_runs import signal_in_step
 
 from mae_dat.config.commands.tokenizer import DistillConfig, TokenizerConfig
@@ -222,4 +222,35 @@ def test_replaced_images_and_tokenizers_are_refused_unless_they_are_allowed(tmp_
     with pytest.raises(ConfigError, match=r"--tokenizer: .*words.safetensors \(sha256 \w{12}\) before, .* now"):
         train("--allow_change", "images")
     train("--allow_change", "images", "tokenizer")
-    assert (output / "model.safetensors").is_file()
+    changed = json.loads((output / "model.json").read_text())["changes"]
+    assert [(change["step"], change["setting"]) for change in changed] == [(3, "images"), (3, "tokenizer")]
+
+
+def test_replaced_validation_images_are_refused_unless_they_are_allowed(tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", conflict=0)
+    with signal_in_step(1, signal.SIGTERM), pytest.raises(InterruptError):
+        finetune_in(tmp_path / "out", data, "--epochs", "2")
+    image = sorted((data / "val").rglob("*.png"))[3]
+    stat, other_image = image.stat(), sorted((data / "val").rglob("*.png"))[-1]
+    image.write_bytes(other_image.read_bytes())
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ConfigError, match=r"(?s)--validation: 20 .*the same names with other.*_change validation;"):
+        finetune_in(tmp_path / "out", data, "--epochs", "2")
+    image.unlink()
+    with pytest.raises(ConfigError, match=r"(?s)--validation: 20 \(\w+\) before, 19 \(\w+\) now"):
+        finetune_in(tmp_path / "out", data, "--epochs", "2")
+    finetune_in(tmp_path / "out", data, "--epochs", "2", "--allow_change", "validation")
+
+
+def test_images_decoded_with_another_white_level_are_other_images() -> None:
+    before = checkpoint(FINE_TUNING, images="100 (ab)", global_batch=64, decoding={})
+    now = {"settings": FINE_TUNING, "images": "100 (ab)", "global_batch": 64}
+    check_changes(before, {**now, "decoding": {}}, ())
+    level = {"MAE_DAT_WHITE_LEVEL": "4095"}
+    with pytest.raises(
+        ConfigError, match=r"--images: decoded with the default .* before, decoded with \$MAE_DAT_WHITE_LEVEL=4095 now"
+    ):
+        check_changes(before, {**now, "decoding": level}, ())
+    (change,) = check_changes(before, {**now, "decoding": level}, ("images",))
+    assert (change["step"], change["setting"]) == (10, "images")
+    check_changes(checkpoint(FINE_TUNING, images="100 (ab)", global_batch=64), {**now, "decoding": level}, ())

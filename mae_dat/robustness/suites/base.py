@@ -16,6 +16,7 @@ from torch import Tensor
 from mae_dat.config.errors import ConfigError, listing
 from mae_dat.config.groups import ImageSize, check_limits
 from mae_dat.config.protocols import ProtocolName
+from mae_dat.data.decode import decoding_settings
 from mae_dat.data.file_facts import FileState
 from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import SuiteFacts
@@ -78,7 +79,7 @@ class Suite:
     @property
     def protocol(self) -> dict[str, str]:
         """How it is measured: part of a result's key."""
-        return {**self.passes[0].images.protocol, **self.extra_protocol}
+        return {**self.passes[0].images.protocol, **self.extra_protocol, **decoding_settings()}
 
     @property
     def preprocessing(self) -> str:

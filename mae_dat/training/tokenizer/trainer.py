@@ -5,7 +5,6 @@ It counts steps instead of epochs: for the loop, each step is an epoch of its ow
 `save_every` steps.
 """
 
-import dataclasses
 import hashlib
 import logging
 import math
@@ -24,6 +23,7 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import DEMO, DataConfig, LaunchConfig, OptimConfig, RunConfig
 from mae_dat.config.parse import command_line
+from mae_dat.data.decode import describe_decoding
 from mae_dat.data.describe import describe_ignored, describe_root, describe_size, describe_split, split_details
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import Batch, ImageFolder, ImageSet, Sample
@@ -41,7 +41,7 @@ from mae_dat.training.export import TOKENIZER_FILE, write_export
 from mae_dat.training.loop import Trainer
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.optim import set_lr
-from mae_dat.training.session import run_training
+from mae_dat.training.session import TrainingRecord, run_training
 from mae_dat.training.setup import Reporting
 from mae_dat.training.state import TrainingState
 from mae_dat.training.step_report import StepReport
@@ -247,7 +247,7 @@ def train_to_file(
         start = time.monotonic()
         objective = objective_class(config, context.device)
         images = training_folders(config)
-        run_training(
+        record = run_training(
             TokenizerState(objective.tokenizer, objective.build_optimizer(), objective),
             images,
             context,
@@ -259,7 +259,7 @@ def train_to_file(
             trainer_class=trainer_class,
             epoch_steps=1,
         )
-        return export_tokenizer(config, objective, context, seconds=time.monotonic() - start)
+        return export_tokenizer(config, objective, context, record, seconds=time.monotonic() - start)
 
 
 def tokenizer_inputs(
@@ -276,6 +276,7 @@ def tokenizer_inputs(
         "validation", *(str(Path(path).absolute()) if path != DEMO else f"{DEMO}, val/" for path in config.val_path)
     )
     inputs.add("left out", describe_ignored([folder.ignored_files for folder in images.folders], ""))
+    inputs.add("decoding", describe_decoding())
     add_on_bad(inputs, config.on_bad)
     tokenizer = objective.tokenizer
     words = f"factor {tokenizer.factor}, {tokenizer.num_words:,} words"
@@ -295,9 +296,14 @@ def tokenizer_optim(config: TokenizerTrainingConfig) -> OptimConfig:
 
 
 def export_tokenizer(
-    config: TokenizerTrainingConfig, objective: TokenizerObjective, context: RunContext, seconds: float
+    config: TokenizerTrainingConfig,
+    objective: TokenizerObjective,
+    context: RunContext,
+    record: TrainingRecord,
+    seconds: float,
 ) -> Path:
-    """Write `tokenizer.safetensors` and its card: settings, figures on held-out images, sha256; return the path."""
+    """Write `tokenizer.safetensors` and its card: the settings that it was trained with and their changes within the
+    training, figures on held-out images, sha256; return the path."""
     path, tokenizer = context.output / TOKENIZER_FILE, objective.tokenizer
     held_out = {}
     for root in config.val_path:
@@ -307,7 +313,8 @@ def export_tokenizer(
         logger.info("held out, %s: %s", root, figures)
     facts = {
         "command": command_line(),
-        "settings": dataclasses.asdict(config),
+        "settings": record.settings,
+        **({"changes": record.changes} if record.changes else {}),
         "held_out": held_out,
         "seconds_of_the_last_session": round(seconds),
         "torch": str(torch.__version__),

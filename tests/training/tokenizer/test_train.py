@@ -282,7 +282,14 @@ def test_changed_settings_are_refused_unless_they_are_allowed(
     ):
         train_tokenizer(changed, Console(quiet=True))
     train_tokenizer(dataclasses.replace(changed, allow_change=("lr",)), Console(quiet=True))
-    assert (tmp_path / "tokenizer.safetensors").is_file()
+    card = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert card["changes"] == [{"step": 6, "setting": "lr", "before": 0.002, "now": 0.001}]
+    assert card["settings"]["lr"] == 0.001
+    # Nothing is trained any more, so another setting does not get into the card.
+    again = dataclasses.replace(changed, lr=5e-4, allow_change=("lr",))
+    train_tokenizer(again, Console(quiet=True))
+    repeated = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert (repeated["changes"], repeated["settings"]) == (card["changes"], card["settings"])
 
 
 def test_one_process_trains_a_tokenizer(config: TokenizerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
