@@ -13,6 +13,7 @@ from mae_dat.config.flags import (
     WrongValueError,
     build_config,
     default_config,
+    expand_home,
     flags_of,
     flat_values,
 )
@@ -46,11 +47,11 @@ class CommandConfig:
 
         A run's config.yaml is such a file. Raises ConfigError, with file and line, and MissingInputError.
         """
-        return resolve_config(cls, convert_flags(cls, flags), str(file))
+        return resolve_config(cls, convert_flags(cls, flags), expand_home(file))
 
     def to_yaml(self, file: str | Path) -> None:
         """Write all settings to a YAML file that `from_yaml` and `--config` read."""
-        Path(file).write_text(settings_text(flat_values(self), self.command()))
+        Path(expand_home(file)).write_text(settings_text(flat_values(self), self.command()))
 
     def command(self) -> str:
         """Return the command that does the same, `mae-dat VERB ...`, with the flags that differ from the defaults."""

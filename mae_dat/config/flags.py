@@ -127,12 +127,14 @@ def _to_float(value: Any) -> float:
 
 def _to_text(value: Any) -> str:
     if isinstance(value, str | os.PathLike | numbers.Real):
-        return expand_home(os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+        return expand_home(value if isinstance(value, os.PathLike) else str(value))
     raise TypeError
 
 
-def expand_home(text: str) -> str:
-    """Return a path with `~` replaced by the home folder: a shell does so neither in YAML nor after `--flag=`."""
+def expand_home(path: str | os.PathLike[str]) -> str:
+    """Return a path with `~` replaced by the home folder: a shell does so neither in YAML, nor after `--flag=`, nor in
+    Python."""
+    text = os.fspath(path)
     return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError
+from mae_dat.config.flags import expand_home
 from mae_dat.config.groups import DEMO
 from mae_dat.config.paths import require_folder
 from mae_dat.data.decode import decode_file, to_rgb
@@ -155,12 +156,12 @@ def open_inputs(images: Any) -> InputImages:
     in_memory = 0
     for image in given:
         if isinstance(image, str | os.PathLike):
-            parts += _open_path(os.fspath(image), ignored_files)
+            parts += _open_path(expand_home(image), ignored_files)
         else:
             memory = MemoryImages(_split_batch(image), in_memory)
             in_memory += len(memory)
             parts.append(memory)
-    paths = [os.fspath(image) for image in given if isinstance(image, str | os.PathLike)]
+    paths = [expand_home(image) for image in given if isinstance(image, str | os.PathLike)]
     opened = InputImages(_merge_files(parts), paths, ignored_files)
     if not len(opened):
         raise ConfigError(f"no images: {_ADVICE}.")

@@ -14,6 +14,7 @@ from typing import Any
 
 from mae_dat.config.commands.predict import PredictConfig
 from mae_dat.config.errors import DataError
+from mae_dat.config.flags import expand_home
 from mae_dat.config.signature import check_flag_names, takes_flags
 from mae_dat.config.terminal import print_text
 from mae_dat.prediction.predictions import Predictions
@@ -78,7 +79,8 @@ def predict(
         checkpoint = None
     config = PredictConfig.from_flags(images=(), **flags)
     with console_for_python(progress) as console:
-        run = open_run(checkpoint, images, classes, config, None if output_dir is None else Path(output_dir), console)
+        folder = None if output_dir is None else Path(expand_home(output_dir))
+        run = open_run(checkpoint, images, classes, config, folder, console)
         collected = Collector(run.empty, keep_logits=logits)
         run.predict(collected.add)
     return collected.predictions()

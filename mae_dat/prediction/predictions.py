@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.flags import expand_home
 from mae_dat.config.groups import ImageSize
 from mae_dat.config.terminal import printable
 from mae_dat.data.class_names import readable_class
@@ -96,7 +97,7 @@ class Predictions:
 
     def to_csv(self, path: str | Path) -> None:
         """Write a CSV file like predictions.csv of `mae-dat predict`. Raises StorageError."""
-        write_csv(Path(path), [*self.columns()], self.rows())
+        write_csv(Path(expand_home(path)), [*self.columns()], self.rows())
 
     # ---- rows of the files ----
 

@@ -24,6 +24,7 @@ from mae_dat.config.errors import ConfigError, DataError, OutputError, StorageEr
 from mae_dat.config.extras import require_extra
 from mae_dat.config.groups import image_size
 from mae_dat.config.paths import require_folder
+from mae_dat.config.terminal import print_text
 from mae_dat.data.describe import add_images
 from mae_dat.data.folders import SPLIT_NAMES, class_folders, split_folders
 from mae_dat.data.image_set import ImageSet
@@ -50,7 +51,7 @@ _UNCHECKED = ("corruptions", "severities", "output_dir", "num_workers", "source"
 def main(config: CorruptConfig) -> None:
     """Run the command."""
     count = corrupt_folder(config, console_for_command())
-    print(f"{config.output_dir}: {count_of(count, 'corrupted image')}")
+    print_text(f"{config.output_dir}: {count_of(count, 'corrupted image')}")
 
 
 def corrupt_folder(config: CorruptConfig, console: Console) -> int:

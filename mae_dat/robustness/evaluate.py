@@ -10,7 +10,7 @@ from torch import nn
 
 from mae_dat.config.commands.evaluate import EvaluateConfig
 from mae_dat.config.errors import ConfigError
-from mae_dat.config.flags import flat_values
+from mae_dat.config.flags import expand_home, flat_values
 from mae_dat.config.groups import image_size
 from mae_dat.config.signature import check_flag_names, takes_flags
 from mae_dat.models.adapters import is_transformers_model
@@ -88,7 +88,7 @@ def evaluate(
     """
     check_flag_names(EvaluateConfig, flags, _LEFT_OUT, "evaluate")
     config = EvaluateConfig.from_flags(suite=suite, data_path=data_path, **flags)
-    folder = None if output_dir is None else Path(output_dir)
+    folder = None if output_dir is None else Path(expand_home(output_dir))
     options = evaluation_options(config)
     networks = baseline_first(open_models(models, options, classes), config.baseline)
     with console_for_python(progress) as console:
@@ -172,7 +172,7 @@ def open_any(model: Any, name: str, options: EvalOptions, classes: Sequence[str]
     """Open one model under a title: a path, a name, or anything that `open_callable` takes. Raises UserError."""
     if not isinstance(model, str | Path):
         return open_callable(model, name, options, classes)
-    source = str(model)
+    source = expand_home(model)
     if is_timm_name(source):
         return open_timm(timm_place(source), name, options)
     return open_network(source, None, name, options)

@@ -10,6 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from mae_dat.config.errors import ConfigError, suggest
+from mae_dat.config.flags import expand_home
 from mae_dat.config.groups import ImageSize
 from mae_dat.config.protocols import PROTOCOLS
 from mae_dat.models.adapters import (
@@ -108,6 +109,7 @@ def open_network_or_detector(
 
     Raises as `open_network` does, and ConfigError for a detector with another size than its own.
     """
+    source = expand_home(source)
     if source.startswith(TIMM_PREFIXES) and not Path(source).exists():
         model = f"hf-hub:{source}" if source.startswith("timm/") else source
         raise ConfigError(f"--checkpoint {source}: networks of timm are named by --model {model} --pretrained.")

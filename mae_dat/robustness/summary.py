@@ -3,6 +3,7 @@
 import html
 from pathlib import Path
 
+from mae_dat.config.flags import expand_home
 from mae_dat.robustness.report.comparison import headline_table
 from mae_dat.robustness.report.findings import collapse_warnings
 from mae_dat.robustness.report.headline import headline_text
@@ -42,7 +43,7 @@ class Evaluation:
 
         Raises OutputError, StorageError.
         """
-        folder = prepare_output_folder(Path(output_dir))
+        folder = prepare_output_folder(Path(expand_home(output_dir)))
         write_results(self.results, folder / "results.json")
         return write_report(self._report(), folder)
 

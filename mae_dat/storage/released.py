@@ -27,6 +27,7 @@ from typing import Any, Literal
 import yaml
 
 from mae_dat.config.errors import CheckpointError, ConfigError, DownloadError, MissingInputError, OutputError, suggest
+from mae_dat.config.flags import expand_home
 from mae_dat.storage.download import UrlFailedError, download
 from mae_dat.storage.files import (
     HOME_VARIABLE,
@@ -121,7 +122,7 @@ def local_path(name_or_path: str | Path) -> Path:
     An existing file or folder takes precedence over released weights of the same name. Raises MissingInputError with
     the closest names for a bare word that is neither, and the errors of `fetch`.
     """
-    path, name = Path(name_or_path), str(name_or_path)
+    path, name = Path(expand_home(name_or_path)), str(name_or_path)
     if not path.exists() and name in released_weights():
         return fetch(released_weights()[name])
     if not path.exists() and not path.suffix and len(path.parts) == 1:

@@ -128,7 +128,7 @@ def _settings(
         return kind.from_yaml(config, **flags)
     if not isinstance(config, kind):
         raise ConfigError(f"{function} takes a {kind.__name__}, a YAML file or a recipe, got {type(config).__name__}.")
-    return kind.from_flags(**flat_values(config) | flags) if flags else config
+    return kind.from_flags(**flat_values(config) | flags)  # also checks, and replaces ~, as on the command line
 
 
 def _is_interactive() -> bool:

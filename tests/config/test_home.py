@@ -1,12 +1,17 @@
-"""`~` means the home folder where no shell replaces it."""
+"""`~` means the home folder where no shell replaces it, and a user may have none."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from noise_images import MakeFolder
+from tiny_runs import one_thread, save_tokenizer  # noqa: F401
 
+import mae_dat
 from mae_dat.config.groups import data_root
 from mae_dat.config.parse import load_config
 from mae_dat.config.runs import FinetuneConfig
+from mae_dat.training.python_api import _settings
 
 
 def test_a_tilde_in_yaml_after_an_equals_sign_and_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +25,35 @@ def test_a_tilde_in_yaml_after_an_equals_sign_and_in_python(tmp_path: Path, monk
     assert load_config(FinetuneConfig, ["--data_path", "a~b"]).data.data_path == "a~b"
     monkeypatch.setenv("MAE_DAT_DATA", "~/images")
     assert data_root(None) == f"{tmp_path}/images"
+
+
+@pytest.mark.slow
+def test_a_tilde_in_every_function(make: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    make(" ".join(f"set/{split}/{name}/{number}.png" for split in ("train", "val") for name in "ab" for number in "01"))
+    save_tokenizer(tmp_path / "words.safetensors")
+    quiet = {"progress": False, "num_workers": 0}
+    small = {"model": "vit_demo_patch8", "input_size": 32, "batch_size": 4, "epochs": 1, "aa": None, **quiet}
+    result = mae_dat.finetune(data_path="~/set", output_dir="~/out", **small)
+    assert result.output_dir == tmp_path / "out"
+    config = mae_dat.FinetuneConfig()
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, output_dir="~/out"),
+        data=dataclasses.replace(config.data, data_path="~/set"),
+    )
+    assert _settings(mae_dat.FinetuneConfig, config, {}, "finetune").run.output_dir == str(tmp_path / "out")
+    assert mae_dat.load_model("~/out").classes == ("a", "b")
+    assert mae_dat.create_model("vit_demo_patch8", 2, "~/out", input_size=32).input_size == (32, 32)
+    assert mae_dat.load_tokenizer("~/words.safetensors").num_words == 64
+    mae_dat.convert("~/out", "~/timm.safetensors", to="timm")
+    predictions = mae_dat.predict("~/out", ["~/set/val", Path("~/set/train/a/0.png")], output_dir="~/labels", **quiet)
+    predictions.to_csv("~/table.csv")
+    mae_dat.evaluate("~/out", "clean", "~/set", output_dir="~/scores", **quiet).report("~/report")
+    assert len(mae_dat.extract_features("~/out", "~/set/val/a", **quiet).paths) == 2
+    config.to_yaml("~/c.yaml")
+    assert mae_dat.FinetuneConfig.from_yaml("~/c.yaml").data.data_path == str(tmp_path / "set")
+    for name in ("timm.safetensors", "labels/predictions.csv", "table.csv", "scores/report.md", "report/report.md"):
+        assert (tmp_path / name).is_file(), name
+    assert not (tmp_path / "~").exists()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mae_dat.config.commands.convert import ConvertConfig
 from mae_dat.config.errors import CheckpointError, ConfigError, OutputError, StorageError, suggest
+from mae_dat.config.flags import expand_home
 from mae_dat.config.terminal import print_text
 from mae_dat.data.describe import describe_classes
 from mae_dat.models.modes import Network
@@ -92,8 +93,9 @@ def convert(
     """
     if to not in _SUFFIXES:
         raise ConfigError(f"convert(to={to!r}): {suggest(to, list(_SUFFIXES))}")
-    _check_destination(str(source), Path(dest), to)
-    return _convert_opened(open_model(source, model), str(source), Path(dest), to, license)
+    source, dest = expand_home(source), Path(expand_home(dest))
+    _check_destination(source, dest, to)
+    return _convert_opened(open_model(source, model), source, dest, to, license)
 
 
 def _convert_opened(opened: OpenedModel, source: str, dest: Path, to: str, license: str | None) -> ConvertedModel:

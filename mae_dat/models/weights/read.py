@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.config.errors import CheckpointError, MissingInputError
+from mae_dat.config.flags import expand_home
 from mae_dat.models.classifier import fused_head
 from mae_dat.models.split_norms import main_norms
 from mae_dat.models.weights.formats import ModelFile, recognize
@@ -40,7 +41,7 @@ def read_model_file(source: ModelSource) -> ModelFile:
     if isinstance(source, Mapping):
         file = extract_weights(source, "the given weights")
     else:
-        path = Path(source)
+        path = Path(expand_home(source))
         entry = None if path.exists() else released_weights().get(str(path))
         released = entry.name if entry else ""
         path = local_path(path)
