@@ -5,7 +5,7 @@ Any other exception is a bug of this package and keeps its traceback.
 
 import difflib
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 DISK_FULL = {
     errno.ENOSPC: "no space left",
@@ -125,6 +125,13 @@ def similar_words(word: str, valid: Sequence[str]) -> list[str]:
     """Return up to three valid words: those that a wrong one is the start of, then those most like it."""
     longer = [name for name in valid if len(word) > 2 and name.startswith(word)]
     return list(dict.fromkeys([*longer, *difflib.get_close_matches(word, valid, n=3, cutoff=0.6)]))[:3]
+
+
+def unknown_name(kind: str, name: str, names: Iterable[str]) -> ConfigError:
+    """Return the error for a mistyped name, with the nearest of the valid `names` (the first eight if none is near)."""
+    names = list(names)
+    nearest = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:8]
+    return ConfigError(f"unknown {kind} {name!r}; did you mean {' or '.join(nearest)}?")
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:

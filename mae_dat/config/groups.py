@@ -35,8 +35,8 @@ class RunConfig:
     seed: int = 0
     """Seed of all random numbers: weights, order of the images, augmentation, masks and attacks."""
     resume: str | None = None
-    """Checkpoint of this package, or folder of them (default: the newest in the output folder). With --eval also a
-    weights file or a released name."""
+    """Checkpoint of this package, or folder of them (default: the newest in the output folder). With --eval, and in
+    pretraining, also a weights file or a released name; a pretraining then starts at epoch 0, as with --init."""
     start_epoch: int = 0
     """First epoch, if there is no checkpoint to resume from."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
@@ -162,7 +162,12 @@ class MaskConfig:
     """Model: a masked autoencoder."""
 
     model: str = "mae_vit_large_patch16"
-    """mae_vit_{base,large}_patch16, mae_vit_huge_patch14, or mae_vit_demo_patch8 for 64 px."""
+    """mae_vit_{tiny,small,base,large}_patch16, mae_vit_huge_patch14, or mae_vit_demo_patch8 for 64 px."""
+    init: str | None = None
+    """Weights to start from: a file, the folder of a run, a released name (`mae-dat list`) or a timm ViT's name. What
+    has another image size, patch or number of channels is resampled (default: random weights)."""
+    decoder_warmup: float = 0.0
+    """With --init: first epochs, in which the decoder alone is trained."""
     mask_ratio: float = 0.75
     """Share of the patches that are removed."""
     norm_pix_loss: bool = False
@@ -176,6 +181,8 @@ class MaskConfig:
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ConfigError(f"--mask_ratio must lie between 0 and 1, got {self.mask_ratio}.")
+        if not 0 <= self.decoder_warmup < math.inf:
+            raise ConfigError(f"--decoder_warmup must be 0 epochs or more, got {self.decoder_warmup}.")
         if self.words_weight <= 0:
             raise ConfigError(
                 f"--words_weight must be above 0, got {self.words_weight}; for no words, give --target pixels."
@@ -187,7 +194,7 @@ class ClassifierConfig:
     """Model: one of MAE's vision transformers, or any timm model."""
 
     model: str = "vit_large_patch16"
-    """vit_{base,large}_patch16, vit_huge_patch14, vit_demo_patch8 for 64 px, or any timm name."""
+    """vit_{tiny,small,base,large}_patch16, vit_huge_patch14, vit_demo_patch8 for 64 px, or any timm name."""
     nb_classes: int | None = None
     """Number of classes (default: the number of class folders)."""
     drop_path: float = 0.1

@@ -42,6 +42,7 @@ class PretrainConfig(CommandConfig):
 
     def __post_init__(self) -> None:
         check_groups(self.dat, self.launch)
+        check_initial_weights(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,22 @@ def check_groups(dat: DatConfig, launch: LaunchConfig) -> None:
     """Raise ConfigError for groups that cannot be combined."""
     if dat.free and launch.fsdp:
         raise ConfigError("--dat_free does not go with --fsdp, whose gradients are sharded: leave out one of them.")
+
+
+def check_initial_weights(config: PretrainConfig) -> None:
+    """Raise ConfigError for a warm-up of the decoder that cannot be."""
+    warmup, init = config.mae.decoder_warmup, config.mae.init
+    if not warmup:
+        return
+    flag = f"--decoder_warmup {warmup:g}"
+    if not init and not config.run.resume:
+        raise ConfigError(
+            f"{flag} trains the decoder of an encoder with weights: give them with --init, or leave it out."
+        )
+    if warmup >= config.optim.total_epochs:
+        raise ConfigError(f"{flag} would train only the decoder in all {config.optim.total_epochs} epochs: lower it.")
+    if config.launch.fsdp:
+        raise ConfigError(f"{flag} does not go with --fsdp: leave out one of them.")
 
 
 def check_views(config: FinetuneConfig) -> None:

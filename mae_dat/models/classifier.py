@@ -12,9 +12,9 @@ from timm.models import parse_model_name
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_dat.config.errors import ConfigError, MissingInputError
+from mae_dat.config.errors import ConfigError, MissingInputError, unknown_name
 from mae_dat.config.groups import ImageSize
-from mae_dat.models.mae import VIT_SIZES, ViTSize, check_image_size, layer_norm, pixel_statistics, unknown_name
+from mae_dat.models.mae import VIT_SIZES, ViTSize, check_image_size, layer_norm, pixel_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def build_classifier(  # noqa: PLR0913 - timm's arguments
         )
         default_mean, default_std = pixel_statistics(in_chans)
     else:
-        net = _build_timm(name, num_classes, img_size, drop_path=drop_path, in_chans=in_chans, pretrained=pretrained)
+        net = build_timm(name, num_classes, img_size, drop_path=drop_path, in_chans=in_chans, pretrained=pretrained)
         if not pretrained:
             initialize_head(net, FRESH_HEAD_STD)
         elif num_classes != net.pretrained_cfg["num_classes"]:  # type: ignore[index]
@@ -235,14 +235,14 @@ def pretrained_timm(name: str, img_size: int | ImageSize | None = None) -> Class
 
     Raises ConfigError for an unknown name or one without classes, MissingInputError without weights.
     """
-    net = _build_timm(name, None, img_size, drop_path=0.0, in_chans=3, pretrained=True)
+    net = build_timm(name, None, img_size, drop_path=0.0, in_chans=3, pretrained=True)
     if not net.num_classes:
         raise ConfigError(f"{name} has no classes, only features: fine-tune it first.")
     statistics = resolve_model_data_config(net)
     return Classifier(net, statistics["mean"], statistics["std"])
 
 
-def _build_timm(
+def build_timm(
     name: str,
     num_classes: int | None,
     img_size: int | ImageSize | None,
@@ -251,6 +251,10 @@ def _build_timm(
     in_chans: int,
     pretrained: bool,
 ) -> nn.Module:
+    """Build a timm network, by its name or by a place that timm knows; None for timm's own classes and image size.
+
+    Raises ConfigError for an unknown name, MissingInputError without weights.
+    """
     try:
         source, timm_name = parse_model_name(name)
     except ValueError as error:  # timm's message names the unknown prefix

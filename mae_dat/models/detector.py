@@ -19,9 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
 
-from mae_dat.config.errors import MissingInputError
+from mae_dat.config.errors import MissingInputError, unknown_name
 from mae_dat.models.classifier import Classifier, build_classifier
-from mae_dat.models.mae import VIT_SIZES, pixel_statistics, unknown_name
+from mae_dat.models.mae import VIT_SIZES, pixel_statistics
 from mae_dat.models.modes import restore_training_flags
 
 Boxes = dict[str, Tensor]

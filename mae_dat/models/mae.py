@@ -8,8 +8,7 @@ function outside of the model, so that two views of an image, a figure or a test
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from einops import rearrange
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.errors import ConfigError, unknown_name
 from mae_dat.models.word_head import WordHead
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -52,24 +51,22 @@ class MaeSize:
 
 
 VIT_SIZES: dict[str, ViTSize] = {
+    "vit_tiny_patch16": ViTSize(224, 16, 192, 12, 3),
+    "vit_small_patch16": ViTSize(224, 16, 384, 12, 6),
     "vit_base_patch16": ViTSize(224, 16, 768, 12, 12),
     "vit_large_patch16": ViTSize(224, 16, 1024, 24, 16),
     "vit_huge_patch14": ViTSize(224, 14, 1280, 32, 16),
     "vit_demo_patch8": ViTSize(64, 8, 128, 5, 4),
 }
 MAE_MODELS: dict[str, MaeSize] = {
+    # Not in the paper: decoders with MAE's proportion to the encoder's width, and heads of 32 channels as MAE's.
+    "mae_vit_tiny_patch16": MaeSize(VIT_SIZES["vit_tiny_patch16"], 128, 8, 4),
+    "mae_vit_small_patch16": MaeSize(VIT_SIZES["vit_small_patch16"], 256, 8, 8),
     "mae_vit_base_patch16": MaeSize(VIT_SIZES["vit_base_patch16"]),
     "mae_vit_large_patch16": MaeSize(VIT_SIZES["vit_large_patch16"]),
     "mae_vit_huge_patch14": MaeSize(VIT_SIZES["vit_huge_patch14"]),
     "mae_vit_demo_patch8": MaeSize(VIT_SIZES["vit_demo_patch8"], 64, 1, 4),
 }
-
-
-def unknown_name(kind: str, name: str, names: Iterable[str]) -> ConfigError:
-    """Return the error for a mistyped name, with the nearest of the valid `names` (the first eight if none is near)."""
-    names = list(names)
-    nearest = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:8]
-    return ConfigError(f"unknown {kind} {name!r}; did you mean {' or '.join(nearest)}?")
 
 
 def check_image_size(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:

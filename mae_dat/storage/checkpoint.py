@@ -221,10 +221,18 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
+def is_foreign(resume: str) -> bool:
+    """Return whether `--resume` names weights and not a checkpoint of this package: a file without a manifest, or
+    nothing that exists."""
+    path = Path(resume)
+    return not path.is_dir() and (path.suffix == ".safetensors" or not path.with_suffix(".json").is_file())
+
+
+def find_checkpoint(path: Path, weights_flag: str = "--finetune") -> Checkpoint:
     """Return the checkpoint of `--resume PATH`: a `.pth` file of this package, or the newest one of a folder.
 
-    Raises MissingInputError, or CheckpointError for a damaged checkpoint or a file without a manifest.
+    `weights_flag` is the command's flag for other weights, for messages. Raises MissingInputError, or CheckpointError
+    for a damaged checkpoint or a file without a manifest.
     """
     if path.is_dir():
         checkpoint = newest_checkpoint(path)
@@ -236,7 +244,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     manifest = path.with_suffix(".json")
     if not manifest.is_file():
         raise CheckpointError(
-            f"{path} has no manifest {manifest.name}: to start from other weights use --finetune {path}."
+            f"{path} has no manifest {manifest.name}: to start from other weights use {weights_flag} {path}."
         )
     return verify_checkpoint(manifest)
 

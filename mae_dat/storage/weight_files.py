@@ -131,14 +131,14 @@ def check_keys(source: Path | str, expected: Mapping[str, Tensor], tensors: Mapp
         rows += [(key, _shape(tensors.get(key)), _shape(expected.get(key)), what) for key in keys[:_MAX_ROWS]]
         rows += [(f"and {len(keys) - _MAX_ROWS} more", "", "", what)] if len(keys) > _MAX_ROWS else []
     counts = ", ".join(f"{len(keys)} {what}" for what, keys in differences.items() if keys)
-    raise CheckpointError(f"{source} does not fit the model ({counts}):\n{_table(rows)}\nFix: {advice}.")
+    raise CheckpointError(f"{source} does not fit the model ({counts}):\n{aligned_table(rows)}\nFix: {advice}.")
 
 
 def _shape(tensor: Tensor | None) -> str:
     return "-" if tensor is None else " x ".join(map(str, tensor.shape)) or "scalar"
 
 
-def _table(rows: Sequence[Iterable[str]]) -> str:
+def aligned_table(rows: Sequence[Iterable[str]]) -> str:
     """Return rows as lines with left-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)

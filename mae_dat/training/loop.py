@@ -46,6 +46,8 @@ class Trainer:
     def __init__(self, state: TrainingState, setup: TrainingSetup) -> None:
         self.state, self.setup = state, setup
         self.context, self.device = setup.context, setup.context.device
+        if state.frozen_start:
+            state.frozen_start.set_epoch(state.step / setup.steps_per_epoch)
         self.model = wrap_model(state.model, self.context.world, self.device)
         """What is called in a step: the model, or DistributedDataParallel around it."""
         self.model.train()
@@ -162,6 +164,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """Launch one update, from `accum_iter` micro-batches. `read_reports` reads its loss and other numbers later."""
+        self.unfreeze()
         self.set_learning_rate()
         self.advance_objective()
         batches = self.prefetcher.next_batches()
@@ -184,6 +187,16 @@ class Trainer:
     def epoch(self) -> float:
         """The fractional epoch of the current step."""
         return self.state.step / self.setup.steps_per_epoch
+
+    def unfreeze(self) -> None:
+        """Train all parameters from the epoch on that ends a frozen start."""
+        start = self.state.frozen_start
+        if start and start.set_epoch(self.epoch):
+            logger.info("epoch %g: all parameters are trained from here on.", self.epoch)
+            # DistributedDataParallel exchanges the gradients of parameters that required one when it was built. Its
+            # hooks have to be gone before the next one is built.
+            del self.model
+            self.model = wrap_model(self.state.model, self.context.world, self.device)
 
     def set_learning_rate(self) -> None:
         """Set the rate of the current step: warm-up, then half a cosine (`learning_rate`)."""

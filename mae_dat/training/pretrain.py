@@ -1,10 +1,13 @@
 """Masked-autoencoder pretraining on any folder of images, optionally with DAT (`main_pretrain.py`)."""
 
+import dataclasses
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mae_dat.config.errors import ConfigError
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import MaskConfig
 from mae_dat.config.runs import PretrainConfig
@@ -15,13 +18,19 @@ from mae_dat.data.sampler import evenly_spaced
 from mae_dat.data.transforms import EvalTransform, PretrainTransform
 from mae_dat.models.describe import describe_model
 from mae_dat.models.mae import MaskedAutoencoder, build_mae
+from mae_dat.models.weights.initialize import InitReport, initialize_autoencoder
+from mae_dat.models.weights.load import DECODER_KEYS
+from mae_dat.models.weights.read import errors_name_flag
+from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
-from mae_dat.training.context import prepare_model, run_context
+from mae_dat.storage.checkpoint import is_foreign, newest_checkpoint
+from mae_dat.training.context import RunContext, prepare_model, run_context
 from mae_dat.training.describe import add_adversary, add_on_bad, add_pixels
 from mae_dat.training.export import export_model
+from mae_dat.training.frozen_start import FrozenStart
 from mae_dat.training.galleries import adversary_gallery, galleries_due, reconstruction_gallery, show_galleries
 from mae_dat.training.next_commands import after_pretraining, log_next_commands
 from mae_dat.training.objectives.base import Objective
@@ -32,21 +41,27 @@ from mae_dat.training.session import run_training
 from mae_dat.training.setup import Reporting
 from mae_dat.training.state import TrainingState
 
+logger = logging.getLogger(__name__)
+
 _GALLERY_IMAGES = 6
 
 
 def run_pretraining(config: PretrainConfig, console: Console, title: str = "pretrain") -> None:
     """Pretrain, or resume in the output folder, and export the autoencoder with its decoder."""
     mae, data, seed = config.mae, config.data, config.run.seed
-    with run_context(config.run, config.launch, console) as context:
+    # A weights file is no checkpoint to look for: `initialize` loads it.
+    run = dataclasses.replace(config.run, resume=None) if weights_to_resume(config) else config.run
+    with run_context(run, config.launch, console) as context:
         images = training_images(data, PretrainTransform(data.image_size), seed, labelled=False)
         seed_everything(seed)
-        model = build_mae(mae.model, img_size=data.image_size, in_chans=data.in_chans).to(context.device)
+        model = build_mae(mae.model, img_size=data.image_size, in_chans=data.in_chans)
+        start = initialize(model, config, context)
+        model.to(context.device)
         objective = pretraining_objective(config, model, context.device)
         prepare_model(model, context)
         # The learning rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
-        state = TrainingState(model, optimizer, objective)
+        state = TrainingState(model, optimizer, objective, frozen_start=decoder_first(model, mae.decoder_warmup))
         still_transform = with_channels(EvalTransform(data.image_size), data.in_chans)
         still_images = gallery_images(images, still_transform).to(context.device)
 
@@ -63,7 +78,7 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
             data=data,
             optim=config.optim,
             settings=flat_values(config),
-            inputs=lambda: pretraining_inputs(config, images, state),
+            inputs=lambda: pretraining_inputs(config, images, state, start),
             reporting=Reporting(title, at_epoch_end),
         )
         facts: dict[str, Any] = {
@@ -75,6 +90,47 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
             "steps": state.step,
         }
         export_model(model.state_dict(), context, facts, record.changes)
+
+
+def weights_to_resume(config: PretrainConfig) -> str | None:
+    """Return the weights that `--resume` names, as in MAE's usage; None if it names a checkpoint of this package.
+
+    Raises ConfigError for --init beside them.
+    """
+    resume = config.run.resume
+    if not resume or not is_foreign(resume):
+        return None
+    if config.mae.init:
+        raise ConfigError(
+            f"--init {config.mae.init} and the weights --resume {resume}: give one of them to start from."
+        )
+    return resume
+
+
+def initialize(model: MaskedAutoencoder, config: PretrainConfig, context: RunContext) -> InitReport | None:
+    """Load the weights that the flags name, and log what became of each part; None without any.
+
+    Raises MissingInputError, CheckpointError, ConfigError, DownloadError.
+    """
+    resume = weights_to_resume(config)
+    source = config.mae.init or resume
+    if not source:
+        return None
+    with errors_name_flag("--resume" if resume else "--init"):
+        report = initialize_autoencoder(model, source)
+    if resume and on_main_rank(lambda: newest_checkpoint(context.output)) is None:
+        logger.info(
+            "--resume %s is not a checkpoint of mae-dat: training starts at epoch %d from the model in the file.",
+            resume,
+            config.run.start_epoch,
+        )
+    return report
+
+
+def decoder_first(model: MaskedAutoencoder, epochs: float) -> FrozenStart | None:
+    """Return the encoder's parameters as frozen for the first epochs; None for none."""
+    encoder = [value for key, value in model.named_parameters() if not key.startswith(DECODER_KEYS)]
+    return FrozenStart(encoder, epochs) if epochs else None
 
 
 def pretraining_objective(config: PretrainConfig, model: MaskedAutoencoder, device: torch.device) -> Objective:
@@ -94,15 +150,22 @@ def pretraining_objective(config: PretrainConfig, model: MaskedAutoencoder, devi
     return WithDAT(tokenizer, attack, objective) if attack else objective
 
 
-def pretraining_inputs(config: PretrainConfig, images: ImageSet, state: TrainingState) -> InputSummary:
-    """Return the summary of what a pretraining reads."""
+def pretraining_inputs(
+    config: PretrainConfig, images: ImageSet, state: TrainingState, start: InitReport | None
+) -> InputSummary:
+    """Return the summary of what a pretraining reads; `start` is about the weights it starts from."""
     data, mae = config.data, config.mae
     inputs = InputSummary(config.verb)
     add_images(inputs, data.data_path, image_root(data.data_path), {"training": images})
     add_on_bad(inputs, data.on_bad)
     target = f"target {mae.target}" + (", normalized by patch" if mae.norm_pix_loss and mae.target != "words" else "")
     inputs.add("model", f"{describe_model(mae.model, state.model)}; mask ratio {mae.mask_ratio:g}, {target}")
-    inputs.add("weights", "random")
+    inputs.add(
+        "weights",
+        start.file.origin.describe() if start else "random (no --init)",
+        start.summary() if start else "",
+        f"the decoder alone is trained in the first {mae.decoder_warmup:g} epochs" if mae.decoder_warmup else "",
+    )
     add_pixels(inputs, data, state.model, "random crop of 20 to 100 % of the area, bicubic, flip")
     add_adversary(inputs, config.dat, state.objective)
     return inputs

@@ -213,21 +213,22 @@ def keep_global_batch(optim: OptimConfig, checkpoint: Checkpoint | None, ranks: 
     return divided
 
 
-def checkpoint_to_resume(run: RunConfig, output: Path) -> Checkpoint | None:
+def checkpoint_to_resume(run: RunConfig, output: Path, weights_flag: str = "--finetune") -> Checkpoint | None:
     """Find the newest valid checkpoint of the output folder; else the one that `--resume` names; else None.
 
-    Raises CheckpointError for a checkpoint of the first format.
+    `weights_flag` is the command's flag for other weights, for messages. Raises CheckpointError for a checkpoint of the
+    first format.
     """
     newest = newest_checkpoint(output)
     if newest and run.resume:
         # A requeued job repeats its command line, so its own progress takes precedence over where it started.
         logger.info("%s has a checkpoint of its own, which takes precedence over --resume %s.", output, run.resume)
-    checkpoint = newest or (find_checkpoint(Path(run.resume)) if run.resume else None)
+    checkpoint = newest or (find_checkpoint(Path(run.resume), weights_flag) if run.resume else None)
     if checkpoint and checkpoint.manifest["version"] < 2:
         raise CheckpointError(
             f"{checkpoint.path} has format {checkpoint.manifest['version']}, of a version of mae_dat that counted "
             f"steps in another way: finish the run with that version, or start a new one, in another --output_dir, "
-            f"from its weights with --finetune {checkpoint.path}."
+            f"from its weights with {weights_flag} {checkpoint.path}."
         )
     return checkpoint
 

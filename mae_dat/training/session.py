@@ -68,7 +68,8 @@ def run_training(  # noqa: PLR0913 - keywords
     epoch, by default as many as its images fill. Raises what `Trainer.run` raises, and ConfigError, CheckpointError,
     DataError, NoProgressError and StorageError before the first step.
     """
-    checkpoint = on_main_rank(lambda: checkpoint_to_resume(context.run, context.output))
+    weights_flag = "--init" if "init" in settings else "--finetune"
+    checkpoint = on_main_rank(lambda: checkpoint_to_resume(context.run, context.output, weights_flag))
     optim = keep_global_batch(optim, checkpoint, context.world.size)
     epoch_steps = epoch_steps or steps_per_epoch(len(images), optim.batch_size, context.world.size, optim.accum_iter)
     manifest = _manifest(settings, images, optim, context.world.size)

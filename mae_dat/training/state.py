@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mae_dat.runtime.collectives import gather
 from mae_dat.runtime.sharding import full_state_dict, load_model_state, load_optimizer_state
+from mae_dat.training.frozen_start import FrozenStart
 from mae_dat.training.objectives.base import Objective
 
 _BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked")
@@ -23,6 +24,8 @@ class TrainingState:
     objective: Objective
     ema: Any = None
     """timm's ModelEmaV3, or None."""
+    frozen_start: FrozenStart | None = None
+    """Parameters that are not trained in the first epochs; a function of the step, so no checkpoint holds it."""
     step: int = 0
     """Updates since the start of the run."""
     totals: dict[str, float] = field(default_factory=dict)

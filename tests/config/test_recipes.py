@@ -42,7 +42,7 @@ def test_a_file_takes_precedence_over_a_recipe_and_a_folder_does_not(
         ("small_finetun", "did you mean small_finetune"),
         ("configs/10k_dat.yaml", "did you mean the recipe 10k_dat?"),
         ("own.yaml", "did you mean mine_own.yaml?"),
-        ("xyz", "known are mine_own.yaml, 10k_dat, "),
+        ("xyz", "known are mine_own.yaml, 100k_pretrain, "),
     ],
 )
 def test_an_unknown_name_gets_a_suggestion(

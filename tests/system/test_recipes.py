@@ -61,6 +61,10 @@ PUBLISHED = {
     "dat_warmstart_vit_base": (256, 1e-4, 30),
     "dat_resnet50": (1024, 0.4, 90),
     "dat_pretrain_vit_base": (4096, 2.4e-3, 200),
+    "5k_pretrain": (256, 1.5e-4, 1600),
+    "5k_pretrain_init": (256, 5e-5, 200),
+    "100k_pretrain": (512, 3e-4, 400),
+    "100k_pretrain_init": (512, 1e-4, 100),
     "10k_pretrain": (256, 1.5e-4, 800),
     "10k_finetune": (128, 2.5e-4, 100),
     "10k_dat": (128, 2.5e-4, 50),
@@ -122,6 +126,8 @@ def test_a_recipe_builds_its_parts(path: Path) -> None:
     with torch.device("meta"):
         if isinstance(config, PretrainConfig):
             mae = build_mae(config.mae.model, img_size=config.data.image_size)
+            if config.mae.init:
+                assert find_released(config.mae.init).model == config.mae.model
             objective = MaskedReconstruction(config.mae.mask_ratio, config.mae.norm_pix_loss)
             optimizer = build_optimizer(mae, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
             trained = sum(p.numel() for p in mae.parameters() if p.requires_grad)

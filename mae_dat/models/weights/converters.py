@@ -29,6 +29,8 @@ from mae_dat.storage.weight_files import write_weights
 
 ONNX_LIMIT = 1_900_000_000  # bytes of weights in the graph itself; larger weights go into a second file
 TIMM_NAMES = {
+    "vit_tiny_patch16": "vit_tiny_patch16_224",
+    "vit_small_patch16": "vit_small_patch16_224",
     "vit_base_patch16": "vit_base_patch16_224",
     "vit_large_patch16": "vit_large_patch16_224",
     "vit_huge_patch14": "vit_huge_patch14_224",

@@ -16,11 +16,11 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 
-from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.errors import CheckpointError, ConfigError, unknown_name
 from mae_dat.config.groups import ImageSize, image_size
 from mae_dat.models.classifier import Classifier, PatchGrid, build_classifier
 from mae_dat.models.describe import describe_statistics
-from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder, build_mae, unknown_name
+from mae_dat.models.mae import MAE_MODELS, VIT_SIZES, MaskedAutoencoder, build_mae
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.load import load_autoencoder, load_classifier, load_detector, size_by_shapes
 from mae_dat.models.weights.read import ModelSource, errors_name_flag, read_model_file
