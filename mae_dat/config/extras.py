@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "explore": ("nicegui",),
     "parquet": ("pyarrow",),
     "huggingface": ("transformers",),
+    "multiband": ("tifffile",),
 }
 """The names under which the packages of each extra are imported."""
 EXTRA_USES: dict[str, str] = {
@@ -22,6 +23,7 @@ EXTRA_USES: dict[str, str] = {
     "explore": "mae-dat explore",
     "parquet": "Parquet files of mae-dat predict",
     "huggingface": "classifiers that transformers has saved",
+    "multiband": "TIFF files with --in_chans",
 }
 """What needs each extra."""
 

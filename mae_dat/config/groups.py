@@ -76,7 +76,8 @@ class DataConfig:
     input_size: tuple[int, ...] = (224,)
     """Side, or height and width, in pixels."""
     in_chans: int = 3
-    """Channels of the images: 3 for color, 1 for gray."""
+    """Channels of the images: 3 for color, 1 for gray; in pretraining and fine-tuning also 2 (gray with alpha), 4
+    (RGBA), or as many bands as TIFF files have."""
     on_bad: Literal["fail", "skip"] = "fail"
     """What to do with a file that cannot be decoded: stop and name it, or use the next image and count it."""
     num_workers: int = dataclasses.field(default_factory=lambda: default_num_workers())
@@ -87,6 +88,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ConfigError(f"--num_workers must be 0 (decode in the main process) or more, got {self.num_workers}.")
+        if self.in_chans < 1:
+            raise ConfigError(f"--in_chans must be at least 1, got {self.in_chans}.")
         image_size(self.input_size)
 
     @property

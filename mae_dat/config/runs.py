@@ -115,6 +115,8 @@ def check_views(config: FinetuneConfig) -> None:
             f"{adversaries[0]} takes pixels in [0, 1], and --remode pixel_raw erases with N(0, 1): give --remode "
             "pixel, or --reprob 0."
         )
+    if config.data.in_chans not in (1, 3):
+        _check_bands(config)
     _check_extensions_of_dat(baselines, dat)
     if baselines.jsd and (
         adversaries or augment.aa is None or augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax
@@ -125,6 +127,18 @@ def check_views(config: FinetuneConfig) -> None:
         )
     if baselines.splits_norms:
         _check_split_norms(config, attack)
+
+
+def _check_bands(config: FinetuneConfig) -> None:
+    """Raise ConfigError for augmentations that are defined for color images alone."""
+    augment, data = config.augment, config.data
+    for flag, is_set, fix in (
+        (f"--aa {augment.aa}", augment.aa is not None, "--aa None"),
+        (f"--color_jitter {augment.color_jitter}", augment.color_jitter, "no --color_jitter"),
+        (f"--jsd {config.baselines.jsd:g}", config.baselines.jsd, "no --jsd"),
+    ):
+        if is_set:
+            raise ConfigError(f"{flag} changes colors, and --in_chans {data.in_chans} are other channels: give {fix}.")
 
 
 def _check_extensions_of_dat(baselines: BaselineConfig, dat: DatConfig) -> None:

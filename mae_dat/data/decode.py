@@ -60,6 +60,11 @@ def describe_decoding() -> str:
     return ", ".join(f"${name}={value}" for name, value in decoding_settings().items())
 
 
+def white_level() -> float | None:
+    """Return the value of white in 16-bit images; None if it is not set. Raises ConfigError for a wrong one."""
+    return _number_from_environment(WHITE_VARIABLE)
+
+
 def _number_from_environment(name: str) -> float | None:
     text = os.environ.get(name)
     if not text:
@@ -146,7 +151,7 @@ def decode_bytes(content: bytes, name: str) -> Image.Image:
     except ConfigError:
         raise
     except Exception as error:  # PIL's decoders raise nearly every type of exception on damaged files
-        raise image_error(name, _cause(content, error)) from error
+        raise image_error(name, describe_problem(content, error)) from error
 
 
 def decode_pixels(content: bytes, name: str) -> np.ndarray:
@@ -205,7 +210,7 @@ def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DataError("it is 32-bit grey, with values beyond 0 to 65535")
-    white = _number_from_environment(WHITE_VARIABLE)
+    white = white_level()
     if white is None:
         white = _WHITE
         if 0 < values.max() < _DARK_MAXIMUM:
@@ -234,7 +239,7 @@ def _warn_of_dark_images(name: str, highest: int) -> None:
         )
 
 
-def _cause(content: bytes, error: Exception) -> str:
+def describe_problem(content: bytes, error: Exception) -> str:
     """Describe why a file could not be decoded."""
     if isinstance(error, DataError):
         return str(error)

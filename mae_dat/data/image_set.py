@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae_dat.config.errors import DataError
+from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.paths import require_folder
+from mae_dat.data.bands import load_bands
 from mae_dat.data.class_names import check_known, warn_of_near_duplicates
 from mae_dat.data.decode import decode_file, decode_pixels, read_bytes
 from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, class_folders, walk_images
@@ -34,7 +35,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class PixelTransform:
-    """A transform that also takes pixels, uint8 (H, W, 3), which saves the conversion to a PIL image."""
+    """A transform that also takes pixels, uint8 (H, W, C), which saves the conversion to a PIL image."""
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
         """Return the sample's image."""
@@ -104,6 +105,8 @@ class ImageSet(Dataset[Sample]):
     classes: list[str]
     class_names_from: str = "folder names, sorted"
     """Where the names of the classes and their order come from, unless they are given."""
+    channels: int | None = None
+    """Channels to decode without conversion of colors (`decode_bands`); None for RGB."""
     packed_size: int | None = None
     """Shorter side in pixels to which larger images were shrunk when they were packed into shards."""
 
@@ -133,6 +136,10 @@ class ImageSet(Dataset[Sample]):
     def load_pixels(self, index: int) -> np.ndarray:
         """Decode an image to the pixels of `load_image`, uint8 (H, W, 3)."""
         return np.array(self.load_image(index))
+
+    def load_bands(self, index: int, channels: int) -> np.ndarray:
+        """Decode an image to its own channels, uint8 (H, W, channels). Raises ConfigError if that is not supported."""
+        raise ConfigError(f"--in_chans {channels}: {self.root} holds color images: use a folder of image files.")
 
     def label(self, index: int) -> int:
         """Return the number of an image's class; -1 if unlabelled."""
@@ -193,7 +200,11 @@ class ImageSet(Dataset[Sample]):
             index = (start + skips) % len(self)
             try:
                 takes_pixels = isinstance(self.transform, PixelTransform)
-                image = self.load_pixels(index) if takes_pixels else self.load_image(index)
+                image: Any
+                if self.channels:
+                    image = self.load_bands(index, self.channels)
+                else:
+                    image = self.load_pixels(index) if takes_pixels else self.load_image(index)
             except DataError as error:
                 if self.on_bad == "fail":
                     raise
@@ -285,6 +296,10 @@ class ImageFolder(ImageSet):
         """Decode an image file, uint8 (H, W, 3)."""
         path = self.samples[index][0]
         return decode_pixels(read_bytes(path), path)
+
+    def load_bands(self, index: int, channels: int) -> np.ndarray:
+        """Decode an image file to its own channels, uint8 (H, W, channels). Raises DataError, StorageError."""
+        return load_bands(self.samples[index][0], channels)
 
     def label(self, index: int) -> int:
         """Return the number of an image's class; -1 if unlabelled."""

@@ -13,10 +13,11 @@ from mae_dat.config.paths import require_folder
 from mae_dat.data.class_names import BY_WORDNET_ID, OutputNames, imagenet_synsets, name_outputs
 from mae_dat.data.folders import class_folders, find_split
 from mae_dat.data.generated.folder import generated_root, write_image_folder
-from mae_dat.data.image_set import ImageFolder, ImageSet, Transform, as_float
+from mae_dat.data.image_set import ImageFolder, ImageSet, PixelTransform, Transform, as_float
 from mae_dat.data.shards.cache import is_remote, remote_root
 from mae_dat.data.shards.index import INDEX_FILE, read_index
 from mae_dat.data.shards.reader import Shards
+from mae_dat.data.transforms import EvalBandsTransform, EvalTransform
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def training_images(
     transform = with_channels(transform, data.in_chans)
     synsets = _name_synsets(root, outputs) if labelled and outputs else None
     images = open_images(root, transform, synsets, labelled=labelled, on_bad=data.on_bad, seed=seed)
+    decode_channels(images, data.in_chans)
     if synsets:
         images.class_names_from = BY_WORDNET_ID
     if images.packed_size is not None and images.packed_size < max(data.image_size):
@@ -127,17 +129,29 @@ def holds_shards(root: str | os.PathLike[str]) -> bool:
     return (Path(root) / INDEX_FILE).is_file() or any(Path(root).glob("*.tar"))
 
 
-def with_channels(transform: Transform, in_chans: int) -> Transform:
-    """Return a transform with 3 channels (RGB), or with 1, the luminance (ITU-R 601) of its result.
+def decode_channels(images: ImageSet, in_chans: int) -> None:
+    """Let a set of images decode the channels of its files, unless they are color or gray, and decode the first one.
 
-    Raises ConfigError for other numbers: image folders have no further channels.
+    Raises DataError if it has other channels, ConfigError for shards.
+    """
+    if in_chans in (1, 3):
+        return
+    images.channels = in_chans
+    images.load_bands(0, in_chans)
+
+
+def with_channels(transform: Transform, in_chans: int) -> Transform:
+    """Return a transform with 3 channels (RGB), with 1, the luminance (ITU-R 601) of its result, or with those of the
+    files (`decode_channels`).
+
+    Raises ConfigError for a transform of color images alone.
     """
     if in_chans not in (1, 3):
-        raise ConfigError(
-            f"--in_chans {in_chans}: image folders give 3 channels, or 1 (luminance); use one of these, or build "
-            "MaskedAutoencoder and your own data set in Python for other channels."
-        )
-    if in_chans == 3:
+        if isinstance(transform, EvalTransform):
+            return EvalBandsTransform(transform)
+        if not isinstance(transform, PixelTransform):
+            raise ConfigError(f"--in_chans {in_chans}: this command takes images of 3 channels, or 1 (luminance).")
+    if in_chans != 1:
         return transform
     grayscale: Transform = transforms.Compose([transform, as_float, transforms.Grayscale()])
     return grayscale

@@ -25,7 +25,7 @@ from torchvision.transforms import functional
 from mae_dat.config.groups import ImageSize
 from mae_dat.data.image_set import PixelTransform, Transform, as_float
 
-Step = Callable[[Image.Image], Image.Image]
+Step = Callable[[Any], Any]
 
 # ---- training ----
 
@@ -134,6 +134,8 @@ class FinetuneTransform(PixelTransform):
         modes = self.crop.interpolation
         mode = random.choice(modes) if isinstance(modes, list | tuple) else modes
         resized = crop_resized(pixels, region, self.size_HW, mode.value)
+        if len(resized) != 3:
+            return self._flip_and_erase(resized)
         cropped = Image.fromarray(resized.permute(1, 2, 0).numpy())
         for flip in self.flips:
             cropped = flip(cropped)
@@ -141,6 +143,12 @@ class FinetuneTransform(PixelTransform):
             return self.make_view(cropped, self.augment, self.erase)
         clean = self.make_view(cropped, (), None if self.resplit else self.erase)
         return torch.stack([clean, *(self.make_view(cropped, self.augment, self.erase) for _ in range(self.views - 1))])
+
+    def _flip_and_erase(self, pixels: Tensor) -> Tensor:
+        """Flip and erase a crop (C, H, W) of other channels than color, for which there is no `augment`."""
+        for flip in self.flips:
+            pixels = flip(pixels)
+        return self.erase(pixels) if self.erase else pixels
 
     def make_view(self, image: Image.Image, augment: Sequence[Step], erase: "EraseInRange | None") -> Tensor:
         """Augment and erase a crop: (3, H, W)."""
@@ -171,7 +179,8 @@ class EraseInRange:
         canvas = self.erase(torch.full(image.shape, torch.nan))  # what is no longer nan is erased
         if self.raw:
             return torch.where(canvas.isnan(), as_float(image), canvas)
-        fill = (canvas * self.std + self.mean).clamp(0, 1)
+        mean, std = (self.mean, self.std) if len(image) == 3 else (0.5, 0.5)
+        fill = (canvas * std + mean).clamp(0, 1)
         if image.dtype == torch.uint8:
             fill = (255 * fill).round().nan_to_num().to(torch.uint8)
         return torch.where(canvas.isnan(), image, fill)
@@ -237,16 +246,19 @@ class EvalTransform:
         width, height = image.size
         if (height, width) == self.size_HW and self.keep_size:
             return image
-        cover_H, cover_W = self.cover_HW
-        if cover_W * height >= cover_H * width:  # the width decides
-            resized = (max(cover_H, int(cover_W * height / width)), cover_W)
-        else:
-            resized = (cover_H, max(cover_W, int(cover_H * width / height)))
+        resized = self.resized_HW(height, width)
         longest = max(resized)
         if longest > _LONGEST_RESIZED * max(self.cover_HW):  # such as 2 x 10,000 pixels
             image, resized = self._crop_first(image, resized)
         image = functional.resize(image, list(resized), self.interpolation)
         return functional.center_crop(image, list(self.size_HW))
+
+    def resized_HW(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width to which an image is resized before the crop."""
+        cover_H, cover_W = self.cover_HW
+        if cover_W * height >= cover_H * width:  # the width decides
+            return max(cover_H, int(cover_W * height / width)), cover_W
+        return cover_H, max(cover_W, int(cover_H * width / height))
 
     def _crop_first(self, image: Image.Image, resized: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
         """Cut the ends off a very long image, which the center crop would remove; return it, and height and width to
@@ -262,3 +274,20 @@ class EvalTransform:
         new[axis] = max(self.cover_HW[axis], round(length * scale))
         box = (start, 0, start + length, sides[0]) if axis else (0, start, sides[1], start + length)
         return image.crop(box), (new[0], new[1])
+
+
+class EvalBandsTransform(PixelTransform):
+    """Resize and centre crop of pixels with any number of channels, in the geometry of an `EvalTransform`."""
+
+    def __init__(self, transform: EvalTransform) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        """Return the image as float32 (C, H, W) in [0, 1]."""
+        pixels, transform = _channels_first(image), self.transform
+        height, width = pixels.shape[1:]
+        if (height, width) != transform.size_HW or not transform.keep_size:
+            resized = list(transform.resized_HW(height, width))
+            pixels = functional.resize(pixels, resized, transform.interpolation, antialias=True)
+            pixels = functional.center_crop(pixels, list(transform.size_HW))
+        return as_float(pixels)

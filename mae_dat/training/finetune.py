@@ -18,7 +18,14 @@ from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, eval_loader
-from mae_dat.data.open import image_root, open_images, open_images_of_model, training_images, with_channels
+from mae_dat.data.open import (
+    decode_channels,
+    image_root,
+    open_images,
+    open_images_of_model,
+    training_images,
+    with_channels,
+)
 from mae_dat.data.transforms import EvalTransform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
 from mae_dat.models.describe import WeightsOrigin, describe_model, timm_origin
@@ -213,6 +220,7 @@ def validation_images(data: DataConfig, classes: list[str] | None = None, output
         images = open_images(root, transform, classes=classes, on_bad=data.on_bad)
     else:
         images = open_images_of_model(root, transform, outputs, classes, on_bad=data.on_bad)
+    decode_channels(images, data.in_chans)
     if images.packed_size is not None:
         logger.warning(
             "the accuracies are of the images in %s, shrunk to %d px and stored anew, not of the original ones.",

@@ -173,7 +173,7 @@ def pretraining_inputs(
 
 def gallery_images(images: ImageSet, transform: Transform) -> Tensor:
     """Return evenly spaced images without augmentation, (B, C, H, W), for galleries."""
-    still = images.with_transform(transform)
+    still = images.with_transform(transform)  # which decodes the same channels
     return torch.stack([still[index]["image"] for index in evenly_spaced(len(still), _GALLERY_IMAGES)])
 
 
