@@ -41,7 +41,7 @@ class Verb:
 
     def load(self, arguments: Sequence[str], program: str) -> Any:
         """Build the configuration from the arguments; `program` is the command in the usage line."""
-        return load_config(_find(self.config), arguments, program, self._examples(program))
+        return load_config(_find(self.config), arguments, program, self._examples(program), check_effects=True)
 
     def _examples(self, program: str) -> tuple[str, ...]:
         if not program.endswith(".py"):

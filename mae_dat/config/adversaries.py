@@ -21,6 +21,16 @@ ATTACKS: dict[str, str] = {
 """The function of each kind, `MODULE:NAME` below `mae_dat`, imported at its first use."""
 PUBLISHED_EPS, PUBLISHED_SHARE = 0.1, 0.038
 """Mao et al. 2022, Table 8: with VQGAN f8 at 224 px, an L2 step of 0.1 changes this share of the words."""
+NO_STRENGTH = 1e-6
+"""The factor of a strength that changes nothing; a strength of 0 would be no valid attack."""
+
+
+def strength_at(epoch: float, hold_epochs: float, ramp_epochs: float) -> float:
+    """Return the factor of an adversary's strength at a fractional epoch: none for `hold_epochs`, then linear over
+    `ramp_epochs`, then 1."""
+    if epoch >= hold_epochs + ramp_epochs:
+        return 1.0
+    return NO_STRENGTH if epoch < hold_epochs else max((epoch - hold_epochs) / ramp_epochs, NO_STRENGTH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +71,16 @@ class _AttackSettings:
     the released code does; matters only to BatchNorm's running statistics, which then see four batches per step."""
     batch_share: float = dataclasses.field(default=1.0, metadata={"flag": "dat_batch_share"})
     """Share of each batch that is attacked: its first images."""
-    warmup: float = dataclasses.field(default=0.0, metadata={"flag": "dat_warmup"})
-    """Epochs over which the adversary's strength (eps or the share of words) grows linearly from 0."""
+    hold_epochs: float = dataclasses.field(default=0.0, metadata={"flag": "adversary_hold"})
+    """First epochs, in which the adversary (--dat or --at) has no strength."""
+    ramp_epochs: float = dataclasses.field(default=0.0, metadata={"flag": "adversary_ramp"})
+    """Epochs after --adversary_hold in which the strength (eps, or the share of words) grows linearly to its full
+    value."""
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the strength depends on the epoch."""
+        return self.hold_epochs > 0 or self.ramp_epochs > 0
 
     @property
     def moves_pixels(self) -> bool:
@@ -71,6 +89,19 @@ class _AttackSettings:
         The other kinds choose the words themselves, or change none.
         """
         return self.kind in ("released", "paper")
+
+
+def check_schedule(hold_epochs: float, ramp_epochs: float) -> None:
+    """Raise ConfigError for a schedule of an adversary's strength that cannot be."""
+    for flag, epochs in (("--adversary_hold", hold_epochs), ("--adversary_ramp", ramp_epochs)):
+        if not 0 <= epochs < math.inf:
+            raise ConfigError(f"{flag} must be 0 epochs or more, got {epochs}.")
+
+
+def describe_schedule(hold_epochs: float, ramp_epochs: float) -> list[str]:
+    """Return the schedule of an adversary's strength in words; empty for full strength throughout."""
+    hold, ramp = f"no strength for {hold_epochs:g} epochs", f"growing over {ramp_epochs:g} epochs"
+    return [hold] * (hold_epochs > 0) + [ramp] * (ramp_epochs > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +117,7 @@ class AttackConfig(_AttackSettings):
         `discrete_adversary` attacks one batch and needs an eps. For `symbolic` and `random` the share of words replaced
         (0.05 if None).
     random_start: probability in [0, 1], drawn once per batch and rank, of starting from a random point of the ball.
-    warmup: epochs in which the strength grows from 0: `scaled(ramp(epoch))`.
+    hold_epochs, ramp_epochs: epochs without strength, then epochs in which it grows linearly: `scaled(ramp(epoch))`.
 
     The other fields are those of the flags `--dat_*`. Raises ConfigError for values that cannot work.
 
@@ -128,10 +159,10 @@ class AttackConfig(_AttackSettings):
             ("nearest", self.nearest is None or self.nearest >= 1, "be at least 1"),
             ("rescore", self.rescore >= 0, "be 0 or more"),
             ("batch_share", 0 < self.batch_share <= 1, "be in (0, 1]"),
-            ("warmup", self.warmup >= 0, "be 0 epochs or more"),
         ):
             if not is_valid:
                 raise ConfigError(f"--dat_{name} must {rule}, got {getattr(self, name)}.")
+        check_schedule(self.hold_epochs, self.ramp_epochs)
 
     @property
     def clean_weight(self) -> float:
@@ -162,15 +193,12 @@ class AttackConfig(_AttackSettings):
         parts += ["free gradient"] * self.free
         parts += ["fourth pass"] * self.fourth_pass
         parts += [f"{100 * self.batch_share:g} % of each batch"] * (self.batch_share < 1)
-        parts += [f"warm-up of {self.warmup:g} epochs"] * (self.warmup > 0)
+        parts += describe_schedule(self.hold_epochs, self.ramp_epochs)
         return f"{self.kind} DAT: {', '.join(filter(None, parts))}"
 
     def ramp(self, epoch: float) -> float:
-        """Return the factor of the strength at a fractional epoch: linear over the warm-up, then 1.
-
-        It starts from a millionth, which changes nothing, because a strength of 0 would be no valid attack.
-        """
-        return 1.0 if epoch >= self.warmup else max(epoch / self.warmup, 1e-6)
+        """Return the factor of the strength at a fractional epoch (`strength_at`)."""
+        return strength_at(epoch, self.hold_epochs, self.ramp_epochs)
 
     def scaled(self, factor: float) -> "AttackConfig":
         """Return a weaker attack: eps, or the share of words, multiplied by `factor`."""
@@ -194,6 +222,7 @@ class DatConfig(_AttackSettings):
     def __post_init__(self) -> None:
         if self.eps is not None and not 0 < self.eps < math.inf:
             raise ConfigError(f"--dat_eps must be above 0, got {self.eps}.")
+        check_schedule(self.hold_epochs, self.ramp_epochs)
         _ = self.attack  # which checks the other values
 
     @property

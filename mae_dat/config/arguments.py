@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mae_dat.config.errors import UsageError, similar_words, suggest
-from mae_dat.config.flags import REQUIRED, Flag, WrongValueError
+from mae_dat.config.flags import RENAMED, REQUIRED, Flag, WrongValueError
 
 MAX_WIDTH = 100
 _NO_GROUP, _LAST_GROUP = "flags", "other flags"
@@ -117,6 +117,8 @@ class Command:
         if wrong is None:
             return f"{self.program}: there is no flag before {' '.join(words)!r}. {self._see_help()}"
         flag = wrong.partition("=")[0]
+        if renamed := RENAMED.get(flag.lstrip("-")):
+            return f"{self.program} has no flag {flag}: it is --{renamed} now. {self._see_help()}"
         names = [flag.name for flag in self.flags if not flag.positional]
         similar = similar_words(
             flag.lstrip("-"), [*names, *(f"no_{flag.name}" for flag in self.flags if flag.is_switch)]

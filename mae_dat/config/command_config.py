@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from mae_dat.config.effects import reject_flags_without_effect
 from mae_dat.config.errors import ConfigError, suggest
 from mae_dat.config.flags import (
     REQUIRED,
@@ -89,10 +90,13 @@ def convert_flags(kind: type[Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def resolve_config(kind: type[Config], given: Mapping[str, Any], file: str | None = None) -> Config:
+def resolve_config(
+    kind: type[Config], given: Mapping[str, Any], file: str | None = None, check_effects: bool = False
+) -> Config:
     """Build a configuration from given values, then the settings of a file or recipe, then the defaults.
 
-    Raises ConfigError, MissingInputError for a missing file.
+    Raises ConfigError, MissingInputError for a missing file; with `check_effects` UsageError for given values that have
+    no effect.
     """
     settings = read_settings(find_recipe(file), flags_of(kind)) if file else {}
     values = {**{name: setting.value for name, setting in settings.items()}, **given}
@@ -103,6 +107,9 @@ def resolve_config(kind: type[Config], given: Mapping[str, Any], file: str | Non
     ]
     if missing:
         raise ConfigError(f"no {' and no '.join(missing)} given.")
+    if check_effects:
+        defaults = {flag.name: flag.default for flag in flags_of(kind, default_config(kind, values))}
+        reject_flags_without_effect(getattr(kind, "verb", ""), defaults | values, given)
     try:
         return build_config(kind, values)
     except ConfigError as error:

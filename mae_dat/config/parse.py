@@ -29,17 +29,18 @@ def load_config(
     program: str = "mae-dat",
     examples: Sequence[str] = (),
     description: str | None = None,
+    check_effects: bool = False,
 ) -> Config:
     """Build a configuration from command-line arguments and the YAML file or recipe that `--config` names.
 
     `program` is the command in the usage line; `examples` are printed at the end of the help, `description` at its
     start in place of the class's docstring. `--help` prints the help and exits with code 0. Raises UsageError for a
-    wrong flag or value on the command line, ConfigError for a wrong file or values that cannot work, MissingInputError
-    for a missing file.
+    wrong flag or value on the command line, and with `check_effects` for a flag without effect (effects.py).
+    Raises ConfigError for a wrong file or values that cannot work, MissingInputError for a missing file.
     """
     given = command_of(kind, program, examples, description).parse(arguments)
     file = given.pop(CONFIG_FLAG.name, None)
-    return resolve_config(kind, given, file)
+    return resolve_config(kind, given, file, check_effects)
 
 
 def command_of(

@@ -89,14 +89,10 @@ def check_groups(dat: DatConfig, launch: LaunchConfig) -> None:
 
 def check_initial_weights(config: PretrainConfig) -> None:
     """Raise ConfigError for a warm-up of the decoder that cannot be."""
-    warmup, init = config.mae.decoder_warmup, config.mae.init
-    if not warmup:
+    warmup = config.mae.decoder_warmup
+    if not warmup or not (config.mae.init or config.run.resume):
         return
     flag = f"--decoder_warmup {warmup:g}"
-    if not init and not config.run.resume:
-        raise ConfigError(
-            f"{flag} trains the decoder of an encoder with weights: give them with --init, or leave it out."
-        )
     if warmup >= config.optim.total_epochs:
         raise ConfigError(f"{flag} would train only the decoder in all {config.optim.total_epochs} epochs: lower it.")
     if config.launch.fsdp:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.config.errors import ConfigError, suggest
-from mae_dat.config.flags import Flag, WrongValueError
+from mae_dat.config.flags import RENAMED, Flag, WrongValueError
 
 EARLIER_VALUES: dict[tuple[str, str], tuple[str, ...]] = {("suite", "corruptions"): ("clean", "generated")}
 """The present values of (key, value) in the config.yaml of earlier runs."""
@@ -49,7 +49,10 @@ def read_settings(path: Path, flags: Sequence[Flag]) -> dict[str, FileSetting]:
         flag_by_name = {flag.name: flag for flag in flags}
         settings: dict[str, FileSetting] = {}
         for key_node, value_node in node.value:
-            key, place = str(key_node.value), f"{path}, line {key_node.start_mark.line + 1}"
+            key, place = (
+                RENAMED.get(str(key_node.value), str(key_node.value)),
+                f"{path}, line {key_node.start_mark.line + 1}",
+            )
             if key not in flag_by_name:
                 raise ConfigError(f"{place}: unknown key {key!r}: {suggest(key, list(flag_by_name))}")
             if key in settings:

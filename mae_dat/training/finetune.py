@@ -10,6 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mae_dat.attacks.pixel import PixelAttack
+from mae_dat.config.adversaries import describe_schedule
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig
@@ -149,7 +150,8 @@ def classification_objective(config: FinetuneConfig, classes: int, device: torch
         pixel_attack = PixelAttack(
             baselines.eps, baselines.step, baselines.at_steps, norm=baselines.at_norm, random_start=True
         )
-        return WithPixelAdversary(objective, pixel_attack, baselines.clean_weight)
+        schedule = (config.dat.hold_epochs, config.dat.ramp_epochs)
+        return WithPixelAdversary(objective, pixel_attack, baselines.clean_weight, *schedule)
     if baselines.dat_jsd and attack:
         tokenizer = open_tokenizer(config.dat, config.data, device)
         return ConsistentDAT(tokenizer, attack, objective, baselines.dat_jsd)
@@ -362,7 +364,10 @@ def finetuning_inputs(
         f"training: {describe_augmentation(config.augment)}",
         f"validation: {describe_resize(EvalTransform(data.image_size))}",
     )
-    add_adversary(inputs, config.dat, state.objective, config.baselines.describe())
+    schedule = (
+        describe_schedule(config.dat.hold_epochs, config.dat.ramp_epochs) if config.baselines.at != "none" else []
+    )
+    add_adversary(inputs, config.dat, state.objective, ", ".join([config.baselines.describe(), *schedule]).strip(", "))
     return inputs
 
 

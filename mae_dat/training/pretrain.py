@@ -61,7 +61,9 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
         prepare_model(model, context)
         # The learning rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
-        state = TrainingState(model, optimizer, objective, frozen_start=decoder_first(model, mae.decoder_warmup))
+        state = TrainingState(
+            model, optimizer, objective, frozen_start=decoder_first(model, mae.decoder_warmup if start else 0)
+        )
         still_transform = with_channels(EvalTransform(data.image_size), data.in_chans)
         still_images = gallery_images(images, still_transform).to(context.device)
 
@@ -164,7 +166,7 @@ def pretraining_inputs(
         "weights",
         start.file.origin.describe() if start else "random (no --init)",
         start.summary() if start else "",
-        f"the decoder alone is trained in the first {mae.decoder_warmup:g} epochs" if mae.decoder_warmup else "",
+        f"the decoder alone is trained in the first {mae.decoder_warmup:g} epochs" * bool(start and mae.decoder_warmup),
     )
     add_pixels(inputs, data, state.model, "random crop of 20 to 100 % of the area, bicubic, flip")
     add_adversary(inputs, config.dat, state.objective)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mae_dat.config.errors import CheckpointError, ConfigError
+from mae_dat.config.flags import RENAMED
 from mae_dat.config.groups import OptimConfig, RunConfig
 from mae_dat.data.decode import decoding_settings
 from mae_dat.data.file_facts import FileFacts, file_facts, replaced
@@ -53,6 +54,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
     Settings that only one side has are left out: the other side is of another version.
     """
+    before = {RENAMED.get(name, name): value for name, value in before.items()}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
     shared = [name for name in listed if name in before]
     return {name: (before[name], listed[name]) for name in shared if before[name] != listed[name]}

@@ -1,6 +1,7 @@
 """Images with other channels than color: exact values, what is rejected, and training on them."""
 
 import io
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,10 @@ def test_color_channels_pass_through_the_transforms_as_those_of_color_images() -
         views = []
         for pixels in (bands, color):
             torch.manual_seed(3)
-            views.append(transform(pixels))  # type: ignore[arg-type]
-        assert torch.equal(views[0][:3], views[1])
+            random.seed(3)
+            views.append(transform(pixels).int())  # type: ignore[arg-type]
+        # torch resizes up to four 8-bit channels by another kernel, which rounds differently.
+        assert (views[0][:3] - views[1]).abs().max() <= 1
     erasing = finetune_transform((32, 32), aa=None, reprob=1.0)
     assert erasing(bands).shape == (6, 32, 32)  # type: ignore[arg-type]
 

@@ -186,7 +186,6 @@ def test_two_ranks_exchange_the_gradients_of_what_is_unfrozen(encoder: Path, ima
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--decoder_warmup", "2"], "give them with --init"),
         (["--init", "x", "--decoder_warmup", "400"], "all 400 epochs"),
         (["--init", "x", "--decoder_warmup", "-1"], "0 epochs or more"),
         (["--init", "x", "--decoder_warmup", "1", "--fsdp"], "does not go with --fsdp"),

@@ -229,7 +229,7 @@ def test_words_of_another_tokenizer_are_a_target_alone(tokenizer: CountedTokeniz
 
 
 def test_the_strength_grows_linearly_to_what_was_asked_for() -> None:
-    attack = AttackConfig(eps=0.4, warmup=2.0)
+    attack = AttackConfig(eps=0.4, ramp_epochs=2.0)
     assert [attack.ramp(epoch) for epoch in (0.5, 1.0, 1.5, 2.0, 9.0)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert 0 < attack.ramp(0.0) < 1e-5
     assert AttackConfig().ramp(0.0) == 1.0
@@ -237,7 +237,7 @@ def test_the_strength_grows_linearly_to_what_was_asked_for() -> None:
     assert AttackConfig("random", share=0.2).scaled(0.5).word_share == 0.1
     assert AttackConfig("symbolic").scaled(0.5).word_share == 0.025
     assert AttackConfig("paper", share=0.1).scaled(0.5).share == 0.1, "the controller's target is warmed up by itself"
-    assert DatConfig("random", warmup=3.0).attack == AttackConfig("random", warmup=3.0)
+    assert DatConfig("random", ramp_epochs=3.0).attack == AttackConfig("random", ramp_epochs=3.0)
 
 
 @pytest.mark.parametrize("kind", ["released", "paper", "symbolic", "random"])
@@ -245,7 +245,7 @@ def test_an_attack_that_warms_up_begins_with_nothing(
     kind: str, tokenizer: CountedTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     share = 0.25 if kind in ("symbolic", "random") else None
-    attack = AttackConfig(kind, eps=40.0 if kind == "paper" else 3.0, share=share, warmup=2.0)  # type: ignore[arg-type]
+    attack = AttackConfig(kind, eps=40.0 if kind == "paper" else 3.0, share=share, ramp_epochs=2.0)  # type: ignore[arg-type]
     objective = WithDAT(tokenizer, attack, Classification(AugmentConfig(), 5))
     torch.manual_seed(0)
     model, changed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIDE * SIDE, 5)), []
@@ -255,7 +255,7 @@ def test_an_attack_that_warms_up_begins_with_nothing(
             parts = objective.step(model, batch_of(), generator())
             objective.observe({name: float(value.detach()) for name, value in parts.items()})
             changed.append(float(parts["changed_words"]))
-            assert float(parts["dat_ramp"]) == pytest.approx(min(epoch / 2, 1.0), abs=1e-5)
+            assert float(parts["adversary_ramp"]) == pytest.approx(min(epoch / 2, 1.0), abs=1e-5)
     assert changed[:4] == [0.0] * 4
     assert 0 < changed[4] < changed[5] == changed[6]
     if share:
@@ -264,7 +264,7 @@ def test_an_attack_that_warms_up_begins_with_nothing(
 
 
 def test_a_target_share_is_warmed_up(tokenizer: CountedTokenizer) -> None:
-    attack = AttackConfig(eps=0.1, share=0.25, random_start=0.0, warmup=10.0)
+    attack = AttackConfig(eps=0.1, share=0.25, random_start=0.0, ramp_epochs=10.0)
     objective = WithDAT(tokenizer, attack, MaskedReconstruction(0.5, True))
     model, shares = RecordingMae(), []
     for step in range(60):
@@ -278,21 +278,21 @@ def test_a_target_share_is_warmed_up(tokenizer: CountedTokenizer) -> None:
 
 
 def test_few_words_do_not_tell_that_a_strength_is_too_small(tokenizer: CountedTokenizer) -> None:
-    objective = WithDAT(tokenizer, AttackConfig(share=0.04, warmup=10.0), MaskedReconstruction(0.5, True))
+    objective = WithDAT(tokenizer, AttackConfig(share=0.04, ramp_epochs=10.0), MaskedReconstruction(0.5, True))
     controller = objective.controller
     assert controller is not None
-    objective.observe({"changed_words": 0.0, "dat_ramp": 0.05})
+    objective.observe({"changed_words": 0.0, "adversary_ramp": 0.05})
     assert controller.eps == 0.1
-    objective.observe({"changed_words": 0.5, "dat_ramp": 0.05})
+    objective.observe({"changed_words": 0.5, "adversary_ramp": 0.05})
     weaker = controller.eps
     assert weaker < 0.1, "too strong it is at any time"
-    objective.observe({"changed_words": 0.004, "dat_ramp": 0.5})
+    objective.observe({"changed_words": 0.004, "adversary_ramp": 0.5})
     assert controller.eps > weaker
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--dat_warmup must be 0 epochs or more, got -1"):
-        AttackConfig(warmup=-1)
+    with pytest.raises(ConfigError, match="--adversary_ramp must be 0 epochs or more, got -1"):
+        AttackConfig(ramp_epochs=-1)
     with pytest.raises(ConfigError, match="--words_weight must be above 0, got 0; for no words, give --target pixels"):
         MaskConfig(words_weight=0)
 
@@ -366,7 +366,8 @@ def test_a_factor_that_does_not_fit_is_told_before_the_training(images: Path, tm
 def test_a_run_stopped_in_its_warm_up_goes_on_as_if_it_had_not_been(
     strength: list[str], images: Path, light: Path, tmp_path: Path
 ) -> None:
-    flags = ["--target", "both", "--dat", *strength, "--dat_warmup", "1.5", "--epochs", "2", "--tokenizer", str(light)]
+    flags = ["--target", "both", "--dat", *strength, "--adversary_ramp", "1.5", "--epochs", "2"]
+    flags += ["--tokenizer", str(light)]
     whole = pretrain_in(tmp_path / "whole", images, *flags)
     with signal_in_step(3, signal.SIGTERM), pytest.raises(InterruptError):
         pretrain_in(tmp_path / "stopped", images, *flags)
@@ -374,11 +375,12 @@ def test_a_run_stopped_in_its_warm_up_goes_on_as_if_it_had_not_been(
     stopped = pretrain_in(tmp_path / "stopped", images, *flags)
     assert_equal_states(final_state(stopped), final_state(whole))
     assert records(stopped) == records(whole)
-    assert [record["train_dat_ramp"] for record in records(whole)] == pytest.approx([2 / 9, 23 / 27], abs=1e-4)
+    assert [record["train_adversary_ramp"] for record in records(whole)] == pytest.approx([2 / 9, 23 / 27], abs=1e-4)
 
 
 def test_fine_tuning_warms_up_too(images: Path, light: Path, tmp_path: Path) -> None:
-    flags = ["--dat", "random", "--dat_share", "0.5", "--dat_warmup", "1", "--epochs", "2", "--tokenizer", str(light)]
+    flags = ["--dat", "random", "--dat_share", "0.5", "--adversary_ramp", "1", "--epochs", "2"]
+    flags += ["--tokenizer", str(light)]
     finetune_in(tmp_path / "out", images, *flags)
     first, second = (record["train_changed_words"] for record in read_log(tmp_path / "out" / "log.txt"))
     assert first == pytest.approx(0.5 * 1 / 3, abs=0.02)

@@ -39,7 +39,7 @@ CHANGES_THE_RESULT = {
         "tokenizer_precision",
         "tokenizer_compile",
     ),
-    *("dat_at", "dat_free", "dat_batch_share", "dat_warmup"),
+    *("dat_at", "dat_free", "dat_batch_share", "adversary_hold", "adversary_ramp"),
     *("at", "at_norm", "at_eps", "at_steps", "at_step", "at_clean_weight", "split_norms", "jsd", "dat_jsd"),
     *("model", "mask_ratio", "norm_pix_loss", "target", "words_weight"),
     *("nb_classes", "drop_path", "global_pool", "cls_token", "finetune", "pretrained", "linear_probe", "opt"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mae_dat.attacks.discrete import DiscreteAdversary, discrete_adversary
 from mae_dat.attacks.gradient import LossFn, LossPerImage
 from mae_dat.attacks.share_controller import ShareController
-from mae_dat.config.adversaries import PUBLISHED_SHARE, AttackConfig, DatConfig
+from mae_dat.config.adversaries import NO_STRENGTH, PUBLISHED_SHARE, AttackConfig, DatConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DataConfig
 from mae_dat.data.image_set import Batch
@@ -71,7 +71,7 @@ class WithDAT(ObjectiveWrapper):
     WEAK_SHARE, WARN_AFTER = 0.005, 3
     """An adversary is weak if it changes less than this share of the words, on average over this number of steps."""
     MIN_RAMP = 0.1
-    """Part of the warm-up from which the share of changed words is precise enough to adjust eps."""
+    """Part of the ramp from which the share of changed words is precise enough to adjust eps."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class WithDAT(ObjectiveWrapper):
         )
         self.strength_is_known = self.controller is None
         self.pixels_checked = False
-        self.ramp = 1.0
+        self.ramp, self.is_held = 1.0, False
         self.last_adversary: DiscreteAdversary | None = None
         self._recent_shares: deque[float] = deque(maxlen=self.WARN_AFTER)
         self._weakness_reported = False
@@ -119,14 +119,14 @@ class WithDAT(ObjectiveWrapper):
             none, such as `MaskedReconstruction`, accept None.
         generator: the source of the attack's random start, on the device of the images. By default every call draws a
             seed from torch's global generator, so `torch.manual_seed` makes a run repeatable.
-        epoch: the fractional epoch, which only an attack with a warm-up needs.
+        epoch: the fractional epoch, which only an attack with `hold_epochs` or `ramp_epochs` needs.
 
         With a share, the first call searches the eps that changes this share of the words, and every call adjusts it to
         the steps before. With torch.distributed all ranks must call together. Raises ValueError for images or labels
         of another form, and ConfigError for settings that do not fit.
         """
-        if self.attack.warmup and epoch is None:
-            raise ConfigError(f"AttackConfig(warmup={self.attack.warmup:g}) needs the epoch: dat(..., epoch=0.5).")
+        if self.attack.has_schedule and epoch is None:
+            raise ConfigError("an AttackConfig with hold_epochs or ramp_epochs needs the epoch: dat(..., epoch=0.5).")
         batch, module = batch_from(images, labels), as_module(model, free=self.attack.free)
         if self.tokenizer.codebook.device != images.device:
             self.tokenizer.to(images.device)
@@ -148,8 +148,8 @@ class WithDAT(ObjectiveWrapper):
         return self._newest_metrics.read() if self._newest_metrics else {}
 
     def begin(self, epoch: float) -> None:
-        """Set the share of the strength that the warm-up has reached at this fractional epoch."""
-        self.ramp = self.attack.ramp(epoch)
+        """Set the share of the strength that its schedule has reached at this fractional epoch."""
+        self.ramp, self.is_held = self.attack.ramp(epoch), epoch < self.attack.hold_epochs
         super().begin(epoch)
 
     def step(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Parts:
@@ -202,7 +202,7 @@ class WithDAT(ObjectiveWrapper):
     ) -> DiscreteAdversary:
         """Attack this batch (B, C, H, W); `gradient` is dL/dimage if it is known. DDP's hooks do not run.
 
-        The first call with a target share searches the strength.
+        The first call with a target share searches the strength, but not before the adversary has any.
         """
         bare_model = unwrap_ddp(model)
         # On a GPU the check waits for the image, so only the first batch is checked.
@@ -226,7 +226,7 @@ class WithDAT(ObjectiveWrapper):
                     words=words,
                 )
 
-        if self.controller and not self.strength_is_known:
+        if self.controller and not self.strength_is_known and not self.is_held:
             self.find_strength(self.controller, attack_batch, generator)
         return attack_batch(self.strength(), generator)
 
@@ -255,15 +255,15 @@ class WithDAT(ObjectiveWrapper):
         self.strength_is_known = True
 
     def strength(self) -> AttackConfig:
-        """Return the current attack: with the controller's eps, scaled by the warm-up."""
+        """Return the current attack: with the controller's eps, scaled by the schedule."""
         attack = self.controller.apply(self.attack) if self.controller else self.attack
         return attack if self.ramp == 1 else attack.scaled(self.ramp)
 
     def attack_metrics(self, adversary: DiscreteAdversary) -> Parts:
-        """Return what to log of an attack: changed_words (share), eps, and dat_ramp if there is a warm-up."""
+        """Return what to log of an attack: changed_words (share), eps, and adversary_ramp if there is a schedule."""
         count = self.counted_images(adversary.adversarial)
         changed = all_mean(adversary.changed_share_in_first(count))
-        ramp = {"dat_ramp": torch.full_like(changed, self.ramp)} if self.attack.warmup else {}
+        ramp = {"adversary_ramp": torch.full_like(changed, self.ramp)} if self.attack.has_schedule else {}
         return {"changed_words": changed, "eps": torch.full_like(changed, self.strength().eps), **ramp}
 
     def counted_images(self, image: Tensor) -> int:
@@ -282,9 +282,12 @@ class WithDAT(ObjectiveWrapper):
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Adjust eps to the share of changed words; warn once if the adversary is weak."""
-        share, ramp = metrics["changed_words"], metrics.get("dat_ramp", 1.0)
-        # The target is warmed up like the step. Early in the warm-up it is a few words, whose number is mostly chance.
-        if self.controller and (ramp >= self.MIN_RAMP or share > self.controller.target):
+        share = metrics["changed_words"]
+        ramp = metrics.get(
+            "adversary_ramp", metrics.get("dat_ramp", 1.0)
+        )  # the second is the name in older checkpoints
+        # The target grows like the strength. Early in the ramp it is a few words, whose number is mostly chance.
+        if self.controller and (ramp >= self.MIN_RAMP or (ramp > NO_STRENGTH and share > self.controller.target)):
             self.controller.observe(share / ramp)
         if ramp == 1:
             self._warn_if_weak(share)

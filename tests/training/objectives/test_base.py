@@ -231,10 +231,10 @@ def test_a_share_below_half_a_percent_is_weak_unless_it_was_asked_for(
         (AttackConfig(), [0.0, 0.01, 0.01], False),
         (AttackConfig(share=0.002), [0.002, 0.002, 0.002], False),
         (AttackConfig(share=0.002), [0.0, 0.0, 0.0], True),
-        (AttackConfig(warmup=3.0), [0.0, 0.0, 0.0], False),
+        (AttackConfig(ramp_epochs=3.0), [0.0, 0.0, 0.0], False),
     ):
         objective = WithDAT(tokenizer, attack)
-        ramp = {"dat_ramp": 0.2} if attack.warmup else {}
+        ramp = {"adversary_ramp": 0.2} if attack.has_schedule else {}
         for share in shares:
             objective.observe({"changed_words": share, **ramp})
         assert bool(caplog.records) == warns, (attack, shares)

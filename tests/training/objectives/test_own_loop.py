@@ -51,7 +51,7 @@ ATTACKS = {
     "free, half of the batch": AttackConfig(eps=3.0, free=True, batch_share=0.5),
     "paper": AttackConfig("paper", share=0.2),
     "symbolic": AttackConfig("symbolic", share=0.2),
-    "warm-up": AttackConfig(share=0.2, warmup=1.0),
+    "warm-up": AttackConfig(share=0.2, ramp_epochs=1.0),
 }
 
 
@@ -249,12 +249,12 @@ def test_images_of_another_form_are_rejected(
 
 
 def test_a_warm_up_needs_the_epoch(tokenizer: CountedTokenizer) -> None:
-    batch, dat = batch_of(), WithDAT(tokenizer, AttackConfig(eps=3.0, warmup=2.0))
+    batch, dat = batch_of(), WithDAT(tokenizer, AttackConfig(eps=3.0, ramp_epochs=2.0))
     with pytest.raises(ConfigError, match=r"AttackConfig\(warmup=2\) needs the epoch: dat\(..., epoch=0.5\)"):
         dat(linear_net(), batch["image"], batch["label"])
     dat(linear_net(), batch["image"], batch["label"], epoch=1.0)
     assert dat.metrics["eps"] == 1.5
-    assert dat.metrics["dat_ramp"] == 0.5
+    assert dat.metrics["adversary_ramp"] == 0.5
 
 
 def test_the_default_eps_of_an_attack_is_warned_about_at_64_pixels(caplog: pytest.LogCaptureFixture) -> None:
