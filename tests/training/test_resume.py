@@ -41,7 +41,7 @@ CHANGES_THE_RESULT = {
     ),
     *("dat_at", "dat_free", "dat_batch_share", "adversary_hold", "adversary_ramp"),
     *("at", "at_norm", "at_eps", "at_steps", "at_step", "at_clean_weight", "split_norms", "jsd", "dat_jsd"),
-    *("model", "mask_ratio", "norm_pix_loss", "target", "words_weight"),
+    *("model", "mask_ratio", "norm_pix_loss", "target", "words_weight", "init", "decoder_warmup"),
     *("nb_classes", "drop_path", "global_pool", "cls_token", "finetune", "pretrained", "linear_probe", "opt"),
     *("layer_decay", "ema_decay"),
     *("color_jitter", "aa", "crop_scale", "smoothing", "reprob", "remode", "recount", "resplit"),
@@ -189,7 +189,7 @@ def test_a_run_of_the_first_format_says_what_to_do(tmp_path: Path) -> None:
     facts = json.loads(manifest.read_text()) | {"settings": {"mask_ratio": 0.75, "batch_size": 8, "accum_iter": 1}}
     manifest.write_text(json.dumps(facts))
     data = draw_folder(tmp_path / "data", train=16, val=0, conflict=0)
-    with pytest.raises(CheckpointError, match=r"00006.pth has format 1, .* --finetune .*00006.pth"):
+    with pytest.raises(CheckpointError, match=r"00006.pth has format 1, .* --init .*00006.pth"):
         pretrain_in(output, data)
     assert {path.name for path in output.glob("checkpoint-*")} == {manifest.name, f"{manifest.stem}.pth"}
 
