@@ -137,8 +137,8 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
     "detect": (
         *_DAT_ALONE,
         Effect(("width", "anchor_size", "regions", "layer_decay"), _is_transformer, "give --model vit_base_patch16"),
-        _needs("eval", "corruptions"),
-        _needs("corruptions", "severities", fix="--eval --corruptions"),
+        _needs("eval", "corrupted"),
+        _needs("corrupted", "severities", fix="--eval --corrupted"),
         Effect(("eval_every",), lambda values: not values["eval"], "leave out --eval"),
         *_RATE,
     ),

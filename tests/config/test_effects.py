@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mae_dat.cli import VERBS
 from mae_dat.config.effects import EFFECTS
 from mae_dat.config.errors import UsageError
 from mae_dat.config.flags import flat_values
+from mae_dat.verbs import VERBS
 
 
 def load(line: str) -> dict[str, object]:
@@ -51,8 +51,8 @@ def load(line: str) -> dict[str, object]:
         ("finetune --suite corruptions", "give --eval"),
         ("finetune --eval --limit 100", "give --eval --suite corruptions"),
         ("detect --width 128", "give --model vit_base_patch16"),
-        ("detect --corruptions", "give --eval"),
-        ("detect --eval --severities 1 2", "give --eval --corruptions"),
+        ("detect --corrupted", "give --eval"),
+        ("detect --eval --severities 1 2", "give --eval --corrupted"),
         ("tokenizer train --gan_weight 0 --gan_start 0.1", "give --gan_weight 0.1"),
         ("features --knn_temperature 0.1 --output_dir x", "give --knn 20"),
         ("features --format npz --knn 20", "give --output_dir DIR"),
