@@ -126,9 +126,9 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
             lambda values: not values["linear_probe"],
             "leave out --linear_probe, which freezes it",
         ),
-        _needs("eval", "suite", "restrict_classes"),
+        _needs("eval", "suite", "restrict_classes", "limit"),
         Effect(
-            ("limit",),
+            ("limit_corrupted",),
             lambda values: values["eval"] and set(values["suite"]) != {"clean"},
             "give --eval --suite corruptions",
         ),
@@ -156,6 +156,15 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
         Effect(("share",), _views("random", "released", "symbolic"), "give --views released, symbolic or random"),
     ),
     "pack": (_needs("size", "quality", fix="--size 256"), _needs("index", "classes", fix="--index DIR")),
+    "corrupt": (
+        _needs("shards", "shard_mb"),
+        _needs("input_size", "interpolation", "crop", fix="--input_size"),
+        Effect(("quality",), lambda values: not values["png"], "leave out --png, which is lossless"),
+    ),
+    "visualize adversary": (
+        *_DAT,
+        Effect(_SCHEDULE_FLAGS, lambda values: False, "give it to a training"),
+    ),
     "convert": (Effect(("license",), lambda values: values["to"] == "hf", "give --to hf"),),
     "doctor": (
         Effect(
@@ -165,7 +174,7 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
         ),
     ),
     "compare": (
-        _needs("measure", "suite", "limit", "title", fix="--measure"),
+        _needs("measure", "suite", "limit", "limit_corrupted", "title", fix="--measure"),
         Effect(("cross_arms",), lambda values: len(values["pretrainings"]) > 1, "give --pretrainings plain released"),
     ),
 }
