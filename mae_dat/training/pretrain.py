@@ -49,13 +49,13 @@ _GALLERY_IMAGES = 6
 def run_pretraining(config: PretrainConfig, console: Console, title: str = "pretrain") -> None:
     """Pretrain, or resume in the output folder, and export the autoencoder with its decoder."""
     mae, data, seed = config.mae, config.data, config.run.seed
-    # A weights file is no checkpoint to look for: `initialize` loads it.
+    # A weights file is no checkpoint to look for: `load_initial_weights` loads it.
     run = dataclasses.replace(config.run, resume=None) if weights_to_resume(config) else config.run
     with run_context(run, config.launch, console) as context:
         images = training_images(data, PretrainTransform(data.image_size), seed, labelled=False)
         seed_everything(seed)
         model = build_mae(mae.model, img_size=data.image_size, in_chans=data.in_chans)
-        start = initialize(model, config, context)
+        start = load_initial_weights(model, config, context)
         model.to(context.device)
         objective = pretraining_objective(config, model, context.device)
         prepare_model(model, context)
@@ -109,7 +109,7 @@ def weights_to_resume(config: PretrainConfig) -> str | None:
     return resume
 
 
-def initialize(model: MaskedAutoencoder, config: PretrainConfig, context: RunContext) -> InitReport | None:
+def load_initial_weights(model: MaskedAutoencoder, config: PretrainConfig, context: RunContext) -> InitReport | None:
     """Load the weights that the flags name, and log what became of each part; None without any.
 
     Raises MissingInputError, CheckpointError, ConfigError, DownloadError.
