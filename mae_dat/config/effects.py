@@ -123,8 +123,8 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
         ),
         Effect(
             ("layer_decay", "drop_path"),
-            lambda values: not values["linear_probe"],
-            "leave out --linear_probe, which freezes it",
+            lambda values: not values["linear_probe"] and values["train"] != "head",
+            "leave out --linear_probe and --train head, which freeze the rest",
         ),
         _needs("eval", "suite", "restrict_classes", "limit"),
         Effect(

@@ -7,6 +7,7 @@ The configuration of a run (runs.py) is a frozen dataclass of groups. A field is
 import dataclasses
 import math
 import os
+import re
 from typing import Literal
 
 from mae_dat.config.errors import ConfigError
@@ -210,9 +211,14 @@ class ClassifierConfig:
     """Weights to start from: the folder of a pretraining run, a weights file, or a released name (`mae-dat list`)."""
     pretrained: bool = False
     """Start from timm's weights for a timm model."""
+    train: str = "all"
+    """What is trained: all; head, the last layer; last:K, the last K layers (blocks of a transformer) and what follows
+    them; or norms, every norm and the head. The rest is frozen."""
+    probe_epochs: float = 0.0
+    """First epochs, in which only the head is trained, at the highest learning rate. Warm-up and cosine follow."""
     linear_probe: bool = False
-    """Train only a new head, behind a BatchNorm, on the frozen model. The defaults become those of MAE's linear probe:
-    class token, LARS, blr 0.1, batch_size 512, 90 epochs, 10 of them warm-up, no weight decay, crops and flips only."""
+    """--train head, with a new head behind a BatchNorm. The defaults become those of MAE's linear probe: class token,
+    LARS, blr 0.1, batch_size 512, 90 epochs, 10 of them warm-up, no weight decay, crops and flips only."""
     opt: Literal["adamw", "lars", "sgd"] = "adamw"
     """Optimizer; lars and sgd have momentum 0.9, sgd Nesterov's as in timm. lars is meant for batches of several
     thousand images."""
@@ -227,8 +233,23 @@ class ClassifierConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"--{name} must be in [0, 1), got {value}.")
+        if not re.fullmatch(r"all|head|norms|last:[1-9]\d{0,3}", self.train):
+            raise ConfigError(f"--train must be all, head, norms or last:K with K from 1 on, got {self.train}.")
+        if self.linear_probe and self.train not in ("all", "head"):
+            raise ConfigError(f"--linear_probe trains the head, and --train {self.train} more: leave out one of them.")
+        if not 0 <= self.probe_epochs < math.inf:
+            raise ConfigError(f"--probe_epochs must be 0 or more, got {self.probe_epochs}.")
+        if self.probe_epochs and self.trains_head_alone:
+            raise ConfigError(
+                f"--probe_epochs {self.probe_epochs:g}: the head alone is trained in any case; leave it out."
+            )
         if self.pretrained and self.finetune:
             raise ConfigError(f"--pretrained and --finetune {self.finetune}: give one of them to start from.")
+
+    @property
+    def trains_head_alone(self) -> bool:
+        """Whether everything but the head is frozen in all epochs."""
+        return self.linear_probe or self.train == "head"
 
     @property
     def mean_pool(self) -> bool:

@@ -73,6 +73,7 @@ class FinetuneConfig(CommandConfig):
 
     def __post_init__(self) -> None:
         check_groups(self.dat, self.launch)
+        check_probe(self)
         check_views(self)
 
     @classmethod
@@ -96,6 +97,16 @@ def check_initial_weights(config: PretrainConfig) -> None:
     if warmup >= config.optim.total_epochs:
         raise ConfigError(f"{flag} would train only the decoder in all {config.optim.total_epochs} epochs: lower it.")
     if config.launch.fsdp:
+        raise ConfigError(f"{flag} does not go with --fsdp: leave out one of them.")
+
+
+def check_probe(config: FinetuneConfig) -> None:
+    """Raise ConfigError for first epochs of the head that cannot be."""
+    probe = config.classifier.probe_epochs
+    flag = f"--probe_epochs {probe:g}"
+    if probe and probe >= config.optim.epochs:
+        raise ConfigError(f"{flag} takes all {config.optim.epochs} epochs: lower it, or give --train head.")
+    if probe and config.launch.fsdp:
         raise ConfigError(f"{flag} does not go with --fsdp: leave out one of them.")
 
 
@@ -159,6 +170,8 @@ def _check_split_norms(config: FinetuneConfig, attack: AttackConfig | None) -> N
         ("--fsdp", config.launch.fsdp),
         ("--checkpoint_activations", config.run.checkpoint_activations),
         ("--linear_probe", config.classifier.linear_probe),
+        (f"--train {config.classifier.train}", config.classifier.train != "all"),
+        (f"--probe_epochs {config.classifier.probe_epochs:g}", config.classifier.probe_epochs),
     ):
         if is_set:
             raise ConfigError(f"{name} does not go with {flag}: leave out one of them.")

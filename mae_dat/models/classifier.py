@@ -49,6 +49,8 @@ class Classifier(nn.Module):
     """Height and width of its images in pixels, if known."""
     probing = False
     """Whether only a linear probe's head is trained (`make_linear_probe`)."""
+    evaluates_frozen = False
+    """Whether parts without a trained parameter stay in evaluation mode (`select_trained`)."""
 
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -99,12 +101,24 @@ class Classifier(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; for a linear probe only the head's."""
+        """Set training mode; for a linear probe only the head's, and with `evaluates_frozen` only what is trained."""
         super().train(mode)
+        if mode and self.evaluates_frozen:
+            _evaluate_frozen_parts(self.net)
         if self.probing:
             self.net.eval()
             self.net.get_classifier().train(mode)  # type: ignore[operator]
         return self
+
+
+def _evaluate_frozen_parts(module: nn.Module) -> None:
+    """Put the largest parts in evaluation mode that have parameters, none of which is trained."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _evaluate_frozen_parts(child)
 
 
 def pool_tokens(tokens: Tensor, prefix: int, pool: str) -> Tensor:

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mae_dat.config.adversaries import DatConfig
-from mae_dat.config.groups import DataConfig
+from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig
 from mae_dat.data.describe import describe_size
 from mae_dat.data.loader import worker_count
 from mae_dat.models.describe import describe_normalization, describe_tokenizer
 from mae_dat.models.tokenizer import VisualTokenizer
 from mae_dat.runtime.device import describe_device
-from mae_dat.runtime.inputs import InputSummary
+from mae_dat.runtime.inputs import InputSummary, describe_bytes
 from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.training.context import RunContext
 
@@ -56,3 +58,28 @@ def add_run_output(
         place = path.name if path.parent.resolve() == context.output.resolve() else path
         state = f"resumes at step {step:,} of {total_steps:,} with the weights of {place}"
     inputs.add("output", f"{Path(context.output).absolute()} ({state})")
+
+
+def describe_augmentation(augment: AugmentConfig) -> str:
+    """Return the crops and the augmentation in words."""
+    low, high = (f"{100 * share:g}" for share in augment.crop_scale)
+    parts = [f"random crop of {low} to {high} % of the area", "bicubic", "flip"]
+    if augment.aa:
+        parts.append(augment.aa)
+    elif augment.color_jitter:
+        parts.append(f"color jitter {augment.color_jitter:g}")
+    for name in ("reprob", "mixup", "cutmix"):
+        if value := getattr(augment, name):
+            parts.append(f"{'erasing' if name == 'reprob' else name} {value:g}")
+    return ", ".join(parts)
+
+
+def describe_trained(settings: ClassifierConfig, model: nn.Module) -> list[str]:
+    """Return what is trained, and the memory of weights, gradients and AdamW's state."""
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    part = "head, a new one behind a BatchNorm (linear probe)" if settings.linear_probe else settings.train
+    memory = describe_bytes(4 * total + 12 * trained)
+    lines = [f"{part}: {trained:,} of {total:,} parameters; weights, gradients and AdamW's state take {memory}"]
+    return lines + [f"the head alone in the first {settings.probe_epochs:g} epochs"] * (settings.probe_epochs > 0)

@@ -41,8 +41,9 @@ from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.training.accuracy import evaluate_accuracy, evaluate_classes
 from mae_dat.training.context import RunContext, prepare_model, run_context
-from mae_dat.training.describe import add_adversary, add_on_bad, add_pixels
+from mae_dat.training.describe import add_adversary, add_on_bad, add_pixels, describe_augmentation, describe_trained
 from mae_dat.training.export import export_model
+from mae_dat.training.frozen_start import freeze_parts
 from mae_dat.training.galleries import adversary_gallery, galleries_due, show_galleries
 from mae_dat.training.next_commands import after_finetuning, log_next_commands
 from mae_dat.training.objectives.base import Objective
@@ -131,13 +132,14 @@ def build_state(
     origin = initialize(model, settings)
     if config.baselines.splits_norms:
         split_norms(model)
+    frozen_start = freeze_parts(model, settings)
     model.to(context.device)
     objective = classification_objective(config, classes, context.device)
     ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
     prepare_model(model, context, ema.module if ema else None)
     # The learning rate is set in every step.
     optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
-    return TrainingState(model, optimizer, objective, ema), origin
+    return TrainingState(model, optimizer, objective, ema, frozen_start), origin
 
 
 def classification_objective(config: FinetuneConfig, classes: int, device: torch.device) -> Objective:
@@ -355,8 +357,8 @@ def finetuning_inputs(
     inputs.add(
         "weights",
         origin.describe() if origin else "random (no --finetune, no --pretrained)",
-        "linear probe: a new head alone is trained" * settings.linear_probe,
     )
+    inputs.add("trained", *describe_trained(settings, model))
     add_pixels(
         inputs,
         data,
@@ -369,20 +371,6 @@ def finetuning_inputs(
     )
     add_adversary(inputs, config.dat, state.objective, ", ".join([config.baselines.describe(), *schedule]).strip(", "))
     return inputs
-
-
-def describe_augmentation(augment: AugmentConfig) -> str:
-    """Return the crops and the augmentation in words."""
-    low, high = (f"{100 * share:g}" for share in augment.crop_scale)
-    parts = [f"random crop of {low} to {high} % of the area", "bicubic", "flip"]
-    if augment.aa:
-        parts.append(augment.aa)
-    elif augment.color_jitter:
-        parts.append(f"color jitter {augment.color_jitter:g}")
-    for name in ("reprob", "mixup", "cutmix"):
-        if value := getattr(augment, name):
-            parts.append(f"{'erasing' if name == 'reprob' else name} {value:g}")
-    return ", ".join(parts)
 
 
 def main(config: FinetuneConfig) -> None:

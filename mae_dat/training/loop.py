@@ -197,16 +197,21 @@ class Trainer:
             # hooks have to be gone before the next one is built.
             del self.model
             self.model = wrap_model(self.state.model, self.context.world, self.device)
+            self.model.train()
 
     def set_learning_rate(self) -> None:
-        """Set the rate of the current step: warm-up, then half a cosine (`learning_rate`)."""
-        optim = self.setup.optim
+        """Set the rate of the current step (`learning_rate`): the peak in a probe, then warm-up and half a cosine."""
+        optim, frozen_start = self.setup.optim, self.state.frozen_start
+        start = frozen_start.schedule_start if frozen_start else 0.0
+        if self.epoch < start:
+            set_lr(self.state.optimizer, self.setup.peak_lr)
+            return
         lr = learning_rate(
-            self.epoch,
+            self.epoch - start,
             lr=self.setup.peak_lr,
             min_lr=optim.min_lr,
             warmup_epochs=optim.warmup_epochs,
-            epochs=optim.epochs,
+            epochs=optim.epochs - start,
             warmup_lr=optim.warmup_lr,
             schedule=optim.lr_schedule,
         )
