@@ -301,6 +301,19 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Loss, and what to do about classes with few images."""
+
+    loss: Literal["ce", "bce"] = "ce"
+    """ce: cross-entropy. bce: binary cross-entropy of each class, averaged over the classes."""
+    class_weights: str | None = None
+    """Weights of the classes in the loss: balanced (inverse to their numbers of images), or a YAML or JSON file with
+    `class: weight` (default: no weights)."""
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    """shuffle: every image once in an epoch. balanced: as many images of each class, repeated or left out at random."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation: the validation images, each counted once."""
 

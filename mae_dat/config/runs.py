@@ -13,6 +13,7 @@ from mae_dat.config.groups import (
     DataConfig,
     EvalConfig,
     LaunchConfig,
+    LossConfig,
     MaskConfig,
     OptimConfig,
     RunConfig,
@@ -67,6 +68,7 @@ class FinetuneConfig(CommandConfig):
     optim: OptimConfig = OptimConfig(epochs=50, min_lr=1e-6, warmup_epochs=5)
     dat: DatConfig = DatConfig()
     augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
     baselines: BaselineConfig = BaselineConfig()
     evaluation: EvalConfig = EvalConfig()
     launch: LaunchConfig = LaunchConfig()
@@ -131,6 +133,10 @@ def check_views(config: FinetuneConfig) -> None:
         raise ConfigError(
             f"--jsd {baselines.jsd:g} compares views of single, clean images: give --aa (such as augmix-m3-w3), and "
             "leave out --mixup, --cutmix, --cutmix_minmax, --dat and --at."
+        )
+    if baselines.jsd and (config.loss.loss != "ce" or config.loss.class_weights):
+        raise ConfigError(
+            f"--jsd {baselines.jsd:g} has cross-entropy without weights: leave out --loss and --class_weights."
         )
     if baselines.splits_norms:
         _check_split_norms(config, attack)

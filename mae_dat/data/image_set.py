@@ -26,7 +26,7 @@ from mae_dat.data.bands import load_bands
 from mae_dat.data.class_names import check_known, warn_of_near_duplicates
 from mae_dat.data.decode import decode_file, decode_pixels, read_bytes
 from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, class_folders, walk_images
-from mae_dat.data.sampler import epoch_order
+from mae_dat.data.sampler import balanced_order, epoch_order
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,8 @@ class ImageSet(Dataset[Sample]):
     """Where the names of the classes and their order come from, unless they are given."""
     channels: int | None = None
     """Channels to decode without conversion of colors (`decode_bands`); None for RGB."""
+    is_balanced = False
+    """Whether an epoch has as many images of each class (`balanced_order`)."""
     packed_size: int | None = None
     """Shorter side in pixels to which larger images were shrunk when they were packed into shards."""
 
@@ -182,6 +184,12 @@ class ImageSet(Dataset[Sample]):
         Consecutive `batch_size` indices form a global batch.
         """
         return epoch_order(len(self), seed, epoch)
+
+    def epoch_order(self, seed: int, epoch: int, batch_size: int) -> Tensor:
+        """Return `order`, or with `is_balanced` indices that have as many of each class."""
+        if not self.is_balanced:
+            return self.order(seed, epoch, batch_size)
+        return balanced_order(torch.tensor([self.label(index) for index in range(len(self))]), seed, epoch)
 
     def with_transform(self, transform: Transform) -> Self:
         """Return the same images with another transform."""

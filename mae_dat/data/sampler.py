@@ -17,6 +17,27 @@ def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
+def balanced_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return as many indices as `labels` (N,) in a random order, with equally many of each class that has images.
+
+    Images of a small class repeat, as evenly as possible; a large class has some of its images. If the classes do not
+    divide N, random ones have one image more. A pure function of its arguments.
+    """
+    value = hashlib.blake2b(f"balanced/{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(value, "big") % 2**63)
+    present = labels.unique()
+    share, rest = divmod(len(labels), len(present))
+    more = torch.randperm(len(present), generator=generator) < rest
+    chosen = []
+    for label, has_more in zip(present.tolist(), more.tolist(), strict=True):
+        images = (labels == label).nonzero().flatten()
+        count = share + int(has_more)
+        rounds = [images[torch.randperm(len(images), generator=generator)] for _ in range(-(-count // len(images)))]
+        chosen.append(torch.cat(rounds)[:count] if rounds else images[:0])
+    indices = torch.cat(chosen)
+    return indices[torch.randperm(len(indices), generator=generator)]
+
+
 def evenly_spaced(length: int, count: int) -> list[int]:
     """Return `count` indices, spread evenly over range(length) from 0 on; all of them if there are fewer."""
     count = min(count, length)

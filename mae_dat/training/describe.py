@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from mae_dat.config.adversaries import DatConfig
-from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig
+from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, LossConfig
 from mae_dat.data.describe import describe_size
 from mae_dat.data.loader import worker_count
 from mae_dat.models.describe import describe_normalization, describe_tokenizer
@@ -83,3 +83,11 @@ def describe_trained(settings: ClassifierConfig, model: nn.Module) -> list[str]:
     memory = describe_bytes(4 * total + 12 * trained)
     lines = [f"{part}: {trained:,} of {total:,} parameters; weights, gradients and AdamW's state take {memory}"]
     return lines + [f"the head alone in the first {settings.probe_epochs:g} epochs"] * (settings.probe_epochs > 0)
+
+
+def describe_loss(settings: LossConfig) -> str:
+    """Return the loss, its weights and the sampler in words."""
+    parts = ["binary cross-entropy" if settings.loss == "bce" else "cross-entropy"]
+    parts += [f"class weights: {settings.class_weights}"] * bool(settings.class_weights)
+    parts += ["as many images of each class"] * (settings.sampler == "balanced")
+    return ", ".join(parts)

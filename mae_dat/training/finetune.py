@@ -40,8 +40,16 @@ from mae_dat.runtime.run_log import RunLog
 from mae_dat.runtime.seeds import seed_everything, step_generator
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.training.accuracy import evaluate_accuracy, evaluate_classes
+from mae_dat.training.class_weights import class_weights
 from mae_dat.training.context import RunContext, prepare_model, run_context
-from mae_dat.training.describe import add_adversary, add_on_bad, add_pixels, describe_augmentation, describe_trained
+from mae_dat.training.describe import (
+    add_adversary,
+    add_on_bad,
+    add_pixels,
+    describe_augmentation,
+    describe_loss,
+    describe_trained,
+)
 from mae_dat.training.export import export_model
 from mae_dat.training.frozen_start import freeze_parts
 from mae_dat.training.galleries import adversary_gallery, galleries_due, show_galleries
@@ -74,7 +82,9 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
         classes = class_count(settings.nb_classes, images)
         seed_everything(seed)
         warn_of_slow_lars(settings.opt, config.optim, context.world.size)
-        state, origin = build_state(config, classes, context)
+        images.is_balanced = config.loss.sampler == "balanced"
+        weights = class_weights(config.loss.class_weights, images, classes)
+        state, origin = build_state(config, classes, context, weights)
         loader = validation_loader(validation, 2 * config.optim.batch_size, data, context)
         # Evenly spaced, but unlike `evenly_spaced` always six: in a split of fewer images some are taken twice.
         samples = [validation[index * len(validation) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
@@ -120,7 +130,7 @@ def export_classifier(
 
 
 def build_state(
-    config: FinetuneConfig, classes: int, context: RunContext
+    config: FinetuneConfig, classes: int, context: RunContext, weights: Tensor | None = None
 ) -> tuple[TrainingState, WeightsOrigin | None]:
     """Build the model with the weights to start from, its average, the objective and the optimizer.
 
@@ -134,7 +144,7 @@ def build_state(
         split_norms(model)
     frozen_start = freeze_parts(model, settings)
     model.to(context.device)
-    objective = classification_objective(config, classes, context.device)
+    objective = classification_objective(config, classes, context.device, weights)
     ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
     prepare_model(model, context, ema.module if ema else None)
     # The learning rate is set in every step.
@@ -142,12 +152,15 @@ def build_state(
     return TrainingState(model, optimizer, objective, ema, frozen_start), origin
 
 
-def classification_objective(config: FinetuneConfig, classes: int, device: torch.device) -> Objective:
+def classification_objective(
+    config: FinetuneConfig, classes: int, device: torch.device, weights: Tensor | None = None
+) -> Objective:
     """Return the configured objective: cross-entropy of clean images or views, with DAT or one of its baselines."""
     baselines, attack = config.baselines, config.dat.attack
     if baselines.jsd:
         return AugMix(config.augment, classes, baselines.jsd)
-    objective = Classification(config.augment, classes)
+    weights = weights if weights is None else weights.to(device)
+    objective = Classification(config.augment, classes, config.loss.loss == "bce", weights)
     if baselines.at != "none":
         pixel_attack = PixelAttack(
             baselines.eps, baselines.step, baselines.at_steps, norm=baselines.at_norm, random_start=True
@@ -359,6 +372,7 @@ def finetuning_inputs(
         origin.describe() if origin else "random (no --finetune, no --pretrained)",
     )
     inputs.add("trained", *describe_trained(settings, model))
+    inputs.add("loss", describe_loss(config.loss))
     add_pixels(
         inputs,
         data,

@@ -142,7 +142,7 @@ def _loader(
         start_step=first_step,
         total_steps=optim.total_epochs * epoch_steps,
         accum_iter=optim.accum_iter,
-        order=images.order,
+        order=images.epoch_order,
     )
     pinned = data.pin_mem and context.device.type == "cuda"
     return train_loader(images, sampler, data.num_workers, pin_memory=pinned)

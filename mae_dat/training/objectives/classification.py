@@ -13,10 +13,17 @@ from mae_dat.training.objectives.base import Objective
 
 
 class Classification(Objective):
-    """Cross-entropy with soft targets: mixup and cutmix if configured, label smoothing always."""
+    """Cross-entropy with soft targets: mixup and cutmix if configured, label smoothing always.
 
-    def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
+    With `binary` it is the binary cross-entropy of each class, averaged over the classes. `class_weights` (K,) multiply
+    the terms of the classes in the sum.
+    """
+
+    def __init__(
+        self, augment: AugmentConfig, num_classes: int, binary: bool = False, class_weights: Tensor | None = None
+    ) -> None:
         self.num_classes, self.smoothing = num_classes, augment.smoothing
+        self.binary, self.class_weights = binary, class_weights
         self.mixup: Any = None
         if augment.mixup > 0 or augment.cutmix > 0 or augment.cutmix_minmax is not None:
             self.mixup = Mixup(
@@ -40,9 +47,15 @@ class Classification(Objective):
         return image, F.one_hot(label, self.num_classes).float() * (1 - self.smoothing) + off_value
 
     def loss(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
-        """Compute the mean cross-entropy against the soft targets (B, K), a scalar."""
-        return F.cross_entropy(model(image).float(), prepared)
+        """Compute the mean loss against the soft targets (B, K), a scalar."""
+        if self.binary:
+            return self.loss_per_image(model, image, prepared).mean()
+        return F.cross_entropy(model(image).float(), prepared, self.class_weights)
 
     def loss_per_image(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
-        """Compute the cross-entropy of each image against its soft targets (B, K): (B,)."""
-        return F.cross_entropy(model(image).float(), prepared, reduction="none")
+        """Compute the loss of each image against its soft targets (B, K): (B,)."""
+        logits = model(image).float()
+        if self.binary:
+            terms = F.binary_cross_entropy_with_logits(logits, prepared, self.class_weights, reduction="none")
+            return terms.mean(dim=1)
+        return F.cross_entropy(logits, prepared, self.class_weights, reduction="none")
