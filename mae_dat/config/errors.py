@@ -109,6 +109,12 @@ class InstallationError(UserError):
     exit_code = 78
 
 
+class RequirementError(UserError):
+    """An evaluation that does not meet the requirements of `--require`. Everything was measured and written."""
+
+    exit_code = 79
+
+
 class CheckpointError(UserError):
     """A checkpoint or weights file that is damaged or belongs to another model."""
 

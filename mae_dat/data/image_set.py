@@ -73,7 +73,7 @@ def as_float(image: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seed the global random states by these numbers alone inside the block, and restore them afterwards.
 
     timm draws from `random` and numpy, torchvision from torch. Only torch's CPU generator is touched:
@@ -219,7 +219,7 @@ class ImageSet(Dataset[Sample]):
                 logger.warning("skipped: %s", error)
                 continue
             # Seeded by the requested index, so a replacement is augmented as the unreadable image would have been.
-            with _seeded(self.seed, epoch, start):
+            with seeded(self.seed, epoch, start):
                 return self.make_sample(image, index, int(skips > 0))
         raise DataError(
             f"{self.root}: {skips + 1} unreadable images in a row, starting at {self.name_of(start)}; check the folder "

@@ -14,7 +14,7 @@ from mae_dat.robustness.evaluation_plan import EvaluationPlan, SuiteRun
 from mae_dat.robustness.measure import PassSampler, Progress, measure_passes
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import ImagePass, Suite
-from mae_dat.robustness.suites.specs import AGREEMENT, SUITES
+from mae_dat.robustness.suites.specs import AGREEMENT, suite_spec
 from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.console import Task
 
@@ -47,7 +47,7 @@ def _forward_passes(runs: Sequence[SuiteRun]) -> float:
     total = 0
     for run in runs:
         name = run.suite.name
-        per_image = AGREEMENT_FORWARD_PASSES if name == AGREEMENT else SUITES[name].forward_passes
+        per_image = AGREEMENT_FORWARD_PASSES if name == AGREEMENT else suite_spec(name).forward_passes
         total += sum(per_image * len(image_pass.images) for image_pass in run.suite.passes)
     return float(total)
 

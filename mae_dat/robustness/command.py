@@ -8,11 +8,15 @@ again. `evaluate.py` is the same from Python.
 
 # `evaluation.run_evaluation` does the work. Its docstring lists the modules below it in order.
 
+from pathlib import Path
+
 from mae_dat.config.commands.evaluate import EvaluateConfig
 from mae_dat.config.groups import LaunchConfig, RunConfig, image_size
-from mae_dat.robustness.evaluation import print_headline, run_evaluation
+from mae_dat.config.requirements import read_requirements
+from mae_dat.robustness.evaluation import print_gate, print_headline, run_evaluation
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.open_networks import baseline_first, open_networks
+from mae_dat.robustness.report.gate import gate_lines, require_met
 from mae_dat.robustness.scores.results import Results
 from mae_dat.robustness.setup import EvaluationSetup, suite_settings
 from mae_dat.runtime.collectives import on_all_ranks
@@ -60,6 +64,12 @@ def _evaluate_from_flags(config: EvaluateConfig, console: Console) -> Results:
 
 def main(config: EvaluateConfig) -> None:
     """Run the command."""
+    requirements = read_requirements(config.require) if config.require else None
     results = _evaluate_from_flags(config, console_for_command())
     if world_from_environment().main:
         print_headline(results)
+        if requirements:
+            folder = Path(config.output_dir)
+            print_gate(gate_lines(results, requirements, config.undecided, folder / "results.json", folder))
+    if requirements:
+        require_met(gate_lines(results, requirements, config.undecided), config.undecided)

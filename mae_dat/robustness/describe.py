@@ -13,7 +13,7 @@ from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.choose import NOT_REQUESTED
 from mae_dat.robustness.suites.sets import BenchmarkSet
 from mae_dat.robustness.suites.sources import OWN_CLASSES
-from mae_dat.robustness.suites.specs import SUITES
+from mae_dat.robustness.suites.specs import suite_spec
 from mae_dat.runtime.device import describe_device
 from mae_dat.runtime.inputs import InputSummary, count_of
 
@@ -51,7 +51,7 @@ def _describe_suite(plan: EvaluationPlan, name: str) -> str:
     suite = plan.runs_of(name)[0].suite
     cells = sum(len(image_pass.cells) for image_pass in suite.passes)
     text = f"{name} {f'{cells} x ' if cells > 1 else ''}{suite.image_count:,}"
-    if SUITES[name].kind != "derived":
+    if suite_spec(name).kind != "derived":
         folder = os.path.relpath(suite.passes[0].images.root, plan.sources.settings.root)
         text += f" ({folder}/)" * (cells == 1 and folder != name)
     return text

@@ -12,6 +12,7 @@ from mae_dat.config.commands.evaluate import EvaluateConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.flags import expand_home, flat_values
 from mae_dat.config.groups import image_size
+from mae_dat.config.requirements import read_requirements
 from mae_dat.config.signature import check_flag_names, takes_flags
 from mae_dat.models.adapters import is_transformers_model
 from mae_dat.robustness.evaluation import run_evaluation
@@ -24,7 +25,11 @@ from mae_dat.robustness.open_networks import (
     open_network,
     open_timm,
 )
+from mae_dat.robustness.report.gate import gate_lines, require_met
 from mae_dat.robustness.setup import EvaluationSetup, suite_settings
+from mae_dat.robustness.suites.functions import image_function
+from mae_dat.robustness.suites.shifts import Shift, check_shifts
+from mae_dat.robustness.suites.specs import SUITES
 from mae_dat.robustness.summary import Evaluation
 from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.console import Console, console_for_python
@@ -39,9 +44,10 @@ _LEFT_OUT = ("checkpoint", "model", "pretrained", "names", "hang_minutes")
 @takes_flags(EvaluateConfig, _LEFT_OUT)
 def evaluate(
     models: Any,
-    suite: str | Sequence[str] = "all",
+    suite: str | Sequence[str] | None = None,
     data_path: str | Path | None = None,
     *,
+    suites: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
     classes: Sequence[str] | None = None,
     progress: bool = True,
@@ -55,10 +61,14 @@ def evaluate(
             classifier of Hugging Face transformers (module, pair of module and image processor, pipeline, or folder);
             or any callable from float images (B, 3, H, W) in [0, 1] to logits (B, K). Modules of timm and transformers
             normalize as their own settings say; any other callable must normalize itself.
-        suite: `all` (every suite whose images are found), or names such as clean, generated, imagenet-c, pgd-5-1/255
-            or words-symbolic.
+        suite: `all` (every suite whose images are found; the default), or names such as clean, generated, imagenet-c,
+            pgd-5-1/255 or words-symbolic. With `suites`, the default is the clean images alone.
         data_path: folder that contains the folders of the benchmarks, or val/CLASS; `demo` for generated images
             (default: the environment variable MAE_DAT_DATA).
+        suites: shifts of your own by name. A function changes one image: a float tensor (3, H, W) in [0, 1], or what
+            the type of its parameter says: torch.Tensor, numpy.ndarray (uint8, (H, W, 3)) or PIL.Image.Image; or a
+            pair (function, "tensor", "array" or "pil"). It returns the same type and size. Or a folder
+            (GROUP/CLASS/*, CLASS/*, CORRUPTION/SEVERITY/CLASS/*) or CSV file (file, class, group).
         output_dir: folder for results.json and the report. To resume an interrupted call, repeat it. By default
             nothing is written.
         classes: names of the outputs in order, for models that do not record them.
@@ -71,7 +81,7 @@ def evaluate(
 
     Raises:
         UserError: the images, models or settings cannot be used (before anything is measured), or a model gives NaN or
-            infinite logits.
+            infinite logits. RequirementError: a requirement of `require` is not met; all files are written before.
 
     Examples:
         >>> import mae_dat, torch
@@ -87,14 +97,36 @@ def evaluate(
         ['clean', 'clean/ece']
     """
     check_flag_names(EvaluateConfig, flags, _LEFT_OUT, "evaluate")
+    shifts = _own_shifts(suites or {}, flags)
+    requirements = read_requirements(flags["require"]) if flags.get("require") else None
+    suite = suite if suite is not None else ("all" if not shifts and not flags.get("shifts") else ())
     config = EvaluateConfig.from_flags(suite=suite, data_path=data_path, **flags)
     folder = None if output_dir is None else Path(expand_home(output_dir))
     options = evaluation_options(config)
     networks = baseline_first(open_models(models, options, classes), config.baseline)
     with console_for_python(progress) as console:
         setup = _setup_in_python(options, folder, console, config, _describe_call(networks, config))
-        suites = suite_settings(config.suites, options.device, config.batch_size)
-        return Evaluation(run_evaluation(networks, suites, config.suites.suite, setup, config.title), folder)
+        settings = suite_settings(config.suites, options.device, config.batch_size, shifts)
+        results = run_evaluation(networks, settings, config.suites.suite, setup, config.title)
+    if requirements:
+        places = (folder / "results.json", folder) if folder and setup.world.main else (None, None)
+        require_met(gate_lines(results, requirements, config.undecided, *places), config.undecided)
+    return Evaluation(results, folder)
+
+
+def _own_shifts(suites: Mapping[str, Any], flags: dict[str, Any]) -> list[Shift]:
+    """Return the functions among the user's own suites; folders and CSV files are added to the flag `shifts`.
+
+    Raises ConfigError.
+    """
+    folders = {name: source for name, source in suites.items() if isinstance(source, str | Path)}
+    if folders:
+        given = flags.get("shifts", ())
+        others = [given] if isinstance(given, str) else [*given]
+        flags["shifts"] = [*others, *(f"{name}={source}" for name, source in folders.items())]
+    shifts = [Shift(name, image_function(name, given)) for name, given in suites.items() if name not in folders]
+    check_shifts(shifts, (*SUITES, *folders))
+    return shifts
 
 
 def evaluation_options(config: EvaluateConfig) -> EvalOptions:

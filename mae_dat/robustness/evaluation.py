@@ -28,7 +28,9 @@ from mae_dat.robustness.evaluation_plan import EvaluationPlan, log_plan, open_ev
 from mae_dat.robustness.examples import write_examples
 from mae_dat.robustness.image_records import image_order, image_set_facts
 from mae_dat.robustness.network import EvaluatedNetwork
+from mae_dat.robustness.paired_counts import paired_counts
 from mae_dat.robustness.report.findings import mixed_versions
+from mae_dat.robustness.report.gate import GateLine
 from mae_dat.robustness.report.groups import groups_of, same_seed_pair
 from mae_dat.robustness.report.headline import headline_text
 from mae_dat.robustness.report.summarize import ReportData, summarize
@@ -173,6 +175,7 @@ def _assemble_results(
         if suite_counts.calibration:
             results["calibration"][name][suite.name] = suite_counts.calibration
     results["image_sets"] = _image_sets(plan)
+    results["paired"] = paired_counts(plan, counts)
     results["collapsed"] = collapsed_models(results["images"], results["cells"])
     return results
 
@@ -205,3 +208,10 @@ def _versioned_cells(counts: PlanCounts) -> list[VersionedCells]:
 def print_headline(results: Results) -> None:
     """Print the headline numbers of an evaluation."""
     print_text(headline_text(summarize(results)))
+
+
+def print_gate(lines: Sequence[GateLine]) -> None:
+    """Print the verdict on every requirement."""
+    print()
+    for line in lines:
+        print_text(line)

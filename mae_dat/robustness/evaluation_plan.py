@@ -15,7 +15,7 @@ from mae_dat.robustness.suites.base import CLEAN, ImagePass, NetworkInput, Suite
 from mae_dat.robustness.suites.catalogue import BENCHMARKS
 from mae_dat.robustness.suites.choose import NOT_REQUESTED, choose_suites
 from mae_dat.robustness.suites.sources import SuiteSources
-from mae_dat.robustness.suites.specs import SUITES, build_agreement, build_suite
+from mae_dat.robustness.suites.specs import build_agreement, build_suite, suite_spec
 from mae_dat.runtime.environment import dependency_versions, installed_version, toolkit_version
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,9 @@ class SuiteRun:
         return {**toolkit_version(), **dependency_versions(), **packages, **self.network.versions}
 
     def cache_key(self, image_pass: ImagePass, fingerprint: str) -> dict[str, Any] | None:
-        """Return what a pass's counts are cached under; None if nothing distinguishes the network from others."""
-        if self.network.key is None:
+        """Return what a pass's counts are cached under; None if nothing distinguishes the network from others, or for a
+        function, whose code may have changed anywhere."""
+        if self.network.key is None or image_pass.function is not None:
             return None
         return {
             "network": self.network.key,
@@ -87,7 +88,7 @@ def open_evaluation_plan(
     for name in names:
         reasons: list[str] = []
         for network in networks:
-            if SUITES[name].needs_gradients and not network.differentiable:
+            if suite_spec(name).needs_gradients and not network.differentiable:
                 reasons.append(f"{network.name} gives no gradient")
                 continue
             facts = network.facts

@@ -94,7 +94,7 @@ class ImageRecords:
         """Return the images by label and prediction of a pass that shows unchanged images of one label each; None for
         any other pass."""
         image_pass, mapping = self.image_pass, self.image_pass.images.class_mapping
-        attacked = image_pass.adversary or image_pass.word_hits
+        attacked = image_pass.adversary or image_pass.word_hits or image_pass.function
         if image_pass.cells != ("",) or attacked or mapping.mean_probability or image_pass.compare_with_float32:
             return None
         labels, predicted = image_pass.images.targets[:, 0].numpy(), self.rows[_PREDICTED, 0].numpy() - _OFFSET

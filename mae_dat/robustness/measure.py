@@ -55,6 +55,8 @@ class PassImages(Dataset[Any]):
         image_pass, index = self.passes[key[0]], key[1]
         pixels = np.array(image_pass.images.prepared_image(index))
         folder_index = image_pass.images.folder_index(index)
+        if image_pass.function is not None:
+            pixels = image_pass.function(pixels, image_pass.seed, folder_index)
         versions = corrupt_at_severities(pixels, folder_index, image_pass) if image_pass.corruption else [pixels]
         images = torch.from_numpy(np.stack(versions)).permute(0, 3, 1, 2)
         return {"images": images.contiguous(), "set_index": index, "folder_index": folder_index}

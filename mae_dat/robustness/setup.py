@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mae_dat.config.commands.evaluate import SuiteConfig
 from mae_dat.config.errors import ConfigError
+from mae_dat.config.groups import DATA_VARIABLE
 from mae_dat.data.open import image_root
 from mae_dat.robustness.cache import MeasurementCache
 from mae_dat.robustness.network import EvalOptions
 from mae_dat.robustness.suites.base import SuiteSettings
+from mae_dat.robustness.suites.shifts import Shift, parse_shifts
+from mae_dat.robustness.suites.specs import SUITES
 from mae_dat.runtime.console import Console
 from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.world import World
@@ -48,10 +53,22 @@ class EvaluationSetup:
         return MeasurementCache(self.folder / "cells" if self.folder else None)
 
 
-def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -> SuiteSettings:
-    """Return the settings of the suites that the flags describe."""
+def suite_settings(
+    config: SuiteConfig, device: torch.device, batch_size: int, shifts: Sequence[Shift] = ()
+) -> SuiteSettings:
+    """Return the settings of the suites that the flags describe, with further `shifts` from Python.
+
+    Without --data_path, a shift's folder takes the place of the folder of images. Raises ConfigError,
+    MissingInputError.
+    """
+    if config.shifts and not (config.data_path or os.environ.get(DATA_VARIABLE)):
+        first = parse_shifts(config.shifts, tuple(SUITES))[0].source
+        assert isinstance(first, Path)
+        root = first if first.is_dir() else first.parent
+    else:
+        root = image_root(config.data_path)
     return SuiteSettings(
-        root=image_root(config.data_path),
+        root=root,
         partial=config.partial,
         restrict_classes=config.restrict_classes,
         subset=Path(config.subset) if config.subset else None,
@@ -63,5 +80,6 @@ def suite_settings(config: SuiteConfig, device: torch.device, batch_size: int) -
         rescore=config.rescore,
         batch_size=batch_size,
         device=device,
+        shifts=(*parse_shifts(config.shifts, tuple(SUITES)), *shifts),
         data_path=config.data_path,
     )

@@ -1,7 +1,8 @@
 """Flags of `mae-dat evaluate`."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.groups import default_num_workers
@@ -21,6 +22,10 @@ class SuiteConfig:
     your own classes); conflict (images of conflict/ named SHAPE-TEXTURE-*, each part one of your classes);
     generated (15 corruptions x 5 severities made from the clean images, reported separately); fgsm-1/255, pgd-5-1/255,
     pgd-20-l2-0.5, autoattack-4/255; words-random, words-symbolic."""
+    shifts: tuple[str, ...] = ()
+    """Shifted images of your own: folders or CSV files, each with or without a name: DIR or NAME=DIR. Layouts:
+    GROUP/CLASS/*, CLASS/*, CORRUPTION/SEVERITY/CLASS/* (`mae-dat corrupt`), or a CSV with the columns file, class and
+    group. With them, the default of --suite is the clean images alone."""
     partial: bool = False
     """Measure incomplete folders too; their rows are marked."""
     restrict_classes: bool = False
@@ -91,8 +96,19 @@ class EvaluateConfig(CommandConfig):
     """auto: bfloat16 autocast where the hardware supports it. Attacks always compute in float32."""
     hang_minutes: float = 30.0
     """After this time without a batch, stop with exit code 75; 0 for never."""
+    require: str | None = None
+    """YAML file of requirements, such as `accuracy: ">= 80"`; if one is not met, the exit code is 79. Writes
+    requirements.xml (JUnit) and requirements.json."""
+    undecided: Literal["fail", "pass"] = "fail"
+    """What a requirement does whose bound lies inside of the 95 % interval."""
     title: str = "Robustness"
     """Title of the report."""
+
+    @classmethod
+    def defaults(cls, values: Mapping[str, Any]) -> Self:
+        """Return the defaults: beside shifts of the user's own, only the clean images are measured."""
+        config = cls()
+        return dataclasses.replace(config, suites=SuiteConfig(suite=())) if values.get("shifts") else config
 
     def __post_init__(self) -> None:
         check_protocol(self.protocol, self.crop, self.interpolation)

@@ -1,6 +1,7 @@
 """Flags of `mae-dat report`."""
 
 import dataclasses
+from typing import Literal
 
 from mae_dat.config.command_config import CommandConfig
 
@@ -18,3 +19,8 @@ class ReportConfig(CommandConfig):
     """Output folder of an evaluation, or its results.json."""
     output_dir: str | None = None
     """Folder for the report (default: the folder of results.json)."""
+    require: str | None = None
+    """YAML file of requirements, such as `accuracy: ">= 80"`; if one is not met, the exit code is 79. Writes
+    requirements.xml (JUnit) and requirements.json."""
+    undecided: Literal["fail", "pass"] = "fail"
+    """What a requirement does whose bound lies inside of the 95 % interval."""

@@ -1,8 +1,11 @@
 """The headline of an evaluation as text for a console."""
 
+from collections.abc import Sequence
+
 from mae_dat.config.protocols import protocol_text
 from mae_dat.robustness.report.comparison import headline_table
 from mae_dat.robustness.report.findings import collapse_warnings
+from mae_dat.robustness.report.shift_table import shift_table
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.report.tables import precision_text
 
@@ -15,12 +18,23 @@ def headline_text(report: ReportData) -> str:
     if report.image_subset and report.subset_of_all:
         lines.append(f"Not the whole benchmarks: {report.image_subset} of every suite.")
     table = headline_table(report)
-    rows = [table.head, *table.rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
-    for row in rows:
-        numbers = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
+    lines += _aligned([table.head, *table.rows])
+    if shifts := shift_table(report):
+        lines += ["", f"{shifts.title}:", *_aligned([shifts.head, *shifts.rows], shifts.words)]
     for model, title in report.model_titles.items():
         if model in report.agreement:
             lines.append(f"{title}: {precision_text(report.models[model], report.agreement[model])}")
     return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
+    """Return rows as lines whose columns are aligned: the first `words` to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            text.ljust(width) if column < words else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

@@ -12,7 +12,7 @@ from typing import Any
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.scores.accuracy import CorruptionCounts, Count, CountsByCorruption
 from mae_dat.robustness.scores.image_bits import CellImages
-from mae_dat.robustness.scores.results import CLEAN_SUITES, SUITE_ORDER, Results, SuiteFacts
+from mae_dat.robustness.scores.results import CLEAN_SUITES, GROUP_PREFIX, SUITE_ORDER, Results, SuiteFacts
 
 MEASUREMENT_TITLES = {
     "generated": "IN-C*",
@@ -32,7 +32,7 @@ class Measurement:
     suite: str
     title: str
     kind: str
-    """plain, shape, corruptions or words."""
+    """plain, shape, groups, corruptions or words."""
     facts: SuiteFacts
     """Those of the first model."""
     models: tuple[str, ...]
@@ -149,9 +149,11 @@ def _title(results: Results, models: Sequence[str], suite: str) -> str:
 
 
 def suite_kind(counts: dict[str, Count]) -> str:
-    """Return the kind of a suite from its cells: plain, shape, corruptions or words."""
+    """Return the kind of a suite from its cells: plain, shape, groups, corruptions or words."""
     if "" in counts:
         return "shape" if "shape" in counts[""] else "plain"
+    if all(cell.startswith(GROUP_PREFIX) for cell in counts):
+        return "groups"
     return "corruptions" if all("/" in cell for cell in counts) else "words"
 
 

@@ -23,11 +23,13 @@ from mae_dat.robustness.scores.accuracy import (
 )
 from mae_dat.robustness.scores.corruption_error import ALEXNET, mce
 from mae_dat.robustness.scores.image_bits import Bits, CellImages
-from mae_dat.robustness.scores.results import CLEAN_SUITES, AttackChecks, CalibrationScores
+from mae_dat.robustness.scores.results import CLEAN_SUITES, GROUP_PREFIX, AttackChecks, CalibrationScores
 
 ROBUSTBENCH_SUBSET = "5,000 images of a list"  # the subset of a protocol that used RobustBench's list
 GRADIENT_CHECKS = "gradient attacks"  # key of the checks that FGSM, PGD and AutoAttack share
 HEADLINE_SHARE = 0.05  # of changed words; a table of its own has all shares
+MAX_GROUP_ROWS = 12
+"""Of more groups, only the worst has a row among the numbers."""
 MANY_IMAGES = 5_000  # from here on, accuracies have two decimals
 
 
@@ -86,6 +88,8 @@ def _metrics_of_measurement(
             return _shape_metrics(measurement)
         case "words":
             return _word_metrics(measurement, checks)
+        case "groups":
+            return _group_metrics(measurement, checks)
         case _:
             return _corruption_metrics(measurement)
 
@@ -186,6 +190,30 @@ def _word_metrics(measurement: Measurement, checks: AttackChecks) -> Iterator[Me
     accuracy = functools.partial(_accuracy_value, measurement, checks, share)
     title = f", {100 * float(share):g} % of the words (%)"
     yield _metric(measurement, f"{measurement.suite}/{share}", title, better=+1, value=accuracy)
+
+
+def _group_metrics(measurement: Measurement, checks: AttackChecks) -> Iterator[Metric]:
+    """Yield the accuracy over all images of a suite's groups, of the worst group, and of each group if they are few."""
+    suite = measurement.suite
+    cells = list(measurement.counts[measurement.models[0]])
+
+    def overall(model: str) -> MetricValue:
+        counts, images = measurement.counts[model], measurement.images[model]
+        every = sum(count["total"] for count in counts.values())
+        terms = tuple(
+            WeightedCount(100 * count["total"] / every, count, images.get(cell)) for cell, count in counts.items()
+        )
+        return MetricValue(100 * sum(count["correct"] for count in counts.values()) / every, terms)
+
+    def worst(model: str) -> MetricValue:
+        return MetricValue(min(map(top1_accuracy, measurement.counts[model].values())))
+
+    yield _metric(measurement, suite, ": all groups (%)", better=+1, value=overall)
+    yield _metric(measurement, f"{suite}/worst", ": worst group (%)", better=+1, value=worst)
+    for cell in cells if len(cells) <= MAX_GROUP_ROWS else ():
+        group = cell.removeprefix(GROUP_PREFIX)
+        accuracy = functools.partial(_accuracy_value, measurement, checks, cell)
+        yield _metric(measurement, f"{suite}/{group}", f": {group} (%)", better=+1, value=accuracy)
 
 
 def _corruption_metrics(measurement: Measurement) -> Iterator[Metric]:

@@ -34,6 +34,7 @@ from mae_dat.robustness.scores.results import (
     CalibrationScores,
     Collapse,
     ModelFacts,
+    PairedCounts,
     Results,
     SuiteFacts,
     TrainingFacts,
@@ -91,6 +92,8 @@ class ReportData:
     cells: list[CellCounts]
     classes: dict[str, dict[str, ClassScores]]
     """Predictions by class, by model and suite of unchanged images; empty for results of older releases."""
+    paired: dict[str, dict[str, dict[str, PairedCounts]]]
+    """By model, suite of the user's own images and cell: the comparison with clean images of the same names."""
     collapsed: dict[str, Collapse]
     """Models that have collapsed, and what shows it."""
     calibration: CalibrationScores
@@ -169,6 +172,7 @@ def summarize(results: Results) -> ReportData:
         image_size=shared_size(results),
         cells=list(_cells(results)),
         classes=results.get("classes", {}),
+        paired=results.get("paired", {}),
         collapsed=results.get("collapsed", {}),
         calibration=results["calibration"],
         checks=results["checks"],

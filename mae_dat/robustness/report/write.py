@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.config.commands.report import ReportConfig
+from mae_dat.config.requirements import read_requirements
 from mae_dat.config.terminal import print_text
 from mae_dat.robustness.report import comparison, corruption_figures, figures, render, tables
 from mae_dat.robustness.report.class_tables import class_tables
 from mae_dat.robustness.report.corruption_table import corruption_table
 from mae_dat.robustness.report.figures import ReportFigure
 from mae_dat.robustness.report.findings import findings
+from mae_dat.robustness.report.gate import gate_lines, require_met
 from mae_dat.robustness.report.headline import headline_text
 from mae_dat.robustness.report.published import published_tables
+from mae_dat.robustness.report.shift_table import shift_table
 from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.tables import Table
 from mae_dat.robustness.scores.results import TrainingFacts, read_results
+from mae_dat.robustness.scores.results_check import check_results
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -90,6 +94,8 @@ def report_sections(report: ReportData) -> list[ReportSection]:
         sections.append(ReportSection(f"corruptions-{number}", measurement.title, charts, (table,)))
     if shape := figures.shape_figures(report):
         sections.append(ReportSection("shape", "Shape bias", tuple(shape)))
+    if shifts := shift_table(report):
+        sections.append(ReportSection("shifts", shifts.title, tables=(shifts,)))
     if classes := class_tables(report):
         sections.append(ReportSection("classes", "Classes", tables=tuple(classes)))
     sections += _attacks_section(report)
@@ -164,7 +170,14 @@ def main(config: ReportConfig) -> None:
     """Make the report again from results.json, and print the main numbers."""
     source = Path(config.results)
     file = source / "results.json" if source.is_dir() else source
-    report = summarize(read_results(file))
+    requirements = read_requirements(config.require) if config.require else None
+    results = read_results(file)
+    check_results(results, str(file))
+    report = summarize(results)
     path = write_report(report, Path(config.output_dir) if config.output_dir else file.parent)
     print_text(headline_text(report))
     print_text(path)
+    if requirements:
+        lines = gate_lines(results, requirements, config.undecided, file, path.parent)
+        print_text("\n".join(map(str, lines)))
+        require_met(lines, config.undecided)

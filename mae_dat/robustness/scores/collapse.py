@@ -9,6 +9,7 @@ from mae_dat.robustness.scores.results import SUITE_ORDER, Collapse
 
 COLLAPSED_SHARE = 0.95
 """A model that predicts one class for more than this share of the images has collapsed."""
+_ATTACKS = ("fgsm", "pgd", "autoattack", "words-")
 ImagesOfSuites = Mapping[str, Mapping[str, CellImages]]
 """By suite and cell."""
 
@@ -18,13 +19,14 @@ def collapsed_models(
 ) -> dict[str, Collapse]:
     """Return the models that have collapsed, each with what shows it, from results' `images` and `cells`.
 
-    The first suite of `SUITE_ORDER` that has predictions decides, which is usually that of clean images; attacks do
-    not.
+    The first suite of `SUITE_ORDER` that has predictions decides, which is usually that of clean images, then the
+    user's own suites; attacks do not.
     """
     found = {}
     for model, suites in images.items():
         totals = {suite: sum(count["total"] for count in counts.values()) for suite, counts in cells[model].items()}
-        collapse = collapse_of(suites, totals, SUITE_ORDER)
+        others = [suite for suite in suites if suite not in SUITE_ORDER and not suite.startswith(_ATTACKS)]
+        collapse = collapse_of(suites, totals, [*SUITE_ORDER, *others])
         if collapse is not None:
             found[model] = collapse
     return found

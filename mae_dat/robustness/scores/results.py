@@ -20,6 +20,8 @@ from mae_dat.storage.files import atomic_write
 
 FORMAT = 1
 CLEAN_SUITES = ("imagenet", "clean")
+GROUP_PREFIX = "group:"
+"""Begins the name of a cell that is a group of images, such as group:night."""
 SUITE_ORDER = (
     *CLEAN_SUITES, "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "objnet-113",
     "objnet-1000", "stylized", "imagenet-c", "generated", "imagenet-c-bar", "cue-conflict", "conflict",
@@ -123,6 +125,15 @@ class VersionedCells(TypedDict):
     """By model and suite."""
 
 
+class PairedCounts(TypedDict):
+    """Images that exist both among the clean ones and in a cell, by which of the two predictions was correct."""
+
+    both: int
+    only_clean: int
+    only_shifted: int
+    neither: int
+
+
 class Collapse(TypedDict):
     """What shows that a model has collapsed."""
 
@@ -165,6 +176,8 @@ class Results(TypedDict):
     of changed words."""
     images: NotRequired[dict[str, dict[str, dict[str, CellImages]]]]
     """Predictions for each image, by model, suite and cell; absent for cells that an older release measured."""
+    paired: NotRequired[dict[str, dict[str, dict[str, PairedCounts]]]]
+    """By model, suite of the user's own images and cell: the comparison with clean images of the same names."""
     classes: NotRequired[dict[str, dict[str, ClassScores]]]
     """Predictions by class and their scores, by model and suite of unchanged images."""
     image_sets: NotRequired[ImageSets]

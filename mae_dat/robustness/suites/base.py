@@ -8,7 +8,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mae_dat.data.decode import decoding_settings
 from mae_dat.data.file_facts import FileState
 from mae_dat.models.modes import Network
 from mae_dat.robustness.scores.results import SuiteFacts
+from mae_dat.robustness.suites.functions import ImageFunction
 from mae_dat.robustness.suites.sets import BenchmarkSet
 
 CLEAN, GENERATED, CONFLICT = "clean", "generated", "conflict"
@@ -45,6 +46,8 @@ class ImagePass:
     """The severities of images that are corrupted here: one cell each."""
     seed: int = 0
     """The seed of the corruption's random draws."""
+    function: ImageFunction | None = None
+    """A user's function that changes each image, with `seed`. Such a pass is measured by every call."""
     adversary: Adversary | None = None
     word_hits: WordHits | None = None
     calibrated: bool = False
@@ -157,6 +160,8 @@ class SuiteSettings:
     batch_size: int = 64
     """Only AutoAttack's result depends on it."""
     device: torch.device | str = "cpu"
+    shifts: tuple[Any, ...] = ()
+    """The user's own suites (`suites.shifts.Shift`)."""
     data_path: str | None = None
     """What named the root, for the summary of the inputs; None if the environment variable did."""
 

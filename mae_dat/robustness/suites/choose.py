@@ -25,19 +25,23 @@ def choose_suites(requested: Sequence[str], sources: SuiteSources) -> tuple[list
     `all` means everything that is present. Raises ConfigError for an unknown name or none; if `all` finds nothing,
     ConfigError or MissingInputError.
     """
-    if not requested:
+    own = [shift.name for shift in sources.settings.shifts]
+    if not requested and not own:
         raise ConfigError(f"--suite is empty: give all, or some of {', '.join(SUITES)}.")
     for name in requested:
-        if name not in (*SUITES, "all"):
-            raise ConfigError(f"--suite {name}: {suggest(name, [*SUITES, 'all'])}")
+        if name not in (*SUITES, *own, "all"):
+            raise ConfigError(f"--suite {name}: {suggest(name, [*SUITES, *own, 'all'])}")
+    if not requested and sources.clean_if_present() is not None:
+        requested = [sources.clean_suite]
     if "all" not in requested:
-        return list(dict.fromkeys(requested)), {name: NOT_REQUESTED for name in SUITES if name not in requested}
+        skipped = {name: NOT_REQUESTED for name in SUITES if name not in requested}
+        return list(dict.fromkeys([*requested, *own])), skipped
     reasons = _reasons_to_skip(sources)
     skipped = {name: reasons[name] for name in SUITES if name in reasons and name not in requested}
     chosen = [name for name in SUITES if name not in skipped]
-    if not chosen:
+    if not chosen and not own:
         raise _nothing_present(sources)
-    return chosen, skipped
+    return [*chosen, *own], skipped
 
 
 def _reasons_to_skip(sources: SuiteSources) -> dict[str, str]:

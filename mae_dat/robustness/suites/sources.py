@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mae_dat.config.errors import DataError, MissingInputError
+from mae_dat.config.errors import DataError, MissingInputError, UserError
 from mae_dat.config.paths import require_folder
 from mae_dat.data.class_names import INDEXED_NAMES, SORTED_NAMES, STORED_NAMES
 from mae_dat.data.folders import find_split
@@ -22,6 +22,7 @@ from mae_dat.robustness.suites.labels import read_conflicts, read_subset
 from mae_dat.robustness.suites.preprocessing import Preprocessing
 from mae_dat.robustness.suites.restriction import restrict_to_present
 from mae_dat.robustness.suites.sets import PARTIAL_ADVICE, BenchmarkSet, Cell, CustomSet, open_benchmark
+from mae_dat.robustness.suites.shifts import open_shift
 from mae_dat.storage.files import sha256_of
 
 ANY_INPUT = (224, 224)  # image sets are opened for this size, and adapted to a network's input later
@@ -41,6 +42,8 @@ class SuiteSources:
         self.settings, self.outputs, self.classes = settings, outputs, classes
         self.subset = read_subset(settings.subset) if settings.subset else None
         self._sets: dict[str, list[BenchmarkSet]] = {}
+        self._shift_cells: dict[str, list[str]] = {}
+        self._shift_folders = {name: source for name, source in settings.shifts if isinstance(source, Path)}
         self._tokenizer: VisualTokenizer | None = None
 
     # ---- images ----
@@ -60,6 +63,8 @@ class SuiteSources:
                 sets = [self._open_custom_set()]
             elif name == CONFLICT:
                 sets = [self._open_conflict_set()]
+            elif name in self._shift_folders:
+                sets = self._open_shift(name)
             else:
                 sets = self._open_benchmark(name)
             self._sets[name] = restrict_to_present(sets) if self.settings.restrict_classes else sets
@@ -119,6 +124,25 @@ class SuiteSources:
             class_mapping=dataclasses.replace(clean.class_mapping, mean_probability=True),
             preprocessing=Preprocessing(ANY_INPUT, keep_size=True),
         )
+
+    def clean_if_present(self) -> BenchmarkSet | None:
+        """Return the clean images; None if there are none, or they cannot be used."""
+        try:
+            (clean,) = self.image_sets(self.clean_suite)
+        except UserError:
+            return None
+        return clean
+
+    def _open_shift(self, name: str) -> list[BenchmarkSet]:
+        """Open the user's own shifted images."""
+        folder = self._shift_folders[name]
+        sets, self._shift_cells[name] = open_shift(name, folder, self.outputs, self.classes, self.clean_if_present())
+        return sets
+
+    def shift_cells(self, name: str) -> list[str]:
+        """Return the names of the cells of the user's own shifted images."""
+        self.image_sets(name)
+        return self._shift_cells[name]
 
     # ---- tokenizer ----
 

@@ -21,6 +21,7 @@ from mae_dat.robustness.suites.attacks import (
 )
 from mae_dat.robustness.suites.base import CLEAN, CONFLICT, GENERATED, ImagePass, NetworkInput, Suite
 from mae_dat.robustness.suites.catalogue import BENCHMARKS
+from mae_dat.robustness.suites.functions import ImageFunction
 from mae_dat.robustness.suites.sets import BenchmarkSet
 from mae_dat.robustness.suites.sources import SuiteSources
 
@@ -92,12 +93,28 @@ def build_agreement(sources: SuiteSources, measured: Suite) -> Suite:
     return Suite(AGREEMENT, "bf16 as fp32", (image_pass,), official=False, extra_protocol={"seed": str(seed)})
 
 
+def build_shift(sources: SuiteSources, name: str, title: str, network_input: NetworkInput) -> Suite:
+    """Build a suite of the user's own: a function on the clean images, or shifted images in a folder or CSV file."""
+    source = next(shift.source for shift in sources.settings.shifts if shift.name == name)
+    if isinstance(source, ImageFunction):
+        images = clean_images(sources, network_input, name)
+        image_pass = ImagePass(images, function=source, seed=sources.settings.seed)
+        protocol = {**source.protocol, "seed": str(sources.settings.seed), **index_note(sources)}
+        return Suite(name, name, (image_pass,), official=False, extra_protocol=protocol)
+    passes = tuple(
+        ImagePass(images.for_input(*network_input), (cell,))
+        for images, cell in zip(sources.limited_sets(name), sources.shift_cells(name), strict=True)
+    )
+    return Suite(name, name, passes, official=False)
+
+
 class SuiteSpec(NamedTuple):
     """Facts about a suite that are known before any image is opened."""
 
     title: str
-    kind: Literal["benchmark", "custom", "derived"]
-    """A published benchmark; custom classes in val/CLASS and conflict/; or made from the clean images."""
+    kind: Literal["benchmark", "custom", "derived", "own"]
+    """A published benchmark; custom classes in val/CLASS and conflict/; made from the clean images; or a shift of the
+    user's own."""
     build: BuildSuite
     forward_passes: int = 1
     """Rough number for one image, to estimate the time left; for generated corruptions with the cost of making them."""
@@ -131,6 +148,12 @@ SUITES: dict[str, SuiteSpec] = {
     ),
 }
 assert set(PIXEL_ATTACKS) <= set(SUITES)
+_OWN = SuiteSpec("", "own", build_shift)
+
+
+def suite_spec(name: str) -> SuiteSpec:
+    """Return the facts of a suite; those of a shift of the user's own for any other name."""
+    return SUITES.get(name, _OWN)
 
 
 def build_suite(name: str, sources: SuiteSources, network_input: NetworkInput) -> Suite:
@@ -138,5 +161,5 @@ def build_suite(name: str, sources: SuiteSources, network_input: NetworkInput) -
 
     Raises UserError for missing or invalid images, InputSizeError if it cannot be made at this size.
     """
-    spec = SUITES[name]
+    spec = suite_spec(name)
     return spec.build(sources, name, spec.title, network_input)
