@@ -212,6 +212,7 @@ def test_the_signature_lists_the_flags_of_the_command() -> None:
     names = {flag.name for flag in flags_of(EvaluateConfig)}
     assert set(parameters) == (names - {"checkpoint", "model", "pretrained", "names", "hang_minutes"}) | {
         "models",
+        "suites",
         "classes",
         "progress",
     }
