@@ -212,6 +212,6 @@ def print_headline(results: Results) -> None:
 
 def print_gate(lines: Sequence[GateLine]) -> None:
     """Print the verdict on every requirement."""
-    print()
+    print_text("")
     for line in lines:
         print_text(line)
