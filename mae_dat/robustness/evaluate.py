@@ -98,10 +98,23 @@ def evaluate(
     """
     check_flag_names(EvaluateConfig, flags, _LEFT_OUT, "evaluate")
     shifts = _own_shifts(suites or {}, flags)
-    requirements = read_requirements(flags["require"]) if flags.get("require") else None
     suite = suite if suite is not None else ("all" if not shifts and not flags.get("shifts") else ())
     config = EvaluateConfig.from_flags(suite=suite, data_path=data_path, **flags)
     folder = None if output_dir is None else Path(expand_home(output_dir))
+    return _evaluate_from_config(config, models, classes, shifts, folder, progress=progress)
+
+
+def _evaluate_from_config(
+    config: EvaluateConfig,
+    models: Any,
+    classes: Sequence[str] | None,
+    shifts: Sequence[Shift],
+    folder: Path | None,
+    *,
+    progress: bool,
+) -> Evaluation:
+    """Measure the models, then judge the requirements. Raises UserError."""
+    requirements = read_requirements(config.require) if config.require else None
     options = evaluation_options(config)
     networks = baseline_first(open_models(models, options, classes), config.baseline)
     with console_for_python(progress) as console:
