@@ -26,7 +26,10 @@ from mae_dat.robustness.evaluate import is_timm_name, timm_place
 from mae_dat.runtime.console import console_for_python
 from mae_dat.runtime.device import pick_device
 
-_LEFT_OUT = ("checkpoint", "model", "data_path", "split", "output_dir", "format", "knn", "temperature")
+_LEFT_OUT = (
+    *("checkpoint", "model", "data_path", "split", "output_dir", "format", "knn", "temperature"),
+    *("corruptions", "severities", "neighbors", "limit", "seed"),
+)
 
 
 @takes_flags(FeaturesConfig, _LEFT_OUT)

@@ -15,13 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_dat.analysis.stability import (
+    CorruptedImages,
+    Stability,
+    stability,
+    stability_lines,
+    write_stability,
+)
 from mae_dat.config.commands.features import FeaturesConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import image_size
+from mae_dat.config.terminal import print_text
 from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet, as_float
-from mae_dat.data.loader import ImageLoader, eval_loader, worker_count
+from mae_dat.data.loader import ImageLoader, batch_loader, eval_loader, worker_count
 from mae_dat.data.open import image_root, open_images, with_channels
 from mae_dat.data.transforms import EvalTransform
 from mae_dat.models.classifier import pool_tokens
@@ -29,6 +37,7 @@ from mae_dat.models.mae import MaskedAutoencoder
 from mae_dat.models.modes import autocast
 from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.open import OpenedModel, open_model
+from mae_dat.robustness.corrupt_folder import chosen_corruptions
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, describe_device, pick_device
 from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
@@ -148,7 +157,7 @@ def open_splits(config: FeaturesConfig, opened: OpenedModel) -> dict[str, ImageS
     transform = with_channels(EvalTransform(opened.input_size), opened.plan.in_chans)
     splits: dict[str, ImageSet] = {}
     needed = ["train", "val"] if config.knn is not None else []
-    for split in dict.fromkeys([*needed, *([config.split] if config.output_dir else [])]):
+    for split in dict.fromkeys([*needed, *([config.split] if config.output_dir or config.corruptions else [])]):
         # The same labels in both splits, even where a class has no folder in one of them.
         classes = splits["train"].classes if split == "val" and config.knn is not None else None
         folder = root if split == "all" else find_split(root, split)
@@ -177,8 +186,9 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
 
     Raises ConfigError when they request nothing.
     """
-    if not config.output_dir and config.knn is None:
-        raise ConfigError("nothing to do: give --output_dir OUT, --knn 20, or both.")
+    if not config.output_dir and config.knn is None and not config.corruptions:
+        raise ConfigError("nothing to do: give --output_dir OUT, --knn 20, --corruptions all, or several.")
+    names = chosen_corruptions(config.corruptions)
     device = pick_device(config.device)
     size = image_size(config.input_size) if config.input_size else None
     opened = open_model(config.checkpoint, config.model, size, flag="--checkpoint").to(device)
@@ -200,7 +210,41 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
         save_features(features(config.split), path)
         shape = " x ".join(map(str, features(config.split).values.shape))
         logger.info("wrote %s: features %s", path, shape)
+    if names:
+        _measure_stability(opened, splits[config.split], names, config, console)
     return accuracy
+
+
+def _measure_stability(
+    opened: OpenedModel, images: ImageSet, names: list[str], config: FeaturesConfig, console: Console
+) -> list[Stability]:
+    """Measure the stability under corruptions, print it as a table and write stability.csv.
+
+    Raises ConfigError for grayscale models, too few images or small inputs.
+    """
+    if opened.plan.in_chans != 3:
+        raise ConfigError("--corruptions needs a model of color images.")
+    count = len(images) if config.limit is None else min(config.limit, len(images))
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(images), generator=generator)[:count].sort().values.tolist()
+    size, pin = opened.input_size, next(opened.model.parameters()).device.type == "cuda"
+    batches = [chosen[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
+
+    cells = [(name, severity) for name in names for severity in sorted(set(config.severities))]
+    loader = batch_loader(images, batches, config.num_workers, pin)
+    clean = compute_features(opened.encoder(), loader, "clean images", config, console)[0]
+    rows: list[Stability] = []
+    with console.task("corruptions", len(cells)) as task:
+        for name, severity in cells:
+            corrupted = CorruptedImages(images.load_image, size, name, severity, config.seed)
+            loader = batch_loader(corrupted, batches, config.num_workers, pin)
+            values = compute_features(opened.encoder(), loader, name, config, Console(quiet=True))[0]
+            rows.append(stability(clean, values, name, severity, config.neighbors))
+            task.advance(f"{name} {severity}")
+    print_text("\n".join(stability_lines(rows, config.neighbors, count)))
+    if config.output_dir:
+        write_stability(rows, Path(config.output_dir) / "stability.csv")
+    return rows
 
 
 def main(config: FeaturesConfig) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def main(config: CorruptConfig) -> None:
     """Run the command."""
     count = corrupt_folder(config, console_for_command())
     print_text(f"{config.output_dir}: {count_of(count, 'corrupted image')}")
+    print_text(f"Next:\n  mae-dat evaluate --checkpoint MODEL --shifts {shlex.quote(config.output_dir)}")
 
 
 def corrupt_folder(config: CorruptConfig, console: Console) -> int:

@@ -135,7 +135,7 @@ class PassCounter:
         columns[CORRECT] = correct
         columns[TOP5] = (predictions[:, :, None] == targets[:, None, :]).flatten(1).any(1)
         columns[NON_FINITE] = non_finite
-        texture = self.labels.is_texture(predictions, set_index) if mapping.mean_probability else None
+        texture = self.labels.is_texture(predictions, set_index) if mapping.has_cues else None
         if texture is not None:
             columns[TEXTURE] = texture
         self.records.add(cell, set_index, predictions[:, 0], correct=correct, texture=texture)
@@ -176,7 +176,7 @@ class PassCounter:
     def _cell_count(self, row: list[int]) -> Count:
         mapping = self.labels.class_mapping
         count: Count = {"correct": row[CORRECT], "total": row[TOTAL]}
-        if mapping.mean_probability:
+        if mapping.has_cues:
             count |= {"shape": row[CORRECT], "texture": row[TEXTURE]}
         elif len(mapping.classes) >= 5 and not self.image_pass.word_hits:
             count["top5"] = row[TOP5]

@@ -100,7 +100,7 @@ def _is_suitable(image_pass: ImagePass, cell: str, corrupted: bool) -> bool:
     if corrupted:
         corruption, _, severity = cell.partition("/")
         return corruption in EXAMPLE_CORRUPTIONS and severity == str(EXAMPLE_SEVERITY)
-    return cell == "" and not image_pass.images.class_mapping.mean_probability
+    return cell == "" and not image_pass.images.class_mapping.has_cues
 
 
 def _differing_images(cell: _Cell) -> Iterator[_Example]:

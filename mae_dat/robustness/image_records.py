@@ -70,7 +70,7 @@ class ImageRecords:
         found: dict[str, CellImages] = {}
         for name, correct, texture, predicted in zip(self.image_pass.cells, *self.rows.numpy(), strict=True):
             record: CellImages = {"order": image_order(images), "correct": pack_bits(correct > 0)}
-            if images.class_mapping.mean_probability:
+            if images.class_mapping.has_cues:
                 record["texture"] = pack_bits(texture > 0)
             if predicted.any():
                 record["predicted"] = pack_predictions(predicted.astype("int64") - _OFFSET, correct > 0)
@@ -95,7 +95,7 @@ class ImageRecords:
         any other pass."""
         image_pass, mapping = self.image_pass, self.image_pass.images.class_mapping
         attacked = image_pass.adversary or image_pass.word_hits or image_pass.function
-        if image_pass.cells != ("",) or attacked or mapping.mean_probability or image_pass.compare_with_float32:
+        if image_pass.cells != ("",) or attacked or mapping.has_cues or image_pass.compare_with_float32:
             return None
         labels, predicted = image_pass.images.targets[:, 0].numpy(), self.rows[_PREDICTED, 0].numpy() - _OFFSET
         # With several correct labels (ReaL), a correct prediction counts as one of the first.

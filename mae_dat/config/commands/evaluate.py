@@ -18,7 +18,8 @@ class SuiteConfig:
     $MAE_DAT_DATA)."""
     suite: tuple[str, ...] = ("all",)
     """all (every suite whose images are found), or names: imagenet, imagenet-real, imagenet-v2, imagenet-a, imagenet-r,
-    imagenet-sketch, stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, cue-conflict; clean (val/CLASS of
+    imagenet-sketch, stylized, objnet-113, objnet-1000, imagenet-c, imagenet-c-bar, imagenet-3dcc, laion-c,
+    cue-conflict, tiny-imagenet-c, cifar-10-c, cifar-100-c; clean (val/CLASS of
     your own classes); conflict (images of conflict/ named SHAPE-TEXTURE-*, each part one of your classes);
     generated (15 corruptions x 5 severities made from the clean images, reported separately); fgsm-1/255, pgd-5-1/255,
     pgd-20-l2-0.5, autoattack-4/255; words-random, words-symbolic."""

@@ -34,6 +34,17 @@ class FeaturesConfig(CommandConfig):
     """Classify the images of val by this number of nearest neighbors in train, usually 20."""
     knn_temperature: float = 0.07
     """With --knn: the vote of a neighbor is exp(cosine similarity / knn_temperature)."""
+    corruptions: tuple[str, ...] = ()
+    """Measure how stable the features and their nearest neighbors are under corruptions, without labels: all (the 15 of
+    ImageNet-C), extra (its 4 extra ones), or names such as fog."""
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Severities of the corruptions."""
+    neighbors: int = 10
+    """Nearest neighbors that --corruptions compares."""
+    limit: int | None = None
+    """With --corruptions: number of images, drawn by --seed (default: all)."""
+    seed: int = 0
+    """Seed of the corruptions and of --limit."""
     input_size: tuple[int, ...] | None = None
     """Side, or height and width, in pixels (default: those of the model)."""
     batch_size: int = 64
@@ -48,5 +59,9 @@ class FeaturesConfig(CommandConfig):
     """auto: bfloat16 autocast where the hardware supports it."""
 
     def __post_init__(self) -> None:
+        if self.neighbors < 1 or (self.limit is not None and self.limit < self.neighbors + 2):
+            raise ConfigError("--neighbors must be at least 1, and --limit at least 2 more than --neighbors.")
+        if self.corruptions and (self.pool == "tokens" or not set(self.severities) <= {1, 2, 3, 4, 5}):
+            raise ConfigError("--corruptions needs --severities among 1 to 5, and --pool mean or cls.")
         if self.knn is not None and (self.knn < 1 or self.knn_temperature <= 0 or self.pool == "tokens"):
             raise ConfigError("--knn needs at least 1 neighbor, --knn_temperature above 0, and --pool mean or cls.")

@@ -212,9 +212,16 @@ def _metric_values(results: Results, model: str) -> dict[str, MetricValue]:
 
 
 def interval_of(value: MetricValue) -> tuple[float, float] | None:
-    """Return the 95 % interval of one model's number: a bootstrap over images, with all versions of an image together;
-    without predictions for each image, the sum of Wilson's intervals, which is the widest possible."""
+    """Return the 95 % interval of one model's number; None if there is none.
+
+    Exact for an accuracy (Clopper & Pearson), else a bootstrap over images, with all versions of an image together;
+    without predictions for each image, the sum of Wilson's intervals, which is the widest possible.
+    """
     scores = value.scores
+    if len(value.terms) == 1 and value.terms[0].weight == 100:
+        count = value.terms[0].count
+        low, high = exact_interval(count["correct"], count["total"])
+        return 100 * low, 100 * high
     if scores is not None and scores.weights is None:
         level = ImageScores(np.full(len(scores.scores), scores.value), step=scores.step, most=scores.most)
         low, high = compare_images(scores, level).ends

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mae_dat.config.protocols import protocol_text
 from mae_dat.robustness.report.comparison import headline_table
 from mae_dat.robustness.report.findings import collapse_warnings
+from mae_dat.robustness.report.gate_values import interval_of
 from mae_dat.robustness.report.shift_table import shift_table
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.report.tables import precision_text
@@ -19,12 +20,29 @@ def headline_text(report: ReportData) -> str:
         lines.append(f"Not the whole benchmarks: {report.image_subset} of every suite.")
     table = headline_table(report)
     lines += _aligned([table.head, *table.rows])
+    lines += _interval_lines(report)
     if shifts := shift_table(report):
         lines += ["", f"{shifts.title}:", *_aligned([shifts.head, *shifts.rows], shifts.words)]
     for model, title in report.model_titles.items():
         if model in report.agreement:
             lines.append(f"{title}: {precision_text(report.models[model], report.agreement[model])}")
     return "\n".join(lines)
+
+
+def _interval_lines(report: ReportData) -> list[str]:
+    """Return the intervals of the numbers of each single model where only some of the images were measured."""
+    lines = []
+    for group in report.groups if report.image_subset else ():
+        if len(group.members) > 1 or report.groups_are_rows:
+            continue
+        (model,) = group.members.values()
+        values = {metric: metric.values[model] for metric in report.metrics if model in metric.values}
+        ends = {metric: interval for metric, value in values.items() if (interval := interval_of(value))}
+        parts = [
+            f"{metric.key} {low:.{metric.digits}f} to {high:.{metric.digits}f}" for metric, (low, high) in ends.items()
+        ]
+        lines += [f"{group.title}, 95 % intervals over images: {', '.join(parts)}"] if parts else []
+    return lines
 
 
 def _aligned(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:

@@ -24,7 +24,8 @@ GROUP_PREFIX = "group:"
 """Begins the name of a cell that is a group of images, such as group:night."""
 SUITE_ORDER = (
     *CLEAN_SUITES, "imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch", "objnet-113",
-    "objnet-1000", "stylized", "imagenet-c", "generated", "imagenet-c-bar", "cue-conflict", "conflict",
+    "objnet-1000", "stylized", "imagenet-c", "generated", "imagenet-c-bar", "imagenet-3dcc", "laion-c",
+    "tiny-imagenet-c", "cifar-10-c", "cifar-100-c", "cue-conflict", "conflict",
 )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ def check_results(results: Results, source: str) -> None:
     """Raise CheckpointError, which names the cell, where counts are impossible, or differ from the predictions for each
     image or for each class. Cells of older releases, which have only counts, are checked alone."""
     try:
+        if list(results["models"].keys()) != list(results["cells"].keys()):
+            raise CheckpointError(f"{source} has other models than counts: evaluate again.")
         for model, suites in results["cells"].items():
             for suite, counts in suites.items():
                 if suite not in results["suites"][model]:

@@ -11,6 +11,8 @@ from mae_dat.robustness.suites.imagenet import (
     CLASSES_OF_R,
     IMAGENET_A,
     IMAGENET_R,
+    LAION_C,
+    LAION_C_CLASSES,
     SIXTEEN,
     SIXTEEN_CLASSES,
     SYNSETS,
@@ -32,6 +34,30 @@ C_BAR = (  # spelled as by its authors
 )
 
 
+THREE_D = (  # Kar et al. 2022
+    "near_focus",
+    "far_focus",
+    "bit_error",
+    "color_quant",
+    "flash",
+    "fog_3d",
+    "h265_abr",
+    "h265_crf",
+    "iso_noise",
+    "low_light",
+    "xy_motion_blur",
+    "z_motion_blur",
+)
+LAION_DISTORTIONS = (  # Li et al. 2025
+    "glitched",
+    "mosaic",
+    "stickers",
+    "vertical_lines",
+    "geometric_shapes",
+    "luminance_checkerboard",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """Facts about a benchmark."""
@@ -40,8 +66,8 @@ class Benchmark:
     title: str
     folder_names: tuple[str, ...]
     """Usual names of its folder; any spelling is recognized: ImageNet-C, imagenet_c."""
-    images: int
-    """Images in each cell, before the protocol excludes any."""
+    images: int | None
+    """Images in each cell, before the protocol excludes any; None if its authors do not state it."""
     labels: Mapping[str, int]
     """Class folders and their labels; empty for ObjectNet, whose own files hold them."""
     per_class: int | None = None
@@ -60,6 +86,16 @@ class Benchmark:
     """Corruptions that are measured if present, and never part of a mean."""
     by_strength: bool = False
     """Whether folders of severities may be named by their strength, as its authors' generator does."""
+    severity_prefix: str = ""
+    """What the names of the folders of severities begin with."""
+    same_names: bool = True
+    """Whether all cells have images of the same names."""
+    outputs: int = len(SYNSETS)
+    """Outputs of the models that it is for: ImageNet's, or the number of its own classes."""
+    arrays: bool = False
+    """Whether the images are in CORRUPTION.npy, all severities one after the other, with labels.npy for all."""
+    whole: bool = False
+    """Whether the whole image is resized to the input, without a crop."""
 
 
 def _numbered(names: Sequence[str]) -> dict[str, int]:
@@ -101,6 +137,51 @@ _IMAGENET_C = Benchmark(
     side=224,
     corruptions=CORRUPTIONS,
     extra_corruptions=EXTRA,
+)
+_3DCC = dataclasses.replace(
+    _IMAGENET_C,
+    name="imagenet-3dcc",
+    title="ImageNet-3DCC",
+    folder_names=("imagenet-3dcc", "imagenet3dcc", "3dcc"),
+    corruptions=THREE_D,
+    extra_corruptions=(),
+)
+_LAION_C = Benchmark(
+    "laion-c",
+    "LAION-C",
+    folder_names=("laion-c", "laionc"),
+    images=None,
+    labels=_numbered(list(LAION_C)),
+    class_mapping=LAION_C_CLASSES,
+    corruptions=LAION_DISTORTIONS,
+    severity_prefix="intensity_level_",
+    same_names=False,
+    whole=True,
+)
+_TINY = Benchmark(
+    "tiny-imagenet-c",
+    "Tiny-ImageNet-C",
+    folder_names=("tiny-imagenet-c",),
+    images=10_000,
+    labels={},
+    per_class=50,
+    side=64,
+    corruptions=CORRUPTIONS,
+    extra_corruptions=EXTRA,
+    outputs=200,
+)
+_CIFAR_10_C = dataclasses.replace(
+    _TINY,
+    name="cifar-10-c",
+    title="CIFAR-10-C",
+    folder_names=("cifar-10-c",),
+    per_class=1000,
+    side=32,
+    outputs=10,
+    arrays=True,
+)
+_CIFAR_100_C = dataclasses.replace(
+    _CIFAR_10_C, name="cifar-100-c", title="CIFAR-100-C", folder_names=("cifar-100-c",), per_class=100, outputs=100
 )
 _C_BAR = dataclasses.replace(
     _IMAGENET_C,
@@ -167,6 +248,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         dataclasses.replace(_OBJECTNET, name="objnet-1000", label_source="objnet-1000"),
         _IMAGENET_C,
         _C_BAR,
+        _3DCC,
+        _LAION_C,
+        _TINY,
+        _CIFAR_10_C,
+        _CIFAR_100_C,
         Benchmark(
             "cue-conflict",
             "cue conflict",

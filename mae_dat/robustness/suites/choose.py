@@ -48,8 +48,10 @@ def _reasons_to_skip(sources: SuiteSources) -> dict[str, str]:
     """Return the suites that `all` does not include, each with the reason."""
     root, outputs = sources.settings.root, sources.outputs
     reasons = {location.benchmark.name: location.reason for location in inventory(root) if location.folder is None}
-    if outputs != len(SYNSETS):
-        reasons |= dict.fromkeys(BENCHMARKS, f"the networks have {outputs} outputs, not ImageNet's 1000")
+    for name, benchmark in BENCHMARKS.items():
+        if outputs != benchmark.outputs:
+            needed = "ImageNet's 1000" if benchmark.outputs == len(SYNSETS) else f"its {benchmark.outputs}"
+            reasons[name] = f"the networks have {outputs} outputs, not {needed}"
     if sources.clean_suite == "imagenet":
         reasons |= dict.fromkeys(CUSTOM_SUITES, "ImageNet's own pictures are there")
     elif not _has_validation_split(sources):

@@ -29,7 +29,8 @@ class ExpectedFolder(NamedTuple):
     title: str
     labels: Mapping[str, int]
     """Class folders and their labels."""
-    images: int
+    images: int | None
+    """None if unknown."""
     per_class: int | None
     """Images in each class folder, None if they differ."""
 
@@ -109,14 +110,14 @@ def missing_images(root: str, listing: Listing, expected: ExpectedFolder) -> lis
             f"{root}: {_first_names(extra)}: {counts[extra[0]]} images where {expected.title} has {per_class}; unpack "
             "it again"
         )
-    if len(listing) > expected.images:
+    if expected.images is not None and len(listing) > expected.images:
         raise DataError(f"{root}: {len(listing):,} images, {expected.title} has {expected.images:,}; unpack it again")
     missing = []
     if absent := [name for name, count in counts.items() if not count]:
         missing.append(f"{len(absent)} of {len(counts)} class folders are missing or empty ({_first_names(absent)})")
     if short := [f"{name}: {n}" for name, n in counts.items() if per_class is not None and 0 < n < per_class]:
         missing.append(f"{len(short)} class folders have fewer than {per_class} pictures ({_first_names(short)})")
-    if len(listing) < expected.images:
+    if expected.images is not None and len(listing) < expected.images:
         missing.append(f"{len(listing):,} of {expected.images:,} pictures are there")
     return missing
 
@@ -149,14 +150,15 @@ def _parent_name(root: str) -> str:
     return os.path.basename(os.path.dirname(os.path.normpath(root)))
 
 
-def severity_folders(root: str, title: str, by_strength: bool = False) -> dict[int, str]:
-    """Return the folders of the severities 1 to 5 that are present.
+def severity_folders(root: str, title: str, by_strength: bool = False, prefix: str = "") -> dict[int, str]:
+    """Return the folders of the severities 1 to 5 that are present; `prefix` is what their names begin with.
 
     With `by_strength` they may be named by their strength instead, five of them in rising order (1.00, 2.35, ...).
     Raises DataError for other folders among them.
     """
     folders = folders_in(root)
-    unknown = [name for name in folders if name not in SEVERITY_FOLDERS]
+    expected = {f"{prefix}{name}": int(name) for name in SEVERITY_FOLDERS}
+    unknown = [name for name in folders if name not in expected]
     if by_strength and unknown and all(re.fullmatch(r"\d+\.\d+", name) for name in folders):
         by_value = sorted(folders, key=float)
         if len(folders) != len(SEVERITY_FOLDERS):
@@ -166,8 +168,10 @@ def severity_folders(root: str, title: str, by_strength: bool = False) -> dict[i
             )
         return dict(enumerate((folders[name] for name in by_value), 1))
     if unknown:
-        raise DataError(f"{root}: {_first_names(unknown)}: not a severity of {title}; expected the folders 1 to 5")
-    return {int(name): folders[name] for name in sorted(folders)}
+        raise DataError(
+            f"{root}: {_first_names(unknown)}: not a severity of {title}; expected the folders {prefix}1 to {prefix}5"
+        )
+    return {expected[name]: folders[name] for name in sorted(folders)}
 
 
 def describe_listing_difference(listing: Listing, other: Listing) -> str:

@@ -33,6 +33,8 @@ def _read_lists() -> dict[str, Any]:
     assert _digest(lists["synsets"], "\n") == "385e0240499426c0"
     assert _digest(lists["imagenet_a"], ",") == "973e8c3e530bf5db"
     assert _digest(lists["imagenet_r"], ",") == "a1d9a9ace3098120"
+    superclasses = [number for numbers in lists["laion_c"].values() for number in numbers]
+    assert _digest(superclasses, ",") == "58d2018f59f8e47c"
     return lists
 
 
@@ -43,6 +45,8 @@ IMAGENET_A: tuple[int, ...] = tuple(_CLASS_LISTS["imagenet_a"])
 """The 200 classes of ImageNet-A; 86 of them are also in ImageNet-R."""
 IMAGENET_R: tuple[int, ...] = tuple(_CLASS_LISTS["imagenet_r"])
 """The 200 classes of ImageNet-R."""
+LAION_C: dict[str, tuple[int, ...]] = {name: tuple(ids) for name, ids in _CLASS_LISTS["laion_c"].items()}
+"""The 16 superclasses of LAION-C, and the 285 ImageNet classes in them (category_mapping.json of FanfeiLi/LAION-C)."""
 SIXTEEN: dict[str, tuple[int, ...]] = {name: tuple(ids) for name, ids in _CLASS_LISTS["sixteen"].items()}
 """The 16 categories of the cue-conflict images (Geirhos et al. 2019), and the 207 ImageNet classes in them."""
 
@@ -72,6 +76,8 @@ class ClassMapping:
     mean_probability: bool = False
     outputs: int = len(SYNSETS)
     """K."""
+    has_cues: bool = False
+    """Whether images have a shape's class and a texture's, both of which are counted."""
 
     def to(self, device: torch.device | str) -> "ClassMapping":
         """Return the same mapping for logits on a device."""
@@ -131,7 +137,10 @@ ALL_CLASSES = _imagenet_subset("1000 classes", range(len(SYNSETS)))
 CLASSES_OF_A = _imagenet_subset("200 classes of ImageNet-A", IMAGENET_A)
 CLASSES_OF_R = _imagenet_subset("200 classes of ImageNet-R", IMAGENET_R)
 # The other classes are never predicted, but they keep their part of the probability: the softmax is over all 1000.
-SIXTEEN_CLASSES = class_mapping("16 classes, mean probability", SIXTEEN, restricted=False, mean_probability=True)
+SIXTEEN_CLASSES = replace(
+    class_mapping("16 classes, mean probability", SIXTEEN, restricted=False, mean_probability=True), has_cues=True
+)
+LAION_C_CLASSES = class_mapping("16 superclasses, mean probability", LAION_C, restricted=False, mean_probability=True)
 
 
 def outputs_advice(outputs: int) -> str:

@@ -4,7 +4,8 @@ import dataclasses
 
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_tensor
+from torchvision import transforms
+from torchvision.transforms import functional
 
 from mae_dat.config.groups import ImageSize
 from mae_dat.config.protocols import PROTOCOLS, ProtocolName
@@ -27,6 +28,8 @@ class Preprocessing:
     keep_size: bool = False
     """Whether an image of exactly the network's size stays unchanged; never in the benchmarks."""
     protocol: ProtocolName = "native"
+    whole: bool = False
+    """Whether the whole image is resized to the input, without a crop."""
 
     @property
     def crops_all_images(self) -> bool:
@@ -35,13 +38,16 @@ class Preprocessing:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float pixels (3, H, W) in [0, 1]."""
-        return to_tensor(self.resize_and_crop(image))
+        return functional.to_tensor(self.resize_and_crop(image))
 
     def resize_and_crop(self, image: Image.Image) -> Image.Image:
         """Return the 8-bit RGB image that becomes the input."""
         width, height = image.size
         if self.border:
             image = image.crop((self.border, self.border, width - self.border, height - self.border))
+        if self.whole and not self.crops_all_images:
+            interpolation = transforms.InterpolationMode(self.interpolation)
+            return functional.resize(image, list(self.size_HW), interpolation)
         is_stored = self.side is not None and not self.crops_all_images
         crop_pct = 1.0 if is_stored else self.crop
         keep_size = is_stored or (self.keep_size and not self.crops_all_images)
@@ -50,6 +56,8 @@ class Preprocessing:
     def __str__(self) -> str:
         size, side = f"{self.size_HW[0]} x {self.size_HW[1]}", self.side
         named = f"protocol {self.protocol}: " if self.protocol != "native" else ""
+        if self.whole and not self.crops_all_images:
+            return f"{named}the whole image resized to {size} ({self.interpolation})"
         if side is None or self.crops_all_images:
             height, width = EvalTransform(self.size_HW, crop_pct=self.crop).cover_HW
             prefix = f"{named}border of {self.border} px cut, " if self.border else named

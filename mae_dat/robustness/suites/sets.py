@@ -145,7 +145,7 @@ class BenchmarkSet(ImageSet):
         """Return whether the first of `predictions`, int64 (B, count), is a correct label of images `index`: bool (B,),
         on their device. `index`, int64 (B,), stays on the CPU as it comes from a loader."""
         targets = self.targets[index].to(predictions.device, non_blocking=True)
-        if self.class_mapping.mean_probability:  # cue conflict: the second column is the texture
+        if self.class_mapping.has_cues:  # cue conflict: the second column is the texture
             targets = targets[:, :1]
         return (predictions[:, :1] == targets).any(1)
 
@@ -248,14 +248,14 @@ def open_benchmark(
     benchmark, root = _look_up(requested, folder), Path(folder)
     folders, missing = _cell_folders(benchmark, str(root), corruptions)
     _require_complete(root, benchmark, missing, partial)
-    preprocessing = Preprocessing(size_HW, interpolation, benchmark.side, benchmark.border)
+    preprocessing = Preprocessing(size_HW, interpolation, benchmark.side, benchmark.border, whole=benchmark.whole)
     logger.info("listing %s of %s", count_of(len(folders), "folder"), benchmark.title)
     first: Listing = []
     sets: list[BenchmarkSet] = []
     for cell, path in folders.items():
         every_image, listing, missing_of_cell = _list_cell(benchmark, path, subset, ignored_files := IgnoredFiles())
         _require_complete(path, benchmark, missing_of_cell, partial)
-        if first and not partial:
+        if first and benchmark.same_names and not partial:
             _require_same_images(path, listing, folders[sets[0].cell], first)
         first = first or listing
         listing = first if listing == first else listing  # one list for all cells: 95 of 50,000 paths fill the memory
@@ -330,11 +330,15 @@ def _cell_folders(
     folders: dict[Cell, str] = {}
     missing = []
     for name in expected:
-        paths = severity_folders(present[name], benchmark.title, benchmark.by_strength) if name in present else {}
+        paths = _severities(benchmark, present[name]) if name in present else {}
         folders |= {Cell(benchmark.name, name, severity): path for severity, path in paths.items()}
         if absent := [str(severity) for severity in SEVERITIES if severity not in paths]:
             missing.append(f"{name} has no severity {', '.join(absent)}" if paths else f"{name} is missing")
     return folders, missing
+
+
+def _severities(benchmark: Benchmark, path: str) -> dict[int, str]:
+    return severity_folders(path, benchmark.title, benchmark.by_strength, benchmark.severity_prefix)
 
 
 def _build_set(

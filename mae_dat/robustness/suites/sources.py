@@ -23,6 +23,7 @@ from mae_dat.robustness.suites.preprocessing import Preprocessing
 from mae_dat.robustness.suites.restriction import restrict_to_present
 from mae_dat.robustness.suites.sets import PARTIAL_ADVICE, BenchmarkSet, Cell, CustomSet, open_benchmark
 from mae_dat.robustness.suites.shifts import open_shift
+from mae_dat.robustness.suites.small_sets import open_small
 from mae_dat.storage.files import sha256_of
 
 ANY_INPUT = (224, 224)  # image sets are opened for this size, and adapted to a network's input later
@@ -84,11 +85,14 @@ class SuiteSources:
         return sets if limit is None else [images.limited(limit, settings.seed) for images in sets]
 
     def _open_benchmark(self, name: str) -> list[BenchmarkSet]:
-        check_classes(self.classes, self.outputs)
         root = self.settings.root
+        if BENCHMARKS[name].outputs == len(SYNSETS):
+            check_classes(self.classes, self.outputs)
         folder = find_benchmark(root, name)
         if folder is None:
             raise MissingInputError(f"{root} has no folder {BENCHMARKS[name].folder_names[0]}, in any spelling.")
+        if BENCHMARKS[name].outputs != len(SYNSETS):
+            return open_small(BENCHMARKS[name], folder, self.outputs, self.classes, self.settings.partial)
         subset = self.subset if name in SUBSET_SUITES else None
         return open_benchmark(name, folder, ANY_INPUT, partial=self.settings.partial, subset=subset)
 
@@ -121,7 +125,7 @@ class SuiteSources:
             str(root),
             listing=listing,
             targets=cues,
-            class_mapping=dataclasses.replace(clean.class_mapping, mean_probability=True),
+            class_mapping=dataclasses.replace(clean.class_mapping, mean_probability=True, has_cues=True),
             preprocessing=Preprocessing(ANY_INPUT, keep_size=True),
         )
 

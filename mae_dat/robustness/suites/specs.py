@@ -50,7 +50,7 @@ def _stored_pass(images: BenchmarkSet) -> ImagePass:
     """Return a pass over stored images. Confidences are also measured if exactly one class is correct, but not on the
     75 cells of corruptions, whose calibration is not usually reported."""
     corruption, severity = images.cell.corruption, images.cell.severity
-    one_label = images.targets.shape[1] == 1 and not images.class_mapping.mean_probability
+    one_label = images.targets.shape[1] == 1 and not images.class_mapping.has_cues
     cell = f"{corruption}/{severity}" if corruption else ""
     return ImagePass(images, (cell,), calibrated=one_label and not corruption)
 

@@ -89,6 +89,11 @@ def test_counts_are_those_of_the_published_sets() -> None:
         "objnet-1000": (50_273, 0, None),
         "imagenet-c": (50_000, 1000, 50),
         "imagenet-c-bar": (50_000, 1000, 50),
+        "imagenet-3dcc": (50_000, 1000, 50),
+        "laion-c": (None, 16, None),
+        "tiny-imagenet-c": (10_000, 0, 50),
+        "cifar-10-c": (10_000, 0, 1000),
+        "cifar-100-c": (10_000, 0, 100),
         "cue-conflict": (1280, 16, 80),
     }
 
