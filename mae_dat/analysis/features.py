@@ -154,7 +154,7 @@ def save_features(features: Features, path: Path) -> None:
 def open_splits(config: FeaturesConfig, opened: OpenedModel) -> dict[str, ImageSet]:
     """Open the splits that the flags need, unaugmented, at the model's size; `all` takes every image of the folder."""
     root = image_root(config.data_path)
-    transform = with_channels(EvalTransform(opened.input_size), opened.plan.in_chans)
+    transform = with_channels(_transform(opened), opened.plan.in_chans)
     splits: dict[str, ImageSet] = {}
     needed = ["train", "val"] if config.knn is not None else []
     for split in dict.fromkeys([*needed, *([config.split] if config.output_dir or config.corruptions else [])]):
@@ -165,12 +165,17 @@ def open_splits(config: FeaturesConfig, opened: OpenedModel) -> dict[str, ImageS
     return splits
 
 
+def _transform(opened: OpenedModel) -> EvalTransform:
+    """Return the resizing and crop that belong to the weights."""
+    return EvalTransform(opened.input_size, opened.interpolation, opened.crop_pct)
+
+
 def features_inputs(config: FeaturesConfig, opened: OpenedModel, splits: dict[str, ImageSet]) -> InputSummary:
     """Return the summary of what the extraction of features reads."""
     inputs = InputSummary(config.verb)
     add_images(inputs, config.data_path, image_root(config.data_path), splits)
     add_opened_models(inputs, [opened])
-    inputs.add("pixels", describe_pixels(opened), describe_resize(EvalTransform(opened.input_size)))
+    inputs.add("pixels", describe_pixels(opened), describe_resize(_transform(opened)))
     device = next(opened.model.parameters()).device
     inputs.add("device", describe_device(device, amp_dtype(config.precision, device), worker_count(config.num_workers)))
     inputs.add("output", str(Path(config.output_dir).absolute()) if config.output_dir else "nothing is written")

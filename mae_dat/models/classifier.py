@@ -47,6 +47,10 @@ class Classifier(nn.Module):
     """The names of the outputs, if known."""
     input_size: ImageSize | None = None
     """Height and width of its images in pixels, if known."""
+    crop_pct: float | None = None
+    """The crop's side over the resized image's in an evaluation; None for the default."""
+    interpolation: str | None = None
+    """The interpolation of resized images in an evaluation; None for that of timm's settings."""
     probing = False
     """Whether only a linear probe's head is trained (`make_linear_probe`)."""
     evaluates_frozen = False

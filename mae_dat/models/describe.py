@@ -28,6 +28,8 @@ class WeightsOrigin:
     wrappers: tuple[str, ...] = ()
     sha256: str = ""
     """Empty if the file has not been hashed yet."""
+    normalization_is_known: bool = True
+    """Whether the file records the normalization; or it has no whole head, so that nothing shows it."""
 
     def describe(self) -> str:
         """Return the origin in words, with the first digits of the file's sha256, which is computed if necessary."""

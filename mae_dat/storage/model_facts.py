@@ -54,6 +54,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "global_pool": (lambda value: isinstance(value, bool), "true or false"),
     "mean": (_are_numbers, "a list of numbers, one for each channel"),
     "std": (lambda value: _are_numbers(value, above=0), "a list of numbers above 0, one for each channel"),
+    "crop_pct": (lambda value: _is_number(value) and 0 < value <= 1, "a share of the side above 0 and at most 1"),
+    "interpolation": (
+        lambda value: value in ("bicubic", "bilinear", "nearest", "lanczos", "random"),
+        "bicubic, bilinear, nearest, lanczos or random",
+    ),
     "width": (lambda value: _is_whole(value, 8192), "a number of channels from 1 to 8,192"),
     "anchor_size": (lambda value: _is_number(value) and 0 < value <= _MAX_SIDE, "a side in pixels above 0"),
     "regions": (lambda value: _is_whole(value, 100_000), "a number from 1 to 100,000"),

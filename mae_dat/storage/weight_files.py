@@ -106,10 +106,11 @@ def extract_weights(
     metadata = metadata or {}
     tensors, wrappers, statistics = unwrap(content, source, ours or "mae_dat" in metadata)
     file = WeightsFile(tensors, metadata, source, wrappers, statistics)
-    return file if statistics else file._replace(statistics=_recorded_statistics(file.facts))
+    return file if statistics else file._replace(statistics=recorded_statistics(file.facts))
 
 
-def _recorded_statistics(facts: Mapping[str, Any]) -> PixelStatistics | None:
+def recorded_statistics(facts: Mapping[str, Any]) -> PixelStatistics | None:
+    """Return the mean and deviation of pixels in [0, 1] among facts about a model; None if they lack one of them."""
     values = [facts[key] for key in ("mean", "std") if key in facts]
     return (tuple(values[0]), tuple(values[1])) if len(values) == 2 else None
 

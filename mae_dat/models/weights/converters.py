@@ -190,7 +190,10 @@ def _export_facts(opened: OpenedModel) -> dict[str, Any]:
         **_pixel_statistics(opened),
     }
     facts |= {"input_size": list(plan.img_size)} if plan.img_size else {}
-    facts |= {"nb_classes": plan.num_classes, "global_pool": plan.global_pool} if plan.num_classes else {}
+    if plan.num_classes:
+        facts |= {"nb_classes": plan.num_classes, "global_pool": plan.global_pool}
+        facts |= {"crop_pct": opened.crop_pct} if opened.crop_pct else {}
+        facts |= {"interpolation": opened.interpolation} if opened.interpolation != "bicubic" else {}
     return {**opened.facts, **facts}
 
 

@@ -65,6 +65,8 @@ class ModelFile:
     statistics: PixelStatistics | None = None
     """Mean and standard deviation of pixels in [0, 1], one value per channel, if the file holds them."""
 
+    is_timms: bool = False
+    """Whether the facts are those of timm's `config.json` next to the file."""
     released: str = ""
     """The released name that it was given by."""
     sha256: str = ""

@@ -46,6 +46,8 @@ class LoadReport:
     """The recognized format of the file."""
     wrappers: tuple[str, ...] = ()
     """Wrappers that were removed, such as `module.`."""
+    has_head: bool = False
+    """Whether a classifier's whole head was loaded."""
 
     def __str__(self) -> str:
         parts = [f"loaded {self.loaded} tensors from {self.source}"]
@@ -174,6 +176,7 @@ def _load_classifier(
             resized=resized,
             format=weights.format,
             wrappers=weights.wrappers,
+            has_head=all(key in state for key in head),
         )
     )
 

@@ -75,6 +75,8 @@ def load_model(
         raise
     logger.info("%s", _description(source, opened))
     opened = opened.to(pick_device(str(device)))
+    if isinstance(opened.model, Classifier):
+        opened.model.crop_pct, opened.model.interpolation = opened.crop_pct, opened.interpolation
     return _with_facts(opened.model, opened.classes, opened.input_size)
 
 

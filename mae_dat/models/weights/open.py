@@ -108,6 +108,21 @@ class OpenedModel:
         """Height and width in pixels that the model was built for, or else timm's usual ones."""
         return self.plan.img_size or classifier_size(self.model)
 
+    @property
+    def crop_pct(self) -> float | None:
+        """The crop's side over the resized image's that belongs to the weights; None for MAE's default."""
+        if self.facts or self.plan.name in VIT_SIZES or self.kind != "classifier":
+            return self.facts.get("crop_pct")
+        return resolve_model_data_config(self.model.net)["crop_pct"]
+
+    @property
+    def interpolation(self) -> str:
+        """The interpolation that belongs to the weights: timm's for its files, bicubic for those trained here."""
+        recorded = self.facts.get("interpolation")
+        if recorded or self.facts or self.kind != "classifier":
+            return recorded if recorded and recorded != "random" else "bicubic"
+        return resolve_model_data_config(self.model.net)["interpolation"]
+
     def to(self, device: torch.device) -> Self:
         """Move the model to a device."""
         return replace(self, model=self.model.to(device))
