@@ -41,7 +41,7 @@ from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig
 from mae_dat.config.parse import command_line
 from mae_dat.data.describe import add_images, describe_resize
-from mae_dat.data.folders import find_split
+from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import batch_loader, worker_count
 from mae_dat.data.open import image_root, open_images_of_model
@@ -303,7 +303,7 @@ def main(config: AnalyzeConfig) -> None:
         names=config.names,
         options=EvalOptions(device),
     )
-    root = find_split(image_root(config.data_path), "val")
+    root = find_evaluation_images(image_root(config.data_path))
     sets = [open_images_of_model(root, _transform(network), network.outputs, network.classes) for network in evaluated]
     output = prepare_output_folder(Path(config.output_dir))
     inputs = analysis_inputs(config, evaluated, sets[0], device)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.limits import available_cores
+from mae_dat.config.protocols import ProtocolName
 
 DATA_VARIABLE = "MAE_DAT_DATA"
 DEMO = "demo"
@@ -331,6 +332,9 @@ class EvalConfig:
     --limit)."""
     restrict_classes: bool = False
     """With --eval: predict only among the classes that have validation images (default: among all outputs)."""
+    protocol: ProtocolName = "native"
+    """With --eval: how images are resized and cropped, as in `mae-dat evaluate`. native: as the model's own settings
+    say. dat, imagenet-c, timm: as in published evaluations."""
 
 
 def check_limits(limit: int | None, limit_corrupted: int | None) -> None:

@@ -101,6 +101,27 @@ def find_split(
     )
 
 
+def find_evaluation_images(root: str | os.PathLike[str]) -> Path:
+    """Return the folder whose class folders are evaluated: the validation split, or `root` itself if it has neither
+    splits nor other folders than class folders, as ImageNet-A and ImageNet-V2 are published.
+
+    Raises MissingInputError.
+    """
+    require_folder(root)
+    has_splits = split_folders(root, (*SPLIT_NAMES["train"], *SPLIT_NAMES["val"]))
+    return Path(root) if not has_splits and holds_classes(root) else find_split(root, "val")
+
+
+def holds_classes(root: str | os.PathLike[str]) -> bool:
+    """Return whether a folder has class folders, all of which contain images themselves or are empty."""
+    contents = [visible_entries(entry.path) for entry in visible_entries(str(root)) if _is_folder(entry)]
+    with_images = [any(is_image_name(entry.name) for entry in entries) for entries in contents]
+    only_folders = [any(map(_is_folder, entries)) for entries in contents]
+    return any(with_images) and not any(
+        inner and not images for inner, images in zip(only_folders, with_images, strict=True)
+    )
+
+
 def split_folders(root: str | os.PathLike[str], names: Sequence[str]) -> list[str]:
     """Return the folders directly below `root` that have one of these names, in any case, in the order of `names`."""
     folders = [entry.name for entry in visible_entries(str(root)) if _is_folder(entry)]

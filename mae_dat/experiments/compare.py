@@ -211,7 +211,7 @@ def _measure_and_report(
     """Measure all classifiers on the same images, except for what is stored already, and write the report."""
     any_config = next(iter(runs.values()))
     device = pick_device(any_config.run.device)
-    options = EvalOptions(device, size=any_config.data.image_size)
+    options = EvalOptions(device, size=any_config.data.image_size, protocol=comparison.protocol)
     networks = [
         open_network(config.run.output_dir, config.classifier.model, _run_title(group, seed), options)
         for (group, seed), config in runs.items()
@@ -220,6 +220,7 @@ def _measure_and_report(
     # The first-order adversary, because exact losses would take longer than the trainings.
     suite_settings = SuiteSettings(
         root,
+        restrict_classes=comparison.restrict_classes,
         limit=comparison.limit,
         limit_corrupted=comparison.limit_corrupted,
         tokenizer=any_config.dat.tokenizer,

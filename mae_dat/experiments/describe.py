@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mae_dat.config.commands.compare import CompareConfig, ProofConfig
+from mae_dat.config.protocols import protocol_text
 from mae_dat.config.runs import FinetuneConfig, PretrainConfig
 from mae_dat.data.describe import add_images, describe_resize, describe_root, describe_size
 from mae_dat.data.image_set import ImageSet
@@ -48,6 +49,10 @@ def comparison_inputs(
         limits.append(f"; at most {config.limit_corrupted:,} images for each corruption or attack")
     limit = "".join(limits)
     inputs.add("suites", f"{', '.join(suites)}{limit}" if config.measure else "none (--no_measure)")
+    if config.measure and config.protocol != "native":
+        inputs.add("protocol", protocol_text(config.protocol))
+    if config.measure and config.restrict_classes:
+        inputs.add("predicted", "only classes that have images in a suite's folder (--restrict_classes)")
     precision = amp_dtype(fine_tuning.run.precision, device)
     inputs.add("device", f"{describe_device(device, precision, worker_count(data.num_workers))}, {_jobs(config.jobs)}")
     complete = sum((folder / WEIGHTS_FILE).is_file() for folder in folders)

@@ -54,6 +54,8 @@ def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
             finetune_flags=flags,
             limit=config.limit,
             limit_corrupted=limit,
+            restrict_classes=config.restrict_classes,
+            protocol=config.protocol,
             jobs=config.jobs,
             threads=config.threads,
             title=f"Every adversary and baseline on {name}",

@@ -13,6 +13,7 @@ from mae_dat.data.inputs import InputImages
 from mae_dat.data.open import image_root
 from mae_dat.prediction.batches import PredictionBatch
 from mae_dat.prediction.predictors import ClassPredictor
+from mae_dat.robustness.checks import normalization_warning
 from mae_dat.robustness.scores.calibration import TEMPERATURES, expected_error, fit_temperature, mean_nll
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import SuiteSettings
@@ -63,6 +64,10 @@ def fit_to_folder(predictor: ClassPredictor, folder: str | Path, setup: Evaluati
     classes = network.classes or (predictor.classes if predictor.names_are_known else None)
     sources = SuiteSources(SuiteSettings(image_root(str(folder)), partial=True), network.outputs, classes)
     (labeled,) = sources.image_sets(sources.clean_suite)
+    facts = network.facts
+    seen = labeled.for_input(network.size, facts["interpolation"], facts.get("crop"), facts.get("protocol", "native"))
+    if warning := normalization_warning(network, seen):
+        logger.warning("%s", warning)
     parts: list[Tensor] = []
     indices: list[int] = []
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mae_dat.attacks.checks import CHECK_PASSES, MAX_PROBES, PROBE_SIZE, Check, attack_checks, require_pixel_model
 from mae_dat.attacks.discrete import image_generator
+from mae_dat.attacks.normalization import CHECKED_INPUTS, better_normalization
 from mae_dat.attacks.pixel import PIXEL_ATTACKS
 from mae_dat.data.sampler import evenly_spaced
 from mae_dat.models.modes import evaluation_mode
@@ -16,12 +17,13 @@ from mae_dat.robustness.cache import CachedMeasurement
 from mae_dat.robustness.cached_passes import PlanCounts
 from mae_dat.robustness.counting import SuiteCounts
 from mae_dat.robustness.evaluation_plan import EvaluationPlan, SuiteRun
-from mae_dat.robustness.input_checks import CHECKED_INPUTS, better_normalization
 from mae_dat.robustness.measure import MonitoredNetwork
+from mae_dat.robustness.network import EvaluatedNetwork
 from mae_dat.robustness.report.metrics import GRADIENT_CHECKS
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.attacks import AUTO_ATTACK
 from mae_dat.robustness.suites.base import ImagePass
+from mae_dat.robustness.suites.sets import BenchmarkSet
 from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.watchdog import heartbeat
 
@@ -59,22 +61,25 @@ def _probes(image_pass: ImagePass, device: torch.device) -> Iterator[tuple[Tenso
 
 def normalization_warnings(plan: EvaluationPlan) -> list[str]:
     """Return a warning for each network that classifies more images of its first suite correctly under another usual
-    normalization, beyond chance. Networks whose file records the normalization are not checked."""
-    warnings: list[str] = []
+    normalization, beyond chance."""
     first_run = {run.network.name: run for run in reversed(plan.runs)}
-    for network in plan.networks:
-        if network.normalization_is_known or network.name not in first_run:
-            continue
-        images = first_run[network.name].suite.passes[0].images
-        mapping = images.class_mapping.to(network.device)
-        index = torch.tensor(evenly_spaced(len(images), CHECKED_INPUTS))
-        pixels = torch.stack([images[i]["image"] for i in index.tolist()]).to(network.device)
+    runs = [first_run[network.name] for network in plan.networks if network.name in first_run]
+    return [*filter(None, (normalization_warning(run.network, run.suite.passes[0].images) for run in runs))]
 
-        def is_correct(logits: Tensor, images: Any = images, mapping: Any = mapping, index: Tensor = index) -> Tensor:
-            return images.is_correct(mapping.predictions(logits), index)
 
-        warnings += filter(None, [better_normalization(network.name, network.model, pixels, is_correct)])
-    return warnings
+def normalization_warning(network: EvaluatedNetwork, images: BenchmarkSet) -> str | None:
+    """Return a warning if a network classifies more of a hundred images correctly under another usual normalization,
+    beyond chance. Networks whose file records the normalization are not checked."""
+    if network.normalization_is_known:
+        return None
+    mapping = images.class_mapping.to(network.device)
+    index = torch.tensor(evenly_spaced(len(images), CHECKED_INPUTS))
+    pixels = torch.stack([images[i]["image"] for i in index.tolist()]).to(network.device)
+
+    def is_correct(logits: Tensor) -> Tensor:
+        return images.is_correct(mapping.predictions(logits), index)
+
+    return better_normalization(network.name, network.model, pixels, is_correct)
 
 
 def check_attacks(plan: EvaluationPlan, counts: PlanCounts, setup: EvaluationSetup) -> Checks:

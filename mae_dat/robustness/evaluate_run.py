@@ -8,24 +8,23 @@ import torch
 from torch import nn
 
 from mae_dat.config.errors import CheckpointError, ConfigError
-from mae_dat.config.groups import DataConfig, RunConfig
+from mae_dat.config.groups import DataConfig, ImageSize, RunConfig
 from mae_dat.config.runs import FinetuneConfig
-from mae_dat.data.describe import add_images, describe_resize
+from mae_dat.data.describe import add_images
+from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.image_set import ImageSet
-from mae_dat.data.open import image_root
-from mae_dat.data.sampler import evenly_spaced
-from mae_dat.data.transforms import EvalTransform
+from mae_dat.data.open import image_root, open_images_of_model, with_channels
 from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.load import check_class_count
 from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.models.weights.read import read_model_file
 from mae_dat.robustness.evaluation import print_headline, run_evaluation
-from mae_dat.robustness.input_checks import CHECKED_INPUTS, better_normalization
 from mae_dat.robustness.network import EvalOptions
-from mae_dat.robustness.open_networks import open_network
+from mae_dat.robustness.open_networks import open_network, options_of_weights
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import CLEAN, SuiteSettings
+from mae_dat.robustness.suites.preprocessing import Preprocessing
 from mae_dat.robustness.suites.restriction import RestrictedNetwork
 from mae_dat.runtime.collectives import on_all_ranks, on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
@@ -33,7 +32,8 @@ from mae_dat.runtime.inputs import InputSummary
 from mae_dat.training.accuracy import evaluate_classes
 from mae_dat.training.context import RunContext, run_context
 from mae_dat.training.describe import add_device, add_on_bad
-from mae_dat.training.finetune import validation_images, validation_loader
+from mae_dat.training.finetune import validation_loader, warn_of_packed_size
+from mae_dat.training.normalization import warn_of_normalization
 from mae_dat.training.validation import report_classes
 
 logger = logging.getLogger(__name__)
@@ -64,15 +64,16 @@ def evaluate_checkpoint(config: FinetuneConfig, console: Console) -> None:
 def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> None:
     """Log the accuracy of the classifier in a file on the validation images. Raises CheckpointError."""
     with run_context(config.run, config.launch, console, training=False) as context:
-        opened = open_model(file, config.classifier.model, config.data.image_size, flag="--resume")
+        opened = open_model(file, config.classifier.model, evaluated_size(file, config), flag="--resume")
         model: nn.Module = opened.classifier().to(context.device)
-        data = dataclasses.replace(config.data, in_chans=opened.plan.in_chans)
-        images = validation_images(data, opened.classes, outputs=opened.plan.num_classes)
+        preprocessing = eval_preprocessing(opened, eval_options(config, context))
+        images = evaluated_images(config, opened, preprocessing)
         if config.classifier.nb_classes:
             check_class_count(file.source, opened.plan.num_classes, config.classifier.nb_classes)
-        on_main_rank(lambda: context.console.report_inputs(_accuracy_inputs(config, opened, images, context)))
+        inputs = _accuracy_inputs(config, opened, images, str(preprocessing), context)
+        on_main_rank(lambda: context.console.report_inputs(inputs))
         if not (file.facts or file.statistics) and opened.plan.in_chans == 3:
-            on_main_rank(lambda: _warn_of_normalization(Path(file.source).name, opened.classifier(), images, context))
+            on_main_rank(lambda: warn_of_normalization(Path(file.source).name, model, images, context.device))
         loader = validation_loader(images, 2 * config.optim.batch_size, config.data, context)
         if config.evaluation.restrict_classes:
             present = torch.tensor(present_classes(images), device=context.device)
@@ -84,13 +85,44 @@ def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> 
         logger.info(message, *accuracies, images.root)
 
 
-def _warn_of_normalization(name: str, model: nn.Module, images: ImageSet, context: RunContext) -> None:
-    """Warn if the model classifies more of a hundred images correctly under another usual normalization."""
-    samples = [images[index] for index in evenly_spaced(len(images), CHECKED_INPUTS)]
-    pixels = torch.stack([sample["image"] for sample in samples]).to(context.device)
-    label = torch.tensor([sample["label"] for sample in samples], device=context.device)
-    if warning := better_normalization(name, model, pixels, lambda logits: logits.argmax(1) == label):
-        logger.warning("%s", warning)
+def evaluated_size(file: ModelFile, config: FinetuneConfig) -> ImageSize | None:
+    """Return the size of `evaluated_config`; None, the model's own, for a file of another project without the flag."""
+    given = config.data.input_size != DataConfig().input_size
+    return config.data.image_size if given or "input_size" in file.facts else None
+
+
+def eval_options(config: FinetuneConfig, context: RunContext, size: ImageSize | None = None) -> EvalOptions:
+    """Return how the flags feed images to the model."""
+    return EvalOptions(context.device, context.precision, size, protocol=config.evaluation.protocol)
+
+
+def eval_preprocessing(opened: OpenedModel, options: EvalOptions) -> Preprocessing:
+    """Return how images become the model's input: as in `mae-dat evaluate`."""
+    options = options_of_weights(opened, options)
+    return Preprocessing(
+        opened.input_size,
+        options.interpolation or opened.interpolation,
+        crop=options.crop,
+        keep_size=True,
+        protocol=options.protocol,
+    )
+
+
+def evaluated_images(config: FinetuneConfig, opened: OpenedModel, preprocessing: Preprocessing) -> ImageSet:
+    """Open the validation images, with the labels of the model's outputs; a folder without splits, such as
+    ImageNet-A's, is evaluated itself.
+
+    Raises MissingInputError, DataError.
+    """
+    images = open_images_of_model(
+        find_evaluation_images(image_root(config.data.data_path)),
+        with_channels(preprocessing, opened.plan.in_chans),
+        opened.plan.num_classes,
+        opened.classes,
+        on_bad=config.data.on_bad,
+    )
+    warn_of_packed_size(images)
+    return images
 
 
 def present_classes(images: ImageSet) -> list[int]:
@@ -99,7 +131,7 @@ def present_classes(images: ImageSet) -> list[int]:
 
 
 def _accuracy_inputs(
-    config: FinetuneConfig, opened: OpenedModel, images: ImageSet, context: RunContext
+    config: FinetuneConfig, opened: OpenedModel, images: ImageSet, preprocessing: str, context: RunContext
 ) -> InputSummary:
     """Return the summary of what the evaluation of clean accuracy reads. Nothing is written, so it is only logged."""
     data = config.data
@@ -112,7 +144,7 @@ def _accuracy_inputs(
         inputs.add("predicted", f"all {opened.plan.num_classes:,} classes of the model (no --restrict_classes)")
     add_on_bad(inputs, data.on_bad)
     add_opened_models(inputs, [opened])
-    inputs.add("pixels", describe_pixels(opened), describe_resize(EvalTransform(data.image_size)))
+    inputs.add("pixels", describe_pixels(opened), preprocessing)
     add_device(inputs, context, data.num_workers)
     return inputs
 
@@ -122,7 +154,7 @@ def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
     require_color(config.data.in_chans)
     source, model = str(config.run.resume), config.classifier.model
     with run_context(config.run, config.launch, console, training=False) as context:
-        options = EvalOptions(context.device, context.precision, config.data.image_size)
+        options = eval_options(config, context, evaluated_size(read_model_file(source), config))
         network = on_all_ranks(lambda: open_network(source, model, Path(source).stem, options))
         root = image_root(config.data.data_path)
         batch_size = 2 * config.optim.batch_size

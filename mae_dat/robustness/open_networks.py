@@ -21,7 +21,6 @@ from mae_dat.models.adapters import (
     open_transformers_folder,
 )
 from mae_dat.models.classifier import Classifier, pretrained_timm
-from mae_dat.models.mae import VIT_SIZES
 from mae_dat.models.modes import Network, evaluation_mode
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.open import OpenedModel, open_model
@@ -131,17 +130,26 @@ def opened_network(opened: OpenedModel, source: str, name: str, options: EvalOpt
     """Return the network to evaluate from the model that `source` holds. Raises CheckpointError, ConfigError."""
     with errors_name_flag(f"--checkpoint {source}"):
         classifier = opened.classifier()
-    if not opened.facts and opened.plan.name not in VIT_SIZES:
-        options = _with_timm_crop(classifier, options)
     return _classifier_network(
         classifier,
         name=name,
         source=source,
         architecture=opened.plan.name,
-        options=options,
+        options=options_of_weights(opened, options),
         size=opened.input_size,
         file=opened.file,
     )
+
+
+def options_of_weights(opened: OpenedModel, options: EvalOptions) -> EvalOptions:
+    """Return the options with the crop and interpolation that belong to a classifier's weights, where nothing else was
+    requested."""
+    options = replace(
+        options,
+        crop=options.crop or opened.crop_pct,
+        interpolation=options.interpolation or opened.interpolation,
+    )
+    return _with_timm_crop(opened.classifier(), options) if PROTOCOLS[options.protocol].own_crop else options
 
 
 def open_timm(model: str, name: str, options: EvalOptions) -> EvaluatedNetwork:
@@ -216,7 +224,7 @@ def _classifier_network(
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "size": list(options.size or size or timm_settings["input_size"][-2:]),
         "normalization": f"mean {_format_numbers(network.mean)}, std {_format_numbers(network.std)}",
-        "interpolation": options.interpolation or timm_settings["interpolation"],
+        "interpolation": options.interpolation or network.interpolation or timm_settings["interpolation"],
         "precision": options.precision_name,
         "averaged": averaged,
     }
@@ -256,7 +264,9 @@ def open_callable(
                 name=name,
                 source="Python",
                 architecture=type(network.net).__name__,
-                options=_with_timm_crop(network, options) if is_timm else options,
+                options=_with_timm_crop(network, options)
+                if is_timm
+                else replace(options, crop=options.crop or network.crop_pct),
                 size=network.input_size,
                 classes=classes or network.classes,
             )

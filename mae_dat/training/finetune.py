@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,7 @@ from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, eval_loader
-from mae_dat.data.open import (
-    decode_channels,
-    image_root,
-    open_images,
-    open_images_of_model,
-    training_images,
-    with_channels,
-)
+from mae_dat.data.open import decode_channels, image_root, open_images, training_images, with_channels
 from mae_dat.data.transforms import EvalTransform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
 from mae_dat.models.describe import WeightsOrigin, describe_model, timm_origin
@@ -34,6 +28,7 @@ from mae_dat.models.modes import evaluation_mode
 from mae_dat.models.split_norms import auxiliary_norms, main_norms, split_norms
 from mae_dat.models.weights.load import load_pretrained
 from mae_dat.models.weights.read import errors_name_flag, read_model_file
+from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.run_log import RunLog
@@ -54,6 +49,7 @@ from mae_dat.training.export import export_model
 from mae_dat.training.frozen_start import freeze_parts
 from mae_dat.training.galleries import adversary_gallery, galleries_due, show_galleries
 from mae_dat.training.next_commands import after_finetuning, log_next_commands
+from mae_dat.training.normalization import warn_of_normalization
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.classification import Classification
 from mae_dat.training.objectives.consistency import AUGMIX_VIEWS, AugMix, ConsistentDAT
@@ -84,7 +80,7 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
         warn_of_slow_lars(settings.opt, config.optim, context.world.size)
         images.is_balanced = config.loss.sampler == "balanced"
         weights = class_weights(config.loss.class_weights, images, classes)
-        state, origin = build_state(config, classes, context, weights)
+        state, origin = build_state(config, classes, context, weights, validation)
         loader = validation_loader(validation, 2 * config.optim.batch_size, data, context)
         # Evenly spaced, but unlike `evenly_spaced` always six: in a split of fewer images some are taken twice.
         samples = [validation[index * len(validation) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
@@ -130,16 +126,25 @@ def export_classifier(
 
 
 def build_state(
-    config: FinetuneConfig, classes: int, context: RunContext, weights: Tensor | None = None
+    config: FinetuneConfig,
+    classes: int,
+    context: RunContext,
+    weights: Tensor | None = None,
+    validation: ImageSet | None = None,
 ) -> tuple[TrainingState, WeightsOrigin | None]:
     """Build the model with the weights to start from, its average, the objective and the optimizer.
 
-    Also returns where the weights came from, None for random ones. Raises MissingInputError, CheckpointError,
+    Also returns where the weights came from, None for random ones. The normalization of weights with these classes is
+    checked on `validation` images if their file does not record it. Raises MissingInputError, CheckpointError,
     ConfigError.
     """
     settings = config.classifier
     model = build_configured_classifier(settings, config.data, classes, settings.pretrained)
     origin = initialize(model, settings)
+    model.to(context.device)
+    if validation is not None and origin and not origin.normalization_is_known and config.data.in_chans == 3:
+        name = Path(origin.source).name
+        on_main_rank(lambda: warn_of_normalization(name, model, validation, context.device))
     if config.baselines.splits_norms:
         split_norms(model)
     frozen_start = freeze_parts(model, settings)
@@ -225,26 +230,24 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
     return images, validation_images(config.data, images.classes)
 
 
-def validation_images(data: DataConfig, classes: list[str] | None = None, outputs: int | None = None) -> ImageSet:
-    """Open the validation split, without augmentation.
-
-    With `outputs`, the labels are the outputs of a model whose file stores the names `classes`, or None; without,
-    `classes` are those of the training split.
-    """
+def validation_images(data: DataConfig, classes: list[str] | None = None) -> ImageSet:
+    """Open the validation split, without augmentation. `classes` are those of the training split."""
     root = find_split(image_root(data.data_path), "val")
     transform = with_channels(EvalTransform(data.image_size), data.in_chans)
-    if outputs is None:
-        images = open_images(root, transform, classes=classes, on_bad=data.on_bad)
-    else:
-        images = open_images_of_model(root, transform, outputs, classes, on_bad=data.on_bad)
+    images = open_images(root, transform, classes=classes, on_bad=data.on_bad)
     decode_channels(images, data.in_chans)
+    warn_of_packed_size(images)
+    return images
+
+
+def warn_of_packed_size(images: ImageSet) -> None:
+    """Log a warning if validation images were packed at another size."""
     if images.packed_size is not None:
         logger.warning(
             "the accuracies are of the images in %s, shrunk to %d px and stored anew, not of the original ones.",
-            root,
+            images.root,
             images.packed_size,
         )
-    return images
 
 
 def validation_loader(images: ImageSet, batch_size: int, data: DataConfig, context: RunContext) -> ImageLoader:
@@ -347,8 +350,9 @@ def initialize_from(model: Classifier, source: str | Path) -> WeightsOrigin:
     """
     with errors_name_flag("--finetune"):
         file = read_model_file(source)
-        load_pretrained(model, file)
-    return file.origin
+        report = load_pretrained(model, file)
+    is_known = bool(file.facts or file.statistics) or not report.has_head
+    return replace(file.origin, normalization_is_known=is_known)
 
 
 def finetuning_inputs(

@@ -111,3 +111,16 @@ def test_what_cannot_be_measured_is_refused_before_the_training() -> None:
         CompareConfig(limit=0)
     with pytest.raises(ConfigError, match="--limit_corrupted 0"):
         CompareConfig(limit_corrupted=0)
+
+
+def test_the_measurement_follows_a_protocol(config: CompareConfig) -> None:
+    changed = dataclasses.replace(config, protocol="imagenet-c", restrict_classes=True, suite=("clean",))
+    results = compare(changed, Console(quiet=True))
+    assert results is not None
+    rows = read_inputs(Path(config.output_dir) / "inputs.json").rows
+    assert rows["protocol"].startswith("imagenet-c: ")
+    assert "--restrict_classes" in rows["predicted"]
+    for name, facts in results["models"].items():
+        assert facts.get("protocol") == "imagenet-c"
+        preprocessing = results["suites"][name]["clean"]["protocol"]["preprocessing"]
+        assert preprocessing.endswith("resized to cover 36 x 36 (bilinear), center crop 32 x 32")

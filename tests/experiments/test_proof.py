@@ -33,11 +33,14 @@ def test_quick_trains_and_measures_every_arm(tmp_path: Path) -> None:
 
 
 def test_a_data_set_has_a_folder_of_its_name(tmp_path: Path) -> None:
-    config = ProofConfig(data_path=("a/photos", "b/photos", "demo"), output_dir=str(tmp_path))
+    config = ProofConfig(
+        data_path=("a/photos", "b/photos", "demo"), output_dir=str(tmp_path), protocol="dat", restrict_classes=True
+    )
     found = comparisons(config)
     assert list(found) == ["a-photos", "b-photos", "demo"]
     assert [Path(one.output_dir).name for one in found.values()] == list(found)
     assert all(one.seeds == (0, 1, 2) for one in found.values())
+    assert all((one.protocol, one.restrict_classes) == ("dat", True) for one in found.values())
 
 
 def test_data_sets_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:

@@ -3,14 +3,21 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from noise_images import write_images
+from noise_images import noise, write_images
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
 from tiny_runs import verb
 
-from mae_dat.config.errors import CheckpointError, DataError
+from mae_dat.config.errors import CheckpointError, DataError, MissingInputError
 from mae_dat.models.classifier import build_classifier
+from mae_dat.models.weights.open import open_model
 from mae_dat.prediction.predict import predict
 from mae_dat.robustness.evaluate import evaluate
+from mae_dat.robustness.evaluate_run import eval_preprocessing
+from mae_dat.robustness.network import EvalOptions
+from mae_dat.robustness.scores.results import read_results
 from mae_dat.storage.weight_files import read_weights
 
 finetune_main = verb("finetune")
@@ -109,3 +116,59 @@ def test_the_table_of_predictions_names_imagenets_classes(weights: Path, tmp_pat
         str(weights), root / "val", model="vit_demo_patch8", num_workers=0, progress=False, device="cpu"
     )
     assert "tiger beetle" in str(predictions)
+
+
+# ---- folders without splits, and preprocessing ----
+
+
+def test_a_folder_without_splits_is_evaluated_itself(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ImageNet-A (WordNet ids) and ImageNet-V2 (numbers, not sorted as text) are unpacked."""
+    names = ("n01440764", "n02102040", "300", "1", "217", "10")
+    write_images(tmp_path / "a", " ".join(f"{name}/{number}.png" for name in names[:2] for number in range(2)))
+    write_images(tmp_path / "v2", " ".join(f"{name}/{number}.png" for name in names[2:] for number in range(2)))
+    (tmp_path / "a" / "README.txt").write_text("The readme of ImageNet-A.")
+    for folder, accuracy in (("a", "0.00 % top-1, 50.00 % top-5"), ("v2", "25.00 % top-1")):
+        text = evaluate_folder(["--resume", str(weights), "--data_path", str(tmp_path / folder)], capsys)
+        assert f"accuracy {accuracy}" in text
+        assert f"on {tmp_path / folder}" in text
+    evaluation = evaluate(
+        _load(weights), "clean", tmp_path / "v2", partial=True, input_size=64, num_workers=0, progress=False
+    )
+    assert next(iter(evaluation.scores.values())) == 25
+
+
+def test_a_folder_of_folders_is_not_taken_for_classes(weights: Path, tmp_path: Path) -> None:
+    root = write_images(tmp_path / "c", "fog/1/n01440764/0.png fog/2/n01440764/0.png")
+    with pytest.raises(MissingInputError, match="has no folder val"):
+        finetune_main(["--eval", *MODEL, "--resume", str(weights), "--data_path", str(root)])
+
+
+def test_timms_file_is_evaluated_as_timm_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = timm.create_model("test_efficientnet", num_classes=3, pretrained_cfg_overlay={"crop_pct": 0.5})
+    save_for_hf(net, tmp_path / "hub", safe_serialization=True)
+    opened = open_model(tmp_path / "hub")
+    settings = resolve_model_data_config(net)
+    preprocessing = eval_preprocessing(opened, EvalOptions(torch.device("cpu")))
+    image = noise(300, 200)
+    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close((preprocessing(image) - mean) / std, create_transform(**settings)(image))
+    root = folders(tmp_path / "set", "a", "b", "c")
+    given = ["--eval", "--resume", str(tmp_path / "hub"), "--data_path", str(root), "--num_workers", "0"]
+    for protocol, expected in (("native", "320 x 320 (bicubic)"), ("imagenet-c", "182 x 182 (bilinear)")):
+        finetune_main([*given, "--device", "cpu", "--protocol", protocol])
+        text = " ".join(capsys.readouterr().err.split())
+        assert f"resized to cover {expected}, center crop 160 x 160" in text
+
+
+def test_the_protocol_of_released_figures_crops_images_of_the_models_size(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folders(tmp_path / "set", *IDS)
+    given = ["--resume", str(weights), "--data_path", str(root), "--output_dir", str(tmp_path / "out")]
+    text = evaluate_folder([*given, "--protocol", "dat"], capsys)
+    assert "protocol dat: resized to cover 73 x 73 (bicubic), center crop 64 x 64" in text
+    evaluate_folder([*given, "--protocol", "dat", "--suite", "imagenet", "--restrict_classes"], capsys)
+    (facts,) = read_results(tmp_path / "out" / "results.json")["models"].values()
+    assert facts.get("protocol") == "dat"

@@ -11,14 +11,10 @@ import torch
 from evaluated_models import dataset  # noqa: F401
 from torch import Tensor, nn
 
+from mae_dat.attacks.normalization import NORMALIZATIONS, better_normalization
 from mae_dat.models.classifier import Classifier
 from mae_dat.robustness.evaluate import evaluate
-from mae_dat.robustness.input_checks import (
-    NORMALIZATIONS,
-    ProbabilityModel,
-    are_probabilities,
-    better_normalization,
-)
+from mae_dat.robustness.input_checks import ProbabilityModel, are_probabilities
 from mae_dat.robustness.open_networks import open_network
 from mae_dat.storage.weight_files import write_weights
 

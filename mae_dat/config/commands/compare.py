@@ -5,6 +5,7 @@ import dataclasses
 from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DEMO, check_limits, data_root
+from mae_dat.config.protocols import ProtocolName
 from mae_dat.config.variants import NONE, PLAIN, check_finetune_variants, check_pretrainings
 
 
@@ -49,6 +50,10 @@ class CompareConfig(CommandConfig):
     suite: tuple[str, ...] = ()
     """Suites as in `mae-dat evaluate` (default: clean, generated, words-random, words-symbolic, and conflict if it
     exists)."""
+    restrict_classes: bool = False
+    """Measure predictions only among the classes that have images in a suite's folder (default: among all)."""
+    protocol: ProtocolName = "native"
+    """How the measurement resizes and crops images, as in `mae-dat evaluate`: native, imagenet-c, dat or timm."""
     measure: bool = True
     """Measure in float32 after the trainings, and write the report."""
     jobs: int = 1
@@ -139,6 +144,10 @@ class ProofConfig(CommandConfig):
     """Images of each suite, and of each corruption and severity (default: all)."""
     limit_corrupted: int | None = None
     """At most this many images for each corruption and severity, and under each attack (default: as --limit)."""
+    restrict_classes: bool = False
+    """Measure predictions only among the classes that have images in a suite's folder (default: among all)."""
+    protocol: ProtocolName = "native"
+    """How the measurement resizes and crops images, as in `mae-dat evaluate`: native, imagenet-c, dat or timm."""
     jobs: int = 2
     """Trainings at a time, each in its own process with its share of the CPU cores."""
     threads: int | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mae_dat.config.errors import ConfigError, MissingInputError, UserError, suggest
-from mae_dat.data.folders import find_split
+from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.open import holds_shards
 from mae_dat.robustness.suites.base import CONFLICT, GENERATED
 from mae_dat.robustness.suites.catalogue import BENCHMARKS
@@ -72,7 +72,7 @@ def _reasons_to_skip(sources: SuiteSources) -> dict[str, str]:
 
 def _has_validation_split(sources: SuiteSources) -> bool:
     try:
-        split = find_split(sources.settings.root, "val")
+        split = find_evaluation_images(sources.settings.root)
         return bool(folders_in(str(split))) or holds_shards(split)
     except UserError:
         return False

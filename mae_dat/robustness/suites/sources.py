@@ -10,7 +10,7 @@ import torch
 from mae_dat.config.errors import DataError, MissingInputError, UserError
 from mae_dat.config.paths import require_folder
 from mae_dat.data.class_names import INDEXED_NAMES, SORTED_NAMES, STORED_NAMES
-from mae_dat.data.folders import find_split
+from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.open import holds_shards, open_images_of_model
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
 from mae_dat.robustness.suites.base import CLEAN, CONFLICT, SuiteSettings
@@ -98,7 +98,7 @@ class SuiteSources:
 
     def _open_custom_set(self) -> BenchmarkSet:
         """Open val/CLASS of classes other than ImageNet's."""
-        root = find_split(self.settings.root, "val")
+        root = find_evaluation_images(self.settings.root)
         images = open_images_of_model(root, lambda image: torch.zeros(0), self.outputs, self.classes)
         if len(images.classes) != self.outputs:
             raise DataError(f"{root} has {len(images.classes)} classes, but the models have {self.outputs} outputs.")
