@@ -40,6 +40,7 @@ from mae_dat.config.commands.analyze import ANALYZED_VIEWS, MIN_ANALYZED_IMAGES,
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.groups import AugmentConfig
 from mae_dat.config.parse import command_line
+from mae_dat.data.class_names import given_class_names
 from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.image_set import ImageSet
@@ -275,6 +276,12 @@ def _transform(network: EvaluatedNetwork) -> EvalTransform:
     return EvalTransform(network.size, network.facts["interpolation"], network.facts.get("crop"))
 
 
+def _open_images(root: Path, network: EvaluatedNetwork, config: AnalyzeConfig) -> ImageSet:
+    """Open the class folders for a network. Raises UserError."""
+    classes = given_class_names(config.classes, network.outputs, network.name) or network.classes
+    return open_images_of_model(root, _transform(network), network.outputs, classes, order=config.class_order)
+
+
 def analysis_inputs(
     config: AnalyzeConfig, networks: Sequence[EvaluatedNetwork], images: ImageSet, device: torch.device
 ) -> InputSummary:
@@ -304,7 +311,7 @@ def main(config: AnalyzeConfig) -> None:
         options=EvalOptions(device),
     )
     root = find_evaluation_images(image_root(config.data_path))
-    sets = [open_images_of_model(root, _transform(network), network.outputs, network.classes) for network in evaluated]
+    sets = [_open_images(root, network, config) for network in evaluated]
     output = prepare_output_folder(Path(config.output_dir))
     inputs = analysis_inputs(config, evaluated, sets[0], device)
     console.report_inputs(inputs, output / INPUTS_FILE)

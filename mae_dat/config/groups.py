@@ -20,6 +20,8 @@ DEMO = "demo"
 MAX_DEFAULT_WORKERS = 10
 ImageSize = tuple[int, int]
 """Height and width in pixels."""
+ClassOrder = Literal["auto", "text"]
+"""How class folders without known names become outputs: by number, or sorted as text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +334,12 @@ class EvalConfig:
     --limit)."""
     restrict_classes: bool = False
     """With --eval: predict only among the classes that have validation images (default: among all outputs)."""
+    classes: str | None = None
+    """With --eval: text file with the names of the outputs, one on each line, which are those of the class folders
+    (default: the names in the weights file)."""
+    class_order: ClassOrder = "auto"
+    """With --eval: which output a class folder is. auto: by name, WordNet id or number. text: folders sorted as text
+    (0, 1, 10, 2), as torchvision's ImageFolder does, for weights trained with it."""
     protocol: ProtocolName = "native"
     """With --eval: how images are resized and cropped, as in `mae-dat evaluate`. native: as the model's own settings
     say. dat, imagenet-c, timm: as in published evaluations."""

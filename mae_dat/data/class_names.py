@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mae_dat.config.errors import DataError
+from mae_dat.config.errors import ConfigError, DataError, MissingInputError
+from mae_dat.config.groups import ClassOrder
 
 logger = logging.getLogger(__name__)
 
 WORDNET_ID = re.compile(r"n\d{8}")
-STORED_NAMES = "names stored with the model"
+STORED_NAMES, GIVEN_NAMES = "names stored with the model", "names given by --classes"
 BY_WORDNET_ID, BY_NUMBER = "ImageNet's WordNet ids", "folder names as numbers of the outputs"
 SORTED_NAMES, INDEXED_NAMES = "folder names, sorted", "from index.safetensors"
 """Where the names of classes and their order come from."""
+TEXT_SORTED = "folder names, sorted as text (--class_order text)"
 _IMAGENET_HEADS = {
     1000: "imagenet-1k",
     11221: "imagenet-21k-miil",
@@ -46,13 +48,17 @@ def name_outputs(
     outputs: int,
     stored: Sequence[str] | None = None,
     indexed: Sequence[str] | None = None,
+    order: ClassOrder = "auto",
 ) -> OutputNames:
     """Return the name of each of a model's `outputs`, so that the class folders of `root` get the right labels.
 
     `stored` are the names in the model's file, None if it has none; `indexed` those of the class numbers of shards, of
-    which `folders` are present. Raises DataError where the output of a folder
-    is unknown; names that differ only in case, accents, separators or a prefix are reported as such.
+    which `folders` are present. `order` "text" is that of torchvision's ImageFolder, whatever the names are. Raises
+    DataError where the output of a folder is unknown; names that differ only in case, accents, separators or a prefix
+    are reported as such.
     """
+    if order == "text":
+        return _sorted_as_text(root, folders, outputs)
     synsets = imagenet_synsets(outputs)
     by_id = bool(synsets) and set(folders) <= set(synsets)
     if stored is not None and not (by_id and not set(folders) <= set(stored) and _are_english(stored, outputs)):
@@ -73,6 +79,47 @@ def name_outputs(
     raise DataError(_explain_unknown_outputs(root, folders, outputs, bool(synsets)))
 
 
+def _sorted_as_text(root: str | Path, folders: Sequence[str], outputs: int) -> OutputNames:
+    """Return the names in the order of torchvision's ImageFolder: 0, 1, 10, 2. Raises DataError if it is unknown."""
+    if len(folders) == outputs:
+        return OutputNames(sorted(folders), TEXT_SORTED)
+    every = sorted(map(str, range(outputs)))
+    if set(folders) <= set(every):
+        return OutputNames(every, TEXT_SORTED)
+    raise DataError(
+        f"{root} has {len(folders)} class folders ({_first(folders)}) and the model {outputs:,} outputs: --class_order "
+        "text needs all of the folders that the model was trained on. Add them, or give the names of the outputs."
+    )
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Read the names of a model's classes, one a line. Raises MissingInputError, DataError for an empty line, for a
+    name that is there twice, or for no name."""
+    path = Path(path)
+    if not path.is_file():
+        raise MissingInputError(f"--classes: no such file: {path}")
+    try:
+        names = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--classes {path}: is not a text file in UTF-8 ({error}): save it as one.") from error
+    if not names or not all(name.strip() for name in names):
+        raise DataError(f"--classes {path}: give one name a line, without empty lines.")
+    names = [name.strip() for name in names]
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if (before := first.setdefault(name, number)) != number:
+            raise DataError(f"--classes {path}: lines {before} and {number} are both {name!r}: names must differ.")
+    return names
+
+
+def given_class_names(path: str | Path | None, outputs: int, model: str) -> list[str] | None:
+    """Read the names of a model's outputs, None without a file. Raises ConfigError for another number of names."""
+    names = read_class_names(path) if path else None
+    if names is not None and len(names) != outputs:
+        raise ConfigError(f"--classes {path} has {len(names)} names, but {model} has {outputs} outputs.")
+    return names
+
+
 def _explain_unknown_outputs(root: str | Path, folders: Sequence[str], outputs: int, is_imagenet: bool) -> str:
     """Return the message for folders that cannot be assigned to outputs, with what helps."""
     kind = f"ImageNet's {outputs:,} classes, which are named by WordNet ids" if is_imagenet else "other classes"
@@ -82,7 +129,8 @@ def _explain_unknown_outputs(root: str | Path, folders: Sequence[str], outputs: 
     return (
         f"{root} has {len(folders)} class folders ({_first(folders)}), but the model has {outputs:,} outputs and "
         f"stores no class names, so the output of each folder is unknown: it seems to be trained on {kind}. "
-        f"Evaluate a model of these folders' classes{''.join(f', or {fix}' for fix in fixes)}."
+        f"Evaluate a model of these folders' classes{''.join(f', or {fix}' for fix in fixes)}; or give the names of "
+        "the outputs with --classes FILE."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torchvision import transforms
 
 from mae_dat.config.errors import ConfigError, MissingInputError
-from mae_dat.config.groups import DEMO, DataConfig, data_root
+from mae_dat.config.groups import DEMO, ClassOrder, DataConfig, data_root
 from mae_dat.config.paths import require_folder
 from mae_dat.data.class_names import BY_WORDNET_ID, OutputNames, imagenet_synsets, name_outputs
 from mae_dat.data.folders import class_folders, find_split
@@ -84,8 +84,10 @@ def open_images_of_model(
     outputs: int,
     stored: Sequence[str] | None,
     on_bad: str = "fail",
+    order: ClassOrder = "auto",
 ) -> ImageSet:
-    """Open the labelled images of a split for a model with `outputs`, whose file stores the names `stored` or None.
+    """Open the labelled images of a split for a model with `outputs`, whose file stores the names `stored` or None;
+    `order` as in `name_outputs`.
 
     The labels are numbers of the outputs; `classes` has a name for each. Raises what `open_images` raises, and
     DataError where the output of a class folder is unknown.
@@ -93,7 +95,7 @@ def open_images_of_model(
     require_folder(root)
     if holds_shards(root) and not (Path(root) / INDEX_FILE).is_file():
         return open_images(root, transform)  # raises the error
-    named = _name_outputs_for_split(root, outputs, stored)
+    named = _name_outputs_for_split(root, outputs, stored, order)
     images = open_images(root, transform, classes=named.names if named else None, on_bad=on_bad)
     if named:
         images.class_names_from = named.source
@@ -101,12 +103,12 @@ def open_images_of_model(
 
 
 def _name_outputs_for_split(
-    root: str | os.PathLike[str], outputs: int, stored: Sequence[str] | None
+    root: str | os.PathLike[str], outputs: int, stored: Sequence[str] | None, order: ClassOrder
 ) -> OutputNames | None:
     """Return what `name_outputs` does for the class folders of a split or the classes of its shards; None if it has no
     classes."""
     folders, indexed = _present_classes(root)
-    return name_outputs(str(root), folders, outputs, stored, indexed) if folders else None
+    return name_outputs(str(root), folders, outputs, stored, indexed, order) if folders else None
 
 
 def _name_synsets(root: str | os.PathLike[str], outputs: int) -> list[str] | None:

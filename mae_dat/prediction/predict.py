@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mae_dat.config.commands.predict import PredictConfig
-from mae_dat.config.errors import DataError
 from mae_dat.config.flags import expand_home
 from mae_dat.config.signature import check_flag_names, takes_flags
 from mae_dat.config.terminal import print_text
+from mae_dat.data.class_names import read_class_names
 from mae_dat.prediction.predictions import Predictions
 from mae_dat.prediction.results import Collector, Tally
 from mae_dat.prediction.run import PredictionRun, open_run
 from mae_dat.robustness.evaluate import is_timm_name, timm_place
 from mae_dat.runtime.console import console_for_command, console_for_python, format_duration
-from mae_dat.storage.files import require_file
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def main(config: PredictConfig) -> None:
     """Run the command."""
     console, folder, start = console_for_command(), Path(config.output_dir), time.monotonic()
     names = config.probabilities.classes
-    classes = None if names is None else read_class_names(Path(names))
+    classes = None if names is None else read_class_names(names)
     run = open_run(config.checkpoint, list(config.images), classes, config, folder, console)
     first, tally = Collector(run.empty, limit=_SHOWN), Tally()
     run.predict(first.add, tally.add)
@@ -116,11 +115,3 @@ def _summary(tally: Tally, run: PredictionRun) -> str:
 
 def _count(number: int, one: str, more: str) -> str:
     return f"{number:,} {one if number == 1 else more}"
-
-
-def read_class_names(path: Path) -> list[str]:
-    """Read the names of the classes, one a line. Raises MissingInputError, DataError for an empty line or none."""
-    names = require_file(path, "--classes").read_text(encoding="utf-8").splitlines()
-    if not names or not all(name.strip() for name in names):
-        raise DataError(f"--classes {path}: give one name a line, without empty lines.")
-    return names

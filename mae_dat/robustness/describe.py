@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 
+from mae_dat.data.class_names import GIVEN_NAMES, STORED_NAMES
 from mae_dat.data.decode import describe_decoding
 from mae_dat.data.describe import describe_classes, describe_ignored, describe_root, describe_size
 from mae_dat.data.loader import worker_count
@@ -31,7 +32,7 @@ def evaluation_inputs(plan: EvaluationPlan, setup: EvaluationSetup) -> InputSumm
     inputs.add("subset", *_by_suite((run.suite.name, run.suite.protocol["subset"]) for run in plan.runs))
     inputs.add("not run", *_describe_skipped(plan.skipped))
     images = plan.runs[0].suite.passes[0].images
-    inputs.add("classes", _describe_class_mapping(images, plan.networks))
+    inputs.add("classes", _describe_class_mapping(images, plan))
     inputs.add("decoding", describe_decoding())
     ignored_files = [opened.ignored_files for opened in plan.sources.opened_sets]
     inputs.add("left out", describe_ignored(ignored_files, settings.root))
@@ -79,15 +80,16 @@ def _describe_skipped(skipped: dict[str, str]) -> list[str]:
     return lines
 
 
-def _describe_class_mapping(images: BenchmarkSet, networks: Sequence[EvaluatedNetwork]) -> str:
+def _describe_class_mapping(images: BenchmarkSet, plan: EvaluationPlan) -> str:
     """Return the classes of the first suite with their numbers, and how outputs are assigned to them."""
     mapping = images.class_mapping
-    if mapping.name != OWN_CLASSES:
-        assigned = mapping.name
-    elif any(network.classes for network in networks):
-        assigned = "names stored with the model"
+    if plan.sources.settings.classes:
+        source = GIVEN_NAMES
+    elif any(network.classes for network in plan.networks):
+        source = STORED_NAMES
     else:
-        assigned = f"{mapping.name}, sorted by name"
+        source = f"{OWN_CLASSES}, sorted by name"
+    assigned = mapping.name.replace(OWN_CLASSES, source)
     return f"{describe_classes(mapping.classes)} ({assigned})"
 
 

@@ -1,5 +1,6 @@
 """Evaluate models from Python: `mae_dat.evaluate`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mae_dat.config.flags import expand_home, flat_values
 from mae_dat.config.groups import image_size
 from mae_dat.config.requirements import read_requirements
 from mae_dat.config.signature import check_flag_names, takes_flags
+from mae_dat.data.class_names import read_class_names
 from mae_dat.models.adapters import is_transformers_model
 from mae_dat.robustness.evaluation import run_evaluation
 from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
@@ -38,7 +40,7 @@ from mae_dat.runtime.world import World
 from mae_dat.storage.files import prepare_output_folder
 from mae_dat.storage.released import released_weights
 
-_LEFT_OUT = ("checkpoint", "model", "pretrained", "names", "hang_minutes")
+_LEFT_OUT = ("checkpoint", "model", "pretrained", "names", "classes", "hang_minutes")
 
 
 @takes_flags(EvaluateConfig, _LEFT_OUT)
@@ -49,7 +51,7 @@ def evaluate(
     *,
     suites: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | str | Path | None = None,
     progress: bool = True,
     **flags: Any,
 ) -> Evaluation:
@@ -71,7 +73,8 @@ def evaluate(
             (GROUP/CLASS/*, CLASS/*, CORRUPTION/SEVERITY/CLASS/*) or CSV file (file, class, group).
         output_dir: folder for results.json and the report. To resume an interrupted call, repeat it. By default
             nothing is written.
-        classes: names of the outputs in order, for models that do not record them.
+        classes: names of the outputs in order, in place of those that the models record: a sequence, or a text file
+            with one on each line.
         progress: whether to show a progress bar and the log.
         flags: the other flags of `mae-dat evaluate`, listed below.
 
@@ -107,7 +110,7 @@ def evaluate(
 def _evaluate_from_config(
     config: EvaluateConfig,
     models: Any,
-    classes: Sequence[str] | None,
+    classes: Sequence[str] | str | Path | None,
     shifts: Sequence[Shift],
     folder: Path | None,
     *,
@@ -116,10 +119,12 @@ def _evaluate_from_config(
     """Measure the models, then judge the requirements. Raises UserError."""
     requirements = read_requirements(config.require) if config.require else None
     options = evaluation_options(config)
-    networks = baseline_first(open_models(models, options, classes), config.baseline)
+    names = read_class_names(classes) if isinstance(classes, str | Path) else classes
+    networks = baseline_first(open_models(models, options, names), config.baseline)
     with console_for_python(progress) as console:
         setup = _setup_in_python(options, folder, console, config, _describe_call(networks, config))
         settings = suite_settings(config.suites, options.device, config.batch_size, shifts)
+        settings = dataclasses.replace(settings, classes=tuple(names) if names else None)
         results = run_evaluation(networks, settings, config.suites.suite, setup, config.title)
     if requirements:
         places = (folder / "results.json", folder) if folder and setup.world.main else (None, None)

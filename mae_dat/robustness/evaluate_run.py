@@ -10,6 +10,7 @@ from torch import nn
 from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.groups import DataConfig, ImageSize, RunConfig
 from mae_dat.config.runs import FinetuneConfig
+from mae_dat.data.class_names import GIVEN_NAMES, STORED_NAMES, given_class_names, read_class_names
 from mae_dat.data.describe import add_images
 from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.image_set import ImageSet
@@ -118,9 +119,12 @@ def evaluated_images(config: FinetuneConfig, opened: OpenedModel, preprocessing:
         find_evaluation_images(image_root(config.data.data_path)),
         with_channels(preprocessing, opened.plan.in_chans),
         opened.plan.num_classes,
-        opened.classes,
+        given_class_names(config.evaluation.classes, opened.plan.num_classes, opened.title) or opened.classes,
         on_bad=config.data.on_bad,
+        order=config.evaluation.class_order,
     )
+    if config.evaluation.classes and images.class_names_from == STORED_NAMES:
+        images.class_names_from = GIVEN_NAMES
     warn_of_packed_size(images)
     return images
 
@@ -162,6 +166,8 @@ def _report_on_suites(config: FinetuneConfig, console: Console) -> None:
             root,
             partial=True,  # as for the accuracy alone; the rows are marked
             restrict_classes=config.evaluation.restrict_classes,
+            classes=tuple(read_class_names(config.evaluation.classes)) if config.evaluation.classes else None,
+            class_order=config.evaluation.class_order,
             limit=config.evaluation.limit,
             limit_corrupted=config.evaluation.limit_corrupted,
             seed=config.run.seed,

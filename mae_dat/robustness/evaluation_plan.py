@@ -80,6 +80,8 @@ def open_evaluation_plan(
     A suite that cannot be built at a network's size is skipped if `all` was requested. Raises UserError for whatever is
     wrong with the images, the networks, or the two together.
     """
+    if settings.classes:
+        networks = [dataclasses.replace(network, classes=settings.classes) for network in networks]
     _require_same_classes(networks)
     classes = next((network.classes for network in networks if network.classes), None)
     sources = SuiteSources(settings, networks[0].outputs, classes)

@@ -11,6 +11,7 @@ import torch
 from mae_dat.config.commands.evaluate import SuiteConfig
 from mae_dat.config.errors import ConfigError
 from mae_dat.config.groups import DATA_VARIABLE
+from mae_dat.data.class_names import read_class_names
 from mae_dat.data.open import image_root
 from mae_dat.robustness.cache import MeasurementCache
 from mae_dat.robustness.network import EvalOptions
@@ -71,6 +72,8 @@ def suite_settings(
         root=root,
         partial=config.partial,
         restrict_classes=config.restrict_classes,
+        classes=tuple(read_class_names(config.classes)) if config.classes else None,
+        class_order=config.class_order,
         subset=Path(config.subset) if config.subset else None,
         limit=config.limit,
         limit_corrupted=config.limit_corrupted,

@@ -4,7 +4,7 @@ import dataclasses
 
 from mae_dat.config.command_config import CommandConfig
 from mae_dat.config.errors import ConfigError, suggest
-from mae_dat.config.groups import default_num_workers
+from mae_dat.config.groups import ClassOrder, default_num_workers
 
 ANALYZED_VIEWS = (
     "reconstruction", "random", "released", "symbolic", "pixel", "pixel_length", "noise_length", "pixel_decoded",
@@ -36,6 +36,10 @@ class AnalyzeConfig(CommandConfig):
     """Titles of the models in the report (default: names of the folders or files)."""
     data_path: str | None = None
     """Folder with val/CLASS/*, or `demo` for generated images (default: $MAE_DAT_DATA)."""
+    classes: str | None = None
+    """Text file with the names of the models' outputs, one on each line (default: the names in the files)."""
+    class_order: ClassOrder = "auto"
+    """Which output a class folder is, as in `mae-dat evaluate`."""
     output_dir: str = "output/analysis"
     """Folder for analysis.json, analysis.html and figures/*.png."""
     limit: int | None = 256

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from mae_dat.config.command_config import CommandConfig
-from mae_dat.config.groups import default_num_workers
+from mae_dat.config.groups import ClassOrder, default_num_workers
 from mae_dat.config.protocols import ProtocolName, check_protocol
 
 
@@ -32,6 +32,12 @@ class SuiteConfig:
     restrict_classes: bool = False
     """Predict only among the classes that have images in a suite's folder (default: among all outputs of the model, or
     the classes that a benchmark prescribes)."""
+    classes: str | None = None
+    """Text file with the names of the models' outputs, one on each line, which are those of the class folders: for
+    ONNX files and weights without names (default: the names in the files)."""
+    class_order: ClassOrder = "auto"
+    """Which output a class folder is. auto: by name, WordNet id or number. text: folders sorted as text (0, 1, 10, 2),
+    as torchvision's ImageFolder does, for weights trained with it."""
     subset: str | None = None
     """RobustBench's imagenet_test_image_ids.txt: measure only these 5,000 images of ImageNet and ImageNet-C."""
     limit: int | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mae_dat.config.errors import ConfigError, listing
-from mae_dat.config.groups import ImageSize, check_limits
+from mae_dat.config.groups import ClassOrder, ImageSize, check_limits
 from mae_dat.config.protocols import ProtocolName
 from mae_dat.data.decode import decoding_settings
 from mae_dat.data.file_facts import FileState
@@ -145,6 +145,10 @@ class SuiteSettings:
     """Accept incomplete folders; their rows are marked."""
     restrict_classes: bool = False
     """Predict among the classes that have images in a suite's folder, instead of all outputs."""
+    classes: tuple[str, ...] | None = None
+    """The names of the outputs, in place of those stored with the networks."""
+    class_order: ClassOrder = "auto"
+    """How class folders without known names become outputs."""
     subset: Path | None = None
     """RobustBench's list of 5,000 images, for ImageNet and ImageNet-C."""
     limit: int | None = None

@@ -49,7 +49,7 @@ def _reasons_to_skip(sources: SuiteSources) -> dict[str, str]:
     root, outputs = sources.settings.root, sources.outputs
     reasons = {location.benchmark.name: location.reason for location in inventory(root) if location.folder is None}
     for name, benchmark in BENCHMARKS.items():
-        if outputs != benchmark.outputs:
+        if not sources.covers(name):
             needed = "ImageNet's 1000" if benchmark.outputs == len(SYNSETS) else f"its {benchmark.outputs}"
             reasons[name] = f"the networks have {outputs} outputs, not {needed}"
     if sources.clean_suite == "imagenet":

@@ -133,6 +133,23 @@ def _imagenet_subset(name: str, classes: Sequence[int]) -> ClassMapping:
     return ClassMapping(name, SYNSETS, used, used)
 
 
+def mapping_of_outputs(mapping: ClassMapping, names: Sequence[str]) -> ClassMapping:
+    """Return a mapping from ImageNet's logits as one from the K outputs of a network with some of ImageNet's classes,
+    whose WordNet ids are `names`."""
+    number = {synset: i for i, synset in enumerate(SYNSETS)}
+    imagenet_class = torch.tensor([number[name] for name in names])
+    class_of = torch.full((len(SYNSETS),), NO_CLASS)
+    class_of[mapping.used_logits] = mapping.class_of_logit
+    used = torch.isin(imagenet_class, mapping.used_logits).nonzero().flatten()
+    return replace(
+        mapping,
+        name=f"{mapping.name}, {len(names)} outputs by WordNet id",
+        used_logits=used,
+        class_of_logit=class_of[imagenet_class[used]],
+        outputs=len(names),
+    )
+
+
 ALL_CLASSES = _imagenet_subset("1000 classes", range(len(SYNSETS)))
 CLASSES_OF_A = _imagenet_subset("200 classes of ImageNet-A", IMAGENET_A)
 CLASSES_OF_R = _imagenet_subset("200 classes of ImageNet-R", IMAGENET_R)

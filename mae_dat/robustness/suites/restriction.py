@@ -3,14 +3,15 @@
 Without the restriction a model predicts among all of its outputs, or among the list that a benchmark prescribes.
 """
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mae_dat.config.errors import DataError
 from mae_dat.models.modes import Network
+from mae_dat.robustness.suites.imagenet import mapping_of_outputs
 from mae_dat.robustness.suites.sets import BenchmarkSet
 
 _NEVER = -1e4  # the logit of a class that is not predicted: finite, so that losses and their gradients stay finite
@@ -30,16 +31,33 @@ def restrict_to_present(sets: Sequence[BenchmarkSet]) -> list[BenchmarkSet]:
         if keep.all():
             restricted.append(images)
             continue
-        other = copy.copy(images)
-        other.class_mapping = dataclasses.replace(
+        mapping = dataclasses.replace(
             mapping,
             name=f"{mapping.name}, restricted to the {len(present)} classes of the folder",
             used_logits=mapping.used_logits[keep],
             class_of_logit=mapping.class_of_logit[keep],
         )
-        other.protocol = {**images.protocol, "reading": other.class_mapping.name}
-        restricted.append(other)
+        restricted.append(images.with_mapping(mapping))
     return restricted
+
+
+def for_outputs(sets: Sequence[BenchmarkSet], names: Sequence[str]) -> list[BenchmarkSet]:
+    """Return the cells of a suite for a network with some of ImageNet's classes, whose WordNet ids are `names`.
+
+    Raises DataError if a cell has images of a class that the network does not have.
+    """
+    adapted = []
+    for images in sets:
+        mapping = mapping_of_outputs(images.class_mapping, names)
+        labels = images.targets[images.targets >= 0].unique()
+        if len(lacking := labels[~torch.isin(labels, mapping.class_of_logit)]):
+            shown = ", ".join(mapping.classes[label] for label in lacking[:3].tolist())
+            raise DataError(
+                f"{images.root}: has images of {len(lacking)} classes that the model's {len(names)} outputs lack "
+                f"({shown}): evaluate it on a folder of its classes, with --partial"
+            )
+        adapted.append(images.with_mapping(mapping))
+    return adapted
 
 
 class RestrictedNetwork(nn.Module):

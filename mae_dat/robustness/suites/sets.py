@@ -166,6 +166,13 @@ class BenchmarkSet(ImageSet):
         other.protocol = {**self.protocol, "preprocessing": str(preprocessing)}
         return other
 
+    def with_mapping(self, class_mapping: ClassMapping) -> "BenchmarkSet":
+        """Return the same images with another way from logits to predictions."""
+        other = copy.copy(self)
+        other.class_mapping = class_mapping
+        other.protocol = {**self.protocol, "reading": class_mapping.name}
+        return other
+
     def named(self, name: str) -> "BenchmarkSet":
         """Return the same images as a cell of another suite, for messages."""
         other = copy.copy(self)
@@ -214,8 +221,9 @@ class CustomSet(BenchmarkSet):
     def fingerprint(self) -> str:
         """Return the hash of the image set's fingerprint, the selected images, and the bytes of some of them."""
         selected = "".join(f"{index}\0" for index, _ in self.listing)
-        # The fingerprint of shards already covers the bytes of all images.
-        samples = self._sampled_hashes() if isinstance(self.images, ImageFolder) else b""
+        # The fingerprint of shards covers the bytes of all images, but not the labels by names of a model's outputs.
+        is_folder = isinstance(self.images, ImageFolder)
+        samples = self._sampled_hashes() if is_folder else self.targets.numpy().tobytes()
         return hashlib.sha256((self.images.fingerprint() + selected).encode() + samples).hexdigest()
 
 

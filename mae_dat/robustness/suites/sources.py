@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from mae_dat.config.errors import DataError, MissingInputError, UserError
+from mae_dat.config.errors import ConfigError, DataError, MissingInputError, UserError
 from mae_dat.config.paths import require_folder
-from mae_dat.data.class_names import INDEXED_NAMES, SORTED_NAMES, STORED_NAMES
+from mae_dat.data.class_names import GIVEN_NAMES, INDEXED_NAMES, SORTED_NAMES, STORED_NAMES
 from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.open import holds_shards, open_images_of_model
 from mae_dat.models.tokenizer import VisualTokenizer, load_tokenizer, tokenizer_path
@@ -20,7 +20,7 @@ from mae_dat.robustness.suites.imagenet import SYNSETS, ClassMapping, check_clas
 from mae_dat.robustness.suites.inventory import find_benchmark
 from mae_dat.robustness.suites.labels import read_conflicts, read_subset
 from mae_dat.robustness.suites.preprocessing import Preprocessing
-from mae_dat.robustness.suites.restriction import restrict_to_present
+from mae_dat.robustness.suites.restriction import for_outputs, restrict_to_present
 from mae_dat.robustness.suites.sets import PARTIAL_ADVICE, BenchmarkSet, Cell, CustomSet, open_benchmark
 from mae_dat.robustness.suites.shifts import open_shift
 from mae_dat.robustness.suites.small_sets import open_small
@@ -40,7 +40,9 @@ class SuiteSources:
 
     def __init__(self, settings: SuiteSettings, outputs: int, classes: Sequence[str] | None = None) -> None:
         require_folder(settings.root)
-        self.settings, self.outputs, self.classes = settings, outputs, classes
+        self.settings, self.outputs, self.classes = settings, outputs, settings.classes or classes
+        if self.classes is not None and len(self.classes) != outputs:
+            raise ConfigError(f"--classes has {len(self.classes)} names, but the models have {outputs} outputs.")
         self.subset = read_subset(settings.subset) if settings.subset else None
         self._sets: dict[str, list[BenchmarkSet]] = {}
         self._shift_cells: dict[str, list[str]] = {}
@@ -84,22 +86,48 @@ class SuiteSources:
         sets = self.image_sets(name)
         return sets if limit is None else [images.limited(limit, settings.seed) for images in sets]
 
+    def synsets_of_outputs(self, name: str) -> tuple[str, ...] | None:
+        """Return the WordNet ids of the outputs of networks with some of ImageNet's classes: their names, or, without
+        names, the classes of the benchmark `name` if it has as many. None for other networks."""
+        if self.outputs == len(SYNSETS):
+            return None
+        labels = BENCHMARKS[name].labels.values()
+        if self.classes is None and len(labels) == self.outputs:
+            return tuple(SYNSETS[label] for label in sorted(labels))
+        names = tuple(self.classes or ())
+        return names if names and set(names) <= set(SYNSETS) else None
+
+    def covers(self, name: str) -> bool:
+        """Return whether the networks are known to have all classes of a benchmark."""
+        benchmark = BENCHMARKS[name]
+        if self.outputs == benchmark.outputs or benchmark.outputs != len(SYNSETS):
+            return self.outputs == benchmark.outputs
+        is_listed = benchmark.label_source in ("folder", "real") and not benchmark.class_mapping.mean_probability
+        known = {*(self.classes or ())}
+        return is_listed and known >= {SYNSETS[label] for label in benchmark.labels.values()}
+
     def _open_benchmark(self, name: str) -> list[BenchmarkSet]:
         root = self.settings.root
-        if BENCHMARKS[name].outputs == len(SYNSETS):
+        is_imagenets = BENCHMARKS[name].outputs == len(SYNSETS)
+        names = self.synsets_of_outputs(name) if is_imagenets else None
+        if is_imagenets and names is None:
             check_classes(self.classes, self.outputs)
         folder = find_benchmark(root, name)
         if folder is None:
             raise MissingInputError(f"{root} has no folder {BENCHMARKS[name].folder_names[0]}, in any spelling.")
-        if BENCHMARKS[name].outputs != len(SYNSETS):
+        if not is_imagenets:
             return open_small(BENCHMARKS[name], folder, self.outputs, self.classes, self.settings.partial)
         subset = self.subset if name in SUBSET_SUITES else None
-        return open_benchmark(name, folder, ANY_INPUT, partial=self.settings.partial, subset=subset)
+        sets = open_benchmark(name, folder, ANY_INPUT, partial=self.settings.partial, subset=subset)
+        return sets if names is None else for_outputs(sets, names)
 
     def _open_custom_set(self) -> BenchmarkSet:
         """Open val/CLASS of classes other than ImageNet's."""
         root = find_evaluation_images(self.settings.root)
-        images = open_images_of_model(root, lambda image: torch.zeros(0), self.outputs, self.classes)
+        order = self.settings.class_order
+        images = open_images_of_model(root, lambda image: torch.zeros(0), self.outputs, self.classes, order=order)
+        if self.settings.classes and images.class_names_from == STORED_NAMES:
+            images.class_names_from = GIVEN_NAMES
         if len(images.classes) != self.outputs:
             raise DataError(f"{root} has {len(images.classes)} classes, but the models have {self.outputs} outputs.")
         present = {images.label(index) for index in range(len(images))}
@@ -108,7 +136,7 @@ class SuiteSources:
         if absent and not self.settings.partial:
             raise DataError(f"{root} has {missing}; {PARTIAL_ADVICE}.")
         every = torch.arange(self.outputs)
-        by_name_or_order = images.class_names_from in (STORED_NAMES, SORTED_NAMES, INDEXED_NAMES)
+        by_name_or_order = images.class_names_from in (STORED_NAMES, GIVEN_NAMES, SORTED_NAMES, INDEXED_NAMES)
         reading = OWN_CLASSES if by_name_or_order else images.class_names_from
         mapping = ClassMapping(reading, tuple(images.classes), every, every, outputs=self.outputs)
         custom = CustomSet(Cell(CLEAN), images, mapping, Preprocessing(ANY_INPUT, keep_size=True))
