@@ -83,15 +83,15 @@ def _compare_one(new: MetricValue, old: MetricValue) -> Comparison | None:
 
 def _compare_several(pairs: Sequence[tuple[MetricValue, MetricValue]]) -> Comparison | None:
     """Compare pairs of equal seeds; without predictions for each image, with the least variance between images that
-    the differences allow."""
+    the differences allow, and without counts not at all."""
     gaps = [new.value - old.value for new, old in pairs]
     scores = [(new.scores, old.scores) for new, old in pairs if new.scores and old.scores]
     if len(scores) == len(pairs):
         return compare_seeds(gaps, scores)
     between_seeds = (statistics.variance(gaps) / len(gaps), len(gaps) - 1)
     first = pairs[0][0]
-    if not first.images:
-        return student_comparison(statistics.fmean(gaps), between_seeds)
+    if not first.images:  # calibration errors and mCEs of the first group: the scatter between images is unknown
+        return None
     most = sum(abs(term.weight) for term in first.terms)
     share = min(1.0, abs(statistics.fmean(gaps)) / most)
     # All seeds differ on the same images, by all of their versions; and two pseudo-images as in `paired`.

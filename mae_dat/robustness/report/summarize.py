@@ -39,6 +39,7 @@ from mae_dat.robustness.scores.results import (
     SuiteFacts,
     TrainingFacts,
     VersionedCells,
+    known_calibration,
 )
 
 MAX_COLUMNS = 4
@@ -145,7 +146,8 @@ def summarize(results: Results) -> ReportData:
     results = _with_current_words(results)
     groups = groups_of(results)
     measurements = measurements_of(results, groups)
-    metrics = metrics_of(measurements, results["calibration"], results["checks"])
+    calibration = known_calibration(results)
+    metrics = metrics_of(measurements, calibration, results["checks"])
     columns = columns_of(metrics, measurements)
     differences = decide(_differences(dict.fromkeys([*metrics, *columns.values()]), groups))
     best = {metric: best_group(metric, groups, differences) for metric in metrics}
@@ -174,7 +176,7 @@ def summarize(results: Results) -> ReportData:
         classes=results.get("classes", {}),
         paired=results.get("paired", {}),
         collapsed=results.get("collapsed", {}),
-        calibration=results["calibration"],
+        calibration=calibration,
         checks=results["checks"],
         agreement=results.get("agreement", {}),
         examples=results["examples"],

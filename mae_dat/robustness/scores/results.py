@@ -201,6 +201,22 @@ class Results(TypedDict):
     """The rows of the summary that was logged before the start: label -> text."""
 
 
+def known_calibration(results: Results) -> CalibrationScores:
+    """Return the calibration scores without those that may be wrong.
+
+    Releases that recorded no predictions for each image took the probabilities of ONNX files and callables for logits.
+    """
+    images = results.get("images", {})
+    return {
+        model: {
+            suite: scores
+            for suite, scores in suites.items()
+            if suite in images.get(model, {}) or results["models"][model]["normalization"] != "inside"
+        }
+        for model, suites in results["calibration"].items()
+    }
+
+
 def all_versions(measured_under: Sequence[VersionedCells]) -> dict[str, str]:
     """Return all versions of each package that cells were measured under, and a note if some cells have none."""
     versions = [entry["versions"] for entry in measured_under]
