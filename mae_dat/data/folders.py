@@ -113,13 +113,14 @@ def find_evaluation_images(root: str | os.PathLike[str]) -> Path:
 
 
 def holds_classes(root: str | os.PathLike[str]) -> bool:
-    """Return whether a folder has class folders, all of which contain images themselves or are empty."""
-    contents = [visible_entries(entry.path) for entry in visible_entries(str(root)) if _is_folder(entry)]
-    with_images = [any(is_image_name(entry.name) for entry in entries) for entries in contents]
-    only_folders = [any(map(_is_folder, entries)) for entries in contents]
-    return any(with_images) and not any(
-        inner and not images for inner, images in zip(only_folders, with_images, strict=True)
-    )
+    """Return whether a folder has class folders, all of which contain images themselves or are empty, and no images
+    beside them."""
+    entries = visible_entries(str(root))
+    folders = [visible_entries(entry.path) for entry in entries if _is_folder(entry)]
+    with_images = [any(is_image_name(entry.name) for entry in folder) for folder in folders]
+    with_folders = [any(map(_is_folder, folder)) for folder in folders]
+    are_classes = all(images or not inner for images, inner in zip(with_images, with_folders, strict=True))
+    return any(with_images) and are_classes and not any(is_image_name(entry.name) for entry in entries)
 
 
 def split_folders(root: str | os.PathLike[str], names: Sequence[str]) -> list[str]:

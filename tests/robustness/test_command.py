@@ -755,7 +755,9 @@ def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) 
 def test_folders_of_ones_own_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> None:
     network, classes = Linear(), sorted(path.name for path in (dataset / "val").iterdir())
     root = Path(shutil.copytree(dataset, tmp_path / "data"))
-    for level in (root / "val", root / "val" / classes[0], tmp_path):
+    of_splits = evaluate(network, "clean", root, input_size=32)["cells"]
+    assert evaluate(network, "clean", root / "val", input_size=32)["cells"] == of_splits
+    for level in (root / "val" / classes[0], tmp_path):
         with pytest.raises(MissingInputError, match=rf"no val/CLASS: did you mean {root}\?"):
             evaluate(network, "all", level, input_size=32)
     with pytest.raises(ConfigError, match="--suite is empty"):
