@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError
+from mae_dat.config.flags import expand_home
 from mae_dat.config.groups import ClassOrder
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _sorted_as_text(root: str | Path, folders: Sequence[str], outputs: int) -> O
 def read_class_names(path: str | Path) -> list[str]:
     """Read the names of a model's classes, one a line. Raises MissingInputError, DataError for an empty line, for a
     name that is there twice, or for no name."""
-    path = Path(path)
+    path = Path(expand_home(path))
     if not path.is_file():
         raise MissingInputError(f"--classes: no such file: {path}")
     try:
