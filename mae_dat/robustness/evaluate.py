@@ -73,8 +73,7 @@ def evaluate(
             (GROUP/CLASS/*, CLASS/*, CORRUPTION/SEVERITY/CLASS/*) or CSV file (file, class, group).
         output_dir: folder for results.json and the report. To resume an interrupted call, repeat it. By default
             nothing is written.
-        classes: names of the outputs in order, in place of those that the models record: a sequence, or a text file
-            with one on each line.
+        classes: names of the outputs in order, or a text file of them, in place of those that the models record.
         progress: whether to show a progress bar and the log.
         flags: the other flags of `mae-dat evaluate`, listed below.
 
