@@ -3,6 +3,9 @@
 For generated images and the shipped classifier, every word at some places drawn at random is tried, which gives the
 largest rise of the loss that one change can reach. Prints the share of it that the first-order choice reaches, and that
 of the choice among N candidates whose loss was computed, with the time of a choice.
+
+All changes of a whole image are too many to try. With `--whole N` every place may change, and the largest rise is that
+of the N best estimates and of N random changes; the true one may be larger, so that the shares are upper bounds.
 """
 
 import argparse
@@ -25,6 +28,7 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=16)
     parser.add_argument("--rescore", type=int, nargs="+", default=[0, 10, 30, 100])
     parser.add_argument("--words_per_place", type=int, nargs="+", default=[symbolic.WORDS_PER_PLACE])
+    parser.add_argument("--whole", type=int, default=0)
     arguments = parser.parse_args()
     model, tokenizer = load_model("mae_dat_demo"), load_tokenizer()
     pixels = [torch.from_numpy(draw_image(0, "val", number).image) for number in range(arguments.images)]
@@ -36,12 +40,21 @@ def main() -> None:
     free = torch.zeros_like(words, dtype=torch.bool).flatten(1).scatter(1, places, True).view_as(words)
     loss_fn = LossPerImage(lambda view: F.cross_entropy(model(view), target, reduction="none"))
     start = loss_fn.each(tokenizer.decode(words))
-    best = start.clone()
-    for place in places.T[..., None]:
-        for word in range(len(tokenizer.codebook)):
-            changed = words.flatten(1).scatter(1, place, word).view_as(words)
-            best = best.maximum(loss_fn.each(tokenizer.decode(changed)))
-    print(f"{len(images)} images; the best of {arguments.places * len(tokenizer.codebook):,} single changes:")
+    if arguments.whole:
+        free = torch.ones_like(free)
+        tried = symbolic.change_words(words, free, loss_fn, tokenizer, 1, rescore=arguments.whole)
+        best = start.maximum(loss_fn.each(tokenizer.decode(tried)))
+        sizes = torch.tensor([words[0].numel(), len(tokenizer.codebook)])
+        changes = (torch.rand(arguments.whole, 2) * sizes).long()
+        print(f"{len(images)} whole images; the best of {2 * arguments.whole:,} single changes:")
+    else:
+        best = start.clone()
+        changes = torch.cartesian_prod(torch.arange(arguments.places), torch.arange(len(tokenizer.codebook)))
+        print(f"{len(images)} images; the best of {len(changes):,} single changes:")
+    for number, word in changes.tolist():
+        place = torch.full((len(words), 1), number) if arguments.whole else places[:, number : number + 1]
+        changed = words.flatten(1).scatter(1, place, word).view_as(words)
+        best = best.maximum(loss_fn.each(tokenizer.decode(changed)))
     for per_place in arguments.words_per_place:
         symbolic.WORDS_PER_PLACE = per_place
         for rescore in arguments.rescore:

@@ -13,8 +13,9 @@ from mae_dat.robustness.counting import SuiteCounts
 from mae_dat.robustness.evaluation_plan import EvaluationPlan, SuiteRun
 from mae_dat.robustness.measure import PassSampler, Progress, measure_passes
 from mae_dat.robustness.setup import EvaluationSetup
+from mae_dat.robustness.suites.attacks import EXACT_LOSSES
 from mae_dat.robustness.suites.base import ImagePass, Suite
-from mae_dat.robustness.suites.specs import AGREEMENT, suite_spec
+from mae_dat.robustness.suites.specs import AGREEMENT, PASSES_OF_EXACT_LOSS, suite_spec
 from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.console import Task
 
@@ -48,6 +49,7 @@ def _forward_passes(runs: Sequence[SuiteRun]) -> float:
     for run in runs:
         name = run.suite.name
         per_image = AGREEMENT_FORWARD_PASSES if name == AGREEMENT else suite_spec(name).forward_passes
+        per_image += PASSES_OF_EXACT_LOSS * int(run.suite.extra_protocol.get(EXACT_LOSSES) or 0)
         total += sum(per_image * len(image_pass.images) for image_pass in run.suite.passes)
     return float(total)
 

@@ -22,6 +22,8 @@ from mae_dat.models.weights.named_models import load_model
 from mae_dat.robustness.evaluate import evaluate
 from mae_dat.robustness.scores.results import read_results
 from mae_dat.robustness.suites.base import SuiteSettings
+from mae_dat.robustness.suites.choose import choose_suites
+from mae_dat.robustness.suites.sources import SuiteSources
 
 QUIET: dict[str, Any] = {"progress": False, "num_workers": 0, "precision": "fp32", "device": "cpu"}
 
@@ -233,3 +235,13 @@ def test_an_unknown_flag_raises_an_error_with_a_suggestion(dataset: Path) -> Non
 def test_without_progress_nothing_is_printed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     evaluate(build_classifier("vit_demo_patch8", 10, 32), "clean", dataset, **QUIET)
     assert capsys.readouterr() == ("", "")
+
+
+def test_all_includes_the_symbolic_adversary_only_without_exact_losses(
+    dataset: Path,  # noqa: F811
+) -> None:
+    for rescore in (0, 100):
+        chosen, skipped = choose_suites(("all",), SuiteSources(SuiteSettings(dataset, rescore=rescore), 10))
+        assert ("words-symbolic" in chosen) == (rescore == 0)
+    assert skipped["words-symbolic"].startswith("takes up to 1,000 passes per image: name it")
+    assert "words-symbolic" in choose_suites(("all", "words-symbolic"), SuiteSources(SuiteSettings(dataset), 10))[0]

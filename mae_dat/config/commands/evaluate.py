@@ -53,7 +53,7 @@ class SuiteConfig:
     """Tokenizer of the suites words-*, as in training."""
     rescore: int = 100
     """words-symbolic: candidates of each step whose loss is computed exactly, each by a forward pass; 0 for the faster
-    first-order choice, which is a weaker adversary."""
+    first-order choice, which is a weaker adversary. `--suite all` includes words-symbolic only with 0."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,8 @@ from mae_dat.robustness.suites.sources import SuiteSources
 
 AUTO_ATTACK = f"autoattack-{round(255 * AUTO_ATTACK_EPS)}/255"
 WORD_SUITES = {f"words-{kind}": kind for kind in ("random", "symbolic")}
+EXACT_LOSSES = "exact losses"
+"""Key of a protocol: the candidates of each step of the symbolic adversary whose loss is computed."""
 ATTACK_SUITES = (*PIXEL_ATTACKS, AUTO_ATTACK, *WORD_SUITES)
 assert set(WORD_SUITES.values()) == set(WORD_ATTACK_KINDS)
 
@@ -92,7 +94,7 @@ def build_word_attack(sources: SuiteSources, name: str, title: str, network_inpu
         **index_note(sources),
         **sources.tokenizer_facts,
         "steps": str(attack.steps),
-        "exact losses": str(attack.rescore) if WORD_SUITES[name] == "symbolic" else "",
+        EXACT_LOSSES: str(attack.rescore) if WORD_SUITES[name] == "symbolic" else "",
         "seed": str(attack.seed),
     }
     cells = tuple(f"{share:g}" for share in attack.shares)

@@ -64,6 +64,9 @@ def _reasons_to_skip(sources: SuiteSources) -> dict[str, str]:
             reasons[CONFLICT] = "no folder conflict"
     if "imagenet-c" not in reasons:
         reasons[GENERATED] = "the official ImageNet-C is there: name it to have both"
+    if rescore := sources.settings.rescore:
+        cost = f"takes up to {10 * rescore:,} passes per image: name it, with --limit, or give --rescore 0"
+        reasons.setdefault("words-symbolic", cost)
     for name, spec in SUITES.items():
         if spec.by_name_only:
             reasons.setdefault(name, spec.by_name_only)
