@@ -14,7 +14,7 @@ from mae_dat.data.class_names import GIVEN_NAMES, STORED_NAMES, given_class_name
 from mae_dat.data.describe import add_images
 from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.image_set import ImageSet
-from mae_dat.data.open import image_root, open_images_of_model, with_channels
+from mae_dat.data.open import decode_channels, image_root, open_images_of_model, with_channels
 from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.load import check_class_count
@@ -123,6 +123,7 @@ def evaluated_images(config: FinetuneConfig, opened: OpenedModel, preprocessing:
         on_bad=config.data.on_bad,
         order=config.evaluation.class_order,
     )
+    decode_channels(images, opened.plan.in_chans)
     if config.evaluation.classes and images.class_names_from == STORED_NAMES:
         images.class_names_from = GIVEN_NAMES
     warn_of_packed_size(images)
