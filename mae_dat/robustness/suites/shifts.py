@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from mae_dat.config.errors import ConfigError, DataError, MissingInputError, listing, suggest
+from mae_dat.config.groups import ClassOrder
 from mae_dat.data.class_names import name_outputs
 from mae_dat.data.folders import IgnoredFiles, class_folders, walk_images
 from mae_dat.data.image_set import ImageFolder
@@ -80,7 +81,12 @@ class ShiftSet(BenchmarkSet):
 
 
 def open_shift(
-    name: str, source: Path, outputs: int, stored: Sequence[str] | None, clean: BenchmarkSet | None
+    name: str,
+    source: Path,
+    outputs: int,
+    stored: Sequence[str] | None,
+    clean: BenchmarkSet | None,
+    order: ClassOrder = "auto",
 ) -> tuple[list[BenchmarkSet], list[str]]:
     """Return the image sets of a shift, and their cells: "", "group:NAME" or "CORRUPTION/SEVERITY".
 
@@ -88,7 +94,7 @@ def open_shift(
     if there are any, or else all classes of the folder. Raises DataError, which names the folder, or the CSV's line.
     """
     cells = _read_csv(source) if source.is_file() else _read_folder(source)
-    classes, reading = _classes(source, cells, outputs, stored, clean)
+    classes, reading = _classes(source, cells, outputs, stored, clean=clean, order=order)
     sets: list[BenchmarkSet] = []
     for cell in cells:
         found = (
@@ -100,7 +106,13 @@ def open_shift(
 
 
 def _classes(
-    source: Path, cells: Sequence[_ShiftCell], outputs: int, stored: Sequence[str] | None, clean: BenchmarkSet | None
+    source: Path,
+    cells: Sequence[_ShiftCell],
+    outputs: int,
+    stored: Sequence[str] | None,
+    *,
+    clean: BenchmarkSet | None,
+    order: ClassOrder,
 ) -> tuple[list[str], str]:
     """Return the name of each output, and where the names come from."""
     present: set[str] = set()
@@ -113,7 +125,7 @@ def _classes(
     if clean is not None and len(clean.classes) == outputs:
         known, reading = clean.classes, clean.class_mapping.name
     else:
-        named = name_outputs(str(source), sorted(present), outputs, stored)
+        named = name_outputs(str(source), sorted(present), outputs, stored, order=order)
         known, reading = named.names, named.source
     if unknown := sorted(present - set(known)):
         raise DataError(

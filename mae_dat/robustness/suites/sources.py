@@ -168,7 +168,8 @@ class SuiteSources:
     def _open_shift(self, name: str) -> list[BenchmarkSet]:
         """Open the user's own shifted images."""
         folder = self._shift_folders[name]
-        sets, self._shift_cells[name] = open_shift(name, folder, self.outputs, self.classes, self.clean_if_present())
+        clean, order = self.clean_if_present(), self.settings.class_order
+        sets, self._shift_cells[name] = open_shift(name, folder, self.outputs, self.classes, clean, order)
         return sets
 
     def shift_cells(self, name: str) -> list[str]:
