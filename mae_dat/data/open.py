@@ -142,6 +142,16 @@ def decode_channels(images: ImageSet, in_chans: int) -> None:
     images.load_bands(0, in_chans)
 
 
+def warn_of_packed_size(images: ImageSet) -> None:
+    """Log a warning if validation images were packed at another size."""
+    if images.packed_size is not None:
+        logger.warning(
+            "the accuracies are of the images in %s, shrunk to %d px and stored anew, not of the original ones.",
+            images.root,
+            images.packed_size,
+        )
+
+
 def with_channels(transform: Transform, in_chans: int) -> Transform:
     """Return a transform with 3 channels (RGB), with 1, the luminance (ITU-R 601) of its result, or with those of the
     files (`decode_channels`).

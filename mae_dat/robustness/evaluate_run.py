@@ -14,7 +14,13 @@ from mae_dat.data.class_names import GIVEN_NAMES, STORED_NAMES, given_class_name
 from mae_dat.data.describe import add_images
 from mae_dat.data.folders import find_evaluation_images
 from mae_dat.data.image_set import ImageSet
-from mae_dat.data.open import decode_channels, image_root, open_images_of_model, with_channels
+from mae_dat.data.open import (
+    decode_channels,
+    image_root,
+    open_images_of_model,
+    warn_of_packed_size,
+    with_channels,
+)
 from mae_dat.models.weights.describe import add_opened_models, describe_pixels
 from mae_dat.models.weights.formats import ModelFile
 from mae_dat.models.weights.load import check_class_count
@@ -33,7 +39,7 @@ from mae_dat.runtime.inputs import InputSummary
 from mae_dat.training.accuracy import evaluate_classes
 from mae_dat.training.context import RunContext, run_context
 from mae_dat.training.describe import add_device, add_on_bad
-from mae_dat.training.finetune import validation_loader, warn_of_packed_size
+from mae_dat.training.finetune import validation_loader
 from mae_dat.training.normalization import warn_of_normalization
 from mae_dat.training.validation import report_classes
 

@@ -20,7 +20,14 @@ from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.loader import ImageLoader, eval_loader
-from mae_dat.data.open import decode_channels, image_root, open_images, training_images, with_channels
+from mae_dat.data.open import (
+    decode_channels,
+    image_root,
+    open_images,
+    training_images,
+    warn_of_packed_size,
+    with_channels,
+)
 from mae_dat.data.transforms import EvalTransform, finetune_transform
 from mae_dat.models.classifier import Classifier, build_classifier, fused_head
 from mae_dat.models.describe import WeightsOrigin, describe_model, timm_origin
@@ -238,16 +245,6 @@ def validation_images(data: DataConfig, classes: list[str] | None = None) -> Ima
     decode_channels(images, data.in_chans)
     warn_of_packed_size(images)
     return images
-
-
-def warn_of_packed_size(images: ImageSet) -> None:
-    """Log a warning if validation images were packed at another size."""
-    if images.packed_size is not None:
-        logger.warning(
-            "the accuracies are of the images in %s, shrunk to %d px and stored anew, not of the original ones.",
-            images.root,
-            images.packed_size,
-        )
 
 
 def validation_loader(images: ImageSet, batch_size: int, data: DataConfig, context: RunContext) -> ImageLoader:
