@@ -178,7 +178,7 @@ def test_every_kind_of_picture_is_read(pretrain: Run, tmp_path: Path) -> None:
     [
         (["--input_size", "30"], ("30 is not divisible by patch size 8", "use 24 or 32")),
         (["--input_size", "32", "32", "32"], ("--input_size", "32 32 32")),
-        (["--in_chans", "4"], ("--in_chans 4", "luminance")),
+        (["--in_chans", "5"], ("the 5 of --in_chans", "have to be TIFF")),
         (["--model", "mae_vit_demo_patch9"], ("mae_vit_demo_patch9", "did you mean mae_vit_demo_patch8")),
         (["--mask_ratio", "1.5"], ("--mask_ratio", "1.5")),
         (["--mask_ratio", "0.999"], ("0.999", "keeps 0 of 16 patches")),
