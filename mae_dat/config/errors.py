@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A command line that cannot be parsed: an unknown command, flag or type of value."""
+    """A wrong command line: an unknown command, flag or type of value, or a flag that has no effect."""
 
     exit_code = 2
 
