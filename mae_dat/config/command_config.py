@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from mae_dat.config.effects import reject_flags_without_effect
+from mae_dat.config.effects import flags_without_effect, reject_flags_without_effect
 from mae_dat.config.errors import ConfigError, suggest
 from mae_dat.config.flags import (
     REQUIRED,
@@ -55,10 +55,14 @@ class CommandConfig:
         Path(expand_home(file)).write_text(settings_text(flat_values(self), self.command()))
 
     def command(self) -> str:
-        """Return the command that does the same, `mae-dat VERB ...`, with the flags that differ from the defaults."""
+        """Return the command that does the same, `mae-dat VERB ...`, with the flags that differ from the defaults.
+
+        Flags that have no effect, which a recipe may contain, are left out.
+        """
         values = flat_values(self)
         flags = flags_of(type(self), default_config(type(self), values))
         changed = {flag.name for flag in flags if flag.default is REQUIRED or values[flag.name] != flag.default}
+        changed -= flags_without_effect(self.verb, values, {name: values[name] for name in changed}).keys()
         changed |= _flags_that_choose_defaults(type(self), values, changed)
         arguments = [flag for flag in flags if flag.positional]
         while arguments and arguments[-1].name not in changed:

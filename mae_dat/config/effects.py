@@ -182,12 +182,20 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
 only the images, the weights or the machine decide."""
 
 
-def reject_flags_without_effect(verb: str, values: Values, typed: Values) -> None:
-    """Raise UsageError, with the fix, for a typed flag that has no effect with the `values` of all flags.
+def flags_without_effect(verb: str, values: Values, given: Values) -> dict[str, str]:
+    """Return the given flags that have no effect with the `values` of all flags, each with its fix.
 
-    A typed value that turns something off is accepted.
+    A given value that turns something off is left out.
     """
-    for effect in EFFECTS.get(verb, ()):
-        for flag in effect.flags:
-            if flag in typed and typed[flag] not in (None, False) and not effect.matters(values):
-                raise UsageError(f"--{flag} has no effect here: {effect.fix}, or leave out --{flag}.")
+    return {
+        flag: effect.fix
+        for effect in reversed(EFFECTS.get(verb, ()))
+        for flag in effect.flags
+        if flag in given and given[flag] not in (None, False) and not effect.matters(values)
+    }
+
+
+def reject_flags_without_effect(verb: str, values: Values, typed: Values) -> None:
+    """Raise UsageError, with the fix, for a typed flag that has no effect with the `values` of all flags."""
+    for flag, fix in flags_without_effect(verb, values, typed).items():
+        raise UsageError(f"--{flag} has no effect here: {fix}, or leave out --{flag}.")
