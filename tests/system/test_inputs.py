@@ -78,7 +78,7 @@ def test_a_pretraining(run: Run, images: Path, tmp_path: Path) -> None:
     assert inputs.rows["data"] == f"{images}\nnot used: conflict/, val/"
     assert inputs.rows["left out"] == ".heic 1 (train/disc/photo.heic)"
     assert inputs.rows["model"].endswith(" parameters; mask ratio 0.75, target pixels")
-    assert inputs.rows["weights"] == "random"
+    assert inputs.rows["weights"] == "random (no --init)"
     assert inputs.rows["output"] == f"{out} (new run, 3 steps)"
 
 
