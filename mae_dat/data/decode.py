@@ -1,7 +1,8 @@
 """Decoding of image files to 8-bit RGB pixels.
 
 Reading survives short I/O errors of a file server. Decoding rejects everything that it does not know. EXIF orientation
-is ignored in training and in evaluation, as is the convention for ImageNet.
+is ignored by classifiers in training and in evaluation, as is the convention for ImageNet. Detectors see images
+upright, as label tools show them.
 """
 
 import errno
@@ -34,6 +35,16 @@ RETRIES = 3
 _PAUSE_S = 0.5  # before the first retry, doubled for each further one
 # I/O errors from which a network file system recovers.
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO}
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers of a frame header, which contains the size
 
 Result = TypeVar("Result")
@@ -131,6 +142,32 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def decode_file(path: str | os.PathLike[str]) -> Image.Image:
     """Decode the image file `path` as 8-bit RGB; see `decode_bytes`. Raises DataError, StorageError."""
     return decode_bytes(read_bytes(path), str(path))
+
+
+def decode_oriented(path: str | os.PathLike[str]) -> tuple[Image.Image, int]:
+    """Decode an image file as `decode_file` does; also return its EXIF orientation, 1 if it has none."""
+    content = read_bytes(path)
+    return decode_bytes(content, str(path)), exif_orientation(content)
+
+
+def exif_orientation(content: bytes) -> int:
+    """Return the EXIF orientation in the content of an image file: 2 to 8, or 1 for upright and unreadable ones."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return orientation_of(image)
+    except Exception:  # PIL's readers raise nearly every type of exception; decoding reports what is wrong
+        return 1
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image: 2 to 8, or 1 for upright."""
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return orientation if isinstance(orientation, int) and orientation in _TURN else 1
+
+
+def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return an image of this EXIF orientation as it is seen upright."""
+    return image.transpose(_TURN[orientation]) if orientation in _TURN else image
 
 
 def decode_bytes(content: bytes, name: str) -> Image.Image:

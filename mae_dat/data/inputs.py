@@ -19,7 +19,15 @@ from mae_dat.config.errors import ConfigError, DataError, MissingInputError
 from mae_dat.config.flags import expand_home
 from mae_dat.config.groups import DEMO
 from mae_dat.config.paths import require_folder
-from mae_dat.data.decode import decode_file, to_rgb
+from mae_dat.data.decode import (
+    decode_bytes,
+    decode_file,
+    decode_oriented,
+    exif_orientation,
+    orientation_of,
+    to_rgb,
+    turn_upright,
+)
 from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles, count_ignored, visible_entries
 from mae_dat.data.open import image_root
 from mae_dat.data.shards.cache import is_remote, remote_root
@@ -34,8 +42,8 @@ class ImagePart(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load_image(self, index: int) -> Image.Image:
-        """Return an image, 8-bit RGB. Raises DataError, StorageError."""
+    def load_image(self, index: int, upright: bool) -> Image.Image:
+        """Return an image, 8-bit RGB, if `upright` turned by its EXIF orientation. Raises DataError, StorageError."""
 
     def image_name(self, index: int) -> str:
         """Return the image's name in the results."""
@@ -50,6 +58,8 @@ class InputImages:
         self.parts, self.paths = list(parts), list(paths)
         self.ignored_files = ignored_files or IgnoredFiles()
         """What lies in the folders `paths` and is not read."""
+        self.upright = False
+        """Whether images are turned upright by their EXIF orientation, as detectors see them."""
         self.starts = [0, *itertools.accumulate(len(part) for part in self.parts)]
 
     def __len__(self) -> int:
@@ -58,7 +68,7 @@ class InputImages:
     def load_image(self, index: int) -> Image.Image:
         """Decode an image as 8-bit RGB. Raises DataError, StorageError."""
         part, position = self._locate(index)
-        return part.load_image(position)
+        return part.load_image(position, self.upright)
 
     def image_name(self, index: int) -> str:
         """Return the image's name in the results: its path as given, SHARD.tar/MEMBER, or `image N` in memory."""
@@ -85,9 +95,9 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load_image(self, index: int) -> Image.Image:
+    def load_image(self, index: int, upright: bool) -> Image.Image:
         """Decode a file as 8-bit RGB."""
-        return decode_file(self.paths[index])
+        return turn_upright(*decode_oriented(self.paths[index])) if upright else decode_file(self.paths[index])
 
     def image_name(self, index: int) -> str:
         """Return the path."""
@@ -103,9 +113,11 @@ class ShardImages:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def load_image(self, index: int) -> Image.Image:
+    def load_image(self, index: int, upright: bool) -> Image.Image:
         """Decode a member as 8-bit RGB."""
-        return self.shards.load_image(self.indices[index])
+        content, name = self.shards.read_file(self.indices[index])
+        image = decode_bytes(content, name)
+        return turn_upright(image, exif_orientation(content)) if upright else image
 
     def image_name(self, index: int) -> str:
         """Return SHARD.tar/MEMBER."""
@@ -118,17 +130,18 @@ class MemoryImages:
     def __init__(self, images: Sequence[Any], first: int = 0) -> None:
         """`first` is the number of the first of them among all images in memory."""
         self.images = [_rgb_or_error(image) for image in images]
+        self.orientations = [orientation_of(image) if isinstance(image, Image.Image) else 1 for image in images]
         self.first = first
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def load_image(self, index: int) -> Image.Image:
+    def load_image(self, index: int, upright: bool) -> Image.Image:
         """Return an image, 8-bit RGB."""
         image = self.images[index]
         if isinstance(image, DataError):
             raise image
-        return image
+        return turn_upright(image, self.orientations[index]) if upright else image
 
     def image_name(self, index: int) -> str:
         """Return `image N`."""

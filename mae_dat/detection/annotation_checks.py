@@ -4,31 +4,25 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from mae_dat.config.errors import DataError
 from mae_dat.config.groups import ImageSize
-from mae_dat.data.decode import decode_file
+from mae_dat.data.decode import decode_oriented, orientation_of, turn_upright
 from mae_dat.data.sampler import evenly_spaced
 
 logger = logging.getLogger(__name__)
 
+_SCALARS = ("image_id", "category_id", "iscrowd")
 _OVERHANG = 1.0  # pixels by which a box may exceed its image, as some of COCO's do by rounding
 _CROWD = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True, None: False}
-_ORIENTATION = 0x0112  # the EXIF tag
-_TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_HEADERS = 256  # images whose EXIF tags are read before the training, evenly spaced
+_HEADERS = 20_000  # images whose size and EXIF orientation are read before the training, evenly spaced
+_THREADS = 4
+_FIRST_QUARTER_TURN = 5  # the EXIF orientations from 5 on swap width and height
 
 
 class Problems:
@@ -75,6 +69,8 @@ def annotation_problem(
 ) -> str | None:
     """Describe what is wrong with an annotation; None if it is valid."""
     name, box = f"annotation {entry.get('id')}", entry.get("bbox")
+    if wrong := [key for key in _SCALARS if isinstance(entry.get(key), list | dict)]:
+        return f"{name} has the {wrong[0]} {entry[wrong[0]]}, not a number"
     if entry.get("image_id") not in sizes:
         return f"{name} belongs to image {entry.get('image_id')}, which is not listed"
     if entry.get("category_id") not in labels:
@@ -110,7 +106,7 @@ def clip_box(box: Sequence[float], size: ImageSize) -> list[float]:
     return [max(x, 0.0), max(y, 0.0), min(x + box_width, float(width)), min(y + box_height, float(height))]
 
 
-# ---- EXIF orientation ----
+# ---- sizes and EXIF orientation of the files ----
 
 
 def decode_upright(path: str, size: ImageSize) -> Image.Image:
@@ -120,30 +116,54 @@ def decode_upright(path: str, size: ImageSize) -> Image.Image:
     Label tools show images upright, so the boxes of an image that fits both ways lie on the upright one. Raises
     DataError for another size.
     """
-    image = decode_file(path)
-    orientation = _orientation(path)
-    turned = image.transpose(_TURN[orientation]) if orientation in _TURN else image
-    if turned.size == size[::-1]:
-        return turned
-    if image.size == size[::-1]:
-        return image
-    tag = f", and EXIF orientation {orientation}" if orientation in _TURN else ""
-    raise DataError(f"{path} has {image.size} pixels{tag}, but its JSON has {size[::-1]}: repair one.")
+    image, orientation = decode_oriented(path)
+    for candidate in (turn_upright(image, orientation), image):
+        if candidate.size == size[::-1]:
+            return candidate
+    raise DataError(f"{_describe_other_size(path, image.size, orientation, size)}: repair one.")
 
 
-def _orientation(path: str) -> int:
-    """Return the EXIF orientation of an image file, 1 for upright or unreadable ones."""
+def _describe_other_size(path: str, pixels: tuple[int, int], orientation: int, size: ImageSize) -> str:
+    tag = f" and EXIF orientation {orientation}" if orientation != 1 else ""
+    return f"{path} has {pixels[0]} x {pixels[1]} pixels{tag}, but its JSON has {size[1]} x {size[0]}"
+
+
+class _Header(NamedTuple):
+    pixels: tuple[int, int]
+    """Width and height."""
+    orientation: int
+
+
+def _read_header(path: str, size: ImageSize) -> _Header | None:
+    """Read the size of an image file and its EXIF orientation, without decoding it; None for an unreadable one."""
     try:
         with Image.open(path) as image:
-            return int(image.getexif().get(_ORIENTATION, 1))
+            # In a PNG the orientation may follow the pixels: it is read only where it decides.
+            needs_tag = image.format != "PNG" or "exif" in image.info or image.size != size[::-1]
+            return _Header(image.size, orientation_of(image) if needs_tag else 1)
     except Exception:  # PIL's readers raise nearly every type of exception; decoding reports what is wrong
-        return 1
+        return None
 
 
-def warn_of_turned_images(images: Sequence[tuple[str, ImageSize]]) -> None:
-    """Log how many of some images, given by path and size in the JSON, are turned upright by EXIF orientation."""
+def images_of_other_size(images: Sequence[tuple[str, ImageSize]], problems: Problems) -> set[str]:
+    """Compare the sizes of image files, given by path and size in the JSON, and return the paths of those that differ.
+
+    Only the headers are read, of at most 20,000 images, evenly spaced. Each file of another size is added to
+    `problems`, which may raise DataError. Images that are turned upright are logged, and so is a partial comparison.
+    """
     selected = [images[index] for index in evenly_spaced(len(images), min(_HEADERS, len(images)))]
-    turned = [path for path, _ in selected if _orientation(path) in _TURN]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        headers = list(pool.map(_read_header, *zip(*selected, strict=True))) if selected else []
+    different, turned = set(), []
+    for (path, size), header in zip(selected, headers, strict=True):
+        if header is None:
+            continue
+        pixels = header.pixels[::-1] if header.orientation >= _FIRST_QUARTER_TURN else header.pixels
+        if header.orientation != 1 and pixels == size[::-1]:
+            turned.append(path)
+        elif size[::-1] not in (pixels, header.pixels):
+            different.add(path)
+            problems.add(_describe_other_size(path, header.pixels, header.orientation, size))
     if turned:
         logger.warning(
             "%d of %d images have an EXIF orientation, first %s: they are turned upright if their JSON has that size, "
@@ -152,3 +172,6 @@ def warn_of_turned_images(images: Sequence[tuple[str, ImageSize]]) -> None:
             len(selected),
             turned[0],
         )
+    if len(selected) < len(images):
+        logger.info("%s: sizes compared for %d of %d images.", problems.path, len(selected), len(images))
+    return different

@@ -6,14 +6,13 @@ image that the detector sees; labels start at 1, since 0 is torchvision's backgr
 
 import copy
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 import numpy as np
 import torch
@@ -34,14 +33,16 @@ from mae_dat.detection.annotation_checks import (
     annotation_problem,
     clip_box,
     decode_upright,
+    images_of_other_size,
     is_crowd,
     usable_images,
-    warn_of_turned_images,
 )
 from mae_dat.robustness.corruptions import corrupt_image, image_seed
+from mae_dat.storage.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
+_MAX_JSON = 1 << 31  # bytes; that of COCO's training images has 448 MB
 PADDING_LABEL = -1  # label of the rows that pad the boxes of an image to the largest number of the set
 
 
@@ -86,6 +87,24 @@ class Scene:
 # ---- from COCO's JSON to scenes ----
 
 
+class _CocoImage(TypedDict):
+    id: int | str
+    file_name: str
+
+
+class _CocoCategory(TypedDict):
+    id: int | str
+    name: str
+
+
+class _CocoFile(TypedDict):
+    """What a COCO file must have. Sizes and annotations are checked one by one, because they may be skipped."""
+
+    images: list[_CocoImage]
+    annotations: list[dict[str, Any]]
+    categories: list[_CocoCategory]
+
+
 def find_annotations(root: str | os.PathLike[str], split: str) -> CocoSplit:
     """Find the JSON of a split, "train" or "val", below `root`, in one of the usual layouts. Raises
     MissingInputError."""
@@ -114,13 +133,13 @@ def read_scenes(
 ) -> tuple[list[Scene], list[str]]:
     """Read the scenes of a split and its class names, in the order of their ids, or as `classes` gives them.
 
-    Raises DataError for invalid JSON, a missing image, an image without size or id of its own, a box that is relative,
-    without area or outside of its image, an unknown category or image, or no box that is not a crowd. With `skip`,
-    such images and boxes are skipped, logged and counted in `ignored_files`.
+    Raises DataError for invalid JSON, a missing image, an image without size or id of its own or of another size, a
+    box that is relative, without area or outside of its image, an unknown category or image, or no box that is not a
+    crowd. With `skip`, such images and boxes are skipped, logged and counted in `ignored_files`.
     """
     path, problems = split.annotations, Problems(split.annotations, skip)
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, _CocoFile, "a COCO file", DataError, _MAX_JSON)
         entries = [entry for entry in content["images"] if entry["file_name"].startswith(split.prefix)]
         every_id = {entry["id"] for entry in content["images"]}
         entries = usable_images(entries, problems)
@@ -128,16 +147,17 @@ def read_scenes(
         names = {entry["id"]: entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])}
         labels = _labels_by_category(names, classes, problems)
         rows = _boxes_by_image(content, sizes, labels, problems, every_id - sizes.keys())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is not a COCO file: {reason}; it needs images, annotations and categories.") from error
+    except (ValueError, TypeError, OverflowError) as error:  # such as ids of different types, which have no order
+        raise DataError(f"{path} is not a COCO file: {error}.") from error
     scenes = []
     for entry in entries:
         file = split.folder / entry["file_name"]
-        if file.is_file():
+        if os.path.isfile(file):  # unlike Path.is_file also for names that no file can have
             scenes.append(_make_scene(str(file), sizes[entry["id"]], rows[entry["id"]]))
         else:
             problems.add(f"the image {file} does not exist")
+    different = images_of_other_size([(scene.path, scene.size) for scene in scenes], problems)
+    scenes = [scene for scene in scenes if scene.path not in different]
     problems.log()
     if problems.messages and ignored_files is not None:
         ignored_files.add("entries of the JSON", problems.messages[0], len(problems.messages))
@@ -178,7 +198,7 @@ def _boxes_by_image(
     """Collect the boxes of every image in `sizes`; those of `others`, of other splits or skipped, are ignored."""
     rows: dict[Any, list[_BoxRow]] = {number: [] for number in sizes}
     for entry in content["annotations"]:
-        if entry.get("image_id") in others:
+        if isinstance(number := entry.get("image_id"), int | str) and number in others:
             continue
         if problem := annotation_problem(entry, sizes, labels):
             problems.add(problem)
@@ -263,7 +283,6 @@ class CocoImages(ImageSet):
         self.box_transform = box_transform  # instead of the transform of image sets without boxes
         self.annotations = split.annotations
         self.scenes, self.classes = read_scenes(split, classes, on_bad == "skip", self.ignored_files)
-        warn_of_turned_images([(scene.path, scene.size) for scene in self.scenes])
         self.max_boxes = max(len(scene.boxes) for scene in self.scenes)
 
     def __len__(self) -> int:

@@ -8,12 +8,12 @@ import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from mae_dat.config.errors import DataError
+from mae_dat.config.errors import CheckpointError, DataError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.terminal import print_text
 from mae_dat.data.loader import ImageLoader, eval_loader
@@ -25,12 +25,22 @@ from mae_dat.robustness.corruptions import CORRUPTIONS
 from mae_dat.runtime.collectives import gather, on_all_ranks
 from mae_dat.runtime.console import Console
 from mae_dat.storage.files import atomic_write
+from mae_dat.storage.json_files import read_json
 from mae_dat.training.context import RunContext
 
 logger = logging.getLogger(__name__)
 
 DetectionPair = tuple[dict[str, Tensor], dict[str, Tensor]]
 """The detections and the ground truth of an image, in torchmetrics' format."""
+
+
+class _StoredScores(TypedDict):
+    """The content of detection.json that is read again."""
+
+    protocol: dict[str, Any]
+    cells: dict[str, dict[str, float]]
+
+
 DETECTION_METRICS = ("map", "map_50", "map_75")
 
 
@@ -117,8 +127,12 @@ def corruption_summary(scores: Mapping[str, Mapping[str, float]]) -> dict[str, f
 def _read_scores(path: Path, protocol: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text())
-    if content.get("protocol") != json.loads(json.dumps(dict(protocol))):
+    try:
+        content = read_json(path, _StoredScores, "what a measurement of a detector writes")
+    except CheckpointError as error:
+        logger.warning("%s Measuring everything again.", error)
+        return {}
+    if content["protocol"] != json.loads(json.dumps(dict(protocol))):
         logger.warning("%s was measured under another protocol: measuring everything again.", path)
         return {}
     return content["cells"]

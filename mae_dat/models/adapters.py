@@ -4,22 +4,22 @@ Both take normalized images. The adapters normalize by the model's own settings:
 processor of transformers.
 """
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from huggingface_hub import hf_hub_download
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.errors import CheckpointError, ConfigError
 from mae_dat.config.extras import require_extra
 from mae_dat.config.groups import ImageSize
 from mae_dat.models.classifier import Classifier
+from mae_dat.storage.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,8 @@ def _stored_processor(model: nn.Module) -> Mapping[str, Any]:
     try:
         if not Path(source).is_dir():
             file = Path(hf_hub_download(source, PROCESSOR_FILE))
-        settings: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        settings: dict[str, Any] = read_json(file, dict[str, Any], "an image processor", ConfigError)
+    except (OSError, ValueError, ConfigError) as error:
         raise ConfigError(f"the image processor of {name} is not available ({error}): {_PAIR}.") from error
     return settings
 
@@ -156,13 +156,17 @@ def open_transformers_folder(folder: Path) -> HuggingFaceClassifier:
     return transformers_classifier(model).eval()
 
 
+class _TransformersConfig(TypedDict):
+    architectures: NotRequired[list[str] | None]
+
+
 def is_transformers_folder(folder: Path) -> bool:
     """Return whether a folder holds an image classifier saved by transformers."""
     try:
-        architectures: Sequence[str] = json.loads((folder / "config.json").read_text()).get("architectures") or ()
-    except (OSError, ValueError, AttributeError):
+        config = read_json(folder / "config.json", _TransformersConfig, "the configuration of a model")
+    except CheckpointError:
         return False
-    return any(name.endswith("ForImageClassification") for name in architectures)
+    return any(name.endswith("ForImageClassification") for name in config.get("architectures") or ())
 
 
 def as_pixel_classifier(model: Any) -> Any:

@@ -32,8 +32,8 @@ class LabeledImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def load_image(self, index: int) -> Image.Image:
-        """Decode an image as 8-bit RGB."""
+    def load_image(self, index: int, upright: bool = False) -> Image.Image:
+        """Decode an image as 8-bit RGB; `upright` has no meaning for classifiers."""
         return self.images.load_image(index)
 
     def image_name(self, index: int) -> str:

@@ -28,7 +28,11 @@ def prediction_inputs(
     if isinstance(predictor, BoxPredictor):
         summary.add("model", describe_model(f"detector {predictor.name}", predictor.detector, len(predictor.classes)))
         normalization = describe_normalization(predictor.detector)
-        summary.add("pixels", f"{describe_size(predictor.size)}, {normalization}", "scaled to fit, black borders")
+        summary.add(
+            "pixels",
+            f"{describe_size(predictor.size)}, {normalization}",
+            "upright by EXIF, scaled to fit, black borders",
+        )
     else:
         add_networks(summary, [predictor.network])
         add_network_pixels(summary, [(predictor.network, str(NetworkTransform(predictor.network).preprocessing))])

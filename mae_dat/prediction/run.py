@@ -115,6 +115,7 @@ def open_run(
     )
     if isinstance(predictor, BoxPredictor):
         _require_no_class_flags(predictor, config.probabilities)
+        inputs.upright = True
     if folder is not None:
         if isinstance(predictor, BoxPredictor):
             _require_no_inputs_in(folder / DRAWN_FOLDER, inputs)

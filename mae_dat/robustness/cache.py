@@ -12,10 +12,15 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from mae_dat.data.file_facts import FileState, replaced
+from mae_dat.config.errors import CheckpointError
+from mae_dat.data.file_facts import FileFacts, FileState, replaced
+from mae_dat.robustness.scores.accuracy import Count
+from mae_dat.robustness.scores.class_counts import ClassCounts
+from mae_dat.robustness.scores.image_bits import CellImages
 from mae_dat.storage.files import atomic_write
+from mae_dat.storage.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,21 @@ class CachedMeasurement(NamedTuple):
     value: Any
     versions: dict[str, str]
     """Empty where an older release did not record them."""
+
+
+class _StoredCounts(TypedDict):
+    counts: dict[str, Count]
+    calibration: dict[str, float | None]
+    images: NotRequired[dict[str, CellImages]]
+    classes: NotRequired[ClassCounts]
+
+
+class _StoredMeasurement(TypedDict):
+    """The content of a file. Older releases recorded neither versions nor files."""
+
+    found: _StoredCounts
+    versions: NotRequired[dict[str, str]]
+    files: NotRequired[FileFacts]
 
 
 class MeasurementCache:
@@ -49,16 +69,15 @@ class MeasurementCache:
         if path is None or not path.is_file():
             return None
         try:
-            # Older releases wrote Infinity, which is not JSON.
-            content = json.loads(path.read_text(), parse_constant=lambda constant: None)
+            content = read_json(path, _StoredMeasurement, "a measurement")
             measurement = CachedMeasurement(content["found"], content.get("versions", {}))
             before = content.get("files")
             if before is None:  # of an older release
                 is_current = files.newest_ns <= path.stat().st_mtime_ns
             else:
                 is_current = not replaced(before, files.facts(before))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            logger.warning("%s is damaged (%s): measuring again.", path, error)
+        except (OSError, CheckpointError) as error:
+            logger.warning("%s Measuring again.", error)
             return None
         if not is_current:
             logger.warning("images of %s were replaced since it was measured: measuring again.", path)

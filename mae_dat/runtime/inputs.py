@@ -12,10 +12,11 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mae_dat.config.terminal import printable
 from mae_dat.storage.files import atomic_write
+from mae_dat.storage.json_files import read_json
 
 INPUTS_FILE = "inputs.json"
 INPUTS_WIDTH = 80
@@ -63,9 +64,16 @@ class InputSummary:
             file.write(json.dumps(self.as_json(), indent=1).encode() + b"\n")
 
 
+class _StoredSummary(TypedDict):
+    command: str
+    rows: dict[str, str]
+    details: dict[str, Any]
+
+
 def read_inputs(path: Path) -> InputSummary:
-    """Read a summary that `InputSummary.write` wrote. Raises OSError, ValueError."""
-    return InputSummary(**json.loads(path.read_text()))
+    """Read a summary that `InputSummary.write` wrote. Raises CheckpointError for another file."""
+    content = read_json(path, _StoredSummary, f"the {INPUTS_FILE} of a command")
+    return InputSummary(content["command"], content["rows"], content["details"])
 
 
 def _wrap(line: str, width: int) -> list[str]:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,12 +24,54 @@ from torch import Tensor
 from mae_dat.config.errors import CheckpointError, MissingInputError, StorageError
 from mae_dat.storage.files import atomic_write, sha256_of
 from mae_dat.storage.host_copy import HostBuffers, Snapshot
+from mae_dat.storage.json_files import check_shape, parse_json, read_json
 from mae_dat.storage.torch_files import read_pickle
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+_MAX_MANIFEST = 1 << 24  # bytes
 _NAME = re.compile(r"checkpoint-(\d{8,})\.json")
+
+
+class _Hash(TypedDict):
+    sha256: str
+
+
+class _FileFacts(TypedDict):
+    sizes: str
+    times: str
+    content: str
+    states: NotRequired[str]
+    groups: NotRequired[list[str]]
+
+
+class _Change(TypedDict):
+    step: int
+    setting: str
+
+
+class _Manifest(TypedDict):
+    """What the manifest of a checkpoint has. Older releases recorded less."""
+
+    version: int
+    step: int
+    sha256: str
+    check: NotRequired[str]
+    epoch: NotRequired[float]
+    score: NotRequired[float | None]
+    kept: NotRequired[bool]
+    settings: NotRequired[dict[str, Any]]
+    images: NotRequired[str]
+    validation: NotRequired[str]
+    ranks: NotRequired[int]
+    global_batch: NotRequired[int]
+    code: NotRequired[_Hash]
+    image_files: NotRequired[_FileFacts]
+    validation_files: NotRequired[_FileFacts]
+    tokenizer_files: NotRequired[dict[str, str]]
+    decoding: NotRequired[dict[str, str]]
+    changes: NotRequired[list[_Change]]
 
 
 class Checkpoint(NamedTuple):
@@ -201,10 +243,10 @@ def _manifest_text(facts: Mapping[str, Any]) -> bytes:
 
 def _read_facts(manifest_path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(manifest_path.read_text())
-    except (OSError, ValueError):
+        facts: dict[str, Any] = read_json(manifest_path, dict[str, Any], "a manifest", max_bytes=_MAX_MANIFEST)
+    except CheckpointError:
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return facts
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -253,11 +295,14 @@ def verify_checkpoint(manifest_path: Path) -> Checkpoint:
     """Verify a checkpoint: the manifest by its own checksum, the file by the SHA-256 in it. Raises CheckpointError."""
     path = manifest_path.with_suffix(".pth")
     try:
+        if manifest_path.stat().st_size > _MAX_MANIFEST:
+            raise ValueError(f"it has more than {_MAX_MANIFEST:,} bytes")
         text = manifest_path.read_bytes()
-        manifest = json.loads(text)
-        version, step, digest = int(manifest["version"]), int(manifest["step"]), manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        manifest = parse_json(text)
+        check_shape(manifest, _Manifest)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"the manifest {manifest_path} is damaged ({error}).") from error
+    version, step, digest = manifest["version"], manifest["step"], manifest["sha256"]
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {version}, but this version of mae_dat reads up to {FORMAT_VERSION}: update mae_dat."

@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from mae_dat.config.errors import NoProgressError, OutputError
+from mae_dat.config.errors import CheckpointError, NoProgressError, OutputError
 from mae_dat.storage.files import atomic_write, open_lock_file, storage_error
+from mae_dat.storage.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def record_start(folder: Path, step: int) -> None:
     Raises NoProgressError if a scheduler has restarted the same job three times and no start got further than the
     previous one. A start by a person (a new job, or the same command without a scheduler) resets the count.
     """
-    restarts, previous = Restarts.from_environment(), read_json(folder / _RESTARTS_FILE)
+    restarts, previous = Restarts.from_environment(), read_record(folder / _RESTARTS_FILE)
     stuck = 0
     if any(restarts.counts) and (previous.get("job"), previous.get("step")) == (restarts.job, step):
         stuck = previous.get("stuck", 0) + (previous.get("restarts") != list(restarts.counts))
@@ -90,13 +91,13 @@ def record_start(folder: Path, step: int) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if there is no readable object."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content: dict[str, Any] = read_json(path, dict[str, Any], "an object")
+    except CheckpointError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 # ---- the lock ----
@@ -122,13 +123,13 @@ class OutputLock:
         """Raise OutputError if another run has taken over the folder. Call it before every write."""
         if not self._is_owner():
             raise OutputError(
-                f"{self.folder} was taken over by {_describe(read_json(self.file))}: this run "
+                f"{self.folder} was taken over by {_describe(read_record(self.file))}: this run "
                 f"({_describe(self.record)}) stops without writing anything more."
             )
 
     def _is_owner(self) -> bool:
         """Return whether this run owns the folder: lease.json names it, or was deleted."""
-        return bool(read_json(self.file).get("token", self.record["token"]) == self.record["token"])
+        return bool(read_record(self.file).get("token", self.record["token"]) == self.record["token"])
 
     def _is_restart_of(self, owner: dict[str, Any]) -> bool:
         """Return whether this process is a later start of the owner's job, so that the scheduler gave up the owner."""
@@ -141,7 +142,7 @@ class OutputLock:
         Raises _LockedError otherwise.
         """
         with _gate(lock):
-            owner = read_json(self.file)
+            owner = read_record(self.file)
             byte = int(owner.get("byte", self.record["byte"]))
             if not _lock_byte(lock, byte):
                 if not (take_over and self._is_restart_of(owner) and _lock_byte(lock, byte + 1)):
@@ -161,7 +162,7 @@ class OutputLock:
 
     def _create_file(self, take_over: bool) -> None:
         """Do the same without locks: the run that creates lease.json owns the folder. Raises _LockedError."""
-        owner = read_json(self.file)
+        owner = read_record(self.file)
         if self.file.exists():
             if self._age() < MISSED_BEATS * BEAT_SECONDS and not (take_over and self._is_restart_of(owner)):
                 raise _LockedError
@@ -174,7 +175,7 @@ class OutputLock:
             raise _LockedError from error
         # Another run may have moved this file away instead of the old one: wait until it has moved it back.
         time.sleep(min(BEAT_SECONDS, 0.5))
-        if read_json(self.file).get("token") != self.record["token"]:
+        if read_record(self.file).get("token") != self.record["token"]:
             raise _LockedError
 
     def _remove_file_of(self, owner: dict[str, Any]) -> None:
@@ -184,7 +185,7 @@ class OutputLock:
             self.file.rename(moved)
         except FileNotFoundError as error:
             raise _LockedError from error
-        if read_json(moved).get("token") != owner.get("token"):
+        if read_record(moved).get("token") != owner.get("token"):
             with contextlib.suppress(FileNotFoundError):
                 moved.rename(self.file)
             raise _LockedError
@@ -271,7 +272,7 @@ def _retry(output_lock: OutputLock, acquire: Callable[[bool], None], grace: floa
         try:
             return acquire(is_last)
         except _LockedError as error:
-            owner = read_json(output_lock.file)
+            owner = read_record(output_lock.file)
             if is_last:
                 raise OutputError(
                     f"{output_lock.folder} is in use by {_describe(owner)}. Wait until it has ended or stop it, or "

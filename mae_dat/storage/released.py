@@ -22,7 +22,7 @@ import urllib.parse
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import yaml
 
@@ -39,6 +39,7 @@ from mae_dat.storage.files import (
     sha256_of,
     storage_error,
 )
+from mae_dat.storage.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,10 @@ def _verify_file(entry: ReleasedWeights, path: Path, downloaded: bool = True) ->
     return path
 
 
+class _Card(TypedDict):
+    sha256: str
+
+
 def _expected_sha256(entry: ReleasedWeights, card: Path) -> tuple[str | None, str]:
     """Return the expected SHA-256, None if unknown, and its source in words. Raises CheckpointError for a bad card."""
     if entry.sha256:
@@ -222,11 +227,10 @@ def _expected_sha256(entry: ReleasedWeights, card: Path) -> tuple[str | None, st
     if not card.is_file():
         return None, ""
     try:
-        return str(json.loads(card.read_text())["sha256"]), str(card)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the card {card} is damaged ({error}): restore it, or remove it and the file."
-        ) from error
+        recorded: str = read_json(card, _Card, "a card")["sha256"]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Restore it, or remove it and the file.") from error
+    return recorded, str(card)
 
 
 def _write_card(card: Path, entry: ReleasedWeights, *, sha256: str, size: int, url: str | None) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import safetensors
 from safetensors.torch import save as serialize
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_dat.config.errors import CheckpointError, MissingInputError, listing
 from mae_dat.storage.files import atomic_write, require_file, sha256_of
+from mae_dat.storage.json_files import ShapeError, parse_json, read_json
 from mae_dat.storage.model_facts import check_facts
 from mae_dat.storage.torch_files import read_pickle, reject_other_files, unreadable
 from mae_dat.storage.unwrap import PixelStatistics, unwrap
@@ -40,10 +41,16 @@ class WeightsFile(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """The description of the model in a file of this package; empty for other files. Raises CheckpointError."""
         try:
-            facts = json.loads(self.metadata.get("mae_dat", "{}"))
-        except (ValueError, RecursionError) as error:
+            facts = parse_json(self.metadata.get("mae_dat", "{}"))
+        except ShapeError as error:
             raise CheckpointError(f"{self.source}: its description is damaged ({error}).") from error
         return check_facts(facts, self.source)
+
+
+class Card(TypedDict):
+    """The JSON beside a weights file, which describes it."""
+
+    sha256: NotRequired[str]
 
 
 def read_weights(path: str | Path, what: str = "weights") -> WeightsFile:
@@ -165,10 +172,9 @@ def verify_card(path: Path) -> str:
     if not card.is_file():
         return ""
     try:
-        facts = json.loads(card.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the card {card} of {path.name} is damaged ({error}): restore or remove it.") from error
-    expected = facts.get("sha256") if isinstance(facts, dict) else None
+        expected = read_json(card, Card, "a card").get("sha256")
+    except CheckpointError as error:
+        raise CheckpointError(f"the card of {path.name} is damaged: {error} Restore or remove it.") from error
     if not expected:
         return ""
     if (actual := sha256_of(path)) != expected:

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mae_dat.config.errors import CheckpointError
 from mae_dat.runtime.sharding import full_state_dict
 from mae_dat.storage.files import atomic_write, sha256_of
-from mae_dat.storage.weight_files import WEIGHTS_FILE, write_weights
+from mae_dat.storage.json_files import read_json
+from mae_dat.storage.weight_files import WEIGHTS_FILE, Card, write_weights
 from mae_dat.training.context import RunContext
 from mae_dat.training.resume import SettingChange
 
@@ -85,8 +87,7 @@ def set_aside_exports(output: Path) -> None:
 def _recorded_sha256(path: Path) -> str:
     """Return the sha256 in a file's card; empty if there is none, or the card is damaged."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        card: Card = read_json(path.with_suffix(".json"), Card, "a card")
+    except CheckpointError:
         return ""
-    recorded = facts.get("sha256") if isinstance(facts, dict) else None
-    return recorded if isinstance(recorded, str) else ""
+    return card.get("sha256", "")

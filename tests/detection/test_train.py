@@ -28,6 +28,7 @@ from mae_dat.config.adversaries import AttackConfig
 from mae_dat.config.commands.detect import DetectConfig
 from mae_dat.config.errors import ConfigError, DataError, InterruptError, MissingInputError
 from mae_dat.config.parse import load_config
+from mae_dat.detection.annotation_checks import decode_upright
 from mae_dat.detection.coco import PADDING_LABEL, BoxTransform, CocoImages, CocoSplit, find_annotations
 from mae_dat.detection.measure import coco_scores, corruption_summary
 from mae_dat.detection.objective import DetectionObjective, ground_truth
@@ -157,10 +158,22 @@ def setting(where: str, **values: Any) -> Callable[[Any], object]:
         (lambda content: content["annotations"][0].pop("bbox"), "annotation 1 has the box None"),
         (setting("annotations", iscrowd=1), "all 2 are crowds"),
         (setting("annotations", iscrowd="1"), "all 2 are crowds"),
+        (setting("annotations", image_id=[7]), r"annotation 1 has the image_id \[7\], not a number"),
+        (setting("annotations", category_id={}), "annotation 1 has the category_id {}, not a number"),
+        (setting("annotations", iscrowd=[1]), r"annotation 1 has the iscrowd \[1\], not a number"),
+        (setting("images", id=[7]), r"is not a COCO file: images\[0\].id must be a whole number or text, not a list"),
+        (setting("images", file_name=None), r"images\[0\].file_name must be text, not null"),
+        (setting("images", file_name="a" * 5000), "does not exist"),
+        (setting("images", file_name="a\0"), "does not exist"),
+        (setting("images", width=64), "has 32 x 32 pixels, but its JSON has 64 x 32"),
+        (setting("categories", id=None), r"categories\[0\].id must be a whole number or text, not null"),
+        (setting("categories", id="9"), "is not a COCO file: '<' not supported"),
+        (lambda content: content.update(images={}), "images must be a list, not an object"),
+        (lambda content: content.update(annotations=[3]), r"annotations\[0\] must be an object .* not 3"),
         (setting("images", id=3), "image 3 .* has an id that occurs 2 times"),
         (setting("images", width=None), "image 7 .* has the size None x 32"),
         (setting("categories", name="early"), "two categories 'early'"),
-        (lambda content: content.pop("categories"), "'categories' is missing"),
+        (lambda content: content.pop("categories"), "categories is missing"),
         (lambda content: content.update(annotations=[]), "no usable box"),
     ],
 )
@@ -223,9 +236,11 @@ def test_images_with_exif_orientation_are_turned_upright(tmp_path: Path, caplog:
 def test_a_picture_of_another_size_than_its_json_says_and_a_class_unknown_to_training(
     tmp_path: Path, folder: Path
 ) -> None:
-    images = CocoImages(coco_file(tmp_path, folder, setting("images", width=64)), BoxTransform((32, 32)))
-    with pytest.raises(DataError, match="its JSON has"):
-        images[0]
+    split = coco_file(tmp_path, folder, setting("images", width=64))
+    with pytest.raises(DataError, match="2 entries|has no usable box"):
+        CocoImages(split, BoxTransform((32, 32)), on_bad="skip")
+    with pytest.raises(DataError, match=r"has \(32, 32\)|has 32 x 32 pixels, but its JSON has 64 x 32: repair one"):
+        decode_upright(str(sorted((folder / "train").rglob("*.png"))[0]), (32, 64))
     with pytest.raises(DataError, match="'late' is not one of the training's"):
         CocoImages(coco_file(tmp_path, folder), BoxTransform((32, 32)), classes=["early"])
 

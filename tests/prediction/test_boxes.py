@@ -133,6 +133,27 @@ def test_python_returns_boxes(detector: Path, photos: Path, tmp_path: Path) -> N
         predict(opened.model, noise(), **QUIET)
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_detector_sees_images_upright_as_in_training(detector: Path, tmp_path: Path, orientation: int) -> None:
+    """The stored image is turned, with the EXIF tag of a camera; the boxes are those of the upright one."""
+    upright, exif = noise(60, 90, seed=1), Image.Exif()
+    exif[0x0112] = orientation
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    upright.transpose(turn).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    stored = Image.open(tmp_path / "turned.png")
+    images = [tmp_path / "upright.png", tmp_path / "turned.png", stored]
+    first, *others = predict(detector, images, score_threshold=0.2, **QUIET).boxes or []
+    assert first.size == (60, 90)
+    for found in others:
+        assert found.size == first.size
+        np.testing.assert_array_equal(found.boxes, first.boxes)
+    drawn = predict(detector, tmp_path / "turned.png", output_dir=tmp_path / "out", draw=1, **QUIET)
+    assert len(drawn.boxes or []) == 1
+    with Image.open(tmp_path / "out" / "images" / "turned.jpg") as picture:
+        assert picture.size[0] > picture.size[1]
+
+
 def test_what_does_not_go_with_a_detector(
     detector: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,14 @@ from checkpoint_states import names, save, state
 from torch import Tensor, nn
 
 from mae_dat.config.errors import CheckpointError, MissingInputError, OutputError, StorageError
-from mae_dat.storage.checkpoint import Saver, delete_unfinished, find_checkpoint, newest_checkpoint
+from mae_dat.storage.checkpoint import (
+    Saver,
+    _manifest_text,
+    delete_unfinished,
+    find_checkpoint,
+    newest_checkpoint,
+    verify_checkpoint,
+)
 from mae_dat.storage.host_copy import LARGE, HostBuffers, Snapshot
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -212,6 +219,31 @@ def kept_after(folder: Path, keep: int, *facts: dict[str, Any]) -> list[int]:
         saver.save(step, state(step), **each)
     saver.close()
     return [int(path.stem[-8:]) for path in sorted(folder.glob("*.pth"))]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("settings", ["lr"], "settings must be an object of keys and values, not a list"),
+        ("step", 2.5, "step must be a whole number, not 2.5"),
+        ("global_batch", "64", 'global_batch must be a whole number, not "64"'),
+        ("images", {"a": 1}, "images must be text, not an object"),
+        ("image_files", {"sizes": "x"}, "image_files.times is missing"),
+        ("code", {}, "code.sha256 is missing"),
+        ("tokenizer_files", {"tokenizer": None}, "tokenizer_files.tokenizer must be text, not null"),
+    ],
+)
+def test_a_manifest_of_others_is_checked_by_key(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    """Its checksum is right, as anyone can compute it."""
+    save(tmp_path, 1)
+    manifest = tmp_path / "checkpoint-00000001.json"
+    facts = json.loads(manifest.read_text())
+    del facts["check"]
+    manifest.write_bytes(_manifest_text({**facts, key: value}))
+    with pytest.raises(CheckpointError, match=rf"checkpoint-00000001\.json is damaged \({message}"):
+        verify_checkpoint(manifest)
+    with pytest.raises(MissingInputError, match="no valid checkpoint"):
+        find_checkpoint(tmp_path)
 
 
 def test_the_best_and_every_nth_are_kept_too(tmp_path: Path) -> None:

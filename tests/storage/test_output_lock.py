@@ -12,7 +12,7 @@ import pytest
 
 from mae_dat.config.errors import NoProgressError, OutputError, StorageError
 from mae_dat.storage import output_lock
-from mae_dat.storage.output_lock import lock_output_folder, read_json, record_start
+from mae_dat.storage.output_lock import lock_output_folder, read_record, record_start
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -62,7 +62,7 @@ def test_a_lease_names_its_holder_and_leaves_nothing_but_an_empty_file(tmp_path:
     for _ in range(2):  # several runs in one process, one after the other
         with lock_output_folder(tmp_path, grace=0) as held:
             held.check()
-            assert read_json(tmp_path / "lease.json")["pid"] == os.getpid()
+            assert read_record(tmp_path / "lease.json")["pid"] == os.getpid()
         assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [(".lease.lock", 0)]
 
 
@@ -340,7 +340,7 @@ def test_every_new_step_begins_a_new_count(tmp_path: Path, monkeypatch: pytest.M
         start(monkeypatch, tmp_path, step, slurm=count)
     with pytest.raises(NoProgressError, match="at step 20"):
         start(monkeypatch, tmp_path, 20, slurm=7)
-    assert read_json(tmp_path / "attempts.json")["stuck"] == 3
+    assert read_record(tmp_path / "attempts.json")["stuck"] == 3
 
 
 def test_restarts_of_torchrun_within_restarts_of_slurm_count_together(
@@ -366,7 +366,7 @@ def test_what_a_person_starts_begins_a_new_count(tmp_path: Path, monkeypatch: py
     start(monkeypatch, tmp_path, 5)  # the same job, by hand in its allocation
     stop()
     start(monkeypatch, tmp_path, 5, job="8", slurm=4)
-    assert read_json(tmp_path / "attempts.json")["stuck"] == 0
+    assert read_record(tmp_path / "attempts.json")["stuck"] == 0
     (tmp_path / "attempts.json").write_text("torn")
     start(monkeypatch, tmp_path, 5, job="8", slurm=5)
     for _ in range(9):
@@ -379,4 +379,4 @@ def test_senseless_counters_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for _ in range(9):
         record_start(tmp_path, 0)
-    assert read_json(tmp_path / "attempts.json") == {"job": "", "restarts": [0, 0, 0], "step": 0, "stuck": 0}
+    assert read_record(tmp_path / "attempts.json") == {"job": "", "restarts": [0, 0, 0], "step": 0, "stuck": 0}

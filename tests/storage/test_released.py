@@ -372,7 +372,7 @@ def test_a_file_put_there_by_hand_is_taken_and_recorded(home: Path) -> None:
         with pytest.raises(CheckpointError, match=f"{fault}.*remove it"):
             fetch(entry(sha256=None))
     (home / "tiny.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"card .*tiny\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"tiny\.json is not a card: .* Restore it"):
         fetch(entry(sha256=None))
 
 

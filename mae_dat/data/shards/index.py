@@ -15,7 +15,7 @@ import tarfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from mae_dat.config.errors import CheckpointError, DataError
 from mae_dat.data.decode import MAX_BYTES
 from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles
 from mae_dat.storage.files import sha256_of
+from mae_dat.storage.json_files import check_shape
 from mae_dat.storage.weight_files import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,22 @@ class Shard:
     bytes: int
     sha256: str
     images: int
+
+
+class _ShardFacts(TypedDict):
+    name: str
+    bytes: int
+    sha256: str
+    images: int
+
+
+class _IndexFacts(TypedDict):
+    """The description in an index file."""
+
+    classes: list[str] | None
+    shards: list[_ShardFacts]
+    shrunk: NotRequired[int | None]
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +106,11 @@ def read_index(folder: Path, name: str = INDEX_FILE) -> ShardIndex:
     try:
         file = read_weights(path)
         facts, tensors = file.facts, file.tensors
+        check_shape(facts, _IndexFacts)
         shards = [Shard(**shard) for shard in facts["shards"]]
         index = ShardIndex(shards, facts["classes"], **tensors, packed_size=facts.get("shrunk"))
         consistent = _is_consistent(index, tensors) and facts["sha256"] == index.sha256() and _is_in_range(index)
-    except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (CheckpointError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         cause = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{path} is damaged ({cause}); {advice}") from error
     if not consistent:
@@ -104,7 +122,8 @@ def _is_consistent(index: ShardIndex, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether names, types and lengths are those of an index; may raise on damaged values."""
     return (
         all(_NAME.fullmatch(shard.name) for shard in index.shards)
-        and all(tensor.dtype == torch.int64 for tensor in tensors.values())
+        and all(min(shard.images, shard.bytes) >= 0 for shard in index.shards)
+        and all(tensor.dtype == torch.int64 and tensor.ndim == 1 for tensor in tensors.values())
         and {sum(shard.images for shard in index.shards)} == {len(tensor) for tensor in tensors.values()}
         and (index.packed_size is None or (type(index.packed_size) is int and index.packed_size > 0))
     )
@@ -118,8 +137,9 @@ def _is_in_range(index: ShardIndex) -> bool:
     shard_bytes = torch.tensor([shard.bytes for shard in index.shards]).repeat_interleave(images)
     return bool(
         (index.offset >= BLOCK).all()
-        and (index.offset + index.size <= shard_bytes).all()
+        and (index.offset <= shard_bytes).all()  # so that the sum below cannot overflow
         and 0 < index.size.min() <= index.size.max() <= MAX_BYTES
+        and (index.offset + index.size <= shard_bytes).all()
         and -1 <= index.label.min() <= index.label.max() < len(index.classes or [])
     )
 

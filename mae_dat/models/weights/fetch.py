@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 from mae_dat.config.commands.weights import GetConfig, ListConfig
-from mae_dat.config.errors import ConfigError
+from mae_dat.config.errors import ConfigError, MissingInputError
 from mae_dat.config.terminal import print_text
 from mae_dat.storage.released import (
     ReleasedWeights,
@@ -50,6 +50,14 @@ def _wrapped(text: str, first_indent: str, indent: str) -> list[str]:
     )
 
 
+def _downloads() -> str:
+    """Return where downloads go, or why they cannot go anywhere."""
+    try:
+        return f"Downloads go to {weights_folder()}."
+    except MissingInputError as error:
+        return f"Downloads need a folder: {error}"
+
+
 def _details(entry: ReleasedWeights) -> str:
     """Return what the registry records about one of the weights, as text."""
     facts = {
@@ -76,7 +84,7 @@ def list_weights(config: ListConfig) -> None:
         print_text(_table(released_weights()))
         print_text(f"\n{NON_COMMERCIAL}: not for commercial use.")
         print_text("--finetune, --resume, --checkpoint and --tokenizer also take these names.")
-        print_text(f"Downloads go to {weights_folder()}.")
+        print_text(_downloads())
 
 
 def get_weights(config: GetConfig) -> None:

@@ -17,6 +17,7 @@ from mae_dat.robustness.scores.image_bits import CellImages
 from mae_dat.robustness.scores.predictions import ImageSets
 from mae_dat.robustness.scores.reliability import ReliabilityBins
 from mae_dat.storage.files import atomic_write
+from mae_dat.storage.json_files import read_json
 
 FORMAT = 1
 CLEAN_SUITES = ("imagenet", "clean")
@@ -234,16 +235,30 @@ def write_results(results: Results, path: Path) -> None:
         file.write(json.dumps(results, indent=1).encode() + b"\n")
 
 
+def _inconsistency(results: Results) -> str:
+    """Describe what contradicts itself in results, by key; empty if nothing does."""
+    for model, facts in results["models"].items():
+        if len(facts["size"]) != 2 or min(facts["size"]) < 1:
+            return f"models.{model}.size must be height and width"
+    for model, suites in results["cells"].items():
+        for suite, cells in suites.items():
+            place = f"{model}.{suite}"
+            if model not in results["models"] or suite not in results["suites"].get(model, {}):
+                return f"cells.{place} is missing in models or suites"
+            for cell, count in cells.items():
+                total = count["total"]
+                if total < 1 or not all(0 <= number <= total for number in count.values()):  # type: ignore[operator]
+                    return f"cells.{place}.{cell} must have a total above 0, and counts from 0 to the total"
+    return ""
+
+
 def read_results(path: Path) -> Results:
     """Load `results.json`. Raises MissingInputError, or CheckpointError for another file or a newer format."""
-    try:
-        # Older releases wrote Infinity, which JSON does not have.
-        results: Results = json.loads(path.read_text(), parse_constant=lambda constant: None)
-        supported = results["format"] <= FORMAT and bool(results["cells"])
-    except FileNotFoundError as error:
-        raise MissingInputError(f"no such results: {path}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not the results.json of an evaluation ({error}).") from error
-    if not supported:
+    if not path.exists():
+        raise MissingInputError(f"no such results: {path}")
+    results: Results = read_json(path, Results, "the results.json of an evaluation")
+    if fault := _inconsistency(results):
+        raise CheckpointError(f"{path} is not the results.json of an evaluation: {fault}.")
+    if results["format"] > FORMAT or not results["cells"]:
         raise CheckpointError(f"{path} contains no cells, or has a newer format than {FORMAT}: update mae_dat.")
     return results

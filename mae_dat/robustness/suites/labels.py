@@ -1,7 +1,6 @@
 """Labels that benchmarks store in files next to their images, or in the names of the images."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from mae_dat.data.folders import walk_images
 from mae_dat.data.generated.draw import SHAPES, TEXTURES
 from mae_dat.robustness.suites.folders import Listing
 from mae_dat.robustness.suites.imagenet import NO_CLASS, SIXTEEN, SYNSETS, ClassMapping, class_mapping
+from mae_dat.storage.json_files import read_json
 
 VALIDATION_IMAGES = 50_000
 OVERLAP, OVERLAP_LOGITS = 113, 125  # ObjectNet's classes that ImageNet has, and the number of their ImageNet classes
@@ -36,11 +36,11 @@ def find_label_file(folder: Path, name: str, subfolder: str = "") -> Path:
     )
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, expected: Any) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is not readable JSON ({error}): download it again") from error
+        return read_json(path, expected, "a file of labels", DataError)
+    except DataError as error:
+        raise DataError(f"{error} Download it again.") from error
 
 
 # ---- ReaL ----
@@ -60,13 +60,13 @@ def real_targets(file: Path, listing: Listing) -> tuple[Listing, Tensor]:
     `file` is real.json of google-research/reassessed-imagenet: for each validation image by its number a list of
     ImageNet classes, empty where the annotators did not agree. Raises DataError.
     """
-    labels = _read_json(file)
-    if not isinstance(labels, list) or len(labels) != VALIDATION_IMAGES:
+    labels = _read_json(file, list[list[int]])
+    if len(labels) != VALIDATION_IMAGES:
         raise DataError(
             f"{file}: is not a list of {VALIDATION_IMAGES} lists of labels: download ReaL's real.json again"
         )
     rows = [labels[_validation_number(path) - 1] for path, _ in listing]
-    if bad := [row for row in rows if not all(isinstance(i, int) and 0 <= i < len(SYNSETS) for i in row)]:
+    if bad := [row for row in rows if not all(0 <= number < len(SYNSETS) for number in row)]:
         raise DataError(f"{file}: {bad[0]} are not ImageNet classes 0 to 999: download ReaL's real.json again")
     labelled = [(image, row) for image, row in zip(listing, rows, strict=True) if row]
     most = max((len(row) for _, row in labelled), default=1)
@@ -172,9 +172,9 @@ def read_objectnet(folder: Path) -> ObjectNet:
 
     Raises MissingInputError, DataError.
     """
-    label_of_folder = _read_json(find_label_file(folder, "folder_to_objectnet_label.json", "mappings"))
-    imagenet_names = _read_json(find_label_file(folder, "objectnet_to_imagenet_1k.json", "mappings"))
-    line_of_class = _read_json(find_label_file(folder, "pytorch_to_imagenet_2012_id.json", "mappings"))
+    label_of_folder = _read_json(find_label_file(folder, "folder_to_objectnet_label.json", "mappings"), dict[str, str])
+    imagenet_names = _read_json(find_label_file(folder, "objectnet_to_imagenet_1k.json", "mappings"), dict[str, str])
+    line_of_class = _read_json(find_label_file(folder, "pytorch_to_imagenet_2012_id.json", "mappings"), dict[str, int])
     lines = find_label_file(folder, "imagenet_to_label_2012_v2", "mappings").read_text().splitlines()
     try:
         class_of_line = {int(line): int(number) for number, line in line_of_class.items()}

@@ -272,6 +272,11 @@ def test_an_index_that_lies_is_refused(good: Path, tmp_path_factory: pytest.Temp
         {"shards": [index.shards[0], shard_index.Shard("../s1.tar", 10240, "", 3)]},
         {"shards": [index.shards[0], shard_index.Shard("s1.tar", 10240, "", -3)]},
         {"shards": [index.shards[0], shard_index.Shard("s1.tar", "10240", "", 3)]},  # type: ignore[arg-type]
+        {"shards": [index.shards[0], shard_index.Shard("s1.tar", 10240, "", 10**30)]},
+        {"shards": [index.shards[0], shard_index.Shard(["s1.tar"], 10240, "", 3)]},  # type: ignore[arg-type]
+        {"offset": torch.full_like(index.offset, (1 << 63) - 1)},
+        {"classes": [1, 2]},
+        {"packed_size": "64"},
     ):
         shard_index.dataclasses.replace(index, **change).write(elsewhere)  # type: ignore[arg-type]
         with pytest.raises(DataError, match="is inconsistent|damaged"):
