@@ -25,7 +25,7 @@ from typing import (
 from mae_dat.config.errors import CheckpointError, UserError
 from mae_dat.config.terminal import printable
 
-MAX_BYTES = 1 << 28
+MAX_JSON_BYTES = 1 << 28
 """The largest file that is read, unless a caller allows more."""
 _MAX_WHOLE = 1 << 63
 _SHOWN = 60  # characters of a value in a message
@@ -45,7 +45,7 @@ class ShapeError(ValueError):
 
 
 def read_json(
-    path: Path, expected: Any, what: str, error: type[UserError] = CheckpointError, max_bytes: int = MAX_BYTES
+    path: Path, expected: Any, what: str, error: type[UserError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES
 ) -> Any:
     """Read a JSON file and check that it has the type `expected`. NaN and infinite numbers become None.
 
@@ -137,8 +137,9 @@ def _is_plain(value: Any, expected: Any) -> bool:
     return isinstance(value, type(None) if expected is None else expected)
 
 
-def _is_bounded(value: float) -> bool:
-    return math.isfinite(value) and (isinstance(value, float) or -_MAX_WHOLE <= value < _MAX_WHOLE)
+def _is_bounded(value: int | float) -> bool:
+    whole: Any = value
+    return -_MAX_WHOLE <= whole < _MAX_WHOLE if isinstance(whole, int) else math.isfinite(whole)
 
 
 def _require(is_valid: bool, value: Any, expected: Any, key: str) -> None:
@@ -147,7 +148,7 @@ def _require(is_valid: bool, value: Any, expected: Any, key: str) -> None:
 
 
 def _wrong(value: Any, expected: Any, key: str) -> ShapeError:
-    shown = {list: "a list", dict: "an object"}.get(type(value)) or json.dumps(value)
+    shown = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)
     return ShapeError(f"{_name(key)} must be {_describe(expected)}, not {printable(shown)[:_SHOWN]}")
 
 

@@ -157,7 +157,9 @@ def fetch(entry: ReleasedWeights, trust: bool = False, folder: Path | None = Non
 
 def find_local_file(entry: ReleasedWeights) -> Path | None:
     """Return the unverified path of released weights on this machine; None if they would have to be downloaded."""
-    return next((path for path in _candidate_paths(entry) if path.is_file()), None)
+    with contextlib.suppress(MissingInputError):  # of a user without a home folder, who has downloaded nothing
+        return next((path for path in _candidate_paths(entry) if path.is_file()), None)
+    return None
 
 
 def weights_folder() -> Path:

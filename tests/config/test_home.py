@@ -1,11 +1,16 @@
 """`~` means the home folder where no shell replaces it, and a user may have none."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from noise_images import MakeFolder
-from tiny_runs import one_thread, save_tokenizer  # noqa: F401
+from PIL import Image
+from tiny_runs import ROOT, one_thread, save_tokenizer  # noqa: F401
 
 import mae_dat
 from mae_dat.config.groups import data_root
@@ -57,3 +62,36 @@ def test_a_tilde_in_every_function(make: MakeFolder, tmp_path: Path, monkeypatch
     for name in ("timm.safetensors", "labels/predictions.csv", "table.csv", "scores/report.md", "report/report.md"):
         assert (tmp_path / name).is_file(), name
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+@pytest.mark.parametrize("home", [None, "read-only"])
+def test_a_user_without_home_and_passwd_entry(home: str | None, tmp_path: Path) -> None:
+    """The user may read everything, so that it finds Python, but owns nothing."""
+    (tmp_path / "read-only").mkdir(mode=0o555)
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
+    user += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    settings = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    if home:
+        settings["HOME"] = str(tmp_path / home)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*user, "sh", "-c", 'umask 077; exec "$@"', "sh", sys.executable, "-m", "mae_dat", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    assert run("list").returncode == 0
+    pictures = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64)).save(pictures)
+    given = ["--checkpoint", "mae_dat_demo", "--device", "cpu", "--num_workers", "0"]
+    done = run("predict", str(pictures), *given, "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "predictions.csv").is_file()
+    done = run("predict", "demo", *given, "--output_dir", str(tmp_path / "demo"))
+    assert done.returncode == (73 if home else 66)
+    assert ("cannot write the generated images" if home else "set MAE_DAT_HOME to a folder") in done.stderr
