@@ -147,7 +147,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "analysis.features:main",
             (
                 "mae-dat features --checkpoint PRE --data_path DIR --knn 20",
-                "mae-dat features --checkpoint OUT --data_path DIR --corruptions all --output_dir F",
+                "mae-dat features --checkpoint OUT --data_path DIR --corruptions all",
             ),
         ),
         "report": Verb(
