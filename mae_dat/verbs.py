@@ -14,6 +14,7 @@ from mae_dat.config.interrupts import interruptible
 from mae_dat.config.memory import memory_errors_name_flags
 from mae_dat.config.parse import command_of, load_config
 from mae_dat.config.paths import check_data_path
+from mae_dat.storage.new_folders import empty_folders_removed
 
 
 def _find(place: str) -> Any:
@@ -53,7 +54,7 @@ class Verb:
         values = flat_values(config)
         check_data_path(values)
         run = _find(self.run if isinstance(self.run, str) else self.run(config))
-        with interruptible(), memory_errors_name_flags(values):
+        with interruptible(), memory_errors_name_flags(values), empty_folders_removed():
             if "threads" in values:
                 from mae_dat.runtime.threads import set_threads  # imports torch, as every verb with this flag does
 

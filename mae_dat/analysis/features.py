@@ -42,6 +42,7 @@ from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, describe_device, pick_device
 from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.storage.files import atomic_write, prepare_output_folder
+from mae_dat.storage.new_folders import create_folder
 from mae_dat.storage.weight_files import write_weights
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature
 
 def save_features(features: Features, path: Path) -> None:
     """Write features, labels and paths atomically; .safetensors has the paths in its metadata as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(path.parent)
     if path.suffix == ".safetensors":
         tensors = {"features": torch.from_numpy(features.values), "labels": torch.from_numpy(features.labels)}
         write_weights(path, tensors, {"paths": json.dumps(features.paths)})

@@ -21,6 +21,7 @@ from mae_dat.robustness.scores.class_counts import ClassCounts
 from mae_dat.robustness.scores.image_bits import CellImages
 from mae_dat.storage.files import atomic_write
 from mae_dat.storage.json_files import read_json
+from mae_dat.storage.new_folders import create_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class MeasurementCache:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
+            create_folder(folder)
 
     def read(self, key: CacheKey | None, files: FileState) -> CachedMeasurement | None:
         """Return the measurement of a key, None if there is none, or if one of the image `files` was replaced since.

@@ -18,6 +18,7 @@ from rich.text import Text
 from mae_dat.config.terminal import printable, printable_lines
 from mae_dat.runtime.inputs import InputSummary
 from mae_dat.runtime.world import world_from_environment
+from mae_dat.storage.new_folders import empty_folders_removed
 
 logger = logging.getLogger(__name__)
 
@@ -237,10 +238,11 @@ def console_for_python(progress: bool = True) -> Iterator[Console]:
     """Return the console of a function that is called from Python, for the duration of the block.
 
     It shows a progress bar on a terminal or in a notebook. The package's log is shown too, unless the process has set
-    up logging itself. With `progress` False, and on ranks above 0, only warnings are shown.
+    up logging itself. With `progress` False, and on ranks above 0, only warnings are shown. If the block raises an
+    error, new folders that it left empty are removed.
     """
     console = Console(quiet=not progress or not world_from_environment().main)
-    with console.log_inside():
+    with console.log_inside(), empty_folders_removed():
         yield console
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mae_dat.config.errors import DISK_FULL, MissingInputError, OutputError, StorageError, UserError
+from mae_dat.storage.new_folders import create_folder
 
 HOME_VARIABLE = "MAE_DAT_HOME"
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
@@ -120,13 +121,13 @@ def storage_error(path: Path, error: Exception, need: int = 0) -> StorageError:
     )
 
 
-def prepare_output_folder(folder: Path, instead: str = "another with --output_dir or --output") -> Path:
+def prepare_output_folder(folder: Path, instead: str = "another --output_dir") -> Path:
     """Create `folder`, check that files in it can be written, synced, renamed and deleted, and return it.
 
     Raises OutputError with the cause, and the advice to choose `instead`.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        create_folder(folder)
         # A name as long as our longest one, to detect a path that is too long for the system.
         handle, name = tempfile.mkstemp(prefix=".checkpoint-00000000.pth.probe.", suffix=".tmp", dir=folder)
         with open(handle, "wb") as probe:

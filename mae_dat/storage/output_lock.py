@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Self
 from mae_dat.config.errors import CheckpointError, NoProgressError, OutputError
 from mae_dat.storage.files import atomic_write, open_lock_file, storage_error
 from mae_dat.storage.json_files import read_json
+from mae_dat.storage.new_folders import LOCK_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def lock_output_folder(folder: Path, grace: float = 10.0) -> Iterator[OutputLock
 
 @contextlib.contextmanager
 def _locked(output_lock: OutputLock, grace: float) -> Iterator[None]:
-    path = output_lock.folder / ".lease.lock"
+    path = output_lock.folder / LOCK_FILE
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(open_lock_file(path)).fileno()
         try:
