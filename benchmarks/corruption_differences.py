@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from mae_dat.robustness.corruptions import MIN_SIDE, SEVERITIES, corrupt_image
-from mae_dat.robustness.corruptions.blur import DEFOCUS, GAUSSIAN_SIGMA, GLASS, _disk, _replaced_by_neighbours
+from mae_dat.robustness.corruptions.blur import DEFOCUS, GAUSSIAN_SIGMA, GLASS, _disk, _replaced_by_neighbors
 
 Pixels = NDArray[Any]
 
@@ -39,7 +39,7 @@ def original_glass(image: Pixels, severity: int, random: np.random.RandomState) 
     sigma, reach, rounds = GLASS[severity - 1]
     image = _gaussian(image, sigma)
     for _ in range(rounds):
-        image = _replaced_by_neighbours(image, reach, random)
+        image = _replaced_by_neighbors(image, reach, random)
     return _gaussian(image, sigma)
 
 

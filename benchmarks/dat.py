@@ -58,7 +58,7 @@ def student_of(vqgan: VQGANConfig) -> VisualTokenizer:
 
 def ours(work: Work, mode: str = "exact", compiled: bool = False) -> Step:
     """Builds our DAT step; `compiled` with the blocks of network and tokenizer."""
-    with torch.device(work.device):  # the initialisation of ViT-H takes long on a host
+    with torch.device(work.device):  # the initialization of ViT-H takes long on a host
         model = build_classifier(work.name, CLASSES, work.side).train()
     tokenizer = student_of(work.vqgan) if "light" in mode else VQGAN(work.vqgan)
     tokenizer = in_precision(tokenizer.freeze(), work.device, compiled=compiled)
@@ -71,7 +71,7 @@ def ours(work: Work, mode: str = "exact", compiled: bool = False) -> Step:
 
 def released(work: Work) -> Step:
     """Builds the released step of the same network."""
-    with torch.device(work.device):  # the initialisation of ViT-H takes long on a host
+    with torch.device(work.device):  # the initialization of ViT-H takes long on a host
         model = build_classifier(work.name, CLASSES, work.side).train()
     tokenizer, trainer = ReleasedVQGAN(work.vqgan).to(work.device), Trainer(model)
     pictures = make_batch(work.batch, work.side, work.device)

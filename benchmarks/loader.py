@@ -36,7 +36,7 @@ from mae_dat.runtime.console import Console
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
 
 IMAGES, BATCH, SIDE = 64, 32, 224
-GRAIN, QUALITY = 9.0, 95  # grey levels, JPEG
+GRAIN, QUALITY = 9.0, 95  # gray levels, JPEG
 SHORT_SIDE = 256
 ORIGINALS_GOAL, SHRUNK_GOAL = 1.8, 4.5
 WAITING_GOAL = 0.03

@@ -54,7 +54,7 @@ def print_exactness(tokenizer: VisualTokenizer, image: Tensor, delta: Tensor) ->
     psnr = (-10 * (reconstruction - image).square().mean((1, 2, 3)).log10()).mean()
     drift = share_changed(words, tokenizer.encode(reconstruction))
     print(f"PSNR {psnr:.2f} dB; words of Q(x) that are not those of x {drift:.2%}")
-    print("\nprecision      eps   words that differ   changed by a step (fp32)   same places (same Q(x))   grey levels")
+    print("\nprecision      eps   words that differ   changed by a step (fp32)   same places (same Q(x))   gray levels")
     for name in PRECISIONS:
         fast = in_precision(copy.deepcopy(tokenizer), image.device, name)
         for eps in PRECISION_RADII:
@@ -129,7 +129,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.classifier is None:
         side = options.input_size
-        folder = ImageFolder(Path(options.data_path), EvalTransform((side, side)), labelled=False)
+        folder = ImageFolder(Path(options.data_path), EvalTransform((side, side)), labeled=False)
         image = torch.stack([folder[index * len(folder) // options.images]["image"] for index in range(options.images)])
         print_exactness(tokenizer, image, unit(torch.randn(image.shape, generator=torch.Generator().manual_seed(0))))
         return
@@ -146,7 +146,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     direction = unit(torch.randn(image.shape, generator=generator))
     print_exactness(tokenizer, image, direction)
-    print("   eps   changed by the attack   by a random direction   RMS in grey levels of 255")
+    print("   eps   changed by the attack   by a random direction   RMS in gray levels of 255")
     for eps in RADII:
         attack = AttackConfig("released", eps, random_start=0.0)
         found = discrete_adversary(image, lambda x: F.cross_entropy(model(x), label), tokenizer, attack, generator)

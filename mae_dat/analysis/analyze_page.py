@@ -63,7 +63,7 @@ _STATISTICS_FIGURES = (
     ),
 )
 _APPEARANCE_FIGURES = (
-    DotFigure("colors.png", "colors", "different 8-bit colours per image", "Number of colours (the paper's Fig. 3)."),
+    DotFigure("colors.png", "colors", "different 8-bit colors per image", "Number of colors (the paper's Fig. 3)."),
 )
 
 
@@ -189,7 +189,7 @@ def appearance_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         "looks",
         "Appearance",
-        head=("network", "images", *lengths, "colours", "changed words (%)"),
+        head=("network", "images", *lengths, "colors", "changed words (%)"),
         rows=tuple(rows),
         notes=(note,),
         words=2,

@@ -97,7 +97,7 @@ def find_examples(images: str) -> list[Example]:
         ]
     paths = [Path(images)]
     if not paths[0].is_file():
-        paths = [Path(path) for path, *_ in ImageFolder(paths[0], functional.to_tensor, labelled=False).samples]
+        paths = [Path(path) for path, *_ in ImageFolder(paths[0], functional.to_tensor, labeled=False).samples]
     selection = [paths[index] for index in evenly_spaced(len(paths), EXAMPLES)]
     return [Example(path, partial(decode_file, path)) for path in selection]
 

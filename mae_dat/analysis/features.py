@@ -117,20 +117,20 @@ def _features_of_split(opened: OpenedModel, images: ImageSet, config: FeaturesCo
     return Features(values, labels, [images.name_of(index) for index in range(len(images))])
 
 
-def knn_accuracy(bank: Features, queries: Features, neighbours: int, temperature: float) -> dict[str, float]:
+def knn_accuracy(bank: Features, queries: Features, neighbors: int, temperature: float) -> dict[str, float]:
     """Compute the accuracy in percent, top-1 and top-5 (knn_acc1, knn_acc5), of votes by cosine similarity (Wu et al.
     2018, arXiv 1805.01978).
 
-    Each of the `neighbours` nearest images of the bank votes for its class with exp(similarity / temperature). Raises
+    Each of the `neighbors` nearest images of the bank votes for its class with exp(similarity / temperature). Raises
     ConfigError when the bank has fewer images.
     """
-    if neighbours > len(bank.labels):
-        raise ConfigError(f"--knn {neighbours}: there are only {len(bank.labels)} training images; use a lower number.")
+    if neighbors > len(bank.labels):
+        raise ConfigError(f"--knn {neighbors}: there are only {len(bank.labels)} training images; use a lower number.")
     bank_ND, bank_labels = F.normalize(torch.from_numpy(bank.values), dim=1), torch.from_numpy(bank.labels)
     query_values, query_labels = torch.from_numpy(queries.values), torch.from_numpy(queries.labels)
     classes, hits = int(bank_labels.max()) + 1, torch.zeros(2)
     for values, labels in zip(query_values.split(_CHUNK), query_labels.split(_CHUNK), strict=True):
-        similarity, nearest = (F.normalize(values, dim=1) @ bank_ND.T).topk(neighbours, dim=1)
+        similarity, nearest = (F.normalize(values, dim=1) @ bank_ND.T).topk(neighbors, dim=1)
         votes = torch.zeros(len(values), classes)
         # Less the largest, so that no exponential overflows at a small temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
@@ -162,7 +162,7 @@ def open_splits(config: FeaturesConfig, opened: OpenedModel) -> dict[str, ImageS
         # The same labels in both splits, even where a class has no folder in one of them.
         classes = splits["train"].classes if split == "val" and config.knn is not None else None
         folder = root if split == "all" else find_split(root, split)
-        splits[split] = open_images(folder, transform, classes, labelled=split != "all")
+        splits[split] = open_images(folder, transform, classes, labeled=split != "all")
     return splits
 
 

@@ -132,7 +132,7 @@ def read_images(config: ImagesConfig, size: ImageSize, in_chans: int, device: to
     if path.is_file():
         paths, images, found, ignored_files = [path], [transform(decode_file(path))], 1, IgnoredFiles()
     else:
-        folder = ImageFolder(path, transform, labelled=False)
+        folder = ImageFolder(path, transform, labeled=False)
         found, ignored_files = len(folder), folder.ignored_files
         indices = evenly_spaced(found, config.limit or found)
         paths = [Path(folder.samples[index][0]) for index in indices]

@@ -1,4 +1,4 @@
-"""Check on a hundred labelled images whether a model is normalized as it was trained."""
+"""Check on a hundred labeled images whether a model is normalized as it was trained."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -157,9 +157,9 @@ def top_words(
 @torch.no_grad()
 def nearest_codes(words_N: Tensor, codebook_KD: Tensor, count: int) -> Tensor:
     """Return the `count` other words whose codes are nearest (L2) to that of each word, nearest first: (N, count)."""
-    neighbours = []
+    neighbors = []
     for word in words_N.split(rows_at_once(codebook_KD)):
         score = nearness(codebook_KD[word], codebook_KD)
         score.scatter_(1, word[:, None], -torch.inf)
-        neighbours.append(score.topk(min(count, len(codebook_KD) - 1), dim=1).indices)
-    return torch.cat(neighbours)
+        neighbors.append(score.topk(min(count, len(codebook_KD) - 1), dim=1).indices)
+    return torch.cat(neighbors)

@@ -24,12 +24,12 @@ from mae_dat.config.errors import ConfigError, DataError, StorageError
 logger = logging.getLogger(__name__)
 
 MEGAPIXELS_VARIABLE, WHITE_VARIABLE = "MAE_DAT_MAX_MEGAPIXELS", "MAE_DAT_WHITE_LEVEL"
-"""Environment variables: the largest image in megapixels (default: 100), and the value of white in 16-bit grey images
+"""Environment variables: the largest image in megapixels (default: 100), and the value of white in 16-bit gray images
 (default: 65535; 4095 for images of 12 bits)."""
 MAX_PIXELS = 100_000_000
 _WHITE = 65535.0
 _DARK_MAXIMUM = 1 << 14  # a 16-bit image whose values all stay below it is nearly black
-PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # colour profiles of printers have more than Pillow's 1 MiB
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # color profiles of printers have more than Pillow's 1 MiB
 MAX_BYTES = 1 << 28  # of an image file
 RETRIES = 3
 _PAUSE_S = 0.5  # before the first retry, doubled for each further one
@@ -173,7 +173,7 @@ def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
 def decode_bytes(content: bytes, name: str) -> Image.Image:
     """Decode the content of an image file as 8-bit RGB.
 
-    Grey, 1-bit, palette, CMYK and YCbCr images are converted; transparency is blended with white; 16-bit grey is
+    Gray, 1-bit, palette, CMYK and YCbCr images are converted; transparency is blended with white; 16-bit gray is
     divided by 257, or scaled so that $MAE_DAT_WHITE_LEVEL becomes 255. Raises DataError, naming `name`, for anything
     else: float, 32-bit or animated images, more than 100 megapixels or $MAE_DAT_MAX_MEGAPIXELS (read from the header,
     without decoding), damaged files and files that are no images.
@@ -231,7 +231,7 @@ def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bit(image, name)
     if image.mode not in {"RGB", "L", "1", "P", "CMYK", "YCbCr", "RGBA", "RGBa", "LA", "La", "PA"}:
-        raise DataError(f'pixels of the mode "{image.mode}" are not supported, only 8-bit colour and 8- or 16-bit grey')
+        raise DataError(f'pixels of the mode "{image.mode}" are not supported, only 8-bit color and 8- or 16-bit gray')
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -243,10 +243,10 @@ def _describe_limit() -> str:
 
 
 def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
-    """Convert 16-bit grey to RGB by numpy, because PIL's own conversion saturates at 255."""
+    """Convert 16-bit gray to RGB by numpy, because PIL's own conversion saturates at 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise DataError("it is 32-bit grey, with values beyond 0 to 65535")
+        raise DataError("it is 32-bit gray, with values beyond 0 to 65535")
     white = white_level()
     if white is None:
         white = _WHITE
@@ -283,7 +283,7 @@ def describe_problem(content: bytes, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {_describe_limit()}"
     if "MAX_TEXT" in str(error):
-        return "its colour profile or text has more than 64 MiB; its pixels may be good: save it without metadata"
+        return "its color profile or text has more than 64 MiB; its pixels may be good: save it without metadata"
     head = content[:256].lstrip()
     if not head:
         return "the file is empty"

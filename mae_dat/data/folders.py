@@ -70,7 +70,7 @@ def _relative(path: str, root: str | os.PathLike[str]) -> str:
 
 
 def find_split(
-    root: str | os.PathLike[str], split: str, labelled: bool = True, names: Sequence[str] | None = None
+    root: str | os.PathLike[str], split: str, labeled: bool = True, names: Sequence[str] | None = None
 ) -> Path:
     """Return the folder of a split, "train" or "val", below `root`.
 
@@ -89,7 +89,7 @@ def find_split(
                 present[0],
             )
         return Path(root) / present[0]
-    if split == "train" and not labelled:
+    if split == "train" and not labeled:
         if others := split_folders(root, SPLIT_NAMES["val"]):
             logger.warning(
                 "%s has no folder train: all of it is used for training, %s too.", root, " and ".join(others)

@@ -104,7 +104,7 @@ def _shorten(text: str, max_length: int) -> str:
 
 
 def _to_rgb(images: Tensor) -> np.ndarray:
-    """Convert (B, C, H, W) to (B, H, W, 3) for display: grey is repeated, further channels are left out."""
+    """Convert (B, C, H, W) to (B, H, W, 3) for display: gray is repeated, further channels are left out."""
     images = images.detach().float().cpu().clamp(0, 1)
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     if images.shape[1] == 2:
@@ -123,7 +123,7 @@ def upsample_to(image: Tensor, maps: Tensor) -> Tensor:
 
 
 def overlay(image: Tensor, weights: Tensor) -> Tensor:
-    """Draw weights (B, h, w) >= 0 as colours over the grey image (B, C, H, W), each map scaled to its largest value."""
+    """Draw weights (B, h, w) >= 0 as colors over the gray image (B, C, H, W), each map scaled to its largest value."""
     scaled = weights / weights.amax((1, 2), keepdim=True).clamp(min=1e-12)
     colors = matplotlib.colormaps["inferno"](scaled.detach().cpu().numpy())[..., :3]
     heat = torch.from_numpy(colors).permute(0, 3, 1, 2).float()

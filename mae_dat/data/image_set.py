@@ -45,7 +45,7 @@ class PixelTransform:
 class Sample(TypedDict):
     """One image with its label.
 
-    `image` (3, H, W) is float32 in [0, 1], or uint8 until `as_float`. `label` is -1 if unlabelled, `index` that of the
+    `image` (3, H, W) is float32 in [0, 1], or uint8 until `as_float`. `label` is -1 if unlabeled, `index` that of the
     file, `skipped` 1 if this image replaces an unreadable one, else 0.
     """
 
@@ -144,7 +144,7 @@ class ImageSet(Dataset[Sample]):
         raise ConfigError(f"--in_chans {channels}: {self.root} holds color images: use a folder of image files.")
 
     def label(self, index: int) -> int:
-        """Return the number of an image's class; -1 if unlabelled."""
+        """Return the number of an image's class; -1 if unlabeled."""
         raise NotImplementedError
 
     def class_counts(self) -> list[int]:
@@ -228,7 +228,7 @@ class ImageSet(Dataset[Sample]):
 
 
 class ImageFolder(ImageSet):
-    """Images below `root`: root/<class>/** if `labelled`, any folder otherwise.
+    """Images below `root`: root/<class>/** if `labeled`, any folder otherwise.
 
     `classes` fixes the names and order of the labels, for instance to those of the training set: a class without a
     folder here is accepted, a folder that is not in the list is an error. See `ImageSet` for the other arguments.
@@ -240,14 +240,14 @@ class ImageFolder(ImageSet):
         transform: Transform,
         classes: Sequence[str] | None = None,
         on_bad: str = "fail",
-        labelled: bool = True,
+        labeled: bool = True,
         seed: int = 0,
         max_skips: int | None = None,
     ) -> None:
         super().__init__(root, transform, on_bad=on_bad, seed=seed, max_skips=max_skips)
         self.classes = list(classes or [])
-        if labelled:
-            self.samples = self._labelled_samples()
+        if labeled:
+            self.samples = self._labeled_samples()
         else:
             visited = {os.path.realpath(self.root)}
             self.samples = [(path, -1) for path in walk_images(self.root, visited, self.ignored_files)]
@@ -268,7 +268,7 @@ class ImageFolder(ImageSet):
         text = self.ignored_files.describe(self.root)
         return f", but other files: {text}" if text else ""
 
-    def _labelled_samples(self) -> list[tuple[str, int]]:
+    def _labeled_samples(self) -> list[tuple[str, int]]:
         """Return path and label of every image. Sets `classes` if they are not given."""
         folders, visited = class_folders(self.root, self.ignored_files)
         layout = f"expected one folder per class: {self.root}/<class>/*.jpg"
@@ -310,7 +310,7 @@ class ImageFolder(ImageSet):
         return load_bands(self.samples[index][0], channels)
 
     def label(self, index: int) -> int:
-        """Return the number of an image's class; -1 if unlabelled."""
+        """Return the number of an image's class; -1 if unlabeled."""
         return self.samples[index][1]
 
     def class_counts(self) -> list[int]:

@@ -223,7 +223,7 @@ def _open_path(path: str, ignored_files: IgnoredFiles) -> list[ImagePart]:
 
 
 def _open_shards(folder: str) -> Shards:
-    return Shards(folder, _no_transform, labelled=False)
+    return Shards(folder, _no_transform, labeled=False)
 
 
 def _no_transform(image: Image.Image) -> Tensor:

@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 def training_images(
-    data: DataConfig, transform: Transform, seed: int, labelled: bool, outputs: int | None = None
+    data: DataConfig, transform: Transform, seed: int, labeled: bool, outputs: int | None = None
 ) -> ImageSet:
     """Open the training split that the flags or the environment name.
 
     Folders named by WordNet ids get ImageNet's labels if the model has ImageNet's number of `outputs`, so that a
     pretrained head fits. Raises ConfigError, DataError.
     """
-    root = find_split(image_root(data.data_path), "train", labelled=labelled)
+    root = find_split(image_root(data.data_path), "train", labeled=labeled)
     transform = with_channels(transform, data.in_chans)
-    synsets = _name_synsets(root, outputs) if labelled and outputs else None
-    images = open_images(root, transform, synsets, labelled=labelled, on_bad=data.on_bad, seed=seed)
+    synsets = _name_synsets(root, outputs) if labeled and outputs else None
+    images = open_images(root, transform, synsets, labeled=labeled, on_bad=data.on_bad, seed=seed)
     decode_channels(images, data.in_chans)
     if synsets:
         images.class_names_from = BY_WORDNET_ID
@@ -64,7 +64,7 @@ def open_images(
     transform: Transform,
     classes: Sequence[str] | None = None,
     on_bad: str = "fail",
-    labelled: bool = True,
+    labeled: bool = True,
     seed: int = 0,
 ) -> ImageSet:
     """Open the images of one split: `Shards` if the folder contains shards, else an `ImageFolder`.
@@ -72,10 +72,10 @@ def open_images(
     Raises what these raise, and MissingInputError for shards without an index.
     """
     if (Path(root) / INDEX_FILE).is_file():
-        return Shards(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
+        return Shards(root, transform, classes=classes, on_bad=on_bad, labeled=labeled, seed=seed)
     if holds_shards(root):
         raise MissingInputError(f"{root} contains shards without their index: mae-dat pack --index {root}")
-    return ImageFolder(root, transform, classes=classes, on_bad=on_bad, labelled=labelled, seed=seed)
+    return ImageFolder(root, transform, classes=classes, on_bad=on_bad, labeled=labeled, seed=seed)
 
 
 def open_images_of_model(
@@ -86,7 +86,7 @@ def open_images_of_model(
     on_bad: str = "fail",
     order: ClassOrder = "auto",
 ) -> ImageSet:
-    """Open the labelled images of a split for a model with `outputs`, whose file stores the names `stored` or None;
+    """Open the labeled images of a split for a model with `outputs`, whose file stores the names `stored` or None;
     `order` as in `name_outputs`.
 
     The labels are numbers of the outputs; `classes` has a name for each. Raises what `open_images` raises, and

@@ -144,7 +144,7 @@ def scan_shards(config: ScanConfig, console: Console) -> tuple[int, list[str]]:
 
     Returns the number of images and a list of faults.
     """
-    images = Shards(config.folder, lambda image: torch.zeros(0), labelled=False)
+    images = Shards(config.folder, lambda image: torch.zeros(0), labeled=False)
     console.report_inputs(scan_inputs(config, images))
 
     def faults_of(number: int) -> list[str]:
@@ -201,7 +201,7 @@ def scan_inputs(config: ScanConfig, images: ImageSet) -> InputSummary:
 
 
 def _open_folder(root: Path) -> ImageFolder:
-    return ImageFolder(root, lambda image: torch.zeros(0), labelled=False)
+    return ImageFolder(root, lambda image: torch.zeros(0), labeled=False)
 
 
 def _dangling_links(images: ImageFolder) -> list[str]:

@@ -63,7 +63,7 @@ def finetune_transform(  # noqa: PLR0913 - one argument per flag
     flipped, and erased unless `resplit`; the others are augmented. `interpolation` of the crop is bicubic, bilinear, or
     random: one of the two for each image. AugMix has only the paper's operations.
     """
-    # timm gets its default mean, which becomes the fill colour of the policy. Its normalization is not used.
+    # timm gets its default mean, which becomes the fill color of the policy. Its normalization is not used.
     timm_transform: Any = create_transform(
         (3, *size_HW),
         is_training=True,
@@ -200,7 +200,7 @@ def _channels_first(image: Image.Image | np.ndarray) -> Tensor:
 def crop_resized(image: Tensor, crop: tuple[int, int, int, int], size_HW: ImageSize, mode: str = "bicubic") -> Tensor:
     """Crop (top, left, height, width) from uint8 (3, H, W) and resize it by an antialiased filter, bicubic or bilinear.
 
-    This differs from PIL's filter by a hundredth of a grey level on average, and takes a fifth of the time.
+    This differs from PIL's filter by a hundredth of a gray level on average, and takes a fifth of the time.
     """
     top, left, height, width = crop
     region = image[None, :, top : top + height, left : left + width]
@@ -219,7 +219,7 @@ def default_crop_pct(size_HW: ImageSize) -> float:
 
 
 class EvalTransform:
-    """Resize and centre crop: float32 (3, H, W) in [0, 1].
+    """Resize and center crop: float32 (3, H, W) in [0, 1].
 
     `crop_pct` is the ratio of the crop's side to the resized image's, as in timm (default: `default_crop_pct`). With
     `keep_size` an image that already has the target size passes unchanged; else it is resized and cropped like others.
@@ -277,7 +277,7 @@ class EvalTransform:
 
 
 class EvalBandsTransform(PixelTransform):
-    """Resize and centre crop of pixels with any number of channels, in the geometry of an `EvalTransform`."""
+    """Resize and center crop of pixels with any number of channels, in the geometry of an `EvalTransform`."""
 
     def __init__(self, transform: EvalTransform) -> None:
         self.transform = transform

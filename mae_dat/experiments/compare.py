@@ -97,7 +97,7 @@ def _report_inputs(
 ) -> tuple[InputSummary, int]:
     """Log and store the summary of what the comparison reads; return it and the number of training images."""
     fine_tuning = next(iter(runs.values()))
-    images = training_images(fine_tuning.data, lambda image: torch.zeros(0), 0, labelled=True)
+    images = training_images(fine_tuning.data, lambda image: torch.zeros(0), 0, labeled=True)
     validation = validation_images(fine_tuning.data, images.classes)
     output = Path(config.output_dir)
     folders = [pretraining_folder(output, name) for name in config.pretrainings_to_train()]

@@ -92,8 +92,8 @@ def open_source(config: CorruptConfig) -> ImageSet:
     splits = [name for names in SPLIT_NAMES.values() for name in split_folders(source, names)]
     if splits and not is_packed:
         raise DataError(f"{source} has the folders {listing(splits)}: name one of them, such as {source / splits[-1]}.")
-    labelled = is_packed or bool(class_folders(str(source))[0])
-    return open_images(source, lambda image: torch.zeros(0), labelled=labelled)
+    labeled = is_packed or bool(class_folders(str(source))[0])
+    return open_images(source, lambda image: torch.zeros(0), labeled=labeled)
 
 
 @dataclasses.dataclass(frozen=True)

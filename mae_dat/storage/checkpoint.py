@@ -100,7 +100,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot: Snapshot | None = None
         self._written: Future[None] | None = None
-        self._cancelled = threading.Event()
+        self._canceled = threading.Event()
 
     def save(self, step: int, state: Mapping[str, Any], copy_immediately: Iterable[Tensor] = (), **facts: Any) -> None:
         """Start to write a checkpoint of the current `state`; `facts` are stored in the manifest.
@@ -130,7 +130,7 @@ class Saver:
         `abandon` cancels the last save instead; the checkpoints before it stay.
         """
         if abandon:
-            self._cancelled.set()
+            self._canceled.set()
             self._written = None
         try:
             self.wait()
@@ -149,7 +149,7 @@ class Saver:
             written.result()
 
     def _may_write(self) -> None:
-        if self._cancelled.is_set():
+        if self._canceled.is_set():
             raise StorageError(f"writing the checkpoint in {self.folder} was canceled.")
         if self.guard:
             self.guard()
@@ -167,7 +167,7 @@ class Saver:
         path = _path_of(self.folder, step)
         self._may_write()
         with atomic_write(path, size) as file:
-            hashing = _HashingWriter(file, self._cancelled)
+            hashing = _HashingWriter(file, self._canceled)
             torch.save(state, hashing)  # type: ignore[arg-type] # it uses only write and flush
         facts = {
             "version": FORMAT_VERSION,
@@ -203,12 +203,12 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep_newe
 class _HashingWriter:
     """A file for `torch.save` that computes the SHA-256 of its content while it is written."""
 
-    def __init__(self, file: BinaryIO, cancelled: threading.Event) -> None:
-        self.file, self.cancelled, self.digest, self.size = file, cancelled, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO, canceled: threading.Event) -> None:
+        self.file, self.canceled, self.digest, self.size = file, canceled, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
         """Append to the file. Raises StorageError if the checkpoint was canceled."""
-        if self.cancelled.is_set():
+        if self.canceled.is_set():
             raise StorageError("writing the checkpoint was canceled.")
         self.digest.update(data)
         self.size += len(data)

@@ -23,7 +23,7 @@ MAX_CONFUSION_CLASSES = 2000
 
 
 class ValidationScores(NamedTuple):
-    """The scores of a classifier on labelled images."""
+    """The scores of a classifier on labeled images."""
 
     scores: dict[str, float]
     """test_acc1, test_acc5 and test_balanced_acc in percent, test_loss in nats."""

@@ -81,7 +81,7 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
     check_mixup(config.augment, config.optim.batch_size)
     settings, data, seed = config.classifier, config.data, config.run.seed
     with run_context(config.run, config.launch, console) as context:
-        images, validation = labelled_images(config)
+        images, validation = labeled_images(config)
         classes = class_count(settings.nb_classes, images)
         seed_everything(seed)
         warn_of_slow_lars(settings.opt, config.optim, context.world.size)
@@ -206,7 +206,7 @@ def warn_of_slow_lars(opt: str, optim: OptimConfig, ranks: int) -> None:
         )
 
 
-def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
+def labeled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
     """Open the training images, augmented, and the validation images, with the same classes.
 
     Raises ConfigError for an unknown --aa or --remode.
@@ -228,7 +228,7 @@ def labelled_images(config: FinetuneConfig) -> tuple[ImageSet, ImageSet]:
     except (AssertionError, ValueError) as error:  # timm asserts what its users write
         raise ConfigError(f"--aa {augment.aa}, --remode {augment.remode}: {error}; see --help.") from error
     outputs = config.classifier.nb_classes
-    images = training_images(config.data, transform, config.run.seed, labelled=True, outputs=outputs)
+    images = training_images(config.data, transform, config.run.seed, labeled=True, outputs=outputs)
     if sum(count > 0 for count in images.class_counts()) < 2:
         raise DataError(
             f"{images.root} has images of a single class: its loss is 0 and nothing can be learned; add the images of "

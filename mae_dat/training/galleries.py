@@ -1,7 +1,7 @@
 """Galleries: what the autoencoder predicts, where a model attends, visual words, and what the adversary did to them.
 
 A gallery is drawn pixel by pixel: images are enlarged by whole numbers, so that every pixel and patch stays a square.
-Colours are read off cividis and inferno, which colour-blind readers can order, and are never the only sign.
+Colors are read off cividis and inferno, which color-blind readers can order, and are never the only sign.
 """
 
 import math
@@ -38,7 +38,7 @@ def reconstruction_gallery(
 def reconstruction_columns(
     model: MaskedAutoencoder, image: Tensor, mask_ratio: float, noise: Tensor, norm_pix: bool
 ) -> list[Column]:
-    """Return three columns of images (B, C, H, W): masked (grey where removed), prediction pasted into the visible
+    """Return three columns of images (B, C, H, W): masked (gray where removed), prediction pasted into the visible
     patches, original.
 
     `image` is (B, C, H, W) in [0, 1], `noise` (B, N) decides which patches are removed. With `norm_pix` the prediction
@@ -61,7 +61,7 @@ def attention_columns(image: Tensor, maps: Tensor) -> tuple[list[Column], list[l
     """Return columns of the image (B, C, H, W), and of the mean over heads and every head of attention `maps`
     (B, heads, h, w) laid over the image; and the captions of every row.
 
-    A map's colours run from 0 (dark) to its largest weight (bright). The caption gives this weight, and the share of
+    A map's colors run from 0 (dark) to its largest weight (bright). The caption gives this weight, and the share of
     the attention that falls on patches at all.
     """
     heads = maps.shape[1]
@@ -94,14 +94,14 @@ def word_columns(image: Tensor, words: Tensor, tokenizer: VisualTokenizer) -> tu
         for error, word_map in zip(errors.tolist(), words, strict=True)
     ]
     index_map = upsample_to(image, word_colors(words))
-    titles = ("image", "decoded from its words", "each word drawn alone", "index map\n(a colour a word)")
+    titles = ("image", "decoded from its words", "each word drawn alone", "index map\n(one color for each word)")
     return list(zip(titles, (image, decoded, alone, index_map), strict=True)), captions
 
 
 def word_colors(words: Tensor) -> Tensor:
-    """Return a colour for every word of a map (B, h, w), (B, 3, h, w) in [0, 1]: always the same for the same word.
+    """Return a color for every word of a map (B, h, w), (B, 3, h, w) in [0, 1]: always the same for the same word.
 
-    Hue and brightness follow a sequence that spreads evenly, so neighbours among the words are far apart.
+    Hue and brightness follow a sequence that spreads evenly, so neighbors among the words are far apart.
     """
     index = words.cpu().double()
     hue, value = index.mul(0.7548776662) % 1, index.mul(0.5698402910) % 1
@@ -138,7 +138,7 @@ def adversary_gallery(image: Tensor, adversary: DiscreteAdversary) -> Tensor:
 
 def adversary_columns(image: Tensor, adversary: DiscreteAdversary, amplify: float = 4) -> list[Column]:
     """Return columns of images (B, C, H, W): clean, reconstruction from its words, adversarial, their difference
-    (amplified around grey), and changed words (dark, over the pale image)."""
+    (amplified around gray), and changed words (dark, over the pale image)."""
     changed = (adversary.words != adversary.adversarial_words).float().unsqueeze(1)
     changed_pixels = upsample_to(image, changed)
     pale = (0.7 + 0.3 * luminance(image)).expand(-1, 3, -1, -1)

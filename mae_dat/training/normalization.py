@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_normalization(name: str, model: nn.Module, images: ImageSet, device: torch.device) -> None:
-    """Log a warning if a model on `device` classifies more of a hundred labelled images correctly under another usual
+    """Log a warning if a model on `device` classifies more of a hundred labeled images correctly under another usual
     normalization, beyond chance. The labels are numbers of its outputs."""
     samples = [images[index] for index in evenly_spaced(len(images), CHECKED_INPUTS)]
     pixels = torch.stack([sample["image"] for sample in samples]).to(device)

@@ -117,7 +117,7 @@ def build_optimizer(
     """
     groups = parameter_groups(model, weight_decay, layer_decay)
     if not groups:
-        raise ConfigError("the model has no trainable parameter: nothing to optimise")
+        raise ConfigError("the model has no trainable parameter: nothing to optimize")
     tensors = [tensor for group in groups for _, tensor in group["params"]]
     fused = all(t.device.type in FUSED_DEVICES and t.is_floating_point() for t in tensors) or None
     optimizer: torch.optim.Optimizer

@@ -52,7 +52,7 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
     # A weights file is no checkpoint to look for: `load_initial_weights` loads it.
     run = dataclasses.replace(config.run, resume=None) if weights_to_resume(config) else config.run
     with run_context(run, config.launch, console) as context:
-        images = training_images(data, PretrainTransform(data.image_size), seed, labelled=False)
+        images = training_images(data, PretrainTransform(data.image_size), seed, labeled=False)
         seed_everything(seed)
         model = build_mae(mae.model, img_size=data.image_size, in_chans=data.in_chans)
         start = load_initial_weights(model, config, context)

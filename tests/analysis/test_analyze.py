@@ -35,7 +35,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_folder(tmp_path_factory.mktemp("data") / "images")
 
 
-def analysed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> dict:
+def analyzed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> dict:
     torch.manual_seed(0)
     held_out = ImageFolder(images / "val", EvalTransform((64, 64)))
     model = build_classifier(network, len(held_out.classes), 64).eval()
@@ -45,7 +45,7 @@ def analysed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> 
 
 
 def test_views_are_compared_with_the_clean_pictures_at_the_lengths_that_they_promise(images: Path) -> None:
-    found = analysed(images)
+    found = analyzed(images)
     views = found["views"]
     assert list(views) == list(VIEW_TITLES)
     assert all(one["images"] == 12 for one in views.values())
@@ -59,19 +59,19 @@ def test_views_are_compared_with_the_clean_pictures_at_the_lengths_that_they_pro
     assert views["pixel"]["loss"] > views[CLEAN_VIEW]["loss"]
     assert views["symbolic"]["loss"] > views["random"]["loss"]
     assert all(-1 <= one["correlation_mean"] <= 1 and one["frechet"] > 0 for one in list(views.values())[1:])
-    assert found == analysed(images), "the same numbers for the same seed"
+    assert found == analyzed(images), "the same numbers for the same seed"
 
 
 def test_numbers_do_not_depend_on_the_batch(images: Path) -> None:
     """Of the clean pictures and their halves, also where the last batch has one picture."""
-    whole, parts = (analysed(images, limit=9, batch_size=size, views=("pixel",)) for size in (9, 4))
+    whole, parts = (analyzed(images, limit=9, batch_size=size, views=("pixel",)) for size in (9, 4))
     for key in ("correlation_mean", "correlation_variance"):
         assert parts["halves"][key] == pytest.approx(whole["halves"][key], rel=1e-4)
         assert parts["views"]["pixel"][key] == pytest.approx(whole["views"]["pixel"][key], rel=1e-4)
 
 
 def test_a_matched_pixel_attack_goes_as_far_from_the_decoded_picture(images: Path) -> None:
-    views = analysed(images)["views"]
+    views = analyzed(images)["views"]
     assert views["reconstruction"]["length_decoded"] == 0
     own = views["released"]["length_decoded"]
     assert 0.5 * own < views["pixel_decoded"]["length_decoded"] <= 1.0001 * own
@@ -92,7 +92,7 @@ def test_a_layer_whose_channels_are_alike_is_left_out_of_the_mean() -> None:
 
 
 def test_a_network_with_batch_norms_is_looked_at_there(images: Path) -> None:
-    found = analysed(images, "test_resnet")
+    found = analyzed(images, "test_resnet")
     names = build_classifier("test_resnet", 10, 64).named_modules()
     batch_norms = [name for name, module in names if isinstance(module, torch.nn.BatchNorm2d)]
     assert list(found["views"]["pixel"]["by_layer"]) == batch_norms

@@ -1,4 +1,4 @@
-"""Features of networks of every kind, the nearest neighbours' votes, and the command that writes and measures them."""
+"""Features of networks of every kind, the nearest neighbors' votes, and the command that writes and measures them."""
 
 from pathlib import Path
 
@@ -86,8 +86,8 @@ def test_a_masked_autoencoders_features_are_those_of_its_encoder() -> None:
         model_features(mae, image, "max")
 
 
-def test_neighbours_vote_by_similarity_and_not_by_number() -> None:
-    """One near neighbour of class 0 against two far ones of class 1; every vote is exp(cosine / temperature)."""
+def test_neighbors_vote_by_similarity_and_not_by_number() -> None:
+    """One near neighbor of class 0 against two far ones of class 1; every vote is exp(cosine / temperature)."""
     bank = Features(np.array([[3.0, 0.1], [0.5, 1.0], [0.5, 1.0]], np.float32), np.array([0, 1, 1]), [])
     query = Features(np.array([[10.0, 0.0]], np.float32), np.array([0]), [])
     assert knn_accuracy(bank, query, 3, 0.07)["knn_acc1"] == 100
@@ -98,7 +98,7 @@ def test_neighbours_vote_by_similarity_and_not_by_number() -> None:
         knn_accuracy(bank, query, 4, 0.07)
 
 
-def test_neighbours_agree_with_a_loop_over_all_pairs() -> None:
+def test_neighbors_agree_with_a_loop_over_all_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 4, (60,), generator=generator)
     values = torch.randn(60, 8, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 8)

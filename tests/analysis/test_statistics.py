@@ -1,4 +1,4 @@
-"""Channel statistics, distances, colours and spectra, each against a reference or a property that it must have."""
+"""Channel statistics, distances, colors and spectra, each against a reference or a property that it must have."""
 
 import numpy as np
 import pytest

@@ -143,7 +143,7 @@ def test_the_seed_draws_the_mask(draw: Draw, autoencoder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("flags", [(), ("--no_norm_pix_loss",)])
-def test_normalized_predictions_are_labelled(
+def test_normalized_predictions_are_labeled(
     flags: tuple[str, ...], draw: Draw, autoencoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = texts(monkeypatch)

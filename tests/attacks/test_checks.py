@@ -50,7 +50,7 @@ def test_a_model_of_other_images_is_refused() -> None:
     require_no_declared_normalization(Classifier(bare, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
-def partly_right(pixels_alone: float, normalised_alone: float, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
+def partly_right(pixels_alone: float, normalized_alone: float, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A model that has 61 % of 1024 images right, and of the others such shares in one version alone."""
     chance = torch.Generator().manual_seed(seed)
     image, label = torch.rand(1024, 3, 1, 1, generator=chance, dtype=torch.float64), torch.ones(1024, dtype=torch.int64)
@@ -64,7 +64,7 @@ def partly_right(pixels_alone: float, normalised_alone: float, seed: int) -> tup
             pixels = (x / 2 + 0.5 if normal else x)[:, :1, 0, 0]
             known = fate[(pixels - image[None, :, 0, 0, 0]).abs().argmin(1)]
             start = 0.61 + (pixels_alone if normal else 0.0)
-            width = normalised_alone if normal else pixels_alone
+            width = normalized_alone if normal else pixels_alone
             right = (known < 0.61) | ((start <= known) & (known < start + width))
             return torch.stack([~right, right], 1).double()
 

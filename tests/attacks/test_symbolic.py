@@ -1,4 +1,4 @@
-"""The symbolic adversary: the best words by brute force, its budget, its neighbours, and what it does to a network."""
+"""The symbolic adversary: the best words by brute force, its budget, its neighbors, and what it does to a network."""
 
 import itertools
 from importlib import resources

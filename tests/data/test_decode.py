@@ -133,7 +133,7 @@ ORIENTED[0x0112] = 6
         encoded(noise(37, 53), format="PNG"),
         encoded(noise(37, 53)) + b"what follows the end",
     ],
-    ids=["444", "422", "420", "progressive", "restarts", "oriented", "RGB", "grey", "CMYK", "PNG", "more"],
+    ids=["444", "422", "420", "progressive", "restarts", "oriented", "RGB", "gray", "CMYK", "PNG", "more"],
 )
 def test_pixels_are_those_of_the_image(content: bytes) -> None:
     assert np.array_equal(decode_pixels(content, "x"), np.asarray(decode_bytes(content, "x")))

@@ -63,7 +63,7 @@ def test_the_origin_of_the_folder_is_named(
     link = tmp_path_factory.mktemp("links") / "link"
     link.symlink_to(root / "photos")
     monkeypatch.chdir(root)
-    images: dict[str, ImageSet] = {"training": ImageFolder("photos", to_tensor, labelled=False)}
+    images: dict[str, ImageSet] = {"training": ImageFolder("photos", to_tensor, labeled=False)}
     assert rows("photos", Path("photos"), images) == {
         "data": f"{root}/photos",
         "training": "all folders: 1 image",
@@ -86,9 +86,9 @@ def test_shards_are_described_by_their_index(make: MakeFolder, tmp_path_factory:
     found = rows(str(out), out, {"training": images})
     assert found["training"].startswith("train/: 3 images in 2 classes (1 to 2 each); 1 shard, ")
     assert found["classes"] == "0 cat, 1 dog (from index.safetensors)"
-    unlabelled = rows(str(out), out, {"training": open_images(out / "train", to_tensor, labelled=False)})
-    assert unlabelled["training"].startswith("train/: 3 images; 1 shard, ")
-    assert "classes" not in unlabelled
+    unlabeled = rows(str(out), out, {"training": open_images(out / "train", to_tensor, labeled=False)})
+    assert unlabeled["training"].startswith("train/: 3 images; 1 shard, ")
+    assert "classes" not in unlabeled
 
 
 def test_workers_get_the_same_samples_and_little_more(make: MakeFolder) -> None:

@@ -50,7 +50,7 @@ def test_files_that_are_not_read_are_counted_by_reason(make: MakeFolder) -> None
 
 def test_without_labels_every_folder_counts(make: MakeFolder) -> None:
     root = make("1.png a/2.png a/b/3.png a/b/4.psd")
-    folder = ImageFolder(root, to_tensor, labelled=False)
+    folder = ImageFolder(root, to_tensor, labeled=False)
     assert len(folder) == 3
     assert folder.class_counts() == []
     assert folder.ignored_files.counts == {".psd": 1}
@@ -71,7 +71,7 @@ def test_a_class_that_loses_everything_says_why(make: MakeFolder) -> None:
     with pytest.raises(
         DataError, match=r"contains no images .*, but other files: \.heic 2 \(2\.heic\); check the path"
     ):
-        ImageFolder(root / "b", to_tensor, labelled=False)
+        ImageFolder(root / "b", to_tensor, labeled=False)
 
 
 def test_a_million_suffixes_take_no_memory() -> None:

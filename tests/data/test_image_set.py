@@ -33,7 +33,7 @@ def test_links_are_followed_once(make: MakeFolder) -> None:
     folder = ImageFolder(root, to_tensor)
     assert folder.classes == ["a", "b"]
     assert len(folder) == 2
-    assert len(ImageFolder(root, to_tensor, labelled=False)) == 2
+    assert len(ImageFolder(root, to_tensor, labeled=False)) == 2
 
 
 def test_a_class_may_be_a_link_to_elsewhere(make: MakeFolder) -> None:
@@ -42,8 +42,8 @@ def test_a_class_may_be_a_link_to_elsewhere(make: MakeFolder) -> None:
     assert ImageFolder(root / "data", to_tensor).classes == ["a", "cat"]
 
 
-def test_unlabelled_takes_any_folder(make: MakeFolder) -> None:
-    folder = ImageFolder(make("z.png a/1.png a/b/2.png"), to_tensor, labelled=False)
+def test_unlabeled_takes_any_folder(make: MakeFolder) -> None:
+    folder = ImageFolder(make("z.png a/1.png a/b/2.png"), to_tensor, labeled=False)
     assert [Path(path).name for path, _ in folder.samples] == ["1.png", "2.png", "z.png"]
     sample = folder[0]
     assert (sample["label"], sample["index"], sample["skipped"]) == (-1, 0, 0)
@@ -60,7 +60,7 @@ def test_given_classes_fix_the_labels(make: MakeFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "folder", "labelled", "error", "message"),
+    ("names", "folder", "labeled", "error", "message"),
     [
         ("photos/a/1.png", "photo", True, MissingInputError, "did you mean .*photos"),
         ("photos/a/1.png", "xyz", True, MissingInputError, "does not exist"),
@@ -71,11 +71,11 @@ def test_given_classes_fix_the_labels(make: MakeFolder) -> None:
     ],
 )
 def test_bad_trees(
-    names: str, folder: str, labelled: bool, error: type[Exception], message: str, make: MakeFolder
+    names: str, folder: str, labeled: bool, error: type[Exception], message: str, make: MakeFolder
 ) -> None:
     root = make(names)
     with pytest.raises(error, match=message) as caught:
-        ImageFolder(root / folder, to_tensor, labelled=labelled)
+        ImageFolder(root / folder, to_tensor, labeled=labeled)
     assert str(root) in str(caught.value)
 
 
@@ -84,11 +84,11 @@ def test_splits_are_found(make: MakeFolder) -> None:
     assert find_split(root / "one", "train") == root / "one" / "train"
     assert find_split(root / "one", "val") == root / "one" / "validation"
     assert find_split(root / "one", "val", names=["test"]) == root / "one" / "test"
-    assert find_split(root / "flat", "train", labelled=False) == root / "flat"
+    assert find_split(root / "flat", "train", labeled=False) == root / "flat"
     with pytest.raises(MissingInputError, match="train/<class>"):
         find_split(root / "flat", "train")
     with pytest.raises(MissingInputError, match="val or valid or validation or test"):
-        find_split(root / "flat", "val", labelled=False)
+        find_split(root / "flat", "val", labeled=False)
 
 
 def test_skipping_takes_the_next_good_image_and_counts(make: MakeFolder) -> None:
@@ -109,22 +109,22 @@ def test_skipping_is_capped(make: MakeFolder) -> None:
     root = make(" ".join(f"{number:02d}.png" for number in range(15)))
     for number in range(12):
         (root / f"{number:02d}.png").write_bytes(b"")
-    folder = ImageFolder(root, to_tensor, on_bad="skip", labelled=False)
+    folder = ImageFolder(root, to_tensor, on_bad="skip", labeled=False)
     with pytest.raises(DataError, match=r"11 unreadable images in a row, starting at .*00\.png"):
         folder[0]
     assert folder[2]["index"] == 12
-    assert ImageFolder(root, to_tensor, on_bad="skip", labelled=False, max_skips=12)[0]["index"] == 12
+    assert ImageFolder(root, to_tensor, on_bad="skip", labeled=False, max_skips=12)[0]["index"] == 12
 
 
 def test_a_fingerprint_is_of_names_and_labels_wherever_they_lie(make: MakeFolder, tmp_path: Path) -> None:
     root = make("a/1.png a/2.png b/3.png")
 
-    def fingerprint(folder: Path, labelled: bool = True) -> str:
-        return ImageFolder(folder, EvalTransform((16, 16)), labelled=labelled).fingerprint()
+    def fingerprint(folder: Path, labeled: bool = True) -> str:
+        return ImageFolder(folder, EvalTransform((16, 16)), labeled=labeled).fingerprint()
 
     before = fingerprint(root)
     assert before == fingerprint(shutil.copytree(root, tmp_path / "copy"))
-    assert before != fingerprint(root, labelled=False)
+    assert before != fingerprint(root, labeled=False)
     (root / "b" / "3.png").rename(root / "b" / "4.png")
     renamed = fingerprint(root)
     (root / "b" / "4.png").rename(root / "a" / "4.png")

@@ -32,8 +32,8 @@ def test_twelve_bits_in_sixteen(
     assert caplog.text.count("x.png is a 16-bit image with values up to 4095 only") == 1
     assert "set $MAE_DAT_WHITE_LEVEL=4095" in caplog.text
     monkeypatch.setenv("MAE_DAT_WHITE_LEVEL", "4095")
-    grey = np.asarray(decode_file(tmp_path / "x.png"))[:, :, 0]
-    np.testing.assert_array_equal(grey, np.rint(values / 4095 * 255))
+    gray = np.asarray(decode_file(tmp_path / "x.png"))[:, :, 0]
+    np.testing.assert_array_equal(gray, np.rint(values / 4095 * 255))
     monkeypatch.setenv("MAE_DAT_WHITE_LEVEL", "white")
     with pytest.raises(ConfigError, match="MAE_DAT_WHITE_LEVEL must be a number above 0, got 'white'"):
         decode_file(tmp_path / "x.png")
@@ -44,7 +44,7 @@ def test_a_png_with_a_large_profile(tmp_path: Path) -> None:
     image.save(tmp_path / "x.png", icc_profile=bytes(3 << 20))
     np.testing.assert_array_equal(np.asarray(decode_file(tmp_path / "x.png")), np.asarray(image))
     image.save(tmp_path / "y.png", icc_profile=bytes(65 << 20))
-    with pytest.raises(DataError, match="its colour profile or text has more than 64 MiB; its pixels may be good"):
+    with pytest.raises(DataError, match="its color profile or text has more than 64 MiB; its pixels may be good"):
         decode_file(tmp_path / "y.png")
 
 

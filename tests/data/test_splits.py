@@ -49,7 +49,7 @@ def test_a_missing_split_is_an_error_and_pretraining_on_everything_is_reported(
     (tmp_path / "Val").mkdir()
     with pytest.raises(MissingInputError, match="has no folder train or training"):
         find_split(tmp_path, "train")
-    assert find_split(tmp_path, "train", labelled=False) == tmp_path
+    assert find_split(tmp_path, "train", labeled=False) == tmp_path
     assert "has no folder train: all of it is used for training, Val too" in caplog.text
 
 

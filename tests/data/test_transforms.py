@@ -36,7 +36,7 @@ def smooth(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.mean([np.asarray(one) for one in scales], 0).round().astype(np.uint8))
 
 
-def test_training_crops_are_pils_to_a_fiftieth_of_a_grey_level() -> None:
+def test_training_crops_are_pils_to_a_fiftieth_of_a_gray_level() -> None:
     size = (96, 96)
     ratio = transforms._aspect_ratios(size)
     crop = RandomResizedCrop(size, (0.2, 1.0), ratio, InterpolationMode.BICUBIC)
@@ -44,7 +44,7 @@ def test_training_crops_are_pils_to_a_fiftieth_of_a_grey_level() -> None:
         "pretrain": Compose([crop, RandomHorizontalFlip(), ToTensor()]),
         "finetune": create_transform((3, *size), True, scale=(0.08, 1.0), color_jitter=None, interpolation="bicubic"),
     }
-    theirs["finetune"].transforms.pop()  # the normalisation
+    theirs["finetune"].transforms.pop()  # the normalization
     ours = {"pretrain": PretrainTransform(size), "finetune": finetune_transform(size, aa=None, reprob=0)}
     for name in ours:
         off = []

@@ -126,7 +126,7 @@ def test_a_copy_finds_the_recipes(repository: Path, tmp_path: Path) -> None:
     assert found.stdout.strip() == str(copy / "mae_dat" / "configs" / "small_finetune.yaml"), found.stderr
 
 
-def test_an_installed_package_is_copied_without_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_is_copied_without_its_neighbors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a virtual environment inside a repository; a copy is a package as the wheel installs it."""
     packages = tmp_path / "repository" / ".venv" / "site-packages"
     installed = write_code_copy(collect_code(tmp_path), tmp_path / "code", "")

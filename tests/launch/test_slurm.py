@@ -200,7 +200,7 @@ def test_a_job_that_is_signalled_or_killed_resumes(trainer: Callable[..., tuple[
 
 
 @pytest.mark.usefixtures("out_of_time")
-def test_a_cancelled_job_is_not_revived(trainer: Callable[..., tuple[Submitted, Path]]) -> None:
+def test_a_canceled_job_is_not_revived(trainer: Callable[..., tuple[Submitted, Path]]) -> None:
     job, folder = trainer()
     wait_for_step_10(job, folder)
     slurm("scancel", job.id)
@@ -231,7 +231,7 @@ def test_the_bare_batch_file_of_the_documentation(lab: str, tmp_path: Path) -> N
     assert command in text
     (tmp_path / "train.py").write_text(TRAINER)
     jobs = {}
-    for name in ("signalled", "cancelled"):
+    for name in ("signalled", "canceled"):
         (tmp_path / name).mkdir()
         batch = tmp_path / f"{name}.sh"
         changed = text.replace(sizes, "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=10")
@@ -240,12 +240,12 @@ def test_the_bare_batch_file_of_the_documentation(lab: str, tmp_path: Path) -> N
     for name in jobs:
         until(lambda name=name: (tmp_path / name / "state").exists(), name)  # type: ignore[misc]
     slurm("scancel", "--signal=TERM", jobs["signalled"])
-    slurm("scancel", jobs["cancelled"])
+    slurm("scancel", jobs["canceled"])
     until(lambda: job_states(jobs["signalled"]) == {jobs["signalled"]: JobState("COMPLETED", "None")}, "the end")
     assert (tmp_path / "signalled" / "done-0").exists()
     assert not (tmp_path / "signalled" / "from-2-0").exists()
-    assert (job_states(jobs["cancelled"]) or {})[jobs["cancelled"]].name == "CANCELLED"
-    assert not (tmp_path / "cancelled" / "from-1-0").exists()
+    assert (job_states(jobs["canceled"]) or {})[jobs["canceled"]].name == "CANCELLED"
+    assert not (tmp_path / "canceled" / "from-1-0").exists()
 
 
 @pytest.mark.usefixtures("out_of_time")

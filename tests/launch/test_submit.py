@@ -363,7 +363,7 @@ def test_a_preempted_job_saves_and_is_run_again(tmp_path: Path) -> None:
     assert result.stdout.count("restarting the script") == 1
 
 
-def test_a_cancelled_job_saves_and_is_not_run_again(tmp_path: Path) -> None:
+def test_a_canceled_job_saves_and_is_not_run_again(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(PREEMPTED.replace("STATE", str(script.with_suffix(".state"))))
     result = run_local(script, int(signal.SIGTERM))
@@ -414,20 +414,20 @@ def test_ctrl_c_ends_the_waiting_and_not_the_job(tmp_path: Path) -> None:
 
 def test_a_job_runs_the_code_that_was_submitted(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text("import sys\nimport neighbour\nprint(neighbour.word, sys.path[0])\nsys.exit(neighbour.code())\n")
-    neighbour = tmp_path / "neighbour.py"
+    script.write_text("import sys\nimport neighbor\nprint(neighbor.word, sys.path[0])\nsys.exit(neighbor.code())\n")
+    neighbor = tmp_path / "neighbor.py"
     submitted = f"""
 import os, pathlib
 word = "as submitted"
 def code():
-    pathlib.Path({str(neighbour)!r}).write_text("word = 'edited meanwhile'\\ndef code(): return 0\\n")
+    pathlib.Path({str(neighbor)!r}).write_text("word = 'edited meanwhile'\\ndef code(): return 0\\n")
     return 0 if os.environ["MAE_DAT_RESTARTS"] == "1" else 75
 """
-    neighbour.write_text(submitted)
+    neighbor.write_text(submitted)
     result = run_local(script)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("as submitted") == 2
-    neighbour.write_text(submitted)
+    neighbor.write_text(submitted)
     edited = run_local(script, flags=("--no_snapshot",))
     assert (edited.stdout.count("as submitted"), edited.stdout.count("edited meanwhile")) == (1, 1)
 

@@ -27,13 +27,13 @@ def network(kind: str) -> Classifier | MaskedAutoencoder:
         return MaskedAutoencoder(SIZE, PATCH, 3, 16, DEPTH, HEADS, 16, 1, HEADS)
     if kind == "class token":
         return vit()
-    if kind == "normalised queries":
+    if kind == "normalized queries":
         return vit(qk_norm=True, global_pool="avg")
     assert kind == "registers"
     return vit(reg_tokens=2, attn_drop_rate=0.5, drop_path_rate=0.5)
 
 
-KINDS = ["autoencoder", "class token", "normalised queries", "registers"]
+KINDS = ["autoencoder", "class token", "normalized queries", "registers"]
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_maps_are_the_rows_of_what_is_pooled(kind: str, image: Tensor) -> None:
     assert by_class.shape == (2, HEADS, *GRID)
     assert torch.equal(by_class.flatten(2), weights[:, :, 0, prefix:])
     torch.testing.assert_close(by_mean.flatten(2), weights[:, :, prefix:, prefix:].mean(2))
-    pooled = by_mean if kind == "normalised queries" else by_class
+    pooled = by_mean if kind == "normalized queries" else by_class
     assert torch.equal(attention_maps(model, image, 1), pooled)
     place = attention_maps(model, image, 1, "class")[0, 0, 2, 3]
     assert place == weights[0, 0, 0, prefix + 2 * GRID[1] + 3], "row by row, on a grid that is not square"

@@ -1,4 +1,4 @@
-"""Classifiers: reference logits, normalisation, settings that do not fit."""
+"""Classifiers: reference logits, normalization, settings that do not fit."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ def test_logits_reproduce_the_reference(golden: Golden) -> None:
     torch.testing.assert_close(logits, torch.from_numpy(golden("vit_tiny")["logits"]), rtol=1e-5, atol=1e-5)
 
 
-def test_normalisation_is_the_classifiers_own_and_not_in_its_weights() -> None:
+def test_normalization_is_the_classifiers_own_and_not_in_its_weights() -> None:
     model = Classifier(torch.nn.Identity(), (0.5, 0.25), (0.5, 0.25))
     image = torch.tensor([1.0, 0.5]).view(1, 2, 1, 1)
     assert model(image).flatten().tolist() == [1.0, 1.0]

@@ -68,7 +68,7 @@ def test_forward_reproduces_the_reference(ruled: MaskedAutoencoder, reference: d
     assert torch.equal(ids_restore, reference["ids_restore"])
     torch.testing.assert_close(latent, reference["latent"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prediction, reference["pred"], rtol=1e-5, atol=1e-5)
-    # The reference patchifies whatever it is given; its record is of the normalised picture.
+    # The reference patchifies whatever it is given; its record is of the normalized picture.
     torch.testing.assert_close(ruled.target(image, norm_pix=False), reference["patchify"], rtol=1e-6, atol=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_patches_are_row_major_with_row_column_channel_pixels() -> None:
     assert patch[(5 * 8 + 7) * 2 + 1] == image[0, 1, 8 + 5, 16 + 7]
 
 
-def test_normalised_targets_and_their_way_back_to_pixels() -> None:
+def test_normalized_targets_and_their_way_back_to_pixels() -> None:
     model, image = tiny(), torch.rand(2, 3, 64, 64)
     target = model.target(image, norm_pix=True)
     torch.testing.assert_close(target.mean(dim=-1), torch.zeros(2, 64), rtol=0, atol=1e-5)
@@ -184,7 +184,7 @@ def test_loss_ignores_the_visible_patches() -> None:
     assert loss.item() == pytest.approx((prediction - target)[mask == 1].square().mean().item(), rel=1e-6)
 
 
-def test_initialisation_is_the_reference_recipe() -> None:
+def test_initialization_is_the_reference_recipe() -> None:
     model = tiny(embed_dim=192, depth=1)
     bound = (6 / (192 + 768)) ** 0.5
     weight = model.blocks[0].mlp.fc1.weight

@@ -653,22 +653,22 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
         evaluate(bare, "clean", dataset, input_size=32)
 
 
-def test_a_network_that_knows_normalised_pictures_alone_is_seen_by_its_answers(tmp_path: Path) -> None:
-    """Class by brightness, with thresholds on the normalised scale."""
+def test_a_network_that_knows_normalized_pictures_alone_is_seen_by_its_answers(tmp_path: Path) -> None:
+    """Class by brightness, with thresholds on the normalized scale."""
     for label in range(2):
         (tmp_path / "val" / f"{label}").mkdir(parents=True)
         for number in range(24):
             level = 40 + 130 * label + number
             Image.new("RGB", (32, 32), (level, level, level)).save(tmp_path / "val" / f"{label}" / f"{number}.png")
 
-    def normalised(image: Tensor) -> Tensor:
+    def normalized(image: Tensor) -> Tensor:
         mean = image.mean((1, 2, 3))
         return torch.stack([-mean, mean], 1)
 
     with pytest.raises(ConfigError, match=r"seems to take images normalized by mean 0\.5"):
-        evaluate(normalised, "clean", tmp_path, input_size=32)
+        evaluate(normalized, "clean", tmp_path, input_size=32)
     assert (
-        cells(evaluate(lambda x: normalised(x - 0.45), "clean", tmp_path, input_size=32), "clean", "<lambda>")[""][
+        cells(evaluate(lambda x: normalized(x - 0.45), "clean", tmp_path, input_size=32), "clean", "<lambda>")[""][
             "correct"
         ]
         == 48

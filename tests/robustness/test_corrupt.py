@@ -36,7 +36,7 @@ def test_the_images_of_a_batch_draw_differently() -> None:
     assert not np.array_equal(corrupt(same, "gaussian_noise", seed=1)[0], first)
 
 
-def test_a_grey_pil_image_becomes_rgb() -> None:
+def test_a_gray_pil_image_becomes_rgb() -> None:
     assert corrupt(noise(40, 36).convert("L"), "contrast").mode == "RGB"
 
 

@@ -156,7 +156,7 @@ def evaluation(rank: int, folder: Path) -> dict[str, Any]:
     """Accuracy of shards where the ranks have different numbers of batches, or no image at all."""
     results: dict[str, Any] = {}
     with process_group(world_from_environment(), CPU):
-        model = labelling_model()
+        model = labeling_model()
         shard_model(model, world_from_environment(), CPU)
         images = ImageFolder(folder / "val", EvalTransform((SIDE, SIDE)))
         for count in (19, 1):
@@ -204,7 +204,7 @@ def nan_on_rank_1(rank: int, folder: Path, output: Path) -> dict[str, Any]:
     return results
 
 
-def labelling_model() -> nn.Module:
+def labeling_model() -> nn.Module:
     torch.manual_seed(0)
     model = build_classifier("vit_tiny", 10, (SIDE, SIDE), 0.0)
     nn.init.normal_(model.net.head.weight, std=0.05)  # its own start is near 0: all logits alike
@@ -297,7 +297,7 @@ def test_a_checkpoint_resumes_in_the_other_form(run: str, like: str, outputs: Pa
 @pytest.mark.slow
 def test_accuracy_of_shards_is_exact_with_uneven_shares(outputs: Path) -> None:
     small_models()
-    model = labelling_model()
+    model = labeling_model()
     images = ImageFolder(outputs / "images" / "val", EvalTransform((SIDE, SIDE)))
     ranks = [torch.load(outputs / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [rank["batches of 19"] for rank in ranks] == [[True] * 4, [True] * 3 + [False]]

@@ -93,8 +93,8 @@ def test_an_average_goes_before_the_weights_it_averages_and_is_told(average: str
 
 
 @pytest.mark.parametrize("outer", ["", "module.", "module._orig_mod."])
-def test_statistics_of_a_normalisation_are_kept_apart(outer: str) -> None:
-    """easyrobust's files: a normalisation and the model in one sequence."""
+def test_statistics_of_a_normalization_are_kept_apart(outer: str) -> None:
+    """easyrobust's files: a normalization and the model in one sequence."""
     state = tensors()
     wrapped = {f"{outer}1.{key}": value for key, value in state.items()}
     wrapped |= {f"{outer}0.mean": torch.tensor([0.5, 0.25]).view(1, 2, 1, 1), f"{outer}0.std": torch.ones(2)}

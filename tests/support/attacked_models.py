@@ -14,7 +14,7 @@ from mae_dat.models.tokenizer import VisualTokenizer
 
 
 class Mosaic(VisualTokenizer):
-    """Words are the mean colours of 4 x 4 blocks on a grid of `levels` a channel: nothing learned, nothing random."""
+    """Words are the mean colors of 4 x 4 blocks on a grid of `levels` a channel: nothing learned, nothing random."""
 
     factor = 4
 
@@ -85,7 +85,7 @@ def trained_classifier() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 class Mixed(nn.Module):
-    """A network in training, but for one frozen part with BatchNorm, and with a normalisation in training."""
+    """A network in training, but for one frozen part with BatchNorm, and with a normalization in training."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ def suite(name: str, images: int, size: int = 224) -> SuiteFacts:
         "title": NAMES.get(name, name),
         "protocol": {
             "reading": "1000 classes",
-            "preprocessing": f"resized to cover 256 x 256 (bicubic), centre crop {size} x {size}",
+            "preprocessing": f"resized to cover 256 x 256 (bicubic), center crop {size} x {size}",
             "folder": name,
             "subset": "",
         },

@@ -242,7 +242,7 @@ def test_a_size_that_the_tokenizer_cannot_take(finetune: Run, images: Path, tmp_
     refused(finetune(*flags), "40 x 40", "factor 16", "--input_size 32 32")
 
 
-def test_grey_pictures_and_a_tokenizer_of_colour(pretrain: Run, images: Path, tmp_path: Path) -> None:
+def test_gray_pictures_and_a_tokenizer_of_color(pretrain: Run, images: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "color.safetensors")
     flags = ["--data_path", images, "--dat", "--tokenizer", tokenizer, "--in_chans", "1"]
     refused(pretrain(*flags), "(B, 3, H, W)", "mae-dat tokenizer train")

@@ -161,11 +161,11 @@ def test_a_grid_is_resized_by_its_rows_and_columns(images: Path, tmp_path: Path,
     assert "position embedding resized from 2 x 8 to 4 x 4" in caplog.text
 
 
-def test_grey_pictures_have_one_channel(images: Path, tmp_path: Path) -> None:
-    grey = ["--in_chans", "1"]
-    output = pretrain_in(tmp_path / "mae", images, *grey)
+def test_gray_pictures_have_one_channel(images: Path, tmp_path: Path) -> None:
+    gray = ["--in_chans", "1"]
+    output = pretrain_in(tmp_path / "mae", images, *gray)
     assert read_weights(output / "model.safetensors").tensors["patch_embed.proj.weight"].shape[1] == 1
-    final = finetune_in(tmp_path / "out", images, *grey, "--finetune", str(output))
+    final = finetune_in(tmp_path / "out", images, *gray, "--finetune", str(output))
     assert 0 <= final["test_acc1"] <= 100
     assert card(tmp_path / "out")["in_chans"] == 1
 

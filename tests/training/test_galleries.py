@@ -31,7 +31,7 @@ SIDE, PATCH, COUNT = 16, 4, 2
 
 
 class Oracle(MaskedAutoencoder):
-    """Predicts the target itself, so that a de-normalised prediction has to be the picture."""
+    """Predicts the target itself, so that a de-normalized prediction has to be the picture."""
 
     norm_pix = True
 
@@ -61,7 +61,7 @@ def test_masked_reconstruction_original(channels: int, norm_pix: bool) -> None:
     assert second == ("reconstruction\n(true patch statistics)" if norm_pix else "reconstruction")
     removed = masked_places(model, image, noise).bool()
     assert removed.float().mean() == 0.75
-    assert (masked[removed] == 0.5).all(), "grey exactly where patches are removed"
+    assert (masked[removed] == 0.5).all(), "gray exactly where patches are removed"
     assert torch.equal(masked[~removed], image[~removed])
     assert torch.equal(pasted[~removed], image[~removed]), "visible patches are the picture's own"
     assert not torch.isclose(pasted[removed], image[removed], atol=1e-4).all()
@@ -117,8 +117,8 @@ def test_the_map_marks_exactly_the_changed_words(channels: int) -> None:
     assert adversary_gallery(image, found).shape[0] == 3
 
 
-def cell_centres(drawn: Tensor, rows: int, width: int) -> Tensor:
-    """Colours in the middle of each cell, (rows, width, 3), found from the white gaps between the cells."""
+def cell_centers(drawn: Tensor, rows: int, width: int) -> Tensor:
+    """Colors in the middle of each cell, (rows, width, 3), found from the white gaps between the cells."""
 
     def middles(inked: Tensor, count: int) -> list[int]:
         edges = torch.diff(inked.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1).int())
@@ -127,22 +127,22 @@ def cell_centres(drawn: Tensor, rows: int, width: int) -> Tensor:
         assert len(spans) == count
         return [(start + end) // 2 for start, end in spans]
 
-    colored = (drawn.amax(0) - drawn.amin(0)) > 0.3  # the titles are grey
+    colored = (drawn.amax(0) - drawn.amin(0)) > 0.3  # the titles are gray
     ys, xs = middles(colored.any(1), rows), middles(colored.any(0), width)
     return torch.stack([torch.stack([drawn[:, y, x] for x in xs]) for y in ys])
 
 
-def test_drawing_keeps_the_layout_and_the_colours() -> None:
+def test_drawing_keeps_the_layout_and_the_colors() -> None:
     colors = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 1, 0], [0, 1, 1], [1, 0, 1]]])
     columns = [(f"column {x}", colors[:, x, :, None, None].expand(2, 3, 8, 8)) for x in range(3)]
     drawn = draw_gallery(columns)
-    torch.testing.assert_close(cell_centres(drawn, 2, 3), colors, atol=0.02, rtol=0)
+    torch.testing.assert_close(cell_centers(drawn, 2, 3), colors, atol=0.02, rtol=0)
 
 
 def test_values_beyond_the_range_are_clipped() -> None:
     picture = torch.tensor([2.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
     drawn = draw_gallery([("one", picture)])
-    assert cell_centres(drawn, 1, 1)[0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.02)
+    assert cell_centers(drawn, 1, 1)[0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -221,16 +221,16 @@ def test_words_are_drawn_alone_in_their_places() -> None:
     tile = tokenizer.decode(words[1, 2, 3].expand(1, 3, 3))[0, :, 4:8, 4:8]
     torch.testing.assert_close(alone[1, :, 8:12, 12:16], tile, atol=1e-5, rtol=0)
     assert captions[0][3] == f"{len(words[0].unique())} words in 16 places"
-    index_map = pictures["index map\n(a colour a word)"]
+    index_map = pictures["index map\n(a color a word)"]
     assert torch.equal(index_map[:, :, ::4, ::4], word_colors(words))
 
 
-def test_a_word_has_one_colour_and_no_two_the_same() -> None:
+def test_a_word_has_one_color_and_no_two_the_same() -> None:
     colors = word_colors(torch.arange(2048).view(1, 32, 64))
     assert torch.equal(word_colors(torch.tensor([[[77]]]))[0, :, 0, 0], colors[0, :, 1, 13])
     assert len(colors.flatten(2)[0].T.unique(dim=0)) == 2048
-    neighbours = (colors[0, :, :, 1:] - colors[0, :, :, :-1]).norm(dim=0)
-    assert neighbours.min() > 0.2, "the next index is another colour to the eye"
+    neighbors = (colors[0, :, :, 1:] - colors[0, :, :, :-1]).norm(dim=0)
+    assert neighbors.min() > 0.2, "the next index is another color to the eye"
 
 
 def test_the_codebook_is_laid_out_by_rows() -> None:

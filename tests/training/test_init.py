@@ -77,7 +77,7 @@ def plain_loop(path: Path, images: Path, lr: float, epochs: int) -> tuple[Masked
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-    folder = ImageFolder(images / "train", PretrainTransform((32, 32)), labelled=False)
+    folder = ImageFolder(images / "train", PretrainTransform((32, 32)), labeled=False)
     per_epoch = IMAGES // BATCH
     sampler = TrainSampler(IMAGES, BATCH, rank=0, world_size=1, seed=0, total_steps=per_epoch * epochs, start_step=0)
     losses = []

@@ -161,7 +161,7 @@ def test_a_bad_picture_stops_the_run_between_two_steps(folder: Path, tokenizer: 
     run_mae(images, tmp_path / "whole", tokenizer)
     bad = TrainSampler(34, 8, 0, 1, 0, 0, 8)
     _, index = list(bad)[2][3]  # in the third step
-    path = Path(ImageFolder(images / "train", EvalTransform((SIDE, SIDE)), labelled=False).samples[index][0])
+    path = Path(ImageFolder(images / "train", EvalTransform((SIDE, SIDE)), labeled=False).samples[index][0])
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
     with pytest.raises(DataError, match=rf"{path.name}.*truncated"):

@@ -32,7 +32,7 @@ class PackConfig(CommandConfig):
     as fast; 256 is usual for --input_size 224 (default: the files as they are)."""
     quality: int = 90
     """JPEG quality of the images that --size stores, from 1 to 100."""
-    labelled: bool = True
+    labeled: bool = True
     """Take the subfolders of train and val as classes."""
     on_bad: Literal["fail", "skip"] = "fail"
     """What to do with a file that cannot be decoded: stop and name it, or leave it out."""

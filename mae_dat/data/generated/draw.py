@@ -83,7 +83,7 @@ OUTLINES: dict[str, list[tuple[Floats, int]]] = {
 }
 
 
-# ---- textures: signed distance in periods from the border between the two colours ----
+# ---- textures: signed distance in periods from the border between the two colors ----
 
 
 def _wave(x: Floats) -> Floats:
@@ -142,7 +142,7 @@ TEXTURE_FIELDS: dict[str, Callable[[Floats, Floats, np.random.Generator], Floats
 
 @dataclasses.dataclass(frozen=True)
 class _Pose:
-    """The object's pose: centre and radius in pixels, rotation in radians."""
+    """The object's pose: center and radius in pixels, rotation in radians."""
 
     x: float
     y: float
@@ -157,7 +157,7 @@ class _Pose:
 
 
 def _coverage(shape: str, pose: _Pose, size: int) -> Image.Image:
-    """Draw the share of each pixel that the object covers, as a grey image ("L", 255 is the whole pixel)."""
+    """Draw the share of each pixel that the object covers, as a gray image ("L", 255 is the whole pixel)."""
     canvas = Image.new("L", (size * SUPERSAMPLING, size * SUPERSAMPLING), 0)
     pen = ImageDraw.Draw(canvas)
     cos, sin = math.cos(pose.angle), math.sin(pose.angle)
@@ -168,9 +168,9 @@ def _coverage(shape: str, pose: _Pose, size: int) -> Image.Image:
 
 
 def _texture(name: str, pose: _Pose, size: int, rng: np.random.Generator) -> Floats:
-    """Draw a texture over the whole image, float32 (H, W), 0 to 1 between its two colours.
+    """Draw a texture over the whole image, float32 (H, W), 0 to 1 between its two colors.
 
-    Rings and rays are centred on the object.
+    Rings and rays are centered on the object.
     """
     period, angle = float(rng.uniform(0.09, 0.16)) * size, float(rng.uniform(0, np.pi))
     shift_u, shift_v = (0.0, 0.0) if name in ("rings", "rays") else rng.uniform(0, 1, 2)
@@ -206,7 +206,7 @@ def _background(rng: np.random.Generator, size: int) -> tuple[Image.Image, float
 
 
 def _object_colors(rng: np.random.Generator, background_hue: float) -> tuple[Floats, Floats]:
-    """Choose a light and a dark colour with other hues than the background, so that outlines stay visible."""
+    """Choose a light and a dark color with other hues than the background, so that outlines stay visible."""
     hue = background_hue + float(rng.uniform(0.2, 0.8))
     light = _color(hue + float(rng.uniform(-0.08, 0.08)), float(rng.uniform(0.3, 0.75)), float(rng.uniform(0.88, 1.0)))
     dark = _color(hue + float(rng.uniform(-0.25, 0.25)), float(rng.uniform(0.6, 0.95)), float(rng.uniform(0.3, 0.55)))

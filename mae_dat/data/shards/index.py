@@ -66,7 +66,7 @@ class _IndexFacts(TypedDict):
 class ShardIndex:
     """Where the images of a folder of shards lie, shard after shard.
 
-    `offset` and `size` in bytes and `label` (-1 if unlabelled) are int64 (N,). `classes` are the labels' names.
+    `offset` and `size` in bytes and `label` (-1 if unlabeled) are int64 (N,). `classes` are the labels' names.
     """
 
     shards: list[Shard]
@@ -262,7 +262,7 @@ class _UnusedMembers:
 
 
 def _samples(path: Path, unused: _UnusedMembers) -> Iterator[tuple[int, int, int]]:
-    """Yield offset, size and label (-1 if unlabelled) of each image; count other members in `unused`.
+    """Yield offset, size and label (-1 if unlabeled) of each image; count other members in `unused`.
 
     As in WebDataset, the members of a sample follow each other and have one name up to the first dot. If such a group
     has several images, each needs a name of its own up to the last dot (a.1.jpg, a.1.cls, a.2.jpg, a.2.cls).

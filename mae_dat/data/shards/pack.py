@@ -1,7 +1,7 @@
 """Pack a folder of images into tar shards, for data beyond one disk or on a network file system.
 
 `mae-dat pack DIR OUT` writes OUT/train and OUT/val from DIR/train/CLASS/* and DIR/val/CLASS/*, or OUT from
-any folder of unlabelled images, in random order and with every image decoded once. `--index DIR` only writes the index
+any folder of unlabeled images, in random order and with every image decoded once. `--index DIR` only writes the index
 of existing shards.
 """
 
@@ -62,7 +62,7 @@ def pack(config: PackConfig, console: Console) -> dict[str, ShardIndex]:
         if any((out / name).glob("*.tar")):
             raise OutputError(f"{out / name} contains shards already: choose a new folder, or delete them.")
     splits = {
-        name: ImageFolder(source / name, lambda image: torch.zeros(0), labelled=config.labelled and name != "")
+        name: ImageFolder(source / name, lambda image: torch.zeros(0), labeled=config.labeled and name != "")
         for name in names
     }
     console.report_inputs(pack_inputs(config, splits), prepare_output_folder(out) / INPUTS_FILE)
@@ -93,7 +93,7 @@ def pack_inputs(config: PackConfig, splits: Mapping[str, ImageFolder]) -> InputS
 def _write_shards(images: ImageFolder, folder: Path, name: str, config: PackConfig, *, console: Console) -> None:
     from webdataset import TarWriter
 
-    order = epoch_order(len(images), seed=0, epoch=0).tolist()  # random, because neighbours in a folder share a class
+    order = epoch_order(len(images), seed=0, epoch=0).tolist()  # random, because neighbors in a folder share a class
     paths = [images.name_of(index) for index in order]
     files = map_in_workers(lambda path: _file_to_pack(path, config.size, config.quality), paths, config.num_workers)
     with console.task(f"pack {name}", len(order)) as task:

@@ -70,7 +70,7 @@ def count_lanes(batch_size: int, shards: int) -> int:
 class Shards(ImageSet):
     """The images of the tar shards in `root`, which also contains their index.
 
-    `classes` fixes the names and order of the labels, as with `ImageFolder`; without `labelled` all labels are -1. Each
+    `classes` fixes the names and order of the labels, as with `ImageFolder`; without `labeled` all labels are -1. Each
     process keeps some shards open. See `ImageSet` for the other arguments. Raises DataError, naming shard and member.
     """
 
@@ -82,7 +82,7 @@ class Shards(ImageSet):
         transform: Transform,
         classes: Sequence[str] | None = None,
         on_bad: str = "fail",
-        labelled: bool = True,
+        labeled: bool = True,
         seed: int = 0,
         max_skips: int | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class Shards(ImageSet):
         if len(self) == 0:
             raise DataError(f"{root}: the shards hold no images; check the path")
         self.classes = list(classes or self.index.classes or [])
-        self.labels = self._labels() if labelled else torch.full((len(self),), -1)
+        self.labels = self._labels() if labeled else torch.full((len(self),), -1)
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         """File descriptors of open shards by number, the most recently used last."""
 
@@ -118,7 +118,7 @@ class Shards(ImageSet):
         return shard_order([shard.images for shard in self.index.shards], seed, epoch, batch_size)
 
     def label(self, index: int) -> int:
-        """Return the number of an image's class; -1 if unlabelled."""
+        """Return the number of an image's class; -1 if unlabeled."""
         return int(self.labels[index])
 
     def class_counts(self) -> list[int]:

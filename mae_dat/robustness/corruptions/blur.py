@@ -45,7 +45,7 @@ def glass_blur(image: Image, severity: int, random: RandomState) -> Image:
     sigma, reach, rounds = GLASS[severity - 1]
     image = _smooth_levels(image, sigma)
     for _ in range(rounds):
-        image = _replaced_by_neighbours(image, reach, random)
+        image = _replaced_by_neighbors(image, reach, random)
     return _smooth_levels(image, sigma)
 
 
@@ -150,7 +150,7 @@ def _disk(radius: int, sigma: float) -> Levels:
     return kernel[empty : len(kernel) - empty, empty : len(kernel) - empty]
 
 
-def _replaced_by_neighbours(image: Image, reach: int, random: RandomState) -> Image:
+def _replaced_by_neighbors(image: Image, reach: int, random: RandomState) -> Image:
     """Return the image (H, W, 3) after one iteration of `glass_blur`: from the last pixel to the first, each takes the
     current value of a pixel up to `reach` away.
 
@@ -163,12 +163,12 @@ def _replaced_by_neighbours(image: Image, reach: int, random: RandomState) -> Im
     places = np.arange(size).reshape(height, width)
     pixels = places[height - reach : reach : -1, width - reach : reach : -1].ravel()
     step_x, step_y = random.randint(-reach, reach, size=(len(pixels), 2)).T
-    neighbours = pixels + step_y * width + step_x
+    neighbors = pixels + step_y * width + step_x
     replaced = np.zeros(size, dtype=bool)
     replaced[pixels] = True
-    is_linked = replaced[neighbours] & (neighbours > pixels)  # the neighbor was replaced earlier in this iteration
+    is_linked = replaced[neighbors] & (neighbors > pixels)  # the neighbor was replaced earlier in this iteration
     source = np.arange(size, 2 * size)  # from `size` on: an original pixel; below: a replaced one
-    source[pixels] = neighbours + size * ~is_linked
+    source[pixels] = neighbors + size * ~is_linked
     linked = pixels[is_linked]
     while len(linked):
         source[linked] = source[source[linked]]

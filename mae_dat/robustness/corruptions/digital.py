@@ -107,5 +107,5 @@ def saturate(image: Image, severity: int, random: RandomState) -> Image:
     # Saturation scales a channel's distance to the largest one. For grays, green and blue drop by the full saturation.
     scale = largest * saturation / np.maximum(spread, 1)
     shifted = [largest - (largest - channel) * scale for channel in channels]
-    grey = (spread == 0) * (largest * saturation)
-    return whole_levels(cv2.merge([shifted[0], shifted[1] - grey, shifted[2] - grey]))
+    gray = (spread == 0) * (largest * saturation)
+    return whole_levels(cv2.merge([shifted[0], shifted[1] - gray, shifted[2] - gray]))

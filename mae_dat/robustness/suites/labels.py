@@ -68,10 +68,10 @@ def real_targets(file: Path, listing: Listing) -> tuple[Listing, Tensor]:
     rows = [labels[_validation_number(path) - 1] for path, _ in listing]
     if bad := [row for row in rows if not all(0 <= number < len(SYNSETS) for number in row)]:
         raise DataError(f"{file}: {bad[0]} are not ImageNet classes 0 to 999: download ReaL's real.json again")
-    labelled = [(image, row) for image, row in zip(listing, rows, strict=True) if row]
-    most = max((len(row) for _, row in labelled), default=1)
-    table = tensor([row + [NO_LABEL] * (most - len(row)) for _, row in labelled])
-    return [image for image, _ in labelled], table
+    labeled = [(image, row) for image, row in zip(listing, rows, strict=True) if row]
+    most = max((len(row) for _, row in labeled), default=1)
+    table = tensor([row + [NO_LABEL] * (most - len(row)) for _, row in labeled])
+    return [image for image, _ in labeled], table
 
 
 # ---- cue conflict ----

@@ -354,22 +354,22 @@ def _build_set(
 ) -> BenchmarkSet:
     """Return one cell: the images that the protocol measures, and their labels. Raises DataError if none is left."""
     if benchmark.label_source == "real":
-        labelled, targets = real_targets(find_label_file(Path(path), "real.json"), listing)
+        labeled, targets = real_targets(find_label_file(Path(path), "real.json"), listing)
     elif benchmark.label_source == "conflict":
-        labelled, targets = conflict_targets(path, listing)
+        labeled, targets = conflict_targets(path, listing)
     else:
         with_class = [(image, label) for image, label in listing if label != NO_CLASS]
-        labelled = listing if len(with_class) == len(listing) else with_class
-        targets = torch.tensor([label for _, label in labelled])[:, None]
-    if not labelled:
+        labeled = listing if len(with_class) == len(listing) else with_class
+        targets = torch.tensor([label for _, label in labeled])[:, None]
+    if not labeled:
         raise DataError(f"{path}: {benchmark.title} has no image to measure: check its labels")
     cell_set = BenchmarkSet(
         cell,
         path,
-        listing=labelled,
+        listing=labeled,
         targets=targets,
         class_mapping=benchmark.class_mapping,
         preprocessing=preprocessing,
     )
-    cell_set.left_out = len(listing) - len(labelled)
+    cell_set.left_out = len(listing) - len(labeled)
     return cell_set

@@ -57,7 +57,7 @@ class Distillation(TokenizerObjective):
         self.tokenizer.codes.requires_grad_(False).copy_(codes)
         sample = torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[:_PLACES].to(device)
         self.spacing = torch.cdist(codes[sample], codes).square().topk(2, largest=False).values[:, 1].mean()
-        """Mean squared distance of a code to its nearest neighbour."""
+        """Mean squared distance of a code to its nearest neighbor."""
 
     def teacher_in_words(self) -> str:
         """Describe the teacher."""

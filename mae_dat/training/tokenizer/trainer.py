@@ -168,7 +168,7 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 200) -> float:
 
 
 def train_transform(size: tuple[int, int]) -> v2.Transform:
-    """Return crops at many scales, flips and colour changes, to an image (C, H, W) in [0, 1].
+    """Return crops at many scales, flips and color changes, to an image (C, H, W) in [0, 1].
 
     A tokenizer must also reconstruct images unlike its training set.
     """
@@ -210,17 +210,17 @@ class JoinedFolders(ImageSet):
 
 def training_folders(config: TokenizerTrainingConfig) -> JoinedFolders:
     """Open all images to train on; of a root with a `train` folder, those in it."""
-    roots = [find_split(image_root(path), "train", labelled=False) for path in config.roots]
+    roots = [find_split(image_root(path), "train", labeled=False) for path in config.roots]
     transform = train_transform(config.image_size)
     return JoinedFolders(
-        [ImageFolder(root, transform, labelled=False, on_bad=config.on_bad, seed=config.seed) for root in roots]
+        [ImageFolder(root, transform, labeled=False, on_bad=config.on_bad, seed=config.seed) for root in roots]
     )
 
 
 def held_out_folder(config: TokenizerTrainingConfig, path: str) -> ImageFolder:
     """Open images to measure on, without augmentation."""
     root = image_root(path) / "val" if path == DEMO else Path(path)
-    return ImageFolder(root, EvalTransform(config.image_size), labelled=False, on_bad=config.on_bad)
+    return ImageFolder(root, EvalTransform(config.image_size), labeled=False, on_bad=config.on_bad)
 
 
 def train_to_file(

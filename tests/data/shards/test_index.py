@@ -191,7 +191,7 @@ def test_what_is_odd_but_harmless_is_read(tmp_path: Path) -> None:
     index = build_index(archive(tmp_path, *folders, *passed, *pictures))
     assert index.label.tolist() == [-1, 1, -1]
     index.write(tmp_path)
-    images = Shards(tmp_path, to_tensor, labelled=False)
+    images = Shards(tmp_path, to_tensor, labeled=False)
     assert [images.load_image(number).size for number in range(3)] == [(12, 12)] * 3
 
 
@@ -221,7 +221,7 @@ def test_a_torn_archive_is_refused_wherever_it_is_torn(tmp_path: Path) -> None:
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    """Two shards of three labelled images, with their index."""
+    """Two shards of three labeled images, with their index."""
     for number in range(2):
         parts = [(entry(f"{key}.png", png(3 * number + key)), entry(f"{key}.cls", b"%d" % key)) for key in range(3)]
         archive(tmp_path, *[one for pair in parts for one in pair])
@@ -320,9 +320,9 @@ def test_a_bad_image_is_named_by_shard_and_member_or_skipped(content: bytes, cau
     build_index(tmp_path).write(tmp_path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=rf"x\.tar, member 'k/bad\.png' at byte \d+: .*{cause}.*--on_bad skip"):
-        Shards(tmp_path, to_tensor, labelled=False)[1]
+        Shards(tmp_path, to_tensor, labeled=False)[1]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50 << 10
-    sample = Shards(tmp_path, to_tensor, labelled=False, on_bad="skip")[1]
+    sample = Shards(tmp_path, to_tensor, labeled=False, on_bad="skip")[1]
     assert (sample["index"], sample["skipped"]) == (2, 1)
 
 

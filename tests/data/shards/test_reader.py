@@ -124,7 +124,7 @@ def test_shards_hold_what_the_folder_holds(folder: Path, packed: Path) -> None:
         assert here.classes == there.classes
         assert content(here) == content(there)
         assert not torch.equal(here.labels, here.labels.sort().values), "in random order"
-    sample = open_images(packed / "val", to_tensor, labelled=False)[3]
+    sample = open_images(packed / "val", to_tensor, labeled=False)[3]
     assert (sample["label"], sample["index"], sample["skipped"]) == (-1, 3, 0)
     assert sample["image"].shape == (3, 32, 32)
 
@@ -234,7 +234,7 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     assert "3 images in 1 shards" in told.out
     assert f"  mae-dat pretrain --data_path {out}" in told.out
     assert "left out" in told.err
-    images = open_images(image_root(str(out)), to_tensor, labelled=False)
+    images = open_images(image_root(str(out)), to_tensor, labeled=False)
     assert sorted(images.load_image(index).size for index in range(3)) == [(10, 10), (20, 100), (30, 20)]
     assert images.packed_size == 20
     with pytest.raises(DataError, match="pretraining only"):
@@ -253,7 +253,7 @@ def test_images_that_were_shrunk_too_much_are_told_of(
     assert index.sha256() != dataclasses.replace(index, packed_size=None).sha256()
     for root, size, told in ((packed, 32, False), (out, 24, False), (out, 32, True)):
         caplog.clear()
-        training_images(DataConfig(data_path=str(root), input_size=(size,)), to_tensor, seed=0, labelled=True)
+        training_images(DataConfig(data_path=str(root), input_size=(size,)), to_tensor, seed=0, labeled=True)
         assert (f"packed with --size 24, which --input_size {size} enlarges" in caplog.text) == told
     caplog.clear()
     given = ["--data_path", str(out), "--input_size", "24"]

@@ -92,7 +92,7 @@ def test_ends_stay_float32_and_keys_the_same(make: Callable[[], VisualTokenizer]
     assert tokenizer.latent(image).dtype == tokenizer.reconstruct(image).dtype == torch.float32
 
 
-def test_a_step_below_a_grey_level_reaches_the_first_layer_whole() -> None:
+def test_a_step_below_a_gray_level_reaches_the_first_layer_whole() -> None:
     """In bfloat16 such a step would be rounded to one of twice its norm, half of it elsewhere."""
     tokenizer = in_precision(copy.deepcopy(golden_vqgan()), CPU, "bf16")
     image = 2 * pictures(2, size=64) - 1

@@ -118,7 +118,7 @@ def test_timm_networks_of_every_shape_open_by_their_name(name: str) -> None:
     assert torch.equal(opened(image), network((image - opened.mean) / opened.std))
 
 
-def test_a_linear_probes_normalisation_becomes_part_of_its_head(image: Tensor) -> None:
+def test_a_linear_probes_normalization_becomes_part_of_its_head(image: Tensor) -> None:
     model = demo_classifier(pool=False)
     model.make_linear_probe()
     model.net.load_state_dict(fill_by_rule(model.net))

@@ -1,4 +1,4 @@
-"""Everyone's checkpoints at tiny size, published keys and weights by rule: recognised, and right to the last logit."""
+"""Everyone's checkpoints at tiny size, published keys and weights by rule: recognized, and right to the last logit."""
 
 import argparse
 import json

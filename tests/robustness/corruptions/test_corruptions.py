@@ -59,7 +59,7 @@ def ours() -> Arrays:
 
 
 def noise_picture(height: int, width: int) -> np.ndarray:
-    """Every level, no two neighbours alike."""
+    """Every level, no two neighbors alike."""
     return np.random.RandomState(height).randint(0, 256, size=(height, width, 3)).astype(np.uint8)
 
 

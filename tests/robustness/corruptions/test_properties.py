@@ -12,7 +12,7 @@ from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVER
 
 
 def photo(size: int = 64) -> np.ndarray:
-    """A picture with edges, gradients and colour."""
+    """A picture with edges, gradients and color."""
     y, x = np.mgrid[:size, :size]
     channels = [x * 255 // size, (x // 5 + y // 5) % 2 * 200 + 20, 255 - y * 255 // size]
     return np.stack(channels, axis=-1).astype(np.uint8)

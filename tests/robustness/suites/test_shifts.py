@@ -34,7 +34,7 @@ class Brightness(torch.nn.Module):
         return torch.stack([0.5 - level, level - 0.5], 1) * 20
 
 
-def grey(path: Path, level: float) -> None:
+def gray(path: Path, level: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (SIDE, SIDE), (round(255 * level),) * 3).save(path)
 
@@ -44,11 +44,11 @@ def root(tmp_path: Path) -> Path:
     """Dark and light images, all predicted correctly, and the same at night and by day."""
     for name, level in (("dark", 0.2), ("light", 0.8)):
         for number in range(4):
-            grey(tmp_path / "data" / "val" / name / f"{number}.png", level)
-            grey(tmp_path / "shift" / "day" / name / f"{number}.jpg", level)
+            gray(tmp_path / "data" / "val" / name / f"{number}.png", level)
+            gray(tmp_path / "shift" / "day" / name / f"{number}.jpg", level)
             # Light images 0 to 2 are dark at night; image 9 has no clean one.
-            grey(tmp_path / "shift" / "night" / name / f"{number}.png", 0.1 if number < 3 else level)
-        grey(tmp_path / "shift" / "night" / name / "9.png", level)
+            gray(tmp_path / "shift" / "night" / name / f"{number}.png", 0.1 if number < 3 else level)
+        gray(tmp_path / "shift" / "night" / name / "9.png", level)
     return tmp_path
 
 
@@ -213,11 +213,11 @@ def test_wrong_shifts_are_errors_before_any_work(root: Path) -> None:
         measure(root, shifts=["nowhere"])
     with pytest.raises(ConfigError, match=r"--suite shfit: did you mean shift\?"):
         measure(root, suite="shfit", suites={"shift": root / "shift"})
-    grey(root / "shift" / "night" / "lihgt" / "1.png", 0.9)
+    gray(root / "shift" / "night" / "lihgt" / "1.png", 0.9)
     with pytest.raises(DataError, match="lihgt is not among the 2 classes .* did you mean light"):
         measure(root, shifts=[str(root / "shift")])
-    grey(root / "mixed" / "fog" / "1" / "dark" / "1.png", 0.9)
-    grey(root / "mixed" / "night" / "dark" / "1.png", 0.9)
+    gray(root / "mixed" / "fog" / "1" / "dark" / "1.png", 0.9)
+    gray(root / "mixed" / "night" / "dark" / "1.png", 0.9)
     with pytest.raises(DataError, match="mixes groups with corruptions"):
         measure(root, suites={"mixed": root / "mixed"})
     (root / "empty" / "night" / "dark").mkdir(parents=True)
