@@ -16,7 +16,7 @@ from mae_dat.runtime.device import amp_dtype
 # Batch, tokens, width, heads: MAE ViT-B's encoder and decoder, ViT-B at 224 and at 512 px, the demo's ViT.
 SIZES = ((8, 50, 768, 12), (8, 197, 512, 16), (4, 197, 768, 12), (1, 1025, 768, 12), (64, 65, 128, 4))
 GPU_BATCH = 16
-"""Times as many pictures on a GPU."""
+"""Times as many images on a GPU."""
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,

@@ -1,6 +1,6 @@
 """Seconds that training stands still for a checkpoint, against a plain `torch.save` (row 10 of the goals).
 
-A classifier with AdamW trains on random pictures (ViT-B: 1.04 GB of state). What counts for ours is the time inside
+A classifier with AdamW trains on random images (ViT-B: 1.04 GB of state). What counts for ours is the time inside
 `Saver.save` and, before the next update, inside `before_change`; the file is then waited for, so that every save starts
 alike.
 """
@@ -27,7 +27,7 @@ GOAL = 10.0
 
 
 class Run:
-    """A training on random pictures, two a step."""
+    """A training on random images, two a step."""
 
     def __init__(self, name: str, side: int, device: torch.device) -> None:
         self.model = build_classifier(name, 1000, side).to(device).train()

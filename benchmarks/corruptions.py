@@ -1,6 +1,6 @@
-"""Corrupted pictures a second on one core against `imagecorruptions` (row 8 of the goals).
+"""Corrupted images a second on one core against `imagecorruptions` (row 8 of the goals).
 
-Both corrupt the same generated picture of 224 px at all five severities; processor time is counted, so that other
+Both corrupt the same generated image of 224 px at all five severities; processor time is counted, so that other
 programs on the machine matter little.
 """
 
@@ -47,7 +47,7 @@ def encoded(act: Corrupt, image: np.ndarray, name: str, severity: int) -> bytes:
 
 
 def builder(act: Corrupt, names: Sequence[str]) -> Step:
-    """One picture through the corruptions `names`; a step returns its processor time."""
+    """One image through the corruptions `names`; a step returns its processor time."""
     cv2.setNumThreads(1)
     image = draw_image(0, "val", 0, size=224).image
     for name in names:

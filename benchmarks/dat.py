@@ -47,7 +47,7 @@ SIZES = (
     ("vit_large_patch16", 64, 2066.0, 5.0, (5.6, 3.5, 2.2)),
     ("vit_huge_patch14", 32, 3711.0, 6.0, (3.8, 2.6, 2.1)),
 )
-CPU_BATCH, CPU_GOAL = 4, 4.0  # of four pictures one is encoded anew to count changed words
+CPU_BATCH, CPU_GOAL = 4, 4.0  # of four images one is encoded anew to count changed words
 
 
 def student_of(vqgan: VQGANConfig) -> VisualTokenizer:
@@ -85,7 +85,7 @@ def mode_cases(work: Work, quick: bool, most: tuple[float | None, ...], skip_rea
     found = []
     for mode in QUICK if quick else MODES:
         if MODES[mode].get("batch_share") and work.batch < 5:
-            continue  # less than a picture
+            continue  # less than an image
         goal = dict(zip(QUICK, most, strict=True)).get(mode)
         more: dict[str, Any] = {
             "goal": 6,

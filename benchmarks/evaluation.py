@@ -1,7 +1,7 @@
 """Evaluating stored ImageNet-C folders (row 7 of the goals): ours against a loader for every cell, in float32.
 
-The pictures are generated and few. What a loader needs until its first batch is therefore left out on both sides: of
-the 50,000 pictures of a real cell it is next to nothing, here it would be most of the gain. `python -m
+The images are generated and few. What a loader needs until its first batch is therefore left out on both sides: of
+the 50,000 images of a real cell it is next to nothing, here it would be most of the gain. `python -m
 benchmarks.evaluation [--quick]` tells where the time goes.
 """
 
@@ -39,7 +39,7 @@ from mae_dat.runtime.device import amp_dtype, pick_device
 
 USUAL = "75 loaders, float32, a read-back a batch"
 GOAL = 5.0
-CLASSES = 8  # folders that hold pictures
+CLASSES = 8  # folders that hold images
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Work:
 
 @functools.cache
 def stored_set(cells: int, images: int) -> Path:
-    """An ImageNet-C of so many cells and pictures, in a folder that goes with this process."""
+    """An ImageNet-C of so many cells and images, in a folder that goes with this process."""
     root = tempfile.TemporaryDirectory(prefix="imagenet-c-")
     atexit.register(root.cleanup)
     pictures = [draw_image(0, "val", index, size=224).image for index in range(images)]
@@ -235,7 +235,7 @@ def profile(work: Work, best: str, rounds: int) -> None:
     turns = [{name: act() for name, act in ways.items()} for _ in range(rounds + 1)][1:]
     first, second = list(ways)[:2]
     assert turns[0][first].right == turns[0][second].right, "the two ways do not count the same"
-    print(f"\n{work.model}, {work.cells} cells of {work.images} pictures, batches of {work.batch}")
+    print(f"\n{work.model}, {work.cells} cells of {work.images} images, batches of {work.batch}")
     print(f"{'':22}{'images/s':>9}{'times as fast':>24}{'outside the network':>21}{'loaders start in':>18}")
     for name in ways:
         runs = [turn[name] for turn in turns]

@@ -1,4 +1,4 @@
-"""Fine-tuning steps (row 3 of the goals): random pictures and labels, no mixing."""
+"""Fine-tuning steps (row 3 of the goals): random images and labels, no mixing."""
 
 from functools import partial
 from typing import Any

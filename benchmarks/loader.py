@@ -1,6 +1,6 @@
 """The training loader on one core against ImageFolder and PIL (row 9 of the goals), and what a step waits for it.
 
-The pictures are as large as those of ImageNet: 500 x 375 px, generated, with a grain that brings their JPEGs to some
+The images are as large as those of ImageNet: 500 x 375 px, generated, with a grain that brings their JPEGs to some
 110 kB. All loaders crop and flip as MAE does and run in this process on one thread; processor time is counted. The
 baseline also normalizes, which our steps leave to the device, together with the division by 255.
 """
@@ -45,7 +45,7 @@ STEPS = 1_000_000  # more than are taken
 
 @functools.cache
 def pictures() -> tuple[Path, Path]:
-    """A folder of originals, and shards of the same pictures shrunk; both are gone when the process ends."""
+    """A folder of originals, and shards of the same images shrunk; both are gone when the process ends."""
     root = Path(tempfile.mkdtemp(prefix="mae_dat_loader_"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     grain = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""MAE pretraining steps (rows 1 and 2 of the goals): random pictures, mask ratio 0.75."""
+"""MAE pretraining steps (rows 1 and 2 of the goals): random images, mask ratio 0.75."""
 
 from functools import partial
 from typing import Any

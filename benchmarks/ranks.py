@@ -36,7 +36,7 @@ Step = Callable[[int], object]
 
 
 def mae_step(world: World, device: torch.device, batch_size: int) -> Step:
-    """The engine's step, on random pictures."""
+    """The engine's step, on random images."""
     torch.manual_seed(0)
     model = build_mae(MODEL).to(device).train()
     batch = make_batch(batch_size, model.img_size[0], device)

@@ -77,7 +77,7 @@ def attacked(attack: AttackConfig, share: float, run: Callable[[AttackConfig], D
 
 
 def damage(model: nn.Module, image: Tensor, label: Tensor, tokenizer: VisualTokenizer) -> None:
-    """Prints loss and accuracy of pictures, of their reconstructions and of adversaries with equally many changed
+    """Prints loss and accuracy of images, of their reconstructions and of adversaries with equally many changed
     words; of random ones mean and deviation over seeds."""
 
     def loss_of(view: Tensor) -> Tensor:

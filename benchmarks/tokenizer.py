@@ -47,7 +47,7 @@ def full_search(batch: int, device: torch.device) -> Step:
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
     """Reconstructions by precision, with `quick` compiled on a GPU alone; and the search, on a CPU with less at once:
-    the whole matrix of 128 pictures is 6.6 GB, thrice alive."""
+    the whole matrix of 128 images is 6.6 GB, thrice alive."""
     gpu = device.type == "cuda"
     pictures, searched = (64, 128) if gpu else (1, 16)
     goals = {"goal": 4, "at_least": 2.5 if gpu else 8.0, "gflop": RECONSTRUCTION, "batch": pictures}

@@ -174,12 +174,12 @@ def attack_checks(
     _, accuracy = attacked(pgd(40, 64 / 255))
     size = f"{255 * eps:.3g}/255"
     return [
-        Check("gradients", without_gradient == 0, f"{without_gradient} of {len(image)} pictures have no gradient"),
+        Check("gradients", without_gradient == 0, f"{without_gradient} of {len(image)} images have no gradient"),
         Check("no chance", torch.allclose(first, second, 1e-4, 1e-5), f"two passes differ by up to {moved:.2g}"),
         Check("FGSM beats noise", _at_least(fgsm, noise), f"loss {fgsm:.3f}, of random signs {noise:.3f} ({size})"),
         Check("PGD beats FGSM", _at_least(few, fgsm), f"loss {few:.3f} after 10 steps, of FGSM {fgsm:.3f} ({size})"),
         Check("more steps help", _at_least(many, few), f"loss {many:.3f} after 40 steps, after 10 {few:.3f} ({size})"),
-        Check("a large eps wins", accuracy <= 0.05, f"{accuracy:.1%} right at 64/255, which hides any picture"),
+        Check("a large eps wins", accuracy <= 0.05, f"{accuracy:.1%} right at 64/255, which hides any image"),
     ]
 
 

@@ -234,7 +234,7 @@ def _documented_fields(statements: Sequence[ast.stmt]) -> Iterator[tuple[str, st
             yield field.target.id, " ".join(docstring.value.value.split())
 
 
-RENAMED = {"dat_warmup": "adversary_ramp"}
+RENAMED = {"dat_warmup": "adversary_ramp", "pictures_every": "images_every"}
 """Flags that were renamed: config.yaml and checkpoints of older runs have the old names."""
 
 # ---- from values to configurations, and back ----

@@ -66,8 +66,8 @@ class RunConfig:
     """After this time without a step, log the stacks of all ranks and stop with exit code 75; 0 for never."""
     log_every: int = 50
     """Steps between two points in steps.jsonl and TensorBoard; there are at least five in an epoch."""
-    pictures_every: int = 1
-    """Epochs between two galleries of images in TensorBoard and in OUT/pictures; 0 for none."""
+    images_every: int = 1
+    """Epochs between two galleries of images in TensorBoard and in OUT/images; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,7 @@ from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
 from mae_dat.runtime.run_log import read_log
 from mae_dat.storage.files import prepare_output_folder
 from mae_dat.training.finetune import validation_images
+from mae_dat.training.galleries import EARLIER_GALLERY_FOLDER, GALLERY_FOLDER
 
 # Expected costs in units of a plain fine-tuning's; the remaining time alone depends on them.
 _PRETRAIN_COST = 0.5
@@ -310,21 +311,28 @@ def _training_curves(folder: Path) -> dict[str, TrainingCurve]:
     return curves
 
 
+def _gallery_file(output: Path, run: str, name: str) -> str:
+    """Return the file of a gallery below `output`; runs of earlier versions have it in another folder."""
+    earlier = f"{run}/{EARLIER_GALLERY_FOLDER}/{name}.png"
+    file = f"{run}/{GALLERY_FOLDER}/{name}.png"
+    return earlier if (output / earlier).is_file() and not (output / file).is_file() else file
+
+
 def _training_galleries(config: CompareConfig) -> list[TrainingGallery]:
     """Return the galleries that the runs of the first seed drew after their last epoch."""
     output, seed = Path(config.output_dir), config.seeds[0]
     reconstruction: TrainingGallery = {
         "title": "What the masked autoencoder fills in",
-        "caption": "Masked picture, the prediction pasted into the visible patches, and the original, after "
+        "caption": "Masked image, the prediction pasted into the visible patches, and the original, after "
         "the last epoch.",
-        "file": "pretrain/pictures/reconstruction.png",
+        "file": _gallery_file(output, "pretrain", "reconstruction"),
     }
     adversaries: list[TrainingGallery] = [
         {
             "title": f"Visual words: {group_label(group)}",
-            "caption": "A held-out picture, the same decoded from its words, after the attack on the trained "
+            "caption": "A held-out image, the same decoded from its words, after the attack on the trained "
             "network, the difference it made (amplified), and the words that changed (dark).",
-            "file": f"{group}-seed{seed}/pictures/adversary.png",
+            "file": _gallery_file(output, f"{group}-seed{seed}", "adversary"),
         }
         for group in groups_to_train(config)
     ]

@@ -35,7 +35,7 @@ def comparisons(config: ProofConfig) -> dict[str, CompareConfig]:
     output = Path(config.output_dir)
     paths, flags, seeds, limit = config.roots, "", config.seeds, config.limit_corrupted
     if config.quick:
-        folder = write_image_folder(output / "pictures", _QUICK_IMAGES)
+        folder = write_image_folder(output / "images", _QUICK_IMAGES)
         paths, flags, seeds, limit = (str(folder),), _QUICK_FLAGS, config.seeds[:1], 2
     if len(set(paths)) < len(paths):
         raise ConfigError(f"--data_path names a folder twice: {' '.join(paths)}.")

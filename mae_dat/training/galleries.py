@@ -20,6 +20,8 @@ from mae_dat.models.tokenizer.base import VisualTokenizer
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.training.context import RunContext
 
+GALLERY_FOLDER, EARLIER_GALLERY_FOLDER = "images", "pictures"
+"""The folder of galleries in the output folder of a run, and its name in runs of earlier versions."""
 CHANGED = (0.0, 0.135, 0.305)  # cividis' dark end
 
 
@@ -186,16 +188,16 @@ def used_words(words: Tensor) -> tuple[Tensor, list[float]]:
 
 def galleries_due(epoch: int, context: RunContext) -> bool:
     """Return whether this rank draws galleries after this epoch: rank 0 does, and with a sharded model all ranks."""
-    every = context.run.pictures_every
+    every = context.run.images_every
     return every > 0 and (epoch + 1) % every == 0 and (context.world.main or context.sharded)
 
 
 def show_galleries(galleries: Mapping[str, Tensor], context: RunContext, log: RunLog, step: int) -> None:
-    """Save galleries by name, (3, H, W) in [0, 1], drawn after `step` updates: the newest as pictures/NAME.png, and all
+    """Save galleries by name, (3, H, W) in [0, 1], drawn after `step` updates: the newest as images/NAME.png, and all
     of them in TensorBoard."""
     if not context.world.main:
         return
-    folder = context.output / "pictures"
+    folder = context.output / GALLERY_FOLDER
     folder.mkdir(exist_ok=True)
     for name, gallery in galleries.items():
         save_png(gallery, folder / f"{name}.png")

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FREE_SETTINGS = {
     *("output_dir", "log_dir", "resume", "start_epoch", "deterministic", "save_minutes", "keep", "keep_every"),
     "checkpoint_activations",
-    *("allow_change", "hang_minutes", "log_every", "pictures_every"),
+    *("allow_change", "hang_minutes", "log_every", "images_every"),
     *("data_path", "on_bad", "num_workers", "pin_mem", "threads"),
     *("eval", "dist_eval", "suite", "limit", "limit_corrupted", "restrict_classes"),
     *("val_path", "save_every"),  # of a tokenizer's training

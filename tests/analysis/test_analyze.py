@@ -1,4 +1,4 @@
-"""The analysis of adversarial pictures, run from its command line on generated pictures."""
+"""The analysis of adversarial images, run from its command line on generated images."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def analyzed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> 
     return analyze_network(contender, held_out, dataclasses.replace(SETTINGS, **changes), Console(quiet=True))[0]
 
 
-def test_views_are_compared_with_the_clean_pictures_at_the_lengths_that_they_promise(images: Path) -> None:
+def test_views_are_compared_with_the_clean_images_at_the_lengths_that_they_promise(images: Path) -> None:
     found = analyzed(images)
     views = found["views"]
     assert list(views) == list(VIEW_TITLES)
@@ -63,14 +63,14 @@ def test_views_are_compared_with_the_clean_pictures_at_the_lengths_that_they_pro
 
 
 def test_numbers_do_not_depend_on_the_batch(images: Path) -> None:
-    """Of the clean pictures and their halves, also where the last batch has one picture."""
+    """Of the clean images and their halves, also where the last batch has one image."""
     whole, parts = (analyzed(images, limit=9, batch_size=size, views=("pixel",)) for size in (9, 4))
     for key in ("correlation_mean", "correlation_variance"):
         assert parts["halves"][key] == pytest.approx(whole["halves"][key], rel=1e-4)
         assert parts["views"]["pixel"][key] == pytest.approx(whole["views"]["pixel"][key], rel=1e-4)
 
 
-def test_a_matched_pixel_attack_goes_as_far_from_the_decoded_picture(images: Path) -> None:
+def test_a_matched_pixel_attack_goes_as_far_from_the_decoded_image(images: Path) -> None:
     views = analyzed(images)["views"]
     assert views["reconstruction"]["length_decoded"] == 0
     own = views["released"]["length_decoded"]

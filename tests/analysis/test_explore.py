@@ -1,4 +1,4 @@
-"""The page of one picture: what it computes, and, in a real browser, what a visitor sees."""
+"""The page of one image: what it computes, and, in a real browser, what a visitor sees."""
 
 import base64
 import io
@@ -129,7 +129,7 @@ def test_the_symbolic_adversary_is_stronger_than_chance(inspector: ImageInspecto
             return float(inspector.model(after).softmax(1)[0, CLASSES.index("star")])
 
     assert share_of_star("symbolic") < share_of_star("random") - 0.2
-    # The clean answer is star: it is the target of a picture without a class, but not where the folder says heart.
+    # The clean answer is star: it is the target of an image without a class, but not where the folder says heart.
     assert share_of_star("symbolic", STRANGER) == share_of_star("symbolic")
     assert share_of_star("symbolic", Path("heart/x.png")) > share_of_star("symbolic")
 
@@ -354,7 +354,7 @@ def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]]
     assert list(first)[:2] == ["image (disc)", "gaussian noise 3"]
     assert np.array_equal(first["image (disc)"], np.asarray(picture(0)))
 
-    # A dropped picture, which has no class, though a generated one is called the same.
+    # A dropped image, which has no class, though a generated one is called the same.
     dropped = picture(3)
     visitor.drop("star.png", encoded(dropped))
     visitor.wait_for_title("image")
@@ -391,7 +391,7 @@ def test_the_page_in_a_browser(server: tuple[str, Callable[[], tuple[int, str]]]
     visitor.wait_for_title("6% of its words changed (symbolic)")
     assert all("The prediction changes: star" in told for told in visitor.verdicts())
 
-    # What is no picture gets a message, and the pictures stay.
+    # What is no image gets a message, and the images stay.
     before = visitor.images()
     frames = [picture(index) for index in range(2)]
     for name, content, told in [

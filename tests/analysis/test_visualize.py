@@ -1,4 +1,4 @@
-"""Pictures from checkpoints as a user asks for them: files, pages, TensorBoard, and what is refused."""
+"""Images from checkpoints as a user asks for them: files, pages, TensorBoard, and what is refused."""
 
 import json
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     net = build_classifier("vit_demo_patch8", 10, SIZE).net
-    nn.init.normal_(net.head.weight, std=0.1)  # answers that differ from picture to picture
+    nn.init.normal_(net.head.weight, std=0.1)  # answers that differ from image to image
     folder = tmp_path_factory.mktemp("classifier") / "fine"
     facts = {"global_pool": True, "classes": list(SHAPES), "nb_classes": 10}
     return save(net, folder, kind="classifier", model="vit_demo_patch8", **facts)
@@ -63,7 +63,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def draw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, images: Path) -> Draw:
-    """Calls the command; its pictures are the generated ones unless others are named, and go into tmp_path/drawn."""
+    """Calls the command; its images are the generated ones unless others are named, and go into tmp_path/drawn."""
 
     def call(what: str, *arguments: object) -> Outcome:
         given = list(map(str, arguments))
@@ -75,7 +75,7 @@ def draw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 
 def drawn(folder: Path) -> dict[str, np.ndarray]:
-    """The pictures in a folder by name."""
+    """The images in a folder by name."""
     found = {}
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as image:
@@ -186,7 +186,7 @@ def test_an_attack_tells_what_it_changed(draw: Draw, classifier: Path, monkeypat
     assert clean.endswith("\narrow/00008.png")
     assert nothing == ""
     chances = [target_share(answer, "arrow") for answer in (clean, decoded, adversarial)]
-    assert chances[2] < chances[1], "the attack lowers the probability of the picture's class"
+    assert chances[2] < chances[1], "the attack lowers the probability of the image's class"
 
 
 def target_share(caption: str, target: str) -> float:
@@ -207,7 +207,7 @@ def test_other_sizes_and_tokenizers_fit(draw: Draw, classifier: Path, tmp_path: 
     wide = ["--input_size", 32, 48, "--rollout", "--query", "class", "--limit", 2]
     assert draw("attention", "--checkpoint", classifier, *wide).code == 0
     width = drawn(tmp_path / "drawn")["attention"].shape[1]
-    assert width == 2 * 4 * 48 + 3 * 8, "two columns of pictures enlarged four times, and three gaps"
+    assert width == 2 * 4 * 48 + 3 * 8, "two columns of images enlarged four times, and three gaps"
     tokenizer = save_tokenizer(tmp_path / "coarse.safetensors", factor=8)
     assert draw("words", "--tokenizer", tokenizer, "--input_size", 40, "--limit", 1).code == 0
 

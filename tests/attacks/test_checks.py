@@ -134,6 +134,6 @@ def test_the_checks_tell_their_numbers() -> None:
     net, image, label = trained_classifier()
     checks = attack_checks(net, image[:5], label[:5], generators(5))
     assert [check.name for check in checks][:2] == ["gradients", "no chance"]
-    assert checks[0].details == "0 of 5 pictures have no gradient"
+    assert checks[0].details == "0 of 5 images have no gradient"
     assert "loss " in checks[2].details
     assert "(4/255)" in checks[2].details

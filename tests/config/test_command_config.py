@@ -199,6 +199,13 @@ def test_names_of_earlier_runs_are_read_from_a_file_but_are_no_flags(tmp_path: P
     for text in ("suite: corruptions", "suite: [corruptions]", "suite: [clean, corruptions]"):
         file.write_text(text)
         assert FinetuneConfig.from_yaml(file).evaluation.suite == ("clean", "generated")
+    file.write_text("pictures_every: 3")
+    assert FinetuneConfig.from_yaml(file).run.images_every == 3
+    file.write_text("pictures_every: 3\nimages_every: 4")
+    with pytest.raises(ConfigError, match="line 2: images_every is given again; the first is in .* line 1"):
+        FinetuneConfig.from_yaml(file)
+    with pytest.raises(ConfigError, match="no setting 'pictures_every': did you mean images_every"):
+        FinetuneConfig.from_flags(pictures_every=3)
 
 
 def test_the_settings_of_a_detector_are_a_config(tmp_path: Path) -> None:

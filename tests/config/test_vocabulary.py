@@ -24,6 +24,7 @@ REMOVED = {
     "checkpoints",
     "network",
     "pictures",
+    "pictures_every",
     "batch",
     "size_px",
 }

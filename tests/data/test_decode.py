@@ -73,7 +73,7 @@ def bad_file(kind: str, path: Path) -> None:
         noise(200, 200).save(path, format="PNG")
         path.write_bytes(path.read_bytes()[:5000])
     elif kind != "missing":
-        path.write_bytes({"empty": b"", "html": b"<!DOCTYPE html><p>404", "text": b"not a picture"}[kind])
+        path.write_bytes({"empty": b"", "html": b"<!DOCTYPE html><p>404", "text": b"not an image"}[kind])
 
 
 @pytest.mark.parametrize(

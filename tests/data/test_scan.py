@@ -51,7 +51,7 @@ BAD = {
     "html.jpg": b"<!DOCTYPE html><p>404",
     "xml.jpg": b'<?xml version="1.0"?><Error>AccessDenied</Error>',
     "json.jpg": b'{"error": 404}',
-    "text.png": b"not a picture",
+    "text.png": b"not an image",
     "zeros.jpg": bytes(5000),
     "lfs.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     "cut.jpg": picture(1)[:900],

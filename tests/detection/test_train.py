@@ -73,7 +73,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "1e-3",
         "--eval_every",
         "100",
-        "--pictures_every",
+        "--images_every",
         "0",
         "--drop_path",
         "0",
@@ -122,13 +122,13 @@ def coco_file(tmp_path: Path, folder: Path, change: Callable[[Any], object] = la
     return CocoSplit(path, folder)
 
 
-def test_coco_ids_become_labels_crowds_are_flagged_and_empty_pictures_stay(tmp_path: Path, folder: Path) -> None:
+def test_coco_ids_become_labels_crowds_are_flagged_and_empty_images_stay(tmp_path: Path, folder: Path) -> None:
     images = CocoImages(coco_file(tmp_path, folder), BoxTransform((32, 32)))
     assert images.classes == ["early", "late"]
     full, empty = images[0], images[1]
     assert full["labels"].tolist() == [2, 1]
     assert full["crowd"].tolist() == [False, True]
-    # The second leaves its picture by half a pixel, as rounding does.
+    # The second leaves its image by half a pixel, as rounding does.
     assert full["boxes"].tolist() == [[4, 6, 14, 18], [20, 20, 32, 32]]
     assert empty["labels"].tolist() == [PADDING_LABEL, PADDING_LABEL]
     batch = default_collate([full, empty])
@@ -233,7 +233,7 @@ def test_images_with_exif_orientation_are_turned_upright(tmp_path: Path, caplog:
         caplog.clear()
 
 
-def test_a_picture_of_another_size_than_its_json_says_and_a_class_unknown_to_training(
+def test_an_image_of_another_size_than_its_json_says_and_a_class_unknown_to_training(
     tmp_path: Path, folder: Path
 ) -> None:
     split = coco_file(tmp_path, folder, setting("images", width=64))
@@ -392,7 +392,7 @@ def test_every_form_of_the_step_trains_every_parameter(folder: Path, trained: Pa
 
 
 def test_views_of_a_batch_share_their_chance(folder: Path, tmp_path: Path) -> None:
-    """torchvision's sampling and drop path: the same picture has the same loss, and the global generator is left."""
+    """torchvision's sampling and drop path: the same image has the same loss, and the global generator is left."""
     batch, model = batch_of(folder, tmp_path)
     objective = DetectionObjective()
     image, context = objective.prepare(model.train(), batch, torch.Generator().manual_seed(0))
@@ -512,7 +512,7 @@ def test_training_lowers_the_loss(trained: Path) -> None:
 
 def test_resume_amid_an_epoch_is_bitwise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer.safetensors")
-    flags = ["--dat", "--tokenizer", str(tokenizer), "--dat_eps", "2", "--pictures_every", "0", "--limit", "1"]
+    flags = ["--dat", "--tokenizer", str(tokenizer), "--dat_eps", "2", "--images_every", "0", "--limit", "1"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     detect(config_for(folder, straight, *flags), Console(quiet=True))
     real = Trainer.train_step

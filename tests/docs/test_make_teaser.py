@@ -20,7 +20,7 @@ _spec.loader.exec_module(make_teaser)
 
 
 def drawn(results: Results, folder: Path) -> np.ndarray:
-    """The picture, uint8 (H, W, 3)."""
+    """The image, uint8 (H, W, 3)."""
     folder.mkdir(exist_ok=True)
     write_results(results, folder / "results.json")
     make_teaser.draw_teaser(folder, folder / "teaser.png")
@@ -29,7 +29,7 @@ def drawn(results: Results, folder: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def test_the_picture_shows_errors_differences_and_examples(tmp_path: Path) -> None:
+def test_the_image_shows_errors_differences_and_examples(tmp_path: Path) -> None:
     """Each third of it changes with what it shows, and only that one."""
     results = evaluation(("plain", "dat"), ("imagenet", "generated"))
     plain = drawn(results, tmp_path)
@@ -39,7 +39,7 @@ def test_the_picture_shows_errors_differences_and_examples(tmp_path: Path) -> No
         moved = (after != plain).any(axis=(0, 2))
         return [bool(moved[at * third + 40 : (at + 1) * third - 40].any()) for at in range(3)]
 
-    assert not (drawn(results, tmp_path) != plain).any(), "the same results give the same picture"
+    assert not (drawn(results, tmp_path) != plain).any(), "the same results give the same image"
     Image.fromarray(np.full((32, 32, 3), (200, 30, 60), np.uint8)).save(tmp_path / "1.png")
     answers = {"plain": "cat", "dat": "dog"}
     shown = {"file": "1.png", "words": "1.png", "suite": "generated", "cell": "fog/3", "label": "dog"}

@@ -60,7 +60,7 @@ PROGRESS = """
 import mae_dat
 result = mae_dat.finetune(
     data_path="photos", output_dir="out", model="vit_demo_patch8", input_size=32, batch_size=2, epochs=12,
-    num_workers=0, pictures_every=0,
+    num_workers=0, images_every=0,
 )
 result
 """

@@ -1,4 +1,4 @@
-"""The comparison of fine-tunings, from images to a report, on tiny generated pictures."""
+"""The comparison of fine-tunings, from images to a report, on tiny generated images."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ from mae_dat.runtime.console import Console
 from mae_dat.runtime.inputs import read_inputs
 
 ARMS = ("plain", "random", "released")
-FLAGS = "--input_size 32 --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --pictures_every 1"
+FLAGS = "--input_size 32 --batch_size 8 --epochs 1 --warmup_epochs 0 --num_workers 0 --images_every 1"
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,18 @@ def test_a_rerun_trains_only_what_is_missing(config: CompareConfig, caplog: pyte
     assert before == read_results(output / "results.json")["cells"]
     # What is trained again alike has the same weights, so that nothing is measured again either.
     assert measured == {path: path.stat().st_mtime_ns for path in output.glob("cells/*")}
+
+
+def test_galleries_of_earlier_versions_are_found(config: CompareConfig, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(config.output_dir, output)
+    for folder in output.glob("*/images"):
+        folder.rename(folder.with_name("pictures"))
+    again = dataclasses.replace(config, output_dir=str(output))
+    assert compare(again, Console(quiet=True)) is not None
+    files = [gallery["file"] for gallery in read_results(output / "results.json")["training"]["galleries"]]
+    names = ["pretrain/pictures/reconstruction.png", "random-seed0/pictures/adversary.png"]
+    assert files == [*names, "released-seed0/pictures/adversary.png"]
 
 
 def test_without_measuring_nothing_is_written_but_runs(config: CompareConfig, tmp_path: Path) -> None:

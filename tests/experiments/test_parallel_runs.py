@@ -50,8 +50,8 @@ def test_a_failure_is_reported_with_its_title_and_exit_code(tmp_path: Path) -> N
     data = draw_folder(tmp_path / "images")
     broken = [*PRETRAIN, "--data_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "broken")]
     first, *_ = stages(tmp_path, data)
-    other = Stage("no pictures", functools.partial(load_config, PretrainConfig, broken), ("pre",))
-    with pytest.raises(UserError, match=r"no pictures: .*nowhere") as caught:
+    other = Stage("no images", functools.partial(load_config, PretrainConfig, broken), ("pre",))
+    with pytest.raises(UserError, match=r"no images: .*nowhere") as caught:
         train_all([first, other], 2, Console(quiet=True))
     assert caught.value.exit_code in (65, 66)
     assert set(weights(tmp_path)) == {"pre"}, "what was done before counts"

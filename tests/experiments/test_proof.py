@@ -20,7 +20,7 @@ def test_quick_trains_and_measures_every_arm(tmp_path: Path) -> None:
     config = ProofConfig(output_dir=str(tmp_path / "out"), quick=True, jobs=1)
     tables = prove(config, Console(quiet=True))
     (one,) = comparisons(config).values()
-    assert read_inputs(tmp_path / "out" / "inputs.json").rows["data"].startswith("pictures: ")
+    assert read_inputs(tmp_path / "out" / "inputs.json").rows["data"].startswith("images: ")
     assert len(groups_to_train(one)) == len(PROOF_GROUPS) + 4
     results = read_results(Path(one.output_dir) / "results.json")
     runs = results["training"]["runs"]

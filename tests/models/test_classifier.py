@@ -62,7 +62,7 @@ def test_mae_models_have_the_recipes_head_pooling_and_drop_path() -> None:
     assert "norm.weight" in token.net.state_dict()
 
 
-def test_a_picture_of_another_size_is_taken() -> None:
+def test_an_image_of_another_size_is_taken() -> None:
     assert build_classifier("vit_demo_patch8", 7).eval()(torch.rand(1, 3, 96, 48)).shape == (1, 7)
 
 

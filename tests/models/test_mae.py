@@ -68,7 +68,7 @@ def test_forward_reproduces_the_reference(ruled: MaskedAutoencoder, reference: d
     assert torch.equal(ids_restore, reference["ids_restore"])
     torch.testing.assert_close(latent, reference["latent"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prediction, reference["pred"], rtol=1e-5, atol=1e-5)
-    # The reference patchifies whatever it is given; its record is of the normalized picture.
+    # The reference patchifies whatever it is given; its record is of the normalized image.
     torch.testing.assert_close(ruled.target(image, norm_pix=False), reference["patchify"], rtol=1e-6, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_first_half_of_the_position_embedding_encodes_the_column() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75, 0.9])
-def test_masking_keeps_the_stated_number_in_every_picture(ratio: float) -> None:
+def test_masking_keeps_the_stated_number_in_every_image(ratio: float) -> None:
     model, noise = tiny(), torch.rand(3, 64)
     latent, mask, ids_restore = model.encode(torch.rand(3, 3, 64, 64), ratio, noise)
     keep = int(64 * (1 - ratio))

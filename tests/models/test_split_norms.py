@@ -146,7 +146,7 @@ def test_a_network_without_norms_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["advprop", "dat"])
-def test_main_norms_see_clean_pictures_alone(kind: str, tokenizer: CountedTokenizer) -> None:
+def test_main_norms_see_clean_images_alone(kind: str, tokenizer: CountedTokenizer) -> None:
     """Statistics and gradients of the main norms are those of a plain step, to the bit for the statistics."""
     plain, net = conv_net(), split(conv_net())
     objective = advprop() if kind == "advprop" else WithDAT(tokenizer, AttackConfig(eps=3.0), labels())

@@ -49,7 +49,7 @@ def right(results: Results, suite: str) -> list[int]:
 # ---- all cells of a suite ----
 
 
-def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
+def test_an_image_that_any_cell_lacks_makes_a_partial_row(
     imagenet: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -57,7 +57,7 @@ def test_a_picture_that_any_cell_lacks_makes_a_partial_row(
     (imagenet / "ImageNet-C" / "fog" / "3" / names[0]).unlink()
     results = evaluate(Linear(1000), "imagenet-c", imagenet, input_size=SIDE, partial=True)
     facts = results["suites"]["Linear"]["imagenet-c"]
-    assert facts["missing"][-1] == "fog/3: 5 of 6 pictures are there"
+    assert facts["missing"][-1] == "fog/3: 5 of 6 images are there"
     assert (facts["images"], results["cells"]["Linear"]["imagenet-c"]["fog/3"]["total"]) == (6, 5)
     assert "fog/3: 5 of 6" in str(results["inputs"]["partial"])
     assert not any(metric.published for metric in summarize(results).metrics)
@@ -73,10 +73,10 @@ def test_what_all_cells_lack_is_said_once(imagenet: Path) -> None:  # noqa: F811
         shutil.rmtree(folder / FEW[0])
     suite = suite_from(open_sources(imagenet, 1000, partial=True), "imagenet-c", SIDE)
     absent = f"1 of 3 class folders are missing or empty ({FEW[0]})"
-    assert suite.missing == [absent, "4 of 6 pictures are there"]
+    assert suite.missing == [absent, "4 of 6 images are there"]
 
 
-def test_a_chosen_picture_meets_the_same_chance_as_in_the_whole_folder(
+def test_a_chosen_image_meets_the_same_chance_as_in_the_whole_folder(
     imagenet: Path,  # noqa: F811
 ) -> None:
     names, whole = validation_names(), open_sources(imagenet, 1000)

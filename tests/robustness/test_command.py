@@ -1,4 +1,4 @@
-"""Every suite in one command: real folders, real networks, counts held against a plain loop over the pictures."""
+"""Every suite in one command: real folders, real networks, counts held against a plain loop over the images."""
 
 import dataclasses
 import json
@@ -148,7 +148,7 @@ def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     draw([root / "stylized-imagenet" / "val" / name for name in names])
     write_objectnet(root / "objectnet-1.0")
     objects = sorted(path.parent for path in (root / "objectnet-1.0" / "images").rglob("*.png"))
-    for folder in objects:  # one picture under many names
+    for folder in objects:  # one image under many names
         (folder / "0.png").unlink()
     draw([folder / "0.png" for folder in objects], side=60)
     draw([root / "ImageNet-C-bar" / c / str(s) / name for c in C_BAR for s in range(1, 6) for name in names])
@@ -156,7 +156,7 @@ def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def taught(image: Tensor, answers: list[int]) -> Linear:
-    """A network of ImageNet's classes that gives these answers for these pictures, as far as it can."""
+    """A network of ImageNet's classes that gives these answers for these images, as far as it can."""
     network = Linear(1000)
     features = network[1](network[0](image))
     network[2].weight.data = torch.linalg.lstsq(features, nn.functional.one_hot(torch.tensor(answers), 1000).float())[
@@ -167,7 +167,7 @@ def taught(image: Tensor, answers: list[int]) -> Linear:
 
 
 def test_the_other_suites_count_what_a_plain_loop_counts(others: Path) -> None:
-    """Right, for two pictures of three, are the labels that this test reads from the folders and files itself."""
+    """Right, for two images of three, are the labels that this test reads from the folders and files itself."""
     real = json.loads((others / "ILSVRC2012" / "real.json").read_text())
     members = {f"thing_{i:03d}": [2 * i, 2 * i + 1] if i < 12 else [100 + i] for i in range(113)}
     overlap = sorted(number for own in members.values() for number in own)
@@ -213,7 +213,7 @@ def test_the_other_suites_count_what_a_plain_loop_counts(others: Path) -> None:
     assert hits["objnet-1000"] < hits["objnet-113"]
 
 
-def test_corruptions_are_made_from_the_picture_as_the_network_gets_it(dataset: Path) -> None:
+def test_corruptions_are_made_from_the_image_as_the_network_gets_it(dataset: Path) -> None:
     network = Linear()
     results = cells(evaluate(network, "generated", dataset, input_size=32, held_out=True, seed=3), "generated")
     assert len(results) == 5 * len(CORRUPTIONS + EXTRA)
@@ -285,7 +285,7 @@ class Ranks:
 
 @pytest.mark.parametrize("size", [2, 3, 7, 23])
 def test_counts_are_the_same_on_all_ranks(size: int, dataset: Path) -> None:
-    """23 ranks leave three without a picture."""
+    """23 ranks leave three without an image."""
     network, sources = Linear().eval(), open_sources(dataset)
     passes = [one for name in ("clean", "fgsm-1/255", "words-random") for one in suite_from(sources, name).passes]
     passes.append(suite_from(sources, "generated").passes[9])
@@ -348,7 +348,7 @@ def test_two_real_ranks_write_what_one_does(dataset: Path, tmp_path: Path) -> No
         assert two[key] == one[key]  # type: ignore[literal-required]
 
 
-def test_a_limit_takes_the_same_pictures_with_the_same_chance(dataset: Path) -> None:
+def test_a_limit_takes_the_same_images_with_the_same_chance(dataset: Path) -> None:
     network = Linear()
     results = evaluate(network, ("clean", "generated"), dataset, input_size=32, limit=8, seed=1)
     assert {count["total"] for suite in ("clean", "generated") for count in cells(results, suite).values()} == {8}
@@ -377,7 +377,7 @@ def test_limits_mean_the_same_for_every_suite(dataset: Path) -> None:
 # ---- going on ----
 
 
-def test_pictures_in_shards_count_as_in_folders(dataset: Path, tmp_path: Path) -> None:
+def test_images_in_shards_count_as_in_folders(dataset: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     pack(PackConfig(str(dataset), str(packed), num_workers=0), Console(quiet=True))
     names, options = ("clean", "fgsm-1/255"), {"input_size": 32, "num_workers": 1}
@@ -396,7 +396,7 @@ def test_pictures_in_shards_count_as_in_folders(dataset: Path, tmp_path: Path) -
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(dataset: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"input_size": 32, "batch_size": 20, "output_dir": tmp_path}
     network = Linear()
-    network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after a look at blank pictures and a check
+    network.most = 20 * 32 + 30  # amid the seventh of the 15 corruptions, after a look at blank images and a check
     with pytest.raises(KeyboardInterrupt):
         evaluate(network, ("clean", "generated"), dataset, **options)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
@@ -435,8 +435,8 @@ def test_what_changes_is_measured_anew(dataset: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 3
     again = Path(shutil.copytree(dataset, tmp_path / "again"))
     evaluate(Linear(), "clean", again, **options)
-    assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 3, "the same pictures, wherever they lie"
-    for path in (again / "val").rglob("*.png"):  # other pictures under the same names
+    assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 3, "the same images, wherever they lie"
+    for path in (again / "val").rglob("*.png"):  # other images under the same names
         Image.open(path).rotate(90).save(path)
     evaluate(Linear(), "clean", again, **options)
     assert len(list((tmp_path / "cells").iterdir())) == 2 * before + 4
@@ -569,7 +569,7 @@ def test_attacks_are_checked_and_symbolic_words_beat_random_ones(dataset: Path) 
 
 
 def knowing(pictures: BenchmarkSet) -> Linear:
-    """A network that has learned every picture by heart, and is far off beside them."""
+    """A network that has learned every image by heart, and is far off beside them."""
     network = Linear()
     features = network[1](network[0](torch.stack([pictures[index]["image"] for index in range(len(pictures))])))
     wanted = torch.nn.functional.one_hot(pictures.targets[:, 0], 10).float()
@@ -653,7 +653,7 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_measured(
         evaluate(bare, "clean", dataset, input_size=32)
 
 
-def test_a_network_that_knows_normalized_pictures_alone_is_seen_by_its_answers(tmp_path: Path) -> None:
+def test_a_network_that_knows_normalized_images_alone_is_seen_by_its_answers(tmp_path: Path) -> None:
     """Class by brightness, with thresholds on the normalized scale."""
     for label in range(2):
         (tmp_path / "val" / f"{label}").mkdir(parents=True)
@@ -680,7 +680,7 @@ def test_pixels_are_asked_of_cue_conflict_alone_too(imagenet: Path) -> None:
     ids = [members[0] for members in SIXTEEN.values()]
     image = torch.stack([images[index]["image"] for index in range(len(images))])
 
-    def knowing(image_: Tensor) -> Tensor:  # which pictures they are, and so their shapes
+    def knowing(image_: Tensor) -> Tensor:  # which images they are, and so their shapes
         number = (image_[:, None] - image).flatten(2).abs().sum(2).argmin(1)
         label = torch.tensor([ids[images.label(int(one))] for one in number])
         near = (image_ - image[number]).flatten(1).abs().amax(1) < 1e-3
@@ -699,7 +699,7 @@ def test_bad_folders_are_refused_before_anything_is_measured(imagenet: Path) -> 
         network.seen = 0
         with pytest.raises(kind, match=match):
             evaluate(network, suite, imagenet, input_size=SIDE, **settings)
-        assert network.seen <= 4  # blank pictures
+        assert network.seen <= 4  # blank images
 
     refused("did you mean imagenet", "imagenett", ConfigError)
     refused("has no folder imagenet-r", "imagenet-r", MissingInputError)
@@ -744,7 +744,7 @@ def test_what_does_not_fit_is_told_with_advice_that_can_be_followed(imagenet: Pa
         evaluate(Linear(1000), "all", imagenet, input_size=SIDE)
 
 
-def test_a_picture_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) -> None:
     bad = imagenet / "imagenet" / "val" / FEW[1] / "ILSVRC2012_val_00000004.JPEG"
     bad.write_bytes(bad.read_bytes()[:200])
     for workers in (0, 2):
@@ -763,13 +763,13 @@ def test_folders_of_ones_own_that_do_not_fit_are_refused(dataset: Path, tmp_path
     with pytest.raises(ConfigError, match="--suite is empty"):
         evaluate(network, (), root, input_size=32)
     shutil.rmtree(root / "val" / classes[3])
-    with pytest.raises(DataError, match=rf"no pictures of {classes[3]} \(1 of 10 classes\); .* --partial"):
+    with pytest.raises(DataError, match=rf"no images of {classes[3]} \(1 of 10 classes\); .* --partial"):
         evaluate(network, "all", root, input_size=32, classes=classes)
     results = evaluate(network, "clean", root, input_size=32, classes=classes, partial=True)
-    assert results["suites"]["Linear"]["clean"]["missing"] == [f"no pictures of {classes[3]} (1 of 10 classes)"]
+    assert results["suites"]["Linear"]["clean"]["missing"] == [f"no images of {classes[3]} (1 of 10 classes)"]
     with pytest.raises(DataError, match="9 class.*10 outputs"):
         evaluate(network, "clean", root, input_size=32)
-    next((root / "val" / classes[0]).iterdir()).write_bytes(b"no picture")
+    next((root / "val" / classes[0]).iterdir()).write_bytes(b"no image")
     with pytest.raises(DataError, match=rf"{classes[0]}.*unpack it again"):
         evaluate(network, "all", root, input_size=32, classes=classes, partial=True)
 
@@ -796,7 +796,7 @@ def test_flags_that_do_not_fit_together(
         assert message in outcome.stderr, arguments
 
 
-def test_examples_are_pictures_on_which_the_networks_differ(dataset: Path, tmp_path: Path) -> None:
+def test_examples_are_images_on_which_the_networks_differ(dataset: Path, tmp_path: Path) -> None:
     networks = {"one": Linear(), "other": Linear(seed=1)}
     results = evaluate(networks, ("clean", "generated", "words-random"), dataset, input_size=32, output_dir=tmp_path)
     assert 2 <= len(results["examples"]) <= 8

@@ -43,12 +43,12 @@ def tensor_bytes() -> int:
 
 
 def clean(root: Path) -> ImagePass:
-    """The pictures of a folder as one cell."""
+    """The images of a folder as one cell."""
     return suite_from(open_sources(root), "clean").passes[0]
 
 
 def test_memory_does_not_grow_with_the_cells(dataset: Path) -> None:  # noqa: F811
-    """Twelve cells, whose pictures take 3 MB as floats."""
+    """Twelve cells, whose images take 3 MB as floats."""
     network, image_pass = Linear().eval(), clean(dataset)
     held = {}
     for at, _ in enumerate(measure_passes({"net": network}, [(image_pass, ["net"])] * 12, batch_size=8, device=CPU)):
@@ -76,7 +76,7 @@ def test_batches_are_made_as_they_are_asked_for(dataset: Path) -> None:  # noqa:
     assert len(many) == 2_000_000
 
 
-def test_pictures_that_share_their_chance_meet_in_the_same_batches_on_any_number_of_ranks(dataset: Path) -> None:  # noqa: F811
+def test_images_that_share_their_chance_meet_in_the_same_batches_on_any_number_of_ranks(dataset: Path) -> None:  # noqa: F811
     image_pass = dataclasses.replace(clean(dataset), fixed_batches=True)
     every = list(PassSampler([image_pass], World(), 6))
     assert [len(batch) for batch in every] == [6, 6, 6, 2]
@@ -119,7 +119,7 @@ def test_every_pass_of_an_attack_and_of_its_checks_beats(dataset: Path, beats: l
 
 
 def test_a_look_for_examples_beats_on_every_rank(dataset: Path, beats: list[int], tmp_path: Path) -> None:  # noqa: F811
-    """A batch for each network after reading a picture, also where nothing is written."""
+    """A batch for each network after reading an image, also where nothing is written."""
     networks = {"one": Linear(), "other": Linear(seed=1)}
     evaluate(networks, "clean", dataset, input_size=32)
     without = count_of(beats)

@@ -280,7 +280,7 @@ def settings(tmp_path: Path, output: str) -> dict[str, Any]:
         tmp_path / "images", FolderSettings(train=16, val=10, conflict=10, silhouette=10, size=32)
     )
     return {
-        "run": RunConfig(str(tmp_path / output), device="cpu", precision="fp32", pictures_every=2),
+        "run": RunConfig(str(tmp_path / output), device="cpu", precision="fp32", images_every=2),
         "data": DataConfig(str(root), (32,), num_workers=0),
         "optim": OptimConfig(batch_size=8, epochs=2, warmup_epochs=0),
     }
@@ -324,10 +324,10 @@ def test_pretraining_writes_its_tags_and_galleries(
             assert record[key] == pytest.approx(sum(half[key] for half in halves) / 2, rel=1e-6)
     assert set(events.Tags()["images"]) == {"reconstruction", "adversary"}
     for name in ("reconstruction", "adversary"):
-        (image,) = events.Images(name)  # of the second epoch only: pictures_every is 2
+        (image,) = events.Images(name)  # of the second epoch only: images_every is 2
         assert image.step == 4
         assert image.width > 100
-        assert (tmp_path / "mae" / "pictures" / f"{name}.png").is_file()
+        assert (tmp_path / "mae" / "images" / f"{name}.png").is_file()
 
 
 def test_finetuning_writes_its_tags_and_gallery(

@@ -151,7 +151,7 @@ def test_other_errors_are_not_taken_for_the_loss_of_a_rank() -> None:
 def train_for_long(rank: int, folder: Path, output: Path) -> None:
     mae.MAE_MODELS["mae_tiny"] = MaeSize(ViTSize(32, 8, 32, 2, 2), 16, 1, 2)
     flags = ["--model", "mae_tiny", "--input_size", "32", "--batch_size", "4", "--epochs", "9999", "--num_workers", "2"]
-    flags += ["--device", "cpu", "--pictures_every", "0", "--data_path", str(folder), "--output_dir", str(output)]
+    flags += ["--device", "cpu", "--images_every", "0", "--data_path", str(folder), "--output_dir", str(output)]
     config = load_config(PretrainConfig, flags)
     run_command(lambda: run_pretraining(config, Console(quiet=True)))
 

@@ -62,7 +62,7 @@ def small_models() -> None:
 
 
 def run_of(folder: Path, output: Path, shards: bool, **changes: Any) -> dict[str, Any]:
-    run = RunConfig(output_dir=str(output), device="cpu", precision="fp32", pictures_every=0, hang_minutes=0)
+    run = RunConfig(output_dir=str(output), device="cpu", precision="fp32", images_every=0, hang_minutes=0)
     return {
         "run": dataclasses.replace(run, **changes),
         "data": DataConfig(data_path=str(folder), input_size=(SIDE,), num_workers=0),
@@ -84,7 +84,7 @@ def run_dat(folder: Path, output: Path, shards: bool) -> None:
         augment=AugmentConfig(mixup=0.8),
         optim=OptimConfig(batch_size=4, epochs=2, warmup_epochs=0, lr=3e-3),
         dat=DatConfig("released", share=0.05, tokenizer=str(folder.parent / "tokenizer.safetensors")),
-        **run_of(folder, output, shards, pictures_every=1),
+        **run_of(folder, output, shards, images_every=1),
     )
     run_finetuning(config, Console(quiet=True))
 
@@ -268,7 +268,7 @@ def test_shards_learn_what_copies_do(kind: str, outputs: Path) -> None:
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert value.shape == weights[1][name].shape
-    assert sorted(path.name for path in (shards / "pictures").glob("*")) == (["adversary.png"] if kind == "dat" else [])
+    assert sorted(path.name for path in (shards / "images").glob("*")) == (["adversary.png"] if kind == "dat" else [])
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ FEW = SYNSETS[:3]
 
 
 def write(paths: list[Path], side: int = SIDE) -> None:
-    """One noise picture under many names: hard links, for there may be thousands."""
+    """One noise image under many names: hard links, for there may be thousands."""
     first = paths[0]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def validation_names(wnids: tuple[str, ...] = FEW, each: int = 2) -> list[str]:
 
 
 def reduced(name: str, **changes: object) -> Benchmark:
-    """A benchmark of three classes with two pictures each."""
+    """A benchmark of three classes with two images each."""
     labels = {wnid: number for number, wnid in enumerate(FEW)}
     facts = {"labels": labels, "images": 6, "per_class": 2} | changes
     if BENCHMARKS[name].side:
@@ -45,7 +45,7 @@ def reduced(name: str, **changes: object) -> Benchmark:
 
 
 def write_objectnet(root: Path) -> None:
-    """313 folders with a picture each; classes 0 to 112 overlap, the first 12 of them with two ImageNet classes."""
+    """313 folders with an image each; classes 0 to 112 overlap, the first 12 of them with two ImageNet classes."""
     folders = [f"thing_{number:03d}" for number in range(313)]
     write([root / "images" / name / "0.png" for name in folders])
     lines = list(range(1000))

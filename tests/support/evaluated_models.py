@@ -23,7 +23,7 @@ from mae_dat.storage.weight_files import write_weights
 
 
 class Linear(nn.Sequential):
-    """A small real network: means over a grid of 4 x 4, then logits; counts the pictures that it sees."""
+    """A small real network: means over a grid of 4 x 4, then logits; counts the images that it sees."""
 
     def __init__(self, classes: int = 10, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -45,12 +45,12 @@ class Linear(nn.Sequential):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pictures of ten classes that are not ImageNet's."""
+    """Twenty images of ten classes that are not ImageNet's."""
     return draw_folder(tmp_path_factory.mktemp("own"), train=0, conflict=0)
 
 
 def draw(paths: list[Path], side: int = SIDE) -> None:
-    """A smooth picture of its own under every path."""
+    """A smooth image of its own under every path."""
     for number, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -87,7 +87,7 @@ def imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_onnx(network: Linear, path: Path, batch: int | str = "batch", flat: int = 0) -> Path:
-    """The same network as a graph, made by hand: exporting takes longer than all of these tests. `flat`: pictures that
+    """The same network as a graph, made by hand: exporting takes longer than all of these tests. `flat`: images that
     it was traced with, where the export made a number of that."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

@@ -38,7 +38,7 @@ PATIENCE_S = 120  # an attempt is a matter of two seconds, of ten on a busy mach
 SURVIVORS_S = 30  # how long ranks may live after the death of another
 RETRY = 75
 FLAGS = ["--input_size", "32", "--batch_size", "4", "--accum_iter", "2", "--epochs", "3", "--warmup_epochs", "1"]
-FLAGS += ["--blr", "0.05", "--precision", "fp32", "--device", "cpu", "--num_workers", "1", "--pictures_every", "0"]
+FLAGS += ["--blr", "0.05", "--precision", "fp32", "--device", "cpu", "--num_workers", "1", "--images_every", "0"]
 FLAGS += ["--save_minutes", "0"]
 DAT = ["--dat", "released", "--dat_share", "0.05", "--drop_path", "0.2", "--mixup", "0.8", "--ema_decay", "0.8"]
 

@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 
 def require_self_contained(page: str) -> None:
-    """Nothing on the page asks for anything outside it, and every picture has words."""
+    """Nothing on the page asks for anything outside it, and every image has words."""
     tags = Page(page).tags
     for tag, attributes in tags:
         assert tag not in ("link", "script", "iframe")

@@ -22,7 +22,7 @@ from mae_dat.training.pretrain import run_pretraining
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--input_size", "32", "--batch_size", "8", "--epochs", "1", "--warmup_epochs", "0", "--num_workers", "0"]
-SMALL += ["--pictures_every", "0"]
+SMALL += ["--images_every", "0"]
 PRETRAIN = ["--model", "mae_vit_demo_patch8", *SMALL]
 MEASURED = ("seconds", "cpu_seconds", "peak_memory_gb", "train_images_per_second")
 """Keys of log.txt and steps.jsonl in which no two runs agree."""
@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 
 def draw_folder(root: Path, train: int = 24, val: int = 20, conflict: int = 20, size: int = 32) -> Path:
-    """Generated pictures of ten classes as an ordinary image folder."""
+    """Generated images of ten classes as an ordinary image folder."""
     return write_image_folder(root, FolderSettings(train=train, val=val, conflict=conflict, silhouette=0, size=size))
 
 

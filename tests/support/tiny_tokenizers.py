@@ -38,6 +38,6 @@ def golden_image(arrays: dict[str, np.ndarray]) -> Tensor:
 
 
 def pictures(count: int, seed: int = 0, size: int = 64) -> Tensor:
-    """Generated validation pictures, (count, 3, size, size) in [0, 1]."""
+    """Generated validation images, (count, 3, size, size) in [0, 1]."""
     images = np.stack([draw_image(seed, "val", index, size=size).image for index in range(count)])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255

@@ -50,7 +50,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """34 training pictures (4 steps of 8, two left over) and 20 for validation."""
+    """34 training images (4 steps of 8, two left over) and 20 for validation."""
     return write_image_folder(
         tmp_path_factory.mktemp("engine") / "images",
         FolderSettings(train=34, val=20, conflict=10, silhouette=10, size=SIDE),
@@ -77,7 +77,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 
 
 def run_config(output: Path) -> RunConfig:
-    return RunConfig(output_dir=str(output), device="cpu", precision="fp32", pictures_every=0)
+    return RunConfig(output_dir=str(output), device="cpu", precision="fp32", images_every=0)
 
 
 def data_config(folder: Path) -> DataConfig:

@@ -115,7 +115,7 @@ def test_a_class_without_an_image(finetune: Run, images: Path, tmp_path: Path) -
 
 
 def write_text(path: Path) -> None:
-    path.write_text("no picture")
+    path.write_text("no image")
 
 
 def write_web_page(path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_bad_file_is_named_from_a_worker(pretrain: Run, tmp_path: Path) -> Non
     for index in range(8):
         (tmp_path / f"{index}.jpg").touch()
     Image.new("RGB", (32, 32)).save(tmp_path / "good.png")
-    flags = ["--num_workers", "1", "--pictures_every", "0"]
+    flags = ["--num_workers", "1", "--images_every", "0"]
     refused(pretrain("--data_path", tmp_path, *flags), ".jpg: the file is empty")
 
 
@@ -161,7 +161,7 @@ def test_bad_files_can_be_skipped_and_are_counted(finetune: Run, images: Path, t
     assert 1 <= record["skipped"] <= 4  # 22 of 23 images are drawn; a bad one's successor may be drawn twice
 
 
-def test_every_kind_of_picture_is_read(pretrain: Run, tmp_path: Path) -> None:
+def test_every_kind_of_image_is_read(pretrain: Run, tmp_path: Path) -> None:
     color = Image.effect_noise((40, 40), 80).convert("RGB")
     for index, mode in enumerate(("L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA", "RGB")):
         suffix = "jpg" if mode in ("CMYK", "YCbCr") else "png"
@@ -242,7 +242,7 @@ def test_a_size_that_the_tokenizer_cannot_take(finetune: Run, images: Path, tmp_
     refused(finetune(*flags), "40 x 40", "factor 16", "--input_size 32 32")
 
 
-def test_gray_pictures_and_a_tokenizer_of_color(pretrain: Run, images: Path, tmp_path: Path) -> None:
+def test_gray_images_and_a_tokenizer_of_color(pretrain: Run, images: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "color.safetensors")
     flags = ["--data_path", images, "--dat", "--tokenizer", tokenizer, "--in_chans", "1"]
     refused(pretrain(*flags), "(B, 3, H, W)", "mae-dat tokenizer train")

@@ -1,4 +1,4 @@
-"""The commands as a user calls them, end to end on tiny generated pictures."""
+"""The commands as a user calls them, end to end on tiny generated images."""
 
 import json
 import logging
@@ -65,7 +65,7 @@ def test_three_commands_lead_from_images_to_a_report(
     images: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, first, second = ["--data_path", images], tmp_path / "one", tmp_path / "two"
-    dat = ["--dat", "--tokenizer", tokenizer, "--dat_share", "0.1", "--pictures_every", "1"]
+    dat = ["--dat", "--tokenizer", tokenizer, "--dat_share", "0.1", "--images_every", "1"]
     done = run_script("main_pretrain.py", *PRETRAIN, *data, "--output_dir", first)
     assert done.returncode == 0, done.stderr
     assert "effective batch 8" in done.stderr
@@ -76,7 +76,7 @@ def test_three_commands_lead_from_images_to_a_report(
     record = read_log(second / "log.txt")[-1]
     assert record["train_changed_words"] > 0
     assert {"train_loss_clean", "train_loss_adversarial", "train_eps", "test_acc1"} <= record.keys()
-    assert (second / "pictures" / "adversary.png").is_file()
+    assert (second / "images" / "adversary.png").is_file()
     suite = ["--suite", "clean", "generated", "conflict", "--limit_corrupted", "4", "--num_workers", "0"]
     monkeypatch.chdir(tmp_path)
     given = [*map(str, data), "--eval", "--resume", str(second), *suite]
@@ -118,7 +118,7 @@ def test_a_missing_class_does_not_shift_the_others(
         found = outcome_of(finetune_main, [*given, "--data_path", str(tmp_path / name)], monkeypatch, capsys)
         hits.append(float(found.stderr.partition("accuracy ")[2].split()[0]))
     total = read_log(classifier / "log.txt")[-1]["test_acc1"]
-    assert sum(hits) / len(hits) == pytest.approx(total, abs=0.01)  # every class has two pictures
+    assert sum(hits) / len(hits) == pytest.approx(total, abs=0.01)  # every class has two images
 
 
 def test_an_interrupted_fine_tuning_is_evaluated_from_its_checkpoint(
@@ -149,9 +149,9 @@ def test_demo_means_generated_images(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_pretraining_takes_a_flat_folder_and_other_shapes(tmp_path: Path) -> None:
     for index in range(8):
         Image.new("RGB", (70 + index, 50), (20 * index, 90, 10)).save(tmp_path / f"photo{index}.png")
-    output = pretrain_in(tmp_path / "out", tmp_path, "--input_size", "16", "64", "--pictures_every", "1")
+    output = pretrain_in(tmp_path / "out", tmp_path, "--input_size", "16", "64", "--images_every", "1")
     assert card(output)["input_size"] == [16, 64]
-    assert (output / "pictures" / "reconstruction.png").is_file()
+    assert (output / "images" / "reconstruction.png").is_file()
 
 
 def test_a_grid_is_resized_by_its_rows_and_columns(images: Path, tmp_path: Path, caplog: Any) -> None:
@@ -161,7 +161,7 @@ def test_a_grid_is_resized_by_its_rows_and_columns(images: Path, tmp_path: Path,
     assert "position embedding resized from 2 x 8 to 4 x 4" in caplog.text
 
 
-def test_gray_pictures_have_one_channel(images: Path, tmp_path: Path) -> None:
+def test_gray_images_have_one_channel(images: Path, tmp_path: Path) -> None:
     gray = ["--in_chans", "1"]
     output = pretrain_in(tmp_path / "mae", images, *gray)
     assert read_weights(output / "model.safetensors").tensors["patch_embed.proj.weight"].shape[1] == 1
@@ -187,12 +187,12 @@ def test_options_of_fine_tuning_work_together(images: Path, pretrained: Path, tm
 
 def test_dat_in_pretraining(images: Path, tokenizer: Path, tmp_path: Path) -> None:
     output = pretrain_in(
-        tmp_path / "out", images, "--dat", "random", "--tokenizer", str(tokenizer), "--pictures_every", "1"
+        tmp_path / "out", images, "--dat", "random", "--tokenizer", str(tokenizer), "--images_every", "1"
     )
     (record,) = read_log(output / "log.txt")
     assert record["train_loss"] == pytest.approx(record["train_loss_clean"] + record["train_loss_adversarial"])
     assert record["train_changed_words"] == pytest.approx(0.05, abs=0.02)
-    assert (output / "pictures" / "adversary.png").is_file()
+    assert (output / "images" / "adversary.png").is_file()
 
 
 def test_a_rerun_goes_on_or_says_that_all_is_done(images: Path, tmp_path: Path, caplog: Any) -> None:

@@ -1,4 +1,4 @@
-"""What befalls data while a run reads it: a bad picture amid an epoch, a worker that is killed, a disk that hiccups."""
+"""What befalls data while a run reads it: a bad image amid an epoch, a worker that is killed, a disk that hiccups."""
 
 import errno
 import os
@@ -60,7 +60,7 @@ def test_a_passing_fault_of_the_disk_is_waited_for(
     assert [0.5 <= pause / (0.5 * 2**attempt) <= 1.5 for attempt, pause in enumerate(pauses)] == [True] * 3
 
 
-def test_a_disk_that_stays_away_stops_the_run_even_if_bad_pictures_are_skipped(
+def test_a_disk_that_stays_away_stops_the_run_even_if_bad_images_are_skipped(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = ImageFolder(images / "train", to_tensor, on_bad="skip")
@@ -79,7 +79,7 @@ def test_a_fault_that_stays_is_not_waited_for(images: Path, monkeypatch: pytest.
         decode_file(next(images.rglob("*.png")))
 
 
-def test_a_file_too_large_for_a_picture_is_not_read(tmp_path: Path) -> None:
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "x.jpg").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(DataError, match="more than the allowed 256 MiB"):
@@ -163,7 +163,7 @@ def test_an_error_of_a_worker_that_lives_is_raised_as_it_is() -> None:
         list(batch_loader(Pids(), [[1], [2]], num_workers=1))
 
 
-# ---- a bad picture on two ranks ----
+# ---- a bad image on two ranks ----
 
 
 def finetune_on_rank(rank: int, arguments: list[str]) -> None:
@@ -174,7 +174,7 @@ def finetune_on_rank(rank: int, arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_picture_amid_an_epoch_is_counted_alike_or_stops_all_ranks(images: Path, tmp_path: Path) -> None:
+def test_a_bad_image_amid_an_epoch_is_counted_alike_or_stops_all_ranks(images: Path, tmp_path: Path) -> None:
     """The second update's part of rank 1 holds it."""
     index = int(epoch_order(24, seed=0, epoch=0)[8 + 4 + 1])
     bad = Path(ImageFolder(images / "train", to_tensor).name_of(index))

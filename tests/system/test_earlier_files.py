@@ -54,7 +54,7 @@ def test_a_checkpoint_amid_a_dat_run_resumes_and_ends_as_it_would_have(
         Path("tokenizer.safetensors")
     )
     config = FinetuneConfig(
-        run=RunConfig(output_dir="dat", device="cpu", precision="fp32", pictures_every=0),
+        run=RunConfig(output_dir="dat", device="cpu", precision="fp32", images_every=0),
         data=DataConfig(data_path="images", input_size=(SIDE,), num_workers=0),
         classifier=ClassifierConfig("vit_tiny"),
         augment=AugmentConfig(aa=None),

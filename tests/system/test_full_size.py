@@ -1,5 +1,5 @@
 """At full size on a CPU, with weights by the golden rule in the published formats: a forward of MAE ViT-B and a VQ-f8
-reconstruction of one 224 px picture."""
+reconstruction of one 224 px image."""
 
 import argparse
 import resource
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def mae_forward(folder: Path) -> None:
-    """A checkpoint as the reference writes it, loaded, and the loss of one picture."""
+    """A checkpoint as the reference writes it, loaded, and the loss of one image."""
     model = build_mae("mae_vit_base_patch16")
     skip = ("pos_embed", "decoder_pos_embed")
     path = folder / "checkpoint-799.pth"

@@ -74,7 +74,7 @@ def test_while_it_works(folder: Path, tmp_path: Path) -> None:
     """An import amid the work, after the output folder was locked: the lock is released, and the run starts again."""
     flags = ["--data_path", str(folder), "--output_dir", str(tmp_path / "out"), "--model", "vit_demo_patch8"]
     flags += ["--input_size", "32", "--batch_size", "16", "--epochs", "1", "--warmup_epochs", "0"]
-    flags += ["--num_workers", "1", "--device", "cpu", "--pictures_every", "0"]
+    flags += ["--num_workers", "1", "--device", "cpu", "--images_every", "0"]
     arguments = [*PROGRAMS["python -m mae_dat"], *flags]
     done = run(arguments, AT_IMPORT, tmp_path, INTERRUPT_AT="torch.utils.tensorboard")
     assert done.returncode == 130, done.stderr

@@ -36,7 +36,7 @@ def finetune(megabytes: int, *flags: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.slow
 def test_a_training_without_memory_loses_nothing_and_its_advice_works(folder: Path, tmp_path: Path) -> None:
     flags = ["--data_path", str(folder), "--output_dir", str(tmp_path / "out"), "--warmup_epochs", "0"]
-    flags += ["--pictures_every", "0", "--batch_size", "32", "--epochs"]
+    flags += ["--images_every", "0", "--batch_size", "32", "--epochs"]
     started = finetune(8000, *flags, "1")
     assert started.returncode == 0, started.stderr
     checkpoint = newest_checkpoint(tmp_path / "out")

@@ -26,7 +26,7 @@ def train_with_own_clock(rank: int, folder: Path, output: Path) -> None:
     seconds = iter(range(0, 1_000_000, 100)) if rank == 0 else iter([0.001 * tick for tick in range(1000)])
     clocks = types.SimpleNamespace(monotonic=lambda: next(seconds), process_time=time.process_time)
     clock.time = clocks  # type: ignore[assignment]
-    run = RunConfig(str(output), device="cpu", precision="fp32", pictures_every=0, hang_minutes=0, save_minutes=1)
+    run = RunConfig(str(output), device="cpu", precision="fp32", images_every=0, hang_minutes=0, save_minutes=1)
     data = DataConfig(str(folder), input_size=(32,), num_workers=0)
     optim = OptimConfig(batch_size=2, epochs=1, warmup_epochs=0, lr=1e-3)
     run_pretraining(PretrainConfig(run=run, data=data, mae=MaskConfig("mae_tiny"), optim=optim), Console(quiet=True))

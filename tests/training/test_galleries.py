@@ -31,7 +31,7 @@ SIDE, PATCH, COUNT = 16, 4, 2
 
 
 class Oracle(MaskedAutoencoder):
-    """Predicts the target itself, so that a de-normalized prediction has to be the picture."""
+    """Predicts the target itself, so that a de-normalized prediction has to be the image."""
 
     norm_pix = True
 
@@ -63,7 +63,7 @@ def test_masked_reconstruction_original(channels: int, norm_pix: bool) -> None:
     assert removed.float().mean() == 0.75
     assert (masked[removed] == 0.5).all(), "gray exactly where patches are removed"
     assert torch.equal(masked[~removed], image[~removed])
-    assert torch.equal(pasted[~removed], image[~removed]), "visible patches are the picture's own"
+    assert torch.equal(pasted[~removed], image[~removed]), "visible patches are the image's own"
     assert not torch.isclose(pasted[removed], image[removed], atol=1e-4).all()
     assert torch.equal(original, image)
     drawn = reconstruction_gallery(model, image, 0.75, noise, norm_pix)
@@ -155,7 +155,7 @@ def test_any_number_of_channels_can_be_shown(channels: int, shown: tuple[float, 
     assert middle.tolist() == pytest.approx(shown, abs=0.01)
 
 
-def test_a_picture_is_written_as_it_is(tmp_path: Path) -> None:
+def test_an_image_is_written_as_it_is(tmp_path: Path) -> None:
     picture = torch.randint(0, 256, (3, 5, 7)).float() / 255
     save_png(picture, tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as image:
@@ -182,7 +182,7 @@ def test_captions_and_heading_take_their_own_place() -> None:
     assert told.shape[2] == plain.shape[2]
     assert told.shape[1] > plain.shape[1] + 4 * 20, "two lines under each row"
     black = [int((drawn.amax(0) == 0).sum()) for drawn in (plain, told)]
-    assert black[1] > black[0] >= 4 * 224 * 224, "no picture is covered; what is new is ink beside them"
+    assert black[1] > black[0] >= 4 * 224 * 224, "no image is covered; what is new is ink beside them"
     numbered = draw_sheet(torch.zeros(5, 3, 4, 4), list("abcde"), across=3, cell=40)
     filled = (numbered == 0).all(0).float()
     assert filled.sum() >= 5 * 40 * 40, "all five, and the sixth place is left white"

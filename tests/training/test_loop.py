@@ -153,8 +153,8 @@ def test_a_second_signal_stops_at_once(folder: Path, tokenizer: Path, tmp_path: 
     assert ["at once" in str(one) for one in stopped] == [False, True, True]
 
 
-def test_a_bad_picture_stops_the_run_between_two_steps(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
-    """What was learned up to it is saved, and the run goes on once the picture is mended."""
+def test_a_bad_image_stops_the_run_between_two_steps(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """What was learned up to it is saved, and the run goes on once the image is mended."""
     images = write_image_folder(
         tmp_path / "images", FolderSettings(train=34, val=20, conflict=10, silhouette=10, size=SIDE)
     )
@@ -412,13 +412,13 @@ def test_accuracy_leaves_replaced_images_out(tmp_path: Path) -> None:
     images = ImageFolder(root / "val", EvalTransform((SIDE, SIDE)), on_bad="skip")
     bad = [3, 8, 9]
     for index in bad:
-        Path(images.samples[index][0]).write_bytes(b"no picture")
+        Path(images.samples[index][0]).write_bytes(b"no image")
     model = classifier().eval()
     with torch.no_grad():
         expected = expected_accuracy(model, images, [index for index in range(20) if index not in bad])
     assert evaluate_accuracy(model, eval_loader(images, 6, 0, 1, 0), CPU, None) == pytest.approx(expected, rel=1e-5)
     for path, _ in images.samples[1:]:
-        Path(path).write_bytes(b"no picture")
+        Path(path).write_bytes(b"no image")
     one = ImageFolder(root / "val", EvalTransform((SIDE, SIDE)), on_bad="skip", max_skips=30)
     loader = eval_loader(one, 4, rank=1, world_size=20, num_workers=0)  # only the image at 1, which is unreadable
     with pytest.raises(DataError, match="no image to evaluate"):

@@ -1,7 +1,7 @@
 """Twenty steps of the training loop whose losses are written down in tests/golden/loss_curve.json: a change of the
 numerics shows, wherever it was made.
 
-Weights are by rule and pictures drawn by torch's generator, so nothing but the numerics enters. To write the curves
+Weights are by rule and images drawn by torch's generator, so nothing but the numerics enters. To write the curves
 anew after a change that is meant to change them: `PYTHONPATH=.:tests/support python
 tests/training/test_loss_curve.py`.
 """

@@ -138,7 +138,7 @@ def test_chunks_and_all_scores_at_once_are_the_same(tokenizer: CountedTokenizer,
     monkeypatch.setattr(WordHead, "SCORES_AT_ONCE", 20 * WORDS)
     chunked, of_chunks = step()
     assert max(most) == 20
-    assert sum(most) == 2 * 16 * 2 * 4, "each score twice: 16 pictures, 2 removed patches, 4 words"
+    assert sum(most) == 2 * 16 * 2 * 4, "each score twice: 16 images, 2 removed patches, 4 words"
     torch.testing.assert_close(chunked, whole)
     for name, value in gradient.items():
         torch.testing.assert_close(of_chunks[name], value)
@@ -170,7 +170,7 @@ def test_a_patch_must_hold_whole_words(patch: int, factor: int) -> None:
 
 
 @pytest.mark.parametrize("attack", [AttackConfig(eps=3.0), AttackConfig(eps=3.0, free=True), AttackConfig("symbolic")])
-def test_all_views_have_the_mask_and_the_words_of_the_clean_picture(
+def test_all_views_have_the_mask_and_the_words_of_the_clean_image(
     attack: AttackConfig, tokenizer: CountedTokenizer
 ) -> None:
     model, batch = with_words(tokenizer, pixels=False), batch_of()
@@ -313,7 +313,7 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(images: Path, light: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pixels and words, without DAT."""
-    flags = ["--target", "both", "--tokenizer", str(light), "--pictures_every", "1"]
+    flags = ["--target", "both", "--tokenizer", str(light), "--images_every", "1"]
     return pretrain_in(tmp_path_factory.mktemp("both"), images, *flags)
 
 
@@ -322,7 +322,7 @@ def test_words_are_a_target_without_dat_too(pretrained: Path) -> None:
     assert record["train_loss"] == pytest.approx(record["train_loss_pixels"] + 0.1 * record["train_loss_words"])
     assert 3 < record["train_loss_words"] < 6  # 64 words are 4.2 nats
     assert 0 <= record["train_word_accuracy"] < 0.5
-    assert (pretrained / "pictures" / "reconstruction.png").is_file()
+    assert (pretrained / "images" / "reconstruction.png").is_file()
 
 
 def test_what_is_exported_loads_as_ever(pretrained: Path, images: Path, tmp_path: Path) -> None:
@@ -348,12 +348,12 @@ def test_what_is_exported_loads_as_ever(pretrained: Path, images: Path, tmp_path
 
 
 def test_words_alone_with_dat_train_and_draw(images: Path, light: Path, tmp_path: Path) -> None:
-    flags = ["--target", "words", "--dat", "--dat_eps", "3", "--tokenizer", str(light), "--pictures_every", "1"]
+    flags = ["--target", "words", "--dat", "--dat_eps", "3", "--tokenizer", str(light), "--images_every", "1"]
     output = pretrain_in(tmp_path / "out", images, *flags)
     (record,) = read_log(output / "log.txt")
     assert record["train_loss_clean"] == record["train_loss_words"] > 0
     assert record["train_loss_adversarial"] > 0
-    assert [path.name for path in (output / "pictures").iterdir()] == ["adversary.png"]
+    assert [path.name for path in (output / "images").iterdir()] == ["adversary.png"]
 
 
 def test_a_factor_that_does_not_fit_is_told_before_the_training(images: Path, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_two_ranks_learn_the_same_words_in_copies_and_in_shards(images: Path, li
 def test_pretrainings_are_compared_for_the_same_steps_and_the_same_time(
     images: Path, light: Path, tmp_path: Path
 ) -> None:
-    small = f"--input_size 32 --batch_size 8 --num_workers 0 --pictures_every 0 --tokenizer {light}"
+    small = f"--input_size 32 --batch_size 8 --num_workers 0 --images_every 0 --tokenizer {light}"
     config = CompareConfig(
         data_path=str(images),
         output_dir=str(tmp_path),

@@ -20,7 +20,7 @@ from mae_dat.storage.weight_files import read_weights
 from mae_dat.training.python_api import finetune, pretrain
 
 SMALL: dict[str, Any] = {"input_size": 32, "batch_size": 8, "epochs": 1, "warmup_epochs": 0, "num_workers": 0}
-SMALL |= {"pictures_every": 0, "progress": False}
+SMALL |= {"images_every": 0, "progress": False}
 CLASSIFIER = {**SMALL, "model": "vit_demo_patch8", "aa": None, "reprob": 0}
 
 

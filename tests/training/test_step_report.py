@@ -100,7 +100,7 @@ def test_a_fault_that_is_read_late_has_changed_nothing(
     assert_equal_states(dict(state.model.state_dict()), state_after(step, folder, tmp_path / "clean", optim))
 
 
-def test_a_bad_picture_is_heard_of_in_time(late: None, folder: Path, tmp_path: Path) -> None:
+def test_a_bad_image_is_heard_of_in_time(late: None, folder: Path, tmp_path: Path) -> None:
     """All steps before it are made; none is launched without its batch."""
     images = still_images(folder)
     bad = list(TrainSampler(34, 8, 0, 1, 0, 0, 8))[6][0]

@@ -79,7 +79,7 @@ class TrialRuns:
     def _flags(self, name: str) -> dict[str, Any]:
         """Return the flags of a training that writes to the folder `name`."""
         small = {"input_size": 64, "batch_size": _BATCH, "epochs": 1, "warmup_epochs": 0, "num_workers": 1}
-        quiet = {"pictures_every": 0, "hang_minutes": 0}
+        quiet = {"images_every": 0, "hang_minutes": 0}
         given = {"device": self.config.device, "precision": self.config.precision}
         return {"data_path": self.images, "output_dir": self.folder / name, **small, **quiet, **given}
 

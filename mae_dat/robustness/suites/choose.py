@@ -53,10 +53,10 @@ def _reasons_to_skip(sources: SuiteSources) -> dict[str, str]:
             needed = "ImageNet's 1000" if benchmark.outputs == len(SYNSETS) else f"its {benchmark.outputs}"
             reasons[name] = f"the networks have {outputs} outputs, not {needed}"
     if sources.clean_suite == "imagenet":
-        reasons |= dict.fromkeys(CUSTOM_SUITES, "ImageNet's own pictures are there")
+        reasons |= dict.fromkeys(CUSTOM_SUITES, "ImageNet's own images are there")
     elif not _has_validation_split(sources):
         reasons |= dict.fromkeys(CUSTOM_SUITES, "no folder val/CLASS")
-        reasons |= dict.fromkeys(DERIVED_SUITES, "needs clean pictures: ImageNet's or val/CLASS")
+        reasons |= dict.fromkeys(DERIVED_SUITES, "needs clean images: ImageNet's or val/CLASS")
     else:
         for name in ("imagenet", "imagenet-real"):
             reasons.setdefault(name, "the class folders are not ImageNet's")

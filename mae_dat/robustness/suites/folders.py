@@ -116,9 +116,9 @@ def missing_images(root: str, listing: Listing, expected: ExpectedFolder) -> lis
     if absent := [name for name, count in counts.items() if not count]:
         missing.append(f"{len(absent)} of {len(counts)} class folders are missing or empty ({_first_names(absent)})")
     if short := [f"{name}: {n}" for name, n in counts.items() if per_class is not None and 0 < n < per_class]:
-        missing.append(f"{len(short)} class folders have fewer than {per_class} pictures ({_first_names(short)})")
+        missing.append(f"{len(short)} class folders have fewer than {per_class} images ({_first_names(short)})")
     if expected.images is not None and len(listing) < expected.images:
-        missing.append(f"{len(listing):,} of {expected.images:,} pictures are there")
+        missing.append(f"{len(listing):,} of {expected.images:,} images are there")
     return missing
 
 

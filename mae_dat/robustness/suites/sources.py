@@ -132,7 +132,7 @@ class SuiteSources:
             raise DataError(f"{root} has {len(images.classes)} classes, but the models have {self.outputs} outputs.")
         present = {images.label(index) for index in range(len(images))}
         absent = [name for label, name in enumerate(images.classes) if label not in present]
-        missing = f"no pictures of {', '.join(absent[:5])} ({len(absent)} of {self.outputs} classes)"
+        missing = f"no images of {', '.join(absent[:5])} ({len(absent)} of {self.outputs} classes)"
         if absent and not self.settings.partial:
             raise DataError(f"{root} has {missing}; {PARTIAL_ADVICE}.")
         every = torch.arange(self.outputs)

@@ -199,7 +199,7 @@ def test_webdatasets_shards_are_read_with_names_from_a_list(
     with webdataset.ShardWriter(str(tmp_path / "val" / "x-%03d.tar"), maxcount=8, verbose=0) as writer:
         for index, (path, label) in enumerate(there.samples):
             image = {"png" if index % 2 else "PNG": Path(path).read_bytes()}
-            number = {"json": {"label": label, "text": "a picture"}} if index % 3 else {"cls": label}
+            number = {"json": {"label": label, "text": "an image"}} if index % 3 else {"cls": label}
             writer.write({"__key__": f"{'long/' * 20}a{index:04d}", "txt": "words", **image, **number})
     with pytest.raises(MissingInputError, match=r"without their index: mae-dat pack --index"):
         open_images(tmp_path / "val", to_tensor)

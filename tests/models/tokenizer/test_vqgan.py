@@ -249,7 +249,7 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("batch, bound", [(16, 0.4e9), pytest.param(128, 1e9, marks=pytest.mark.slow)])
 def test_peak_memory_of_the_search(batch: int, bound: float) -> None:
-    """Its matrix of scores would be 0.8 GB for 16 pictures of 784 words and 16,384 codes, and 6.6 GB for 128."""
+    """Its matrix of scores would be 0.8 GB for 16 images of 784 words and 16,384 codes, and 6.6 GB for 128."""
     done = subprocess.run([sys.executable, "-c", PEAK, str(batch)], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < bound
 

@@ -137,7 +137,7 @@ def test_a_pretraining_is_no_classifier_and_the_reverse() -> None:
         open_model({"conv1.weight": torch.ones(2)}, "test_resnet")
 
 
-def test_pictures_that_are_not_square(tmp_path: Path) -> None:
+def test_images_that_are_not_square(tmp_path: Path) -> None:
     model = demo_classifier(size=(32, 128))
     with pytest.raises(CheckpointError) as error:  # 4 x 16 patches: taken for 8 x 8 unless the file says better
         open_model({**model.net.state_dict(), "pos_embed": torch.ones(1, 1 + 40, 128)})

@@ -133,7 +133,7 @@ def test_a_file_without_decoder_is_told_or_fills_the_encoder_alone() -> None:
 
 
 @pytest.mark.parametrize("size, grid", [(96, (12, 12)), ((32, 80), (4, 10))])
-def test_both_position_embeddings_follow_the_picture_size(size: Any, grid: tuple[int, int]) -> None:
+def test_both_position_embeddings_follow_the_image_size(size: Any, grid: tuple[int, int]) -> None:
     source = tiny_mae()
     bigger, back = tiny_mae(size), tiny_mae()
     assert load_autoencoder(bigger, source.state_dict()).resized == ((8, 8), grid)

@@ -66,7 +66,7 @@ def test_class_token_pooling_takes_the_encoder_as_a_whole() -> None:
         ((32, 128), 64, ((4, 16), (8, 8))),
     ],
 )
-def test_position_embedding_follows_the_picture_size(old: Any, new: Any, grids: tuple[Any, Any]) -> None:
+def test_position_embedding_follows_the_image_size(old: Any, new: Any, grids: tuple[Any, Any]) -> None:
     mae, model = tiny_mae(old), tiny(img_size=new)
     source_grid = None if grids[0] == (8, 8) else grids[0]
     report = load_pretrained(model, mae.state_dict(), source_grid)

@@ -46,13 +46,13 @@ Arrays = dict[str, np.ndarray]
 
 @pytest.fixture
 def recorded(golden: Callable[[str], Arrays]) -> Arrays:
-    """The generated picture under `input`; the corners (48, 48, 3) of what the original and ImageMagick make of it."""
+    """The generated image under `input`; the corners (48, 48, 3) of what the original and ImageMagick make of it."""
     return golden("corruptions")
 
 
 @pytest.fixture(scope="module")
 def ours() -> Arrays:
-    """All 95 of our pictures with seed 0, as the original was recorded with."""
+    """All 95 of our images with seed 0, as the original was recorded with."""
     with np.load(GOLDEN / "corruptions.npz") as archive:
         image = archive["input"]
     return {f"{name}/{severity}": corrupt_image(image, name, severity, seed=0) for name, severity in CASES}
@@ -97,7 +97,7 @@ def test_motion_is_that_of_imagemagick(name: str, severity: int, recorded: Array
     assert apart.mean() < 0.01
 
 
-def test_pictures_are_those_of_the_last_release(ours: Arrays) -> None:
+def test_images_are_those_of_the_last_release(ours: Arrays) -> None:
     """A change here changes everyone's numbers. If it is meant, write the new hashes and tell it in the release."""
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     installed = {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "pillow")}
@@ -213,7 +213,7 @@ def test_enlarging_is_scipys_zoom_of_the_middle(factor: float) -> None:
 
 @pytest.mark.parametrize("sigma", [0.4, 2.44, 30.0, 170.8])
 def test_the_elastic_filter_is_a_reflecting_gaussian(sigma: float) -> None:
-    """Also where its kernel is many times longer than the picture."""
+    """Also where its kernel is many times longer than the image."""
     impulse = np.random.RandomState(0).uniform(-1, 1, size=50)
     slow = scipy.ndimage.gaussian_filter1d(impulse, sigma, mode="reflect", truncate=3)
     fast = scipy.fft.idct(scipy.fft.dct(impulse) * _gaussian_gain(50, sigma))
@@ -247,7 +247,7 @@ def digest(case: tuple[str, int]) -> str:
     return hashlib.sha1(corrupt_image(noise_picture(64, 48), name, severity, seed=severity).tobytes()).hexdigest()
 
 
-def test_pictures_do_not_depend_on_process_thread_or_order() -> None:
+def test_images_do_not_depend_on_process_thread_or_order() -> None:
     """A fresh process with its own state of every generator, and eight threads at once in another order."""
     expected = {case: digest(case) for case in CASES}
     shuffled = random.Random(1).sample(CASES, len(CASES))

@@ -12,7 +12,7 @@ from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS, EXTRA, SEVER
 
 
 def photo(size: int = 64) -> np.ndarray:
-    """A picture with edges, gradients and color."""
+    """An image with edges, gradients and color."""
     y, x = np.mgrid[:size, :size]
     channels = [x * 255 // size, (x // 5 + y // 5) % 2 * 200 + 20, 255 - y * 255 // size]
     return np.stack(channels, axis=-1).astype(np.uint8)
@@ -36,13 +36,13 @@ def test_every_corruption_works_at_64_px_and_is_deterministic(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "impulse_noise", "glass_blur", "frost", "snow", "motion_blur"])
-def test_another_seed_gives_another_picture(name: str) -> None:
+def test_another_seed_gives_another_image(name: str) -> None:
     assert (corrupt_image(photo(), name, 3, seed=1) != corrupt_image(photo(), name, 3, seed=2)).any()
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS + EXTRA)
 @pytest.mark.parametrize("level", [0, 255])
-def test_blank_pictures_raise_no_warning(name: str, level: int) -> None:
+def test_blank_images_raise_no_warning(name: str, level: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         corrupt_image(np.full((32, 48, 3), level, dtype=np.uint8), name, 3, seed=0)

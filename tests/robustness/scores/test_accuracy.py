@@ -16,7 +16,7 @@ from mae_dat.robustness.scores.accuracy import (
 
 
 def cells(errors: dict[str, list[int]]) -> CorruptionCounts:
-    """Scores with the given errors (in percent) of 100 pictures at severities 1, 2 ..."""
+    """Scores with the given errors (in percent) of 100 images at severities 1, 2 ..."""
     table: dict[str, dict[str, Count]] = {
         name: {str(s): {"correct": 100 - wrong, "total": 100} for s, wrong in enumerate(row, 1)}
         for name, row in errors.items()

@@ -47,7 +47,7 @@ def test_the_sixteen_categories_have_207_classes() -> None:
 
 
 def logits_of(*highest: int) -> torch.Tensor:
-    """One picture whose best classes are these, in this order."""
+    """One image whose best classes are these, in this order."""
     logits = torch.zeros(1, 1000)
     for place, number in enumerate(highest):
         logits[0, number] = 10.0 - place

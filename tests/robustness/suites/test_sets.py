@@ -1,4 +1,4 @@
-"""Benchmarks in folders laid out like the originals, built from generated pictures: labels, masks, protocols, and what
+"""Benchmarks in folders laid out like the originals, built from generated images: labels, masks, protocols, and what
 is refused."""
 
 import dataclasses
@@ -30,7 +30,7 @@ SIZE = (32, 32)
 
 
 def right_logits(found: BenchmarkSet, wrong: int = 0) -> torch.Tensor:
-    """Logits (N, 1000) that are right for all but the first `wrong` pictures."""
+    """Logits (N, 1000) that are right for all but the first `wrong` images."""
     logits = torch.zeros(len(found), 1000)
     for index in range(len(found)):
         logits[index, (found.label(index) + (index < wrong)) % 1000] = 1
@@ -55,7 +55,7 @@ def test_v2_labels_are_the_numbers_of_the_folders(tmp_path: Path) -> None:
     assert correct(found, right_logits(found, wrong=7)) == 9993
     shutil.rmtree(tmp_path / "7")
     (tmp_path / "8" / "3.jpeg").unlink()
-    with pytest.raises(DataError, match=r"1 of 1000 class folders .*\(7\).*\(8: 9\).* 9,989 of 10,000 pictures"):
+    with pytest.raises(DataError, match=r"1 of 1000 class folders .*\(7\).*\(8: 9\).* 9,989 of 10,000 images"):
         open_benchmark("imagenet-v2", tmp_path, SIZE)
 
 
@@ -110,7 +110,7 @@ def test_samples_through_a_loader(tmp_path: Path) -> None:
     before = found.fingerprint()
     assert again.fingerprint() == before
     write([tmp_path / validation_names()[2]], side=71)
-    assert again.fingerprint() != before, "another picture under the same name"
+    assert again.fingerprint() != before, "another image under the same name"
     assert torch.equal(pickle.loads(pickle.dumps(found))[3]["image"], found[3]["image"])
 
 
@@ -132,12 +132,12 @@ def test_a_folder_of_the_wrong_level_is_named_with_the_right_one(tmp_path: Path)
         open_benchmark("imagenet-d", tmp_path, SIZE)
 
 
-def test_too_few_too_many_and_misplaced_pictures(tmp_path: Path) -> None:
+def test_too_few_too_many_and_misplaced_images(tmp_path: Path) -> None:
     names = validation_names()
     benchmark = reduced("imagenet")
     write([tmp_path / name for name in names])
     (tmp_path / names[0]).rename(tmp_path / "aside")
-    with pytest.raises(DataError, match=f"{FEW[0]}: 1.*5 of 6 pictures are there.*--partial"):
+    with pytest.raises(DataError, match=f"{FEW[0]}: 1.*5 of 6 images are there.*--partial"):
         open_benchmark(benchmark, tmp_path, SIZE)
     (partial,) = open_benchmark(benchmark, tmp_path, SIZE, partial=True)
     assert len(partial) == 5
@@ -229,7 +229,7 @@ def test_other_levels_and_contents_of_imagenet_c_are_refused(tmp_path: Path) -> 
         open_benchmark(benchmark, tmp_path, SIZE)
 
 
-def test_pictures_of_another_size_are_refused_before_and_while_reading(tmp_path: Path) -> None:
+def test_images_of_another_size_are_refused_before_and_while_reading(tmp_path: Path) -> None:
     paths = write_c(tmp_path, list(CORRUPTIONS))
     paths[-1].unlink()
     write([paths[-1]], side=SIDE + 1)
@@ -286,7 +286,7 @@ def test_the_list_of_robustbench_is_known_by_its_digest(tmp_path: Path) -> None:
         read_subset(tmp_path / "none.txt")
 
 
-def test_a_subset_needs_its_own_pictures_only(tmp_path: Path) -> None:
+def test_a_subset_needs_its_own_images_only(tmp_path: Path) -> None:
     write_c(tmp_path, list(CORRUPTIONS))
     names = validation_names()
     (tmp_path / "fog" / "2" / names[0]).unlink()
@@ -316,7 +316,7 @@ def test_preprocessing_is_part_of_the_protocol() -> None:
 
 
 def test_pixels_follow_the_protocol() -> None:
-    """A stored picture keeps its pixels and all of its field; others are resized even when they have the size."""
+    """A stored image keeps its pixels and all of its field; others are resized even when they have the size."""
     pixels = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     stored, other = Preprocessing((SIDE, SIDE), side=SIDE), Preprocessing((SIDE, SIDE))
@@ -356,7 +356,7 @@ def test_a_protocol_says_what_happens_to_stored_images() -> None:
 # ---- ReaL, ObjectNet, cue conflict ----
 
 
-def test_real_skips_and_counts_pictures_without_a_label(tmp_path: Path) -> None:
+def test_real_skips_and_counts_images_without_a_label(tmp_path: Path) -> None:
     write([tmp_path / "val" / name for name in validation_names()])
     labels: list[list[int]] = [[] for _ in range(50_000)]
     labels[0], labels[1], labels[3], labels[5] = [0], [7, 0, 400], [1], [9]
@@ -407,7 +407,7 @@ def test_both_protocols_of_objectnet(tmp_path: Path) -> None:
 
 def test_objectnet_refuses_missing_or_foreign_mappings(tmp_path: Path) -> None:
     write_objectnet(tmp_path)
-    with pytest.raises(DataError, match="313 of 50,273 pictures"):
+    with pytest.raises(DataError, match="313 of 50,273 images"):
         open_benchmark("objnet-113", tmp_path / "images", SIZE)
     file = tmp_path / "mappings" / "objectnet_to_imagenet_1k.json"
     mapping = json.loads(file.read_text())

@@ -115,7 +115,7 @@ def test_both_views_of_an_image_share_mask_and_target(kind: str, batch: Batch, t
     prediction, mask = model(adversarial, ratio, noise)
     to_clean = masked_mse(prediction, model.target(batch["image"], True), mask)
     to_itself = masked_mse(prediction, model.target(adversarial, True), mask)
-    assert torch.equal(parts["loss_adversarial"], to_clean), "the target is the clean picture"
+    assert torch.equal(parts["loss_adversarial"], to_clean), "the target is the clean image"
     assert not torch.equal(to_clean, to_itself)
 
 

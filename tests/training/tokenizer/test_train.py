@@ -52,7 +52,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(images: Path) -> TokenizerConfig:
-    """Twelve steps on 20 generated pictures; the last third with the discriminator."""
+    """Twelve steps on 20 generated images; the last third with the discriminator."""
     return dataclasses.replace(TINY, data_path=(str(images),), val_path=(str(images / "val"),))
 
 
@@ -89,7 +89,7 @@ def test_a_run_leaves_a_tokenizer_and_its_card(trained: Path) -> None:
 
 def test_the_held_out_figures_are_what_the_saved_tokenizer_does(trained: Path) -> None:
     tokenizer = load_tokenizer(trained / "tokenizer.safetensors")
-    image = pictures(10, size=32)  # the validation pictures of the folder
+    image = pictures(10, size=32)  # the validation images of the folder
     error = tokenizer.reconstruct(image) - image
     psnr = (-10 * error.square().mean((1, 2, 3)).log10()).mean().item()
     (facts,) = json.loads((trained / "tokenizer.json").read_text())["held_out"].values()
