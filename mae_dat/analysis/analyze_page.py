@@ -50,7 +50,7 @@ _STATISTICS_FIGURES = (
             file=f"correlation_{moment}.png",
             key=key,
             axis_label=f"correlation of channel {moment} with clean",
-            caption=f"Channel {moment} inside the network, against those of the clean images (the paper's Fig. 2).",
+            caption=f"Channel {moment} inside the model, against those of the clean images (the paper's Fig. 2).",
         )
         for key, moment in (("correlation_mean", "means"), ("correlation_variance", "variances"))
     ),
@@ -58,7 +58,7 @@ _STATISTICS_FIGURES = (
         file="frechet.png",
         key="frechet",
         axis_label="Fréchet distance from clean",
-        caption="Distance of the features before the head from those of the clean images, in each network's own units.",
+        caption="Distance of the features before the head from those of the clean images, in each model's own units.",
         log=True,
     ),
 )
@@ -88,7 +88,7 @@ def write_page(results: Mapping[str, Any], examples: Mapping[str, Mapping[str, T
     appearance = (*dot_figures(networks, _APPEARANCE_FIGURES), *spectrum_figures(networks))
     changes = tuple(perturbation_figure(name, views) for name, views in examples.items())
     sections = [
-        PageSection("Statistics inside the network", statistics, (correlation_table(networks),)),
+        PageSection("Statistics inside the model", statistics, (correlation_table(networks),)),
         PageSection("Appearance of the changes", appearance, (appearance_table(networks),)),
         PageSection("Images", changes),
     ]
@@ -121,7 +121,7 @@ def summary_sentences(networks: Sequence[Mapping[str, Any]]) -> list[str]:
         )
     sentences.append(
         "These attacks differ in strength: read each correlation together with the loss that the attack reaches and "
-        "the length of its change. The numbers are of one network and one choice of images, without a spread over "
+        "the length of its change. The numbers are of one model and one choice of images, without a spread over "
         "seeds."
     )
     return sentences
@@ -155,7 +155,7 @@ def correlation_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         "correlations",
         "Correlations",
-        head=("network", "images", "accuracy (%)", "loss", "r of means", "r of variances", "Fréchet distance"),
+        head=("model", "images", "accuracy (%)", "loss", "r of means", "r of variances", "Fréchet distance"),
         rows=tuple(rows),
         notes=(note,),
         words=2,
@@ -189,7 +189,7 @@ def appearance_table(networks: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         "looks",
         "Appearance",
-        head=("network", "images", *lengths, "colors", "changed words (%)"),
+        head=("model", "images", *lengths, "colors", "changed words (%)"),
         rows=tuple(rows),
         notes=(note,),
         words=2,

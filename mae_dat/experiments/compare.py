@@ -331,7 +331,7 @@ def _training_galleries(config: CompareConfig) -> list[TrainingGallery]:
         {
             "title": f"Visual words: {group_label(group)}",
             "caption": "A held-out image, the same decoded from its words, after the attack on the trained "
-            "network, the difference it made (amplified), and the words that changed (dark).",
+            "model, the difference it made (amplified), and the words that changed (dark).",
             "file": _gallery_file(output, f"{group}-seed{seed}", "adversary"),
         }
         for group in groups_to_train(config)

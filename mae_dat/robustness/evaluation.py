@@ -71,9 +71,7 @@ def run_evaluation(
     """
     for network in networks:
         if setup.folder and network.key is None:
-            logger.warning(
-                "%s cannot be distinguished from other networks: every call measures it again.", network.name
-            )
+            logger.warning("%s cannot be distinguished from other models: every call measures it again.", network.name)
     start = datetime.datetime.now()
     plan = on_all_ranks(lambda: open_evaluation_plan(networks, settings, requested))
     on_all_ranks(lambda: require_pixel_inputs(plan))

@@ -74,9 +74,9 @@ def _titles(sources: Sequence[str], names: Sequence[str]) -> list[str]:
         raise ConfigError(f"--names: {len(names)} names for {len(sources)} networks.")
     titles = list(names) or distinct_names(sources)
     if not all(title.strip() for title in titles):
-        raise ConfigError("--names: a network needs a name that can be seen.")
+        raise ConfigError("--names: a name is blank; give each model a name.")
     if len(set(titles)) < len(titles):
-        raise ConfigError(f"two networks would have the same name ({', '.join(titles)}): give --names.")
+        raise ConfigError(f"two models would have the same name ({', '.join(titles)}): give --names.")
     return titles
 
 
@@ -111,7 +111,7 @@ def open_network_or_detector(
     source = expand_home(source)
     if source.startswith(TIMM_PREFIXES) and not Path(source).exists():
         model = f"hf-hub:{source}" if source.startswith("timm/") else source
-        raise ConfigError(f"--checkpoint {source}: networks of timm are named by --model {model} --pretrained.")
+        raise ConfigError(f"--checkpoint {source}: timm's models are named by --model {model} --pretrained.")
     if source.endswith(".onnx"):
         return open_onnx(Path(source), name, options)
     if model is None and is_transformers_folder(Path(source)):

@@ -105,7 +105,7 @@ def _open(request: urllib.request.Request, note: Path) -> HTTPResponse:
         kind = _ConnectionLostError if error.code >= 500 or error.code in _RETRY_CODES else UrlFailedError
         raise kind(f"HTTP {error.code} {error.reason}") from error
     except ValueError as error:  # an address or a header that cannot be parsed, such as that of a redirect
-        raise UrlFailedError(f"the server's answer is not valid ({error})") from error
+        raise UrlFailedError(f"the server's response is not valid ({error})") from error
     except (OSError, HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, socket.gaierror):

@@ -784,7 +784,7 @@ def test_flags_that_do_not_fit_together(
         (["--model", "nonsense", "--pretrained"], "unknown model 'nonsense'"),
         (["--checkpoint", file, file], "the same name"),
         (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 networks"),
-        (["--checkpoint", file, "--names", ""], "a name that can be seen"),
+        (["--checkpoint", file, "--names", ""], "a name is blank"),
         (["--checkpoint", file, "--batch_size", "0"], "give at least 1 image"),
         (["--checkpoint", file, "--model", "a", "b"], "one name for all"),
         (["--checkpoint", file, "--baseline", "nett"], "did you mean net?"),

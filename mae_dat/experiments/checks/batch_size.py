@@ -55,7 +55,7 @@ def check_batch_size(config: DoctorConfig) -> CheckRow:
     else:
         needed, available = _BYTES_PER_WEIGHT * parameters(config, device), available_memory()
         if available is None:
-            return CheckRow("-", "batch size", "not measured: this system does not tell how much memory is free")
+            return CheckRow("-", "batch size", "not measured: this system does not report how much memory is free")
         if needed > _CPU_SHARE * available:
             text = f"{title}: the weights alone need {needed / 1e9:.1f} of {available / 1e9:.1f} GB in training"
             return CheckRow("warning", "batch size", text, "give a smaller --model")

@@ -81,7 +81,7 @@ def check_memory() -> CheckRow:
     """Check the memory that is free, within the limit of a container or job."""
     limit, available = memory_limit(), available_memory()
     if limit is None or available is None:
-        return CheckRow("-", "memory", "this system does not tell how much is free")
+        return CheckRow("-", "memory", "this system does not report how much is free")
     text = f"{_gb(available)} of {_gb(limit)} free"
     if available < _LEAST_MEMORY:
         return CheckRow("warning", "memory", text, "end other programs, or ask for more (submit --mem_gb)")

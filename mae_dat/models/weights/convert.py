@@ -170,7 +170,7 @@ def output_difference(before: Network, after: Network, image: Tensor) -> float:
     difference = float((expected - outputs).abs().max() / expected.abs().max().clamp(min=1e-12))
     if not difference <= TOLERANCE:  # also for NaN
         raise CheckpointError(
-            f"the converted network's outputs differ by {difference:.0e} of the largest, more than {TOLERANCE:.0e}: "
+            f"the converted model's outputs differ by {difference:.0e} of the largest, more than {TOLERANCE:.0e}: "
             "nothing was written. Please report this, with the model's name and the versions of torch and timm."
         )
     return difference

@@ -140,7 +140,7 @@ def _kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], facts: Map
     if "quantize.embedding.weight" in tensors or "quantize.embed.weight" in tensors:
         return "tokenizer", "VQGAN"
     if not {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= tensors.keys():
-        return "other", "network with timm's or torchvision's keys"
+        return "other", "model with timm's or torchvision's keys"
     if "decoder_pred.weight" in tensors:
         return "autoencoder", "MAE with decoder"
     if "dist_token" in tensors:

@@ -51,7 +51,7 @@ def _reasons_to_skip(sources: SuiteSources) -> dict[str, str]:
     for name, benchmark in BENCHMARKS.items():
         if not sources.covers(name):
             needed = "ImageNet's 1000" if benchmark.outputs == len(SYNSETS) else f"its {benchmark.outputs}"
-            reasons[name] = f"the networks have {outputs} outputs, not {needed}"
+            reasons[name] = f"the models have {outputs} outputs, not {needed}"
     if sources.clean_suite == "imagenet":
         reasons |= dict.fromkeys(CUSTOM_SUITES, "ImageNet's own images are there")
     elif not _has_validation_split(sources):
