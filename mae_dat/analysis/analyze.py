@@ -56,7 +56,7 @@ from mae_dat.robustness.network import EvalOptions, EvaluatedNetwork
 from mae_dat.robustness.open_networks import open_networks
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import describe_device, pick_device
-from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary, count_of
 from mae_dat.runtime.seeds import step_generator
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.training.objectives.classification import Classification
@@ -132,7 +132,8 @@ def analyze_network(
     layers, count = norm_layers(model), min(config.limit or len(images), len(images))
     if count < MIN_ANALYZED_IMAGES:
         raise DataError(
-            f"{images.root} has {count} images: the statistics of two halves need at least {MIN_ANALYZED_IMAGES}."
+            f"{images.root} has {count_of(count, 'image')}: the statistics of two halves need at least "
+            f"{MIN_ANALYZED_IMAGES}."
         )
     statistics = {view: ViewStatistics.of_layers(layers) for view in (CLEAN_VIEW, *_HALVES, *config.views)}
     indices = evenly_spaced(len(images), count)

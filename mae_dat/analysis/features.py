@@ -40,7 +40,7 @@ from mae_dat.models.weights.open import OpenedModel, open_model
 from mae_dat.robustness.corrupt_folder import chosen_corruptions
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import amp_dtype, describe_device, pick_device
-from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary, count_of
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.storage.new_folders import create_folder
 from mae_dat.storage.weight_files import write_weights
@@ -68,7 +68,7 @@ class Features:
         return np.array(self.values, dtype, copy=copy)
 
     def __repr__(self) -> str:
-        return f"Features of {len(self)} images: float32 {tuple(self.values.shape)}"
+        return f"Features of {count_of(len(self), 'image')}: float32 {tuple(self.values.shape)}"
 
 
 def model_features(model: torch.nn.Module, image: Tensor, pool: str) -> Tensor:
@@ -209,7 +209,7 @@ def run_features(config: FeaturesConfig, console: Console) -> dict[str, float]:
     accuracy: dict[str, float] = {}
     if config.knn is not None:
         accuracy = knn_accuracy(features("train"), features("val"), config.knn, config.knn_temperature)
-        line = "%d nearest neighbors: accuracy %.2f %% top-1, %.2f %% top-5"
+        line = "%d nearest neighbors: acc1 %.2f %%, acc5 %.2f %%"
         logger.info(line, config.knn, accuracy["knn_acc1"], accuracy["knn_acc5"])
     if config.output_dir:
         path = prepare_output_folder(Path(config.output_dir)) / f"features.{config.format}"

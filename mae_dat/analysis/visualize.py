@@ -265,7 +265,7 @@ def draw_words(config: WordsConfig, console: Console) -> None:
             captions = [[name, *row[1:]] for name, row in zip(page.names, captions, strict=True)]
             writer.write("words", draw_gallery(columns, captions, heading), page.number)
         used, shares = used_words(torch.cat(words))
-        sample = f"{images.count} images"
+        sample = count_of(images.count, "image")
         texts = [f"{word}\n{share:.1%}" for word, share in zip(used[:_MAX_WORDS].tolist(), shares, strict=False)]
         tiles = word_tiles(tokenizer, used[:_MAX_WORDS])
         writer.write("most_used_words", draw_sheet(tiles, texts, f"{heading}; the most used in {sample}"))

@@ -303,7 +303,9 @@ class BaselineConfig:
         parts = []
         if self.at != "none":
             eps = f"{255 * self.eps:.3g}/255" if self.at_norm == "linf" else f"{self.eps:g}"
-            parts.append(f"{self.at} on pixels: {self.at_norm} eps {eps}, {self.at_steps} steps")
+            parts.append(
+                f"{self.at} on pixels: {self.at_norm} eps {eps}, {self.at_steps} step{'s' * (self.at_steps != 1)}"
+            )
         parts += ["split norms"] * self.splits_norms
         parts += [f"JSD of the adversary's views, weight {self.dat_jsd:g}"] * bool(self.dat_jsd)
         parts += [f"AugMix JSD, weight {self.jsd:g}"] * bool(self.jsd)

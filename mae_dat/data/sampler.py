@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from mae_dat.config.errors import DataError
+from mae_dat.runtime.inputs import count_of
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
@@ -52,7 +53,9 @@ def steps_per_epoch(length: int, batch_size: int, world_size: int, accum_iter: i
     steps = length // (batch_size * accum_iter * world_size)
     if steps == 0:
         parts = f"batch_size {batch_size} x accum_iter {accum_iter} x {world_size} processes"
-        raise DataError(f"{length} images do not fill one update of {parts}; lower --batch_size or --accum_iter")
+        raise DataError(
+            f"{count_of(length, 'image')} cannot fill one update of {parts}; lower --batch_size or --accum_iter"
+        )
     return steps
 
 

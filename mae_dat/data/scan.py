@@ -28,7 +28,7 @@ from mae_dat.data.shards.index import INDEX_FILE
 from mae_dat.data.shards.reader import Shards
 from mae_dat.runtime.console import Console, console_for_command
 from mae_dat.runtime.device import describe_workers
-from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary, count_of
 from mae_dat.storage.files import atomic_write, prepare_output_folder, sha256_of
 
 MANIFEST = "manifest.jsonl"
@@ -45,10 +45,10 @@ def main(config: ScanConfig) -> None:
         count, faults = check(dataclasses.replace(config, folder=str(path)), console)
         for fault in faults:
             print_text(fault)
-        print_text(f"{path}: {count:,} images, {len(faults)} faults")
+        print_text(f"{path}: {count_of(count, 'image')}, {count_of(len(faults), 'fault')}")
         total += len(faults)
     if total:
-        raise DataError(f"{config.folder} has {total} faults, listed above: delete or replace these files.")
+        raise DataError(f"{config.folder} has {count_of(total, 'fault')}, listed above: delete or replace these files.")
 
 
 def scan(config: ScanConfig, console: Console) -> tuple[int, list[str]]:

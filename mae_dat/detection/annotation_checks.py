@@ -14,6 +14,7 @@ from mae_dat.config.errors import DataError
 from mae_dat.config.groups import ImageSize
 from mae_dat.data.decode import decode_oriented, orientation_of, turn_upright
 from mae_dat.data.sampler import evenly_spaced
+from mae_dat.runtime.inputs import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ class Problems:
         """Log the number of problems and the first."""
         if self.messages:
             count, first = len(self.messages), self.messages[0]
-            logger.warning("%s: %d entries skipped (--on_bad skip); the first: %s", self.path, count, first)
+            logger.warning(
+                "%s: %s skipped (--on_bad skip); the first: %s", self.path, count_of(count, "entry", "entries"), first
+            )
 
 
 def usable_images(entries: Sequence[Mapping[str, Any]], problems: Problems) -> list[Mapping[str, Any]]:

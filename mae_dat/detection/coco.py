@@ -39,6 +39,7 @@ from mae_dat.detection.annotation_checks import (
 )
 from mae_dat.robustness.corruptions import corrupt_image, image_seed
 from mae_dat.storage.json_files import read_json
+from mae_dat.runtime.inputs import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def read_scenes(
     if problems.messages and ignored_files is not None:
         ignored_files.add("entries of the JSON", problems.messages[0], len(problems.messages))
     if not any(len(scene.boxes) for scene in scenes):
-        raise DataError(f"{path} has no usable box ({len(scenes)} images): check the file.")
+        raise DataError(f"{path} has no usable box ({count_of(len(scenes), 'image')}): check the file.")
     if all(bool(scene.crowd.all()) for scene in scenes):
         raise DataError(
             f"{path} has no usable box: all {sum(len(scene.boxes) for scene in scenes)} are crowds (iscrowd 1), which "

@@ -56,7 +56,7 @@ def comparison_inputs(
     precision = amp_dtype(fine_tuning.run.precision, device)
     inputs.add("device", f"{describe_device(device, precision, worker_count(data.num_workers))}, {_jobs(config.jobs)}")
     complete = sum((folder / WEIGHTS_FILE).is_file() for folder in folders)
-    state = f"resumes: {complete} of {len(folders)} trainings are complete" if complete else "new"
+    state = f"resumes: {complete} of {count_of(len(folders), 'training')} complete" if complete else "new"
     inputs.add("output", f"{os.path.abspath(config.output_dir)} ({state})")
     return inputs
 

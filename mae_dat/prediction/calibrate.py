@@ -19,6 +19,7 @@ from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.base import SuiteSettings
 from mae_dat.robustness.suites.sets import BenchmarkSet
 from mae_dat.robustness.suites.sources import SuiteSources
+from mae_dat.runtime.inputs import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def fit_to_folder(predictor: ClassPredictor, folder: str | Path, setup: Evaluati
     if not indices:
         raise DataError(f"--calibrate {folder}: none of the {len(labeled)} images can be read.")
     if len(indices) < len(labeled):
-        logger.warning("--calibrate %s: %d images cannot be read", folder, len(labeled) - len(indices))
+        logger.warning("--calibrate %s: %s left out", folder, count_of(len(labeled) - len(indices), "unreadable image"))
     return fit_calibration(torch.cat(parts), labeled.targets[indices, 0])
 
 

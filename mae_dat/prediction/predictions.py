@@ -16,6 +16,7 @@ from mae_dat.config.groups import ImageSize
 from mae_dat.config.terminal import printable
 from mae_dat.data.class_names import readable_class
 from mae_dat.prediction.result_files import Row, write_csv
+from mae_dat.runtime.inputs import count_of
 
 _CORNERS = ("x_min", "y_min", "x_max", "y_max")
 _ROWS = 10  # of the table that is printed
@@ -196,7 +197,7 @@ class Predictions:
 
     def _notes(self) -> list[str]:
         notes = [f"... {len(self):,} images in all"] if len(self) > _ROWS else []
-        return notes + ([f"{len(self.unreadable):,} unreadable images"] if self.unreadable else [])
+        return notes + ([count_of(len(self.unreadable), "unreadable image")] if self.unreadable else [])
 
 
 def top_classes(probabilities: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:

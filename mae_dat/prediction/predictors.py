@@ -33,6 +33,7 @@ from mae_dat.robustness.open_networks import (
 from mae_dat.robustness.setup import EvaluationSetup
 from mae_dat.robustness.suites.imagenet import SYNSETS
 from mae_dat.robustness.suites.preprocessing import Preprocessing
+from mae_dat.runtime.inputs import count_of
 
 FROM_CHECKPOINT = "names in the checkpoint"
 
@@ -243,7 +244,9 @@ def _box_predictor(
     if names is None or size is None:
         raise ConfigError(f"{name} does not record its classes and its input size: give `classes` and `input_size`.")
     if recorded and len(names) != len(recorded):
-        raise ConfigError(f"--classes has {len(names)} names, {name} has {len(recorded)} classes.")
+        raise ConfigError(
+            f"--classes has {count_of(len(names), 'name')}, {name} has {count_of(len(recorded), 'class', 'classes')}."
+        )
     origin = "given" if classes else FROM_CHECKPOINT
     return BoxPredictor(detector.to(options.device).eval(), tuple(names), size, name, origin)
 
@@ -252,7 +255,9 @@ def _class_predictor(network: EvaluatedNetwork, classes: Sequence[str] | None) -
     """Return the predictor of a network, with the names of its classes. Raises ConfigError for a wrong number of
     them."""
     if classes is not None and len(classes) != network.outputs:
-        raise ConfigError(f"--classes has {len(classes)} names, {network.name} has {network.outputs} outputs.")
+        raise ConfigError(
+            f"--classes has {count_of(len(classes), 'name')}, {network.name} has {count_of(network.outputs, 'output')}."
+        )
     return ClassPredictor(network, *_class_names(network, classes))
 
 

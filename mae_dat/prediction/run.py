@@ -67,7 +67,7 @@ class PredictionRun:
                 sinks = (writer.add, *sinks)
             self._pass_images((tally.add, *sinks))
         if tally.predicted == 0:
-            raise DataError(f"none of the {len(self.inputs):,} images can be read, such as {tally.first_unreadable}")
+            raise DataError(f"no image can be read, of {len(self.inputs):,}: {tally.first_unreadable}")
 
     def _pass_images(self, sinks: Sequence[Callable[[Predictions], None]]) -> None:
         empty = self.empty

@@ -66,7 +66,8 @@ def _measure_same_images(runs: Sequence[SuiteRun], counts: PlanCounts, setup: Ev
     sampler = PassSampler([image_pass for image_pass, _ in remaining], setup.world, setup.batch_size)
     images_of_this_rank = sum(len(batch) for i in range(len(remaining)) for batch in sampler.batches(i))
     versions = {run.network.name: run.versions for run in runs}
-    with setup.console.task(suite.name, images_of_this_rank, "image") as task:
+    unit = "image x corruption" if any(image_pass.corruption for image_pass, _ in remaining) else "image"
+    with setup.console.task(suite.name, images_of_this_rank, unit) as task:
         for image_pass, counts_by_network in measure_passes(
             {run.network.name: run.network.model for run in runs},
             remaining,

@@ -145,5 +145,9 @@ def _describe_output(plan: EvaluationPlan, setup: EvaluationSetup) -> str:
         for image_pass, fingerprint in zip(run.suite.passes, run.suite.fingerprints, strict=True):
             total += 1
             stored += setup.cache.has(run.cache_key(image_pass, fingerprint))
-    state = f"resumes: {stored} of {total} measurements are stored" if stored else f"new, {total} measurements"
+    state = (
+        f"resumes: {stored} of {count_of(total, 'measurement')} stored"
+        if stored
+        else f"new, {count_of(total, 'measurement')}"
+    )
     return f"{setup.folder.absolute()} ({state})"

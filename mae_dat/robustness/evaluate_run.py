@@ -88,7 +88,7 @@ def _log_accuracy(file: ModelFile, config: FinetuneConfig, console: Console) -> 
         final = evaluate_classes(model, loader, context.device, context.precision)
         report_classes(final, images.classes, folder=None)
         accuracies = (final.scores[name] for name in ("test_acc1", "test_acc5", "test_balanced_acc"))
-        message = "accuracy %.2f %% top-1, %.2f %% top-5, %.2f %% balanced over classes, on %s"
+        message = "val acc1 %.2f %%, acc5 %.2f %%, balanced_acc %.2f %%, on %s"
         logger.info(message, *accuracies, images.root)
 
 

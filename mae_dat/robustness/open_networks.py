@@ -30,6 +30,7 @@ from mae_dat.robustness.network import DEFAULT_SIZE, EvalOptions, EvaluatedNetwo
 from mae_dat.robustness.onnx_network import open_onnx
 from mae_dat.robustness.scores.results import ModelFacts
 from mae_dat.robustness.suites.imagenet import SYNSETS
+from mae_dat.runtime.inputs import count_of
 from mae_dat.storage.files import sha256_of
 
 TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:", "timm/")
@@ -71,7 +72,7 @@ def _titles(sources: Sequence[str], names: Sequence[str]) -> list[str]:
     if not sources:
         raise ConfigError("nothing to evaluate: give --checkpoint A [B ...], or --model NAME --pretrained.")
     if names and len(names) != len(sources):
-        raise ConfigError(f"--names: {len(names)} names for {len(sources)} networks.")
+        raise ConfigError(f"--names: {count_of(len(names), 'name')} for {count_of(len(sources), 'model')}.")
     titles = list(names) or distinct_names(sources)
     if not all(title.strip() for title in titles):
         raise ConfigError("--names: a name is blank; give each model a name.")

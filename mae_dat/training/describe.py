@@ -12,7 +12,7 @@ from mae_dat.data.loader import worker_count
 from mae_dat.models.describe import describe_normalization, describe_tokenizer
 from mae_dat.models.tokenizer import VisualTokenizer
 from mae_dat.runtime.device import describe_device
-from mae_dat.runtime.inputs import InputSummary, describe_bytes
+from mae_dat.runtime.inputs import InputSummary, count_of, describe_bytes
 from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.training.context import RunContext
 
@@ -49,15 +49,23 @@ def add_run_output(
 ) -> None:
     """Add the output folder, and whether the run is new, resumes, or is complete."""
     if step >= total_steps:
-        state = f"complete, {step:,} steps"
+        state = f"complete, {count_of(step, 'step')}"
     elif checkpoint is None:
         start = f" from step {step:,}" if step else ""
-        state = f"new run{start}, {total_steps:,} steps"
+        state = f"new run{start}, {count_of(total_steps, 'step')}"
     else:
-        path = checkpoint.path
-        place = path.name if path.parent.resolve() == context.output.resolve() else path
-        state = f"resumes at step {step:,} of {total_steps:,} with the weights of {place}"
+        state = f"resumes at step {step:,} of {total_steps:,}"
     inputs.add("output", f"{Path(context.output).absolute()} ({state})")
+
+
+def add_resumed_weights(inputs: InputSummary, context: RunContext, checkpoint: Checkpoint | None) -> None:
+    """Name the checkpoint that is resumed as the source of the weights, before those that the run began with."""
+    if checkpoint is None:
+        return
+    path = checkpoint.path
+    in_output = path.parent.resolve() == context.output.resolve()
+    resumed = f"{path.name} of the output folder" if in_output else str(path)
+    inputs.rows["weights"] = f"{resumed}\nthe run began with: {inputs.rows['weights']}"
 
 
 def describe_augmentation(augment: AugmentConfig) -> str:

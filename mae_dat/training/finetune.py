@@ -108,7 +108,7 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
             optim=config.optim,
             settings=flat_values(config),
             inputs=lambda: finetuning_inputs(config, state, images, validation, origin),
-            reporting=Reporting(title, at_epoch_end, ShownScore("test_acc1", "val top-1")),
+            reporting=Reporting(title, at_epoch_end, ShownScore("test_acc1", "val acc1")),
             validation=validation,
         )
         unused = [f"unused {number}" for number in range(len(images.classes), classes)]
@@ -392,7 +392,7 @@ def main(config: FinetuneConfig) -> None:
     """Run the command, and log the accuracy of the result and what to do with it."""
     scores = run_finetuning(config, console_for_command())
     logger.info(
-        "accuracy %.2f %% top-1, %.2f %% top-5, %.2f %% balanced over classes",
+        "val acc1 %.2f %%, acc5 %.2f %%, balanced_acc %.2f %%",
         scores["test_acc1"],
         scores["test_acc5"],
         scores["test_balanced_acc"],

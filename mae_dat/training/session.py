@@ -17,13 +17,13 @@ from mae_dat.data.open import describe_images
 from mae_dat.data.sampler import TrainSampler, steps_per_epoch
 from mae_dat.runtime.collectives import on_main_rank
 from mae_dat.runtime.environment import code_facts
-from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary
+from mae_dat.runtime.inputs import INPUTS_FILE, InputSummary, count_of
 from mae_dat.runtime.run_log import RunLog
 from mae_dat.storage.checkpoint import Checkpoint
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 from mae_dat.storage.output_lock import record_start
 from mae_dat.training.context import RunContext
-from mae_dat.training.describe import add_device, add_run_output
+from mae_dat.training.describe import add_device, add_resumed_weights, add_run_output
 from mae_dat.training.export import set_aside_exports
 from mae_dat.training.loop import Trainer
 from mae_dat.training.resume import (
@@ -82,7 +82,7 @@ def run_training(  # noqa: PLR0913 - keywords
     total_steps = optim.total_epochs * epoch_steps
     on_main_rank(lambda: _report_inputs(inputs(), context, checkpoint, state.step, total_steps, data.num_workers))
     if state.step >= total_steps:
-        logger.info("%s is complete (%d steps): nothing left to train.", context.run.output_dir, state.step)
+        logger.info("%s is complete (%s): nothing left to train.", context.run.output_dir, count_of(state.step, "step"))
         before = checkpoint.manifest if checkpoint else {}
         return TrainingRecord(dict(before.get("settings", settings)), list(before.get("changes", [])))
     with contextlib.closing(_start_log(context, settings, state.step)) as log:
@@ -106,6 +106,7 @@ def _report_inputs(
 ) -> None:
     """Log the summary of the inputs, and store it unless nothing is left to train. Raises StorageError."""
     add_device(inputs, context, workers)
+    add_resumed_weights(inputs, context, checkpoint)
     add_run_output(inputs, context, checkpoint, step, total_steps)
     context.console.report_inputs(inputs, context.output / INPUTS_FILE if step < total_steps else None)
 

@@ -13,6 +13,7 @@ import torch
 
 from mae_dat.runtime.collectives import all_sum
 from mae_dat.runtime.device import peak_memory
+from mae_dat.runtime.inputs import count_of
 from mae_dat.training.clock import TrainingClock
 from mae_dat.training.setup import ShownScore, TrainingSetup
 from mae_dat.training.state import TrainingState
@@ -80,7 +81,7 @@ class TrainingLog:
             f"train_{name}": total / (updates if name == "grad_norm" else images) for name, total in totals.items()
         }
         if skipped:
-            logger.warning("%d unreadable images were replaced in this epoch (--on_bad skip)", skipped)
+            logger.warning("replaced in this epoch: %s (--on_bad skip)", count_of(skipped, "unreadable image"))
         facts = {
             "n_parameters": sum(p.numel() for p in self.state.model.parameters() if p.requires_grad),
             "seconds": round(seconds, 2),
@@ -102,7 +103,7 @@ class TrainingLog:
 def epoch_line(records: Sequence[Mapping[str, Any]], epochs: int, score: ShownScore | None) -> str:
     """Return one line about the last of the epochs' records, such as
 
-    epoch 3/50  loss 1.2345  val top-1 67.1 % (best 68.0 %, epoch 2)  12 s
+    epoch 3/50  loss 1.2345  val acc1 67.1 % (best 68.0 %, epoch 2)  12 s
     """
     last = records[-1]
     parts = [f"epoch {last['epoch'] + 1}/{epochs}", f"loss {last['train_loss']:.4f}"]

@@ -124,7 +124,7 @@ def test_a_pretraining_is_measured_and_written(
     output = tmp_path / "new"
     done = outcome_of(verb("features"), [*given, "--knn", "5", "--output_dir", str(output)], monkeypatch, capsys)
     assert done.code == 0, done.stderr
-    assert "5 nearest neighbors: accuracy" in done.stderr
+    assert "5 nearest neighbors: acc1 " in done.stderr
     arrays = np.load(output / "features.npz", allow_pickle=False)
     assert arrays["features"].shape == (20, 128)
     assert sorted(arrays["labels"].tolist()) == sorted(list(range(10)) * 2)

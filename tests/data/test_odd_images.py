@@ -94,6 +94,6 @@ def test_a_jpeg_that_is_damaged_in_the_middle_is_a_fault_of_a_scan(
     content[middle : middle + 20] = bytes(20)
     path.write_bytes(content)
     decode_file(path)
-    with pytest.raises(DataError, match="has 1 faults"):
+    with pytest.raises(DataError, match="has 1 fault,"):
         verb("scan")([str(path.parent), "--num_workers", "0"])
     assert "x.jpg: the JPEG decodes, but a part of it is damaged (Corrupt JPEG data" in capfd.readouterr().out

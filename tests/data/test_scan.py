@@ -180,6 +180,6 @@ def test_shards_are_held_against_their_index(
     content = bytearray(shard.read_bytes())
     content[5000] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match="has 1 faults"):
+    with pytest.raises(DataError, match="has 1 fault,"):
         verb("scan")(arguments)
     assert f"{shard}: not the file of the index" in capsys.readouterr().out

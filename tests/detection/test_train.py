@@ -193,7 +193,7 @@ def test_bad_boxes_are_skipped_and_logged_on_request(
     split = coco_file(tmp_path, folder, add_bad_box)
     images = CocoImages(split, BoxTransform((32, 32)), on_bad="skip")
     assert images[0]["labels"].tolist() == [2, 1]
-    assert "1 entries skipped" in caplog.text
+    assert "1 entry skipped" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_rerun_trains_only_what_is_missing(config: CompareConfig, caplog: pyte
     with caplog.at_level(logging.INFO):
         assert compare(config, Console()) is not None
     (table,) = (message for message in caplog.messages if message.startswith("inputs of mae-dat "))
-    assert "(resumes: 3 of 4 trainings are complete)" in " ".join(table.split())
+    assert "(resumes: 3 of 4 trainings complete)" in " ".join(table.split())
     assert checkpoints == {path: path.stat().st_mtime_ns for path in checkpoints}
     assert list((output / "random-seed0").glob("checkpoint-*.pth"))
     assert before == read_results(output / "results.json")["cells"]

@@ -783,7 +783,7 @@ def test_flags_that_do_not_fit_together(
         (["--pretrained"], "--pretrained needs --model"),
         (["--model", "nonsense", "--pretrained"], "unknown model 'nonsense'"),
         (["--checkpoint", file, file], "the same name"),
-        (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 networks"),
+        (["--checkpoint", file, "--names", "a", "b"], "2 names for 1 model"),
         (["--checkpoint", file, "--names", ""], "a name is blank"),
         (["--checkpoint", file, "--batch_size", "0"], "give at least 1 image"),
         (["--checkpoint", file, "--model", "a", "b"], "one name for all"),

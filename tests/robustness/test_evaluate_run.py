@@ -49,11 +49,11 @@ def test_wordnet_ids_get_imagenets_labels(weights: Path, tmp_path: Path, capsys:
     root = folders(tmp_path / "set", *IDS)
     given = ["--resume", str(weights), "--data_path", str(root), "--output_dir", str(tmp_path / "out")]
     text = evaluate_folder(given, capsys)
-    assert "accuracy 0.00 % top-1, 33.33 % top-5" in text
+    assert "val acc1 0.00 %, acc5 33.33 %" in text
     assert "(ImageNet's WordNet ids)" in text
     assert "all 1,000 classes of the model (no --restrict_classes)" in text
     text = evaluate_folder([*given, "--nb_classes", "1000", "--restrict_classes"], capsys)
-    assert "accuracy 33.33 % top-1" in text
+    assert "val acc1 33.33 %" in text
     assert "only classes that have images: 3 of 1,000" in text
     with pytest.raises(CheckpointError, match="has 1000 classes, but the setting has 3: leave out --nb_classes"):
         evaluate_folder([*given, "--nb_classes", "3"], capsys)
@@ -106,7 +106,7 @@ def test_numbered_folders_of_a_foreign_model(tmp_path: Path, capsys: pytest.Capt
     root = folders(tmp_path / "set", *map(str, range(12)))
     (root / "val" / "10" / "0.png").unlink()
     text = evaluate_folder(["--resume", str(tmp_path / "weights.pth"), "--data_path", str(root)], capsys)
-    assert "accuracy 4.35 % top-1" in text
+    assert "val acc1 4.35 %" in text
     assert "folder names as numbers of the outputs" in text
 
 

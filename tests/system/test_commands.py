@@ -72,7 +72,7 @@ def test_three_commands_lead_from_images_to_a_report(
     assert "peak learning rate" in done.stderr
     done = run_script("main_finetune.py", *FINETUNE, *data, "--finetune", first, "--output_dir", second, *dat)
     assert done.returncode == 0, done.stderr
-    assert "top-1" in done.stderr
+    assert "val acc1" in done.stderr
     record = read_log(second / "log.txt")[-1]
     assert record["train_changed_words"] > 0
     assert {"train_loss_clean", "train_loss_adversarial", "train_eps", "test_acc1"} <= record.keys()
@@ -104,7 +104,7 @@ def test_evaluation_takes_size_and_model_from_the_weights(
     assert outcome_of(finetune_main, [*given, str(classifier)], monkeypatch, capsys).code == 0
     found = outcome_of(finetune_main, [*given, str(classifier / "model.safetensors")], monkeypatch, capsys)
     trained = read_log(classifier / "log.txt")[-1]["test_acc1"]
-    assert f"accuracy {trained:.2f} % top-1" in found.stderr
+    assert f"val acc1 {trained:.2f} %" in found.stderr
 
 
 def test_a_missing_class_does_not_shift_the_others(
@@ -116,7 +116,7 @@ def test_a_missing_class_does_not_shift_the_others(
     for name in names:
         shutil.copytree(images / "val" / name, tmp_path / name / "val" / name)
         found = outcome_of(finetune_main, [*given, "--data_path", str(tmp_path / name)], monkeypatch, capsys)
-        hits.append(float(found.stderr.partition("accuracy ")[2].split()[0]))
+        hits.append(float(found.stderr.partition("acc1 ")[2].split()[0]))
     total = read_log(classifier / "log.txt")[-1]["test_acc1"]
     assert sum(hits) / len(hits) == pytest.approx(total, abs=0.01)  # every class has two images
 
@@ -129,7 +129,7 @@ def test_an_interrupted_fine_tuning_is_evaluated_from_its_checkpoint(
     (tmp_path / "out" / "model.safetensors").unlink()
     given = ["--data_path", str(images), "--eval", "--num_workers", "0", "--resume", str(tmp_path / "out")]
     found = outcome_of(finetune_main, [*given, "--output_dir", str(tmp_path / "new")], monkeypatch, capsys)
-    assert f"accuracy {final['test_acc1']:.2f} % top-1" in found.stderr
+    assert f"val acc1 {final['test_acc1']:.2f} %" in found.stderr
 
 
 def test_the_environment_names_the_images(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,7 @@ def test_a_bad_image_amid_an_epoch_is_counted_alike_or_stops_all_ranks(images: P
     assert exit_codes(runs["skip"], 120) == [0, 0]
     assert exit_codes(runs["fail"], 120) == [65, 65]
     skipped = [(tmp_path / f"log-skip-{rank}").read_text() for rank in (0, 1)]
-    assert [len(re.findall(r"1 unreadable images were replaced in this epoch", text)) for text in skipped] == [1, 1]
+    assert [len(re.findall(r"replaced in this epoch: 1 unreadable image ", text)) for text in skipped] == [1, 1]
     assert [text.count(f"skipped: {bad}: the image is damaged or truncated") for text in skipped] == [0, 1]
     assert read_log(tmp_path / "skip" / "log.txt")[0]["skipped"] == 1
     failed = [(tmp_path / f"log-fail-{rank}").read_text() for rank in (0, 1)]

@@ -119,7 +119,11 @@ def test_a_run_that_resumes_says_from_which_step(
     assert stopped.code == 75
     assert read_inputs(out / "inputs.json").rows["output"] == f"{out} (new run, 3 steps)"
     inputs = run(*given, stored=out / "inputs.json")
-    state = "resumes at step 2 of 3 with the weights of checkpoint-00000002.pth"
+    state = "resumes at step 2 of 3"
+    weights = (
+        "checkpoint-00000002.pth of the output folder\nthe run began with: random (no --finetune, no --pretrained)"
+    )
+    assert inputs.rows["weights"] == weights
     assert inputs.rows["output"] == f"{out} ({state})"
     again = outcome_of(verb("finetune"), given[1:], monkeypatch, capsys)
     assert f"{state}" not in again.stderr
@@ -152,7 +156,7 @@ def test_an_evaluation(run: Run, images: Path, classifier: Path, tmp_path: Path)
     assert "| left out | dangling links 1 (val/disc/gone.png) |" in (out / "report.md").read_text()
     assert "dangling links 1 (val/disc/gone.png)" in (out / "report.html").read_text()
     inputs = run("evaluate", *given, "--output_dir", out, stored=out / "inputs.json")
-    assert inputs.rows["output"] == f"{out} (resumes: 2 of 2 measurements are stored)"
+    assert inputs.rows["output"] == f"{out} (resumes: 2 of 2 measurements stored)"
 
 
 def test_several_models_have_a_row(run: Run, images: Path, classifier: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_probe_is_trained_exported_and_evaluated(
     trained = outcome_of(finetune_main, [*PROBE, *given, "--opt", "sgd"], monkeypatch, capsys)
     assert trained.code == 0, trained.stderr
     assert "hardly moves" not in trained.stderr
-    accuracy = trained.stderr.rpartition("accuracy ")[2].split()[0]
+    accuracy = trained.stderr.rpartition("acc1 ")[2].split()[0]
     assert "confusion matrix of the validation images:\nlabel \\ predicted" in trained.stderr
     validation = json.loads((output / "validation.json").read_text())
     hits = sum(row.get(name, 0) for name, row in validation["confusion"].items())
@@ -162,7 +162,7 @@ def test_a_probe_is_trained_exported_and_evaluated(
     evaluate = ["--data_path", str(images), "--eval", "--num_workers", "0", "--resume", str(output)]
     for case in ("export", "checkpoint"):
         found = outcome_of(finetune_main, [*evaluate, "--output_dir", str(tmp_path / case)], monkeypatch, capsys)
-        assert f"accuracy {accuracy} % top-1" in found.stderr, case
+        assert f"acc1 {accuracy} %" in found.stderr, case
         assert "confusion matrix" in found.stderr, case
         (output / "model.safetensors").unlink(missing_ok=True)
 

@@ -214,7 +214,7 @@ def test_unreadable_images_are_replaced_and_counted(
     with caplog.at_level(logging.WARNING):
         run_pretraining(config, Console(quiet=True))
     assert records(tmp_path / "out")[0]["skipped"] == 2
-    assert "2 unreadable images were replaced" in caplog.text
+    assert "replaced in this epoch: 2 unreadable images" in caplog.text
 
 
 # ---- single steps ----

@@ -142,7 +142,7 @@ def test_a_short_epoch_has_five_points(folder: Path, tmp_path: Path) -> None:
 
 # ---- the line about an epoch ----
 
-TOP1 = ShownScore("test_acc1", "val top-1")
+TOP1 = ShownScore("test_acc1", "val acc1")
 
 
 def test_an_epochs_line_has_the_best_score_so_far() -> None:
@@ -152,10 +152,10 @@ def test_an_epochs_line_has_the_best_score_so_far() -> None:
     ]
     lines = [epoch_line(records[: number + 1], 50, TOP1) for number in range(4)]
     assert lines == [
-        "epoch 1/50  loss 2.0000  val top-1 10.0 % (best 10.0 %, epoch 1)  1.2 s",
-        "epoch 2/50  loss 1.0000  val top-1 68.0 % (best 68.0 %, epoch 2)  12 s",
-        "epoch 3/50  loss 0.6667  val top-1 67.1 % (best 68.0 %, epoch 2)  1 min 01 s",
-        "epoch 4/50  loss 0.5000  val top-1 68.0 % (best 68.0 %, epoch 2)  2 h 03 min",
+        "epoch 1/50  loss 2.0000  val acc1 10.0 % (best 10.0 %, epoch 1)  1.2 s",
+        "epoch 2/50  loss 1.0000  val acc1 68.0 % (best 68.0 %, epoch 2)  12 s",
+        "epoch 3/50  loss 0.6667  val acc1 67.1 % (best 68.0 %, epoch 2)  1 min 01 s",
+        "epoch 4/50  loss 0.5000  val acc1 68.0 % (best 68.0 %, epoch 2)  2 h 03 min",
     ]
     assert epoch_line(records[:1], 50, None) == "epoch 1/50  loss 2.0000  1.2 s"
     unmeasured = [records[0], {"epoch": 1, "train_loss": 1.0, "seconds": 1.0}]

@@ -23,6 +23,7 @@ from torch import Tensor
 from mae_dat.config.errors import CheckpointError, DataError
 from mae_dat.data.decode import MAX_BYTES
 from mae_dat.data.folders import IMAGE_EXTENSIONS, IgnoredFiles
+from mae_dat.runtime.inputs import count_of
 from mae_dat.storage.files import sha256_of
 from mae_dat.storage.json_files import check_shape
 from mae_dat.storage.weight_files import read_weights, write_weights
@@ -172,7 +173,7 @@ def build_index(folder: Path, classes: Sequence[str] | None = None) -> ShardInde
         table = torch.tensor(list(_samples(path, unused)), dtype=torch.int64).view(-1, 3)
         shards.append(Shard(path.name, path.stat().st_size, sha256_of(path), len(table)))
         tables.append(table)
-        logger.info("%s: %d images", path, len(table))
+        logger.info("%s: %s", path, count_of(len(table), "image"))
     offset, size, label = (column.clone() for column in torch.cat(tables).unbind(1))
     _check_unused(folder, label, unused)
     highest = int(label.max())

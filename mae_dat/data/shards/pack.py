@@ -186,7 +186,9 @@ def print_summary(indices: dict[str, ShardIndex], out: str) -> None:
     """Print what was written, and which command to run next."""
     for split, index in indices.items():
         size = sum(shard.bytes for shard in index.shards)
-        count = f"{len(index.offset):,} images" + (f" of {len(index.classes)} classes" if index.classes else "")
-        print_text(f"{Path(out) / split}: {count} in {len(index.shards)} shards, {size / 1e6:,.1f} MB")
+        count = count_of(len(index.offset), "image")
+        if index.classes:
+            count += f" of {count_of(len(index.classes), 'class', 'classes')}"
+        print_text(f"{Path(out) / split}: {count} in {count_of(len(index.shards), 'shard')}, {describe_bytes(size)}")
     verb = "finetune" if any(index.classes for index in indices.values()) else "pretrain"
     print_text(f"Next:\n  mae-dat {verb} --data_path {shlex.quote(out)}")
