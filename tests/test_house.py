@@ -71,6 +71,7 @@ def test_the_path_check_sees_faults() -> None:
 def test_a_config_begins_with_a_header(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# "), "a config begins with what it is, its command, hardware, time and expected number"
+    assert "docs/" not in path.read_text(), "the wheel has no docs/: give the number itself"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
