@@ -1,4 +1,4 @@
-"""Fixtures for every test: no network, one thread, fixed seeds, recorded reference outputs."""
+"""Fixtures for every test: no network, one thread, fixed seeds, recorded reference outputs; tiny images and models."""
 
 import logging
 import os
@@ -59,3 +59,32 @@ def logging_as_before() -> Iterator[None]:
 def make(tmp_path: Path) -> MakeFolder:
     """Return a function that writes noise images of the given names to a folder, and returns the folder."""
     return lambda names: write_images(tmp_path, names)
+
+
+# ---- tiny images and models; what they need is imported when they are used ----
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of 24 training, 20 validation and 20 conflicting images of ten classes, 32 px."""
+    from tiny_runs import draw_folder
+
+    return draw_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def pretrained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output folder of a pretraining on `images`."""
+    from tiny_runs import pretrain_in
+
+    return pretrain_in(tmp_path_factory.mktemp("pretrained"), images)
+
+
+@pytest.fixture(scope="module")
+def classifier(images: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output folder of a fine-tuning on `images`, which began with the weights of `pretrained`."""
+    from tiny_runs import finetune_in
+
+    output = tmp_path_factory.mktemp("classifier")
+    finetune_in(output, images, "--finetune", str(pretrained))
+    return output

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import (
-    draw_folder,
     finetune_in,
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
@@ -28,11 +27,6 @@ from mae_dat.robustness.open_networks import open_callable
 from mae_dat.runtime.console import Console
 
 SETTINGS = AnalyzeConfig(limit=12, batch_size=8, num_workers=0, pixel_steps=2)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("data") / "images")
 
 
 def analyzed(images: Path, network: str = "vit_demo_patch8", **changes: Any) -> dict:

@@ -8,11 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_runs import (
-    draw_folder,
     finetune_in,
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
-    pretrain_in,
     verb,
 )
 
@@ -28,16 +26,6 @@ TINY = ViTSize(64, 8, 48, 2, 4)
 
 def tiny(pool: bool) -> Classifier:
     return Classifier(build_vit(TINY, 5, global_pool=pool), (0.5,) * 3, (0.5,) * 3).eval()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
-def pretrained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain_in(tmp_path_factory.mktemp("pretrained"), images)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_efficientnet", "swin_tiny_patch4_window7_224"])

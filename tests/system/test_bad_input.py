@@ -25,7 +25,6 @@ from tiny_runs import (
     finetune_in,
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
-    pretrain_in,
     save_tokenizer,
     verb,
 )
@@ -42,11 +41,6 @@ Run = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_folder(tmp_path_factory.mktemp("data") / "images", train=20, conflict=0)
-
-
-@pytest.fixture(scope="module")
-def pretrained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain_in(tmp_path_factory.mktemp("pretrained"), images)
 
 
 @pytest.fixture(scope="module")

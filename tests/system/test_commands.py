@@ -34,25 +34,8 @@ finetune_main = verb("finetune")
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "light.safetensors")
-
-
-@pytest.fixture(scope="module")
-def pretrained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain_in(tmp_path_factory.mktemp("pretrained"), images)
-
-
-@pytest.fixture(scope="module")
-def classifier(images: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("classifier")
-    finetune_in(output, images, "--finetune", str(pretrained))
-    return output
 
 
 def card(folder: Path) -> dict[str, Any]:

@@ -12,10 +12,8 @@ from tiny_runs import (
     PRETRAIN,
     SMALL,
     draw_folder,
-    finetune_in,
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
-    pretrain_in,
     save_tokenizer,
     verb,
 )
@@ -35,18 +33,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "train" / "disc" / "photo.heic").touch()
     (root / "val" / "disc" / "gone.png").symlink_to("/not/mounted.png")
     return root
-
-
-@pytest.fixture(scope="module")
-def pretrained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain_in(tmp_path_factory.mktemp("pretrained"), images)
-
-
-@pytest.fixture(scope="module")
-def classifier(images: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("classifier")
-    finetune_in(output, images, "--finetune", str(pretrained))
-    return output
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch
 from tiny_runs import (
     FINETUNE,
     ROOT,
-    draw_folder,
     finetune_in,
     one_thread,  # noqa: F401 - used by itself
     pretrain_in,
@@ -195,11 +194,6 @@ def test_a_dat_recipe_is_its_plain_one_but_for_the_adversary() -> None:
         assert (dat.classifier, dat.augment) == (plain.classifier, plain.augment)
         assert dat.dat.attack.eps == 0.1
     assert recipe("finetune_vit_huge").classifier.model in VIT_SIZES
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")

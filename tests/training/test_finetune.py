@@ -9,11 +9,9 @@ import torch
 from paths import GOLDEN
 from tiny_runs import (
     SMALL,
-    draw_folder,
     finetune_in,
     one_thread,  # noqa: F401 - used by itself
     outcome_of,
-    pretrain_in,
     verb,
 )
 
@@ -40,16 +38,6 @@ def probe(name: str = "vit_demo_patch8", classes: int = 5) -> Classifier:
     model = build_classifier(name, classes, global_pool=False)
     model.make_linear_probe()
     return model
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
-def pretrained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain_in(tmp_path_factory.mktemp("pretrained"), images)
 
 
 def test_lars_reproduces_the_reference() -> None:

@@ -13,7 +13,6 @@ import torch
 from dat_steps import CountedTokenizer, batch_of, generator, gradients
 from ranks import exit_codes, start_ranks
 from tiny_runs import (
-    draw_folder,
     finetune_in,
     one_thread,  # noqa: F401 - used by itself
     pretrain_in,
@@ -298,11 +297,6 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 
 # ---- whole runs ----
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_folder(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")
