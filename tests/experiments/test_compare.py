@@ -58,7 +58,7 @@ def test_the_report_holds_every_arm(config: CompareConfig) -> None:
     assert len(training["galleries"]) == 3  # reconstructions, and the words of two arms
     page = Page((output / "report.html").read_text())
     assert all(label in page.text for label in ("plain", "random words", "DAT", "One seed"))
-    assert not page.text.count("This picture is missing")
+    assert not page.text.count("This image is missing")
     headings = [row[0] for row in page.rows if row]
     assert {"Clean (%) ↑", "IN-C*: mean corruption error (%) ↓", "Cue conflict*: shape bias (0–1) ↑"} <= set(headings)
 

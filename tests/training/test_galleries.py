@@ -221,7 +221,7 @@ def test_words_are_drawn_alone_in_their_places() -> None:
     tile = tokenizer.decode(words[1, 2, 3].expand(1, 3, 3))[0, :, 4:8, 4:8]
     torch.testing.assert_close(alone[1, :, 8:12, 12:16], tile, atol=1e-5, rtol=0)
     assert captions[0][3] == f"{len(words[0].unique())} words in 16 places"
-    index_map = pictures["index map\n(a color a word)"]
+    index_map = pictures["index map\n(one color for each word)"]
     assert torch.equal(index_map[:, :, ::4, ::4], word_colors(words))
 
 
