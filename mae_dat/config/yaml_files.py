@@ -38,7 +38,7 @@ def read_settings(path: Path, flags: Sequence[Flag]) -> dict[str, FileSetting]:
                 f"{path}, line {line}: aliases (*{alias.value}) are not supported: write the value itself."
             )
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise _invalid_yaml(path, error) from error
     loader = yaml.SafeLoader(text_of_file)
     try:
         node = loader.get_single_node()
@@ -61,10 +61,18 @@ def read_settings(path: Path, flags: Sequence[Flag]) -> dict[str, FileSetting]:
             value = loader.construct_object(value_node, deep=True)
             settings[key] = FileSetting(_convert(flag_by_name[key], _present(key, value), text, place), place)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # such as a date that does not exist
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise _invalid_yaml(path, error) from error
     finally:
         loader.dispose()
     return settings
+
+
+def _invalid_yaml(path: Path, error: Exception) -> ConfigError:
+    """Return the error for a file that is no YAML, on one line, with its line if the parser knows it."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem and mark:
+        return ConfigError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {problem}.")
+    return ConfigError(f"{path} is not valid YAML: {error}")
 
 
 def _present(key: str, value: Any) -> Any:

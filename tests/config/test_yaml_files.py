@@ -41,8 +41,14 @@ from mae_dat.config.yaml_files import read_settings
         ("seed: 1\nbatch_size: 0", "recipe.yaml, line 2: --batch_size must be at least 1, got 0"),
         ("- epochs", "recipe.yaml, line 1: the file must contain `key: value` lines"),
         ("epochs", "recipe.yaml, line 1: the file must contain `key: value` lines"),
-        ("epochs: [", "recipe.yaml is not valid YAML"),
-        ("epochs: !!python/object:os.system {}", "recipe.yaml is not valid YAML"),
+        (
+            "epochs: 3\nblr: [",
+            "recipe.yaml, line 2, column 7: not valid YAML: expected the node content, but found '<stream end>'.",
+        ),
+        (
+            "epochs: !!python/object:os.system {}",
+            "recipe.yaml, line 1, column 9: not valid YAML: could not determine a constructor",
+        ),
     ],
 )
 def test_a_wrong_file_names_itself_the_line_the_key_and_what_is_allowed(
