@@ -132,7 +132,7 @@ def test_a_classifier_separates_what_it_was_trained_on(
 ) -> None:
     finetune_in(tmp_path / "cnn", images, "--model", "test_resnet")
     given = ["--checkpoint", str(tmp_path / "cnn"), "--data_path", str(images), "--num_workers", "0", "--knn", "3"]
-    assert "top-1" in outcome_of(verb("features"), given, monkeypatch, capsys).stderr
+    assert "acc1" in outcome_of(verb("features"), given, monkeypatch, capsys).stderr
     refused = outcome_of(verb("features"), [*given, "--pool", "cls"], monkeypatch, capsys)
     assert refused.code == ConfigError.exit_code
     assert "no class token" in refused.stderr
