@@ -29,7 +29,9 @@ def evaluation_inputs(plan: EvaluationPlan, setup: EvaluationSetup) -> InputSumm
     inputs = InputSummary(setup.command)
     inputs.add("data", describe_root(settings.data_path, settings.root))
     inputs.add("suites", ", ".join(_describe_suite(plan, name) for name in plan.suite_names))
-    inputs.add("subset", *_by_suite((run.suite.name, run.suite.protocol["subset"]) for run in plan.runs))
+    # The stored word is part of cache keys, so that it stays as earlier versions wrote it.
+    subsets = ((run.suite.name, run.suite.protocol["subset"].replace("pictures", "images")) for run in plan.runs)
+    inputs.add("subset", *_by_suite(subsets))
     inputs.add("not run", *_describe_skipped(plan.skipped))
     images = plan.runs[0].suite.passes[0].images
     inputs.add("classes", _describe_class_mapping(images, plan))

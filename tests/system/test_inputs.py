@@ -133,7 +133,7 @@ def test_an_evaluation(run: Run, images: Path, classifier: Path, tmp_path: Path)
     ]
     inputs = run("evaluate", *given, "--output_dir", out, stored=out / "inputs.json")
     assert inputs.rows["suites"] == "clean 2 (val/), words-random 5 x 2"
-    assert inputs.rows["subset"] == "clean, words-random: 2 of 20 pictures (seed 0)"
+    assert inputs.rows["subset"] == "clean, words-random: 2 of 20 images (seed 0)"
     assert inputs.rows["classes"].endswith("(names stored with the model)")
     assert inputs.rows["left out"] == "dangling links 1 (val/disc/gone.png)"
     assert inputs.rows["output"] == f"{out} (new, 2 measurements)"
