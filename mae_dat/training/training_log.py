@@ -81,7 +81,7 @@ class TrainingLog:
             f"train_{name}": total / (updates if name == "grad_norm" else images) for name, total in totals.items()
         }
         if skipped:
-            logger.warning("replaced in this epoch: %s (--on_bad skip)", count_of(skipped, "unreadable image"))
+            logger.warning("replaced in this epoch: %s (--on_bad skip)", count_of(int(skipped), "unreadable image"))
         facts = {
             "n_parameters": sum(p.numel() for p in self.state.model.parameters() if p.requires_grad),
             "seconds": round(seconds, 2),

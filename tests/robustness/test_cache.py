@@ -179,7 +179,7 @@ def test_what_cannot_be_known_is_measured_anew_and_told(
         assert right(results, "clean") == right(
             evaluate(lambda x, s=sign: s * brightest(x), "clean", dataset, input_size=32), "clean"
         )
-        assert "<lambda> cannot be distinguished from other networks" in caplog.text
+        assert "<lambda> cannot be distinguished from other models" in caplog.text
         caplog.clear()
     assert list((tmp_path / "cells").iterdir()) == []
 
