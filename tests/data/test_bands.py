@@ -131,7 +131,7 @@ def bands_folder(tmp_path: Path) -> Path:
 
 
 def test_five_bands_are_pretrained_and_fine_tuned(bands_folder: Path, tmp_path: Path) -> None:
-    pre = pretrain_in(tmp_path / "pre", bands_folder, "--in_chans", "5", "--pictures_every", "1")
+    pre = pretrain_in(tmp_path / "pre", bands_folder, "--in_chans", "5", "--images_every", "1")
     assert read_weights(pre / "model.safetensors").tensors["patch_embed.proj.weight"].shape == (128, 5, 8, 8)
     flags = ["--in_chans", "5", "--finetune", str(pre), "--epochs", "4", "--reprob", "0.25"]
     scores = finetune_in(tmp_path / "out", bands_folder, *flags)

@@ -79,7 +79,7 @@ def test_cifar_arrays_are_read_severity_by_severity(cifar: Path) -> None:
 def test_the_set_is_found_by_all_where_the_outputs_fit(cifar: Path) -> None:
     results = measure(cifar.parent, "all", 10).results
     assert list(results["cells"]["m"]) == ["cifar-10-c"]
-    assert results["not_measured"]["cifar-100-c"] == "the networks have 10 outputs, not its 100"
+    assert results["not_measured"]["cifar-100-c"] == "the models have 10 outputs, not its 100"
     with pytest.raises(DataError, match="CIFAR-10-C has 10 classes, and the model 4 outputs"):
         measure(cifar.parent, "cifar-10-c", 4)
 
