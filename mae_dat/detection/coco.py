@@ -38,8 +38,8 @@ from mae_dat.detection.annotation_checks import (
     usable_images,
 )
 from mae_dat.robustness.corruptions import corrupt_image, image_seed
-from mae_dat.storage.json_files import read_json
 from mae_dat.runtime.inputs import count_of
+from mae_dat.storage.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
