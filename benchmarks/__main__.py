@@ -28,6 +28,7 @@ from benchmarks import (
     mae,
     prediction,
     startup,
+    stored,
     threads,
     tokenizer,
 )  # fmt: skip
@@ -51,6 +52,7 @@ MODULES: dict[str, ModuleType] = {
     "finetune": finetune,
     "tokenizer": tokenizer,
     "dat": dat,
+    "stored": stored,
     "evaluation": evaluation,
     "prediction": prediction,
     "corruptions": corruptions,

@@ -1,7 +1,7 @@
 """Our version of the training cases: the training loop's own step, on random 8-bit images from the host."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -42,20 +42,28 @@ def on_host(batch: Batch, device: torch.device) -> Batch:
 
 
 def training_step(
-    model: nn.Module, objective: Objective, batch: Batch, device: torch.device, world: World = ALONE
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch | int,
+    device: torch.device,
+    world: World = ALONE,
+    loader: Iterable[Batch] | None = None,
 ) -> Callable[[], float]:
     """Build a step of the training loop, in the precision that `--precision auto` chooses, at a constant learning rate.
+
+    It takes the batch again and again, or batches of this size from the loader.
 
     It returns the loss of the step that was read, which on a GPU is the one before.
     """
     precision = amp_dtype("auto", device)
     choose_attention(model, device, precision)
-    optim = OptimConfig(batch_size=len(batch["image"]), lr=1e-4, min_lr=1e-4, warmup_epochs=0, epochs=1)
+    size = batch if isinstance(batch, int) else len(batch["image"])
+    optim = OptimConfig(batch_size=size, lr=1e-4, min_lr=1e-4, warmup_epochs=0, epochs=1)
     context = RunContext(RunConfig(), world, device, precision, Console(quiet=True))
     setup = TrainingSetup(
         context=context,
         optim=optim,
-        loader=itertools.repeat(on_host(batch, device)),
+        loader=itertools.repeat(on_host(batch, device)) if loader is None else loader,  # type: ignore[arg-type]
         steps_per_epoch=1_000_000,
         log=RunLog(Path(), enabled=False),
         reporting=Reporting(title=""),

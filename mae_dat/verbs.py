@@ -86,6 +86,15 @@ GROUPS: dict[str, dict[str, Verb]] = {
                 "mae-dat finetune --data_path DIR --model resnet50 --pretrained --dat",
             ),
         ),
+        "attack": Verb(
+            "store adversarial images of a folder, to train on",
+            "config.commands.attack:AttackFolderConfig",
+            "attacks.attack_folder:main",
+            (
+                "mae-dat attack --checkpoint TEACHER --data_path DIR --output_dir ADV",
+                "mae-dat attack --checkpoint TEACHER --data_path DIR --kind random --variants 3",
+            ),
+        ),
         "detect": Verb(
             "train an object detector, or measure its mAP",
             "config.commands.detect:DetectConfig",

@@ -5,6 +5,7 @@ Importing this module does not import torch.
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal, get_args
 
 from mae_dat.config.errors import ConfigError, suggest
@@ -19,6 +20,7 @@ ATTACKS: dict[str, str] = {
     "reconstruction": "attacks.discrete:no_attack",
 }
 """The function of each kind, `MODULE:NAME` below `mae_dat`, imported at its first use."""
+STORED_PREFIX = "stored:"
 PUBLISHED_EPS, PUBLISHED_SHARE = 0.1, 0.038
 """Mao et al. 2022, Table 8: with VQGAN f8 at 224 px, an L2 step of 0.1 changes this share of the words."""
 NO_STRENGTH = 1e-6
@@ -41,10 +43,12 @@ class _AttackSettings:
     field is its name on the command line and in YAML files. The docstrings of the fields are the help of the flags.
     """
 
-    kind: Literal["none", AttackKind] = dataclasses.field(default="none", metadata={"flag": "dat", "bare": "released"})
+    kind: Literal["none", AttackKind, "stored:DIR"] = dataclasses.field(
+        default="none", metadata={"flag": "dat", "bare": "released"}
+    )
     """The adversary: none; released, that of the authors' code, also chosen by --dat alone; paper, that of Algorithm 1;
-    symbolic, which chooses the words themselves; or a control: random (random words), reconstruction (no word
-    changed)."""
+    symbolic, which chooses the words themselves; a control: random (random words), reconstruction (no word changed); or
+    stored:DIR, the adversarial images that mae-dat attack has written to DIR."""
     eps: float | None = dataclasses.field(default=None, metadata={"flag": "dat_eps"})
     """released: radius and step in L2; paper: factor of the gradient; for pixels in [0, 1] (default: 0.1, which the
     authors chose for vqgan_f8_16384 at 224 px)."""
@@ -226,9 +230,16 @@ class DatConfig(_AttackSettings):
         _ = self.attack  # which checks the other values
 
     @property
+    def stored(self) -> Path | None:
+        """The folder of stored adversaries, None without."""
+        if not self.kind.startswith(STORED_PREFIX):
+            return None
+        return Path(self.kind.removeprefix(STORED_PREFIX)).expanduser()
+
+    @property
     def attack(self) -> AttackConfig | None:
-        """The attack that these flags describe; None for `--dat none`. Raises ConfigError."""
-        if self.kind == "none":
+        """The attack of every step; None for `--dat none` and for stored adversaries. Raises ConfigError."""
+        if self.kind == "none" or self.stored is not None:
             return None
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(_AttackSettings)}
         if self.eps is None:
@@ -262,6 +273,13 @@ class BaselineConfig:
     dat_jsd: float = 0.0
     """With --dat: weight of the Jensen-Shannon divergence between the predictions for an image, its reconstruction and
     its adversarial image."""
+    teacher: str | None = None
+    """Classifier whose predictions are learned beside the labels: an output folder, weights file or released name. It
+    predicts every view that the model is trained on; without --dat or with --dat stored:DIR."""
+    teacher_weight: float = 1.0
+    """Weight of the divergence from the teacher's predictions."""
+    teacher_temperature: float = 1.0
+    """Temperature that softens the predictions of teacher and model before they are compared."""
     jsd: float = 0.0
     """Weight of the same divergence between a crop and two views of it by --aa (AugMix of Hendrycks et al. 2020: 12,
     with --aa augmix-m3-w3). Each image is used in three views."""
@@ -274,7 +292,9 @@ class BaselineConfig:
             raise ConfigError(
                 f"--at_eps {self.eps:g} lets every pixel in [0, 1] take any value: 4/255 is given as 0.0157."
             )
-        for name in ("at_clean_weight", "dat_jsd", "jsd"):
+        if not 0 < self.teacher_temperature < math.inf:
+            raise ConfigError(f"--teacher_temperature must be above 0, got {self.teacher_temperature}.")
+        for name in ("at_clean_weight", "dat_jsd", "teacher_weight", "jsd"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ConfigError(f"--{name} must be 0 or more, got {value}.")
         if self.at == "advprop" and self.clean_weight == 0:
@@ -309,6 +329,8 @@ class BaselineConfig:
         parts += ["split norms"] * self.splits_norms
         parts += [f"JSD of the adversary's views, weight {self.dat_jsd:g}"] * bool(self.dat_jsd)
         parts += [f"AugMix JSD, weight {self.jsd:g}"] * bool(self.jsd)
+        if self.teacher:
+            parts.append(f"teacher {self.teacher}, weight {self.teacher_weight:g}, T {self.teacher_temperature:g}")
         return ", ".join(parts)
 
     @property

@@ -48,7 +48,8 @@ def _known_values(flag: Flag) -> list[str]:
     """Return the values of a flag to choose from: its choices, or the names of recipes; empty if they are not known."""
     if flag.name.endswith("config") or flag.positional == "RECIPE":
         return recipe_names()
-    return list(flag.choices)
+    # A colon separates words in shells.
+    return [choice for choice in flag.choices if ":" not in choice]
 
 
 def _first_words(verbs: Sequence[CompletedVerb]) -> dict[str, list[CompletedVerb]]:

@@ -44,7 +44,7 @@ class Flag:
     kind: type
     """Type of a value: bool, int, float or str."""
     choices: tuple[str, ...] = ()
-    """The values that are allowed; empty for any."""
+    """The values that are allowed; empty for any. One that ends with `:DIR` allows any folder after the colon."""
     count: int | None = 1
     """Number of values: 1, or the length of a tuple; None for a tuple of any length."""
     nullable: bool = False
@@ -97,9 +97,13 @@ class Flag:
             converted = _CONVERT[self.kind](value)
         except (TypeError, ValueError) as error:
             raise WrongValueError(self.expected) from error
-        if self.choices and converted not in self.choices:
+        if self.choices and converted not in self.choices and not self._names_folder(str(converted)):
             raise WrongValueError(self.expected)
         return converted
+
+    def _names_folder(self, value: str) -> bool:
+        prefixes = [choice.removesuffix("DIR") for choice in self.choices if choice.endswith(":DIR")]
+        return any(value.startswith(prefix) and value != prefix for prefix in prefixes)
 
     def words(self, value: Any) -> list[str]:
         """Return the words of a command line that set the flag to a value."""

@@ -86,6 +86,11 @@ class FinetuneConfig(CommandConfig):
 
 def check_groups(dat: DatConfig, launch: LaunchConfig) -> None:
     """Raise ConfigError for groups that cannot be combined."""
+    if dat.stored is not None and dat.has_schedule:
+        raise ConfigError(
+            "--adversary_hold and --adversary_ramp do not go with stored adversaries, whose strength is fixed: leave "
+            "them out."
+        )
     if dat.free and launch.fsdp:
         raise ConfigError("--dat_free does not go with --fsdp, whose gradients are sharded: leave out one of them.")
 
@@ -116,7 +121,7 @@ def check_views(config: FinetuneConfig) -> None:
     """Raise ConfigError for views of an image that cannot be combined."""
     baselines, augment, dat = config.baselines, config.augment, config.dat
     attack = dat.attack
-    adversaries = [f"--at {baselines.at}"] * (baselines.at != "none") + [f"--dat {dat.kind}"] * (attack is not None)
+    adversaries = [f"--at {baselines.at}"] * (baselines.at != "none") + [f"--dat {dat.kind}"] * (dat.kind != "none")
     if len(adversaries) == 2:
         raise ConfigError(f"{' and '.join(adversaries)}: give one of them, as a run has one adversary at a time.")
     if adversaries and augment.remode == "pixel_raw" and augment.reprob > 0:
@@ -125,6 +130,8 @@ def check_views(config: FinetuneConfig) -> None:
             "pixel, or --reprob 0."
         )
     if config.data.in_chans not in (1, 3):
+        if dat.stored is not None:
+            raise ConfigError(f"--dat {dat.kind} holds color images: leave out --in_chans {config.data.in_chans}.")
         _check_bands(config)
     _check_extensions_of_dat(baselines, dat)
     if baselines.jsd and (
@@ -137,6 +144,11 @@ def check_views(config: FinetuneConfig) -> None:
     if baselines.jsd and (config.loss.loss != "ce" or config.loss.class_weights):
         raise ConfigError(
             f"--jsd {baselines.jsd:g} has cross-entropy without weights: leave out --loss and --class_weights."
+        )
+    if baselines.teacher and (baselines.jsd or baselines.at != "none" or attack is not None):
+        raise ConfigError(
+            "--teacher goes with --dat stored:DIR or without an adversary: leave out --teacher, or --jsd, --at and "
+            "other kinds of --dat."
         )
     if baselines.splits_norms:
         _check_split_norms(config, attack)
@@ -159,6 +171,8 @@ def _check_extensions_of_dat(baselines: BaselineConfig, dat: DatConfig) -> None:
     for flag in extensions + ["--split_norms"] * baselines.split_norms:
         if dat.kind == "none":
             raise ConfigError(f"{flag} is an extension of --dat: give --dat, or leave it out.")
+        if dat.stored is not None and flag != "--split_norms":
+            raise ConfigError(f"{flag} needs the reconstruction, which stored adversaries lack: leave out one of them.")
         if dat.free:
             raise ConfigError(
                 f"{flag} does not go with --dat_free, whose attack uses the clean view's backward pass: leave out one."

@@ -72,6 +72,18 @@ def as_float(image: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
+def random_states() -> tuple[Any, Any, Tensor]:
+    """Return the states of the global random generators of Python, NumPy and torch on the CPU."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def set_random_states(states: tuple[Any, Any, Tensor]) -> None:
+    """Set the states that `random_states` has returned."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
 @contextlib.contextmanager
 def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seed the global random states by these numbers alone inside the block, and restore them afterwards.
@@ -79,7 +91,7 @@ def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     timm draws from `random` and numpy, torchvision from torch. Only torch's CPU generator is touched:
     `torch.manual_seed` in a worker would queue a seed for CUDA each time.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random_states()
     value = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest(), "big")
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -87,9 +99,7 @@ def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        set_random_states(states)
 
 
 class ImageSet(Dataset[Sample]):
@@ -130,6 +140,15 @@ class ImageSet(Dataset[Sample]):
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def load(self, index: int, epoch: int) -> Any:
+        """Decode what the transform takes: a PIL image, pixels for a `PixelTransform`, or `channels` other than colors.
+
+        Every epoch has the same images here; subclasses may choose by the epoch. Raises DataError, StorageError.
+        """
+        if self.channels:
+            return self.load_bands(index, self.channels)
+        return self.load_pixels(index) if isinstance(self.transform, PixelTransform) else self.load_image(index)
 
     def load_image(self, index: int) -> Image.Image:
         """Decode an image, RGB. Raises DataError, StorageError."""
@@ -207,12 +226,7 @@ class ImageSet(Dataset[Sample]):
         for skips in range(min(max_skips + 1, len(self))):
             index = (start + skips) % len(self)
             try:
-                takes_pixels = isinstance(self.transform, PixelTransform)
-                image: Any
-                if self.channels:
-                    image = self.load_bands(index, self.channels)
-                else:
-                    image = self.load_pixels(index) if takes_pixels else self.load_image(index)
+                image = self.load(index, epoch)
             except DataError as error:
                 if self.on_bad == "fail":
                     raise

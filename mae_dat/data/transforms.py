@@ -23,9 +23,11 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from mae_dat.config.groups import ImageSize
-from mae_dat.data.image_set import PixelTransform, Transform, as_float
+from mae_dat.data.image_set import PixelTransform, Transform, as_float, random_states, set_random_states
 
 Step = Callable[[Any], Any]
+ImagePair = tuple[Image.Image | np.ndarray, Image.Image | np.ndarray]
+"""An image and its stored adversary, which may have another size."""
 
 # ---- training ----
 
@@ -36,12 +38,14 @@ class PretrainTransform(PixelTransform):
     def __init__(self, size_HW: ImageSize) -> None:
         self.size_HW, self.ratio = size_HW, list(_aspect_ratios(size_HW))
 
-    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
-        """Return a random view of the image, uint8 (3, H, W)."""
-        pixels = _channels_first(image)
+    def __call__(self, image: Image.Image | np.ndarray | ImagePair) -> Tensor:
+        """Return a random view of the image, uint8 (3, H, W); of a pair the same view of both, (2, 3, H, W)."""
+        pixels = _channels_first(image[0] if isinstance(image, tuple) else image)
         crop = transforms.RandomResizedCrop.get_params(pixels, [0.2, 1.0], self.ratio)
-        pixels = crop_resized(pixels, crop, self.size_HW)
-        return pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
+        view = crop_resized(pixels, crop, self.size_HW)
+        if isinstance(image, tuple):
+            view = torch.stack([view, _same_crop_of(image[1], pixels, crop, self.size_HW)])
+        return view.flip(-1) if torch.rand(1) < 0.5 else view
 
 
 def finetune_transform(  # noqa: PLR0913 - one argument per flag
@@ -127,15 +131,27 @@ class FinetuneTransform(PixelTransform):
         self.size_HW, self.crop, self.flips, self.augment, self.erase = size_HW, crop, flips, augment, erase
         self.views, self.resplit = views, resplit
 
-    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
-        """Return a view of the image, (3, H, W), or `views` of them, (views, 3, H, W)."""
-        pixels = _channels_first(image)
+    def __call__(self, image: Image.Image | np.ndarray | ImagePair) -> Tensor:
+        """Return a view of the image, (3, H, W), or `views` of them, (views, 3, H, W).
+
+        Of a pair return the same view of both, (2, 3, H, W): with the same crop, flip, augmentation and erasing.
+        """
+        pixels = _channels_first(image[0] if isinstance(image, tuple) else image)
         region = self.crop.get_params(pixels, self.crop.scale, self.crop.ratio)
         modes = self.crop.interpolation
-        mode = random.choice(modes) if isinstance(modes, list | tuple) else modes
-        resized = crop_resized(pixels, region, self.size_HW, mode.value)
+        mode = (random.choice(modes) if isinstance(modes, list | tuple) else modes).value
+        resized = crop_resized(pixels, region, self.size_HW, mode)
         if len(resized) != 3:
             return self._flip_and_erase(resized)
+        if not isinstance(image, tuple):
+            return self.augment_crop(resized)
+        states = random_states()
+        clean = self.augment_crop(resized)
+        set_random_states(states)
+        return torch.stack([clean, self.augment_crop(_same_crop_of(image[1], pixels, region, self.size_HW, mode))])
+
+    def augment_crop(self, resized: Tensor) -> Tensor:
+        """Return the view, or views, of a crop, uint8 (3, H, W)."""
         cropped = Image.fromarray(resized.permute(1, 2, 0).numpy())
         for flip in self.flips:
             cropped = flip(cropped)
@@ -205,6 +221,31 @@ def crop_resized(image: Tensor, crop: tuple[int, int, int, int], size_HW: ImageS
     top, left, height, width = crop
     region = image[None, :, top : top + height, left : left + width]
     return interpolate(region, size_HW, mode=mode, antialias=True)[0]
+
+
+def _same_crop_of(
+    image: Image.Image | np.ndarray,
+    original: Tensor,
+    crop: tuple[int, int, int, int],
+    size_HW: ImageSize,
+    mode: str = "bicubic",
+) -> Tensor:
+    """Return the crop of the original (3, H, W) from an image of its content at another size, uint8 (3, H', W')."""
+    pixels = _channels_first(image)
+    if pixels.shape == original.shape:
+        return crop_resized(pixels, crop, size_HW, mode)
+    # The borders lie between pixels here, which torch's resizing cannot express.
+    top, left, height, width = crop
+    scale_y, scale_x = pixels.shape[1] / original.shape[1], pixels.shape[2] / original.shape[2]
+    box = (left * scale_x, top * scale_y, (left + width) * scale_x, (top + height) * scale_y)
+    whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[mode]
+    return _channels_first(whole.resize((size_HW[1], size_HW[0]), resample, _inside(box, whole.size)))
+
+
+def _inside(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Clip a box (left, top, right, bottom) to an image (width, height): rounding may pass the border by 1e-13."""
+    return max(0.0, box[0]), max(0.0, box[1]), min(size[0], box[2]), min(size[1], box[3])
 
 
 # ---- evaluation ----

@@ -28,7 +28,7 @@ def add_adversary(inputs: InputSummary, dat: DatConfig, objective: Any, baseline
     tokenizer = getattr(objective, "tokenizer", None)
     if isinstance(tokenizer, VisualTokenizer):
         inputs.add("tokenizer", describe_tokenizer(dat.tokenizer, tokenizer))
-    attack = dat.attack.describe() if dat.attack else ""
+    attack = dat.attack.describe() if dat.attack else getattr(objective, "description", "")
     inputs.add("adversary", ", ".join(filter(None, [attack, baseline])) or "none")
 
 

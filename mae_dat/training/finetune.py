@@ -10,12 +10,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from mae_dat.attacks.pixel import PixelAttack
 from mae_dat.config.adversaries import describe_schedule
 from mae_dat.config.errors import ConfigError, DataError
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import AugmentConfig, ClassifierConfig, DataConfig, OptimConfig
 from mae_dat.config.runs import FinetuneConfig
+from mae_dat.data.adversaries import StoredPairs
 from mae_dat.data.describe import add_images, describe_resize
 from mae_dat.data.folders import find_split
 from mae_dat.data.image_set import ImageSet
@@ -58,10 +58,9 @@ from mae_dat.training.galleries import adversary_gallery, galleries_due, show_ga
 from mae_dat.training.next_commands import after_finetuning, log_next_commands
 from mae_dat.training.normalization import warn_of_normalization
 from mae_dat.training.objectives.base import Objective
-from mae_dat.training.objectives.classification import Classification
-from mae_dat.training.objectives.consistency import AUGMIX_VIEWS, AugMix, ConsistentDAT
-from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
-from mae_dat.training.objectives.pixel import WithPixelAdversary
+from mae_dat.training.objectives.configured import classification_objective
+from mae_dat.training.objectives.consistency import AUGMIX_VIEWS
+from mae_dat.training.objectives.dat import WithDAT
 from mae_dat.training.optim import build_optimizer, effective_lr
 from mae_dat.training.resume import SettingChange
 from mae_dat.training.session import run_training
@@ -82,12 +81,14 @@ def run_finetuning(config: FinetuneConfig, console: Console, title: str = "fine-
     settings, data, seed = config.classifier, config.data, config.run.seed
     with run_context(config.run, config.launch, console) as context:
         images, validation = labeled_images(config)
+        if stored := config.dat.stored:
+            images = StoredPairs(images, stored)
         classes = class_count(settings.nb_classes, images)
         seed_everything(seed)
         warn_of_slow_lars(settings.opt, config.optim, context.world.size)
         images.is_balanced = config.loss.sampler == "balanced"
         weights = class_weights(config.loss.class_weights, images, classes)
-        state, origin = build_state(config, classes, context, weights, validation)
+        state, origin = build_state(config, classes, context, weights, validation, images)
         loader = validation_loader(validation, 2 * config.optim.batch_size, data, context)
         # Evenly spaced, but unlike `evenly_spaced` always six: in a split of fewer images some are taken twice.
         samples = [validation[index * len(validation) // _GALLERY_IMAGES] for index in range(_GALLERY_IMAGES)]
@@ -138,6 +139,7 @@ def build_state(
     context: RunContext,
     weights: Tensor | None = None,
     validation: ImageSet | None = None,
+    images: ImageSet | None = None,
 ) -> tuple[TrainingState, WeightsOrigin | None]:
     """Build the model with the weights to start from, its average, the objective and the optimizer.
 
@@ -156,33 +158,12 @@ def build_state(
         split_norms(model)
     frozen_start = freeze_parts(model, settings)
     model.to(context.device)
-    objective = classification_objective(config, classes, context.device, weights)
+    objective = classification_objective(config, classes, context.device, weights, images)
     ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
     prepare_model(model, context, ema.module if ema else None)
     # The learning rate is set in every step.
     optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, settings.layer_decay, opt=settings.opt)
     return TrainingState(model, optimizer, objective, ema, frozen_start), origin
-
-
-def classification_objective(
-    config: FinetuneConfig, classes: int, device: torch.device, weights: Tensor | None = None
-) -> Objective:
-    """Return the configured objective: cross-entropy of clean images or views, with DAT or one of its baselines."""
-    baselines, attack = config.baselines, config.dat.attack
-    if baselines.jsd:
-        return AugMix(config.augment, classes, baselines.jsd)
-    weights = weights if weights is None else weights.to(device)
-    objective = Classification(config.augment, classes, config.loss.loss == "bce", weights)
-    if baselines.at != "none":
-        pixel_attack = PixelAttack(
-            baselines.eps, baselines.step, baselines.at_steps, norm=baselines.at_norm, random_start=True
-        )
-        schedule = (config.dat.hold_epochs, config.dat.ramp_epochs)
-        return WithPixelAdversary(objective, pixel_attack, baselines.clean_weight, *schedule)
-    if baselines.dat_jsd and attack:
-        tokenizer = open_tokenizer(config.dat, config.data, device)
-        return ConsistentDAT(tokenizer, attack, objective, baselines.dat_jsd)
-    return with_dat(objective, config.dat, config.data, device)
 
 
 def check_mixup(augment: AugmentConfig, batch_size: int) -> None:

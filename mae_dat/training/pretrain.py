@@ -11,6 +11,7 @@ from mae_dat.config.errors import ConfigError
 from mae_dat.config.flags import flat_values
 from mae_dat.config.groups import MaskConfig
 from mae_dat.config.runs import PretrainConfig
+from mae_dat.data.adversaries import StoredPairs
 from mae_dat.data.describe import add_images
 from mae_dat.data.image_set import Batch, ImageSet, Transform
 from mae_dat.data.open import image_root, training_images, with_channels
@@ -36,6 +37,7 @@ from mae_dat.training.next_commands import after_pretraining, log_next_commands
 from mae_dat.training.objectives.base import Objective
 from mae_dat.training.objectives.dat import WithDAT, open_tokenizer, with_dat
 from mae_dat.training.objectives.reconstruction import MaskedReconstruction
+from mae_dat.training.objectives.stored import WithStoredAdversary
 from mae_dat.training.optim import build_optimizer
 from mae_dat.training.session import run_training
 from mae_dat.training.setup import Reporting
@@ -57,7 +59,10 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
         model = build_mae(mae.model, img_size=data.image_size, in_chans=data.in_chans)
         start = load_initial_weights(model, config, context)
         model.to(context.device)
-        objective = pretraining_objective(config, model, context.device)
+        objective, originals = pretraining_objective(config, model, context.device), images
+        if stored := config.dat.stored:
+            images = StoredPairs(images, stored)
+            objective = WithStoredAdversary(objective, config.dat.batch_share, images.describe())
         prepare_model(model, context)
         # The learning rate is set in every step.
         optimizer = build_optimizer(model, 0.0, config.optim.weight_decay, betas=(0.9, 0.95))
@@ -65,11 +70,11 @@ def run_pretraining(config: PretrainConfig, console: Console, title: str = "pret
             model, optimizer, objective, frozen_start=decoder_first(model, mae.decoder_warmup if start else 0)
         )
         still_transform = with_channels(EvalTransform(data.image_size), data.in_chans)
-        still_images = gallery_images(images, still_transform).to(context.device)
+        still = gallery_images(originals, still_transform).to(context.device)
 
         def at_epoch_end(state: TrainingState, epoch: int, log: RunLog) -> dict[str, float]:
             if galleries_due(epoch, context):
-                galleries = draw_galleries(model, objective, still_images, mae=mae, seed=seed)
+                galleries = draw_galleries(model, objective, still, mae=mae, seed=seed)
                 show_galleries(galleries, context, log, state.step)
             return {}
 

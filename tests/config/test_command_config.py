@@ -146,7 +146,7 @@ def test_flags_of_every_group_are_given_by_name() -> None:
         ({"pin_mem": "no"}, "pin_mem must be true or false, got 'no'."),
         (
             {"dat": "strong"},
-            "dat must be one of none, released, paper, symbolic, random, reconstruction, got 'strong'.",
+            "dat must be one of none, released, paper, symbolic, random, reconstruction, stored:DIR, got 'strong'.",
         ),
         ({"batch_size": 0}, "--batch_size must be at least 1, got 0."),
         ({"pretrained": True, "finetune": "PRE"}, "--pretrained and --finetune PRE: give one of them"),

@@ -20,7 +20,7 @@ def test_types_become_facts() -> None:
 
     assert facts("epochs") == (int, 1, False, 0)
     assert facts("lr") == (float, 1, True, 0)
-    assert facts("dat") == (str, 1, False, 6)
+    assert facts("dat") == (str, 1, False, 7)
     assert facts("input_size") == (int, None, False, 0)
     assert facts("crop_scale") == (float, 2, False, 0)
     assert facts("cutmix_minmax") == (float, 2, True, 0)
@@ -75,7 +75,7 @@ def test_values_are_converted(name: str, value: Any, expected: Any) -> None:
         ("output_dir", None, "text"),
         ("compile", "yes", "true or false"),
         ("compile", 1, "true or false"),
-        ("dat", False, "one of none, released, paper, symbolic, random, reconstruction"),
+        ("dat", False, "one of none, released, paper, symbolic, random, reconstruction, stored:DIR"),
         ("crop_scale", (0.3, 0.4, 0.5), "2 numbers"),
         ("input_size", "wide", "whole numbers"),
         ("lr", "x", "a number, or None"),

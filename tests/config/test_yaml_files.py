@@ -28,7 +28,7 @@ from mae_dat.config.yaml_files import read_settings
         (
             "dat: strong",
             "recipe.yaml, line 1: dat must be one of none, released, paper, symbolic, random, reconstruction, "
-            "got strong.",
+            "stored:DIR, got strong.",
         ),
         ("dat: no", "recipe.yaml, line 1: dat must be one of none, released, "),
         ("global_pool: 7", "recipe.yaml, line 1: global_pool must be true or false, got 7."),

@@ -30,6 +30,16 @@ class Objective(ABC):
         of numbers. All randomness of the step is drawn here, from `generator`.
         """
 
+    def prepare_views(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
+        """Return V views of the images, (B, V, C, H, W), and what `loss` needs for each of them.
+
+        The batch holds the views as `image`, the clean one first, which `prepare` gets.
+        """
+        views = batch["image"]
+        clean: Any = {**batch, "image": views[:, 0]}
+        image, prepared = self.prepare(model, clean, generator)
+        return torch.cat([image.unsqueeze(1), views[:, 1:]], 1), prepared
+
     @abstractmethod
     def loss(self, model: nn.Module, image: Tensor, prepared: Any) -> Tensor:
         """Compute the mean loss of a view (B, C, H, W) of the image, a float32 scalar."""

@@ -46,16 +46,30 @@ class Classification(Objective):
         off_value = self.smoothing / self.num_classes
         return image, F.one_hot(label, self.num_classes).float() * (1 - self.smoothing) + off_value
 
+    def prepare_views(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Any]:
+        """Return views (B, V, C, H, W), all mixed alike, and soft targets (B, K)."""
+        views = batch["image"]
+        # As channels of one image they get the same partners, shares and boxes.
+        as_channels: Any = {**batch, "image": views.flatten(1, 2)}
+        image, target = self.prepare(model, as_channels, generator)
+        return image.view_as(views), target
+
     def loss(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
         """Compute the mean loss against the soft targets (B, K), a scalar."""
+        return self.loss_of_logits(model(image).float(), prepared)
+
+    def loss_of_logits(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean loss of logits against soft targets, both (B, K): a scalar."""
         if self.binary:
-            return self.loss_per_image(model, image, prepared).mean()
-        return F.cross_entropy(model(image).float(), prepared, self.class_weights)
+            return self._losses(logits, target).mean()
+        return F.cross_entropy(logits, target, self.class_weights)
 
     def loss_per_image(self, model: nn.Module, image: Tensor, prepared: Tensor) -> Tensor:
         """Compute the loss of each image against its soft targets (B, K): (B,)."""
-        logits = model(image).float()
+        return self._losses(model(image).float(), prepared)
+
+    def _losses(self, logits: Tensor, target: Tensor) -> Tensor:
         if self.binary:
-            terms = F.binary_cross_entropy_with_logits(logits, prepared, self.class_weights, reduction="none")
+            terms = F.binary_cross_entropy_with_logits(logits, target, self.class_weights, reduction="none")
             return terms.mean(dim=1)
-        return F.cross_entropy(logits, prepared, self.class_weights, reduction="none")
+        return F.cross_entropy(logits, target, self.class_weights, reduction="none")
