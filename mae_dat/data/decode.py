@@ -155,13 +155,16 @@ def exif_orientation(content: bytes) -> int:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return orientation_of(image)
-    except Exception:  # PIL's readers raise nearly every type of exception; decoding reports what is wrong
+    except Exception:  # decoding reports what is wrong
         return 1
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of an opened image: 2 to 8, or 1 for upright."""
-    orientation = image.getexif().get(_ORIENTATION, 1)
+    """Return the EXIF orientation of an opened image: 2 to 8, or 1 for upright and damaged ones."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of a PNG it may follow the pixels, which PIL decodes first: decoding reports what is wrong
+        return 1
     return orientation if isinstance(orientation, int) and orientation in _TURN else 1
 
 
