@@ -9,6 +9,7 @@ protection.
 import argparse
 import re
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Self
@@ -68,7 +69,8 @@ def read_pickle(path: Path) -> Any:
     # (class, full name) pairs, which torch documents but does not type, allow a class under another name.
     allowed: list[Any] = [argparse.Namespace, *((InertObject, name) for name in _HARMLESS)]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's warnings give the same advice
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any layer of the reader
         raise _rejected(path, error) from error
@@ -88,6 +90,8 @@ def reject_other_files(path: Path) -> None:
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """Return the error for a damaged file, with the cause but without torch's advice."""
     cause = str(error).strip().split("\n")[0] or type(error).__name__
+    if cause.isdecimal():  # torch's reader of pickles names an unknown instruction by its number
+        cause = "it is not a file that torch wrote, or is damaged"
     if "weights_only" in cause or "Weights only" in cause:
         cause = "it is damaged, or contains objects other than tensors, numbers and text, which are never loaded"
     return CheckpointError(f"{path} cannot be read as weights: {cause}. Download or write the file again.")

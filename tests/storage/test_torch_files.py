@@ -142,3 +142,16 @@ def test_other_files_are_identified_with_instructions(tmp_path: Path, name: str)
         read_weights(path)
     assert str(error.value).startswith(f"{path} cannot be read as weights: ")
     assert "weights_only" not in str(error.value)
+
+
+def test_neither_messages_nor_warnings_repeat_torchs_advice(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    contents = {"plain.pth": pickle.dumps({"a": 1}), "text.pth": b"hello", "deep.pth": pickle.dumps([[1]] * 3, 4)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read as weights: it is") as caught:
+            read_pickle(tmp_path / name)
+        assert "weights_only" not in str(caught.value)
+    assert not recwarn.list
+    assert "weights_only" not in "".join(capfd.readouterr())
