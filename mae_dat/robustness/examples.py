@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 from mae_dat.data.gallery import save_png
 from mae_dat.data.sampler import evenly_spaced
@@ -39,6 +40,8 @@ class _Example(NamedTuple):
     label: str
     predictions: dict[str, str]
     """By model."""
+    image_index: int
+    """Its position in the image set."""
 
 
 @torch.no_grad()
@@ -63,6 +66,10 @@ def write_examples(plan: EvaluationPlan, pair: tuple[str, str], folder: Path | N
                 "answers": example.predictions,
             }
             _save(example.image, folder, entry["file"])
+            if cell.image_pass.corruption:  # made from the clean image
+                entry["clean"] = f"{name}-clean.png"
+                clean, entry["clean_answers"] = _clean_version(cell, example.image_index)
+                _save(clean, folder, entry["clean"])
             if plan.sources.has_tokenizer:
                 tokenizer = plan.sources.tokenizer
                 words = tokenizer.encode(example.image[None].to(tokenizer.codebook.device))
@@ -114,7 +121,16 @@ def _differing_images(cell: _Cell) -> Iterator[_Example]:
         for position in only_this.nonzero().flatten().tolist()[:1]:
             names = [_class_name(images.classes, int(predicted[position, 0])) for predicted in predictions]
             by_model = {run.network.name: name for run, name in zip(cell.runs, names, strict=True)}
-            yield _Example(batch[position], label=names[correct], predictions=by_model)
+            yield _Example(batch[position], names[correct], by_model, indices[position])
+
+
+def _clean_version(cell: _Cell, index: int) -> tuple[Tensor, dict[str, str]]:
+    """Return an image without its corruption, float (3, H, W) in [0, 1], and every model's prediction of it."""
+    images = cell.image_pass.images
+    image = to_tensor(images.prepared_image(index))
+    predictions = [images.class_mapping.predictions(_logits(run, image[None])) for run in cell.runs]
+    names = [_class_name(images.classes, int(predicted[0, 0])) for predicted in predictions]
+    return image, {run.network.name: name for run, name in zip(cell.runs, names, strict=True)}
 
 
 def _load_images(cell: _Cell, indices: list[int]) -> Tensor:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from mae_dat.robustness.scores.class_counts import class_counts, class_scores
 from mae_dat.robustness.scores.collapse import collapsed_models
 from mae_dat.robustness.scores.image_bits import pack_bits
+from mae_dat.robustness.scores.predictions import pack_names, pack_numbers, pack_predictions
 from mae_dat.robustness.scores.results import Results
 
 CLASSES = ("cat", "dog", "eel", "fox")
@@ -59,3 +60,25 @@ def on_one_suite(**correct: NDArray[np.bool_]) -> Results:
     for model, bits in correct.items():
         record(results, model, "imagenet-a", "", bits)
     return results
+
+
+def known_images(results: Results, suite: str, labels: NDArray[np.int64], order: str = "a") -> None:
+    """Add names and labels of the images of a suite."""
+    names = [f"{CLASSES[label]}/{index}.png" for index, label in enumerate(labels)]
+    results.setdefault("image_sets", {}).setdefault(suite, {})[order] = {
+        "classes": list(CLASSES),
+        "labels": pack_numbers(labels),
+        "names": pack_names(names),
+        "root": "val",
+    }
+
+
+def predict_cells(
+    results: Results, model: str, suite: str, labels: NDArray[np.int64], wrong: dict[str, list[int]]
+) -> None:
+    """Replace what a model predicted on cells: the next class for the images with these numbers."""
+    for cell, numbers in wrong.items():
+        prediction = labels.copy()
+        prediction[numbers] = (labels[numbers] + 1) % len(CLASSES)
+        record(results, model, suite, cell, labels == prediction)
+        results["images"][model][suite][cell]["predicted"] = pack_predictions(prediction, labels == prediction)

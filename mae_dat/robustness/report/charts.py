@@ -49,8 +49,8 @@ STYLE: Any = {
     "ytick.labelcolor": "black",
 }
 
-Point = tuple[float, float, float]
-"""x, y, half the length of the error bar (0: none)."""
+Point = tuple[float, float, float | tuple[float, float]]
+"""x, y, half the length of the error bar (0: none), or its lengths below and above."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,21 @@ def _style(series: Series) -> dict[str, Any]:
     }
 
 
+def bar_lengths(points: Sequence[Point]) -> list[list[float]] | None:
+    """Return the lengths of the error bars below and above the points; None if there are none."""
+    bars = [(bar, bar) if isinstance(bar, int | float) else bar for _, _, bar in points]
+    return [[low for low, _ in bars], [high for _, high in bars]] if any(map(any, bars)) else None
+
+
 def _draw_line(axes: Axes, series: Series, markers: bool = True) -> None:
     """Draw a line with markers, and with error bars if there is a spread."""
     if not series.points:
         return
-    x, y, bar = zip(*series.points, strict=True)
+    x, y, _ = zip(*series.points, strict=True)
     style = _style(series)
     if not markers:
         style["markevery"] = max(1, len(x) // 6)
-    axes.errorbar(x, y, yerr=bar if any(bar) else None, capsize=3, elinewidth=1.2, **style)
+    axes.errorbar(x, y, yerr=bar_lengths(series.points), capsize=3, elinewidth=1.2, **style)
 
 
 @rc_context(STYLE)
@@ -141,9 +147,9 @@ def dot_plot(
     for number, line in enumerate(series):
         shift = (number - (len(series) - 1) / 2) * step  # the dots of a row do not cover each other
         style = _style(line) | {"linestyle": "none"}
-        x, y, bar = zip(*line.points, strict=True) if line.points else ((), (), ())
+        x, y, _ = zip(*line.points, strict=True) if line.points else ((), (), ())
         heights = [row + shift for row in y]
-        axes.errorbar(x, heights, xerr=bar if any(bar) else None, capsize=3, elinewidth=1.2, **style)
+        axes.errorbar(x, heights, xerr=bar_lengths(line.points), capsize=3, elinewidth=1.2, **style)
     axes.set_yticks(range(len(rows)), [_plain(row) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for edge in range(1, len(rows)):
@@ -218,6 +224,37 @@ def heat_map(
 
 
 @rc_context(STYLE)
+def matrix_plot(rows: Sequence[str], columns: Sequence[str], shares: Sequence[Sequence[float]]) -> bytes:
+    """Draw a confusion matrix, rows x columns of shares in percent."""
+    figure = _figure(1.4 + 0.24 * len(rows))
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(columns)), [_plain(column) for column in columns], rotation=60, ha="right")
+    axes.set_yticks(range(len(rows)), [_plain(row) for row in rows])
+    axes.tick_params(length=0, labelsize=9)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("predicted")
+    return _png(figure)
+
+
+@rc_context(STYLE)
+def reliability_plot(series: Sequence[Series]) -> bytes:
+    """Draw accuracy against confidence, both in percent, and the diagonal."""
+    figure = _figure(4.4)
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=(0, (4, 4)))
+    for line in series:
+        _draw_line(axes, line)
+    axes.set_xlim(0, 102)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("confidence (%)")
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(axis="both")
+    _legend(figure, axes, len(series))
+    return _png(figure)
+
+
+@rc_context(STYLE)
 def curve_plot(series: Sequence[Series], ylabel: str, xlabel: str = "epoch") -> bytes:
     """Draw lines over epochs; several runs of one group share its style and appear once in the legend."""
     figure = _figure(3.2)
@@ -245,11 +282,13 @@ def shape_plot(series: Sequence[Series], notes: Sequence[str]) -> bytes:
     axes = figure.subplots()
     axes.axvline(0.5, color=GREY, linewidth=1, linestyle=(0, (2, 3)))
     for row, line in enumerate(series):
-        for x, _, bar in line.points:
+        for point in line.points:
+            x, bars = point[0], bar_lengths([point])
             style = _style(line) | {"linestyle": "none"}
-            axes.errorbar([x], [row], xerr=[bar] if bar else None, capsize=3, **style)
+            axes.errorbar([x], [row], xerr=bars, capsize=3, **style)
             right = x < 0.8
-            offset = bar + 0.03 if right else -bar - 0.03
+            below, above = (bars[0][0], bars[1][0]) if bars else (0.0, 0.0)
+            offset = above + 0.03 if right else -below - 0.03
             axes.text(x + offset, row, f"{x:.2f}", va="center", ha="left" if right else "right")
     names = [f"{_plain(line.label)}\n{note}" for line, note in zip(series, notes, strict=True)]
     axes.set_yticks(range(len(series)), names)

@@ -46,9 +46,10 @@ def verdict_note(tests: int) -> str:
     """Return when a difference is called better or worse, where up to `tests` suites of a pair are compared."""
     return (
         f"Better and worse mean p < {ALPHA:g} after Holm's correction over the suites of each pair (here up to "
-        f"{tests}): McNemar's exact test for one prediction per image, else the bootstrap's or Student's. The best of "
-        f"a row is better than every other. Trainings with fewer than {MIN_SEEDS} seeds get no verdict, and no number "
-        "of a collapsed model is called better."
+        f"{tests}): McNemar's exact test for one prediction per image, else the bootstrap's or Student's. Intervals "
+        "are not corrected, so that one may exclude zero without a verdict. The best of a row is better than every "
+        f"other. Trainings with fewer than {MIN_SEEDS} seeds get no verdict, and no number of a collapsed model is "
+        "called better."
     )
 
 

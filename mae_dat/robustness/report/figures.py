@@ -5,15 +5,18 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from mae_dat.robustness.report import charts
+from mae_dat.robustness.report import charts, interactive
+from mae_dat.robustness.report.comparison import difference_text
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.report.measurements import Measurement
-from mae_dat.robustness.report.metrics import Metric
+from mae_dat.robustness.report.metrics import Metric, accuracy_values
 from mae_dat.robustness.report.published import PUBLISHED_COLUMNS, published_columns, published_rows
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.report.tables import NOTHING
-from mae_dat.robustness.scores.accuracy import SeedStatistics, cue_coverage, shape_bias, top1_accuracy
+from mae_dat.robustness.report.value_intervals import Estimate, estimate_of
+from mae_dat.robustness.scores.accuracy import SeedStatistics, cue_coverage, shape_bias
 from mae_dat.robustness.scores.results import TrainingCurve, TrainingFacts
 
 CURVE_TITLES = {
@@ -32,6 +35,10 @@ class ReportFigure:
     png: bytes
     alt: str
     caption: str
+    spec: interactive.Spec | None = None
+    """The interactive chart that the page shows instead where scripts run."""
+    replaced: bool = False
+    """Whether the interactive chart of the figure before also replaces this one."""
 
     @property
     def uri(self) -> str:
@@ -45,10 +52,25 @@ class ReportFigure:
         return round(pixels / charts.DENSITY)
 
 
-def mean_series(group: Group, values: Iterable[tuple[float, SeedStatistics | None]]) -> charts.Series:
-    """Return the means at these positions as a line with error bars; positions without a mean are left out."""
-    points = tuple((float(position), mean.mean, mean.spread) for position, mean in values if mean is not None)
-    return charts.Series(group.title, group.style, points)
+def estimate_series(
+    group: Group, values: Iterable[tuple[float, Estimate | None]], across: bool = False
+) -> charts.Series:
+    """Return the values at these positions as a line with intervals; positions without a value are left out. `across`
+    is for a dot plot, where the positions are rows."""
+    points = [
+        (float(position), one.value, (max(0.0, one.value - one.low), max(0.0, one.high - one.value)))
+        for position, one in values
+        if one is not None
+    ]
+    ordered = ((value, position, bars) if across else (position, value, bars) for position, value, bars in points)
+    return charts.Series(group.title, group.style, tuple(ordered))
+
+
+def estimate_fields(estimate: Estimate, digits: int = 1) -> dict[str, Any]:
+    """Return the fields of a row of an interactive chart: value, low, high and text."""
+    value, low, high = (round(number, 4) for number in estimate)
+    text = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return {"value": value, "low": low, "high": high, "text": text}
 
 
 def row_series(group: Group, values: Iterable[tuple[float, SeedStatistics | None]]) -> charts.Series:
@@ -78,10 +100,12 @@ def gains_figure(report: ReportData) -> ReportFigure | None:
         if points:
             series.append(charts.Series(other.title, other.style, points))
     who = series[0].label if len(series) == 1 else "each model"
+    dots = [_gain_row(report, metric, other, first) for other, metrics in compared.items() for metric in metrics]
     hundredths = "; shape bias in hundredths" if any(metric.key.endswith("/bias") for metric in rows) else ""
     return ReportFigure(
         name="gains.png",
         png=charts.dot_plot([_short_title(metric) for metric in rows], series, f"gain over {first.title}", zero=True),
+        spec=interactive.interval_dots(dots, [line.label for line in series], f"gain over {first.title}", zero=True),
         alt=f"Dot plot of the differences to {first.title} with their intervals; the table below holds the numbers.",
         caption=f"Difference of {who} to {first.title} (zero), in percentage points{hundredths}. Right of zero is "
         "better. Bars: 95 % intervals.",
@@ -117,14 +141,30 @@ def ablation_figure(report: ReportData) -> ReportFigure | None:
 
 
 def _gain(report: ReportData, metric: Metric, new: Group, old: Group, row: int) -> charts.Point:
-    """Return the difference in points, more is better, in a row, with the longer half of its interval."""
+    """Return the difference in points, more is better, in a row, with its interval."""
     difference = report.difference(metric, new, old)
     assert difference is not None, "a comparable metric has a difference"
     assert difference.ends is not None, "and an interval"
-    scale = 100 if metric.key.endswith("/bias") else 1
-    low, high = difference.ends
-    half = max(high - difference.gap, difference.gap - low)
-    return metric.better * scale * difference.gap, float(row), scale * half
+    scale = metric.better * (100 if metric.key.endswith("/bias") else 1)
+    low, high = sorted(scale * end for end in difference.ends)
+    value = scale * difference.gap
+    return value, float(row), (max(0.0, value - low), max(0.0, high - value))
+
+
+def _gain_row(report: ReportData, metric: Metric, new: Group, old: Group) -> dict[str, Any]:
+    """Return a row of the interactive chart of gains: more is better."""
+    difference = report.difference(metric, new, old)
+    assert difference is not None, "a comparable metric has a difference"
+    assert difference.ends is not None, "and an interval"
+    scale = metric.better * (100 if metric.key.endswith("/bias") else 1)
+    return {
+        "name": _short_title(metric),
+        "group": new.title,
+        "value": scale * difference.gap,
+        "low": min(scale * end for end in difference.ends),
+        "high": max(scale * end for end in difference.ends),
+        "text": difference_text(report, metric, new, old),
+    }
 
 
 def _short_title(metric: Metric) -> str:
@@ -170,18 +210,22 @@ def _mean_value(metric: Metric, group: Group) -> SeedStatistics | None:
 def shape_figures(report: ReportData) -> list[ReportFigure]:
     """Draw the shape bias, a figure for each cue-conflict suite."""
     numbered = enumerate(report.of_kind("shape"), 1)
-    figures = [_shape_figure(measurement, number) for number, measurement in numbered]
+    figures = [_shape_figure(report, measurement, number) for number, measurement in numbered]
     return [figure for figure in figures if figure is not None]
 
 
-def _shape_figure(measurement: Measurement, number: int) -> ReportFigure | None:
-    series, notes, biases = [], [], {}
+def _shape_figure(report: ReportData, measurement: Measurement, number: int) -> ReportFigure | None:
+    series, notes, biases, rows = [], [], {}, []
+    metric = next((one for one in report.metrics if one.key == f"{measurement.suite}/bias"), None)
     for group in measurement.groups:
         counts = [measurement.counts[model][""] for model in group.members.values()]
         bias = SeedStatistics.of(map(shape_bias, counts))
         coverage = SeedStatistics.of(100 * cue_coverage(count) for count in counts)
-        if bias is not None and coverage is not None:
-            series.append(row_series(group, [(0, bias)]))
+        values = [metric.values[model] for model in group.members.values() if metric and model in metric.values]
+        estimate = estimate_of(values)
+        if bias is not None and coverage is not None and estimate is not None:
+            series.append(estimate_series(group, [(0, estimate)], across=True))
+            rows.append({"name": group.title, "group": group.title, **estimate_fields(estimate, digits=3)})
             notes.append(f"coverage {coverage.mean:.0f} %")
             biases[group.title] = bias
     if not series:
@@ -189,10 +233,11 @@ def _shape_figure(measurement: Measurement, number: int) -> ReportFigure | None:
     return ReportFigure(
         name=f"shape-bias-{number}.png",
         png=charts.shape_plot(series, notes),
+        spec=interactive.interval_dots(rows, [row["group"] for row in rows], "shape bias (0 texture, 1 shape)"),
         alt=f"Shape bias from 0 (texture) to 1 (shape): {in_words(biases, 2)}.",
         caption=f"{measurement.title}: images whose shape and texture belong to different classes. Shape bias: "
         "predictions of the shape's class among predictions of either class; coverage: the share of images with either "
-        "prediction.",
+        "prediction. Bars: 95 % intervals.",
     )
 
 
@@ -202,24 +247,41 @@ def words_figure(report: ReportData) -> ReportFigure:
         measurement.title: [_words_series(measurement, group) for group in measurement.groups]
         for measurement in report.of_kind("words")
     }
+    rows = [
+        row
+        for measurement in report.of_kind("words")
+        for group in measurement.groups
+        for row in _words_rows(measurement, group)
+    ]
+    names = list(dict.fromkeys(row["group"] for row in rows))
+    axes = ("visual words changed, up to (%)", "accuracy (%)")
     last = ", ".join(
         f"{line.label}, {title} {line.points[-1][1]:.1f}" for title, by_group in lines.items() for line in by_group
     )
     return ReportFigure(
         name="words.png",
-        png=charts.severity_plot(lines, "visual words changed, up to (%)", "accuracy (%)"),
+        png=charts.severity_plot(lines, *axes),
+        spec=interactive.interval_lines(rows, names, axes, list(lines)),
         alt=f"Line plots of the accuracy against the share of changed words. At the largest, in percent: {last}.",
-        caption="Accuracy when up to so many of an image's visual words are changed. Higher is better.",
+        caption="Accuracy when up to so many of an image's visual words are changed. Higher is better. Bars: 95 % "
+        "intervals.",
     )
 
 
+def _words_rows(measurement: Measurement, group: Group) -> list[dict[str, Any]]:
+    rows = []
+    for share in measurement.changed_word_shares:
+        estimate = estimate_of(accuracy_values(measurement, group, share))
+        if estimate is not None:
+            row = {"choice": measurement.title, "group": group.title, "position": 100 * float(share)}
+            rows.append({**row, **estimate_fields(estimate)})
+    return rows
+
+
 def _words_series(measurement: Measurement, group: Group) -> charts.Series:
-    counts = [measurement.counts[model] for model in group.members.values()]
     shares = measurement.changed_word_shares
-    points = [
-        (100 * float(share), SeedStatistics.of(top1_accuracy(count[share]) for count in counts)) for share in shares
-    ]
-    return mean_series(group, points)
+    points = ((100 * float(share), estimate_of(accuracy_values(measurement, group, share))) for share in shares)
+    return estimate_series(group, points)
 
 
 # ---- training curves ----

@@ -24,21 +24,23 @@ def findings(report: ReportData) -> list[str]:
 def comparison_findings(report: ReportData) -> list[str]:
     """Return a sentence for each group but the first, or the numbers of the only one, and the limits."""
     first, *others = report.groups
-    sentences = [_compared(report, other, first) for other in others] or [_numbers_of(report, first)]
+    compared = [sentence for other in others for sentence in _compared(report, other, first)]
+    sentences = compared or [_numbers_of(report, first)]
     return [*collapse_warnings(report), *sentences, *image_notes(report), *cautions(report)]
 
 
-def _compared(report: ReportData, group: Group, first: Group) -> str:
+def _compared(report: ReportData, group: Group, first: Group) -> list[str]:
+    """Return the verdict, and the numbers of clean and corrupted images."""
     verdicts = report.verdicts(group, first)
     if not verdicts:
-        return f"{group.title} shares no measurement with {first.title}: other images or another protocol."
-    quoted = (
+        return [f"{group.title} shares no measurement with {first.title}: other images or another protocol."]
+    quoted = [
         _quote(metric, f"{value_text(metric, group)} vs. {value_text(metric, first)}")
-        + f" ({difference_text(report, metric, group, first)})"
+        + f" ({difference_text(report, metric, group, first)})."
         for metric in verdicts
         if metric.suite in QUOTED_SUITES
-    )
-    return _verdict_sentence(group, first, verdicts) + "".join(f" {text}." for text in quoted)
+    ]
+    return [_verdict_sentence(group, first, verdicts), *([" ".join(quoted)] if quoted else [])]
 
 
 def _verdict_sentence(group: Group, first: Group, verdicts: Mapping[Metric, int | None]) -> str:

@@ -8,7 +8,7 @@ from mae_dat.robustness.report.findings import collapse_warnings
 from mae_dat.robustness.report.gate_values import interval_of
 from mae_dat.robustness.report.shift_table import shift_table
 from mae_dat.robustness.report.summarize import ReportData
-from mae_dat.robustness.report.tables import precision_text
+from mae_dat.robustness.report.tables import Table, precision_text
 
 
 def headline_text(report: ReportData) -> str:
@@ -56,3 +56,8 @@ def _aligned(rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def aligned_text(table: Table) -> str:
+    """Return the head and rows of a table in aligned columns."""
+    return "\n".join(_aligned([table.head, *table.rows], table.words))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
+from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.report.intervals import WeightedCount
 from mae_dat.robustness.report.measurements import Measurement
 from mae_dat.robustness.report.paired import ImageScores, cue_bits, weighted_scores
@@ -134,6 +135,41 @@ def _accuracy_value(measurement: Measurement, checks: AttackChecks, cell: str, m
     doubtful = attack_check_failed(checks, model, measurement.suite)
     terms = (WeightedCount(100.0, count, measurement.images[model].get(cell)),)
     return MetricValue(top1_accuracy(count), terms, doubtful, weighted_scores(terms))
+
+
+def accuracy_values(measurement: Measurement, group: Group, cell: str) -> list[MetricValue]:
+    """Return the accuracy of a group's members on a cell, in percent, of those that were measured on it."""
+    members = [model for model in group.members.values() if cell in measurement.counts.get(model, {})]
+    return [_accuracy_value(measurement, {}, cell, model) for model in members]
+
+
+def error_values(measurement: Measurement, group: Group, cells: Mapping[str, Sequence[str]]) -> list[MetricValue]:
+    """Return the mean error of a group's members over cells, by corruption: over the cells of each corruption, then
+    over corruptions. Members that lack a cell are left out."""
+    values = []
+    for model in group.members.values():
+        counts, images = measurement.counts.get(model, {}), measurement.images.get(model, {})
+        if not cells or not all(cell in counts for names in cells.values() for cell in names):
+            continue
+        terms = tuple(
+            WeightedCount(-100 / len(cells) / len(names), counts[cell], images.get(cell))
+            for names in cells.values()
+            for cell in names
+        )
+        error = 100 + sum(term.weight * term.count["correct"] / term.count["total"] for term in terms)
+        values.append(MetricValue(error, terms, scores=weighted_scores(terms)))
+    return values
+
+
+def clean_error_values(measurement: Measurement, group: Group) -> list[MetricValue]:
+    """Return the error of a group's members on the clean images that a suite of corruptions is compared with."""
+    values = []
+    for model in group.members.values():
+        count = measurement.corruptions[model]["clean"]
+        if count["total"]:
+            terms = (WeightedCount(-100.0, count, measurement.images[model].get("clean")),)
+            values.append(MetricValue(top1_error(count), terms, scores=weighted_scores(terms)))
+    return values
 
 
 def _plain_metrics(measurement: Measurement, calibration: CalibrationScores, checks: AttackChecks) -> Iterator[Metric]:

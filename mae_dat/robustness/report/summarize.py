@@ -29,6 +29,8 @@ from mae_dat.robustness.report.measurements import (
 from mae_dat.robustness.report.metrics import Metric, columns_of, metrics_of
 from mae_dat.robustness.scores.accuracy import Count
 from mae_dat.robustness.scores.class_counts import ClassScores
+from mae_dat.robustness.scores.predictions import ImageSets
+from mae_dat.robustness.scores.reliability import ReliabilityBins
 from mae_dat.robustness.scores.results import (
     AttackChecks,
     CalibrationScores,
@@ -98,6 +100,10 @@ class ReportData:
     collapsed: dict[str, Collapse]
     """Models that have collapsed, and what shows it."""
     calibration: CalibrationScores
+    reliability: ReliabilityBins
+    """Bins of the reliability diagrams; empty for results of older releases."""
+    image_sets: ImageSets
+    """Names and labels of the images; empty for results of older releases."""
     checks: AttackChecks
     agreement: dict[str, Count]
     """By model in bfloat16: images with the same prediction in float32."""
@@ -177,6 +183,8 @@ def summarize(results: Results) -> ReportData:
         paired=results.get("paired", {}),
         collapsed=results.get("collapsed", {}),
         calibration=calibration,
+        reliability=results.get("reliability", {}),
+        image_sets=results.get("image_sets", {}),
         checks=results["checks"],
         agreement=results.get("agreement", {}),
         examples=results["examples"],

@@ -5,40 +5,26 @@ figures/*.png, all from its results alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mae_dat.config.commands.report import ReportConfig
 from mae_dat.config.requirements import read_requirements
 from mae_dat.config.terminal import print_text
-from mae_dat.robustness.report import comparison, corruption_figures, figures, render, tables
-from mae_dat.robustness.report.class_tables import class_tables
-from mae_dat.robustness.report.corruption_table import corruption_table
+from mae_dat.robustness.report import render, tables
 from mae_dat.robustness.report.figures import ReportFigure
 from mae_dat.robustness.report.findings import findings
 from mae_dat.robustness.report.gate import gate_lines, require_met
 from mae_dat.robustness.report.headline import headline_text
-from mae_dat.robustness.report.published import published_tables
-from mae_dat.robustness.report.shift_table import shift_table
+from mae_dat.robustness.report.sections import report_sections
 from mae_dat.robustness.report.summarize import ReportData, summarize
-from mae_dat.robustness.report.tables import Table
 from mae_dat.robustness.scores.results import TrainingFacts, read_results
 from mae_dat.robustness.scores.results_check import check_results
 from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
-
-
-@dataclass(frozen=True)
-class ReportSection:
-    """A part of the page."""
-
-    key: str
-    title: str
-    figures: tuple[ReportFigure, ...] = ()
-    tables: tuple[Table, ...] = ()
+VEGA = Path(__file__).parent / "vega" / "vega.min.js"
 
 
 def write_report(report: ReportData, folder: Path) -> Path:
@@ -48,9 +34,11 @@ def write_report(report: ReportData, folder: Path) -> Path:
     """
     prepare_output_folder(folder / "figures")
     sections = report_sections(report)
-    protocol_tables = [*filter(None, [tables.inputs_table(report)])]
-    protocol_tables += [tables.models_table(report), tables.suites_table(report)]
-    section_tables = [table for section in sections for table in section.tables]
+    protocol_tables = [tables.models_table(report), tables.suites_table(report)]
+    protocol_tables += filter(None, [tables.inputs_table(report)])
+    parts = [part for section in sections for part in section.parts]
+    section_tables = [table for part in parts for table in part.tables]
+    report_figures = [figure for part in parts for figure in part.figures]
     texts = {"findings": findings(report), "not_measured": tables.not_measured(report)}
     page = render.html_page(
         TEMPLATE,
@@ -59,6 +47,7 @@ def write_report(report: ReportData, folder: Path) -> Path:
         examples=[_example(report, example, folder) for example in report.examples],
         galleries=_galleries(report.training, folder) if report.training else [],
         protocol_tables=protocol_tables,
+        vega=VEGA.read_text() if any(figure.spec for figure in report_figures) else "",
         **texts,
     )
     files = {
@@ -67,7 +56,7 @@ def write_report(report: ReportData, folder: Path) -> Path:
         "report.md": render.markdown(report, [*section_tables, *protocol_tables], **texts),
         "report.html": page,
     }
-    for figure in (figure for section in sections for figure in section.figures):
+    for figure in report_figures:
         _write(folder / "figures" / figure.name, figure.png)
     for name, text in files.items():
         _write(folder / name, text.encode(errors="backslashreplace"))
@@ -79,78 +68,35 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-# ---- the sections of the page ----
-
-
-def report_sections(report: ReportData) -> list[ReportSection]:
-    """Return the sections that have something to show. Many groups have a row each, and no lines in charts."""
-    sections = [_numbers_section(report)]
-    if published := published_tables(report):
-        sections.append(ReportSection("published", published[0].title, tables=tuple(published)))
-    for number, measurement in enumerate(report.of_kind("corruptions"), 1):
-        lines = [] if report.groups_are_rows else corruption_figures.corruption_figures(measurement, number)
-        charts = (*lines, *corruption_figures.heat_map_figures(measurement, number))
-        table = corruption_table(measurement)
-        sections.append(ReportSection(f"corruptions-{number}", measurement.title, charts, (table,)))
-    if shape := figures.shape_figures(report):
-        sections.append(ReportSection("shape", "Shape bias", tuple(shape)))
-    if shifts := shift_table(report):
-        sections.append(ReportSection("shifts", shifts.title, tables=(shifts,)))
-    if classes := class_tables(report):
-        sections.append(ReportSection("classes", "Classes", tables=tuple(classes)))
-    sections += _attacks_section(report)
-    if calibration := tables.calibration_table(report):
-        sections.append(ReportSection("calibration", calibration.title, tables=(calibration,)))
-    if report.training:
-        curves = [] if report.groups_are_rows else figures.curve_figures(report.training, report.groups)
-        runs = tables.runs_table(report.training)
-        sections.append(ReportSection("training", "Training", tuple(curves), (runs,)))
-    return sections
-
-
-def _numbers_section(report: ReportData) -> ReportSection:
-    numbers: list[Table | None]
-    if report.groups_are_rows:
-        gains, numbers = figures.ablation_figure(report), [*comparison.ablation_tables(report)]
-    else:
-        gains = figures.gains_figure(report)
-        numbers = [comparison.headline_table(report), comparison.pairs_table(report)]
-    charts = (gains, figures.published_figure(report))
-    return ReportSection("numbers", "Numbers", tuple(filter(None, charts)), tuple(filter(None, numbers)))
-
-
-def _attacks_section(report: ReportData) -> list[ReportSection]:
-    """Return the section of changed words and checks of attacks, if there is any."""
-    charts: tuple[ReportFigure, ...] = ()
-    if report.groups_are_rows:
-        words = tables.words_tables_by_group(report)
-    else:
-        words = list(filter(None, [tables.words_table(report)]))
-        charts = (figures.words_figure(report),) if words else ()
-    attacks = [*words, *filter(None, [tables.checks_table(report)])]
-    return [ReportSection("attacks", "Attacks", charts, tuple(attacks))] if attacks else []
-
-
 # ---- images on which the models differ, and images drawn in training ----
 
 
 def _example(report: ReportData, example: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return an image on which the models differ, for the template. Files that are no PNG in `folder` are missing."""
+    """Return an image on which the models differ, for the template: its versions, each with all predictions. Files that
+    are no PNG in `folder` are missing."""
     label, cell = example["label"], str(example["cell"])
     place = ", ".join(filter(None, (example["suite"], cell.replace("/", ", severity ").replace("_", " "))))
-    alts = {"file": f"{label}, {place}", "words": "its visual words"}
-    images = [(example[key], _image(example[key], alt, folder)) for key, alt in alts.items() if example.get(key)]
-    predictions = [
-        f"{'✓' if prediction == label else '✗'} {report.model_titles.get(model, model)}: {prediction}"
-        for model, prediction in example["answers"].items()
+    shown = "corrupted" if example.get("clean") else place
+    captions = {"clean": ("clean", "clean_answers"), "file": (shown, "answers"), "words": ("its visual words", "")}
+    versions, missing = [], []
+    for key, (caption, answers) in captions.items():
+        if not example.get(key):
+            continue
+        image = _image(example[key], f"{label}, {caption}", folder)
+        if image is None:
+            missing.append(example[key])
+            continue
+        versions.append({"image": image, "caption": caption, "predictions": _predictions(report, example, answers)})
+    known = any(version["predictions"] for version in versions)
+    rest = [] if known else _predictions(report, example, "answers")
+    return {"label": label, "place": place, "versions": versions, "missing": missing, "predictions": rest}
+
+
+def _predictions(report: ReportData, example: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    return [
+        {"model": report.model_titles.get(model, model), "name": name, "correct": name == example["label"]}
+        for model, name in example.get(key, {}).items()
     ]
-    return {
-        "label": label,
-        "place": place,
-        "predictions": predictions,
-        "images": [image for _, image in images if image],
-        "missing": [file for file, image in images if not image],
-    }
 
 
 def _galleries(training: TrainingFacts, folder: Path) -> list[dict[str, Any]]:

@@ -196,7 +196,7 @@ class Results(TypedDict):
     """Known or requested suites that were not measured -> the reason."""
     examples: list[dict[str, Any]]
     """Images on which the models differ: file (PNG next to results.json), suite, cell, label, answers (prediction by
-    model)."""
+    model); of corrupted images also clean (PNG) and clean_answers."""
     training: NotRequired[TrainingFacts]
     inputs: NotRequired[dict[str, str]]
     """The rows of the summary that was logged before the start: label -> text."""

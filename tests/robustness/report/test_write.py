@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluations import SUITES, alexnet, evaluation
-from pages import Page, phone_widths, require_self_contained
+from pages import Page, phone_widths, require_self_contained, without_scripts
 from PIL import Image
 from tiny_runs import verb
 
@@ -381,7 +381,8 @@ def test_the_page_is_complete_and_self_contained() -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     targets = {(attributes.get("href") or "")[1:] for tag, attributes in page.tags if tag == "a"}
-    assert targets == set(ids)
+    links = {one for one in ids if not one.startswith("menus-")}
+    assert targets == links
     assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
     figures = [name for name in files() if name.endswith(".png")]
     assert len(figures) == len([tag for tag, _ in page.tags if tag == "img"])
@@ -429,9 +430,9 @@ def test_hostile_text_is_escaped_in_every_format(tmp_path: Path) -> None:
         {"file": HOSTILE, "suite": HOSTILE, "cell": "", "label": HOSTILE, "answers": {"dat": HOSTILE}}
     ]
     page = write_report(summarize(results), tmp_path).read_text()
-    assert "<script" not in page
+    assert "<script>alert" not in page
     assert html.escape("<script>") in page
-    assert Page(page).text.count("alert('x')") > 10
+    assert Page(without_scripts(page)).text.count("alert('x')") > 10
     markdown = (tmp_path / "report.md").read_text()
     assert "<script" not in re.sub(r"(?m)^    .*$", "", markdown)  # but in the command, which is a block of code
     line = next(line for line in markdown.splitlines() if line.startswith("| ImageNet-C: mCE"))
@@ -467,7 +468,7 @@ def test_examples_are_on_the_page_or_reported_missing(tmp_path: Path) -> None:
             [
                 1
                 for tag, attributes in page.tags
-                if attributes.get("alt") in ("tench, imagenet-c, fog, severity 3", "its visual words")
+                if attributes.get("alt") in ("tench, imagenet-c, fog, severity 3", "tench, its visual words")
             ]
         )
         == 2
