@@ -4,12 +4,13 @@ import html
 from pathlib import Path
 
 from mae_dat.config.flags import expand_home
+from mae_dat.robustness.compared import EvaluationChanges
 from mae_dat.robustness.report.comparison import headline_table
 from mae_dat.robustness.report.findings import collapse_warnings
 from mae_dat.robustness.report.headline import headline_text
 from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.report.write import write_report
-from mae_dat.robustness.scores.results import Results, write_results
+from mae_dat.robustness.scores.results import Results, read_results, write_results
 from mae_dat.storage.files import prepare_output_folder
 
 
@@ -46,6 +47,17 @@ class Evaluation:
         folder = prepare_output_folder(Path(expand_home(output_dir)))
         write_results(self.results, folder / "results.json")
         return write_report(self._report(), folder)
+
+    def compare(self, other: "Evaluation | str | Path", names: tuple[str, ...] = ()) -> EvaluationChanges:
+        """Compare with a later evaluation of the same images, an object or its folder: which images it wins and loses.
+
+        `names` are the model of this evaluation and of the other one, where there are several. Raises ConfigError, and
+        CheckpointError for evaluations of other images, protocols or versions, or that were edited.
+        """
+        if isinstance(other, Evaluation):
+            return EvaluationChanges(self.results, other.results, names)
+        path = expand_home(other)
+        return EvaluationChanges(self.results, read_results(path / "results.json" if path.is_dir() else path), names)
 
     def _report(self) -> ReportData:
         return summarize(self.results)

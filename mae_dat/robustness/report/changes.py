@@ -3,8 +3,6 @@
 Shapes: N images.
 """
 
-import csv
-import io
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,6 +26,7 @@ from mae_dat.robustness.scores.predictions import (
     unpack_names,
     unpack_predictions,
 )
+from mae_dat.storage.csv_files import csv_lines, safe_cell
 
 CHANGES_COLUMNS = ("suite", "cell", "image", "label", "before", "after", "change")
 WON, LOST = "won", "lost"
@@ -167,15 +166,21 @@ def class_changes_table(report: ReportData) -> Table | None:
 
 def changes_csv(report: ReportData) -> str:
     """Return every changed prediction of two models, a row each."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CHANGES_COLUMNS)
-    if len(report.groups) == 2:
-        old, new = report.groups
-        for measurement in report.measurements:
-            for one in changes_of(report, measurement, new, old):
-                writer.writerows(_changed_rows(measurement.suite, one))
-    return text.getvalue()
+    rows = [[safe_cell(cell) for cell in row.values()] for row in changed_images(report)]
+    return csv_lines([CHANGES_COLUMNS, *rows]).decode()
+
+
+def changed_images(report: ReportData) -> list[dict[str, str]]:
+    """Return every changed prediction of two models by column of changes.csv; nothing for other reports."""
+    if len(report.groups) != 2:
+        return []
+    old, new = report.groups
+    return [
+        dict(zip(CHANGES_COLUMNS, row, strict=True))
+        for measurement in report.measurements
+        for one in changes_of(report, measurement, new, old)
+        for row in _changed_rows(measurement.suite, one)
+    ]
 
 
 def _changed_rows(suite: str, changes: CellChanges) -> Iterator[tuple[str, ...]]:

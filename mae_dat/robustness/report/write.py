@@ -12,10 +12,12 @@ from mae_dat.config.commands.report import ReportConfig
 from mae_dat.config.requirements import read_requirements
 from mae_dat.config.terminal import print_text
 from mae_dat.robustness.report import render, tables
+from mae_dat.robustness.report.changes import changes_csv, changes_table
 from mae_dat.robustness.report.figures import ReportFigure
 from mae_dat.robustness.report.findings import findings
 from mae_dat.robustness.report.gate import gate_lines, require_met
-from mae_dat.robustness.report.headline import headline_text
+from mae_dat.robustness.report.headline import aligned_text, headline_text
+from mae_dat.robustness.report.merge import merge_evaluations, read_compared
 from mae_dat.robustness.report.sections import report_sections
 from mae_dat.robustness.report.summarize import ReportData, summarize
 from mae_dat.robustness.scores.results import TrainingFacts, read_results
@@ -24,6 +26,7 @@ from mae_dat.storage.files import atomic_write, prepare_output_folder
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+COMPARISON_FOLDER = "output/comparison"
 VEGA = Path(__file__).parent / "vega" / "vega.min.js"
 
 
@@ -113,7 +116,11 @@ def _image(file: str, alt: str, folder: Path) -> ReportFigure | None:
 
 
 def main(config: ReportConfig) -> None:
-    """Make the report again from results.json, and print the main numbers."""
+    """Make the report again from results.json, or of two evaluations side by side, and print the main numbers."""
+    if config.compare:
+        _compare(config)
+        return
+    assert config.results is not None, "checked by the configuration"
     source = Path(config.results)
     file = source / "results.json" if source.is_dir() else source
     requirements = read_requirements(config.require) if config.require else None
@@ -127,3 +134,23 @@ def main(config: ReportConfig) -> None:
         lines = gate_lines(results, requirements, config.undecided, file, path.parent)
         print_text("\n".join(map(str, lines)))
         require_met(lines, config.undecided)
+
+
+def _compare(config: ReportConfig) -> None:
+    report = summarize(merge_evaluations(*read_compared(config.compare, config.names)))
+    path = write_comparison(report, Path(config.output_dir or COMPARISON_FOLDER))
+    print_text(headline_text(report))
+    table = changes_table(report)
+    if table is not None:
+        print_text(aligned_text(table))
+    print_text(path)
+
+
+def write_comparison(report: ReportData, folder: Path) -> Path:
+    """Write the report of two evaluations side by side and changes.csv, and return the path of the page.
+
+    Raises OutputError or StorageError.
+    """
+    path = write_report(report, folder)
+    _write(folder / "changes.csv", changes_csv(report).encode(errors="backslashreplace"))
+    return path
