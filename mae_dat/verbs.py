@@ -161,10 +161,10 @@ GROUPS: dict[str, dict[str, Verb]] = {
             ),
         ),
         "report": Verb(
-            "make the report of an evaluation again",
+            "make a report again, or compare two evaluations",
             "config.commands.report:ReportConfig",
             "robustness.report.write:main",
-            ("mae-dat report output/evaluation", "mae-dat report results.json --output_dir REPORT"),
+            ("mae-dat report output/evaluation", "mae-dat report --compare BEFORE AFTER --output_dir CHANGES"),
         ),
         "proof": Verb(
             "compare all adversaries over data sets and seeds",
