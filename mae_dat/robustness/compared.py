@@ -29,7 +29,7 @@ class EvaluationChanges:
 
         Raises OutputError, StorageError.
         """
-        return write_comparison(self._report, expand_home(output_dir))
+        return write_comparison(self._report, Path(expand_home(output_dir)))
 
     def __repr__(self) -> str:
         table = changes_table(self._report)

@@ -56,7 +56,7 @@ class Evaluation:
         """
         if isinstance(other, Evaluation):
             return EvaluationChanges(self.results, other.results, names)
-        path = expand_home(other)
+        path = Path(expand_home(other))
         return EvaluationChanges(self.results, read_results(path / "results.json" if path.is_dir() else path), names)
 
     def _report(self) -> ReportData:
