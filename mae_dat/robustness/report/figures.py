@@ -12,7 +12,7 @@ from mae_dat.robustness.report.comparison import difference_text
 from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.report.measurements import Measurement
 from mae_dat.robustness.report.metrics import Metric, accuracy_values
-from mae_dat.robustness.report.published import PUBLISHED_COLUMNS, published_columns, published_rows
+from mae_dat.robustness.report.published import PUBLISHED_COLUMNS, comparable_rows, published_columns
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.report.tables import NOTHING
 from mae_dat.robustness.report.value_intervals import Estimate, estimate_of
@@ -186,17 +186,19 @@ def published_figure(report: ReportData) -> ReportFigure | None:
     published = tuple(
         (value, float(number), 0.0)
         for number, key in enumerate(columns)
-        for row in published_rows()
-        if not row.more_data and (value := row.number(key)) is not None
+        for row in comparable_rows(report, columns)
+        if row.protocol and not row.more_data and (value := row.number(key)) is not None
     )
+    if not published:
+        return None
     lines = [line for line in series if line.points] + [charts.Series("published", NEUTRAL_STYLE, published)]
     names = [re.sub(r" \(%\)(?= [↑↓])", "", PUBLISHED_COLUMNS[key]) for key in columns]
     return ReportFigure(
         name="published.png",
         png=charts.dot_plot(names, lines, "% (mCE: in units of AlexNet's error)"),
         alt="Dot plot of the models among the published rows; the table of published rows holds the numbers.",
-        caption="The models among published ones of ImageNet-1k alone; only whole official benchmarks have a row. ↑ "
-        "more is better, ↓ less is.",
+        caption="The models among published ones of ImageNet-1k alone: only whole official benchmarks, and published "
+        "figures of the same protocol. ↑ more is better, ↓ less is.",
     )
 
 

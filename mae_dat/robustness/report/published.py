@@ -44,6 +44,8 @@ class PublishedRow:
     """Whether the model, or its teacher, was trained on more than ImageNet-1k."""
     reference: bool
     """Whether every table shows it."""
+    protocol: str
+    """The `--protocol` that its figures belong to; empty if the source does not state it."""
 
     def number(self, key: str) -> float | None:
         """Return the value of a column; None if there is none, or its protocol may differ."""
@@ -62,6 +64,7 @@ def published_rows() -> list[PublishedRow]:
             values=row["values"],
             more_data=row.get("data") == "more",
             reference=row.get("reference") == "true",
+            protocol=content["protocols"].get(row["source"], ""),
         )
         for row in content["rows"]
     ]
@@ -80,14 +83,15 @@ def published_columns(metrics: Sequence[Metric]) -> list[str]:
 def published_tables(report: ReportData) -> list[Table]:
     """Return published rows beside the groups' measurements of whole, official benchmarks; empty if there are none.
 
-    References, the best rows and the nearest ones are shown, the others are folded.
+    Rows of another protocol than that of the evaluation are left out. References, the best rows and the nearest ones of
+    its protocol are shown; the others, and rows whose source does not state a protocol, are folded.
     """
     metrics = [metric for metric in report.metrics if metric.published in PUBLISHED_COLUMNS]
     columns = published_columns(metrics)
     if not columns:
         return []
-    candidates = [row for row in published_rows() if any(key in row.values for key in columns)]
-    near = _near_rows(candidates, columns, metrics)
+    candidates = comparable_rows(report, columns)
+    near = _near_rows([row for row in candidates if row.protocol], columns, metrics)
     first = sorted((row for row in candidates if row in near), key=lambda row: row.more_data)
     folded = sorted((row for row in candidates if row not in near), key=lambda row: row.more_data)
     measured = _rows_of_groups(report, columns, metrics)
@@ -107,10 +111,19 @@ def published_tables(report: ReportData) -> list[Table]:
         title=f"{len(folded)} further published rows",
         head=head,
         rows=tuple(_rows_as_text(folded, columns)),
-        notes=_notes(folded, columns),
+        notes=(
+            "¶ the source does not state its protocol, so that the figure may not be comparable.",
+            *_notes(folded, columns),
+        ),
         folded=True,
     )
     return [table, more]
+
+
+def comparable_rows(report: ReportData, columns: Sequence[str]) -> list[PublishedRow]:
+    """Return the published rows of these columns, without those of another protocol than that of the models."""
+    protocols = {facts.get("protocol", "native") for facts in report.models.values()} | {""}
+    return [row for row in published_rows() if row.protocol in protocols and any(key in row.values for key in columns)]
 
 
 def _rows_of_groups(report: ReportData, columns: Sequence[str], metrics: Sequence[Metric]) -> list[tuple[str, ...]]:
@@ -152,7 +165,7 @@ def _rows_as_text(rows: Sequence[PublishedRow], columns: Sequence[str]) -> list[
     numbers = _source_numbers(rows)
     texts = []
     for row in rows:
-        source = f"[{numbers[row.source]}]" + (", more data" if row.more_data else "")
+        source = f"[{numbers[row.source]}]" + ("" if row.protocol else " ¶") + (", more data" if row.more_data else "")
         texts.append((row.model, row.size or NOTHING, *(row.values.get(key, NOTHING) for key in columns), source))
     return texts
 

@@ -12,6 +12,7 @@ from mae_dat.config.commands.report import ReportConfig
 from mae_dat.config.requirements import read_requirements
 from mae_dat.config.terminal import print_text
 from mae_dat.robustness.report import render, tables
+from mae_dat.robustness.report.changed_examples import with_changed_examples
 from mae_dat.robustness.report.changes import changes_csv, changes_table
 from mae_dat.robustness.report.figures import ReportFigure
 from mae_dat.robustness.report.findings import findings
@@ -147,10 +148,10 @@ def _compare(config: ReportConfig) -> None:
 
 
 def write_comparison(report: ReportData, folder: Path) -> Path:
-    """Write the report of two evaluations side by side and changes.csv, and return the path of the page.
+    """Write the report of two evaluations side by side, with examples, and changes.csv; return the path of the page.
 
     Raises OutputError or StorageError.
     """
-    path = write_report(report, folder)
+    path = write_report(with_changed_examples(report, folder), folder)
     _write(folder / "changes.csv", changes_csv(report).encode(errors="backslashreplace"))
     return path

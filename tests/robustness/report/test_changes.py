@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from evaluations import evaluation
 from image_results import known_images, predict_cells, predicted
+from PIL import Image
 from tiny_runs import verb
 
 from mae_dat.config.errors import CheckpointError, ConfigError
@@ -170,3 +171,18 @@ def test_wrong_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         run_command(lambda: verb("report")(arguments))
     assert end.value.code == 64
     assert "--compare" in capsys.readouterr().err
+
+
+def test_changed_images_that_are_still_there_are_shown(tmp_path: Path) -> None:
+    before, after = before_and_after()
+    for results in (before, after):
+        results["image_sets"]["imagenet-a"]["a"]["root"] = str(tmp_path / "val")
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    Image.new("RGB", (400, 300), "red").save(tmp_path / "val" / "cat" / "0.png")
+    (tmp_path / "val" / "cat" / "2.png").write_text("no image")
+    page = Evaluation(before).compare(Evaluation(after)).report(tmp_path / "out").read_text()
+    with Image.open(tmp_path / "out" / "examples" / "1.png") as thumbnail:
+        assert thumbnail.size == (224, 168)
+    assert not (tmp_path / "out" / "examples" / "2.png").exists()
+    assert "✗ MAE, fine-tuned plainly: dog" in page
+    assert "✓ MAE + DAT: cat" in page

@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_runs import verb
 
 from mae_dat.config.parse import run_command
+from mae_dat.config.protocols import ProtocolName
 from mae_dat.robustness.corruptions import CATEGORIES, CORRUPTIONS
 from mae_dat.robustness.report.comparison import headline_table
 from mae_dat.robustness.report.corruption_table import corruption_table
@@ -307,6 +308,7 @@ def test_robustbench_list_is_shown_with_its_published_rows() -> None:
     for count in results["cells"]["plain"]["imagenet-c"].values():
         count["correct"], count["total"] = count["correct"] // 10, 5000
     own = results["suites"]["plain"]["imagenet-c"]
+    results["models"]["plain"]["protocol"] = "imagenet-c"
     own["images"], own["protocol"]["subset"] = 5000, "5,000 pictures of a list"
     (table, *_) = published_tables(summarize(results))
     assert table.head[2] == PUBLISHED_COLUMNS["imagenet-c-5000/mce"]
@@ -356,18 +358,33 @@ def test_the_best_and_the_nearest_published_rows_are_shown_and_the_others_folded
     results = evaluation(("plain", "dat"), ("imagenet-c",))
     table, rest = published_tables(summarize(results))
     values = [float(row[2]) for row in table.rows if row[-1] == "this report, protocol native"]
-    every = [row for row in published_rows() if "imagenet-c/mce" in row.values]
+    every = [row for row in published_rows() if "imagenet-c/mce" in row.values and row.protocol in ("", "native")]
     assert len(table.rows) - 2 + len(rest.rows) == len(every)
-    alone = [row for row in every if not row.more_data and row.number("imagenet-c/mce") is not None]
+    alone = [row for row in every if row.protocol and row.number("imagenet-c/mce") is not None]
     for aim in (0, *values):
         nearest = min(alone, key=lambda row: abs(float(row.values["imagenet-c/mce"]) - aim))
         assert nearest.model in [row[0] for row in table.rows]
     assert rest.folded
     assert ("DINOv2-g", "–", "28.2") in [row[:3] for row in rest.rows]
     assert all(row[-1].endswith("more data") for row in rest.rows if row[0] == "DINOv2-g")
+    assert all("¶" in row[-1] for row in rest.rows), "their sources do not state a protocol"
     page = write_report(summarize(results), tmp_path).read_text()
     assert f"<summary>{rest.title}</summary>" in page
     assert page.index("<details>") < page.index("DINOv2-g") < page.index("</details>")
+
+
+@pytest.mark.parametrize("protocol", ["dat", "timm", "imagenet-c", "native"])
+def test_published_rows_of_another_protocol_are_left_out(protocol: ProtocolName) -> None:
+    results = evaluation(("plain",), ("imagenet", "imagenet-a", "imagenet-c"))
+    results["models"]["plain"]["protocol"] = protocol
+    shown = {row[0] for table in published_tables(summarize(results)) for row in table.rows}
+    of_protocol = {
+        "dat": "MAE + DAT, ViT-H/14",
+        "timm": "Hiera-H (MAE)",
+        "imagenet-c": "ResNet-50, AugMix",
+        "native": "MAE, ViT-H/14",
+    }
+    assert {name for name in of_protocol.values() if name in shown} == {of_protocol[protocol]}
 
 
 # ---- the files ----
