@@ -13,7 +13,7 @@ Spec = dict[str, Any]
 """A Vega-Lite specification, without its schema's address."""
 Rows = Sequence[Mapping[str, Any]]
 ROW_HEIGHT = 22
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
+POINT_SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 USUAL_ORDER, BY_NAME, LARGEST_FIRST, SMALLEST_FIRST = "usual order", "name", "largest first", "smallest first"
 _ERROR_COLORS, _DIFFERENCE_COLORS = "blues", "brownbluegreen"
 
@@ -208,7 +208,7 @@ def _color(groups: Sequence[str]) -> Spec:
 
 
 def _shape(groups: Sequence[str]) -> Spec:
-    shapes = [SHAPES[number % len(SHAPES)] for number in range(len(groups))]
+    shapes = [POINT_SHAPES[number % len(POINT_SHAPES)] for number in range(len(groups))]
     return {**_color(groups), "scale": {"domain": list(groups), "range": shapes}}
 
 
