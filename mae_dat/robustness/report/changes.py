@@ -146,10 +146,14 @@ def class_changes_table(report: ReportData) -> Table | None:
             labels = one.facts and image_labels(one.facts, len(one.old))
             if one.facts is None or labels is None:
                 continue
-            for label in np.unique(labels[(one.won | one.lost) & (labels >= 0)]).tolist():
+            known = labels >= 0
+            won, lost = (
+                np.bincount(labels[known & bits], minlength=len(one.facts["classes"])) for bits in (one.won, one.lost)
+            )
+            for label in np.flatnonzero(won + lost).tolist():
                 counts = totals.setdefault(one.facts["classes"][label], [0, 0])
-                counts[0] += int((one.won & (labels == label)).sum())
-                counts[1] += int((one.lost & (labels == label)).sum())
+                counts[0] += int(won[label])
+                counts[1] += int(lost[label])
     if not totals:
         return None
     ordered = sorted(totals.items(), key=lambda item: -sum(item[1]))[:SHOWN_CHANGED_CLASSES]

@@ -159,6 +159,16 @@ def compare_images(new: ImageScores, old: ImageScores) -> Comparison:
     return Comparison(gap, (low, high), min(1.0, 2 * (tail + 1) / (len(drawn) + 1)))
 
 
+def compare_few_images(new: ImageScores, old: ImageScores) -> Comparison:
+    """Compare scores over several versions of few images, such as those of one class: Student's interval over images,
+    with the two pseudo-images. It is as fast for a thousand classes as the bootstrap for a few."""
+    differences = _differences(new, old)
+    variance = (float(differences.var(ddof=1)) / len(differences), len(differences) - 1)
+    comparison = student_comparison(new.value - old.value, variance)
+    assert comparison is not None, "the pseudo-images differ"
+    return comparison
+
+
 def _differences(new: ImageScores, old: ImageScores) -> Scores:
     """Return the difference on every image and on the two pseudo-images, (N + 2,)."""
     differences = new.contributions() - old.contributions()

@@ -13,7 +13,7 @@ from mae_dat.robustness.report.groups import Group
 from mae_dat.robustness.report.intervals import WeightedCount
 from mae_dat.robustness.report.measurements import Measurement
 from mae_dat.robustness.report.metrics import MetricValue
-from mae_dat.robustness.report.paired import Comparison, compare_pair, compare_seeds, holm
+from mae_dat.robustness.report.paired import Comparison, compare_few_images, compare_hits, compare_seeds, holm
 from mae_dat.robustness.report.summarize import ReportData
 from mae_dat.robustness.report.tables import Table
 from mae_dat.robustness.report.value_intervals import Estimate, estimate_of
@@ -106,7 +106,8 @@ def _compare(new: list[LabelledScores], old: list[LabelledScores], label: int) -
     if any(len(one.scores) != len(other.scores) for one, other in pairs):
         return None
     if len(pairs) == 1:
-        return compare_pair(*pairs[0])
+        several_versions = pairs[0][0].unseen_difference > pairs[0][0].step
+        return compare_few_images(*pairs[0]) if several_versions else compare_hits(*pairs[0])
     return compare_seeds([one.value - other.value for one, other in pairs], pairs)
 
 
