@@ -38,7 +38,7 @@ def suite_text(measurement: Measurement) -> str:
     """Return what a suite measures, and whether its images are those of a published benchmark."""
     suite = measurement.suite
     attack = next((text for prefix, text in _ATTACK_TEXTS.items() if suite.startswith(prefix)), None)
-    text = _SUITE_TEXTS.get(suite) or attack or _KIND_TEXTS[measurement.kind]
+    text = _SUITE_TEXTS.get(suite) or attack or _KIND_TEXTS.get(measurement.kind, "images of a shift")
     images = measurement.facts["images"]
     each = " each" if measurement.kind == "corruptions" else ""
     return f"{text}; {images:,} image{'' if images == 1 else 's'}{each}"
