@@ -211,8 +211,8 @@ def test_wrong_shifts_are_errors_before_any_work(root: Path) -> None:
         measure(root, shifts=[str(root / "shift"), f"shift={root / 'data'}"])
     with pytest.raises(MissingInputError, match="no folder or CSV file .*nowhere"):
         measure(root, shifts=["nowhere"])
-    with pytest.raises(ConfigError, match=r"--suite shfit: did you mean shift\?"):
-        measure(root, suite="shfit", suites={"shift": root / "shift"})
+    with pytest.raises(ConfigError, match=r"--suite shiftt: did you mean shift\?"):
+        measure(root, suite="shiftt", suites={"shift": root / "shift"})
     gray(root / "shift" / "night" / "lihgt" / "1.png", 0.9)
     with pytest.raises(DataError, match="lihgt is not among the 2 classes .* did you mean light"):
         measure(root, shifts=[str(root / "shift")])
