@@ -62,7 +62,14 @@ class CommandConfig:
         values = flat_values(self)
         flags = flags_of(type(self), default_config(type(self), values))
         changed = {flag.name for flag in flags if flag.default is REQUIRED or values[flag.name] != flag.default}
-        changed -= flags_without_effect(self.verb, values, {name: values[name] for name in changed}).keys()
+        # Without a flag that is left out, others may have no effect.
+        default = {flag.name: flag.default for flag in flags}
+        while useless := flags_without_effect(
+            self.verb,
+            {name: value if name in changed else default[name] for name, value in values.items()},
+            {name: values[name] for name in changed},
+        ):
+            changed -= useless.keys()
         changed |= _flags_that_choose_defaults(type(self), values, changed)
         arguments = [flag for flag in flags if flag.positional]
         while arguments and arguments[-1].name not in changed:

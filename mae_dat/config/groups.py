@@ -170,11 +170,6 @@ class MaskConfig:
 
     model: str = "mae_vit_large_patch16"
     """mae_vit_{tiny,small,base,large}_patch16, mae_vit_huge_patch14, or mae_vit_demo_patch8 for 64 px."""
-    init: str | None = None
-    """Weights to start from: a file, the folder of a run, a released name (`mae-dat list`) or a timm ViT's name. What
-    has another image size, patch or number of channels is resampled (default: random weights)."""
-    decoder_warmup: float = 0.0
-    """With --init: first epochs, in which the decoder alone is trained."""
     mask_ratio: float = 0.75
     """Share of the patches that are removed."""
     norm_pix_loss: bool = False
@@ -184,6 +179,11 @@ class MaskConfig:
     both."""
     words_weight: float = 0.1
     """With --target both: weight of the words' loss (nats per word), added to that of the pixels."""
+    init: str | None = None
+    """Weights to start from: a file, the folder of a run, a released name (`mae-dat list`) or a timm ViT's name. What
+    has another image size, patch or number of channels is resampled (default: random weights)."""
+    decoder_warmup: float = 0.0
+    """With --init: first epochs, in which the decoder alone is trained."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:

@@ -109,10 +109,10 @@ def _check_union(value: Any, options: Iterable[Any], expected: Any, key: str) ->
         try:
             return check_shape(value, option, key)
         except ShapeError as fault:
-            faults.append(fault)
+            faults.append(str(fault))  # not the exception: its traceback would keep the callers' objects
     # The fault inside of an object or a list tells more than that none of the types fits.
-    deeper = [fault for fault in faults if not str(fault).startswith(f"{_name(key)} must be")]
-    raise deeper[0] if deeper else _wrong(value, expected, key)
+    deeper = [fault for fault in faults if not fault.startswith(f"{_name(key)} must be")]
+    raise ShapeError(deeper[0]) if deeper else _wrong(value, expected, key)
 
 
 def _check_object(value: Any, expected: Any, key: str) -> None:

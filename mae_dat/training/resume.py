@@ -14,7 +14,7 @@ from mae_dat.data.file_facts import FileFacts, file_facts, replaced
 from mae_dat.data.image_set import ImageSet
 from mae_dat.data.open import describe_images
 from mae_dat.models.describe import HASH_DIGITS
-from mae_dat.models.tokenizer import tokenizer_path
+from mae_dat.models.tokenizer import VisualTokenizer, tokenizer_path
 from mae_dat.runtime.collectives import on_all_ranks
 from mae_dat.runtime.environment import CodeFacts, describe_code
 from mae_dat.storage.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, verify_checkpoint
@@ -33,6 +33,7 @@ FREE_SETTINGS = {
     *("allow_change", "hang_minutes", "log_every", "images_every"),
     *("data_path", "on_bad", "num_workers", "pin_mem", "threads"),
     *("eval", "dist_eval", "suite", "limit", "limit_corrupted", "restrict_classes"),
+    *("protocol", "classes", "class_order"),
     *("val_path", "save_every"),  # of a tokenizer's training
     *("fsdp", "world_size", "local_rank", "dist_on_itp", "dist_url"),
 }
@@ -45,7 +46,7 @@ _TOKENIZER_SETTINGS = ("tokenizer", "teacher")
 _KINDS = {
     "mask_ratio": "a pretraining",
     "gan_weight": "a tokenizer's training",
-    "teacher": "a distillation",
+    "word_weight": "a distillation",
 }
 
 
@@ -74,7 +75,11 @@ def content_facts(
     """
     before = checkpoint.manifest if checkpoint else {}
     sets = {"image_files": images} | ({} if validation is None else {"validation_files": validation})
-    used = [name for name in _TOKENIZER_SETTINGS if name in settings and getattr(objective, name, None) is not None]
+    used = [
+        name
+        for name in _TOKENIZER_SETTINGS
+        if name in settings and isinstance(getattr(objective, name, None), VisualTokenizer)
+    ]
     return {
         **{name: file_facts(split.content_files(), before.get(name)) for name, split in sets.items()},
         **({} if validation is None else {"validation": describe_images(validation)}),

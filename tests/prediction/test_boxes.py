@@ -166,7 +166,7 @@ def test_what_does_not_go_with_a_detector(
         (["--abstain_below", "0.5"], 64, "--abstain_below is for classifiers"),
         (["--crop", "0.9"], 64, "--interpolation and --crop are for classifiers"),
         (["--input_size", "64"], 64, "is a detector, which sees images at the size it was trained at"),
-        (["--classes", str(tmp_path / "names")], 64, "--classes has 1 names"),
+        (["--classes", str(tmp_path / "names")], 64, "--classes has 1 name,"),
         (["--score_threshold", "2"], 64, "--score_threshold 2: give a number from 0 to 1"),
     ]:
         outcome = outcome_of(verb("predict"), [*flags, *extra], monkeypatch, capsys)

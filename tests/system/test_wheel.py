@@ -80,7 +80,10 @@ def test_the_wheel_holds_all_files_of_the_package_and_the_recipes(wheel: Path) -
     found = names_in(wheel)
     assert {name for name in found if ".dist-info/" not in name} == expected
     licenses = {name.partition(".dist-info/licenses/")[2] for name in found} - {""}
-    assert licenses == {"LICENSE", "mae_dat/robustness/corruptions/frost/NOTICE"}
+    assert licenses == {
+        "LICENSE",
+        *(f"mae_dat/robustness/{name}/NOTICE" for name in ("corruptions/frost", "report/vega")),
+    }
 
 
 def test_the_source_distribution_holds_tests_and_documentation(wheel: Path) -> None:

@@ -60,6 +60,7 @@ CHANGES_THE_RESULT = {
     *("color_jitter", "aa", "crop_scale", "smoothing", "reprob", "remode", "recount", "resplit"),
     *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
     *("dat_fourth_pass", "dat_rescore", "lr_schedule", "train_interpolation"),
+    *("teacher_weight", "teacher_temperature"),
     # of tokenizers
     *("width", "encoder_blocks", "decoder_blocks", "steps", "factor", "num_words", "word_dim", "beta"),
     *("gan_weight", "gan_start", "restart_every", "teacher", "word_weight"),

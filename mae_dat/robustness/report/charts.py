@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mae_dat.config.terminal import printable
+
 CSS_PIXELS_PER_INCH = 96
 DENSITY = 2
 WIDTH = 5.0  # inches
@@ -64,7 +66,8 @@ class Series:
 
 
 def _plain(text: str) -> str:
-    """Shorten a label and escape it for matplotlib, which would read `$` as mathematics."""
+    """Shorten a label and escape it for matplotlib, which reads `$` as mathematics and rejects what is no Unicode."""
+    text = printable(text)
     short = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
     return short.replace("$", r"\$")
 

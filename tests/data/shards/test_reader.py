@@ -231,7 +231,7 @@ def test_packing_shrinks_checks_and_says_what_is_next(
     assert not list(out.glob("*.tar"))
     verb("pack")([*given, "--on_bad", "skip"])
     told = capsys.readouterr()
-    assert "3 images in 1 shards" in told.out
+    assert "3 images in 1 shard," in told.out
     assert f"  mae-dat pretrain --data_path {out}" in told.out
     assert "left out" in told.err
     images = open_images(image_root(str(out)), to_tensor, labeled=False)

@@ -377,7 +377,7 @@ def test_real_skips_and_counts_images_without_a_label(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=fault):
             open_benchmark(benchmark, tmp_path / "val", SIZE)
     (tmp_path / "real.json").write_text("{")
-    with pytest.raises(DataError, match="not readable JSON"):
+    with pytest.raises(DataError, match="it is not JSON"):
         open_benchmark(benchmark, tmp_path / "val", SIZE)
     (tmp_path / "real.json").write_text(json.dumps(labels))
     first = tmp_path / "val" / validation_names()[0]
