@@ -199,7 +199,7 @@ def nan_on_rank_1(rank: int, folder: Path, output: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises((NumericsError, RankError)):
         patch.setattr(Trainer, "train_step", step)
         patch.setattr(Trainer, "read_reports", read)
-        patch.setattr("mae_dat.training.finetune.Classification", _NaNAt)
+        patch.setattr("mae_dat.training.objectives.configured.Classification", _NaNAt)
         run_finetuning(config, Console(quiet=True))
     return results
 
