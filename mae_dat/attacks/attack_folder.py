@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 256
 """Images that are finished together: the unit of resuming and of the work of a rank."""
+MAX_STORED_WORDS = 1 << 16
 _SEARCH_IMAGES = 32
 _EXAMPLES = 6
 _AMPLIFY = 4
@@ -225,6 +226,11 @@ def open_attack(config: AttackFolderConfig, device: torch.device) -> FolderAttac
     root = find_split(image_root(config.data_path), "train")
     images = open_images_of_model(root, lambda image: torch.zeros(0), opened.plan.num_classes, opened.classes)
     tokenizer = load_tokenizer(config.tokenizer).to(device)
+    if tokenizer.num_words > MAX_STORED_WORDS:
+        raise ConfigError(
+            f"--tokenizer {config.tokenizer} has {tokenizer.num_words:,} words; stored words have two bytes, for at "
+            f"most {MAX_STORED_WORDS:,}: use a smaller codebook."
+        )
     side = config.size or round(max(size) / default_crop_pct(size))
     side = max(1, round(side / tokenizer.factor)) * tokenizer.factor
     return FolderAttack(
@@ -244,7 +250,7 @@ def _start(job: FolderAttack, console: Console) -> StoredAttack:
     Raises ConfigError for other settings, DataError for other images.
     """
     settings, names = job.settings(), job.names
-    if len({stored_name(name).lower() for name in names}) < len(names):
+    if len({stored_name(name) for name in names}) < len(names):
         raise DataError(f"{job.images.root}: two images would get the same name as JPEG; rename one, or use --shards.")
     record = None
     if any((job.output / name).exists() for name in ("attack.json", "parts")):

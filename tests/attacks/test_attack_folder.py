@@ -88,6 +88,20 @@ def test_words_images_and_rows_agree(adversaries: Path, data: Path) -> None:
     assert (adversaries / "examples.png").is_file()
 
 
+def test_stored_names_do_not_meet() -> None:
+    """A name that is no JPEG keeps its suffix, so a.png and a.jpg have files of their own."""
+    assert stored_name("cat/a.png") == "cat/a.png.jpg"
+    assert stored_name("cat/a.JPG") == "cat/a.JPG"
+
+
+def test_codebooks_beyond_two_bytes_are_refused(
+    tmp_path: Path, data: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "MAX_STORED_WORDS", 100)  # the embedded tokenizer has 512
+    with pytest.raises(ConfigError, match="has 512 words; stored words have two bytes"):
+        attack(tmp_path / "adv", data, teacher)
+
+
 def test_variants_differ(adversaries: Path) -> None:
     for values in np.load(adversaries / "words" / "00000.npz").values():
         assert (values[0] != values[1]).any()

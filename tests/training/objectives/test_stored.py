@@ -1,6 +1,5 @@
 """Pairs of views get the same crop, flip, augmentation and mixing; a teacher adds its divergence."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,11 +114,3 @@ def test_the_divergence_is_that_of_the_definition(temperature: float) -> None:
     parts["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert any(parameter.grad is not None for parameter in student.parameters())
-
-
-def test_folder(tmp_path: Path) -> None:
-    """A name that is no JPEG keeps its suffix, so a.png and a.jpg do not meet."""
-    from mae_dat.data.adversaries import stored_name
-
-    assert stored_name("cat/a.png") == "cat/a.png.jpg"
-    assert stored_name("cat/a.JPG") == "cat/a.JPG"
